@@ -1,0 +1,55 @@
+"""The errors a user can cause, each with the exit code that a scheduler sees."""
+
+
+class FastprefError(Exception):
+    """One readable message: what was asked, the rule, what came. Printed without a traceback."""
+
+    exit_code = 1
+
+
+class ConfigError(FastprefError):
+    """An option is unknown, out of range or at odds with another."""
+
+    exit_code = 2
+
+
+class DataError(FastprefError):
+    """A data file is missing or a row breaks a rule; the message says file:row:field."""
+
+    exit_code = 3
+
+
+class CheckpointError(FastprefError):
+    """A model or checkpoint is missing, incomplete or does not fit."""
+
+    exit_code = 4
+
+
+class NonFiniteError(FastprefError):
+    """A loss or gradient is NaN or infinite; the weights were not touched by it."""
+
+    exit_code = 5
+
+
+class MemoryExhaustedError(FastprefError):
+    """The device or the host ran out of memory."""
+
+    exit_code = 6
+
+
+class DistributedError(FastprefError):
+    """Another rank died or did not answer in time."""
+
+    exit_code = 7
+
+
+class Preempted(FastprefError):
+    """SIGTERM arrived; the model was saved."""
+
+    exit_code = 75
+
+
+class Interrupted(FastprefError):
+    """SIGINT (Ctrl-C) arrived; the model was saved."""
+
+    exit_code = 130
