@@ -1,0 +1,70 @@
+"""Checks of single values, shared by the config dataclasses: the rule and what came."""
+
+import difflib
+import math
+import operator
+from collections.abc import Collection, Iterable
+
+_COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+
+
+def check_number(
+    key: str,
+    value: float | None,
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+) -> None:
+    """Refuse a number that is NaN, infinite or outside its bounds; None (not set) passes.
+
+    Args:
+        key: Name of the option, for the message.
+        value: What came.
+        gt, ge, lt, le: Bounds: value > gt, >= ge, < lt, <= le.
+
+    Raises:
+        ValueError: "loss.beta must be > 0, got -1.0".
+    """
+    if value is None:
+        return
+    bounds = {">": gt, ">=": ge, "<": lt, "<=": le}
+    rules = {sign: bound for sign, bound in bounds.items() if bound is not None}
+    if math.isfinite(value) and all(_COMPARE[sign](value, rules[sign]) for sign in rules):
+        return
+    rule = " and ".join(f"{sign} {bound:g}" for sign, bound in rules.items()) or "finite"
+    raise ValueError(f"{key} must be {rule}, got {value}")
+
+
+def check_choice(key: str, value: str, choices: Collection[str]) -> None:
+    """Refuse a word outside `choices`; the message lists them and the nearest one.
+
+    Raises:
+        ValueError: "task must be one of train, audit, got 'trian'; nearest: train".
+    """
+    if value not in choices:
+        raise ValueError(
+            f"{key} must be one of {', '.join(choices)}, got {value!r}{hint(value, choices)}"
+        )
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate that `name` abbreviates or is most like, letter case aside; None if none is."""
+    by_lower = {candidate.lower(): candidate for candidate in candidates}
+    longer = [lower for lower in by_lower if len(name) > 2 and lower.startswith(name.lower())]
+    close = longer or difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
+
+
+def hint(name: str, candidates: Iterable[str]) -> str:
+    """ "; nearest: X" to end a message with, or "" where nothing is close."""
+    close = nearest(name, candidates)
+    return f"; nearest: {close}" if close else ""
+
+
+def nearest_multiples(value: int, unit: int, count: int = 3) -> list[int]:
+    """The `count` positive multiples of `unit` closest to `value`, ascending."""
+    centre = max(1, value // unit)
+    multiples = [unit * k for k in range(max(1, centre - count), centre + count + 1)]
+    return sorted(sorted(multiples, key=lambda multiple: abs(multiple - value))[:count])

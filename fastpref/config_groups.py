@@ -1,0 +1,232 @@
+"""Schemas of the option groups `model data optim head wandb tensorboard weights`."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from fastpref.checks import check_choice, check_number
+
+DTYPES = ("float32", "bfloat16", "float16")
+# attention option -> the package that transformers imports for it
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+ATTENTIONS = ("auto", "eager", "sdpa", *FLASH_PACKAGES)
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Which model to train, in which precision."""
+
+    name_or_path: str
+    """Hugging Face folder or hub id of the model; `tiny` is the embedded one."""
+    tokenizer_name_or_path: str | None = None
+    """Folder or hub id of the tokenizer; null: the model's own."""
+    archive: str | None = None
+    """Weights to start policy and reference from: a Hugging Face folder, a run folder or a
+    seed-format policy.pt; null: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; null: the main branch."""
+    block_name: str | None = None
+    """Class of the transformer block that FSDP shards by; null: found from the model."""
+    block: str | None = None
+    """Another name of block_name."""
+    policy_dtype: str = "float32"
+    """Master dtype of weights and optimizer state: float32, bfloat16 or float16."""
+    fsdp_policy_mp: str | None = "bfloat16"
+    """Compute dtype, with or without FSDP; null: compute in policy_dtype."""
+    reference_dtype: str | None = None
+    """How the reference is stored; it always computes as the policy does. null: compute dtype."""
+    attention: str = "auto"
+    """auto, eager, sdpa, flash_attention_2 or flash_attention_3."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """Name of the dtype in which policy and reference compute."""
+        return self.fsdp_policy_mp or self.policy_dtype
+
+    def __post_init__(self) -> None:
+        if not self.name_or_path:
+            raise ValueError("model.name_or_path must name a folder or hub id, got ''")
+        if self.block is not None:
+            if self.block_name not in (None, self.block):
+                raise ValueError(
+                    "model.block is another name of model.block_name: give one of them, "
+                    f"got {self.block!r} and {self.block_name!r}"
+                )
+            self.block_name, self.block = self.block, None
+        for name in ("policy_dtype", "fsdp_policy_mp", "reference_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None:
+                check_choice(f"model.{name}", dtype, DTYPES)
+        check_choice("model.attention", self.attention, ATTENTIONS)
+        self._check_flash_attention()
+
+    def _check_flash_attention(self) -> None:
+        package = FLASH_PACKAGES.get(self.attention)
+        if package is None:
+            return
+        if self.compute_dtype == "float32":
+            raise ValueError(
+                f"model.attention={self.attention} computes in bfloat16 or float16 only, "
+                "got float32; set model.fsdp_policy_mp=bfloat16 or model.attention=sdpa"
+            )
+        if find_spec(package) is None:
+            raise ValueError(
+                f"model.attention={self.attention} needs the package {package}, "
+                "which is not installed; set model.attention=sdpa"
+            )
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """How rows are read, checked, tokenized and ordered."""
+
+    on_error: str = "raise"
+    """A malformed row: raise stops with file:row:field, skip drops and counts it."""
+    strict: bool = False
+    """Make an error of what is otherwise dropped and counted, such as an empty response."""
+    max_dropped: float = 0.5
+    """Largest share of pairs that may be dropped before that is an error, in [0, 1]."""
+    drop_last: bool = True
+    """Drop the pairs that do not fill the last batch of an epoch."""
+    truncation: str = "seed"
+    """seed: responses get max_length - max_prompt_length tokens. fill: they get what the prompt
+    left. drop: pairs longer than max_length are dropped."""
+    truncation_mode: str = "auto"
+    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end for hh only)."""
+    order: str = "fastpref"
+    """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
+    eos_weight: float | None = None
+    """Token weight of the end-of-sequence token; null: the last kept token weighs 0."""
+    allow_roles: bool = False
+    """Accept message roles beyond system, user, assistant and tool."""
+    chat_template: str | None = None
+    """Jinja file that replaces the tokenizer's chat template; null: its own."""
+    cache_dir: str | None = None
+    """Where read and tokenized rows are cached; null: the cache of `datasets`."""
+
+    def __post_init__(self) -> None:
+        check_choice("data.on_error", self.on_error, ("raise", "skip"))
+        check_number("data.max_dropped", self.max_dropped, ge=0, le=1)
+        check_choice("data.truncation", self.truncation, ("seed", "fill", "drop"))
+        modes = ("auto", "keep_start", "keep_end")
+        check_choice("data.truncation_mode", self.truncation_mode, modes)
+        check_choice("data.order", self.order, ("fastpref", "dpo", "tdpo", "tisdpo"))
+        check_number("data.eos_weight", self.eos_weight)
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """Learning-rate schedule, and arguments of the optimizer class; null is torch's default."""
+
+    schedule: str = "constant"
+    """After warm-up: constant, or cosine or linear down to min_lr_ratio * lr at the last step."""
+    min_lr_ratio: float = 0.0
+    """Final learning rate of cosine and linear as a share of lr, in [0, 1]."""
+    weight_decay: float | None = None
+    """Weight decay, >= 0."""
+    betas: list[float] | None = None
+    """Two decay rates of the Adam family, each in [0, 1)."""
+    eps: float | None = None
+    """Added to the denominator, >= 0."""
+    momentum: float | None = None
+    """Momentum of SGD and RMSprop, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        check_choice("optim.schedule", self.schedule, ("constant", "cosine", "linear"))
+        check_number("optim.min_lr_ratio", self.min_lr_ratio, ge=0, le=1)
+        check_number("optim.weight_decay", self.weight_decay, ge=0)
+        check_number("optim.eps", self.eps, ge=0)
+        check_number("optim.momentum", self.momentum, ge=0, lt=1)
+        if self.betas is not None:
+            if len(self.betas) != 2:
+                raise ValueError(f"optim.betas must be two numbers, got {list(self.betas)}")
+            for beta in self.betas:
+                check_number("optim.betas", beta, ge=0, lt=1)
+
+
+@dataclass(kw_only=True)
+class HeadConfig:
+    """The fused LM head."""
+
+    workspace_mib: int = 1024
+    """Largest temporary memory of the head's loss computation, MiB, >= 1."""
+
+    def __post_init__(self) -> None:
+        check_number("head.workspace_mib", self.workspace_mib, ge=1)
+
+
+def _same_folder(first: str | None, second: str | None) -> bool:
+    return bool(first and second) and Path(str(first)).resolve() == Path(str(second)).resolve()
+
+
+def _check_installed(key: str, enabled: bool, package: str) -> None:
+    if enabled and find_spec(package) is None:
+        raise ValueError(f"{key}=true needs the package {package}, which is not installed")
+
+
+@dataclass(kw_only=True)
+class WandbConfig:
+    """Weights & Biases, beside metrics.jsonl."""
+
+    enabled: bool = False
+    """Send the metrics to Weights & Biases."""
+    entity: str | None = None
+    """User or team; null: the account's default."""
+    project: str = "fastpref"
+    """Project that the run belongs to."""
+
+    def __post_init__(self) -> None:
+        _check_installed("wandb.enabled", self.enabled, "wandb")
+
+
+@dataclass(kw_only=True)
+class TensorboardConfig:
+    """TensorBoard, beside metrics.jsonl."""
+
+    enabled: bool = False
+    """Write event files into the run folder."""
+
+    def __post_init__(self) -> None:
+        _check_installed("tensorboard.enabled", self.enabled, "tensorboard")
+
+
+@dataclass(kw_only=True)
+class WeightsConfig:
+    """task=estimate_weights: token weights for TIS-DPO from two models."""
+
+    positive: str | None = None
+    """Folder or hub id of the model that prefers the chosen responses. Required by the task."""
+    negative: str | None = None
+    """Folder or hub id of the model that prefers the rejected ones. Required by the task."""
+    output_dir: str | None = None
+    """Weighted rows go to <output_dir>/<name>/<split>.jsonl. Required by the task."""
+    suffix: str = ""
+    """Appended to the dataset's name in output_dir."""
+    batch_size: int = 4
+    """Rows scored at once, >= 1."""
+    positive_template: str = "normal"
+    """normal, harmless or harmful: a role sentence before the prompt for the positive model."""
+    negative_template: str = "normal"
+    """normal, harmless or harmful: a role sentence before the prompt for the negative model."""
+
+    def __post_init__(self) -> None:
+        check_number("weights.batch_size", self.batch_size, ge=1)
+        for name in ("positive_template", "negative_template"):
+            templates = ("normal", "harmless", "harmful")
+            check_choice(f"weights.{name}", getattr(self, name), templates)
+
+    def check_task(self, base_data_dir: str | None) -> None:
+        """What task=estimate_weights needs and other tasks do not."""
+        for name in ("positive", "negative", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"weights.{name} is required by task=estimate_weights")
+        if (self.positive, self.positive_template) == (self.negative, self.negative_template):
+            raise ValueError(
+                "weights.positive and weights.negative must differ in model or template, got "
+                f"{self.positive!r} twice: every weight would be 0"
+            )
+        if not self.suffix and _same_folder(self.output_dir, base_data_dir):
+            raise ValueError(
+                f"weights.output_dir must not be base_data_dir ({base_data_dir}) without "
+                "weights.suffix: the rows read would be overwritten"
+            )

@@ -1,0 +1,253 @@
+"""Schemas of the two groups that say what is learnt: `loss` and the token weights' `transform`."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastpref.checks import check_choice, check_number
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    """What every loss has; each loss is a subclass, so another loss's option is an error."""
+
+    name: str
+    """Which loss this is: follows from loss=NAME, not an option of its own."""
+
+    def __post_init__(self) -> None:
+        if LOSSES.get(self.name) is not type(self):
+            raise ValueError(
+                f"loss.name={self.name} does not fit {type(self).__name__}; choose the loss by "
+                "loss=NAME"
+            )
+
+
+@dataclass(kw_only=True)
+class SFTConfig(LossConfig):
+    """Supervised fine-tuning: -log p(response | prompt), summed over tokens."""
+
+    name: str = "sft"
+
+
+@dataclass(kw_only=True)
+class DPOConfig(LossConfig):
+    """Direct preference optimization (arXiv:2305.18290); label_smoothing > 0 is cDPO."""
+
+    name: str = "dpo"
+    beta: float = 0.1
+    """Inverse temperature of the implicit reward, > 0."""
+    label_smoothing: float = 0.0
+    """Probability that a pair is mislabelled, in [0, 0.5)."""
+    reference_free: bool = False
+    """Leave the reference out of the loss (the logged rewards still use it)."""
+    token_level: bool = False
+    """Weigh each token's log-probability by the row's token weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("loss.beta", self.beta, gt=0)
+        check_number("loss.label_smoothing", self.label_smoothing, ge=0, lt=0.5)
+
+
+@dataclass(kw_only=True)
+class IPOConfig(LossConfig):
+    """Identity preference optimization (arXiv:2310.12036) on summed log-probabilities."""
+
+    name: str = "ipo"
+    beta: float = 0.1
+    """Regularisation: the margin of log-ratios is pulled to 1/(2 beta) nats, > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("loss.beta", self.beta, gt=0)
+
+
+@dataclass(kw_only=True)
+class TDPOConfig(LossConfig):
+    """Token-level DPO with KL(reference || policy) terms (arXiv:2404.11999)."""
+
+    name: str = "tdpo"
+    beta: float = 0.1
+    """Inverse temperature of the implicit reward, > 0."""
+    alpha: float = 0.5
+    """Weight of the KL difference in TDPO2, >= 0; TDPO1 does not use it."""
+    if_tdpo2: bool = True
+    """true: TDPO2 (the chosen KL is detached). false: TDPO1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("loss.beta", self.beta, gt=0)
+        check_number("loss.alpha", self.alpha, ge=0)
+
+
+@dataclass(kw_only=True)
+class TISDPOConfig(LossConfig):
+    """Token-level importance-sampling DPO on estimated token weights (arXiv:2410.04350)."""
+
+    name: str = "tisdpo"
+    beta: float = 0.1
+    """Inverse temperature of the implicit reward, > 0."""
+    alpha: float = 0.5
+    """Weight of the KL(policy || reference) difference, >= 0; used with token_level=true."""
+    token_level: bool = False
+    """Add the weighted KL term. Token weights multiply the log-ratios either way."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("loss.beta", self.beta, gt=0)
+        check_number("loss.alpha", self.alpha, ge=0)
+
+
+LOSSES: dict[str, type[LossConfig]] = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "ipo": IPOConfig,
+    "tdpo": TDPOConfig,
+    "tisdpo": TISDPOConfig,
+}
+
+
+def _check_ordered(block: object, low: str, high: str) -> None:
+    """Both bounds finite and low < high: equal bounds divide by zero or silence the weights."""
+    prefix = f"transform.{METHOD_OF_BLOCK[type(block)]}"
+    for name in (low, high):
+        check_number(f"{prefix}.{name}", getattr(block, name))
+    if not getattr(block, low) < getattr(block, high):
+        raise ValueError(
+            f"{prefix}.{low} must be < {prefix}.{high}, "
+            f"got {getattr(block, low)} and {getattr(block, high)}"
+        )
+
+
+@dataclass(kw_only=True)
+class BinaryTransform:
+    """1 for the largest weights of a response, 0 for the rest."""
+
+    top_percent: float = 100.0
+    """Share of the tokens that get 1, percent, in (0, 100]."""
+
+    def __post_init__(self) -> None:
+        check_number("transform.binary.top_percent", self.top_percent, gt=0, le=100)
+
+
+@dataclass(kw_only=True)
+class ThresholdTransform:
+    """Clip to [lower_threshold, upper_threshold]."""
+
+    upper_threshold: float = 1.0
+    """Largest weight, nats."""
+    lower_threshold: float = -1.0
+    """Smallest weight, nats, < upper_threshold."""
+
+    def __post_init__(self) -> None:
+        _check_ordered(self, "lower_threshold", "upper_threshold")
+
+
+@dataclass(kw_only=True)
+class ThresholdAndScaleTransform:
+    """Clip to [min_val, max_val], then map that range linearly to [min_scale, max_scale]."""
+
+    min_val: float = -1.5
+    """Smallest weight before scaling, nats."""
+    max_val: float = 1.5
+    """Largest weight before scaling, nats, > min_val."""
+    min_scale: float = 0.7
+    """Weight that min_val becomes."""
+    max_scale: float = 1.3
+    """Weight that max_val becomes, > min_scale."""
+
+    def __post_init__(self) -> None:
+        _check_ordered(self, "min_val", "max_val")
+        _check_ordered(self, "min_scale", "max_scale")
+
+
+@dataclass(kw_only=True)
+class RandomTransform:
+    """Uniform in [min_val, max_val] whatever the weight: the ablation."""
+
+    min_val: float = 0.7
+    """Smallest weight drawn."""
+    max_val: float = 1.3
+    """Largest weight drawn, > min_val."""
+
+    def __post_init__(self) -> None:
+        _check_ordered(self, "min_val", "max_val")
+
+
+@dataclass(kw_only=True)
+class RankBasedTransform:
+    """The rank of a token in its response, spread over [min_scale, max_scale]."""
+
+    min_scale: float = 0.7
+    """Weight of the lowest rank."""
+    max_scale: float = 1.3
+    """Weight of the highest rank, > min_scale."""
+
+    def __post_init__(self) -> None:
+        _check_ordered(self, "min_scale", "max_scale")
+
+
+@dataclass(kw_only=True)
+class PaperTransform:
+    """k exp(clamp(w, L, U)) of the sign-corrected log-ratio w (arXiv:2410.04350)."""
+
+    k: float = 1.0
+    """Factor of every weight, > 0."""
+    L: float = -0.5
+    """Smallest log-ratio, nats."""
+    U: float = 1.5
+    """Largest log-ratio, nats, > L."""
+
+    def __post_init__(self) -> None:
+        check_number("transform.paper.k", self.k, gt=0)
+        _check_ordered(self, "L", "U")
+
+
+METHOD_OF_BLOCK: dict[type, str] = {
+    BinaryTransform: "binary",
+    ThresholdTransform: "threshold",
+    ThresholdAndScaleTransform: "threshold_and_scale",
+    RandomTransform: "random",
+    RankBasedTransform: "rank_based",
+    PaperTransform: "paper",
+}
+METHODS = ("origin", *METHOD_OF_BLOCK.values())
+
+
+@dataclass(kw_only=True)
+class TransformConfig:
+    """How a file's token weights become the weights of the loss, per response."""
+
+    method: str = "binary"
+    """origin, binary, threshold, threshold_and_scale, random, rank_based or paper; only the block
+    of that name is used. binary at 100 percent makes every weight 1."""
+    binary: BinaryTransform = field(default_factory=BinaryTransform)
+    """Options of method binary."""
+    threshold: ThresholdTransform = field(default_factory=ThresholdTransform)
+    """Options of method threshold."""
+    threshold_and_scale: ThresholdAndScaleTransform = field(
+        default_factory=ThresholdAndScaleTransform
+    )
+    """Options of method threshold_and_scale."""
+    random: RandomTransform = field(default_factory=RandomTransform)
+    """Options of method random."""
+    rank_based: RankBasedTransform = field(default_factory=RankBasedTransform)
+    """Options of method rank_based."""
+    paper: PaperTransform = field(default_factory=PaperTransform)
+    """Options of method paper."""
+
+    def __post_init__(self) -> None:
+        check_choice("transform.method", self.method, METHODS)
+
+    def params(self) -> dict[str, Any]:
+        """The chosen method's parameters by name; {} for `origin`."""
+        return {} if self.method == "origin" else asdict(getattr(self, self.method))
+
+    def label(self) -> str:
+        """Method and parameters as the TIS-DPO repository writes them into a run's name."""
+        if self.method == "binary":
+            return f"binary{self.binary.top_percent:g}"
+        # clipping bounds are left out of a name where the scale follows
+        params = self.params()
+        if self.method == "threshold_and_scale":
+            params = {name: params[name] for name in ("min_scale", "max_scale")}
+        return self.method + "_".join(str(value) for value in params.values())

@@ -1,0 +1,165 @@
+"""What became of the rows of a split: kept, dropped and why, cut, suspicious."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import IntFlag, auto
+from typing import TypeVar
+
+import numpy as np
+
+from fastpref.errors import DataError
+
+
+class Remark(IntFlag):
+    """What is worth counting about a row that is kept."""
+
+    IDENTICAL = auto()
+    DUPLICATE = auto()
+    CONTRADICTION = auto()
+    PROMPT_CUT = auto()
+    CHOSEN_CUT = auto()
+    REJECTED_CUT = auto()
+    EOS_INSIDE = auto()
+    EOS_AT_END = auto()
+    TEMPLATE_SPLIT = auto()
+    TWO_BOS = auto()
+    NO_WEIGHTS = auto()
+
+
+REMARK_TEXTS = {
+    Remark.IDENTICAL: "chosen equals rejected (no gradient)",
+    Remark.DUPLICATE: "pair seen before",
+    Remark.CONTRADICTION: "pair seen before with chosen and rejected swapped",
+    Remark.PROMPT_CUT: "prompt cut to max_prompt_length",
+    Remark.CHOSEN_CUT: "chosen cut, its EOS lost",
+    Remark.REJECTED_CUT: "rejected cut, its EOS lost",
+    Remark.EOS_INSIDE: "EOS inside a text",
+    Remark.EOS_AT_END: "EOS at the end of a text (not doubled)",
+    Remark.TEMPLATE_SPLIT: "prompt as rendered is no prefix of prompt + response (cut where they part)",
+    Remark.TWO_BOS: "more than one BOS in the prompt",
+    Remark.NO_WEIGHTS: "no token weights in the file (ones instead)",
+}
+SUSPICIOUS = (
+    Remark.IDENTICAL
+    | Remark.CONTRADICTION
+    | Remark.EOS_INSIDE
+    | Remark.TEMPLATE_SPLIT
+    | Remark.TWO_BOS
+    | Remark.NO_WEIGHTS
+)
+MAX_IDENTICAL = 0.5
+
+Key = TypeVar("Key")
+
+
+@dataclass(kw_only=True)
+class AuditCounts:
+    """The account of one split. Counts are rows unless the name says tokens."""
+
+    split: str
+    sources: list[str]
+    """Files or hub names, in the order of `datasets`."""
+    rows: int
+    """Rows read."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows left out."""
+    first_dropped: dict[str, str] = field(default_factory=dict)
+    """Reason -> where the first such row lies, or its message."""
+    kept: int = 0
+    """Pairs left to train on, or prompts in SFT."""
+    prompts: int = 0
+    """Different prompts among them."""
+    remarks: dict[Remark, int] = field(default_factory=dict)
+    """Remark -> kept rows it holds for."""
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    """Sums over kept rows; both responses count."""
+    longest_tokens: int = 0
+    """The longest prompt + response."""
+
+    def __add__(self, other: "AuditCounts") -> "AuditCounts":
+        """The account of both together."""
+        return AuditCounts(
+            split=self.split,
+            sources=self.sources + other.sources,
+            rows=self.rows + other.rows,
+            dropped=_summed(self.dropped, other.dropped),
+            first_dropped=other.first_dropped | self.first_dropped,
+            kept=self.kept + other.kept,
+            prompts=self.prompts + other.prompts,
+            remarks=_summed(self.remarks, other.remarks),
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            response_tokens=self.response_tokens + other.response_tokens,
+            longest_tokens=max(self.longest_tokens, other.longest_tokens),
+        )
+
+
+def count_remarks(remarks: np.ndarray) -> dict[Remark, int]:
+    """How many rows each remark holds for. `remarks`: a bit set per row, (rows,) integer."""
+    counts = {remark: int(np.count_nonzero(remarks & remark)) for remark in Remark}
+    return {remark: count for remark, count in counts.items() if count}
+
+
+def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
+    """Refuse a split that has no rows, loses too many, or has nothing to tell apart.
+
+    Args:
+        counts: Of the whole split.
+        max_dropped: Largest share of rows that may be dropped, in [0, 1].
+
+    Raises:
+        DataError: saying which rule, how many rows and why.
+    """
+    name = f"split {counts.split!r} of {', '.join(counts.sources)}"
+    if counts.rows == 0:
+        raise DataError(f"0 rows in {name}")
+    num_dropped = sum(counts.dropped.values())
+    if counts.kept == 0 or num_dropped > max_dropped * counts.rows:
+        rule = "no row is left" if counts.kept == 0 else f"data.max_dropped={max_dropped:g}"
+        raise DataError(f"{name}: {rule}: {_dropped_text(counts)}")
+    num_identical = counts.remarks.get(Remark.IDENTICAL, 0)
+    if num_identical > MAX_IDENTICAL * counts.kept:
+        raise DataError(
+            f"{name}: chosen equals rejected in {_share(num_identical, counts.kept)} pairs, "
+            f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer"
+        )
+
+
+def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
+    """The account in words, one fact a line.
+
+    Returns:
+        Lines to inform with, and lines to warn with (dropped or suspicious rows).
+    """
+    per_row = f"{counts.prompt_tokens / max(1, counts.kept):.0f} prompt and "
+    per_row += f"{counts.response_tokens / max(1, counts.kept):.0f} response tokens a row"
+    facts = [
+        f"{counts.split}: {counts.rows:,} rows of {', '.join(counts.sources)}; kept "
+        f"{counts.kept:,} with {counts.prompts:,} prompts; {per_row}, longest sequence "
+        f"{counts.longest_tokens:,}"
+    ]
+    warnings = []
+    if counts.dropped:
+        warnings.append(f"{counts.split}: {_dropped_text(counts)}")
+    for remark, count in counts.remarks.items():
+        lines = warnings if remark in SUSPICIOUS else facts
+        share = _share(count, counts.kept)
+        lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {share} rows")
+    return facts, warnings
+
+
+def _dropped_text(counts: AuditCounts) -> str:
+    reasons = ", ".join(
+        f"{reason} {count:,} (first: {counts.first_dropped[reason]})"
+        for reason, count in counts.dropped.items()
+    )
+    share = _share(sum(counts.dropped.values()), counts.rows)
+    return f"dropped {share} rows" + (f": {reasons}" if reasons else "")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.2g} %)"
+
+
+def _summed(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}

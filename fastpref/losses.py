@@ -1,0 +1,165 @@
+"""The losses: pure functions of per-sequence numbers, one value per pair, nothing reduced.
+
+Every log probability, log-ratio and KL is a sum over response tokens, in nats, float32, shape (P,)
+for P preference pairs. A log-ratio is log π(response | prompt) - log π_ref(response | prompt).
+Rewards come back detached.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+PairLoss = tuple[Tensor, Tensor, Tensor]
+
+
+def sft_loss(logps: Tensor) -> Tensor:
+    """Supervised fine-tuning: the negative log-likelihood of each response.
+
+    Args:
+        logps: log p(response | prompt) summed over response tokens, in nats. Shape (S,).
+
+    Returns:
+        losses, shape (S,). Long responses weigh more: the sum is not divided by the length.
+    """
+    return -logps
+
+
+def dpo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    reference_free: bool = False,
+) -> PairLoss:
+    """Direct preference optimization (Rafailov et al. 2023, eq. 7; smoothing: cDPO, eq. 3).
+
+        loss = -(1 - ε) log σ(β h) - ε log σ(-β h)
+        h = (log π_w - log π_l) - (log ref_w - log ref_l)
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+            reference_rejected_logps: log p(response | prompt). The reference carries no gradient.
+        beta: Inverse temperature of the implicit reward, > 0.
+        label_smoothing: ε, the probability that a pair is mislabelled, in [0, 0.5).
+        reference_free: Leave the reference out of h; the rewards keep it.
+
+    Returns:
+        losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (log π - log ref).
+    """
+    chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
+    if reference_free:
+        margins = policy_chosen_logps - policy_rejected_logps
+    else:
+        margins = chosen_log_ratios - rejected_log_ratios
+    losses = -(1 - label_smoothing) * logsigmoid(beta * margins)
+    losses = losses - label_smoothing * logsigmoid(-beta * margins)
+    return losses, beta * chosen_log_ratios.detach(), beta * rejected_log_ratios.detach()
+
+
+def ipo_loss(
+    policy_chosen_logps: Tensor,
+    policy_rejected_logps: Tensor,
+    reference_chosen_logps: Tensor,
+    reference_rejected_logps: Tensor,
+    *,
+    beta: float,
+) -> PairLoss:
+    """Identity preference optimization (Azar et al. 2023, eq. 17) on summed log probabilities.
+
+        loss = (h - 1 / (2 β))²,   h as in `dpo_loss`
+
+    Args:
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+            reference_rejected_logps: as in `dpo_loss`.
+        beta: Regularisation τ of the paper, > 0.
+
+    Returns:
+        losses, chosen_rewards, rejected_rewards: each (P,).
+    """
+    chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
+    losses = (chosen_log_ratios - rejected_log_ratios - 1 / (2 * beta)).square()
+    return losses, beta * chosen_log_ratios.detach(), beta * rejected_log_ratios.detach()
+
+
+def tdpo_loss(
+    chosen_log_ratios: Tensor,
+    rejected_log_ratios: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    *,
+    beta: float,
+    alpha: float = 0.5,
+    if_tdpo2: bool = True,
+) -> PairLoss:
+    """Token-level direct preference optimization (Zeng et al. 2024, arXiv:2404.11999).
+
+        TDPO1: loss = -log σ(β [(M_w - M_l) - (K_l - K_w)])
+        TDPO2: loss = -log σ(β [(M_w - M_l) - α (K_l - stop_gradient(K_w))])
+
+    Args:
+        chosen_log_ratios, rejected_log_ratios: M_w, M_l.
+        chosen_kl, rejected_kl: K_w, K_l, the sequential KL(reference ‖ policy): the sum over
+            response positions of the KL between the two next-token distributions. >= 0.
+        beta: Inverse temperature of the implicit reward, > 0.
+        alpha: Weight of the KL difference, >= 0; TDPO2 only.
+        if_tdpo2: TDPO2 (the paper's recommendation) or TDPO1.
+
+    Returns:
+        losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (M + K) in both
+        variants, as the TDPO repository logs them; their difference is the TDPO1 margin.
+    """
+    margins = chosen_log_ratios - rejected_log_ratios
+    if if_tdpo2:
+        # only the rejected KL is pushed: the chosen side may drift as far as it pays
+        margins = margins - alpha * (rejected_kl - chosen_kl.detach())
+    else:
+        margins = margins - (rejected_kl - chosen_kl)
+    chosen_rewards = beta * (chosen_log_ratios + chosen_kl).detach()
+    rejected_rewards = beta * (rejected_log_ratios + rejected_kl).detach()
+    return -logsigmoid(beta * margins), chosen_rewards, rejected_rewards
+
+
+def tisdpo_loss(
+    chosen_log_ratios: Tensor,
+    rejected_log_ratios: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    *,
+    beta: float,
+    alpha: float = 0.5,
+    token_level: bool = False,
+) -> PairLoss:
+    """Token-importance-sampling DPO (Liu et al. 2025, arXiv:2410.04350), as its code has it.
+
+        loss = -log σ(β [(M_w - M_l) - α (K_w - K_l)])   with token_level, else without the K term
+
+    Args:
+        chosen_log_ratios, rejected_log_ratios: M_w, M_l: sums of token weight x log-ratio.
+        chosen_kl, rejected_kl: K_w, K_l: sums of token weight x KL(policy ‖ reference), the other
+            direction than TDPO's. Read only with token_level.
+        beta: Inverse temperature of the implicit reward, > 0.
+        alpha: Weight of the KL difference, >= 0.
+        token_level: Include the KL term; gradients then flow through both sides of it.
+
+    Returns:
+        losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β M, or β (M - K)
+        with token_level (the code applies no α there).
+    """
+    margins = chosen_log_ratios - rejected_log_ratios
+    chosen_rewards, rejected_rewards = chosen_log_ratios, rejected_log_ratios
+    if token_level:
+        margins = margins - alpha * (chosen_kl - rejected_kl)
+        chosen_rewards = chosen_rewards - chosen_kl
+        rejected_rewards = rejected_rewards - rejected_kl
+    losses = -logsigmoid(beta * margins)
+    return losses, beta * chosen_rewards.detach(), beta * rejected_rewards.detach()
+
+
+def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """1 where the chosen reward is strictly the higher one, else 0: a tie is not a success."""
+    return (chosen_rewards > rejected_rewards).to(torch.float32)

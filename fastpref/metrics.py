@@ -1,0 +1,156 @@
+"""Numbers of a run: collected on the device, written as JSON lines, shown to people."""
+
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("fastpref")
+
+Record = dict[str, Any]
+"""One line of metrics.jsonl: step, examples, split, then the metrics."""
+
+
+class Tracker(Protocol):
+    """Something that follows a run beside metrics.jsonl."""
+
+    def log(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def name_for_split(metric: str, split: str) -> str:
+    """The seed repositories' key: ("rewards/margins", "eval") -> "rewards_eval/margins"."""
+    group, _, rest = metric.partition("/")
+    return f"{group}_{split}/{rest}" if rest else f"{group}/{split}"
+
+
+@dataclass(slots=True, kw_only=True)
+class PendingStep:
+    """One optimizer step whose numbers are still on the device."""
+
+    step: int
+    examples: int
+    """Examples seen since the start, this step's included."""
+    num_examples: int
+    """Examples of this step, over all ranks."""
+    num_tokens: int
+    """Real policy tokens of this step, over all ranks: prompt + response of every sequence."""
+    lr: float
+    names: list[str]
+    values: Tensor
+    """(K,) float32, in the order of `names`: already summed over ranks and divided."""
+
+
+@dataclass(slots=True, kw_only=True)
+class MetricsLog:
+    """Writes one JSON line per optimizer step and per evaluation, and feeds the trackers.
+
+    Steps wait on the device and come over together, at most once in `min_interval_seconds`: a
+    transfer makes the host wait for the device, so it never happens inside a step.
+    """
+
+    path: Path
+    min_interval_seconds: float
+    device: torch.device
+    is_main: bool = True
+    trackers: list[Tracker] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+    _pending: list[PendingStep] = field(default_factory=list)
+    _last_flush: float = field(default_factory=time.perf_counter)
+
+    def add_step(self, step: PendingStep) -> bool:
+        """Remember a step; True if it is time to bring the waiting ones over."""
+        self._pending.append(step)
+        return time.perf_counter() - self._last_flush >= self.min_interval_seconds
+
+    def flush(self) -> Record | None:
+        """Bring the waiting steps to the host and write them; returns the last one's record.
+
+        Ranks other than 0 forget them: the numbers are the same everywhere.
+        """
+        if not self._pending or not self.is_main:
+            self._pending.clear()
+            return None
+        values = torch.stack([step.values for step in self._pending]).cpu()
+        seconds = max(time.perf_counter() - self._last_flush, 1e-9)
+        num_examples = sum(step.num_examples for step in self._pending)
+        num_tokens = sum(step.num_tokens for step in self._pending)
+        for step, row in zip(self._pending, values.tolist(), strict=True):
+            record = {"step": step.step, "examples": step.examples, "split": "train"}
+            record |= dict(zip(step.names, row, strict=True))
+            record |= {
+                "lr": step.lr,
+                "examples_per_second": num_examples / seconds,
+                "tokens_per_second": num_tokens / seconds,
+                "peak_memory_gib": peak_memory_gib(self.device),
+                "counters/examples": step.examples,
+                "counters/updates": step.step,
+            }
+            self.write(record)
+        self._pending.clear()
+        self.restart_clock()
+        return self.records[-1]
+
+    def restart_clock(self) -> None:
+        """Leave what happened until now (an evaluation, say) out of the step rates."""
+        self._last_flush = time.perf_counter()
+
+    def write(self, record: Record) -> None:
+        """Append one record; a number that is not finite is written as null, as JSON has none."""
+        self.records.append(record)
+        line = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+        for tracker in self.trackers:
+            tracker.log(record)
+
+    def close(self) -> None:
+        self.flush()
+        for tracker in self.trackers:
+            tracker.close()
+
+
+def sum_over_examples(metrics: Iterable[Mapping[str, Tensor]]) -> tuple[list[str], Tensor]:
+    """Sums over the examples of several micro-batches.
+
+    Args:
+        metrics: Per micro-batch: name -> (P,) values.
+
+    Returns:
+        Names, and their sums (K,) float32 on the device; divide by the global count.
+    """
+    totals: dict[str, Tensor] = {}
+    for micro_batch in metrics:
+        for name, values in micro_batch.items():
+            total = values.float().sum()
+            totals[name] = totals[name] + total if name in totals else total
+    return list(totals), torch.stack(list(totals.values()))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The allocator's peak on a GPU, the process's peak resident memory on a CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def format_metrics(record: Record) -> str:
+    """One console line in the seed repositories' form: floats to five digits."""
+    shown = {
+        key: f"{value:.5g}" if isinstance(value, float) else value
+        for key, value in record.items()
+        if key not in ("step", "examples", "split")
+    }
+    return "{" + ", ".join(f"{key}: {value}" for key, value in shown.items()) + "}"

@@ -1,0 +1,220 @@
+"""What each loss asks of the models and how its token scores become one loss a pair.
+
+An `Objective` is chosen before the training loop starts; the loop never learns which one it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from fastpref_kernels import TokenScores, sequence_log_ratios
+from torch import Tensor
+
+from fastpref.batch import TokenBatch
+from fastpref.config import (
+    DPOConfig,
+    IPOConfig,
+    LossConfig,
+    SFTConfig,
+    TDPOConfig,
+    TISDPOConfig,
+)
+from fastpref.losses import (
+    PairLoss,
+    dpo_loss,
+    implicit_accuracies,
+    ipo_loss,
+    sft_loss,
+    tdpo_loss,
+    tisdpo_loss,
+)
+
+Metrics = dict[str, Tensor]
+"""Name as in the seed repositories without the split ("rewards/chosen") -> (P,) float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceScores:
+    """Token scores summed over each response, times the token weights if the loss has any."""
+
+    logps: Tensor
+    """(S,) log π(response | prompt), in nats."""
+    log_ratios: Tensor
+    """(S,) log π - log π_ref, summed token by token: two close numbers never round apart."""
+    kl: Tensor | None
+    """(S,) sequential KL in the objective's direction."""
+
+
+PairObjective = Callable[[SequenceScores, SequenceScores], PairLoss]
+"""Chosen scores, rejected scores -> losses, chosen rewards, rejected rewards."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """What a loss needs before it can be computed, and the loss.
+
+    `evaluate(scores, batch)` gives the losses (P,) and the metrics of one micro-batch. The step's
+    loss is their sum over all micro-batches and ranks, divided by the number of pairs of the step
+    (of sequences in SFT), so how the pairs were split changes nothing.
+    """
+
+    needs_pairs: bool
+    """False in SFT, which trains on one response a prompt."""
+    needs_weights: bool
+    """Token weights multiply log-ratios and KL."""
+    kl_direction: str | None
+    """The KL that the scores must carry, as `token_logps_and_kl` names it; None for no KL."""
+    evaluate: Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.needs_pairs
+
+
+def build_objective(config: LossConfig) -> Objective:
+    """The objective of a loss config."""
+    match config:
+        case SFTConfig():
+            return Objective(
+                needs_pairs=False, needs_weights=False, kl_direction=None, evaluate=_evaluate_sft
+            )
+        case DPOConfig():
+            return _pair_objective(_dpo(config), weighted=config.token_level)
+        case IPOConfig():
+            return _pair_objective(_ipo(config))
+        case TDPOConfig():
+            return _pair_objective(_tdpo(config), kl_direction="reference_policy")
+        case TISDPOConfig():
+            return _pair_objective(_tisdpo(config), kl_direction="policy_reference", weighted=True)
+    raise AssertionError(f"no objective for {type(config).__name__}")
+
+
+def _dpo(config: DPOConfig) -> PairObjective:
+    options = {"beta": config.beta, "label_smoothing": config.label_smoothing}
+
+    def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+        # log-ratios stand in for the policy and zero for the reference: the same differences
+        # without subtracting two sums of hundreds of nats
+        zeros_P = torch.zeros_like(chosen.log_ratios)
+        return dpo_loss(chosen.log_ratios, rejected.log_ratios, zeros_P, zeros_P, **options)
+
+    def reference_free_loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+        reference_chosen_P = chosen.logps - chosen.log_ratios
+        reference_rejected_P = rejected.logps - rejected.log_ratios
+        return dpo_loss(
+            chosen.logps,
+            rejected.logps,
+            reference_chosen_P,
+            reference_rejected_P,
+            reference_free=True,
+            **options,
+        )
+
+    return reference_free_loss if config.reference_free else loss
+
+
+def _ipo(config: IPOConfig) -> PairObjective:
+    def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+        zeros_P = torch.zeros_like(chosen.log_ratios)
+        return ipo_loss(chosen.log_ratios, rejected.log_ratios, zeros_P, zeros_P, beta=config.beta)
+
+    return loss
+
+
+def _tdpo(config: TDPOConfig) -> PairObjective:
+    def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+        assert chosen.kl is not None and rejected.kl is not None
+        return tdpo_loss(
+            chosen.log_ratios,
+            rejected.log_ratios,
+            chosen.kl,
+            rejected.kl,
+            beta=config.beta,
+            alpha=config.alpha,
+            if_tdpo2=config.if_tdpo2,
+        )
+
+    return loss
+
+
+def _tisdpo(config: TISDPOConfig) -> PairObjective:
+    def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+        assert chosen.kl is not None and rejected.kl is not None
+        return tisdpo_loss(
+            chosen.log_ratios,
+            rejected.log_ratios,
+            chosen.kl,
+            rejected.kl,
+            beta=config.beta,
+            alpha=config.alpha,
+            token_level=config.token_level,
+        )
+
+    return loss
+
+
+def _pair_objective(
+    loss: PairObjective, *, kl_direction: str | None = None, weighted: bool = False
+) -> Objective:
+    def evaluate(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        chosen, rejected = _sum_sequences(scores, batch, weighted=weighted)
+        losses, chosen_rewards, rejected_rewards = loss(chosen, rejected)
+        metrics = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": implicit_accuracies(chosen_rewards, rejected_rewards),
+            "rewards/margins": chosen_rewards - rejected_rewards,
+        }
+        if chosen.kl is not None and rejected.kl is not None:
+            metrics["kl/chosen"] = chosen.kl
+            metrics["kl/rejected"] = rejected.kl
+            metrics["kl/margin"] = chosen.kl - rejected.kl
+        metrics |= {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps, "loss": losses}
+        return losses, {name: value.detach() for name, value in metrics.items()}
+
+    return Objective(
+        needs_pairs=True, needs_weights=weighted, kl_direction=kl_direction, evaluate=evaluate
+    )
+
+
+def _evaluate_sft(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    logps_S = _sum(scores.logps, batch, None)
+    losses = sft_loss(logps_S)
+    return losses, {"logps/chosen": logps_S.detach(), "loss": losses.detach()}
+
+
+def _sum_sequences(
+    scores: TokenScores, batch: TokenBatch, *, weighted: bool
+) -> tuple[SequenceScores, SequenceScores]:
+    weights_N = batch.token_weights if weighted else None
+    assert scores.reference_logps is not None
+    logps_S = _sum(scores.logps, batch, weights_N)
+    log_ratios_S = sequence_log_ratios(
+        scores.logps,
+        scores.reference_logps,
+        batch.sequence_ids,
+        batch.num_sequences,
+        token_weights=weights_N,
+    )
+    P = batch.num_sequences // 2
+    kl_S = None if scores.kl is None else _sum(scores.kl, batch, weights_N)
+    chosen, rejected = (
+        SequenceScores(
+            logps=logps_S[side],
+            log_ratios=log_ratios_S[side],
+            kl=None if kl_S is None else kl_S[side],
+        )
+        for side in (slice(0, P), slice(P, 2 * P))
+    )
+    return chosen, rejected
+
+
+def _sum(values_N: Tensor, batch: TokenBatch, weights_N: Tensor | None) -> Tensor:
+    """Sum of token values over each sequence, (S,)."""
+    return sequence_log_ratios(
+        values_N,
+        torch.zeros_like(values_N),
+        batch.sequence_ids,
+        batch.num_sequences,
+        token_weights=weights_N,
+    )

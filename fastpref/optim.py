@@ -1,0 +1,94 @@
+"""Optimizer and learning-rate schedule, both torch's own."""
+
+import inspect
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastpref.errors import ConfigError
+
+
+def build_optimizer(
+    name: str, parameters: Iterable[Parameter], *, lr: float, options: dict[str, Any]
+) -> Optimizer:
+    """A `torch.optim` class by name, fused where the class can be.
+
+    Args:
+        name: Class name, such as "AdamW" or "RMSprop".
+        parameters: What is trained.
+        lr: Peak learning rate.
+        options: Further constructor arguments; None values mean torch's default.
+
+    Raises:
+        ConfigError: no such class, or it does not take an option.
+    """
+    optimizer_class = optimizer_class_of(name)
+    accepted = inspect.signature(optimizer_class.__init__).parameters
+    given = {key: value for key, value in options.items() if value is not None}
+    for key in given:
+        if key not in accepted:
+            raise ConfigError(f"optim.{key}: torch.optim.{name} takes no {key}")
+    # one kernel for all parameters instead of several a parameter
+    if "fused" in accepted:
+        given["fused"] = True
+    return optimizer_class(list(parameters), lr=lr, **given)
+
+
+def optimizer_class_of(name: str) -> type[Optimizer]:
+    """The `torch.optim` class of that name.
+
+    Raises:
+        ConfigError: there is none, or it cannot be driven by one gradient a step.
+    """
+    classes = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
+    }
+    # LBFGS evaluates the loss several times a step, SparseAdam wants sparse gradients
+    usable = sorted(classes.keys() - {"LBFGS", "SparseAdam"})
+    if name not in usable:
+        close = get_close_matches(name, usable, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ConfigError(
+            f"optimizer={name}: {hint}torch.optim has {', '.join(usable)}"
+            if name not in classes
+            else f"optimizer={name}: needs another training loop; usable are {', '.join(usable)}"
+        )
+    return classes[name]
+
+
+def build_scheduler(
+    optimizer: Optimizer,
+    *,
+    schedule: str,
+    warmup_steps: int,
+    num_steps: int,
+    min_lr_ratio: float,
+) -> LambdaLR:
+    """Linear warm-up to the peak, then the schedule.
+
+    Args:
+        schedule: "constant", "linear" or "cosine".
+        warmup_steps: Step s (from 0) of the warm-up has (s + 1) / (warmup_steps + 1) of the peak,
+            as in the seed repositories.
+        num_steps: Optimizer steps of the whole run; where linear and cosine end.
+        min_lr_ratio: What they end at, as a share of the peak, in [0, 1].
+    """
+
+    def share_of_peak(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (warmup_steps + 1))
+        if schedule == "constant":
+            return warmup
+        decay_steps = max(1, num_steps - warmup_steps)
+        progress = min(1.0, max(0.0, (step - warmup_steps) / decay_steps))
+        remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return warmup * (min_lr_ratio + (1 - min_lr_ratio) * remaining)
+
+    return LambdaLR(optimizer, share_of_peak)

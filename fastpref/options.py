@@ -1,0 +1,171 @@
+"""Every option as a record, read off the config dataclasses, and the text of --help."""
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from fastpref.config import LOSSES, Config, LossConfig
+
+CHOICE_GROUPS = ("model", "loss", "transform")
+"""Groups whose values come as files, configs/<group>/<choice>.yaml."""
+
+_KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+_LIST_KINDS = {str: "a list such as [a,b]", float: "a list such as [0.9,0.95]"}
+
+
+@dataclass(kw_only=True)
+class Option:
+    """One option of the command line."""
+
+    key: str
+    """Dotted name, `loss.beta`."""
+    type: type
+    """int, float, bool or str; of one element where is_list."""
+    is_list: bool
+    """The value is [a,b,...]."""
+    is_optional: bool
+    """null is a value."""
+    default: object
+    """The dataclass default; dataclasses.MISSING where there is none."""
+    doc: str
+    """Meaning, unit and range, on one line."""
+
+    @property
+    def kind(self) -> str:
+        """The type in words: "an integer or null"."""
+        kind = (_LIST_KINDS if self.is_list else _KINDS)[self.type]
+        return f"{kind} or null" if self.is_optional else kind
+
+
+def list_options(loss: type[LossConfig]) -> dict[str, Option]:
+    """Every option of a run with that loss, by dotted key, in the order of the dataclasses."""
+    return {option.key: option for option in _walk(Config, "", loss)}
+
+
+@cache
+def all_options() -> dict[str, Option]:
+    """Every option that some loss has, by dotted key."""
+    merged: dict[str, Option] = {}
+    for loss in LOSSES.values():
+        merged |= {k: option for k, option in list_options(loss).items() if k not in merged}
+    return merged
+
+
+def losses_with(key: str) -> list[str]:
+    """Names of the losses that have the option `key` (`loss.beta`)."""
+    return [name for name, schema in LOSSES.items() if key in list_options(schema)]
+
+
+def list_choices(config_dir: Path, group: str) -> list[str]:
+    """The choices of a group: its file names without ending."""
+    return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+
+
+def _walk(schema: type, prefix: str, loss: type[LossConfig]) -> typing.Iterator[Option]:
+    hints = typing.get_type_hints(schema)
+    docs = _field_docs(schema)
+    for field in dataclasses.fields(schema):
+        declared = loss if hints[field.name] is LossConfig else hints[field.name]
+        key = prefix + field.name
+        if dataclasses.is_dataclass(declared):
+            assert isinstance(declared, type)
+            yield from _walk(declared, key + ".", loss)
+        else:
+            yield _option(key, declared, field, docs[field.name])
+
+
+def _option(key: str, declared: typing.Any, field: dataclasses.Field, doc: str) -> Option:
+    members = [declared]
+    if type(None) in typing.get_args(declared):
+        members = [kind for kind in typing.get_args(declared) if kind is not type(None)]
+    is_list = typing.get_origin(members[0]) is list
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    return Option(
+        key=key,
+        type=typing.get_args(members[0])[0] if is_list else members[0],
+        is_list=is_list,
+        is_optional=members[0] is not declared,
+        default=default,
+        doc=doc,
+    )
+
+
+@cache
+def _field_docs(schema: type) -> dict[str, str]:
+    """Field name -> the string that follows it in the class body, on one line."""
+    docs: dict[str, str] = {}
+    for cls in reversed(schema.__mro__[:-1]):
+        (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(body, ast.ClassDef)
+        for field, string in zip(body.body, body.body[1:], strict=False):
+            match field, string:
+                case (
+                    ast.AnnAssign(target=ast.Name(id=name)),
+                    ast.Expr(value=ast.Constant(value=str(doc))),
+                ):
+                    docs[name] = " ".join(doc.split())
+    return docs
+
+
+def format_help(config_dir: Path) -> str:
+    """Usage, the choices of each group, every option with type, default and meaning."""
+    lines = [
+        "Train a causal language model on preferences.",
+        "",
+        "  python train.py                        train the embedded model on the embedded data",
+        "  python train.py KEY=VALUE ...          change options",
+        "  python train.py KEY=VALUE ... --cfg    print every option's value and stop",
+        "",
+        "Choices (a file under configs/ sets several options; options given here win):",
+    ]
+    for group in CHOICE_GROUPS:
+        lines += [f"  {group}=", *_wrap("  ".join(list_choices(config_dir, group)), 6)]
+    lines += ["", "Options, with the value they have where no choice above sets another:"]
+    for title, options in _sections():
+        lines += ["", title, ""]
+        for option in options:
+            lines.append(f"  {option.key}={format_value(option.default)}  ({option.kind})")
+            lines += _wrap(option.doc, 6)
+    return "\n".join(lines)
+
+
+def _sections() -> typing.Iterator[tuple[str, list[Option]]]:
+    """Title and options of the root, of each group, and of each loss."""
+    options = list_options(LossConfig).values()
+    yield _summary(Config), [option for option in options if "." not in option.key]
+    for name, declared in typing.get_type_hints(Config).items():
+        if declared is LossConfig:
+            for loss, schema in LOSSES.items():
+                found = [o for o in _walk(schema, "loss.", schema) if o.key != "loss.name"]
+                yield f"loss={loss}: {_summary(schema)}", found
+        elif dataclasses.is_dataclass(declared):
+            assert isinstance(declared, type)
+            yield f"{name}: {_summary(declared)}", list(_walk(declared, name + ".", LossConfig))
+
+
+def _summary(schema: type) -> str:
+    return " ".join((schema.__doc__ or "").split())
+
+
+def _wrap(text: str, indent: int) -> list[str]:
+    return textwrap.wrap(text, 96, initial_indent=" " * indent, subsequent_indent=" " * indent)
+
+
+def format_value(value: object) -> str:
+    """A value as it is typed on the command line; `...` where one must be given."""
+    if value is dataclasses.MISSING:
+        return "..."
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(format_value, value))}]"
+    return str(value)

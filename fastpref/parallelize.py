@@ -1,0 +1,114 @@
+"""FSDP2 from outside the model: activation checkpointing, then one group per block, then the root.
+
+A single process is the same code on a mesh of one rank, so master weights, compute dtype and the
+order of arithmetic do not depend on how many ranks there are.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from fastpref.errors import ConfigError
+from fastpref.model import TokenScorer
+
+
+def parallelize(
+    scorer: TokenScorer,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    block_name: str | None = None,
+    activation_checkpointing: bool = False,
+    trainable: bool = True,
+) -> TokenScorer:
+    """Shard a scorer's parameters over the mesh, in place.
+
+    Args:
+        scorer: On the CPU; its parameters are moved to the mesh's device shard by shard.
+        mesh: One dimension, every rank.
+        compute_dtype: What parameters are cast to for forward and backward; gradients are
+            reduced in float32.
+        block_name: Class of the transformer blocks, None for the ones the model itself names.
+        activation_checkpointing: Recompute each block's activations in the backward.
+        trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
+    """
+    scorer.train(trainable)
+    scorer.requires_grad_(trainable)
+    if activation_checkpointing and trainable:
+        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # with one rank there is nothing to gain from freeing a block's parameters before its backward
+    reshard_block = not trainable or mesh.size() > 1
+    for block in find_blocks(scorer.model, block_name):
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_block)
+    # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
+    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in _fsdp_modules(scorer):
+        # the losses divide by the step's global number of pairs: ranks are summed, not averaged
+        module.set_gradient_divide_factor(1.0)
+        if mesh.device_type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)
+    for method in ("states", "generate"):
+        register_fsdp_forward_method(scorer, method)
+    return scorer
+
+
+def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
+    """The transformer blocks, by class name.
+
+    Raises:
+        ConfigError: no module of the model is of that class.
+    """
+    names = {block_name} if block_name else set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        repeated = {
+            type(layer).__name__
+            for module in model.modules()
+            if isinstance(module, nn.ModuleList)
+            for layer in module
+        }
+        raise ConfigError(
+            f"model.block_name: {type(model).__name__} has no module of class "
+            f"{' or '.join(sorted(names)) or '(none named by the model)'}; "
+            f"its repeated blocks are {', '.join(sorted(repeated)) or 'unknown'}"
+        )
+    return blocks
+
+
+def send_weights(scorer: TokenScorer, weights: dict[str, Tensor]) -> None:
+    """Fill every rank's shards and buffers from rank 0.
+
+    Args:
+        scorer: Sharded; empty on every rank but 0.
+        weights: Rank 0's full state dict from before sharding, {} elsewhere.
+    """
+    if dist.get_world_size() == 1:
+        return
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(scorer, weights, options=options)
+    # rotary tables and the like are not in a state dict
+    for buffer in scorer.buffers():
+        dist.broadcast(buffer, src=0)
+
+
+def tied_weights(model: Any) -> bool:
+    """Whether embedding and LM head are one parameter."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _fsdp_modules(root: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in root.modules() if isinstance(module, FSDPModule))

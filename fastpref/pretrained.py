@@ -1,0 +1,225 @@
+"""Where models and tokenizers come from: folders, runs, seed-format archives, the hub."""
+
+import logging
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.errors import CheckpointError, ConfigError
+
+logger = logging.getLogger("fastpref")
+
+EMBEDDED = "tiny"
+"""The name of the model that ships with the package."""
+
+EXPORT_FOLDER = "LATEST"
+"""The folder of a run that holds the trained model in Hugging Face form."""
+
+
+def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
+    """The folder (or hub name) that a model option means.
+
+    Accepts the embedded model's name, a Hugging Face folder, a run folder (its `LATEST/` is
+    taken), `…/LATEST/policy.pt` of a run that wrote a folder instead, and hub names.
+
+    Args:
+        name_or_path: What the user wrote.
+        key: The option it was written under, for the message.
+
+    Raises:
+        CheckpointError: it looks like a path and nothing usable lies there.
+    """
+    if name_or_path == EMBEDDED and not Path(name_or_path).exists():
+        return str(files("fastpref") / "assets" / EMBEDDED)
+    path = Path(name_or_path).expanduser()
+    if path.name == "policy.pt" and not path.exists():
+        path = path.parent
+    # the TIS-DPO README downloads to models/NAME and trains from models/ORGANISATION/NAME
+    shorter = path.parent.parent / path.name
+    for folder in (path, path / EXPORT_FOLDER, shorter):
+        if (folder / "config.json").is_file():
+            if folder is shorter:
+                logger.warning("%s: no folder %s, taking %s", key, path, folder)
+            return str(folder)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{key}: {path} holds no model; expected config.json and weights in it or in its "
+            f"{EXPORT_FOLDER}/, found {sorted(child.name for child in path.iterdir())[:8]}"
+        )
+    if _looks_like_a_path(name_or_path):
+        raise CheckpointError(f"{key}: no folder {path}{_nearest_neighbour(path)}")
+    return name_or_path
+
+
+def _looks_like_a_path(name: str) -> bool:
+    # a hub name is NAME or ORGANISATION/NAME; a folder beside us named like the first part is ours
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).parent.is_dir()
+
+
+def _nearest_neighbour(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    close = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a built model to zero; its config keeps what it said.
+
+    Preference losses compare two models token by token: dropout would be noise in every log-ratio
+    (the seed repositories switch it off as well).
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            is_probability = isinstance(value, float) and ("dropout" in name or "pdrop" in name)
+            if is_probability or (isinstance(module, nn.Dropout) and name == "p"):
+                setattr(module, name, 0.0)
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    revision: str | None = None,
+    archive: str | None = None,
+) -> Any:
+    """A causal LM with weights, on the CPU.
+
+    Args:
+        name: What `resolve_model` returned.
+        dtype: The dtype the weights are stored in.
+        attention: "auto" leaves the choice to transformers.
+        revision: Hub revision.
+        archive: Weights to load instead of the model's own: a Hugging Face folder, a run folder
+            or a seed-format `policy.pt`.
+
+    Raises:
+        CheckpointError: it cannot be found, or its weights do not fill the model.
+    """
+    weights = _archive_weights(archive) if archive else None
+    model, info = _from_hub(
+        AutoModelForCausalLM,
+        name,
+        revision=revision,
+        dtype=dtype,
+        output_loading_info=True,
+        **({} if attention == "auto" else {"attn_implementation": attention}),
+    )
+    if weights is not None:
+        _fill(model, weights, archive)
+    elif info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise CheckpointError(f"{name}: weights missing or of the wrong shape: {_some(wrong)}")
+    switch_off_dropout(model)
+    return model
+
+
+def build_empty(
+    name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
+) -> Any:
+    """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
+    config = _from_hub(AutoConfig, name, revision=revision)
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    # pages that nobody writes cost no memory, so every rank of a node can hold such a model
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    switch_off_dropout(model)
+    return model
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it has no end-of-sequence token, so no response could ever end.
+    """
+    tokenizer = _from_hub(AutoTokenizer, name, revision=revision)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: the tokenizer of {name} has no end-of-sequence token; "
+            "set eos_token in its tokenizer_config.json or name another tokenizer"
+        )
+    return tokenizer
+
+
+def read_vocab_size(name: str, revision: str | None = None) -> int:
+    """Rows of a model's embedding, read off its config without loading weights."""
+    return _from_hub(AutoConfig, name, revision=revision).get_text_config().vocab_size
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """What fills a row: the tokenizer's padding token, else EOS. Never scored or attended to."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _from_hub(factory: Any, name: str, **options: Any) -> Any:
+    """`factory.from_pretrained` with one readable error."""
+    try:
+        return factory.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+            raise
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: {first_line}"
+        ) from error
+    except Exception as error:
+        # a truncated safetensors file raises SafetensorError, which derives from Exception alone
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise CheckpointError(f"model: the weights in {name} are damaged: {error}") from error
+
+
+def _archive_weights(archive: str) -> dict[str, Tensor]:
+    path = Path(archive).expanduser()
+    if path.is_file():
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:
+            raise CheckpointError(f"model.archive: {path} cannot be read: {error}") from error
+        if not isinstance(saved, dict) or "state" not in saved:
+            raise CheckpointError(
+                f"model.archive: {path} is no policy archive; expected a dict with 'state'"
+            )
+        logger.info("model.archive: step %s of %s", saved.get("step_idx"), path)
+        return saved["state"]
+    folder = resolve_model(archive, key="model.archive")
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"model.archive: no file or folder {path}{_nearest_neighbour(path)}")
+    model = _from_hub(AutoModelForCausalLM, folder, dtype="auto")
+    logger.info("model.archive: weights of %s", folder)
+    return model.state_dict()
+
+
+def _fill(model: nn.Module, weights: dict[str, Tensor], archive: str | None) -> None:
+    """Copy an archive's weights into the model; buffers and the second name of a tied weight may
+    be absent, nothing else."""
+    own = dict(model.named_parameters())
+    wrong_shape = [
+        name for name in own if name in weights and weights[name].shape != own[name].shape
+    ]
+    missing = [name for name in own if name not in weights]
+    if wrong_shape or missing:
+        raise CheckpointError(
+            f"model.archive: {archive} does not fit the model: "
+            f"missing {_some(missing)}, wrong shape {_some(wrong_shape)}"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def _some(names: list[str]) -> str:
+    return (
+        ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
+    )

@@ -1,0 +1,249 @@
+"""The rules a row must keep, and the one form that every kind of row is brought to."""
+
+import json
+from typing import Any, TypedDict
+
+from fastpref.checks import hint, nearest
+
+ASSISTANT_TURN = "\n\nAssistant:"
+TEXT_FIELDS = ("prompt", "chosen", "rejected")
+WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
+PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
+RESPONSE_ROLES = ("assistant", "tool")
+MAX_WEIGHT = 1e30
+
+EMPTY_RESPONSE = "empty response"
+NO_SHARED_PROMPT = "no shared prompt"
+
+
+class RowError(ValueError):
+    """A row breaks a rule; the message names the field, the reader adds file and line."""
+
+
+class Row(TypedDict):
+    """A checked row. In form `chat` the three texts are JSON lists of messages.
+
+    `drop` is the reason to leave the pair out, empty for a pair to train on.
+    """
+
+    form: str  # text, hh (prompt found in the dialogues), chat
+    prompt: str
+    chosen: str
+    rejected: str
+    chosen_weights: list[float] | None
+    rejected_weights: list[float] | None
+    drop: str
+
+
+def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
+    """Check one row as it came from a file and bring it to one form.
+
+    Accepted: texts `prompt`, `chosen`, `rejected`; texts `chosen` and `rejected` that are whole
+    dialogues with "\\n\\nAssistant:" turns (the prompt ends with the last such turn of `chosen`);
+    lists of messages, with `prompt` or with the prompt at the start of both conversations.
+
+    Args:
+        record: The row; other fields than the named ones are ignored.
+        weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, not all zero, both or
+            neither. Else they are ignored.
+        allow_roles: Take any role in any place.
+
+    Raises:
+        RowError: the row breaks a rule.
+    """
+    if not isinstance(record, dict):
+        raise RowError(f"a row must be an object with chosen and rejected, got {kind(record)}")
+    check_columns(list(record))
+    fields = [field for field in TEXT_FIELDS if field in record]
+    kinds = {field: kind(record[field]) for field in fields}
+    for field in fields:
+        if record[field] is None:
+            raise RowError(f"{field} is null")
+        if kinds[field] not in ("text", "list"):
+            raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}")
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{field} is {kinds[field]}" for field in fields)
+        raise RowError(
+            f"{found}: they must be all text or all lists of messages; where chosen and rejected "
+            "are whole conversations, leave prompt out"
+        )
+    if kinds["chosen"] == "list":
+        row = _parse_chat({field: record[field] for field in fields}, allow_roles)
+    else:
+        row = _parse_text(record)
+    if weighted and not row["drop"]:
+        row["chosen_weights"], row["rejected_weights"] = _parse_weights(record)
+    return row
+
+
+def check_columns(columns: list[str]) -> None:
+    """Refuse rows without `chosen` or `rejected`: columns found, needed, nearest name."""
+    missing = [field for field in ("chosen", "rejected") if field not in columns]
+    if missing:
+        raise RowError(
+            f"no column {missing[0]!r}; columns found: {', '.join(sorted(columns)) or 'none'}; "
+            f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}"
+        )
+
+
+def kind(value: Any) -> str:
+    """The type of a JSON value in a reader's words."""
+    if value is None:
+        return "null"
+    names = {str: "text", list: "list", dict: "object", bool: "boolean", int: "number"}
+    return names.get(type(value), "number" if isinstance(value, float) else type(value).__name__)
+
+
+def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
+    """Prompt and responses of two HH dialogues; None where rejected does not share the prompt.
+
+    The prompt is `chosen` up to and including its last "\\n\\nAssistant:".
+
+    Raises:
+        RowError: `chosen` has no such turn.
+    """
+    turn = chosen.rfind(ASSISTANT_TURN)
+    if turn < 0:
+        raise RowError(
+            "no prompt: columns found: chosen, rejected; needed: prompt, chosen, rejected, or "
+            r"dialogues in chosen and rejected with '\n\nAssistant:' turns"
+        )
+    prompt = chosen[: turn + len(ASSISTANT_TURN)]
+    if not rejected.startswith(prompt):
+        return None
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _parse_text(record: dict[str, Any]) -> Row:
+    chosen, rejected = record["chosen"], record["rejected"]
+    for field in TEXT_FIELDS:
+        _check_unicode(field, record.get(field, ""))
+    if "prompt" in record:
+        if not record["prompt"]:
+            raise RowError("prompt is empty: at least one token must come before the response")
+        return _row("text", record["prompt"], chosen, rejected)
+    try:
+        parts = split_dialogues(chosen, rejected)
+    except RowError as error:
+        raise RowError(f"{error}{_rename_hint('prompt', list(record))}") from None
+    if parts is None:
+        return _row("hh", "", chosen, rejected, drop=NO_SHARED_PROMPT)
+    return _row("hh", *parts)
+
+
+def _parse_chat(messages: dict[str, list[Any]], allow_roles: bool) -> Row:
+    for field in messages:
+        _check_messages(field, messages[field])
+    chosen, rejected = messages["chosen"], messages["rejected"]
+    if "prompt" in messages:
+        prompt = messages["prompt"]
+    else:
+        num_shared = _num_shared_messages(chosen, rejected)
+        prompt, chosen, rejected = chosen[:num_shared], chosen[num_shared:], rejected[num_shared:]
+        if not prompt and chosen and rejected:
+            return _chat_row(prompt, chosen, rejected, drop=NO_SHARED_PROMPT)
+    if not allow_roles:
+        _check_roles("prompt", prompt, PROMPT_ROLES)
+        _check_roles("chosen", chosen, RESPONSE_ROLES)
+        _check_roles("rejected", rejected, RESPONSE_ROLES)
+    return _chat_row(prompt, chosen, rejected)
+
+
+def _num_shared_messages(chosen: list[Any], rejected: list[Any]) -> int:
+    """Messages at the start of both, leaving at least one message to each response."""
+    longest = min(len(chosen), len(rejected)) - 1
+    for index in range(longest):
+        if chosen[index] != rejected[index]:
+            return index
+    return max(longest, 0)
+
+
+def _check_messages(field: str, messages: list[Any]) -> None:
+    for index, message in enumerate(messages):
+        place = f"{field}[{index}]"
+        if not isinstance(message, dict):
+            raise RowError(f"{place} must be a message with role and content, got {kind(message)}")
+        for key in ("role", "content"):
+            if key not in message:
+                found = ", ".join(sorted(message)) or "none"
+                raise RowError(f"{place} has no {key}; keys found: {found}")
+            if message[key] is None:
+                raise RowError(f"{place}.{key} is null")
+            if not isinstance(message[key], str):
+                raise RowError(f"{place}.{key} must be text, got {kind(message[key])}")
+            _check_unicode(f"{place}.{key}", message[key])
+
+
+def _check_roles(field: str, messages: list[Any], roles: tuple[str, ...]) -> None:
+    for message in messages:
+        if message["role"] not in roles:
+            raise RowError(
+                f"{field} has a message of role {message['role']!r}; roles allowed there: "
+                f"{', '.join(roles)} (any with data.allow_roles=true)"
+                f"{hint(message['role'], roles)}"
+            )
+
+
+def _check_unicode(field: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"{field} holds half a surrogate pair at character {error.start}") from None
+
+
+def _parse_weights(record: dict[str, Any]) -> tuple[list[float] | None, list[float] | None]:
+    chosen, rejected = (record.get(field) for field in WEIGHT_FIELDS)
+    if chosen is None and rejected is None:
+        return None, None
+    if chosen is None or rejected is None:
+        present, absent = WEIGHT_FIELDS if rejected is None else WEIGHT_FIELDS[::-1]
+        raise RowError(f"{present} without {absent}: give both or neither")
+    return _checked_weights("chosen_weight", chosen), _checked_weights("rejected_weight", rejected)
+
+
+def _checked_weights(field: str, weights: Any) -> list[float]:
+    if not isinstance(weights, list):
+        raise RowError(f"{field} must be a list of numbers, one per token, got {kind(weights)}")
+    for index, weight in enumerate(weights):
+        # type() and not isinstance(): a boolean is no weight; nan fails every comparison
+        if type(weight) not in (float, int) or not abs(weight) < MAX_WEIGHT:
+            raise RowError(f"{field}[{index}] must be a finite number, got {weight!r:.40}")
+    if weights and not any(weights):
+        raise RowError(f"{field}: all {len(weights)} weights are zero")
+    return [float(weight) for weight in weights]
+
+
+def _row(form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "") -> Row:
+    if not drop and not (chosen.strip() and rejected.strip()):
+        drop = EMPTY_RESPONSE
+    return Row(
+        form=form,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_weights=None,
+        rejected_weights=None,
+        drop=drop,
+    )
+
+
+def _chat_row(prompt: list[Any], chosen: list[Any], rejected: list[Any], *, drop: str = "") -> Row:
+    if not drop and not (_has_content(chosen) and _has_content(rejected)):
+        drop = EMPTY_RESPONSE
+    texts = [_messages_json(messages) for messages in (prompt, chosen, rejected)]
+    return _row("chat", *texts, drop=drop)
+
+
+def _messages_json(messages: list[Any]) -> str:
+    # parquet fills the keys that a message lacks with null; sorted keys make equal prompts equal
+    present = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    return json.dumps(present, ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _has_content(messages: list[Any]) -> bool:
+    return any(message["content"].strip() for message in messages)
+
+
+def _rename_hint(wanted: str, columns: list[str]) -> str:
+    near = nearest(wanted, [column for column in columns if column not in TEXT_FIELDS])
+    return f"; nearest: {near}, rename it to {wanted}" if near else ""

@@ -1,0 +1,129 @@
+"""From a checked config to an exit code: logging, launch, task, and one message per user error."""
+
+import logging
+import os
+import sys
+
+from fastpref.config import Config, check_device, check_world_size
+from fastpref.errors import FastprefError, MemoryExhaustedError, NonFiniteError
+
+logger = logging.getLogger("fastpref")
+
+
+def main(config: Config) -> int:
+    """Run the config's task.
+
+    Returns:
+        0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises.
+    """
+    configure_logging(is_main=os.environ.get("RANK", "0") == "0")
+    try:
+        return dispatch(config)
+    except KeyboardInterrupt:
+        print("fastpref: interrupted; nothing to save yet", file=sys.stderr)
+        return 130
+    except Exception as error:
+        known = error if isinstance(error, FastprefError) else explain(error)
+        if known is None:
+            raise
+        # every rank raises the same user error: one message is enough
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastpref: {known}", file=sys.stderr)
+        return known.exit_code
+
+
+def dispatch(config: Config) -> int:
+    """Check what depends on the machine, join the other ranks, and do the task."""
+    import torch
+    import torch.distributed as dist
+
+    from fastpref.checkpoint import check_run_root
+    from fastpref.distributed import init_world, launched, world_size
+    from fastpref.optim import optimizer_class_of
+
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    # torch computes bfloat16 on any CPU
+    has_bfloat16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    check_device(config, device_type, has_bfloat16=has_bfloat16)
+    optimizer_class_of(config.optimizer)
+    if config.task == "audit":
+        from fastpref.audit import run_audit
+
+        run_audit(config)
+        return 0
+    if config.task == "train":
+        check_run_root(config)
+    num_gpus = torch.cuda.device_count()
+    if config.trainer == "FSDPTrainer" and not launched():
+        if num_gpus > 1:
+            check_world_size(config, num_gpus)
+            return launch_on_every_gpu(config, num_gpus)
+        logger.info("trainer=FSDPTrainer: %s, so one process", "one GPU" if num_gpus else "no GPU")
+    check_world_size(config, world_size())
+    world = init_world()
+    try:
+        if config.task == "estimate_weights":
+            from fastpref.weight_estimation import estimate_weights
+
+            estimate_weights(config, world)
+        else:
+            from fastpref.trainer import train
+
+            train(config, world)
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
+    """Run this same command under torchrun, one process a GPU.
+
+    Returns:
+        The exit code of the first rank that failed, or 0.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_gpus,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{config.fsdp_port or 0}",
+        run_id="fastpref",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-u", *sys.argv)
+    except ChildFailedError as failed:
+        _, failure = failed.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def explain(error: Exception) -> FastprefError | None:
+    """What an error of torch means for a user; None for a bug of ours."""
+    import torch
+
+    from fastpref import distributed
+    from fastpref.trainer import NON_FINITE
+
+    text = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+        return MemoryExhaustedError(
+            f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; more "
+            "gradient_accumulation_steps, a smaller eval_batch_size or max_length, or "
+            "activation_checkpointing=true need less"
+        )
+    if NON_FINITE in text or "device-side assert" in text:
+        return NonFiniteError(f"{text.splitlines()[0]}; the run stopped before the update")
+    return distributed.explain(error)
+
+
+def configure_logging(*, is_main: bool) -> None:
+    """Our own messages to stderr, rank 0 only; libraries keep their warnings to themselves."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if is_main else logging.ERROR)
+    logger.propagate = False

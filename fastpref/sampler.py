@@ -1,0 +1,158 @@
+"""The global order of training: which rows make up optimizer step n."""
+
+import random
+
+import numpy as np
+
+from fastpref.errors import ConfigError
+
+ORDERS = ("fastpref", "dpo", "tdpo", "tisdpo")
+"""`fastpref` follows the seed option; the others are what the three repositories really did."""
+
+
+class GlobalOrder:
+    """Rows of every batch as a pure function of (seed, epoch, step), over all ranks.
+
+    Prompts are shuffled, the pairs of one prompt stay adjacent in file order, a batch may cut
+    through a prompt but never crosses an epoch. Nothing is consumed: any step can be asked for at
+    any time, so resuming needs the step number alone.
+
+    The compatible orders shuffle the list of prompts in place before each epoch with Python's
+    `random`, so that shuffles compound. `dpo` and `tdpo` seed each shuffle from a numpy stream
+    seeded 0, drawn below 2**32 and 2**31; `tisdpo` seeds every shuffle with 71. None of them looks
+    at `seed`, and they count the pairs that an incomplete batch left out towards `n_examples`.
+
+    Args:
+        groups: Prompt id of each row; ids ascend by first appearance. Shape (rows,), int64.
+        batch_size: Rows of one optimizer step over all ranks, > 0.
+        seed: Of the shuffle, >= 0.
+        n_epochs, n_examples: Whichever ends first stops; None is no limit, one must be given.
+            `n_examples` rounds up to whole batches.
+        drop_last: Leave out the incomplete last batch of an epoch.
+        order: One of `ORDERS`.
+        shuffle: False takes the prompts as they come, in every epoch.
+
+    Attributes:
+        num_steps: Optimizer steps in all, > 0.
+        steps_per_epoch: Batches of one epoch.
+        warning: What a user should know about rows left out, or None.
+
+    Raises:
+        ConfigError: no limit given, or not a single step.
+    """
+
+    def __init__(
+        self,
+        groups: np.ndarray,
+        *,
+        batch_size: int,
+        seed: int,
+        n_epochs: int | None = None,
+        n_examples: int | None = None,
+        drop_last: bool = True,
+        order: str = "fastpref",
+        shuffle: bool = True,
+    ) -> None:
+        if n_epochs is None and n_examples is None:
+            raise ConfigError("n_epochs or n_examples must be given, both are null")
+        assert order in ORDERS, order
+        self.num_rows = len(groups)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.order = order
+        self.shuffle = shuffle
+        self._rows_by_group = np.argsort(groups, kind="stable")
+        _, self._starts, self._counts = np.unique(
+            groups[self._rows_by_group], return_index=True, return_counts=True
+        )
+        full_batches, remainder = divmod(self.num_rows, batch_size)
+        self.steps_per_epoch = full_batches + (not drop_last and remainder > 0)
+        self.num_steps = self._count_steps(n_epochs, n_examples, drop_last)
+        if self.num_steps == 0:
+            raise ConfigError(self._no_step_message(n_epochs, n_examples))
+        self.warning = self._remainder_warning(remainder, drop_last)
+        self._cached_epoch = -1
+        self._cached_rows = np.empty(0, np.int64)
+
+    def batch(self, step: int) -> np.ndarray:
+        """Rows of step `step`, counted from 0. Shape (<= batch_size,), int64."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step must be in [0, {self.num_steps}), got {step}")
+        epoch, index = divmod(step, self.steps_per_epoch)
+        start = index * self.batch_size
+        return self.epoch_rows(epoch)[start : start + self.batch_size]
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """All rows in the order of epoch `epoch`, incomplete batch included. Shape (rows,)."""
+        if epoch != self._cached_epoch:
+            self._cached_rows = self._rows_of_groups(self._group_order(epoch))
+            self._cached_epoch = epoch
+        return self._cached_rows
+
+    def _group_order(self, epoch: int) -> np.ndarray:
+        num_groups = len(self._counts)
+        if not self.shuffle:
+            return np.arange(num_groups)
+        if self.order == "fastpref":
+            # raw words: numpy promises their stream for ever, not that of Generator.permutation
+            bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
+            return np.argsort(bits.random_raw(num_groups), kind="stable")
+        group_order = list(range(num_groups))
+        for shuffle_seed in compatible_shuffle_seeds(self.order, epoch + 1):
+            random.Random(shuffle_seed).shuffle(group_order)
+        return np.array(group_order)
+
+    def _rows_of_groups(self, group_order: np.ndarray) -> np.ndarray:
+        counts = self._counts[group_order]
+        ends = np.cumsum(counts)
+        within_group = np.arange(self.num_rows) - np.repeat(ends - counts, counts)
+        return self._rows_by_group[np.repeat(self._starts[group_order], counts) + within_group]
+
+    def _count_steps(self, n_epochs: int | None, n_examples: int | None, drop_last: bool) -> int:
+        if self.steps_per_epoch == 0:
+            return 0
+        limits = []
+        if n_epochs is not None:
+            limits.append(n_epochs * self.steps_per_epoch)
+        if n_examples is not None:
+            examples_per_epoch = self.num_rows
+            if drop_last and self.order == "fastpref":
+                examples_per_epoch = self.steps_per_epoch * self.batch_size
+            # where the rows left out are counted and n_examples falls among them, it takes the
+            # first batch of the next epoch to reach it
+            epochs, index = divmod(n_examples - 1, examples_per_epoch)
+            limits.append(epochs * self.steps_per_epoch + index // self.batch_size + 1)
+        return max(min(limits), 0)
+
+    def _no_step_message(self, n_epochs: int | None, n_examples: int | None) -> str:
+        if self.steps_per_epoch == 0 and self.num_rows > 0:
+            return (
+                f"batch_size={self.batch_size} is more than the {self.num_rows} rows there are and "
+                "data.drop_last=true leaves out incomplete batches: not a single step; set "
+                f"data.drop_last=false or batch_size <= {self.num_rows}"
+            )
+        return (
+            f"not a single step: n_epochs={n_epochs}, n_examples={n_examples}, "
+            f"{self.num_rows} rows, batch_size={self.batch_size}"
+        )
+
+    def _remainder_warning(self, remainder: int, drop_last: bool) -> str | None:
+        if drop_last and remainder:
+            return (
+                f"{remainder} of {self.num_rows} rows are left out of each epoch, the incomplete "
+                f"last batch of {self.batch_size}; data.drop_last=false trains on it"
+            )
+        if self.num_rows < self.batch_size:
+            return (
+                f"only {self.num_rows} rows for batch_size={self.batch_size}: "
+                "every step is one incomplete batch"
+            )
+        return None
+
+
+def compatible_shuffle_seeds(order: str, num_epochs: int) -> list[int]:
+    """Seeds of the first `num_epochs` shuffles in the order of one of the three repositories."""
+    if order == "tisdpo":
+        return [71] * num_epochs
+    upper = 2**32 if order == "dpo" else 2**31
+    return np.random.RandomState(0).randint(0, upper, size=num_epochs, dtype=np.int64).tolist()

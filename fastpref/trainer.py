@@ -1,0 +1,216 @@
+"""The training run: one loop over optimizer steps, over objects that were built before it."""
+
+import logging
+import random
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpref.assembly import Run, build_run
+from fastpref.checkpoint import export_model
+from fastpref.config import Config
+from fastpref.distributed import World
+from fastpref.errors import NonFiniteError
+from fastpref.metrics import (
+    PendingStep,
+    Record,
+    format_metrics,
+    name_for_split,
+    sum_over_examples,
+)
+from fastpref.optim import optimizer_class_of
+from fastpref.progress import Progress
+from fastpref.report import plot_curves, print_summary
+from fastpref.sampling import sample_responses, write_samples
+from fastpref.signals import StopRequest
+
+logger = logging.getLogger("fastpref")
+
+NON_FINITE = "the gradient norm is not finite at step"
+
+
+def train(config: Config, world: World) -> None:
+    """`task=train`: from rows and a model to a trained model.
+
+    Raises:
+        FastprefError: with the exit code of what went wrong; Interrupted and Preempted after the
+            model was saved.
+    """
+    seed_everything(config.seed)
+    optimizer_class_of(config.optimizer)
+    run = build_run(config, world)
+    started = time.perf_counter()
+    with StopRequest() as stop:
+        try:
+            run_loop(run, stop)
+        finally:
+            run.log.close()
+        export_model(run.policy, run.tokenizer, run.run_dir, world)
+    if world.is_main:
+        plot_curves(run.log.records, run.run_dir / "curves.png")
+        print_summary(run.log.records, run.run_dir, time.perf_counter() - started)
+    stop.raise_if_requested(run.run_dir)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random. The order of the data depends on its own generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def run_loop(run: Run, stop: StopRequest) -> None:
+    """Every optimizer step, with evaluations before, between and after; ends early on a signal."""
+    config, world, order = run.config, run.world, run.train.order
+    eval_steps = max(1, config.eval_every // config.batch_size)
+    examples = 0
+    with Progress(total=order.num_steps, visible=world.is_main) as progress:
+        for step in range(order.num_steps):
+            if step % eval_steps == 0 and (step > 0 or config.do_first_eval):
+                evaluate(run, step, examples, stop)
+            if stop.agreed(world):
+                return
+            rows = order.batch(step)
+            examples += len(rows)
+            lr = run.scheduler.get_last_lr()[0]
+            names, values = train_step(run, rows, step)
+            run.scheduler.step()
+            due = run.log.add_step(
+                PendingStep(
+                    step=step + 1,
+                    examples=examples,
+                    num_examples=len(rows),
+                    num_tokens=int(run.train.num_tokens[rows].sum()),
+                    lr=lr,
+                    names=names,
+                    values=values,
+                )
+            )
+            if due:
+                progress.show(run.log.flush())
+            progress.advance()
+        run.log.flush()
+    evaluate(run, order.num_steps, examples, stop)
+
+
+def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor]:
+    """One optimizer step on the rows of a global batch.
+
+    The loss is summed over pairs and divided by their global number, whatever the split into
+    micro-batches and ranks; gradients are summed over ranks.
+
+    Returns:
+        Metric names, and their means over the batch before the update (K,), on the device.
+    """
+    run.optimizer.zero_grad()
+    metrics = []
+    for micro_rows in micro_batches(rows, run.config.gradient_accumulation_steps, run.world):
+        batch = run.train.batch(micro_rows, run.world.device)
+        losses, values = run.objective.evaluate(run.score(batch), batch)
+        (losses.sum() / len(rows)).backward()
+        if run.reference is not None:
+            # its gathered head was needed until here: the backward of the KL reads it
+            run.reference.reshard()
+        metrics.append(values)
+    grad_norm = clip_gradients(run, step)
+    run.optimizer.step()
+    names, sums = sum_over_examples(metrics)
+    means = run.world.sum(sums) / len(rows)
+    names = [name_for_split(name, "train") for name in names]
+    return [*names, "grad_norm"], torch.cat([means, grad_norm[None]])
+
+
+def micro_batches(rows: np.ndarray, num_micro_batches: int, world: World) -> Iterator[np.ndarray]:
+    """This rank's share of each micro-batch; empty where rows ran out, so ranks stay in step."""
+    for micro_rows in np.array_split(rows, num_micro_batches):
+        yield np.array_split(micro_rows, world.size)[world.rank]
+
+
+def clip_gradients(run: Run, step: int) -> Tensor:
+    """Clip the global gradient norm; a norm that is not finite stops the run before the update.
+
+    On a GPU the check runs on the device, so nothing waits for it.
+
+    Returns:
+        The norm before clipping, a float32 scalar on the device.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_grad_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if run.world.device.type == "cuda":
+        torch._assert_async(torch.isfinite(norm), f"{NON_FINITE} {step + 1}")
+    elif not torch.isfinite(norm):
+        raise NonFiniteError(
+            f"{NON_FINITE} {step + 1}: {norm.item()}; the weights are those after step {step}"
+        )
+    return norm.float()
+
+
+def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
+    """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl."""
+    if run.eval is None:
+        return
+    run.log.flush()
+    started = time.perf_counter()
+    metrics, count, num_tokens = [], 0, 0
+    run.policy.eval()
+    with torch.no_grad():
+        for index in range(run.eval.order.num_steps):
+            if stop.agreed(run.world):
+                break
+            rows = run.eval.order.batch(index)
+            batch = run.eval.batch(
+                np.array_split(rows, run.world.size)[run.world.rank], run.world.device
+            )
+            _, values = run.objective.evaluate(run.score(batch), batch)
+            metrics.append(values)
+            count += len(rows)
+            num_tokens += int(run.eval.num_tokens[rows].sum())
+    run.policy.train()
+    if not metrics:
+        return
+    names, sums = sum_over_examples(metrics)
+    means = (run.world.sum(sums) / count).tolist()
+    seconds = time.perf_counter() - started
+    record: Record = {"step": step, "examples": examples, "split": "eval"}
+    record |= {name_for_split(name, "eval"): mean for name, mean in zip(names, means, strict=True)}
+    record |= {"examples_per_second": count / seconds, "tokens_per_second": num_tokens / seconds}
+    if run.world.is_main:
+        run.log.write(record)
+        logger.info("eval after %d: %s", examples, format_metrics(record))
+    if run.config.sample_during_eval:
+        sample(run, step, examples)
+    run.log.restart_clock()
+
+
+def sample(run: Run, step: int, examples: int) -> None:
+    """Samples of the policy and, before the first update, of the reference, to samples.jsonl."""
+    assert run.eval is not None
+    config, dataset = run.config, run.eval.data.dataset
+    rows = dataset[run.eval.order.batch(0)[: config.n_eval_model_samples].tolist()]
+    sources = {"policy": run.policy}
+    if run.reference is not None and step == 0:
+        sources["reference"] = run.reference
+    samples = {
+        name: sample_responses(
+            scorer,
+            rows["prompt_ids"],
+            run.tokenizer,
+            max_length=config.max_length,
+            batch_size=config.eval_batch_size,
+            seed=config.seed,
+            world=run.world,
+        )
+        for name, scorer in sources.items()
+    }
+    if not run.world.is_main:
+        return
+    samples["prompt"] = run.tokenizer.batch_decode(rows["prompt_ids"])
+    samples["chosen"] = run.tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
+    records = [
+        dict(zip(samples, values, strict=True)) for values in zip(*samples.values(), strict=True)
+    ]
+    write_samples(run.run_dir / "samples.jsonl", step, examples, records)
+    logger.info("a sample of the policy: %r -> %r", records[0]["prompt"], records[0]["policy"])

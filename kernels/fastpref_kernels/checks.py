@@ -1,0 +1,81 @@
+"""Argument checks shared by the public ops: each names the argument, the rule and what came.
+
+Values are checked on the CPU only: on a GPU the host would have to wait for them.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+    """Hidden states (N, D), head weight (V, D) and bias (V,) fit together.
+
+    Args:
+        input, weight, bias: The arguments.
+        prefix: "reference_" for the reference's, whose arguments carry it.
+    """
+    names = (f"{prefix}input", f"{prefix}linear_weight", f"{prefix}linear_bias")
+    for name, tensor in zip(names, (input, weight, bias), strict=True):
+        if tensor is not None:
+            check_tensor(name, tensor, INPUT_DTYPES, device=input.device)
+    if input.dim() != 2:
+        raise ValueError(f"{names[0]} must be (N, D), got {tuple(input.shape)}")
+    if weight.dim() != 2 or weight.shape[1] != input.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"{names[1]} must be (V, D) with V >= 1 and D >= 1 that of {names[0]}, "
+            f"got {tuple(weight.shape)} beside {tuple(input.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{names[2]} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
+    """Scale and softcap are positive and finite."""
+    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
+    if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
+        raise ValueError(f"logit_softcap must be None or > 0 and finite, got {logit_softcap}")
+
+
+def check_target(target: Tensor, ignore_index: int, input: Tensor, vocab: int) -> None:
+    """Targets (N,) are integers; on the CPU, each is in [0, V) or `ignore_index`."""
+    check_tensor("target", target, INDEX_DTYPES, device=input.device)
+    if target.shape != input.shape[:1]:
+        raise ValueError(f"target must be ({input.shape[0]},), got {tuple(target.shape)}")
+    check_range("target", target[target != ignore_index] if _on_cpu(target) else target, vocab)
+
+
+def check_tensor(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *, device: torch.device
+) -> None:
+    """A plain tensor of one of `dtypes` on `device`."""
+    # DTensor's own method: no import of torch.distributed for the sake of a check
+    if hasattr(tensor, "full_tensor"):
+        raise ValueError(
+            f"{name} is a DTensor, a plain tensor is needed: call the op inside the forward of the "
+            "FSDP module that owns the head, or pass full_tensor()"
+        )
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} must be one of {expected}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
+
+
+def check_range(name: str, index: Tensor, end: int) -> None:
+    """On the CPU: every element of `index` is in [0, end)."""
+    if not _on_cpu(index) or not index.numel():
+        return
+    low, high = index.aminmax()
+    if low < 0 or high >= end:
+        worst = low if low < 0 else high
+        raise ValueError(f"{name} must be in [0, {end}), got {worst.item()}")
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"

@@ -1,0 +1,93 @@
+"""Log-probabilities of target tokens straight from hidden states and the LM head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpref_kernels.checks import check_head, check_logit_transform, check_target
+from fastpref_kernels.dispatch import implementation
+from fastpref_kernels.head_torch import Head
+
+
+# a graph break: the number of tiles follows the shapes, compiled it would be unrolled
+@torch.compiler.disable
+def token_logps(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Log-probability of each target token; logits exist a tile at a time and are recomputed.
+
+        z = cap · tanh(scale · (input @ linear_weightᵀ + linear_bias) / cap)
+        logps = z[target] - logsumexp(z)
+
+    Sums are float32 whatever the dtypes, and autocast does not change them. Differentiable once,
+    in `input`, `linear_weight` and `linear_bias`; what is frozen allocates no gradient. The same
+    inputs give the same bits.
+
+    Args:
+        input: Hidden states, (N, D), bfloat16, float16 or float32, any strides; N may be 0.
+        linear_weight: LM-head weight, (V, D), the same dtypes, not necessarily input's. Bias
+            columns of -inf (a padded vocabulary) have probability 0.
+        target: Token ids, (N,) int64 or int32, in [0, V) or `ignore_index`. Checked on the CPU;
+            on a GPU an id out of range scores -inf.
+        linear_bias: LM-head bias, (V,).
+        logit_scale: Multiplies the logits before the softcap, > 0.
+        logit_softcap: Bounds the logits by cap · tanh(z / cap), > 0; None for no bound.
+        ignore_index: Rows with this target score 0 and get zero gradient, whatever `input` holds
+            there; any value, also a valid id.
+
+    Returns:
+        logps: (N,) float32, in nats, <= 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or ranges are not as above, or a DTensor came.
+    """
+    check_head(input, linear_weight, linear_bias)
+    check_logit_transform(logit_scale, logit_softcap)
+    check_target(target, ignore_index, input, linear_weight.shape[0])
+    return _TokenLogps.apply(
+        input, linear_weight, linear_bias, target, logit_scale, logit_softcap, ignore_index
+    )
+
+
+class _TokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        scale: float,
+        softcap: float | None,
+        ignore_index: int,
+    ) -> Tensor:
+        ignored_N = target == ignore_index
+        target_N = target.masked_fill(ignored_N, 0).long()
+        ctx.impl = implementation("token_logps", input.device)
+        ctx.scale, ctx.softcap = scale, softcap
+        with torch.autocast(input.device.type, enabled=False):
+            logps_N, lse_N = ctx.impl.token_logps_fwd(
+                Head(input, weight, bias, scale, softcap), target_N, ignored_N
+            )
+        ctx.save_for_backward(input, weight, bias, target_N, ignored_N, logps_N, lse_N)
+        return logps_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, target_N, ignored_N, logps_N, lse_N = ctx.saved_tensors
+        head = Head(input, weight, bias, ctx.scale, ctx.softcap)
+        with torch.autocast(input.device.type, enabled=False):
+            gradients = ctx.impl.token_logps_bwd(
+                grad, head, target_N, ignored_N, logps_N, lse_N, ctx.needs_input_grad[:3]
+            )
+        return (*gradients, None, None, None, None)

@@ -1,0 +1,169 @@
+"""Portable path of `token_logps_and_kl`: both models' logits of one tile at a time."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels.head_torch import (
+    Head,
+    RowSums,
+    head_gradients,
+    put_target,
+    take_target,
+)
+from fastpref_kernels.workspace import slices, tile_shape
+
+
+class JointStats(NamedTuple):
+    """What the forward finds out about each row, each (N,) float32."""
+
+    logps: Tensor
+    lse: Tensor
+    reference_logps: Tensor
+    reference_lse: Tensor
+    kl: Tensor
+
+
+def token_logps_kl_fwd(
+    policy: Head, reference: Head, target: Tensor, ignored: Tensor, direction: str
+) -> JointStats:
+    """Both models' target log-probabilities and their KL, from one sweep over the vocabulary.
+
+    With z the logits of the model the expectation is under, z' the other's, y the target:
+
+        KL = Σ_{j≠y} p_j · [(z_j - z_y) - (z'_j - z'_y)] + log p_y - log p'_y
+
+    Args:
+        policy, reference: Hidden states (N, D), (N, D') and heads (V, D), (V, D').
+        target: (N,) int64.
+        ignored: (N,) bool, rows that score 0.
+        direction: "reference_policy" for KL(reference ‖ policy) or "policy_reference".
+    """
+    N, V, device = len(target), policy.weight.shape[0], target.device
+    tile_rows, tile_cols = _tile_shape(policy, reference)
+    under = 1 if direction == "reference_policy" else 0
+    stats = JointStats(*(torch.empty(N, dtype=torch.float32, device=device) for _ in range(5)))
+    for rows in slices(N, tile_rows):
+        R = rows.stop - rows.start
+        hidden = [head.input_tile(rows, ignored) for head in (policy, reference)]
+        sums = [RowSums.empty(R, device), RowSums.empty(R, device)]
+        gap_R = torch.zeros(R, dtype=torch.float32, device=device)
+        for cols in slices(V, tile_cols):
+            logits = [
+                head.logits(hidden_RD, head.weight_tile(cols), cols)[:R]
+                for head, hidden_RD in zip((policy, reference), hidden, strict=True)
+            ]
+            sums, gap_R = _add_columns(sums, gap_R, logits, target[rows], cols, under)
+        logps, lse = [s.logps for s in sums], [s.lse for s in sums]
+        target_gap_R = sums[under].target_logit - sums[1 - under].target_logit
+        gap_R -= sums[under].sum_exp * target_gap_R
+        kl_R = gap_R * (sums[under].max - lse[under]).exp() + logps[under] - logps[1 - under]
+        for total_N, part_R in zip(stats, (logps[0], lse[0], logps[1], lse[1], kl_R), strict=True):
+            total_N[rows] = part_R
+    for scores_N in (stats.logps, stats.reference_logps, stats.kl):
+        scores_N.masked_fill_(ignored, 0)
+    return stats
+
+
+def token_logps_kl_bwd(
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    policy: Head,
+    reference: Head,
+    target: Tensor,
+    ignored: Tensor,
+    stats: JointStats,
+    direction: str,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the policy's input, weight and bias, from recomputed logits.
+
+        reference_policy: dz = g_l · (e_y - p) + g_k · (p - q)
+        policy_reference: dz = g_l · (e_y - p) + g_k · p · (log p - log q - KL)
+
+    Args:
+        grad_logps, grad_kl: (N,) upstream gradients, any strides.
+        policy, reference, target, ignored, direction: As in the forward.
+        stats: What the forward returned.
+        needs_grad: Which of input, weight and bias want a gradient; the others get None.
+    """
+    grad_logps_N, grad_kl_N = (
+        grad.float().masked_fill(ignored, 0) * policy.scale for grad in (grad_logps, grad_kl)
+    )
+    under_reference = direction == "reference_policy"
+    target_grad_N = -grad_logps_N * stats.logps.expm1()
+    target_grad_N += grad_kl_N * (
+        _probability_gap(stats.logps, stats.reference_logps)
+        if under_reference
+        else stats.logps.exp() * (stats.logps - stats.reference_logps - stats.kl)
+    )
+
+    def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, head_CD: Tensor) -> Tensor:
+        R = rows.stop - rows.start
+        logps_RC = policy.logits(hidden_RD, head_CD, cols)[:R]
+        slope_RC = policy.softcap_slope(logps_RC)
+        reference_RC = reference.logits(
+            reference.input_tile(rows, ignored), reference.weight_tile(cols), cols
+        )[:R]
+        logps_RC -= stats.lse[rows, None]
+        reference_RC -= stats.reference_lse[rows, None]
+        gradient = _kl_gradient_under_reference if under_reference else _kl_gradient_under_policy
+        dlogits_RC = gradient(
+            logps_RC, reference_RC, grad_logps_N[rows], grad_kl_N[rows], stats.kl[rows]
+        )
+        put_target(dlogits_RC, target[rows], cols, target_grad_N[rows])
+        return dlogits_RC if slope_RC is None else dlogits_RC.mul_(slope_RC)
+
+    return head_gradients(policy, ignored, needs_grad, _tile_shape(policy, reference), dlogits)
+
+
+def _add_columns(
+    sums: list[RowSums],
+    gap_R: Tensor,
+    logits: list[Tensor],
+    target_R: Tensor,
+    cols: slice,
+    under: int,
+) -> tuple[list[RowSums], Tensor]:
+    """Add columns to both models' sums and to gap = Σ exp(z - max) · (z - z'), z of `under`."""
+    taken = [take_target(logits_RC, target_R, cols) for logits_RC in logits]
+    gap_RC = logits[under] - logits[1 - under]
+    new = [s.add(logits_RC, t) for s, logits_RC, t in zip(sums, logits, taken, strict=True)]
+    weights_RC = logits[under]
+    # -inf columns have no weight and no gap that is a number
+    gap_RC.masked_fill_(weights_RC == 0, 0)
+    rescale_R = (sums[under].max - new[under].max).exp()
+    return new, gap_R * rescale_R + gap_RC.mul_(weights_RC).sum(1)
+
+
+def _tile_shape(policy: Head, reference: Head) -> tuple[int, int]:
+    hidden = max(policy.weight.shape[1], reference.weight.shape[1])
+    return tile_shape(policy.weight.shape[0], hidden, policy.weight.device)
+
+
+def _kl_gradient_under_reference(
+    logps_RC: Tensor, reference_RC: Tensor, grad_logps_R: Tensor, grad_kl_R: Tensor, _: Tensor
+) -> Tensor:
+    """g_k · (p - q) - g_l · p, in place; p - q is formed first so that equal models give 0."""
+    p_RC, q_RC = logps_RC.exp_(), reference_RC.exp_()
+    dlogits_RC = torch.sub(p_RC, q_RC, out=q_RC).mul_(grad_kl_R[:, None])
+    return dlogits_RC.sub_(p_RC.mul_(grad_logps_R[:, None]))
+
+
+def _kl_gradient_under_policy(
+    logps_RC: Tensor, reference_RC: Tensor, grad_logps_R: Tensor, grad_kl_R: Tensor, kl_R: Tensor
+) -> Tensor:
+    """p · (g_k · (log p - log q - KL) - g_l), in place."""
+    dlogits_RC = torch.sub(logps_RC, reference_RC, out=reference_RC)
+    dlogits_RC.sub_(kl_R[:, None]).mul_(grad_kl_R[:, None]).sub_(grad_logps_R[:, None])
+    p_RC = logps_RC.exp_()
+    # where p is 0 log p - log q may be infinite or no number at all
+    return dlogits_RC.masked_fill_(p_RC == 0, 0).mul_(p_RC)
+
+
+def _probability_gap(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """exp(logps) - exp(other_logps), accurate where both are close to each other or to 1."""
+    difference = logps - other_logps
+    larger = torch.maximum(logps, other_logps)
+    return -difference.sign() * larger.exp() * difference.abs().neg_().expm1()

@@ -1,0 +1,105 @@
+"""Golden numbers of the seed repositories' own loss functions, and what each loss pushes."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpref.losses import (
+    dpo_loss,
+    implicit_accuracies,
+    ipo_loss,
+    sft_loss,
+    tdpo_loss,
+    tisdpo_loss,
+)
+
+# beta 0.1, alpha 0.5; log-ratios 1.2 / -0.8, KL 0.3 / 0.9
+POLICY, REFERENCE = (-10.8, -13.8), (-12.0, -13.0)
+LOGPS = (*POLICY, *REFERENCE)
+RATIOS_AND_KL = (1.2, -0.8, 0.3, 0.9)
+
+GOLDEN = [
+    # loss, its inputs, options, value, rewards, gradient (None: no gradient at all)
+    (dpo_loss, LOGPS, {}, 0.598139, (0.12, -0.08), (-0.045017, 0.045017)),
+    (dpo_loss, LOGPS, {"label_smoothing": 0.1}, 0.618139, (0.12, -0.08), (-0.035017, 0.035017)),
+    (dpo_loss, LOGPS, {"reference_free": True}, 0.554355, (0.12, -0.08), (-0.042556, 0.042556)),
+    (ipo_loss, LOGPS, {}, 9.0, (0.12, -0.08), (-6.0, 6.0)),
+    (
+        tdpo_loss,
+        RATIOS_AND_KL,
+        {"if_tdpo2": False},
+        0.625595,
+        (0.15, 0.01),
+        (-0.046506, 0.046506, -0.046506, 0.046506),
+    ),
+    (
+        tdpo_loss,
+        RATIOS_AND_KL,
+        {},
+        0.611755,
+        (0.15, 0.01),
+        (-0.045760, 0.045760, None, 0.022880),
+    ),
+    (tisdpo_loss, RATIOS_AND_KL, {}, 0.598139, (0.12, -0.08), (-0.045017, 0.045017, None, None)),
+    (
+        tisdpo_loss,
+        RATIOS_AND_KL,
+        {"token_level": True},
+        0.584745,
+        (0.09, -0.17),
+        (-0.044275, 0.044275, 0.022138, -0.022138),
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "inputs", "options", "value", "rewards", "gradient"), GOLDEN)
+def test_golden_numbers_of_the_seed_losses(loss, inputs, options, value, rewards, gradient):
+    leaves = [torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in inputs]
+    losses, chosen_rewards, rejected_rewards = loss(*leaves, beta=0.1, **options)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(value, abs=1e-6)
+    assert (chosen_rewards.item(), rejected_rewards.item()) == pytest.approx(rewards, abs=1e-6)
+    for leaf, expected in zip(leaves, gradient, strict=False):
+        if expected is None:
+            assert leaf.grad is None
+        else:
+            assert leaf.grad.item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, tdpo_loss, tisdpo_loss])
+def test_loss_is_log_two_when_policy_is_reference(loss):
+    same_P = torch.randn(4) if loss is dpo_loss else torch.zeros(4)
+    losses, chosen_rewards, rejected_rewards = loss(*[same_P] * 4, beta=0.1)
+    torch.testing.assert_close(losses, torch.full((4,), 2.0).log())
+    assert not chosen_rewards.any() and not rejected_rewards.any()
+
+
+@pytest.mark.parametrize("margin", [-1e4, 1e4])
+def test_losses_and_gradients_stay_finite_at_extreme_margins(margin):
+    ratios_P = torch.tensor([margin], requires_grad=True)
+    zeros_P = torch.zeros(1)
+    for losses, *_ in (
+        dpo_loss(ratios_P, zeros_P, zeros_P, zeros_P, beta=1.0, label_smoothing=0.1),
+        tdpo_loss(ratios_P, zeros_P, zeros_P, zeros_P, beta=1.0),
+    ):
+        (grad,) = torch.autograd.grad(losses.sum(), ratios_P)
+        assert losses.isfinite().all() and grad.isfinite().all()
+
+
+def test_rewards_carry_no_gradient():
+    leaves: list[Tensor] = [torch.randn(3, requires_grad=True) for _ in range(4)]
+    for loss in (dpo_loss, ipo_loss, tdpo_loss, tisdpo_loss):
+        _, *rewards = loss(*leaves, beta=0.1)
+        assert not any(reward.requires_grad for reward in rewards)
+
+
+def test_sft_loss_is_the_negative_log_likelihood():
+    logps = torch.tensor([math.log(0.25), math.log(0.5)])
+    torch.testing.assert_close(sft_loss(logps).exp(), torch.tensor([4.0, 2.0]))
+
+
+def test_a_tie_is_not_an_accuracy():
+    accuracies = implicit_accuracies(torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3))
+    assert accuracies.tolist() == [1.0, 0.0, 0.0]

@@ -1,0 +1,162 @@
+"""Every supported family scores tokens as its own logits say, values and gradients."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastpref.batch import EncodedRow, pad_rows
+from fastpref.errors import ConfigError
+from fastpref.model import LogitTransform, TokenScorer, check_head
+from fastpref.parallelize import find_blocks
+from fastpref.pretrained import switch_off_dropout
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+FAMILIES = {
+    # name: transformers model type, config, class of a block
+    "llama": ("llama", SMALL, "LlamaDecoderLayer"),
+    "llama tied": ("llama", SMALL | {"tie_word_embeddings": True}, "LlamaDecoderLayer"),
+    "qwen2": ("qwen2", SMALL | {"tie_word_embeddings": True}, "Qwen2DecoderLayer"),
+    "qwen3": ("qwen3", SMALL | {"head_dim": 8}, "Qwen3DecoderLayer"),
+    "mistral": ("mistral", SMALL | {"sliding_window": None}, "MistralDecoderLayer"),
+    "gemma2": (
+        "gemma2",
+        SMALL | {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 8},
+        "Gemma2DecoderLayer",
+    ),
+    "granite": ("granite", SMALL | {"logits_scaling": 4.0}, "GraniteDecoderLayer"),
+    "cohere": ("cohere", SMALL | {"logit_scale": 0.25}, "CohereDecoderLayer"),
+    "gpt2": ("gpt2", GPT2 | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}, "GPT2Block"),
+    "gpt-neox": ("gpt_neox", NEOX | {"hidden_dropout": 0.5}, "GPTNeoXLayer"),
+    "gpt-j": ("gptj", GPT2 | {"rotary_dim": 4}, "GPTJBlock"),
+    "phi": ("phi", NEOX | {"resid_pdrop": 0.5}, "PhiDecoderLayer"),
+}
+
+
+def build_model(family: str, **overrides):
+    model_type, config, _ = FAMILIES[family]
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **(special | config | overrides))
+    )
+    # the default initialisation is so small that every logit is nearly equal
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    switch_off_dropout(model)
+    return model.train()
+
+
+def random_rows(num_rows: int = 3, vocab_size: int = 97) -> list[EncodedRow]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+
+    return [EncodedRow(ids(2 + i), ids(4 + 2 * i), ids(9 - 3 * i)) for i in range(num_rows)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_and_gradients_match_the_models_own_logits(family):
+    model = build_model(family)
+    rows = random_rows()
+    batch = pad_rows(rows, pad_token_id=0)
+    upstream_N = torch.randn(len(batch.target), generator=torch.Generator().manual_seed(2))
+
+    scores_N = TokenScorer(model)(batch)
+    (scores_N * upstream_N).sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+
+    # each sequence alone, unpadded, through the model's own forward
+    expected = []
+    sequences = [(r.prompt_ids, r.chosen_ids) for r in rows]
+    sequences += [(r.prompt_ids, r.rejected_ids) for r in rows]
+    for prompt, response in sequences:
+        logits = model(input_ids=torch.tensor([[*prompt, *response]])).logits[0]
+        logps = F.log_softmax(logits.float(), -1)[len(prompt) - 1 : -1]
+        expected.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])
+    expected_N = torch.cat(expected)
+    (expected_N * upstream_N).sum().backward()
+
+    torch.testing.assert_close(scores_N, expected_N, rtol=2e-5, atol=2e-5)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            scale = parameter.grad.abs().max().item() + 1e-6
+            error = (ours[name] - parameter.grad).abs().max().item()
+            assert error <= 1e-4 * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_blocks_of_a_family_are_found_and_its_head_is_checked(family):
+    model = build_model(family)
+    blocks = find_blocks(model, None)
+    assert {type(block).__name__ for block in blocks} == {FAMILIES[family][2]}
+    assert blocks == find_blocks(model, FAMILIES[family][2])
+    check_head(TokenScorer(model))
+
+
+def test_an_unknown_block_name_is_refused_with_the_models_own():
+    with pytest.raises(ConfigError, match=r"model\.block_name.*LlamaDecoderLayer"):
+        find_blocks(build_model("llama"), "GPT2Block")
+
+
+def test_a_head_with_arithmetic_of_its_own_is_refused():
+    scorer = TokenScorer(build_model("cohere"))
+    scorer.logit_transform = LogitTransform()
+    with pytest.raises(ConfigError, match="more to its logits"):
+        check_head(scorer)
+
+
+@pytest.mark.parametrize("direction", ["reference_policy", "policy_reference"])
+@pytest.mark.parametrize("family", ["llama tied", "gemma2", "gpt-j"])
+def test_equal_models_give_log_ratios_and_kl_of_exactly_zero(family, direction):
+    policy, reference = TokenScorer(build_model(family)), TokenScorer(build_model(family))
+    batch = pad_rows(random_rows(), pad_token_id=0)
+    with torch.no_grad():
+        states = reference.states(batch)
+    scores = policy(batch, states, direction)
+    assert torch.equal(scores.logps, scores.reference_logps)
+    assert not scores.kl.any()
+    scores.kl.sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in policy.parameters())
+
+
+def test_kl_matches_the_two_models_own_distributions():
+    policy = TokenScorer(build_model("gemma2"))
+    reference = TokenScorer(build_model("gemma2", final_logit_softcapping=3.0))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batch = pad_rows(random_rows(1), pad_token_id=0)
+    log_p, log_q = (
+        F.log_softmax(
+            scorer.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits, -1
+        ).flatten(0, 1)[batch.score_index]
+        for scorer in (policy, reference)
+    )
+    with torch.no_grad():
+        states = reference.states(batch)
+        forward = policy(batch, states, "reference_policy").kl
+        reverse = policy(batch, states, "policy_reference").kl
+    torch.testing.assert_close(forward, (log_q.exp() * (log_q - log_p)).sum(-1), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(reverse, (log_p.exp() * (log_p - log_q)).sum(-1), atol=2e-5, rtol=1e-4)
+
+
+def test_an_empty_batch_keeps_the_graph_and_gives_zero_gradients():
+    scorer = TokenScorer(build_model("llama tied"))
+    scores_N = scorer(pad_rows([], pad_token_id=0))
+    assert scores_N.shape == (0,)
+    scores_N.sum().backward()
+    grads = [p.grad for p in scorer.parameters()]
+    assert all(grad is not None and grad.isfinite().all() and not grad.any() for grad in grads)
