@@ -224,7 +224,7 @@ def load_scorer(config: Config, world: World, *, trainable: bool) -> TokenScorer
         scorer,
         world.mesh,
         compute_dtype=getattr(torch, compute_dtype),
-        block_name=model_config.block_name or model_config.block,
+        block_name=model_config.block_name,
         activation_checkpointing=config.activation_checkpointing,
         trainable=trainable,
     )

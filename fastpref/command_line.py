@@ -1,5 +1,6 @@
 """What train.py does with its arguments: help, the composed options, or the run."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -36,7 +37,9 @@ def main(
     try:
         config = read_config(arguments, compose_choices, config_dir)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # under torchrun every rank finds the same error: one message is enough
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fastpref: {error}", file=sys.stderr)
         return error.exit_code
     if only_print:
         _show(config_to_yaml(config).rstrip())

@@ -121,7 +121,7 @@ class Config:
     eval_batch_size: int = 16
     """Examples evaluated, or prompts sampled, at once over all processes."""
     n_eval_examples: int = 256
-    """Examples of the test split to evaluate on."""
+    """Examples of the test split to evaluate on; 0: no evaluation, and no test split needed."""
     do_first_eval: bool = True
     """Evaluate before the first update."""
     sample_during_eval: bool = True
@@ -188,13 +188,13 @@ class Config:
             "gradient_accumulation_steps",
             "n_epochs",
             "n_examples",
-            "n_eval_examples",
             "n_eval_model_samples",
             "eval_every",
             "max_prompt_length",
             "max_length",
         ):
             check_number(name, getattr(self, name), ge=1)
+        check_number("n_eval_examples", self.n_eval_examples, ge=0)
         # numpy takes 32-bit seeds
         check_number("seed", self.seed, ge=0, lt=2**32)
         check_number("lr", self.lr, gt=0)

@@ -1,5 +1,6 @@
 """What became of the rows of a split: kept, dropped and why, cut, suspicious."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntFlag, auto
@@ -35,7 +36,7 @@ REMARK_TEXTS = {
     Remark.REJECTED_CUT: "rejected cut, its EOS lost",
     Remark.EOS_INSIDE: "EOS inside a text",
     Remark.EOS_AT_END: "EOS at the end of a text (not doubled)",
-    Remark.TEMPLATE_SPLIT: "prompt as rendered is no prefix of prompt + response (cut where they part)",
+    Remark.TEMPLATE_SPLIT: "rendered prompt is no prefix of prompt + response",
     Remark.TWO_BOS: "more than one BOS in the prompt",
     Remark.NO_WEIGHTS: "no token weights in the file (ones instead)",
 }
@@ -71,6 +72,8 @@ class AuditCounts:
     """Different prompts among them."""
     remarks: dict[Remark, int] = field(default_factory=dict)
     """Remark -> kept rows it holds for."""
+    first_remarks: dict[Remark, str] = field(default_factory=dict)
+    """Remark -> where the first such row lies."""
     prompt_tokens: int = 0
     response_tokens: int = 0
     """Sums over kept rows; both responses count."""
@@ -88,16 +91,60 @@ class AuditCounts:
             kept=self.kept + other.kept,
             prompts=self.prompts + other.prompts,
             remarks=_summed(self.remarks, other.remarks),
+            first_remarks=other.first_remarks | self.first_remarks,
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             response_tokens=self.response_tokens + other.response_tokens,
             longest_tokens=max(self.longest_tokens, other.longest_tokens),
         )
 
 
-def count_remarks(remarks: np.ndarray) -> dict[Remark, int]:
-    """How many rows each remark holds for. `remarks`: a bit set per row, (rows,) integer."""
-    counts = {remark: int(np.count_nonzero(remarks & remark)) for remark in Remark}
-    return {remark: count for remark, count in counts.items() if count}
+def count_rows(
+    *,
+    split: str,
+    source: str,
+    drop: list[str],
+    note: list[str],
+    row: np.ndarray,
+    group: np.ndarray,
+    remarks: np.ndarray,
+) -> tuple[AuditCounts, np.ndarray]:
+    """Count one source's rows, those to drop included.
+
+    Args:
+        split, source: Their names.
+        drop: Reason to leave each row out, "" to keep it. (rows,)
+        note: Message of a malformed row, else "". (rows,)
+        row: Line in the source. (rows,) int64
+        group: Number of the prompt. (rows,) int64
+        remarks: A set of `Remark` bits. (rows,) int32
+
+    Returns:
+        The counts, without tokens, and the indices of the rows to keep.
+    """
+    dropped = Counter(filter(None, drop))
+    first_dropped = {}
+    for reason in dropped:
+        index = drop.index(reason)
+        first_dropped[reason] = note[index] or f"{source}:{row[index]}"
+    kept = np.flatnonzero([not reason for reason in drop])
+    remark_counts, first_remarks = {}, {}
+    for remark in Remark:
+        rows = row[kept[(remarks[kept] & remark) != 0]]
+        if len(rows):
+            remark_counts[remark] = len(rows)
+            first_remarks[remark] = f"{source}:{rows[0]}"
+    counts = AuditCounts(
+        split=split,
+        sources=[source],
+        rows=len(drop),
+        dropped=dict(dropped),
+        first_dropped=first_dropped,
+        kept=len(kept),
+        prompts=len(np.unique(group[kept])),
+        remarks=remark_counts,
+        first_remarks=first_remarks,
+    )
+    return counts, kept
 
 
 def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
@@ -144,7 +191,8 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
     for remark, count in counts.remarks.items():
         lines = warnings if remark in SUSPICIOUS else facts
         share = _share(count, counts.kept)
-        lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {share} rows")
+        first = counts.first_remarks[remark]
+        lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {share} rows (first: {first})")
     return facts, warnings
 
 

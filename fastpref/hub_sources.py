@@ -3,7 +3,8 @@
 The derivations are those of the DPO repository; each works on any sequence of records.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -105,11 +106,12 @@ def strip_html(html: str) -> str:
     Only elements at the top level count. `p` gives its own text, without what inline elements hold;
     `pre` and `code` give `<code>…</code>`; lists, quotes and headings are left out.
     """
-    from bs4 import BeautifulSoup, NavigableString
+    from bs4 import BeautifulSoup, Tag
+    from bs4.element import NavigableString
 
     parts = []
     for element in BeautifulSoup(html, "html.parser").children:
-        if isinstance(element, NavigableString):
+        if not isinstance(element, Tag):
             continue
         if element.name == "p":
             parts.append("".join(child for child in element if isinstance(child, NavigableString)))
@@ -133,7 +135,10 @@ def _split_se(records: datasets.Dataset, split: str) -> Records:
     records = records.shuffle(seed=SE_SEED)
     num_test = int(len(records) * SE_TEST_SHARE)
     bounds = range(num_test) if split == "test" else range(num_test, len(records))
-    return records.select(bounds).map(_strip_record, desc=f"stripping HTML of se {split}")
+    # ten million posts: hours in one process
+    return records.select(bounds).map(
+        _strip_record, num_proc=os.cpu_count(), desc=f"stripping HTML of se {split}"
+    )
 
 
 def _strip_record(record: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastpref.checks import hint
 from fastpref.errors import ConfigError
 
 
@@ -51,15 +51,14 @@ def optimizer_class_of(name: str) -> type[Optimizer]:
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
     }
-    # LBFGS evaluates the loss several times a step, SparseAdam wants sparse gradients
-    usable = sorted(classes.keys() - {"LBFGS", "SparseAdam"})
+    # LBFGS evaluates the loss several times a step, SparseAdam wants sparse gradients, Muon
+    # trains matrices alone
+    usable = sorted(classes.keys() - {"LBFGS", "SparseAdam", "Muon"})
     if name not in usable:
-        close = get_close_matches(name, usable, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}? " if close else ""
+        rule = "cannot train a language model by itself" if name in classes else "no such class"
         raise ConfigError(
-            f"optimizer={name}: {hint}torch.optim has {', '.join(usable)}"
-            if name not in classes
-            else f"optimizer={name}: needs another training loop; usable are {', '.join(usable)}"
+            f"optimizer={name}: {rule}{hint(name, usable)}; "
+            f"torch.optim has {', '.join(usable)}"
         )
     return classes[name]
 

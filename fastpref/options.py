@@ -155,7 +155,10 @@ def _summary(schema: type) -> str:
 
 
 def _wrap(text: str, indent: int) -> list[str]:
-    return textwrap.wrap(text, 96, initial_indent=" " * indent, subsequent_indent=" " * indent)
+    margin = " " * indent
+    return textwrap.wrap(
+        text, 96, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )
 
 
 def format_value(value: object) -> str:

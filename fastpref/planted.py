@@ -35,24 +35,19 @@ OPPOSITES = (
     *(("rich", "poor"), ("loud", "quiet"), ("open", "closed"), ("near", "far"), ("thick", "thin")),
 )
 
-_NEXT = {
-    name: following
-    for names in (DAYS, MONTHS)
-    for name, following in zip(names, (*names[1:], names[0]), strict=True)
-}
 _OPPOSITE = dict(OPPOSITES) | {second: first for first, second in OPPOSITES}
 
-_DEFAULT_NUM_ROWS = {"train": 2048, "test": 256, "sft_train": 8192, "sft_test": 256}
+_DEFAULT_NUM_ROWS = {"train": 2048, "test": 256, "sft_train": 16384, "sft_test": 256}
 # a hash of its text deals each prompt to one split: disjoint for every seed and size
 _SPLIT_OF_BUCKET = ("test", "sft_test", *("train",) * 6, *("sft_train",) * 8)
 
 
 @dataclass(frozen=True)
 class AnswerToken:
-    """One token of an answer: its text, and the wrong texts that may be planted in its place."""
+    """One token of an answer, and the wrong one that may be planted in its place."""
 
-    text: str
-    wrong: tuple[str, ...]
+    right: str
+    wrong: str
 
 
 Sentence = list[str | AnswerToken]
@@ -98,31 +93,36 @@ def generate_rows(
 
 
 def generate_sft_rows(
-    split: str, *, num_rows: int | None = None, seed: int = 0, wrong_share: float = 0.5
+    split: str, *, num_rows: int | None = None, seed: int = 0, slip_rate: float = 0.5
 ) -> list[dict[str, Any]]:
-    """Demonstrations for the SFT stage, of mixed quality.
+    """Careless demonstrations for the SFT stage.
 
     Args:
         split: "train" or "test"; no prompt occurs in the other one or in `planted`.
-        num_rows: Number of rows, each with its own prompt; default 8192 (train), 256 (test).
-        seed: The rows are a function of split, num_rows, seed and wrong_share.
-        wrong_share: Probability that the response to imitate is a wrong one, in [0, 1]. It
-            leaves the model uncertain: what preference learning then has to mend.
+        num_rows: Number of rows, each with its own prompt; default 16384 (train), 256 (test).
+        seed: The rows are a function of split, num_rows, seed and slip_rate.
+        slip_rate: Probability that an answer token is the wrong one, each on its own, in [0, 1].
+            A model that imitates such rows has learned the tasks and the slips; which of the two
+            is wanted is left to preference learning.
 
     Returns:
-        Rows with prompt, chosen (the response to imitate) and rejected (a wrong one).
+        Rows with prompt, chosen (the response to imitate) and rejected (its answer tokens wrong
+        where they are right in `chosen`, and right where they are wrong).
 
     Raises:
-        ValueError: As generate_rows; wrong_share is out of range.
+        ValueError: As generate_rows; slip_rate is out of range.
     """
     _check_split(split)
-    if not 0 <= wrong_share <= 1:
-        raise ValueError(f"wrong_share must be in [0, 1], got {wrong_share}")
+    if not 0 <= slip_rate <= 1:
+        raise ValueError(f"slip_rate must be in [0, 1], got {slip_rate}")
     rows = []
     for prompt, rng in _draw_prompts(f"sft_{split}", num_rows, seed):
-        pair = _pair(prompt, rng)
-        imitated = "rejected" if rng.random() < wrong_share else "chosen"
-        rows.append({"prompt": prompt, "chosen": pair[imitated], "rejected": pair["rejected"]})
+        sentence = _solve(prompt)
+        positions = _answer_positions(sentence)
+        slips = {i for i in positions if rng.random() < slip_rate}
+        chosen, _ = _render(sentence, slips)
+        rejected, _ = _render(sentence, positions - slips)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
@@ -134,7 +134,8 @@ def check_answer(prompt: str, response: str) -> bool:
     Raises:
         ValueError: The prompt is none of this module's.
     """
-    return response.strip() == _text(_solve(prompt)).strip()
+    correct, _ = _render(_solve(prompt), set())
+    return response.strip() == correct.strip()
 
 
 def _check_split(split: str) -> None:
@@ -166,20 +167,30 @@ def _draw_prompts(
 
 def _pair(prompt: str, rng: random.Random) -> dict[str, Any]:
     sentence = _solve(prompt)
-    positions = [i for i, piece in enumerate(sentence) if isinstance(piece, AnswerToken)]
+    positions = _answer_positions(sentence)
     num_planted = rng.randint(1, min(MAX_PLANTED, len(positions)))
-    planted = set(rng.sample(positions, num_planted))
-    rejected = ""
+    chosen, _ = _render(sentence, set())
+    rejected, spans = _render(sentence, set(rng.sample(sorted(positions), num_planted)))
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "planted_spans": spans}
+
+
+def _answer_positions(sentence: Sentence) -> set[int]:
+    return {i for i, piece in enumerate(sentence) if isinstance(piece, AnswerToken)}
+
+
+def _render(sentence: Sentence, planted: set[int]) -> tuple[str, list[list[int]]]:
+    """The text, with the answer tokens at `planted` wrong, and their character ranges."""
+    text = ""
     spans = []
     for i, piece in enumerate(sentence):
-        start = len(rejected)
-        if isinstance(piece, AnswerToken) and i in planted:
-            rejected += rng.choice(piece.wrong)
-            spans.append([start, len(rejected)])
+        start = len(text)
+        if isinstance(piece, str):
+            text += piece
         else:
-            rejected += _text([piece])
-    chosen = _text(sentence)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "planted_spans": spans}
+            text += piece.wrong if i in planted else piece.right
+        if i in planted:
+            spans.append([start, len(text)])
+    return text, spans
 
 
 def _solve(prompt: str) -> Sentence:
@@ -189,107 +200,105 @@ def _solve(prompt: str) -> Sentence:
     raise ValueError(f"prompt: not a question of the planted set: {prompt!r}")
 
 
-def _text(sentence: Sentence) -> str:
-    return "".join(piece if isinstance(piece, str) else piece.text for piece in sentence)
+def _following(item: str, pool: Sequence[str]) -> str:
+    """The next one of the pool; the first one follows the last."""
+    return pool[(pool.index(item) + 1) % len(pool)]
 
 
-def _answer_token(text: str, pool: Iterable[str]) -> AnswerToken:
-    return AnswerToken(text, tuple(other for other in pool if other != text))
+def _calendar(name: str) -> Sequence[str]:
+    return DAYS if name in DAYS else MONTHS
 
 
 def _characters(text: Iterable[str], pool: str) -> Sentence:
-    return [_answer_token(character, pool) for character in text]
+    return [AnswerToken(character, _following(character, pool)) for character in text]
 
 
-def _list_of_words(words: Sequence[str], pools: Iterable[Iterable[str]]) -> Sentence:
+def _words(words: Iterable[str], pool_of: Callable[[str], Sequence[str]]) -> Sentence:
     # the space before a word belongs to its token
     one, two, three = (
-        _answer_token(f" {word}", [f" {other}" for other in pool])
-        for word, pool in zip(words, pools, strict=True)
+        AnswerToken(f" {word}", f" {_following(word, pool_of(word))}") for word in words
     )
     return [one, ",", two, " and", three, "."]
 
 
-def _draw_string(rng: random.Random, pool: str, shortest: int, longest: int) -> str:
-    return "".join(rng.choices(pool, k=rng.randint(shortest, longest)))
+def _draw_digits(rng: random.Random) -> dict[str, str]:
+    return {"number": "".join(rng.choices(DIGITS, k=rng.randint(4, 6)))}
+
+
+def _draw_letters(rng: random.Random) -> dict[str, str]:
+    return {"letters": "".join(rng.sample(LETTERS, rng.randint(3, 5)))}
+
+
+def _draw_replacement(rng: random.Random) -> dict[str, str]:
+    *text, new = rng.sample(LETTERS, rng.randint(4, 6))
+    return {"letters": "".join(text), "old": rng.choice(text), "new": new}
+
+
+def _draw_sum(rng: random.Random) -> dict[str, str]:
+    """Three columns of digits, none of them with a carry."""
+    sums = rng.randint(2, 9), rng.randint(0, 9), rng.randint(0, 9)
+    first = rng.randint(1, sums[0] - 1), rng.randint(0, sums[1]), rng.randint(0, sums[2])
+    a = "".join(map(str, first))
+    return {"a": a, "b": "".join(map(str, sums))}
 
 
 def _draw_words(rng: random.Random, pool: Iterable[str]) -> dict[str, str]:
     return dict(zip("abc", rng.sample(list(pool), 3), strict=True))
 
 
-def _draw_count(rng: random.Random) -> dict[str, str]:
-    letters = "".join(rng.sample(LETTERS, 3))
-    text = _draw_string(rng, letters, 5, 7)
-    return {"letter": rng.choice(text), "text": text}
-
-
-def _draw_replacement(rng: random.Random) -> dict[str, str]:
-    text = _draw_string(rng, LETTERS, 4, 6)
-    old = rng.choice(text)
-    return {"text": text, "old": old, "new": rng.choice(LETTERS.replace(old, ""))}
-
-
-def _names_of_same_kind(name: str) -> Sequence[str]:
-    return DAYS if name in DAYS else MONTHS
-
-
 FAMILIES = (
     Family(
         "What is {a} + {b}?",
-        lambda rng: {"a": rng.randint(10, 99), "b": rng.randint(10, 99)},
+        _draw_sum,
         lambda a, b: [f" {a} + {b} = ", *_characters(str(int(a) + int(b)), DIGITS), "."],
     ),
     Family(
-        "Sort the digits of {number}.",
-        lambda rng: {"number": _draw_string(rng, DIGITS, 4, 6)},
-        lambda number: [" In order they are ", *_characters(sorted(number), DIGITS), "."],
-    ),
-    Family(
-        "What is {text} backwards?",
-        lambda rng: {"text": _draw_string(rng, LETTERS, 4, 6)},
-        lambda text: [" Backwards it reads ", *_characters(reversed(text), LETTERS), "."],
-    ),
-    Family(
         "What is the largest digit of {number}?",
-        lambda rng: {"number": _draw_string(rng, DIGITS, 4, 6)},
+        _draw_digits,
         lambda number: [" The largest digit is ", *_characters(max(number), DIGITS), "."],
     ),
     Family(
+        "Sort the digits of {number}.",
+        _draw_digits,
+        lambda number: [" In order they are ", *_characters(sorted(number), DIGITS), "."],
+    ),
+    Family(
+        "What is {letters} backwards?",
+        _draw_letters,
+        lambda letters: [" Backwards it reads ", *_characters(reversed(letters), LETTERS), "."],
+    ),
+    Family(
+        "Which letters come after {letters}?",
+        _draw_letters,
+        lambda letters: [
+            " The next letters are ",
+            *_characters((_following(letter, LETTERS) for letter in letters), LETTERS),
+            ".",
+        ],
+    ),
+    Family(
+        "Replace {old} by {new} in {letters}.",
+        _draw_replacement,
+        lambda old, new, letters: [
+            " The result is ",
+            *_characters(letters.replace(old, new), LETTERS),
+            ".",
+        ],
+    ),
+    Family(
         "What comes after {a}, {b} and {c}?",
-        lambda rng: _draw_words(rng, _NEXT),
+        lambda rng: _draw_words(rng, (*DAYS, *MONTHS)),
         lambda **names: [
             " They are followed by",
-            *_list_of_words(
-                [_NEXT[name] for name in names.values()],
-                [_names_of_same_kind(name) for name in names.values()],
-            ),
+            *_words((_following(name, _calendar(name)) for name in names.values()), _calendar),
         ],
     ),
     Family(
         "What are the opposites of {a}, {b} and {c}?",
-        lambda rng: _draw_words(rng, _OPPOSITE),
-        lambda **adjectives: [
+        lambda rng: _draw_words(rng, tuple(_OPPOSITE)),
+        lambda **words: [
             " The opposites are",
-            *_list_of_words([_OPPOSITE[a] for a in adjectives.values()], [_OPPOSITE] * 3),
-        ],
-    ),
-    Family(
-        "How often does {letter} occur in {text}?",
-        _draw_count,
-        lambda letter, text: [
-            f" {letter} occurs ",
-            *_characters(str(text.count(letter)), DIGITS[1:]),
-            " times.",
-        ],
-    ),
-    Family(
-        "Replace {old} by {new} in {text}.",
-        _draw_replacement,
-        lambda old, new, text: [
-            " The result is ",
-            *_characters(text.replace(old, new), LETTERS),
-            ".",
+            *_words((_OPPOSITE[word] for word in words.values()), lambda word: tuple(_OPPOSITE)),
         ],
     ),
 )

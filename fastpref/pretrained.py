@@ -1,7 +1,6 @@
 """Where models and tokenizers come from: folders, runs, seed-format archives, the hub."""
 
 import logging
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.checks import hint
 from fastpref.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger("fastpref")
@@ -64,9 +64,7 @@ def _looks_like_a_path(name: str) -> bool:
 def _nearest_neighbour(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    names = [child.name for child in path.parent.iterdir() if child.is_dir()]
-    close = get_close_matches(path.name, names, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    return hint(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
 
 
 def switch_off_dropout(model: nn.Module) -> None:

@@ -107,6 +107,11 @@ class RowSums(NamedTuple):
         return torch.logaddexp(self._lse_others, self.target_logit)
 
     @property
+    def lse_over_max(self) -> Tensor:
+        """(R,) lse - max, with the digits that lse loses when max is large."""
+        return torch.logaddexp(self.sum_exp.log(), self.target_logit - self.max)
+
+    @property
     def _lse_others(self) -> Tensor:
         return self.max + self.sum_exp.log()
 

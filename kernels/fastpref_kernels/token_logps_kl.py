@@ -121,9 +121,10 @@ class _TokenLogpsAndKL(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logps: Tensor | None, _: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        input, weight, bias, *reference_tensors, target_N, ignored_N = ctx.saved_tensors[:8]
+        input, weight, bias, *of_reference, target_N, ignored_N = ctx.saved_tensors[:8]
+        reference_input, reference_weight, reference_bias = of_reference
         policy = Head(input, weight, bias, ctx.scale, ctx.softcap)
-        reference = Head(*reference_tensors, ctx.scale, ctx.softcap)
+        reference = Head(reference_input, reference_weight, reference_bias, ctx.scale, ctx.softcap)
         stats = JointStats(*ctx.saved_tensors[8:])
         needs_grad = ctx.needs_input_grad[:3]
         with torch.autocast(target_N.device.type, enabled=False):

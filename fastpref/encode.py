@@ -1,0 +1,283 @@
+"""Checked rows + tokenizer -> token ids, truncated, with token weights and the audit counts.
+
+Prompt and responses are tokenized separately and without special tokens, EOS is appended to the
+responses: the tokenization of the DPO, TDPO and TIS-DPO repositories.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import transformers
+
+from fastpref.chat import check_chat_template, read_chat_template, render_chat
+from fastpref.counts import AuditCounts, Remark, check_counts, format_audit
+from fastpref.datasets import MALFORMED, Rows, count_dataset, read_rows, uses_token_weights
+from fastpref.errors import ConfigError, DataError
+from fastpref.row_cache import cache_errors, code_digest, progress_bars
+from fastpref.rows import RowError
+from fastpref.token_weights import align_weights, prepare_weights
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
+
+logger = logging.getLogger("fastpref")
+
+TOO_LONG = "longer than max_length"
+ENCODING_CODE = ("chat.py", "encode.py", "rows.py", "token_weights.py")
+BOOKKEEPING = {
+    "row": datasets.Value("int64"),
+    "group": datasets.Value("int64"),
+    "remarks": datasets.Value("int32"),
+    "drop": datasets.Value("string"),
+    "note": datasets.Value("string"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """What decides how a row becomes token ids; the fields are the options of those names."""
+
+    sft: bool
+    """One row per prompt, without a rejected response."""
+    weighted: bool
+    """Give every response token its weight."""
+    max_length: int
+    max_prompt_length: int
+    truncation: str
+    truncation_mode: str
+    reverse_dataset: bool
+    eos_weight: float | None
+    transform_method: str
+    transform_params: dict[str, float]
+    seed: int
+    """Of the transform `random`."""
+    chat_template: str | None
+    """Jinja text."""
+    on_error: str
+    strict: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSplit:
+    """An encoded split."""
+
+    name: str
+    dataset: datasets.Dataset
+    """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists; a response ends in EOS unless it
+    was cut; rejected_ids is empty in SFT), and where the loss is weighted chosen_weights,
+    rejected_weights (float32 lists, one per response token)."""
+    groups: np.ndarray
+    """Number of each row's prompt, ascending by first appearance. (rows,) int64."""
+    audit: AuditCounts
+
+
+def load_split(
+    config: "Config", split: str, tokenizer: Any, *, vocab_size: int, quiet: bool
+) -> PreferenceSplit:
+    """Read, check and encode all datasets of a config, one after another.
+
+    Args:
+        config: The run's options.
+        split: train or test.
+        tokenizer: Of transformers.
+        vocab_size: Rows of the model's embedding: no token id may reach it.
+        quiet: Neither progress bars nor log lines.
+
+    Raises:
+        DataError: a source is missing, a row breaks a rule, or too few rows are left.
+        ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
+    """
+    options = EncodeOptions(
+        sft=config.loss.name == "sft",
+        weighted=uses_token_weights(config),
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation=config.data.truncation,
+        truncation_mode=config.data.truncation_mode,
+        reverse_dataset=config.reverse_dataset,
+        eos_weight=config.data.eos_weight,
+        transform_method=config.transform.method,
+        transform_params=config.transform.params(),
+        seed=config.seed,
+        chat_template=read_chat_template(config.data.chat_template),
+        on_error=config.data.on_error,
+        strict=config.data.strict,
+    )
+    parts = []
+    for rows in read_rows(config, split, quiet=quiet):
+        with progress_bars(quiet), cache_errors(config.data.cache_dir):
+            part = encode_rows(rows, tokenizer, options, vocab_size=vocab_size)
+        check_counts(part.audit, max_dropped=config.data.max_dropped)
+        parts.append(part)
+    joined = join_splits(parts)
+    if not quiet:
+        facts, warnings = format_audit(joined.audit)
+        for line in facts:
+            logger.info(line)
+        for line in warnings:
+            logger.warning(line)
+    return joined
+
+
+def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
+    """Several sources as one split; equal prompts of different sources stay different prompts."""
+    groups, audit, offset = [], parts[0].audit, 0
+    for index, part in enumerate(parts):
+        groups.append(part.groups + offset)
+        offset += int(part.groups.max(initial=-1)) + 1
+        audit = audit + part.audit if index else audit
+    return PreferenceSplit(
+        name=parts[0].name,
+        dataset=datasets.concatenate_datasets([part.dataset for part in parts]),
+        groups=np.concatenate(groups),
+        audit=audit,
+    )
+
+
+def encode_rows(
+    rows: Rows, tokenizer: Any, options: EncodeOptions, *, vocab_size: int
+) -> PreferenceSplit:
+    """Encode one source, or take the result of an earlier run from the cache.
+
+    Raises:
+        DataError: a row breaks a rule (file:row: field), or a token id reaches `vocab_size`.
+        ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
+    """
+    check_tokenizer(tokenizer)
+    dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
+    if pc.any(pc.equal(dataset.with_format("arrow")["form"][:], "chat")).as_py():
+        check_chat_template(tokenizer, options.chat_template)
+    encoded = dataset.map(
+        encode_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
+        features=encoded_features(options),
+        remove_columns=dataset.column_names,
+        new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
+        desc=f"tokenizing {rows.name} {rows.counts.split}",
+    )
+    counts, kept = count_dataset(encoded, rows.source, rows.counts.split)
+    if len(kept) < len(encoded):
+        encoded = encoded.select(kept)
+    groups = encoded.with_format("numpy")["group"][:]
+    encoded = encoded.remove_columns(list(BOOKKEEPING))
+    check_vocabulary(encoded, vocab_size, tokenizer)
+    audit = replace(rows.counts.then(counts), **count_tokens(encoded))
+    return PreferenceSplit(name=audit.split, dataset=encoded, groups=groups, audit=audit)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer without an end-of-sequence token: no response could ever end.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "model.tokenizer_name_or_path: the tokenizer has no end-of-sequence token; set "
+            "eos_token in its tokenizer_config.json or name another tokenizer"
+        )
+
+
+def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any) -> None:
+    """Refuse token ids that have no row in the embedding.
+
+    Raises:
+        DataError: naming the token.
+    """
+    table = encoded.with_format("arrow")[:]
+    for column in ID_COLUMNS:
+        highest = pc.max(pc.list_flatten(table[column])).as_py()
+        if highest is not None and highest >= vocab_size:
+            raise DataError(
+                f"datasets: token id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is "
+                f"not in the model's embedding of {vocab_size} rows; the tokenizer belongs to "
+                "another model"
+            )
+
+
+def count_tokens(encoded: datasets.Dataset) -> dict[str, int]:
+    """The fields of `AuditCounts` that count tokens."""
+    table = encoded.with_format("arrow")[:]
+    prompt, chosen, rejected = (
+        pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS
+    )
+    return {
+        "prompt_tokens": int(prompt.sum()),
+        "response_tokens": int(chosen.sum() + rejected.sum()),
+        "longest_tokens": int((prompt + np.maximum(chosen, rejected)).max(initial=0)),
+    }
+
+
+def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The last row of each prompt, in the order in which prompts appear first."""
+    groups = dataset.with_format("numpy")["group"][:]
+    _, index_from_end = np.unique(groups[::-1], return_index=True)
+    return dataset.select(len(groups) - 1 - index_from_end)
+
+
+def encoded_features(options: EncodeOptions) -> datasets.Features:
+    """Columns of an encoded dataset, those for the audit included."""
+    features: dict[str, Any] = {
+        column: datasets.List(datasets.Value("int32")) for column in ID_COLUMNS
+    }
+    if options.weighted:
+        features |= {
+            column: datasets.List(datasets.Value("float32")) for column in WEIGHT_COLUMNS
+        }
+    return datasets.Features(features | BOOKKEEPING)
+
+
+def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> str:
+    """Name of the cache entry: equal for equal rows, tokenizer, options and code only."""
+    used = asdict(options)
+    if not (options.weighted and options.transform_method == "random"):
+        del used["seed"]
+    if not options.weighted:
+        del used["transform_method"], used["transform_params"], used["eos_weight"]
+    key = [
+        rows.fingerprint,
+        tokenizer_digest(tokenizer),
+        used,
+        code_digest(*ENCODING_CODE),
+        transformers.__version__,
+    ]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of all that a tokenizer's output depends on; calls to it leave no trace in it."""
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        # set by the last call, not by the vocabulary
+        model["truncation"] = model["padding"] = None
+    else:
+        model = [type(tokenizer).__name__, tokenizer.name_or_path, tokenizer.get_vocab()]
+    facts = [model, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()
+
+
+def encode_batch(
+    batch: dict[str, list[Any]], tokenizer: Any, options: EncodeOptions, source: str
+) -> dict[str, list[Any]]:
+    """Encode a batch of `datasets.map`. Columns in and out: `FEATURES`, `encoded_features`."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    texts = [_texts_or_error(row, tokenizer, options) for row in rows]
+    encoded = []
+    ids = tokenize(tokenizer, [text for row_texts in texts for text in row_texts.texts])
+    for index, (row, row_texts) in enumerate(zip(rows, texts, strict=True)):
+        ...
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Ids of each text by itself, special tokens only where the text spells them."""
+    if not texts:
+        return []
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    return tokenizer(texts, **options)["input_ids"]

@@ -1,0 +1,61 @@
+"""The cache of `datasets`: what its entries depend on, its progress bars, its errors."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import datasets
+import pyarrow
+from datasets.exceptions import DatasetGenerationError
+
+from fastpref.errors import DataError, FastprefError
+
+
+def code_digest(*names: str) -> str:
+    """Digest of source files of this package: a cache must not outlive the code that filled it."""
+    package = Path(__file__).parent
+    return hashlib.sha256(b"".join((package / name).read_bytes() for name in names)).hexdigest()
+
+
+def file_state(path: Path) -> str:
+    """Location, size and time of a file: what tells that it has changed."""
+    stat = path.stat()
+    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+
+@contextmanager
+def progress_bars(quiet: bool) -> Iterator[None]:
+    """Switch the progress bars of `datasets` off while `quiet`."""
+    if not quiet or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+@contextmanager
+def cache_errors(cache_dir: str | None) -> Iterator[None]:
+    """Bring our own errors out of the wrapping of `datasets`, and say what ails its cache.
+
+    Raises:
+        DataError: the cache cannot be written or is damaged.
+    """
+    try:
+        yield
+    except (DatasetGenerationError, OSError, pyarrow.ArrowException) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None and not isinstance(cause, FastprefError):
+            cause = cause.__cause__
+        if isinstance(cause, FastprefError):
+            raise cause from None
+        if not isinstance(cause, OSError | pyarrow.ArrowException):
+            raise
+        folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+        raise DataError(
+            f"data.cache_dir: {folder} cannot be used: {cause}; delete what is damaged there or "
+            "set data.cache_dir to another folder"
+        ) from error

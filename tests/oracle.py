@@ -1,0 +1,98 @@
+"""What the tests of the ops share: cases, torch's own composite, and the yardstick."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from fastpref_kernels import get_workspace_mib, set_workspace_mib
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# N, V, D: aligned, ragged, one token
+SHAPES = [(256, 512, 128), (252, 507, 123), (1, 32000, 64)]
+# several tiles of rows and of columns at every shape above, and the default
+WORKSPACES_MIB = [0.25, 1024]
+
+
+def assert_no_worse_than_torch(
+    ours: Tensor, same_dtype: Tensor, float64: Tensor, *, factor: float = 2.0, floor: float = 1e-5
+) -> None:
+    ours_error = (ours.double() - float64).abs().max().item()
+    torch_error = (same_dtype.double() - float64).abs().max().item()
+    bound = factor * torch_error + floor
+    assert ours_error <= bound, f"{ours_error:.2e} > {bound:.2e} = {factor} x torch + {floor:.0e}"
+
+
+def random_head(
+    N: int, V: int, D: int, dtype: torch.dtype = torch.float32, *, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, weight and bias whose logits have a standard deviation of three nats."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = (
+        torch.randn(N, D, generator=generator),
+        torch.randn(V, D, generator=generator) * 3 / D**0.5,
+        torch.randn(V, generator=generator),
+    )
+    return tuple(tensor.to(dtype).requires_grad_() for tensor in tensors)
+
+
+def random_target(N: int, V: int, *, ignore: int | None = -100) -> Tensor:
+    """Targets, every fifth of them ignored."""
+    target_N = torch.randint(V, (N,), generator=torch.Generator().manual_seed(7))
+    if ignore is not None and N > 1:
+        target_N[::5] = ignore
+    return target_N
+
+
+def torch_logits(
+    input: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """Full logits the usual way: in the inputs' dtype, then float32."""
+    dtype = torch.promote_types(input.dtype, weight.dtype)
+    bias = None if bias is None else bias.to(dtype)
+    logits_NV = scale * F.linear(input.to(dtype), weight.to(dtype), bias)
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    return logits_NV.float()
+
+
+def double(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """Float64 copies that are leaves of their own."""
+    return tuple(
+        None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors
+    )
+
+
+def gradients(
+    op: Callable[..., Tensor], leaves: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Value of `op(*leaves)` and its gradients under an upstream gradient."""
+    value = op(*leaves)
+    return value.detach(), torch.autograd.grad(value, leaves, grad.to(value))
+
+
+@contextmanager
+def workspace(mib: float) -> Iterator[None]:
+    before = get_workspace_mib()
+    set_workspace_mib(mib)
+    try:
+        yield
+    finally:
+        set_workspace_mib(before)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor any operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # a view of an argument is no new tensor
+        if isinstance(result, Tensor) and not func.is_view:
+            self.numel = max(self.numel, result.numel())
+        return result

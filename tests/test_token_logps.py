@@ -1,0 +1,395 @@
+import pytest
+import torch
+from fastpref_kernels import naive, set_workspace_mib, token_logps
+from oracle import (
+    SHAPES,
+    WORKSPACES_MIB,
+    LargestTensor,
+    assert_no_worse_than_torch,
+    double,
+    gradients,
+    random_head,
+    random_target,
+    torch_logits,
+    workspace,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def torch_token_logps(input, weight, target, *, linear_bias, scale=1.0, softcap=None, ignore=-100):
+    logits_NV = torch_logits(input, weight, linear_bias, scale, softcap)
+    return -F.cross_entropy(logits_NV, target, reduction="none", ignore_index=ignore)
+
+
+def assert_matches_float64(leaves, target, *, scale=1.0, softcap=None, ignore=-100):
+    """Values and every gradient, under an upstream gradient that differs per token."""
+    options = {"logit_scale": scale, "logit_softcap": softcap, "ignore_index": ignore}
+
+    def ours(input, weight, bias):
+        return token_logps(input, weight, target, linear_bias=bias, **options)
+
+    def same_dtype(input, weight, bias):
+        return torch_token_logps(
+            input, weight, target, linear_bias=bias, scale=scale, softcap=softcap, ignore=ignore
+        )
+
+    def truth(input, weight, bias):
+        return naive.token_logps(input, weight, target, linear_bias=bias, **options)
+
+    grad_N = torch.randn(len(target), generator=torch.Generator().manual_seed(1))
+    our_logps_N, our_grads = gradients(ours, leaves, grad_N)
+    torch_logps_N, torch_grads = gradients(same_dtype, leaves, grad_N)
+    true_logps_N, true_grads = gradients(truth, double(leaves), grad_N)
+    assert our_logps_N.dtype == torch.float32
+    assert_no_worse_than_torch(our_logps_N, torch_logps_N, true_logps_N)
+    for leaf, our, same, true in zip(leaves, our_grads, torch_grads, true_grads, strict=True):
+        assert our.dtype == leaf.dtype
+        assert_no_worse_than_torch(our, same, true)
+
+
+@pytest.mark.parametrize("mib", WORKSPACES_MIB)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("N", "V", "D"), SHAPES)
+def test_token_logps_and_gradients_match_float64(N, V, D, dtype, mib):
+    with workspace(mib):
+        assert_matches_float64(random_head(N, V, D, dtype), random_target(N, V))
+
+
+@pytest.mark.parametrize("mib", WORKSPACES_MIB)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_scale_comes_before_the_softcap(softcap, mib):
+    with workspace(mib):
+        assert_matches_float64(
+            random_head(252, 507, 123), random_target(252, 507), scale=0.7, softcap=softcap
+        )
+
+
+@pytest.mark.parametrize(
+    ("input_dtype", "weight_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2],
+)
+def test_dtypes_may_be_mixed(input_dtype, weight_dtype):
+    input, weight, bias = random_head(252, 507, 123)
+    leaves = tuple(
+        leaf.detach().to(dtype).requires_grad_()
+        for leaf, dtype in [(input, input_dtype), (weight, weight_dtype), (bias, torch.float32)]
+    )
+    assert_matches_float64(leaves, random_target(252, 507))
+
+
+def test_naive_float64_is_log_softmax_at_the_target():
+    input, weight, bias = double(random_head(50, 61, 17))
+    target_N = random_target(50, 61)
+    grad_N = torch.randn(50, dtype=torch.float64)
+    ours = gradients(
+        lambda h, w, b: naive.token_logps(h, w, target_N, linear_bias=b),
+        (input, weight, bias),
+        grad_N,
+    )
+    theirs = gradients(
+        lambda h, w, b: -F.cross_entropy(F.linear(h, w, b), target_N, reduction="none"),
+        (input, weight, bias),
+        grad_N,
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_columns_of_minus_infinity_have_no_probability_and_no_gradient():
+    input, weight, bias = random_head(252, 507, 123)
+    with torch.no_grad():
+        # the first columns, so that the online sums start from -inf, and a padded tail
+        bias[:90] = bias[-7:] = float("-inf")
+    target_N = 90 + random_target(252, 410, ignore=None)
+    with workspace(0.25):
+        assert_matches_float64((input, weight, bias), target_N)
+        token_logps(input, weight, target_N, linear_bias=bias).sum().backward()
+    assert not bias.grad[:90].any() and not bias.grad[-7:].any()
+    assert not weight.grad[:90].any() and not weight.grad[-7:].any()
+
+
+def test_a_logit_two_hundred_nats_below_the_maximum_is_finite():
+    input_ND = torch.zeros(1, 64)
+    input_ND[0, 3] = 200.0
+    target_N = torch.tensor([5])
+    assert input_ND.softmax(-1).log()[0, 5].isinf()
+    logps_N, (grad_ND,) = gradients(
+        lambda h: token_logps(h, torch.eye(64), target_N),
+        (input_ND.requires_grad_(),),
+        torch.ones(1),
+    )
+    torch.testing.assert_close(logps_N, torch.tensor([-200.0]))
+    torch.testing.assert_close(grad_ND[0, [3, 5]], torch.tensor([-1.0, 1.0]))
+
+
+@pytest.mark.parametrize("margin", [5.0, 14.0, 30.0, 60.0])
+def test_confident_tokens_keep_their_digits(margin):
+    """In float32 log-sum-exp minus the target's logit is zero from 16 nats on."""
+    target_N = torch.tensor([3, 63])
+    input_ND = margin * F.one_hot(target_N, 64).float() + torch.randn(2, 64) * 1e-3
+    grad_N = torch.tensor([1.0, -2.5])
+    logps_N, (grad_ND,) = gradients(
+        lambda h: token_logps(h, torch.eye(64), target_N), (input_ND.requires_grad_(),), grad_N
+    )
+    true_logps_N, (true_grad_ND,) = gradients(
+        lambda h: naive.token_logps(h, torch.eye(64).double(), target_N),
+        double((input_ND,)),
+        grad_N,
+    )
+    torch.testing.assert_close(logps_N.double(), true_logps_N, rtol=2e-5, atol=0)
+    torch.testing.assert_close(grad_ND.double(), true_grad_ND, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("offset", [-1000.0, 1000.0])
+def test_a_common_offset_of_all_logits_changes_nothing(offset):
+    input, weight, _ = random_head(60, 61, 17)
+    target_N = random_target(60, 61)
+    expected_N = token_logps(input, weight, target_N)
+    shifted_N = token_logps(input, weight, target_N, linear_bias=torch.full((61,), offset))
+    torch.testing.assert_close(shifted_N, expected_N, rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("ignore", [-100, 3, 0, -1])
+def test_ignored_rows_score_zero_whatever_they_hold(ignore):
+    input, weight, bias = random_head(252, 507, 123)
+    target_N = random_target(252, 507, ignore=ignore)
+    with torch.no_grad():
+        clean = input.clone().requires_grad_()
+        input[::5] = float("nan")
+    grad_N = torch.randn(252)
+    logps_N, (grad_ND, grad_VD, grad_V) = gradients(
+        lambda h, w, b: token_logps(h, w, target_N, linear_bias=b, ignore_index=ignore),
+        (input, weight, bias),
+        grad_N,
+    )
+    assert not logps_N[target_N == ignore].any() and not grad_ND[target_N == ignore].any()
+    assert grad_VD.isfinite().all() and grad_V.isfinite().all()
+    assert_matches_float64((clean, weight, bias), target_N, ignore=ignore)
+
+
+def test_a_batch_of_ignored_rows_keeps_the_graph_connected():
+    leaves = random_head(20, 61, 17)
+    target_N = torch.full((20,), -100)
+    logps_N, grads = gradients(
+        lambda h, w, b: token_logps(h, w, target_N, linear_bias=b), leaves, torch.ones(20)
+    )
+    assert not logps_N.any() and not any(grad.any() for grad in grads)
+
+
+def test_no_rows_at_all_give_zero_gradients():
+    leaves = random_head(0, 61, 17)
+    target_N = torch.empty(0, dtype=torch.int64)
+    logps_N, grads = gradients(
+        lambda h, w, b: token_logps(h, w, target_N, linear_bias=b), leaves, torch.ones(0)
+    )
+    assert logps_N.shape == (0,)
+    for leaf, grad in zip(leaves, grads, strict=True):
+        assert grad.shape == leaf.shape and not grad.any()
+
+
+def test_a_vocabulary_of_one_word_is_certain():
+    leaves = random_head(4, 1, 17)
+    logps_N, grads = gradients(
+        lambda h, w, b: token_logps(h, w, torch.zeros(4).long(), linear_bias=b),
+        leaves,
+        torch.ones(4),
+    )
+    assert not logps_N.any() and not any(grad.any() for grad in grads)
+
+
+def test_strides_of_inputs_and_of_the_upstream_gradient_do_not_matter():
+    input, weight, bias = (leaf.detach() for leaf in random_head(60, 61, 17))
+    target_N = random_target(60, 61)
+    strided = (
+        torch.stack([input, input], -1)[..., 0],
+        weight.t().contiguous().t(),
+        torch.stack([bias, bias], -1)[:, 1],
+    )
+    assert not any(tensor.is_contiguous() for tensor in strided)
+    strided_target_N = torch.stack([target_N, target_N], -1)[:, 0]
+    expanded_N = torch.tensor([0.3]).expand(60)
+    expected = gradients(
+        lambda h, w, b: token_logps(h, w, target_N, linear_bias=b),
+        tuple(tensor.requires_grad_() for tensor in (input, weight, bias)),
+        expanded_N.contiguous(),
+    )
+    actual = gradients(
+        lambda h, w, b: token_logps(h, w, strided_target_N, linear_bias=b),
+        tuple(tensor.requires_grad_() for tensor in strided),
+        expanded_N,
+    )
+    torch.testing.assert_close(actual, expected)
+
+
+def test_int32_targets_are_targets():
+    input, weight, _ = random_head(60, 61, 17)
+    target_N = random_target(60, 61)
+    assert torch.equal(
+        token_logps(input, weight, target_N.int()), token_logps(input, weight, target_N)
+    )
+
+
+def test_the_same_inputs_give_the_same_bits():
+    leaves = random_head(252, 507, 123, torch.bfloat16)
+    target_N, grad_N = random_target(252, 507), torch.randn(252)
+
+    def run() -> list[Tensor]:
+        value, grads = gradients(
+            lambda h, w, b: token_logps(h, w, target_N, linear_bias=b), leaves, grad_N
+        )
+        return [value, *grads]
+
+    with workspace(0.25):
+        assert all(map(torch.equal, run(), run()))
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="seen with MKL only")
+def test_a_row_has_the_same_bits_in_any_batch():
+    input, weight, _ = random_head(252, 507, 123)
+    target_N = random_target(252, 507, ignore=None)
+    batch_N = token_logps(input, weight, target_N)
+    for rows in (slice(0, 1), slice(17, 20), slice(100, 233)):
+        assert torch.equal(token_logps(input[rows], weight, target_N[rows]), batch_N[rows])
+
+
+def test_a_frozen_head_allocates_nothing_for_its_gradient():
+    N, V, D = 8, 4096, 64
+    input, weight, bias = random_head(N, V, D)
+    weight.requires_grad_(False)
+    bias.requires_grad_(False)
+    with workspace(0.25):
+        logps_N = token_logps(input, weight, random_target(N, V), linear_bias=bias)
+        with LargestTensor() as largest:
+            logps_N.sum().backward()
+    assert weight.grad is None and bias.grad is None
+    assert largest.numel < V * D / 16
+
+
+def test_frozen_hidden_states_leave_the_head_its_gradient():
+    input, weight, bias = random_head(60, 61, 17)
+    target_N = random_target(60, 61)
+    token_logps(input, weight, target_N, linear_bias=bias).sum().backward()
+    frozen = [leaf.detach().requires_grad_() for leaf in (weight, bias)]
+    token_logps(input.detach(), frozen[0], target_N, linear_bias=frozen[1]).sum().backward()
+    assert torch.equal(frozen[0].grad, weight.grad) and torch.equal(frozen[1].grad, bias.grad)
+
+
+@pytest.mark.parametrize(("N", "V"), [(2048, 64), (64, 2048), (512, 512)])
+def test_the_workspace_bounds_every_tensor(N, V):
+    mib = 0.25
+    input, weight, bias = random_head(N, V, 16)
+    with workspace(mib), LargestTensor() as largest:
+        token_logps(
+            input, weight, random_target(N, V), linear_bias=bias, logit_softcap=30.0
+        ).sum().backward()
+    # results and the float32 sum of the hidden states' gradient are not workspace
+    assert largest.numel <= max(mib * 2**20 / 4 / 4, N * 16, V * 16)
+
+
+def test_without_gradients_nothing_is_saved():
+    input, weight, _ = random_head(60, 61, 17)
+    saved = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logps_N = token_logps(input, weight, random_target(60, 61))
+    assert logps_N.grad_fn is None and not saved
+
+
+def test_a_second_backward_over_a_retained_graph_repeats_the_first():
+    input, weight, _ = random_head(60, 61, 17)
+    loss = token_logps(input, weight, random_target(60, 61)).square().sum()
+    first = torch.autograd.grad(loss, (input, weight), retain_graph=True)
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, (input, weight))))
+
+
+def test_gradients_of_gradients_are_refused():
+    input, weight, _ = random_head(6, 61, 17)
+    loss = token_logps(input, weight, random_target(6, 61)).square().sum()
+    (grad_ND,) = torch.autograd.grad(loss, input, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad_ND.sum().backward()
+
+
+def test_autocast_changes_nothing():
+    leaves = random_head(60, 61, 17)
+    target_N, grad_N = random_target(60, 61), torch.randn(60)
+
+    def op(h, w, b):
+        return token_logps(h, w, target_N, linear_bias=b)
+
+    expected = gradients(op, leaves, grad_N)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = gradients(op, leaves, grad_N)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_torch_compile_goes_around_the_op():
+    input, weight, _ = random_head(60, 61, 17)
+    target_N = random_target(60, 61)
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        return (2 * token_logps(h * 1.5, w, target_N)).sum()
+
+    expected = gradients(loss, (input, weight), torch.ones(()))
+    actual = gradients(torch.compile(loss, backend="eager"), (input, weight), torch.ones(()))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_arguments_that_do_not_fit_are_named():
+    input, weight, bias = random_head(6, 61, 17)
+    target_N = random_target(6, 61)
+    for call, message in [
+        (lambda: token_logps(input[0], weight, target_N), r"input must be \(N, D\), got \(17,\)"),
+        (lambda: token_logps(input, weight[:, :16], target_N), r"linear_weight must be \(V, D\)"),
+        (lambda: token_logps(input, weight[:0], target_N), r"linear_weight must be .* V >= 1"),
+        (lambda: token_logps(input.double(), weight, target_N), "input must be one of bfloat16"),
+        (lambda: token_logps(input, weight.to("meta"), target_N), "linear_weight must be on cpu"),
+        (lambda: token_logps(input, weight, target_N[:5]), r"target must be \(6,\), got \(5,\)"),
+        (lambda: token_logps(input, weight, target_N.float()), "target must be one of int64"),
+        (lambda: token_logps(input, weight, target_N + 61), r"target must be in \[0, 61\), got"),
+        (lambda: token_logps(input, weight, target_N - 99), r"target must be in \[0, 61\), got"),
+        (
+            lambda: token_logps(input, weight, target_N, linear_bias=bias[:60]),
+            r"linear_bias must be \(61,\), got \(60,\)",
+        ),
+        (lambda: token_logps(input, weight, target_N, logit_scale=0.0), "logit_scale must be > 0"),
+        (
+            lambda: token_logps(input, weight, target_N, logit_softcap=-30.0),
+            "logit_softcap must be None or > 0",
+        ),
+        (lambda: set_workspace_mib(0), "workspace_mib must be > 0 and finite, got 0"),
+        (lambda: set_workspace_mib(float("nan")), "workspace_mib must be > 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_sharded_weight_is_refused_with_advice():
+    from torch import distributed as dist
+    from torch.distributed.tensor import distribute_tensor
+
+    input, weight, _ = random_head(6, 61, 17)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(weight.detach(), mesh)
+        with pytest.raises(ValueError, match="linear_weight is a DTensor"):
+            token_logps(input, sharded, random_target(6, 61))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("N", "V", "D"), SHAPES)
+def test_token_logps_on_a_gpu_match_float64(N, V, D, dtype):
+    leaves = tuple(t.detach().cuda().requires_grad_() for t in random_head(N, V, D, dtype))
+    with workspace(0.25):
+        assert_matches_float64(leaves, random_target(N, V).cuda(), scale=0.7, softcap=20.0)

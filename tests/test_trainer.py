@@ -1,0 +1,213 @@
+"""Whole runs on tiny models: the same numbers however the work is split, and what they leave."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from tiny_models import read_metrics, save_dataset, save_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.config import (
+    Config,
+    DPOConfig,
+    IPOConfig,
+    ModelConfig,
+    SFTConfig,
+    TDPOConfig,
+    TISDPOConfig,
+)
+from fastpref.distributed import init_world
+from fastpref.trainer import train
+
+LOSSES = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "ipo": IPOConfig,
+    "tdpo1": lambda: TDPOConfig(if_tdpo2=False),
+    "tdpo2": TDPOConfig,
+    "tisdpo": TISDPOConfig,
+    "tisdpo token_level": lambda: TISDPOConfig(token_level=True),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with data and two models, one tied and one not."""
+    base = tmp_path_factory.mktemp("runs")
+    save_dataset(base, "words")
+    save_tiny_model(base / "tied", tie_word_embeddings=True)
+    save_tiny_model(base / "untied", tie_word_embeddings=False)
+    return base
+
+
+def make_config(base: Path, run_dir: Path, model: str = "tied", loss: Any = None, **options) -> Config:
+    values: dict[str, Any] = {
+        "model": ModelConfig(name_or_path=str(base / model), fsdp_policy_mp=None),
+        "loss": loss or DPOConfig(),
+        "datasets": ["words"],
+        "base_data_dir": str(base),
+        "run_dir": str(run_dir),
+        "batch_size": 8,
+        "eval_batch_size": 4,
+        "eval_every": 16,
+        "n_epochs": 2,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "max_length": 64,
+        "max_prompt_length": 32,
+        "sample_during_eval": False,
+        "minimum_log_interval_secs": 0.0,
+    }
+    return Config(**(values | options))
+
+
+def run(config: Config) -> Path:
+    """Train in this process (or on this rank); returns the run folder."""
+    world = init_world()
+    try:
+        train(config, world)
+    finally:
+        dist.destroy_process_group()
+    return Path(config.run_dir)
+
+
+def run_all(configs: list[Config]) -> None:
+    for config in configs:
+        run(config)
+
+
+def weights_of(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "LATEST" / "model.safetensors")
+
+
+def assert_same_run(ours: Path, expected: Path, *, loss_tolerance: float = 1e-5) -> None:
+    for split in ("train", "eval"):
+        for a, b in zip(read_metrics(ours, split), read_metrics(expected, split), strict=True):
+            for key, value in b.items():
+                if key.startswith(("loss", "rewards", "kl", "logps", "grad_norm")):
+                    bound = loss_tolerance * max(1.0, abs(value))
+                    assert abs(a[key] - value) <= bound, f"{key}: {a[key]} != {value}"
+    theirs = weights_of(expected)
+    for name, weight in weights_of(ours).items():
+        error = (weight - theirs[name]).norm() / theirs[name].norm()
+        assert error <= 1e-5, f"{name}: {error:.2e}"
+
+
+def test_accumulation_in_any_split_gives_the_same_run(base, tmp_path):
+    runs = {
+        steps: run(
+            make_config(
+                base, tmp_path / str(steps), loss=TDPOConfig(), gradient_accumulation_steps=steps
+            )
+        )
+        for steps in (1, 2, 8)
+    }
+    assert_same_run(runs[2], runs[1])
+    assert_same_run(runs[8], runs[1])
+
+
+def test_two_ranks_give_the_single_process_run(base, tmp_path):
+    cases = {
+        "tied tdpo2": {"model": "tied", "loss": TDPOConfig()},
+        "untied tisdpo": {"model": "untied", "loss": TISDPOConfig(token_level=True)},
+        # 24 rows and batches of 10: ranks get 3 and 2 of a micro-batch, and at the end 2 and 0
+        "tied sft uneven": {
+            "model": "tied",
+            "loss": SFTConfig(),
+            "batch_size": 20,
+            "gradient_accumulation_steps": 4,
+        },
+    }
+    two_ranks = [
+        make_config(base, tmp_path / f"{name} x2", **options) for name, options in cases.items()
+    ]
+    two_ranks[2].data.drop_last = False
+    run_on_ranks(run_all, 2, two_ranks)
+    for name, options in cases.items():
+        config = make_config(base, tmp_path / name, **options)
+        config.data.drop_last = not name.endswith("uneven")
+        assert_same_run(tmp_path / f"{name} x2", run(config))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path, loss):
+    run_dir = run(make_config(base, tmp_path / "run", loss=LOSSES[loss](), n_epochs=8))
+    train_records, evals = read_metrics(run_dir, "train"), read_metrics(run_dir, "eval")
+    assert [record["step"] for record in train_records] == list(range(1, 25))
+    assert [record["examples"] for record in train_records] == list(range(8, 200, 8))
+    # before, every 16 examples, after
+    assert [record["examples"] for record in evals] == list(range(0, 193, 16))
+    assert train_records[-1]["loss/train"] < train_records[0]["loss/train"]
+    assert (run_dir / "curves.png").stat().st_size > 10_000
+    if loss not in ("sft", "ipo"):
+        assert train_records[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
+        assert train_records[-1]["rewards_train/accuracies"] >= 0.75
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "LATEST")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    ids = tokenizer("the red cat", return_tensors="pt").input_ids
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("optimizer", ["RMSprop", "SGD", "Adagrad"])
+def test_other_optimizers_train(base, tmp_path, optimizer):
+    run_dir = run(make_config(base, tmp_path / "run", optimizer=optimizer))
+    records = read_metrics(run_dir, "train")
+    assert records[-1]["loss/train"] < records[0]["loss/train"]
+
+
+def test_activation_checkpointing_changes_nothing(base, tmp_path):
+    plain = run(make_config(base, tmp_path / "plain", loss=TDPOConfig()))
+    recomputed = run(
+        make_config(base, tmp_path / "recomputed", loss=TDPOConfig(), activation_checkpointing=True)
+    )
+    assert_same_run(recomputed, plain)
+
+
+def test_mixed_precision_starts_at_log_two_and_stores_master_weights(base, tmp_path):
+    model = ModelConfig(name_or_path=str(base / "tied"), fsdp_policy_mp="bfloat16")
+    run_dir = run(make_config(base, tmp_path / "run", loss=TDPOConfig(), model=model))
+    first = read_metrics(run_dir, "train")[0]
+    assert first["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["kl_train/chosen"] == 0 and first["rewards_train/margins"] == 0
+    assert {weight.dtype for weight in weights_of(run_dir).values()} == {torch.float32}
+
+
+def test_samples_of_policy_and_reference_are_written(base, tmp_path):
+    config = make_config(
+        base, tmp_path / "run", sample_during_eval=True, n_eval_model_samples=3, n_epochs=1
+    )
+    plain = run(dataclasses.replace(config, run_dir=str(tmp_path / "plain"), sample_during_eval=False))
+    run_dir = run(config)
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").open(encoding="utf-8")]
+    assert [sample["examples"] for sample in samples] == [0] * 3 + [16] * 3 + [24] * 3
+    # untrained, the policy is the reference: one seed, one sample
+    assert all(sample["policy"] == sample["reference"] for sample in samples[:3])
+    assert_same_run(run_dir, plain)
+
+
+def test_an_archive_gives_policy_and_reference_their_weights(base, tmp_path):
+    trained = run(make_config(base, tmp_path / "sft", loss=SFTConfig(), n_epochs=4))
+    seed_format = tmp_path / "seed" / "policy.pt"
+    seed_format.parent.mkdir()
+    state = AutoModelForCausalLM.from_pretrained(trained / "LATEST").state_dict()
+    torch.save({"step_idx": 3, "state": state, "metrics": {}}, seed_format)
+    archives = {"policy.pt": trained / "LATEST" / "policy.pt", "run": trained, "seed": seed_format}
+    first = {}
+    for name, archive in archives.items():
+        model = ModelConfig(
+            name_or_path=str(base / "tied"), archive=str(archive), fsdp_policy_mp=None
+        )
+        run_dir = run(make_config(base, tmp_path / name, model=model, n_epochs=1))
+        first[name] = read_metrics(run_dir, "eval")[0]["logps_eval/chosen"]
+        assert read_metrics(run_dir, "train")[0]["loss/train"] == pytest.approx(math.log(2))
+    untrained = run(make_config(base, tmp_path / "untrained", n_epochs=1))
+    assert len(set(first.values())) == 1
+    assert first["run"] > read_metrics(untrained, "eval")[0]["logps_eval/chosen"] + 1

@@ -1,0 +1,82 @@
+"""Tiny models and rows on disk, for tests that run the whole program."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.pretrained import resolve_model
+
+WORDS = "the a one red blue green cat dog bird sees finds takes old new small big".split()
+
+
+def save_tiny_model(folder: Path, *, model_type: str = "llama", seed: int = 0, **config: Any) -> Path:
+    """A random causal LM of two layers with the embedded model's tokenizer, as a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("tiny"))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            model_type,
+            **{
+                "vocab_size": len(tokenizer),
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": tokenizer.pad_token_id,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 256,
+            }
+            | config,
+        )
+    )
+    # larger than the default initialisation: tokens must differ in probability to be learnt from
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def text_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Rows with prompts, chosen and rejected responses of different lengths."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+    return [
+        {
+            "prompt": f"Say {i}: {words(2, 8)}.",
+            "chosen": f" {words(2, 9)}.",
+            "rejected": f" {words(1, 12)}!",
+        }
+        for i in range(num_rows)
+    ]
+
+
+def write_rows(folder: Path, split: str, rows: list[dict[str, Any]]) -> Path:
+    """`{folder}/{split}.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def save_dataset(base: Path, name: str, *, num_train: int = 24, num_test: int = 10) -> Path:
+    """A data folder with both splits; returns `base`, the `base_data_dir`."""
+    write_rows(base / name, "train", text_rows(num_train, seed=1))
+    write_rows(base / name, "test", text_rows(num_test, seed=2))
+    return base
+
+
+def read_metrics(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    """The records of one split in a run's metrics.jsonl."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [record for record in records if record["split"] == split]
