@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastpref.audit import describe_example
 from fastpref.batch import EncodedRow, TokenBatch, pad_rows
 from fastpref.checkpoint import create_run_dir
-from fastpref.config import Config
+from fastpref.config import Config, ModelConfig
 from fastpref.datasets import read_rows
 from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
@@ -153,8 +153,15 @@ def build_run(config: Config, world: World) -> Run:
     objective = build_objective(config.loss)
     train_split, eval_split, tokenizer = load_data(config, world)
     run_dir = create_run_dir(config, world)
-    policy = load_scorer(config, world, trainable=True)
-    reference = load_scorer(config, world, trainable=False) if objective.needs_reference else None
+    policy = load_scorer(
+        config.model,
+        world,
+        trainable=True,
+        activation_checkpointing=config.activation_checkpointing,
+    )
+    reference = None
+    if objective.needs_reference:
+        reference = load_scorer(config.model, world, trainable=False)
     optimizer = build_optimizer(
         config.optimizer,
         policy.parameters(),
@@ -197,35 +204,38 @@ def build_run(config: Config, world: World) -> Run:
     )
 
 
-def load_scorer(config: Config, world: World, *, trainable: bool) -> TokenScorer:
-    """The policy or the reference: loaded by rank 0, sharded, sent to the other ranks.
+def load_scorer(
+    config: ModelConfig,
+    world: World,
+    *,
+    trainable: bool,
+    activation_checkpointing: bool = False,
+) -> TokenScorer:
+    """A policy or a reference: loaded by rank 0, sharded, sent to the other ranks.
 
-    Policy and reference compute in the same dtype; `reference_dtype` is how the reference is
+    Both compute in the same dtype through the same code; `reference_dtype` is how the reference is
     stored, by default the compute dtype itself.
     """
-    model_config = config.model
-    compute_dtype = model_config.compute_dtype
-    stored = model_config.policy_dtype if trainable else model_config.reference_dtype
-    name = resolve_model(model_config.name_or_path)
+    stored = config.policy_dtype if trainable else config.reference_dtype or config.compute_dtype
+    name = resolve_model(config.name_or_path)
     options: dict[str, Any] = {
-        "dtype": getattr(torch, stored or compute_dtype),
-        "attention": model_config.attention,
-        "revision": model_config.revision,
+        "dtype": getattr(torch, stored),
+        "attention": config.attention,
+        "revision": config.revision,
     }
     if world.is_main:
-        model = load_model(name, archive=model_config.archive, **options)
-    else:
-        model = build_empty(name, **options)
-    scorer = TokenScorer(model)
-    if world.is_main and trainable:
+        scorer = TokenScorer(load_model(name, archive=config.archive, **options))
         check_head(scorer)
-    weights = scorer.state_dict() if world.is_main else {}
+        weights = scorer.state_dict()
+    else:
+        scorer = TokenScorer(build_empty(name, **options))
+        weights = {}
     parallelize(
         scorer,
         world.mesh,
-        compute_dtype=getattr(torch, compute_dtype),
-        block_name=model_config.block_name,
-        activation_checkpointing=config.activation_checkpointing,
+        compute_dtype=getattr(torch, config.compute_dtype),
+        block_name=config.block_name,
+        activation_checkpointing=activation_checkpointing,
         trainable=trainable,
     )
     send_weights(scorer, weights)

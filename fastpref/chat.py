@@ -73,7 +73,8 @@ def render_chat(
         raise ConfigError(f"data.chat_template: line {error.lineno}: {error}") from None
     except TemplateError as error:
         raise RowError(f"the chat template refuses the messages: {error}") from None
-    shared = commonprefix([prompt_text, *full_texts])
+    # of characters, whatever the function's module says
+    shared = commonprefix([prompt_text, *full_texts])  # noqa: RUF071
     parts = [strip_final_eos(text[len(shared) :], tokenizer.eos_token) for text in full_texts]
     return shared, parts, shared == prompt_text
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntFlag, auto
 from typing import TypeVar
 
@@ -79,6 +79,15 @@ class AuditCounts:
     """Sums over kept rows; both responses count."""
     longest_tokens: int = 0
     """The longest prompt + response."""
+
+    def then(self, later: "AuditCounts") -> "AuditCounts":
+        """This account of reading, carried on by that of encoding the rows it kept."""
+        return replace(
+            later,
+            rows=self.rows,
+            dropped=_summed(self.dropped, later.dropped),
+            first_dropped=later.first_dropped | self.first_dropped,
+        )
 
     def __add__(self, other: "AuditCounts") -> "AuditCounts":
         """The account of both together."""
@@ -182,7 +191,7 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
     per_row += f"{counts.response_tokens / max(1, counts.kept):.0f} response tokens a row"
     facts = [
         f"{counts.split}: {counts.rows:,} rows of {', '.join(counts.sources)}; kept "
-        f"{counts.kept:,} with {counts.prompts:,} prompts; {per_row}, longest sequence "
+        f"{counts.kept:,} of {counts.prompts:,} prompts; {per_row}, longest sequence "
         f"{counts.longest_tokens:,}"
     ]
     warnings = []
@@ -206,7 +215,7 @@ def _dropped_text(counts: AuditCounts) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.2g} %)"
+    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
 
 
 def _summed(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:

@@ -264,7 +264,7 @@ def generate_rows(
         yield {
             **row,
             # only a built-in dataset says what to imitate: a file's other fields are ignored
-            "sft_target": record.get("sft_target") if path is None else None,
+            "sft_target": _nonblank(record.get("sft_target")) if path is None else None,
             "row": number,
             "group": group,
             "remarks": int(remarks),
@@ -310,6 +310,10 @@ def _records(
         yield from enumerate(planted_rows(split), start=1)
     else:
         yield from enumerate(hub_rows(name, split, cache_dir), start=1)
+
+
+def _nonblank(text: str | None) -> str | None:
+    return text if text and text.strip() else None
 
 
 def _malformed_row() -> Row:

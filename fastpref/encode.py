@@ -15,21 +15,22 @@ import numpy as np
 import pyarrow.compute as pc
 import transformers
 
-from fastpref.chat import check_chat_template, read_chat_template, render_chat
-from fastpref.counts import AuditCounts, Remark, check_counts, format_audit
+from fastpref.chat import check_chat_template, read_chat_template
+from fastpref.counts import AuditCounts, check_counts, format_audit
 from fastpref.datasets import MALFORMED, Rows, count_dataset, read_rows, uses_token_weights
+from fastpref.encode_row import EncodedPair, EncodeOptions, encode_row, row_texts
 from fastpref.errors import ConfigError, DataError
 from fastpref.row_cache import cache_errors, code_digest, progress_bars
 from fastpref.rows import RowError
-from fastpref.token_weights import align_weights, prepare_weights
 
 if TYPE_CHECKING:
     from fastpref.config import Config
 
 logger = logging.getLogger("fastpref")
 
-TOO_LONG = "longer than max_length"
-ENCODING_CODE = ("chat.py", "encode.py", "rows.py", "token_weights.py")
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
+ENCODING_CODE = ("chat.py", "encode.py", "encode_row.py", "token_weights.py")
 BOOKKEEPING = {
     "row": datasets.Value("int64"),
     "group": datasets.Value("int64"),
@@ -37,30 +38,6 @@ BOOKKEEPING = {
     "drop": datasets.Value("string"),
     "note": datasets.Value("string"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeOptions:
-    """What decides how a row becomes token ids; the fields are the options of those names."""
-
-    sft: bool
-    """One row per prompt, without a rejected response."""
-    weighted: bool
-    """Give every response token its weight."""
-    max_length: int
-    max_prompt_length: int
-    truncation: str
-    truncation_mode: str
-    reverse_dataset: bool
-    eos_weight: float | None
-    transform_method: str
-    transform_params: dict[str, float]
-    seed: int
-    """Of the transform `random`."""
-    chat_template: str | None
-    """Jinja text."""
-    on_error: str
-    strict: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +127,8 @@ def encode_rows(
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
     """
     check_tokenizer(tokenizer)
+    if options.truncation_mode == "auto" and rows.name == "hh":
+        options = replace(options, truncation_mode="keep_end")
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
     if pc.any(pc.equal(dataset.with_format("arrow")["form"][:], "chat")).as_py():
         check_chat_template(tokenizer, options.chat_template)
@@ -168,7 +147,7 @@ def encode_rows(
     groups = encoded.with_format("numpy")["group"][:]
     encoded = encoded.remove_columns(list(BOOKKEEPING))
     check_vocabulary(encoded, vocab_size, tokenizer)
-    audit = replace(rows.counts.then(counts), **count_tokens(encoded))
+    audit = count_tokens(encoded, rows.counts.then(counts))
     return PreferenceSplit(name=audit.split, dataset=encoded, groups=groups, audit=audit)
 
 
@@ -202,17 +181,18 @@ def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any)
             )
 
 
-def count_tokens(encoded: datasets.Dataset) -> dict[str, int]:
-    """The fields of `AuditCounts` that count tokens."""
+def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
+    """`counts` with the tokens of an encoded dataset filled in."""
     table = encoded.with_format("arrow")[:]
     prompt, chosen, rejected = (
         pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS
     )
-    return {
-        "prompt_tokens": int(prompt.sum()),
-        "response_tokens": int(chosen.sum() + rejected.sum()),
-        "longest_tokens": int((prompt + np.maximum(chosen, rejected)).max(initial=0)),
-    }
+    return replace(
+        counts,
+        prompt_tokens=int(prompt.sum()),
+        response_tokens=int(chosen.sum() + rejected.sum()),
+        longest_tokens=int((prompt + np.maximum(chosen, rejected)).max(initial=0)),
+    )
 
 
 def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
@@ -228,9 +208,7 @@ def encoded_features(options: EncodeOptions) -> datasets.Features:
         column: datasets.List(datasets.Value("int32")) for column in ID_COLUMNS
     }
     if options.weighted:
-        features |= {
-            column: datasets.List(datasets.Value("float32")) for column in WEIGHT_COLUMNS
-        }
+        features |= {column: datasets.List(datasets.Value("float32")) for column in WEIGHT_COLUMNS}
     return datasets.Features(features | BOOKKEEPING)
 
 
@@ -254,13 +232,13 @@ def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of all that a tokenizer's output depends on; calls to it leave no trace in it."""
     if tokenizer.is_fast:
-        model = json.loads(tokenizer.backend_tokenizer.to_str())
-        # set by the last call, not by the vocabulary
-        model["truncation"] = model["padding"] = None
+        # what comes before is truncation and padding, set by the last call and not by the vocabulary
+        _, _, model = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
     else:
-        model = [type(tokenizer).__name__, tokenizer.name_or_path, tokenizer.get_vocab()]
-    facts = [model, tokenizer.chat_template, tokenizer.special_tokens_map]
-    return hashlib.sha256(json.dumps(facts, default=str, sort_keys=True).encode()).hexdigest()
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        model = json.dumps([type(tokenizer).__name__, tokenizer.name_or_path, vocabulary])
+    facts = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256((model + facts).encode()).hexdigest()
 
 
 def encode_batch(
@@ -268,11 +246,21 @@ def encode_batch(
 ) -> dict[str, list[Any]]:
     """Encode a batch of `datasets.map`. Columns in and out: `FEATURES`, `encoded_features`."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    texts = [_texts_or_error(row, tokenizer, options) for row in rows]
+    texts = [row_texts(row, tokenizer, options) for row in rows]
+    # one call for all texts: the tokenizer spreads them over its threads
+    ids = iter(tokenize(tokenizer, [text for row in texts for text in row.texts]))
     encoded = []
-    ids = tokenize(tokenizer, [text for row_texts in texts for text in row_texts.texts])
-    for index, (row, row_texts) in enumerate(zip(rows, texts, strict=True)):
-        ...
+    for row, rendered in zip(rows, texts, strict=True):
+        row_ids = [next(ids) for _ in rendered.texts]
+        try:
+            outcome = encode_row(row, rendered, row_ids, tokenizer, options)
+        except RowError as error:
+            message = f"{source}:{row['row']}: {error}"
+            if options.on_error == "raise":
+                raise DataError(message) from None
+            outcome = EncodedPair(drop=MALFORMED, note=message)
+        encoded.append(outcome.columns() | {"row": row["row"], "group": row["group"]})
+    return {column: [row[column] for row in encoded] for column in encoded_features(options)}
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:

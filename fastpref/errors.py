@@ -25,6 +25,10 @@ class CheckpointError(FastprefError):
     exit_code = 4
 
 
+NON_FINITE = "the gradient norm is not finite at step"
+"""How a failed check on the device is recognised in the message that CUDA brings back."""
+
+
 class NonFiniteError(FastprefError):
     """A loss or gradient is NaN or infinite; the weights were not touched by it."""
 
@@ -43,13 +47,13 @@ class DistributedError(FastprefError):
     exit_code = 7
 
 
-class Preempted(FastprefError):
+class PreemptionError(FastprefError):
     """SIGTERM arrived; the model was saved."""
 
     exit_code = 75
 
 
-class Interrupted(FastprefError):
+class InterruptionError(FastprefError):
     """SIGINT (Ctrl-C) arrived; the model was saved."""
 
     exit_code = 130

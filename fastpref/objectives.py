@@ -5,6 +5,7 @@ An `Objective` is chosen before the training loop starts; the loop never learns 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
@@ -90,7 +91,10 @@ def build_objective(config: LossConfig) -> Objective:
 
 
 def _dpo(config: DPOConfig) -> PairObjective:
-    options = {"beta": config.beta, "label_smoothing": config.label_smoothing}
+    options: dict[str, Any] = {
+        "beta": config.beta,
+        "label_smoothing": config.label_smoothing,
+    }
 
     def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
         # log-ratios stand in for the policy and zero for the reference: the same differences

@@ -28,7 +28,7 @@ def build_optimizer(
     Raises:
         ConfigError: no such class, or it does not take an option.
     """
-    optimizer_class = optimizer_class_of(name)
+    optimizer_class: Any = optimizer_class_of(name)
     accepted = inspect.signature(optimizer_class.__init__).parameters
     given = {key: value for key, value in options.items() if value is not None}
     for key in given:
@@ -57,8 +57,7 @@ def optimizer_class_of(name: str) -> type[Optimizer]:
     if name not in usable:
         rule = "cannot train a language model by itself" if name in classes else "no such class"
         raise ConfigError(
-            f"optimizer={name}: {rule}{hint(name, usable)}; "
-            f"torch.optim has {', '.join(usable)}"
+            f"optimizer={name}: {rule}{hint(name, usable)}; torch.optim has {', '.join(usable)}"
         )
     return classes[name]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
@@ -89,7 +89,7 @@ def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
     return blocks
 
 
-def send_weights(scorer: TokenScorer, weights: dict[str, Tensor]) -> None:
+def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:
     """Fill every rank's shards and buffers from rank 0.
 
     Args:

@@ -234,12 +234,14 @@ def _draw_replacement(rng: random.Random) -> dict[str, str]:
     return {"letters": "".join(text), "old": rng.choice(text), "new": new}
 
 
-def _draw_sum(rng: random.Random) -> dict[str, str]:
-    """Three columns of digits, none of them with a carry."""
-    sums = rng.randint(2, 9), rng.randint(0, 9), rng.randint(0, 9)
-    first = rng.randint(1, sums[0] - 1), rng.randint(0, sums[1]), rng.randint(0, sums[2])
-    a = "".join(map(str, first))
-    return {"a": a, "b": "".join(map(str, sums))}
+def _draw_sum(rng: random.Random) -> dict[str, int]:
+    """Two numbers of three digits that add without a carry."""
+    first, total = 0, 0
+    for smallest in (1, 0, 0):
+        digit = rng.randint(smallest, 9 - smallest)
+        first = 10 * first + digit
+        total = 10 * total + rng.randint(digit + smallest, 9)
+    return {"a": first, "b": total - first}
 
 
 def _draw_words(rng: random.Random, pool: Iterable[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Progress of the training loop: a bar on a terminal, log lines elsewhere."""
+"""Progress of a loop: a bar on a terminal, log lines elsewhere."""
 
 import logging
 
@@ -21,16 +21,17 @@ class Progress:
     """Steps done, time left and the latest numbers.
 
     Args:
-        total: Optimizer steps of the run.
+        total: Steps of the loop.
         visible: False on every rank but 0.
+        label: What is being done, left of the bar.
     """
 
-    def __init__(self, *, total: int, visible: bool) -> None:
+    def __init__(self, *, total: int, visible: bool, label: str = "training") -> None:
         console = Console(stderr=True)
         self._visible = visible
         self._terminal = visible and console.is_terminal
         self._bar = RichProgress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -39,7 +40,7 @@ class Progress:
             console=console,
             disable=not self._terminal,
         )
-        self._task = self._bar.add_task("training", total=total, numbers="")
+        self._task = self._bar.add_task(label, total=total, numbers="")
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -49,7 +50,7 @@ class Progress:
         self._bar.stop()
 
     def advance(self) -> None:
-        """One optimizer step is done."""
+        """One step is done."""
         self._bar.advance(self._task)
 
     def show(self, record: Record | None) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import harmonic_mean
 
 from rich.console import Console
 from rich.table import Table
@@ -37,7 +38,7 @@ def print_summary(records: Sequence[Record], run_dir: Path, seconds: float) -> N
             if key.split("/")[0].endswith(f"_{kind}") or key == f"loss/{kind}":
                 table.add_row(key, f"{first:.4f}", f"{rows[-1][key]:.4f}")
     if steps:
-        rate = sum(record["tokens_per_second"] for record in steps) / len(steps)
+        rate = harmonic_mean([record["tokens_per_second"] for record in steps])
         table.add_section()
         table.add_row("optimizer steps", "", str(steps[-1]["step"]))
         table.add_row("examples", "", str(steps[-1]["examples"]))

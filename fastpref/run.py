@@ -5,7 +5,7 @@ import os
 import sys
 
 from fastpref.config import Config, check_device, check_world_size
-from fastpref.errors import FastprefError, MemoryExhaustedError, NonFiniteError
+from fastpref.errors import NON_FINITE, FastprefError, MemoryExhaustedError, NonFiniteError
 
 logger = logging.getLogger("fastpref")
 
@@ -37,6 +37,8 @@ def dispatch(config: Config) -> int:
     import torch
     import torch.distributed as dist
 
+    from fastpref_kernels import set_workspace_mib
+
     from fastpref.checkpoint import check_run_root
     from fastpref.distributed import init_world, launched, world_size
     from fastpref.optim import optimizer_class_of
@@ -45,11 +47,10 @@ def dispatch(config: Config) -> int:
     # torch computes bfloat16 on any CPU
     has_bfloat16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     check_device(config, device_type, has_bfloat16=has_bfloat16)
+    set_workspace_mib(config.head.workspace_mib)
     optimizer_class_of(config.optimizer)
     if config.task == "audit":
-        from fastpref.audit import run_audit
-
-        run_audit(config)
+        audit(config)
         return 0
     if config.task == "train":
         check_run_root(config)
@@ -73,6 +74,16 @@ def dispatch(config: Config) -> int:
     finally:
         dist.destroy_process_group()
     return 0
+
+
+def audit(config: Config) -> None:
+    """`task=audit`: what training would say of the data, without a model's weights."""
+    from fastpref.audit import run_audit
+    from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
+
+    name = resolve_model(config.model.name_or_path)
+    tokenizer = load_tokenizer(resolve_model(config.model.tokenizer_name_or_path or name))
+    run_audit(config, tokenizer, vocab_size=read_vocab_size(name, config.model.revision))
 
 
 def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
@@ -106,7 +117,6 @@ def explain(error: Exception) -> FastprefError | None:
     import torch
 
     from fastpref import distributed
-    from fastpref.trainer import NON_FINITE
 
     text = str(error).strip()
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
@@ -127,3 +137,8 @@ def configure_logging(*, is_main: bool) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logger.propagate = False
+    if not (is_main and sys.stderr.isatty()):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 from fastpref.distributed import World
-from fastpref.errors import Interrupted, Preempted
+from fastpref.errors import InterruptionError, PreemptionError
 
 logger = logging.getLogger("fastpref")
 
@@ -39,13 +39,13 @@ class StopRequest:
         """Once the model is saved: the exit code that tells a scheduler what happened.
 
         Raises:
-            Interrupted: it was SIGINT.
-            Preempted: it was SIGTERM.
+            InterruptionError: it was SIGINT.
+            PreemptionError: it was SIGTERM.
         """
         if self.signal == signal.SIGINT:
-            raise Interrupted(f"interrupted; the model so far is in {run_dir / 'LATEST'}")
+            raise InterruptionError(f"interrupted; the model so far is in {run_dir / 'LATEST'}")
         if self.signal:
-            raise Preempted(f"terminated; the model so far is in {run_dir / 'LATEST'}")
+            raise PreemptionError(f"terminated; the model so far is in {run_dir / 'LATEST'}")
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = number

@@ -128,7 +128,7 @@ def prepare_weights(
     params: dict[str, Any],
     *,
     row_seed: str,
-) -> tuple[list[float], list[float]]:
+) -> list[list[float]]:
     """Sign step and transform of one row, over its full untruncated token lists.
 
     A file holds -log(π⁺/π⁻) of each token on both sides, so the chosen list is negated. The sign
@@ -144,22 +144,17 @@ def prepare_weights(
     Returns:
         The prepared chosen and rejected lists, as long as they came in.
     """
-    sides = {"chosen": [-weight for weight in chosen_weight], "rejected": list(rejected_weight)}
-    prepared = {}
-    for side, weights in sides.items():
-        drawn = {"rng": random.Random(f"{row_seed}:{side}")} if method == "random" else {}
-        prepared[side] = transform_weights(weights, method, **params, **drawn)
-    return prepared["chosen"], prepared["rejected"]
+    if method == "random":
+        params = {**params, "rng": random.Random(row_seed)}
+    signed = ([-weight for weight in chosen_weight], rejected_weight)
+    return [transform_weights(weights, method, **params) for weights in signed]
 
 
-def align_weights(
-    weights: list[float] | None, num_tokens: int, eos_weight: float | None
-) -> list[float]:
+def align_weights(weights: list[float], num_tokens: int, eos_weight: float | None) -> list[float]:
     """Weights of the response tokens that are left after EOS was appended and truncation done.
 
     Args:
-        weights: Prepared weights of the untruncated response without EOS; None (the file has
-            none) stands for ones.
+        weights: Prepared weights of the untruncated response without EOS.
         num_tokens: Tokens left, EOS included, >= 1.
         eos_weight: Weight of EOS where it survived. None is the rule of the TIS-DPO code: the
             last token that is left weighs 0, be it EOS or the last survivor of a truncation.
@@ -167,8 +162,6 @@ def align_weights(
     Returns:
         `num_tokens` weights.
     """
-    if weights is None:
-        weights = [1.0] * num_tokens
     if eos_weight is None:
         return [*weights[: num_tokens - 1], 0.0]
     return [*weights, eos_weight][:num_tokens]

@@ -9,7 +9,7 @@ from fastpref.metrics import Record, Tracker
 
 
 def build_trackers(config: Config, run_dir: Path) -> list[Tracker]:
-    """The trackers that the config asks for (it checked that they are installed); none in `debug`."""
+    """The trackers that the config asks for, which checked their packages; none in `debug`."""
     trackers: list[Tracker] = []
     if config.wandb.enabled and not config.debug:
         trackers.append(WandbTracker(config, run_dir))

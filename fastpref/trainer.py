@@ -8,12 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastpref.assembly import Run, build_run
 from fastpref.checkpoint import export_model
 from fastpref.config import Config
 from fastpref.distributed import World
-from fastpref.errors import NonFiniteError
+from fastpref.errors import NON_FINITE, NonFiniteError
 from fastpref.metrics import (
     PendingStep,
     Record,
@@ -29,14 +30,12 @@ from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
 
-NON_FINITE = "the gradient norm is not finite at step"
-
 
 def train(config: Config, world: World) -> None:
     """`task=train`: from rows and a model to a trained model.
 
     Raises:
-        FastprefError: with the exit code of what went wrong; Interrupted and Preempted after the
+        FastprefError: with the exit code of what went wrong; InterruptionError and PreemptionError after the
             model was saved.
     """
     seed_everything(config.seed)
@@ -75,7 +74,7 @@ def run_loop(run: Run, stop: StopRequest) -> None:
                 return
             rows = order.batch(step)
             examples += len(rows)
-            lr = run.scheduler.get_last_lr()[0]
+            lr = float(run.scheduler.get_last_lr()[0])
             names, values = train_step(run, rows, step)
             run.scheduler.step()
             due = run.log.add_step(
@@ -138,7 +137,8 @@ def clip_gradients(run: Run, step: int) -> Tensor:
         The norm before clipping, a float32 scalar on the device.
     """
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if isinstance(norm, DTensor):
+        norm = DTensor.full_tensor(norm)
     if run.world.device.type == "cuda":
         torch._assert_async(torch.isfinite(norm), f"{NON_FINITE} {step + 1}")
     elif not torch.isfinite(norm):

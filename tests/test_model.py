@@ -36,7 +36,11 @@ FAMILIES = {
     ),
     "granite": ("granite", SMALL | {"logits_scaling": 4.0}, "GraniteDecoderLayer"),
     "cohere": ("cohere", SMALL | {"logit_scale": 0.25}, "CohereDecoderLayer"),
-    "gpt2": ("gpt2", GPT2 | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5}, "GPT2Block"),
+    "gpt2": (
+        "gpt2",
+        GPT2 | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5},
+        "GPT2Block",
+    ),
     "gpt-neox": ("gpt_neox", NEOX | {"hidden_dropout": 0.5}, "GPTNeoXLayer"),
     "gpt-j": ("gptj", GPT2 | {"rotary_dim": 4}, "GPTJBlock"),
     "phi": ("phi", NEOX | {"resid_pdrop": 0.5}, "PhiDecoderLayer"),
@@ -149,8 +153,12 @@ def test_kl_matches_the_two_models_own_distributions():
         states = reference.states(batch)
         forward = policy(batch, states, "reference_policy").kl
         reverse = policy(batch, states, "policy_reference").kl
-    torch.testing.assert_close(forward, (log_q.exp() * (log_q - log_p)).sum(-1), atol=2e-5, rtol=1e-4)
-    torch.testing.assert_close(reverse, (log_p.exp() * (log_p - log_q)).sum(-1), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        forward, (log_q.exp() * (log_q - log_p)).sum(-1), atol=2e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        reverse, (log_p.exp() * (log_p - log_q)).sum(-1), atol=2e-5, rtol=1e-4
+    )
 
 
 def test_an_empty_batch_keeps_the_graph_and_gives_zero_gradients():

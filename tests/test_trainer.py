@@ -47,7 +47,9 @@ def base(tmp_path_factory) -> Path:
     return base
 
 
-def make_config(base: Path, run_dir: Path, model: str = "tied", loss: Any = None, **options) -> Config:
+def make_config(
+    base: Path, run_dir: Path, model: str = "tied", loss: Any = None, **options
+) -> Config:
     values: dict[str, Any] = {
         "model": ModelConfig(name_or_path=str(base / model), fsdp_policy_mp=None),
         "loss": loss or DPOConfig(),
@@ -184,7 +186,9 @@ def test_samples_of_policy_and_reference_are_written(base, tmp_path):
     config = make_config(
         base, tmp_path / "run", sample_during_eval=True, n_eval_model_samples=3, n_epochs=1
     )
-    plain = run(dataclasses.replace(config, run_dir=str(tmp_path / "plain"), sample_during_eval=False))
+    plain = run(
+        dataclasses.replace(config, run_dir=str(tmp_path / "plain"), sample_during_eval=False)
+    )
     run_dir = run(config)
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").open(encoding="utf-8")]
     assert [sample["examples"] for sample in samples] == [0] * 3 + [16] * 3 + [24] * 3

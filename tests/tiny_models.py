@@ -10,10 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.pretrained import resolve_model
 
-WORDS = "the a one red blue green cat dog bird sees finds takes old new small big".split()
+WORDS = ["the", "one", "red", "blue", "green", "cat", "dog", "bird", "sees", "finds", "old", "new"]
 
 
-def save_tiny_model(folder: Path, *, model_type: str = "llama", seed: int = 0, **config: Any) -> Path:
+def save_tiny_model(
+    folder: Path, *, model_type: str = "llama", seed: int = 0, **config: Any
+) -> Path:
     """A random causal LM of two layers with the embedded model's tokenizer, as a folder."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("tiny"))
     torch.manual_seed(seed)

@@ -158,21 +158,28 @@ def head_gradients(
     weight_VD = head.weight.new_empty(V, D) if needs_weight else None
     bias_V = zeros(V) if needs_bias else None
 
-    for cols in slices(V, tile_cols):
+    # functions, so that a tile is gone before the next one is made
+    def add_slice(cols: slice) -> None:
         head_CD = head.weight_tile(cols)
         weight_CD = zeros(head_CD.shape) if needs_weight else None
         for rows in slices(N, tile_rows):
-            hidden_RD = head.input_tile(rows, ignored_N)
-            dlogits_RC = dlogits(rows, cols, hidden_RD, head_CD)
-            if bias_V is not None:
-                bias_V[cols] += dlogits_RC.sum(0)
-            dlogits_RC = dlogits_RC.to(head.gemm_dtype)
-            if weight_CD is not None:
-                _add_matmul(weight_CD, dlogits_RC.t(), hidden_RD[: len(dlogits_RC)])
-            if input_ND is not None:
-                _add_matmul(input_ND[rows], dlogits_RC, head_CD)
+            add_tile(rows, cols, head_CD, weight_CD)
         if weight_VD is not None and weight_CD is not None:
             weight_VD[cols] = weight_CD
+
+    def add_tile(rows: slice, cols: slice, head_CD: Tensor, weight_CD: Tensor | None) -> None:
+        hidden_RD = head.input_tile(rows, ignored_N)
+        dlogits_RC = dlogits(rows, cols, hidden_RD, head_CD)
+        if bias_V is not None:
+            bias_V[cols] += dlogits_RC.sum(0)
+        dlogits_RC = dlogits_RC.to(head.gemm_dtype)
+        if weight_CD is not None:
+            _add_matmul(weight_CD, dlogits_RC.t(), hidden_RD[: len(dlogits_RC)])
+        if input_ND is not None:
+            _add_matmul(input_ND[rows], dlogits_RC, head_CD)
+
+    for cols in slices(V, tile_cols):
+        add_slice(cols)
     return (
         None if input_ND is None else input_ND.to(head.input.dtype),
         weight_VD,

@@ -36,30 +36,12 @@ def token_logps_kl_fwd(
         ignored: (N,) bool, rows that score 0.
         direction: "reference_policy" for KL(reference ‖ policy) or "policy_reference".
     """
-    N, V, device = len(target), policy.weight.shape[0], target.device
+    N, device = len(target), target.device
     tile_rows, tile_cols = _tile_shape(policy, reference)
-    under = 1 if direction == "reference_policy" else 0
     stats = JointStats(*(torch.empty(N, dtype=torch.float32, device=device) for _ in range(5)))
     for rows in slices(N, tile_rows):
-        R = rows.stop - rows.start
-        hidden = [head.input_tile(rows, ignored) for head in (policy, reference)]
-        sums = [RowSums.empty(R, device), RowSums.empty(R, device)]
-        gap_R = torch.zeros(R, dtype=torch.float32, device=device)
-        for cols in slices(V, tile_cols):
-            logits = [
-                head.logits(hidden_RD, head.weight_tile(cols), cols)[:R]
-                for head, hidden_RD in zip((policy, reference), hidden, strict=True)
-            ]
-            sums, gap_R = _add_columns(sums, gap_R, logits, target[rows], cols, under)
-        (policy_sums, reference_sums), first, second = sums, sums[under], sums[1 - under]
-        row_stats = JointStats(
-            policy_sums.logps,
-            policy_sums.lse,
-            reference_sums.logps,
-            reference_sums.lse,
-            _kl(first, second, gap_R),
-        )
-        for total_N, part_R in zip(stats, row_stats, strict=True):
+        sweep = _sweep(policy, reference, target, ignored, rows, tile_cols, direction)
+        for total_N, part_R in zip(stats, sweep, strict=True):
             total_N[rows] = part_R
     for scores_N in (stats.logps, stats.reference_logps, stats.kl):
         scores_N.masked_fill_(ignored, 0)
@@ -118,15 +100,41 @@ def token_logps_kl_bwd(
     return head_gradients(policy, ignored, needs_grad, _tile_shape(policy, reference), dlogits)
 
 
+def _sweep(
+    policy: Head,
+    reference: Head,
+    target: Tensor,
+    ignored: Tensor,
+    rows: slice,
+    tile_cols: int,
+    direction: str,
+) -> JointStats:
+    """Statistics of R rows from one sweep over the vocabulary, each (R,)."""
+    R, heads = rows.stop - rows.start, (policy, reference)
+    under = 1 if direction == "reference_policy" else 0
+    hidden = [head.input_tile(rows, ignored) for head in heads]
+    sums = [RowSums.empty(R, target.device) for _ in heads]
+    gap_R = torch.zeros(R, dtype=torch.float32, device=target.device)
+    for cols in slices(policy.weight.shape[0], tile_cols):
+        sums, gap_R = _add_columns(sums, gap_R, heads, hidden, target[rows], cols, under)
+    kl_R = _kl(sums[under], sums[1 - under], gap_R)
+    return JointStats(sums[0].logps, sums[0].lse, sums[1].logps, sums[1].lse, kl_R)
+
+
 def _add_columns(
     sums: list[RowSums],
     gap_R: Tensor,
-    logits: list[Tensor],
+    heads: tuple[Head, Head],
+    hidden: list[Tensor],
     target_R: Tensor,
     cols: slice,
     under: int,
 ) -> tuple[list[RowSums], Tensor]:
     """Add columns to both models' sums and to gap = Σ exp(z - max) · (z - z'), z of `under`."""
+    logits = [
+        head.logits(hidden_RD, head.weight_tile(cols), cols)[: len(target_R)]
+        for head, hidden_RD in zip(heads, hidden, strict=True)
+    ]
     taken = [take_target(logits_RC, target_R, cols) for logits_RC in logits]
     gap_RC = logits[under] - logits[1 - under]
     new = [s.add(logits_RC, t) for s, logits_RC, t in zip(sums, logits, taken, strict=True)]

@@ -1,0 +1,123 @@
+"""`kernels/` is a source root; what is installed; which way imports point."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from setuptools import find_packages
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted(
+    path
+    for folder in ("fastpref", "kernels", "benchmarks", "scripts", "tests")
+    for path in (ROOT / folder).rglob("*.py")
+) + sorted(ROOT.glob("*.py"))
+# the config is spread over files of its own
+LEAVES = {path.stem for path in (ROOT / "fastpref").glob("config*.py")}
+LEAVES |= {"batch", "checks", "distributed", "errors", "losses"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Dotted names of every module a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def top_level(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def import_graph() -> dict[str, set[str]]:
+    """Module of fastpref -> the modules of fastpref it imports, wherever in the file."""
+    modules = {path.stem: imported_modules(path) for path in (ROOT / "fastpref").glob("*.py")}
+    return {
+        module: {name.split(".")[1] for name in names if name.startswith("fastpref.")}
+        & set(modules)
+        for module, names in modules.items()
+    }
+
+
+def run_python(code: str) -> None:
+    """Run code in a fresh interpreter that sees the two source roots and nothing of ours loaded."""
+    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n"
+    result = subprocess.run(
+        [sys.executable, "-c", path + code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_kernels_is_a_source_root_and_no_package():
+    assert not list((ROOT / "kernels").glob("*.py"))
+    for path in SOURCES:
+        folders = path.relative_to(ROOT).parts[1:-1]
+        assert "kernels" not in folders, f"{path}: no other folder may be called kernels"
+
+
+def test_an_installed_package_of_that_name_wins_over_our_folder(tmp_path):
+    package = tmp_path / "kernels" / "__init__.py"
+    package.parent.mkdir()
+    package.write_text("")
+    run_python(
+        f"""
+sys.path.append({str(tmp_path)!r})
+import kernels
+assert kernels.__file__ == {str(package)!r}, kernels
+"""
+    )
+
+
+def test_nothing_in_the_tree_imports_the_name_kernels():
+    assert SOURCES
+    for path in SOURCES:
+        assert "kernels" not in top_level(imported_modules(path)), path
+
+
+def test_an_installation_holds_exactly_our_two_packages():
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    options = find["find"]
+    found = {
+        name
+        for where in options["where"]
+        for name in find_packages(str(ROOT / where), include=options["include"])
+    }
+    assert top_level(found) == {"fastpref", "fastpref_kernels"}
+
+
+def test_the_ops_import_without_triton_and_alone():
+    run_python(
+        """
+sys.modules["triton"] = None
+import fastpref_kernels, fastpref_kernels.naive
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"fastpref", "transformers", "datasets", "hydra", "omegaconf"}, loaded
+"""
+    )
+
+
+def test_the_ops_import_nothing_of_fastpref():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert "fastpref" not in top_level(imported_modules(path)), path
+
+
+def test_leaves_import_only_leaves():
+    for leaf in LEAVES:
+        assert import_graph()[leaf] <= LEAVES, leaf
+
+
+def test_imports_point_one_way():
+    # raises CycleError with the modules on the cycle
+    graphlib.TopologicalSorter(import_graph()).prepare()
+
+
+def test_only_train_py_imports_hydra():
+    importers = {path for path in SOURCES if "hydra" in top_level(imported_modules(path))}
+    assert {path for path in importers if "tests" not in path.parts} <= {ROOT / "train.py"}
