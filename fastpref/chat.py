@@ -1,7 +1,7 @@
 """Conversations rendered by the tokenizer's chat template into prompt and response texts."""
 
 import json
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,7 @@ def render_chat(
         raise ConfigError(f"data.chat_template: line {error.lineno}: {error}") from None
     except TemplateError as error:
         raise RowError(f"the chat template refuses the messages: {error}") from None
-    # of characters, whatever the function's module says
-    shared = commonprefix([prompt_text, *full_texts])  # noqa: RUF071
+    shared = _shared_start(prompt_text, full_texts)
     parts = [strip_final_eos(text[len(shared) :], tokenizer.eos_token) for text in full_texts]
     return shared, parts, shared == prompt_text
 
@@ -83,3 +82,11 @@ def strip_final_eos(text: str, eos_token: str) -> str:
     """`text` without an EOS at its end and the white space after it; unchanged without EOS."""
     stripped = text.rstrip()
     return stripped.removesuffix(eos_token) if stripped.endswith(eos_token) else text
+
+
+def _shared_start(prompt: str, texts: list[str]) -> str:
+    """The longest start of `prompt` that every text has too."""
+    if all(text.startswith(prompt) for text in texts):
+        return prompt
+    columns = zip(prompt, *texts, strict=False)
+    return "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))

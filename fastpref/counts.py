@@ -157,7 +157,7 @@ def count_rows(
 
 
 def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
-    """Refuse a split that has no rows, loses too many, or has nothing to tell apart.
+    """Refuse a split that loses too many rows, or all, or has nothing to tell apart.
 
     Args:
         counts: Of the whole split.
@@ -167,8 +167,6 @@ def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
         DataError: saying which rule, how many rows and why.
     """
     name = f"split {counts.split!r} of {', '.join(counts.sources)}"
-    if counts.rows == 0:
-        raise DataError(f"0 rows in {name}")
     num_dropped = sum(counts.dropped.values())
     if counts.kept == 0 or num_dropped > max_dropped * counts.rows:
         rule = "no row is left" if counts.kept == 0 else f"data.max_dropped={max_dropped:g}"

@@ -247,6 +247,7 @@ def generate_rows(
     """
     source = path or HUB_PATHS.get(name, name)
     tracker = PairTracker()
+    number = 0
     for number, record in _records(name, split, path, cache_dir):
         message = ""
         try:
@@ -270,6 +271,8 @@ def generate_rows(
             "remarks": int(remarks),
             "note": message,
         }
+    if number == 0:
+        raise DataError(f"0 rows in split {split!r} of {source}")
 
 
 class PairTracker:

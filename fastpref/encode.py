@@ -141,14 +141,18 @@ def encode_rows(
         new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
         desc=f"tokenizing {rows.name} {rows.counts.split}",
     )
+    # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
+    check_vocabulary(encoded, vocab_size, tokenizer)
     counts, kept = count_dataset(encoded, rows.source, rows.counts.split)
+    counts = count_tokens(encoded, rows.counts.then(counts))
     if len(kept) < len(encoded):
         encoded = encoded.select(kept)
-    groups = encoded.with_format("numpy")["group"][:]
-    encoded = encoded.remove_columns(list(BOOKKEEPING))
-    check_vocabulary(encoded, vocab_size, tokenizer)
-    audit = count_tokens(encoded, rows.counts.then(counts))
-    return PreferenceSplit(name=audit.split, dataset=encoded, groups=groups, audit=audit)
+    return PreferenceSplit(
+        name=counts.split,
+        groups=encoded.with_format("numpy")["group"][:],
+        dataset=encoded.remove_columns(list(BOOKKEEPING)),
+        audit=counts,
+    )
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -232,7 +236,7 @@ def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> 
 def tokenizer_digest(tokenizer: Any) -> str:
     """Digest of all that a tokenizer's output depends on; calls to it leave no trace in it."""
     if tokenizer.is_fast:
-        # what comes before is truncation and padding, set by the last call and not by the vocabulary
+        # before it stand truncation and padding, which the last call has set
         _, _, model = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
     else:
         vocabulary = sorted(tokenizer.get_vocab().items())

@@ -34,8 +34,9 @@ def build_optimizer(
     for key in given:
         if key not in accepted:
             raise ConfigError(f"optim.{key}: torch.optim.{name} takes no {key}")
-    # one kernel for all parameters instead of several a parameter
-    if "fused" in accepted:
+    # one kernel for all parameters instead of several a parameter; sharded parameters (DTensor)
+    # have no fused kernel of any other optimizer
+    if name in ("Adam", "AdamW"):
         given["fused"] = True
     return optimizer_class(list(parameters), lr=lr, **given)
 

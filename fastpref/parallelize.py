@@ -46,7 +46,10 @@ def parallelize(
     scorer.train(trainable)
     scorer.requires_grad_(trainable)
     if activation_checkpointing and trainable:
-        scorer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # the old name goes in transformers 6, the new one is not in 5.17
+        old_name = scorer.model.gradient_checkpointing_enable
+        enable = getattr(scorer.model, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

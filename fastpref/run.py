@@ -138,7 +138,5 @@ def configure_logging(*, is_main: bool) -> None:
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logger.propagate = False
     if not (is_main and sys.stderr.isatty()):
+        # read by huggingface_hub and transformers when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()

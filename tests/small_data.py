@@ -1,6 +1,7 @@
 """A tokenizer of single bytes, rows on disk and configs for the tests of the data path."""
 
 import json
+import sys
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -52,3 +53,19 @@ def make_config(tmp_path, *, names=("set",), loss=None, data=None, **options):
         data=DataConfig(**{"cache_dir": str(tmp_path / "cache"), **(data or {})}),
         **options,
     )
+
+
+def count_calls(function, name):
+    """How often the Python function `name` is entered while `function` runs."""
+    calls = 0
+
+    def profile(frame, event, _):
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_name == name
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls

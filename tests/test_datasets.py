@@ -1,16 +1,14 @@
 import gzip
 import json
-import logging
-import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_data import make_config, pair, pairs, write_jsonl
+from small_data import count_calls, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.counts import Remark
-from fastpref.datasets import check_sources, generate_rows, read_rows
+from fastpref.datasets import check_sources, read_rows
 from fastpref.errors import DataError
 
 
@@ -212,22 +210,6 @@ def test_weights_are_checked_only_for_a_loss_that_reads_them(tmp_path):
     write_jsonl(folder(tmp_path), "train", [pair(chosen_weight=[0.0], rejected_weight=[1.0])])
     assert read(tmp_path).dataset["chosen_weights"][:] == [None]
     assert ":1: chosen_weight: all 1 weights are zero" in refusal(tmp_path, loss=TISDPOConfig())
-
-
-def count_calls(function, name):
-    """How often the Python function `name` is entered while `function` runs."""
-    calls = 0
-
-    def profile(frame, event, _):
-        nonlocal calls
-        calls += event == "call" and frame.f_code.co_name == name
-
-    sys.setprofile(profile)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 def test_a_second_reading_comes_from_the_cache_until_the_file_changes(tmp_path):

@@ -54,7 +54,10 @@ def test_a_row_that_breaks_a_rule_is_refused_with_its_field(record, named):
     [
         ({"chosen_weight": [1.0]}, "chosen_weight without rejected_weight"),
         ({"chosen_weight": "1 2", "rejected_weight": [1]}, "list of numbers, .* got text"),
-        ({"chosen_weight": [1], "rejected_weight": ["2"]}, r"rejected_weight\[0\] must be a finite"),
+        (
+            {"chosen_weight": [1], "rejected_weight": ["2"]},
+            r"rejected_weight\[0\] must be a finite",
+        ),
         ({"chosen_weight": [1, math.nan], "rejected_weight": [1]}, r"chosen_weight\[1\] .* nan"),
         ({"chosen_weight": [math.inf], "rejected_weight": [1]}, r"chosen_weight\[0\] .* inf"),
         ({"chosen_weight": [10**400], "rejected_weight": [1]}, r"chosen_weight\[0\] must be"),

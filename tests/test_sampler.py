@@ -41,7 +41,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(sizes, batch_size, n_epochs
     assert walked.batch(step).tolist() == batches[step]
     # the batches of an epoch are its rows, cut one after another
     per_epoch = walked.steps_per_epoch
-    joined = sum(batches[:per_epoch], [])
+    joined = [row for batch in batches[:per_epoch] for row in batch]
     assert joined == walked.epoch_rows(0)[: len(joined)].tolist()
     assert len(batches) == n_epochs * per_epoch
 

@@ -48,7 +48,7 @@ def base(tmp_path_factory) -> Path:
 
 
 def make_config(
-    base: Path, run_dir: Path, model: str = "tied", loss: Any = None, **options
+    base: Path, run_dir: Path, model: str = "tied", loss: Any = None, **options: Any
 ) -> Config:
     values: dict[str, Any] = {
         "model": ModelConfig(name_or_path=str(base / model), fsdp_policy_mp=None),
@@ -174,8 +174,9 @@ def test_activation_checkpointing_changes_nothing(base, tmp_path):
 
 
 def test_mixed_precision_starts_at_log_two_and_stores_master_weights(base, tmp_path):
-    model = ModelConfig(name_or_path=str(base / "tied"), fsdp_policy_mp="bfloat16")
-    run_dir = run(make_config(base, tmp_path / "run", loss=TDPOConfig(), model=model))
+    config = make_config(base, tmp_path / "run", loss=TDPOConfig())
+    config.model.fsdp_policy_mp = "bfloat16"
+    run_dir = run(config)
     first = read_metrics(run_dir, "train")[0]
     assert first["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
     assert first["kl_train/chosen"] == 0 and first["rewards_train/margins"] == 0
@@ -206,10 +207,9 @@ def test_an_archive_gives_policy_and_reference_their_weights(base, tmp_path):
     archives = {"policy.pt": trained / "LATEST" / "policy.pt", "run": trained, "seed": seed_format}
     first = {}
     for name, archive in archives.items():
-        model = ModelConfig(
-            name_or_path=str(base / "tied"), archive=str(archive), fsdp_policy_mp=None
-        )
-        run_dir = run(make_config(base, tmp_path / name, model=model, n_epochs=1))
+        config = make_config(base, tmp_path / name, n_epochs=1)
+        config.model.archive = str(archive)
+        run_dir = run(config)
         first[name] = read_metrics(run_dir, "eval")[0]["logps_eval/chosen"]
         assert read_metrics(run_dir, "train")[0]["loss/train"] == pytest.approx(math.log(2))
     untrained = run(make_config(base, tmp_path / "untrained", n_epochs=1))
