@@ -171,9 +171,8 @@ def load_rows(
 
     Args:
         name, split, base_data_dir: See `find_source`.
-        options: How to read.
+        options, quiet: How to read; whether without progress bar.
         cache_dir: Of `datasets`; None for its default.
-        quiet: Show no progress bar.
 
     Raises:
         DataError: the source is missing, a row breaks a rule (file:row: field), or too few rows

@@ -117,25 +117,21 @@ def encode_row(
     _check_texts(texts, ids, options)
     prompt, *raw_responses = ids
     eos_id = tokenizer.eos_token_id
-    responses = [r[:-1] if r[-1:] == [eos_id] else r for r in raw_responses]
+    responses = [without_final_eos(response, eos_id) for response in raw_responses]
     if not all(responses):
         return EncodedPair(drop=EMPTY_RESPONSE)
     remarks = Remark(row["remarks"])
-    if texts.is_split:
-        remarks |= Remark.TEMPLATE_SPLIT
-    if responses != raw_responses:
-        remarks |= Remark.EOS_AT_END
+    remarks |= Remark.TEMPLATE_SPLIT if texts.is_split else 0
+    remarks |= Remark.EOS_AT_END if responses != raw_responses else 0
     # the turns of a conversation may each end in EOS
-    if row["form"] != "chat" and any(eos_id in part for part in (prompt, *responses)):
-        remarks |= Remark.EOS_INSIDE
-    if prompt[:2] == [tokenizer.bos_token_id] * 2:
-        remarks |= Remark.TWO_BOS
+    has_eos = row["form"] != "chat" and any(eos_id in part for part in (prompt, *responses))
+    remarks |= Remark.EOS_INSIDE if has_eos else 0
+    remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
 
     weights: list[list[float]] = []
     if options.weighted:
         weights = response_weights(row, [len(response) for response in responses], options)
-        if row["chosen_weights"] is None:
-            remarks |= Remark.NO_WEIGHTS
+        remarks |= Remark.NO_WEIGHTS if row["chosen_weights"] is None else 0
     if options.reverse_dataset and not options.sft:
         responses, weights = responses[::-1], weights[::-1]
     full = [[*response, eos_id] for response in responses]
@@ -149,6 +145,11 @@ def encode_row(
     ]
     remarks |= _cut_remarks((prompt, *full), (prompt_ids, *response_ids))
     return EncodedPair(prompt_ids, response_ids, kept_weights, remarks)
+
+
+def without_final_eos(ids: list[int], eos_id: int) -> list[int]:
+    """A response's ids without an EOS that its text spelled out: token weights leave it out."""
+    return ids[:-1] if ids and ids[-1] == eos_id else ids
 
 
 def response_weights(
