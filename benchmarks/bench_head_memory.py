@@ -5,7 +5,8 @@
 
 Each figure comes from a process of its own. On a GPU it is the allocator's peak. On the CPU it is
 the high-water mark of resident memory, and the peak of torch's own allocations stands beside it:
-the two are measured in separate runs and must agree but for what the GEMM library takes.
+the two are measured in separate runs and agree but for what the GEMM library takes and for pages
+of the gradients that are not yet written at the peak.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from fastpref.audit import describe_example
 from fastpref.batch import EncodedRow, TokenBatch, pad_rows
 from fastpref.checkpoint import create_run_dir
 from fastpref.config import Config, ModelConfig
-from fastpref.datasets import read_rows
+from fastpref.datasets import check_sources, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
 from fastpref.metrics import MetricsLog
@@ -90,6 +90,7 @@ def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
     """
     quiet = not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
+    check_sources(config, splits)
     main_first(world, "rows", lambda: [read_rows(config, split, quiet=quiet) for split in splits])
     name = resolve_model(config.model.tokenizer_name_or_path or config.model.name_or_path)
     tokenizer = load_tokenizer(name, config.model.revision)
@@ -116,6 +117,8 @@ def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
         drop_last=config.data.drop_last,
         order=config.data.order,
     )
+    if world.is_main and train_order.warning:
+        logger.warning(train_order.warning)
     train_split = _split(train_data, train_order, tokenizer)
     if not config.n_eval_examples:
         return train_split, None, tokenizer

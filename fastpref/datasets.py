@@ -16,6 +16,7 @@ from fastpref.hub_sources import HUB_PATHS, hub_rows
 from fastpref.readers import SUFFIXES, read_records
 from fastpref.row_cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.rows import Row, RowError, parse_row
+from fastpref.token_weights import weights_sidecar
 
 if TYPE_CHECKING:
     from fastpref.config import Config
@@ -197,6 +198,7 @@ def load_rows(
                 "on_error": options.on_error,
                 "strict": options.strict,
                 "allow_roles": options.allow_roles,
+                "zero_weights": path is not None and weights_sidecar(path).is_file(),
             },
         )
     counts, kept = count_dataset(dataset, source, split)
@@ -238,6 +240,7 @@ def generate_rows(
     on_error: str,
     strict: bool,
     allow_roles: bool,
+    zero_weights: bool,
 ) -> Iterator[dict[str, Any]]:
     """Checked rows of a source, those to drop included; what `datasets` writes to its cache.
 
@@ -252,9 +255,11 @@ def generate_rows(
         try:
             if isinstance(record, RowError):
                 raise record
-            row = parse_row(record, weighted=weighted, allow_roles=allow_roles)
+            row = parse_row(
+                record, weighted=weighted, allow_roles=allow_roles, zero_weights=zero_weights
+            )
         except RowError as error:
-            message = f"{source}:{number}: {error}"
+            message = error.at(source, number)
             if on_error == "raise":
                 raise DataError(message) from None
             row = _malformed_row()

@@ -259,7 +259,7 @@ def encode_batch(
         try:
             outcome = encode_row(row, rendered, row_ids, tokenizer, options)
         except RowError as error:
-            message = f"{source}:{row['row']}: {error}"
+            message = error.at(source, row["row"])
             if options.on_error == "raise":
                 raise DataError(message) from None
             outcome = EncodedPair(drop=MALFORMED, note=message)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from fastpref_kernels import TokenScores, token_logps, token_logps_and_kl
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from fastpref.batch import TokenBatch
@@ -73,10 +74,14 @@ class TokenScorer(nn.Module):
     def states(self, batch: TokenBatch) -> HeadStates:
         """Hidden states and head, for another model's joint sweep.
 
-        Under FSDP2 the weight stays gathered until `reshard()`; call that once the backward that
-        used these states is done.
+        Under FSDP2 the weight stays gathered until `release()`.
         """
         return HeadStates(self.hidden_states(batch), self.head.weight, self.head.bias)
+
+    def release(self) -> None:
+        """Free the gathered head; to be called once the backward that used `states` is done."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
 
     def forward(
         self,

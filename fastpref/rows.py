@@ -1,6 +1,7 @@
 """The rules a row must keep, and the one form that every kind of row is brought to."""
 
 import json
+import re
 from typing import Any, TypedDict
 
 from fastpref.checks import hint, nearest
@@ -14,10 +15,25 @@ MAX_WEIGHT = 1e30
 
 EMPTY_RESPONSE = "empty response"
 NO_SHARED_PROMPT = "no shared prompt"
+EMPTY_PROMPT = "prompt is empty: at least one token must come before the response"
 
 
 class RowError(ValueError):
-    """A row breaks a rule; the message names the field, the reader adds file and line."""
+    """A row breaks a rule.
+
+    Args:
+        message: A sentence that names what is wrong.
+        field: The field it is wrong in, "" where it is the row as a whole.
+    """
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+    def at(self, source: str, number: int) -> str:
+        """The message behind its place, "train.jsonl:8:chosen: chosen is null"."""
+        place = f"{source}:{number}:{self.field}" if self.field else f"{source}:{number}"
+        return f"{place}: {self}"
 
 
 class Row(TypedDict):
@@ -35,7 +51,7 @@ class Row(TypedDict):
     drop: str
 
 
-def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
+def parse_row(record: Any, *, weighted: bool, allow_roles: bool, zero_weights: bool = False) -> Row:
     """Check one row as it came from a file and bring it to one form.
 
     Accepted: texts `prompt`, `chosen`, `rejected`; texts `chosen` and `rejected` that are whole
@@ -47,6 +63,8 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
         weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, not all zero, both or
             neither. Else they are ignored.
         allow_roles: Take any role in any place.
+        zero_weights: Take a response whose weights are all zero: two models that agree on it give
+            that, while in a file made by hand it silences the response.
 
     Raises:
         RowError: the row breaks a rule.
@@ -58,9 +76,9 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
     kinds = {field: kind(record[field]) for field in fields}
     for field in fields:
         if record[field] is None:
-            raise RowError(f"{field} is null")
+            raise RowError(f"{field} is null", field)
         if kinds[field] not in ("text", "list"):
-            raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}")
+            raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}", field)
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{field} is {kinds[field]}" for field in fields)
         raise RowError(
@@ -72,7 +90,7 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
     else:
         row = _parse_text(record)
     if weighted and not row["drop"]:
-        row["chosen_weights"], row["rejected_weights"] = _parse_weights(record)
+        row["chosen_weights"], row["rejected_weights"] = _parse_weights(record, zero_weights)
     return row
 
 
@@ -120,7 +138,7 @@ def _parse_text(record: dict[str, Any]) -> Row:
         _check_unicode(field, record.get(field, ""))
     if "prompt" in record:
         if not record["prompt"]:
-            raise RowError("prompt is empty: at least one token must come before the response")
+            raise RowError(EMPTY_PROMPT, "prompt")
         return _row("text", record["prompt"], chosen, rejected)
     try:
         parts = split_dialogues(chosen, rejected)
@@ -162,15 +180,17 @@ def _check_messages(field: str, messages: list[Any]) -> None:
     for index, message in enumerate(messages):
         place = f"{field}[{index}]"
         if not isinstance(message, dict):
-            raise RowError(f"{place} must be a message with role and content, got {kind(message)}")
+            raise RowError(
+                f"{place} must be a message with role and content, got {kind(message)}", field
+            )
         for key in ("role", "content"):
             if key not in message:
                 found = ", ".join(sorted(message)) or "none"
-                raise RowError(f"{place} has no {key}; keys found: {found}")
+                raise RowError(f"{place} has no {key}; keys found: {found}", field)
             if message[key] is None:
-                raise RowError(f"{place}.{key} is null")
+                raise RowError(f"{place}.{key} is null", field)
             if not isinstance(message[key], str):
-                raise RowError(f"{place}.{key} must be text, got {kind(message[key])}")
+                raise RowError(f"{place}.{key} must be text, got {kind(message[key])}", field)
             _check_unicode(f"{place}.{key}", message[key])
 
 
@@ -180,7 +200,8 @@ def _check_roles(field: str, messages: list[Any], roles: tuple[str, ...]) -> Non
             raise RowError(
                 f"{field} has a message of role {message['role']!r}; roles allowed there: "
                 f"{', '.join(roles)} (any with data.allow_roles=true)"
-                f"{hint(message['role'], roles)}"
+                f"{hint(message['role'], roles)}",
+                field,
             )
 
 
@@ -188,28 +209,36 @@ def _check_unicode(field: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RowError(f"{field} holds half a surrogate pair at character {error.start}") from None
+        message = f"{field} holds half a surrogate pair at character {error.start}"
+        raise RowError(message, re.split(r"\W", field)[0]) from None
 
 
-def _parse_weights(record: dict[str, Any]) -> tuple[list[float] | None, list[float] | None]:
+def _parse_weights(
+    record: dict[str, Any], zero_weights: bool
+) -> tuple[list[float] | None, list[float] | None]:
     chosen, rejected = (record.get(field) for field in WEIGHT_FIELDS)
     if chosen is None and rejected is None:
         return None, None
     if chosen is None or rejected is None:
         present, absent = WEIGHT_FIELDS if rejected is None else WEIGHT_FIELDS[::-1]
-        raise RowError(f"{present} without {absent}: give both or neither")
-    return _checked_weights("chosen_weight", chosen), _checked_weights("rejected_weight", rejected)
+        raise RowError(f"{present} without {absent}: give both or neither", present)
+    return (
+        _checked_weights("chosen_weight", chosen, zero_weights),
+        _checked_weights("rejected_weight", rejected, zero_weights),
+    )
 
 
-def _checked_weights(field: str, weights: Any) -> list[float]:
+def _checked_weights(field: str, weights: Any, zero_weights: bool) -> list[float]:
     if not isinstance(weights, list):
-        raise RowError(f"{field} must be a list of numbers, one per token, got {kind(weights)}")
+        raise RowError(
+            f"{field} must be a list of numbers, one per token, got {kind(weights)}", field
+        )
     for index, weight in enumerate(weights):
         # type() and not isinstance(): a boolean is no weight; nan fails every comparison
         if type(weight) not in (float, int) or not abs(weight) < MAX_WEIGHT:
-            raise RowError(f"{field}[{index}] must be a finite number, got {weight!r:.40}")
-    if weights and not any(weights):
-        raise RowError(f"{field}: all {len(weights)} weights are zero")
+            raise RowError(f"{field}[{index}] must be a finite number, got {weight!r:.40}", field)
+    if weights and not any(weights) and not zero_weights:
+        raise RowError(f"{field}: all {len(weights)} weights are zero", field)
     return [float(weight) for weight in weights]
 
 

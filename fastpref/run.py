@@ -36,7 +36,6 @@ def dispatch(config: Config) -> int:
     """Check what depends on the machine, join the other ranks, and do the task."""
     import torch
     import torch.distributed as dist
-
     from fastpref_kernels import set_workspace_mib
 
     from fastpref.checkpoint import check_run_root
@@ -79,8 +78,12 @@ def dispatch(config: Config) -> int:
 def audit(config: Config) -> None:
     """`task=audit`: what training would say of the data, without a model's weights."""
     from fastpref.audit import run_audit
+    from fastpref.datasets import SPLITS, check_sources, read_rows
     from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
 
+    check_sources(config)
+    for split in SPLITS:
+        read_rows(config, split, quiet=False)
     name = resolve_model(config.model.name_or_path)
     tokenizer = load_tokenizer(resolve_model(config.model.tokenizer_name_or_path or name))
     run_audit(config, tokenizer, vocab_size=read_vocab_size(name, config.model.revision))

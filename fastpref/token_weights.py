@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastpref.checks import check_choice
@@ -165,3 +166,9 @@ def align_weights(weights: list[float], num_tokens: int, eos_weight: float | Non
     if eos_weight is None:
         return [*weights[: num_tokens - 1], 0.0]
     return [*weights, eos_weight][:num_tokens]
+
+
+def weights_sidecar(path: Path) -> Path:
+    """What stands beside a file of estimated weights and says where they come from."""
+    split = path.name.split(".")[0]
+    return path.with_name(f"{split}.weights.json")

@@ -4,11 +4,11 @@ import logging
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from fastpref.assembly import Run, build_run
 from fastpref.checkpoint import export_model
@@ -35,8 +35,8 @@ def train(config: Config, world: World) -> None:
     """`task=train`: from rows and a model to a trained model.
 
     Raises:
-        FastprefError: with the exit code of what went wrong; InterruptionError and PreemptionError after the
-            model was saved.
+        FastprefError: with the exit code of what went wrong; InterruptionError and
+            PreemptionError after the model was saved.
     """
     seed_everything(config.seed)
     optimizer_class_of(config.optimizer)
@@ -112,7 +112,7 @@ def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor
         (losses.sum() / len(rows)).backward()
         if run.reference is not None:
             # its gathered head was needed until here: the backward of the KL reads it
-            run.reference.reshard()
+            run.reference.release()
         metrics.append(values)
     grad_norm = clip_gradients(run, step)
     run.optimizer.step()
@@ -136,9 +136,10 @@ def clip_gradients(run: Run, step: int) -> Tensor:
     Returns:
         The norm before clipping, a float32 scalar on the device.
     """
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_grad_norm)
-    if isinstance(norm, DTensor):
-        norm = DTensor.full_tensor(norm)
+    parameters = list(run.policy.parameters())
+    # of sharded gradients the norm is sharded too: Any, because torch declares a plain tensor
+    sharded_norm: Any = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm)
+    norm = sharded_norm.full_tensor()
     if run.world.device.type == "cuda":
         torch._assert_async(torch.isfinite(norm), f"{NON_FINITE} {step + 1}")
     elif not torch.isfinite(norm):

@@ -4,6 +4,7 @@ A file's weight of response token y is log π⁻(y | …) - log π⁺(y | …), 
 on both sides; the loader turns it into the weight that the loss takes (`token_weights`).
 """
 
+import dataclasses
 import json
 import logging
 from collections.abc import Sequence
@@ -22,9 +23,11 @@ from fastpref.config import Config
 from fastpref.datasets import SPLITS, Rows, find_source, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.encode import tokenize
+from fastpref.encode_row import without_final_eos
 from fastpref.errors import CheckpointError, DataError
 from fastpref.pretrained import load_tokenizer, pad_token_id, resolve_model
 from fastpref.progress import Progress
+from fastpref.token_weights import weights_sidecar
 
 logger = logging.getLogger("fastpref")
 
@@ -78,6 +81,13 @@ def estimate_weights(config: Config, world: World) -> None:
     for index, rows in enumerate(sources):
         folder = Path(weights.output_dir) / f"{rows.name}{weights.suffix}"
         path = folder / f"{rows.counts.split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        origin = {
+            "source": rows.source,
+            "compute_dtype": config.model.compute_dtype,
+            **{label: dataclasses.asdict(side) for label, side in sides.items()},
+        }
+        weights_sidecar(path).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
         write_weighted_rows(path, rows, logps["positive"][index], logps["negative"][index])
         logger.info("wrote %s: %d rows", path, len(rows.dataset))
 
@@ -183,7 +193,7 @@ def encode_source(rows: Rows, tokenizer: Any, template: str, config: Config) -> 
         elif sentence:
             prompt = f"{sentence}\n\n{prompt}"
         texts += [prompt, *responses]
-    ids = tokenize(tokenizer, texts)
+    ids = [without_final_eos(part, tokenizer.eos_token_id) for part in tokenize(tokenizer, texts)]
     return [EncodedRow(*ids[start : start + 3]) for start in range(0, len(ids), 3)]
 
 
@@ -191,7 +201,6 @@ def write_weighted_rows(
     path: Path, rows: Rows, positive: list[TokenWeights], negative: list[TokenWeights]
 ) -> None:
     """Write the rows with their weights; the file appears under its name when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as lines:
         for row, good, bad in zip(rows.dataset, positive, negative, strict=True):

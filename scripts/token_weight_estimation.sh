@@ -11,6 +11,6 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 exec "${PYTHON:-python}" -u "$here/train.py" task=estimate_weights trainer=FSDPTrainer \
   model=blank_model model.name_or_path="$MODEL_NAME_1" \
-  weights.positive="$MODEL_NAME_1" weights.negative="$MODEL_NAME_2" \
+  model.fsdp_policy_mp=null weights.positive="$MODEL_NAME_1" weights.negative="$MODEL_NAME_2" \
   datasets=[ultra-feedback] base_data_dir=datasets \
   weights.output_dir=generated-data weights.suffix=-tisdpo "$@"

@@ -88,7 +88,7 @@ def test_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path):
     ("line", "named"),
     [
         (b'{"prompt": "Q", "chosen": ', r"train\.jsonl:8: invalid JSON: .* at column"),
-        (b'{"prompt": "Q", "chosen": null, "rejected": "b"}', r":8: chosen is null"),
+        (b'{"prompt": "Q", "chosen": null, "rejected": "b"}', r":8:chosen: chosen is null"),
         (b'{"prompt": "Q", "chosen": "a"}', r":8: no column 'rejected'; columns found"),
         (b'{"prompt": ["Q"], "chosen": "a", "rejected": "b"}', r":8: prompt is list"),
         (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', r":8: invalid UTF-8: byte 0xff"),
@@ -209,7 +209,11 @@ def test_rows_of_one_prompt_share_a_group(tmp_path):
 def test_weights_are_checked_only_for_a_loss_that_reads_them(tmp_path):
     write_jsonl(folder(tmp_path), "train", [pair(chosen_weight=[0.0], rejected_weight=[1.0])])
     assert read(tmp_path).dataset["chosen_weights"][:] == [None]
-    assert ":1: chosen_weight: all 1 weights are zero" in refusal(tmp_path, loss=TISDPOConfig())
+    message = refusal(tmp_path, loss=TISDPOConfig())
+    assert ":1:chosen_weight: chosen_weight: all 1 weights are zero" in message
+    # the estimator says by a file of its own that two models agreed
+    (folder(tmp_path) / "train.weights.json").write_text("{}")
+    assert read(tmp_path, loss=TISDPOConfig()).dataset["chosen_weights"][:] == [[0.0]]
 
 
 def test_a_second_reading_comes_from_the_cache_until_the_file_changes(tmp_path):

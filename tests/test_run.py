@@ -72,7 +72,7 @@ def test_bad_data_is_named_by_file_row_and_field_before_any_model(base, tmp_path
     cases = [
         # data, what the message says
         (with_row(base, "malformed", 8, '{"prompt": "a", "chosen": '), r"train.jsonl:8"),
-        (with_row(base, "null", 3, good | {"chosen": None}), "train.jsonl:3:chosen"),
+        (with_row(base, "null", 3, good | {"chosen": None}), "train.jsonl:3:chosen: "),
         ("empty_split", "0 rows"),
         ("wrods", "words"),
     ]

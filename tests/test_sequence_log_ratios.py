@@ -8,6 +8,11 @@ from torch import Tensor
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 @st.composite
 def tokens(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, Tensor | None]:
     """Log-probabilities of two models, sequence ids in any order, S >= 1, weights or None."""

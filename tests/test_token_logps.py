@@ -19,6 +19,11 @@ from torch.nn import functional as F
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 def torch_token_logps(input, weight, target, *, linear_bias, scale=1.0, softcap=None, ignore=-100):
     logits_NV = torch_logits(input, weight, linear_bias, scale, softcap)
     return -F.cross_entropy(logits_NV, target, reduction="none", ignore_index=ignore)

@@ -13,9 +13,15 @@ from oracle import (
     workspace,
 )
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 DIRECTIONS = ["reference_policy", "policy_reference"]
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
 
 
 def torch_token_logps_and_kl(
@@ -185,16 +191,16 @@ def test_a_column_only_the_second_model_has_leaves_the_kl_finite(direction, refe
 @both_directions
 def test_logits_two_hundred_nats_below_the_maximum_are_finite(direction):
     """softmax().log() of such a logit is -inf, and 0 · -inf is not a number."""
-    logits_ND = torch.randn(4, 64)
+    logits_ND = torch.randn(64, 64)
     logits_ND[:, 9] = 200.0
-    reference_ND = logits_ND + torch.randn(4, 64) * 0.1
+    reference_ND = logits_ND + torch.randn(64, 64) * 0.1
     seed_style_N = (reference_ND.softmax(-1) * logits_ND.softmax(-1).log()).sum(-1)
     assert not seed_style_N.isfinite().any()
     weight_VD = torch.eye(64).requires_grad_()
     policy = (logits_ND.requires_grad_(), weight_VD, torch.zeros(64).requires_grad_())
     reference = (reference_ND, torch.eye(64), torch.zeros(64))
-    target_N = torch.tensor([9, 0, 9, 63])
-    grads = torch.randn(2, 4)
+    target_N = torch.arange(64)
+    grads = torch.randn(2, 64)
     ours = run(token_logps_and_kl, policy, reference, target_N, grads, direction=direction)
     truth = run(
         naive.token_logps_and_kl,
@@ -350,6 +356,21 @@ def test_autocast_changes_nothing(direction):
     expected = run(token_logps_and_kl, *arguments, direction=direction)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = run(token_logps_and_kl, *arguments, direction=direction)
+    assert all(map(torch.equal, expected, actual))
+
+
+def test_activation_checkpointing_recomputes_the_same_gradients():
+    policy = random_head(60, 61, 17)
+    reference, target_N = nearby(policy), random_target(60, 61)
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        scores = token_logps_and_kl(h * 1.5, w, target_N, *reference[:2])
+        return (scores.logps + 2 * scores.kl).sum()
+
+    expected, actual = (
+        torch.autograd.grad(value, policy[:2])
+        for value in (loss(*policy[:2]), checkpoint(loss, *policy[:2], use_reentrant=False))
+    )
     assert all(map(torch.equal, expected, actual))
 
 

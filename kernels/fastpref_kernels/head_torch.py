@@ -69,6 +69,20 @@ class Head(NamedTuple):
         return (logits_RC / self.softcap).square_().neg_().add_(1)
 
 
+class Targets(NamedTuple):
+    """Which column of each row is scored, and which rows are not."""
+
+    ids: Tensor
+    """(N,) int64, 0 where ignored."""
+    ignored: Tensor
+    """(N,) bool."""
+
+    @classmethod
+    def of(cls, target: Tensor, ignore_index: int) -> "Targets":
+        ignored_N = target == ignore_index
+        return cls(target.masked_fill(ignored_N, 0).long(), ignored_N)
+
+
 class RowSums(NamedTuple):
     """Online log-sum-exp of R rows over the columns seen so far, the target's column left out."""
 

@@ -8,7 +8,8 @@ from torch.autograd.function import once_differentiable
 
 from fastpref_kernels.checks import check_head, check_logit_transform, check_target
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head_torch import Head
+from fastpref_kernels.head_torch import Head, Targets
+from fastpref_kernels.token_logps_torch import TokenStats
 
 
 # a graph break: the number of tiles follows the shapes, compiled it would be unrolled
@@ -70,24 +71,25 @@ class _TokenLogps(torch.autograd.Function):
         softcap: float | None,
         ignore_index: int,
     ) -> Tensor:
-        ignored_N = target == ignore_index
-        target_N = target.masked_fill(ignored_N, 0).long()
-        ctx.impl = implementation("token_logps", input.device)
-        ctx.scale, ctx.softcap = scale, softcap
+        head, targets = Head(input, weight, bias, scale, softcap), Targets.of(target, ignore_index)
+        impl = implementation("token_logps", input.device)
         with torch.autocast(input.device.type, enabled=False):
-            logps_N, lse_N = ctx.impl.token_logps_fwd(
-                Head(input, weight, bias, scale, softcap), target_N, ignored_N
-            )
-        ctx.save_for_backward(input, weight, bias, target_N, ignored_N, logps_N, lse_N)
-        return logps_N
+            stats = impl.token_logps_fwd(head, targets)
+        ctx.scale, ctx.softcap = scale, softcap
+        ctx.save_for_backward(input, weight, bias, *targets, *stats)
+        return stats.logps
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target_N, ignored_N, logps_N, lse_N = ctx.saved_tensors
-        head = Head(input, weight, bias, ctx.scale, ctx.softcap)
+        input, weight, bias, ids_N, ignored_N, logps_N, lse_N = ctx.saved_tensors
+        impl = implementation("token_logps", input.device)
         with torch.autocast(input.device.type, enabled=False):
-            gradients = ctx.impl.token_logps_bwd(
-                grad, head, target_N, ignored_N, logps_N, lse_N, ctx.needs_input_grad[:3]
+            gradients = impl.token_logps_bwd(
+                grad,
+                Head(input, weight, bias, ctx.scale, ctx.softcap),
+                Targets(ids_N, ignored_N),
+                TokenStats(logps_N, lse_N),
+                ctx.needs_input_grad[:3],
             )
         return (*gradients, None, None, None, None)

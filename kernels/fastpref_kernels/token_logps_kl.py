@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from fastpref_kernels.checks import check_head, check_logit_transform, check_target
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head_torch import Head
+from fastpref_kernels.head_torch import Head, Targets
 from fastpref_kernels.token_logps_kl_torch import JointStats
+from fastpref_kernels.token_logps_torch import TokenStats
 
 DIRECTIONS = ("reference_policy", "policy_reference")
 
@@ -103,15 +104,16 @@ class _TokenLogpsAndKL(torch.autograd.Function):
         softcap: float | None,
         ignore_index: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ignored_N = target == ignore_index
-        target_N = target.masked_fill(ignored_N, 0).long()
-        policy = Head(input, weight, bias, scale, softcap)
-        reference = Head(reference_input, reference_weight, reference_bias, scale, softcap)
+        targets = Targets.of(target, ignore_index)
+        heads = (
+            Head(input, weight, bias, scale, softcap),
+            Head(reference_input, reference_weight, reference_bias, scale, softcap),
+        )
         impl = implementation("token_logps_kl", input.device)
         with torch.autocast(input.device.type, enabled=False):
-            stats = impl.token_logps_kl_fwd(policy, reference, target_N, ignored_N, direction)
+            stats = impl.token_logps_kl_fwd(heads, targets, direction)
         ctx.direction, ctx.scale, ctx.softcap = direction, scale, softcap
-        ctx.save_for_backward(*policy[:3], *reference[:3], target_N, ignored_N, *stats)
+        ctx.save_for_backward(*heads[0][:3], *heads[1][:3], *targets, *stats)
         ctx.mark_non_differentiable(stats.reference_logps)
         ctx.set_materialize_grads(False)
         return stats.logps, stats.reference_logps, stats.kl
@@ -121,29 +123,30 @@ class _TokenLogpsAndKL(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logps: Tensor | None, _: Tensor | None, grad_kl: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        input, weight, bias, *of_reference, target_N, ignored_N = ctx.saved_tensors[:8]
+        # read once: activation checkpointing recomputes them once
+        saved = ctx.saved_tensors
+        input, weight, bias, *of_reference = saved[:6]
         reference_input, reference_weight, reference_bias = of_reference
         policy = Head(input, weight, bias, ctx.scale, ctx.softcap)
         reference = Head(reference_input, reference_weight, reference_bias, ctx.scale, ctx.softcap)
-        stats = JointStats(*ctx.saved_tensors[8:])
-        needs_grad = ctx.needs_input_grad[:3]
-        with torch.autocast(target_N.device.type, enabled=False):
+        targets, stats = Targets(*saved[6:8]), JointStats(*saved[8:])
+        needs_grad, device = ctx.needs_input_grad[:3], targets.ids.device
+        with torch.autocast(device.type, enabled=False):
             if grad_kl is None:
                 # the KL was only looked at: the reference's logits are not needed again
-                gradients = implementation("token_logps", target_N.device).token_logps_bwd(
-                    grad_logps, policy, target_N, ignored_N, stats.logps, stats.lse, needs_grad
+                gradients = implementation("token_logps", device).token_logps_bwd(
+                    grad_logps, policy, targets, TokenStats(stats.logps, stats.lse), needs_grad
                 )
             else:
-                gradients = implementation("token_logps_kl", target_N.device).token_logps_kl_bwd(
-                    torch.zeros_like(grad_kl) if grad_logps is None else grad_logps,
-                    grad_kl,
-                    policy,
-                    reference,
-                    target_N,
-                    ignored_N,
+                if grad_logps is None:
+                    grad_logps = torch.zeros_like(grad_kl)
+                gradients = implementation("token_logps_kl", device).token_logps_kl_bwd(
+                    (grad_logps, grad_kl),
+                    (policy, reference),
+                    targets,
                     stats,
-                    ctx.direction,
-                    needs_grad,
+                    direction=ctx.direction,
+                    needs_grad=needs_grad,
                 )
         return (*gradients, *(None,) * 8)
 

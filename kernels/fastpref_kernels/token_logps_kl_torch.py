@@ -8,54 +8,85 @@ from torch import Tensor
 from fastpref_kernels.head_torch import (
     Head,
     RowSums,
+    Targets,
     head_gradients,
     put_target,
     take_target,
 )
 from fastpref_kernels.workspace import slices, tile_shape
 
+Heads = tuple[Head, Head]
+"""Policy, reference."""
+
 
 class JointStats(NamedTuple):
     """What the forward finds out about each row, each (N,) float32."""
 
     logps: Tensor
+    """0 where ignored, and so are the reference's and the KL."""
     lse: Tensor
     reference_logps: Tensor
     reference_lse: Tensor
     kl: Tensor
 
 
-def token_logps_kl_fwd(
-    policy: Head, reference: Head, target: Tensor, ignored: Tensor, direction: str
-) -> JointStats:
+class JointSums(NamedTuple):
+    """Online sums of R rows over the columns seen so far, the target's column left out."""
+
+    first: RowSums
+    """Of the model the KL's expectation is under."""
+    second: RowSums
+    gap: Tensor
+    """(R,) Σ exp(z - max) · (z - z'), z the logits of the first model, z' of the second."""
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(first ‖ second), (R,).
+
+            KL = Σ p_j · [(z_j - a) - (z'_j - a')] - (lse - a) + (lse' - a')
+
+        holds for any a and a'. They are the target's logits where it is the first model's
+        likeliest column, else each model's largest other logit, so that no term is larger than
+        the KL asks for: plain logits near 200 would leave an error of 2e-5.
+        """
+        first, second = self.first, self.second
+        at_target_R = first.target_logit >= first.max
+        target_gap_R = first.target_logit - second.target_logit
+        pivot_gap_R = torch.where(at_target_R, target_gap_R, first.max - second.max)
+        lse_R, second_lse_R = (
+            torch.where(at_target_R, -sums.logps, sums.lse_over_max) for sums in (first, second)
+        )
+        others_R = (self.gap - first.sum_exp * pivot_gap_R) * (first.max - first.lse).exp()
+        target_R = first.logps.exp() * (target_gap_R - pivot_gap_R)
+        return others_R + target_R - lse_R + second_lse_R
+
+
+def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str) -> JointStats:
     """Both models' target log-probabilities and their KL, from one sweep over the vocabulary.
 
     Args:
-        policy, reference: Hidden states (N, D), (N, D') and heads (V, D), (V, D').
-        target: (N,) int64.
-        ignored: (N,) bool, rows that score 0.
+        heads: Of policy and reference: hidden states (N, D), (N, D') and weights (V, D), (V, D').
+        targets: What is scored.
         direction: "reference_policy" for KL(reference ‖ policy) or "policy_reference".
     """
-    N, device = len(target), target.device
-    tile_rows, tile_cols = _tile_shape(policy, reference)
-    stats = JointStats(*(torch.empty(N, dtype=torch.float32, device=device) for _ in range(5)))
+    N = len(targets.ids)
+    tile_rows, tile_cols = _tile_shape(heads)
+    stats = JointStats(*(heads[0].input.new_empty(N, dtype=torch.float32) for _ in range(5)))
     for rows in slices(N, tile_rows):
-        sweep = _sweep(policy, reference, target, ignored, rows, tile_cols, direction)
+        sweep = _sweep(heads, targets, rows, tile_cols, direction)
         for total_N, part_R in zip(stats, sweep, strict=True):
             total_N[rows] = part_R
     for scores_N in (stats.logps, stats.reference_logps, stats.kl):
-        scores_N.masked_fill_(ignored, 0)
+        scores_N.masked_fill_(targets.ignored, 0)
     return stats
 
 
 def token_logps_kl_bwd(
-    grad_logps: Tensor,
-    grad_kl: Tensor,
-    policy: Head,
-    reference: Head,
-    target: Tensor,
-    ignored: Tensor,
+    grads: tuple[Tensor, Tensor],
+    heads: Heads,
+    targets: Targets,
     stats: JointStats,
+    *,
     direction: str,
     needs_grad: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -65,13 +96,14 @@ def token_logps_kl_bwd(
         policy_reference: dz = g_l · (e_y - p) + g_k · p · (log p - log q - KL)
 
     Args:
-        grad_logps, grad_kl: (N,) upstream gradients, any strides.
-        policy, reference, target, ignored, direction: As in the forward.
+        grads: (N,) upstream gradients g_l of the log-probabilities and g_k of the KL, any strides.
+        heads, targets, direction: As in the forward.
         stats: What the forward returned.
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
     """
+    policy, reference = heads
     grad_logps_N, grad_kl_N = (
-        grad.float().masked_fill(ignored, 0) * policy.scale for grad in (grad_logps, grad_kl)
+        grad.float().masked_fill(targets.ignored, 0) * policy.scale for grad in grads
     )
     under_reference = direction == "reference_policy"
     target_grad_N = -grad_logps_N * stats.logps.expm1()
@@ -85,88 +117,63 @@ def token_logps_kl_bwd(
         R = rows.stop - rows.start
         logps_RC = policy.logits(hidden_RD, head_CD, cols)[:R]
         slope_RC = policy.softcap_slope(logps_RC)
-        reference_RC = reference.logits(
-            reference.input_tile(rows, ignored), reference.weight_tile(cols), cols
-        )[:R]
+        reference_RD = reference.input_tile(rows, targets.ignored)
+        reference_RC = reference.logits(reference_RD, reference.weight_tile(cols), cols)[:R]
         logps_RC -= stats.lse[rows, None]
         reference_RC -= stats.reference_lse[rows, None]
         gradient = _kl_gradient_under_reference if under_reference else _kl_gradient_under_policy
         dlogits_RC = gradient(
             logps_RC, reference_RC, grad_logps_N[rows], grad_kl_N[rows], stats.kl[rows]
         )
-        put_target(dlogits_RC, target[rows], cols, target_grad_N[rows])
+        put_target(dlogits_RC, targets.ids[rows], cols, target_grad_N[rows])
         return dlogits_RC if slope_RC is None else dlogits_RC.mul_(slope_RC)
 
-    return head_gradients(policy, ignored, needs_grad, _tile_shape(policy, reference), dlogits)
+    return head_gradients(policy, targets.ignored, needs_grad, _tile_shape(heads), dlogits)
 
 
 def _sweep(
-    policy: Head,
-    reference: Head,
-    target: Tensor,
-    ignored: Tensor,
-    rows: slice,
-    tile_cols: int,
-    direction: str,
+    heads: Heads, targets: Targets, rows: slice, tile_cols: int, direction: str
 ) -> JointStats:
     """Statistics of R rows from one sweep over the vocabulary, each (R,)."""
-    R, heads = rows.stop - rows.start, (policy, reference)
-    under = 1 if direction == "reference_policy" else 0
-    hidden = [head.input_tile(rows, ignored) for head in heads]
-    sums = [RowSums.empty(R, target.device) for _ in heads]
-    gap_R = torch.zeros(R, dtype=torch.float32, device=target.device)
-    for cols in slices(policy.weight.shape[0], tile_cols):
-        sums, gap_R = _add_columns(sums, gap_R, heads, hidden, target[rows], cols, under)
-    kl_R = _kl(sums[under], sums[1 - under], gap_R)
-    return JointStats(sums[0].logps, sums[0].lse, sums[1].logps, sums[1].lse, kl_R)
+    R, device = rows.stop - rows.start, targets.ids.device
+    # the model the KL's expectation is under comes first
+    first_is_policy = direction == "policy_reference"
+    models = [
+        (head, head.input_tile(rows, targets.ignored))
+        for head in (heads if first_is_policy else reversed(heads))
+    ]
+    zeros_R = torch.zeros(R, dtype=torch.float32, device=device)
+    sums = JointSums(RowSums.empty(R, device), RowSums.empty(R, device), zeros_R)
+    for cols in slices(heads[0].weight.shape[0], tile_cols):
+        sums = _add_columns(sums, models, targets.ids[rows], cols)
+    policy, reference = sums[:2] if first_is_policy else (sums.second, sums.first)
+    return JointStats(policy.logps, policy.lse, reference.logps, reference.lse, sums.kl)
 
 
 def _add_columns(
-    sums: list[RowSums],
-    gap_R: Tensor,
-    heads: tuple[Head, Head],
-    hidden: list[Tensor],
-    target_R: Tensor,
-    cols: slice,
-    under: int,
-) -> tuple[list[RowSums], Tensor]:
-    """Add columns to both models' sums and to gap = Σ exp(z - max) · (z - z'), z of `under`."""
-    logits = [
+    sums: JointSums, models: list[tuple[Head, Tensor]], target_R: Tensor, cols: slice
+) -> JointSums:
+    first_RC, second_RC = (
         head.logits(hidden_RD, head.weight_tile(cols), cols)[: len(target_R)]
-        for head, hidden_RD in zip(heads, hidden, strict=True)
-    ]
-    taken = [take_target(logits_RC, target_R, cols) for logits_RC in logits]
-    gap_RC = logits[under] - logits[1 - under]
-    new = [s.add(logits_RC, t) for s, logits_RC, t in zip(sums, logits, taken, strict=True)]
-    weights_RC = logits[under]
-    # -inf columns have no weight and no gap that is a number
-    gap_RC.masked_fill_(weights_RC == 0, 0)
-    rescale_R = (sums[under].max - new[under].max).exp()
-    return new, gap_R * rescale_R + gap_RC.mul_(weights_RC).sum(1)
-
-
-def _kl(first: RowSums, second: RowSums, gap_R: Tensor) -> Tensor:
-    """KL(first ‖ second), (R,), from both models' sums and Σ exp(z - max) · (z - z') over others.
-
-        KL = Σ p_j · [(z_j - a) - (z'_j - a')] - (lse - a) + (lse' - a')
-
-    holds for any a and a'. With both at the likeliest column of `first` no term is larger than the
-    result has to be: a logit of 200 has an error of 8e-6, which the plain difference would keep.
-    """
-    target_likeliest_R = first.target_logit >= first.max
-    target_gap_R = first.target_logit - second.target_logit
-    pivot_gap_R = torch.where(target_likeliest_R, target_gap_R, first.max - second.max)
-    lse_R, other_lse_R = (
-        torch.where(target_likeliest_R, -sums.logps, sums.lse_over_max) for sums in (first, second)
+        for head, hidden_RD in models
     )
-    gap_R = (gap_R - first.sum_exp * pivot_gap_R) * (first.max - first.lse).exp()
-    gap_R += first.logps.exp() * (target_gap_R - pivot_gap_R)
-    return gap_R - lse_R + other_lse_R
+    first_target_R, second_target_R = (
+        take_target(logits_RC, target_R, cols) for logits_RC in (first_RC, second_RC)
+    )
+    gap_RC = first_RC - second_RC
+    first, second = (
+        sums.first.add(first_RC, first_target_R),
+        sums.second.add(second_RC, second_target_R),
+    )
+    # -inf columns have no weight and no gap that is a number
+    gap_RC.masked_fill_(first_RC == 0, 0)
+    rescale_R = (sums.first.max - first.max).exp()
+    return JointSums(first, second, sums.gap * rescale_R + gap_RC.mul_(first_RC).sum(1))
 
 
-def _tile_shape(policy: Head, reference: Head) -> tuple[int, int]:
-    hidden = max(policy.weight.shape[1], reference.weight.shape[1])
-    return tile_shape(policy.weight.shape[0], hidden, policy.weight.device)
+def _tile_shape(heads: Heads) -> tuple[int, int]:
+    V, hidden = heads[0].weight.shape[0], max(head.weight.shape[1] for head in heads)
+    return tile_shape(V, hidden, heads[0].weight.device)
 
 
 def _kl_gradient_under_reference(
