@@ -81,9 +81,11 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool, zero_weights: b
             raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}", field)
     if len(set(kinds.values())) > 1:
         found = ", ".join(f"{field} is {kinds[field]}" for field in fields)
+        odd_one = min(fields, key=lambda field: list(kinds.values()).count(kinds[field]))
         raise RowError(
             f"{found}: they must be all text or all lists of messages; where chosen and rejected "
-            "are whole conversations, leave prompt out"
+            "are whole conversations, leave prompt out",
+            odd_one,
         )
     if kinds["chosen"] == "list":
         row = _parse_chat({field: record[field] for field in fields}, allow_roles)
@@ -100,7 +102,8 @@ def check_columns(columns: list[str]) -> None:
     if missing:
         raise RowError(
             f"no column {missing[0]!r}; columns found: {', '.join(sorted(columns)) or 'none'}; "
-            f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}"
+            f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}",
+            missing[0],
         )
 
 
