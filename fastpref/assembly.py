@@ -155,7 +155,6 @@ def build_run(config: Config, world: World) -> Run:
     """
     objective = build_objective(config.loss)
     train_split, eval_split, tokenizer = load_data(config, world)
-    run_dir = create_run_dir(config, world)
     policy = load_scorer(
         config.model,
         world,
@@ -183,6 +182,8 @@ def build_run(config: Config, world: World) -> Run:
         num_steps=train_split.order.num_steps,
         min_lr_ratio=config.optim.min_lr_ratio,
     )
+    # last: what fails until here leaves no folder behind
+    run_dir = create_run_dir(config, world)
     log = MetricsLog(
         path=run_dir / "metrics.jsonl",
         min_interval_seconds=config.minimum_log_interval_secs,
