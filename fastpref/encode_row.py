@@ -175,7 +175,8 @@ def response_weights(
         if len(weights) != length:
             raise RowError(
                 f"{side}_weight must have one weight per token of the response without EOS: "
-                f"expected {length}, found {len(weights)}"
+                f"expected {length}, found {len(weights)}",
+                f"{side}_weight",
             )
     return prepare_weights(
         chosen,

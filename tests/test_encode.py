@@ -268,7 +268,7 @@ def test_rows_without_weights_weigh_one_even_beside_rows_with_weights(tmp_path):
 
 def test_weights_of_the_wrong_length_are_refused_with_both_lengths(tmp_path):
     rows = [*pairs(2), WEIGHTED | {"rejected_weight": [1.0, 2.0]}]
-    with pytest.raises(DataError, match=r"train\.jsonl:3: rejected_weight .*expected 4, found 2"):
+    with pytest.raises(DataError, match=r"train\.jsonl:3:rejected_weight: .*expected 4, found 2"):
         encode(tmp_path, rows, **origin())
     split = encode(tmp_path, **origin(data={"on_error": "skip"}))
     assert split.audit.dropped == {"malformed row": 1}

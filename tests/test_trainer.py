@@ -117,7 +117,7 @@ def test_accumulation_in_any_split_gives_the_same_run(base, tmp_path):
 
 def test_two_ranks_give_the_single_process_run(base, tmp_path):
     cases = {
-        "tied tdpo2": {"model": "tied", "loss": TDPOConfig()},
+        "tied tdpo2": {"model": "tied", "loss": TDPOConfig(), "sample_during_eval": True},
         "untied tisdpo": {"model": "untied", "loss": TISDPOConfig(token_level=True)},
         # 24 rows and batches of 10: ranks get 3 and 2 of a micro-batch, and at the end 2 and 0
         "tied sft uneven": {
@@ -135,7 +135,11 @@ def test_two_ranks_give_the_single_process_run(base, tmp_path):
     for name, options in cases.items():
         config = make_config(base, tmp_path / name, **options)
         config.data.drop_last = not name.endswith("uneven")
-        assert_same_run(tmp_path / f"{name} x2", run(config))
+        run(config)
+        assert_same_run(tmp_path / f"{name} x2", tmp_path / name)
+    # ranks sample together, from the same seed as one process
+    samples = [(tmp_path / f"tied tdpo2{x2}" / "samples.jsonl").read_text() for x2 in ("", " x2")]
+    assert samples[0].splitlines()[:16] == samples[1].splitlines()[:16]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
