@@ -2,10 +2,14 @@
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as mp
+
+# many times what any test needs; a deadlock must not hang the suite
+TIMEOUT_SECONDS = 300
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> None:
@@ -13,7 +17,16 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> N
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    mp.start_processes(_enter, (world_size, port, function, args), world_size, start_method="spawn")
+    ranks = mp.start_processes(
+        _enter, (world_size, port, function, args), world_size, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    # join returns False while ranks run, and raises what a rank raised
+    while not ranks.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in ranks.processes:
+                process.kill()
+            raise TimeoutError(f"ranks still running after {TIMEOUT_SECONDS} s")
 
 
 def _enter(
