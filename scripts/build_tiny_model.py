@@ -86,6 +86,8 @@ def build_random_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        # four times transformers' default: so small a model starts too flat with it
+        initializer_range=0.08,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -105,8 +107,8 @@ def run_sft(work_dir: Path) -> Path:
     """Runs the project's trainer on the corpus; returns the folder of the trained model."""
     run_dir = work_dir / "run"
     command = [
-        *(sys.executable, str(REPOSITORY / "train.py"), "model=blank_model", "loss=sft"),
-        *("recipe=tiny_sft", "datasets=[planted-sft]", f"base_data_dir={work_dir / 'data'}"),
+        *(sys.executable, str(REPOSITORY / "train.py"), "recipe=tiny_sft"),
+        *("datasets=[planted-sft]", f"base_data_dir={work_dir / 'data'}"),
         *(f"model.name_or_path={work_dir / 'random'}", f"run_dir={run_dir}"),
     ]
     subprocess.run(command, check=True)
