@@ -37,7 +37,7 @@ OPPOSITES = (
 
 _OPPOSITE = dict(OPPOSITES) | {second: first for first, second in OPPOSITES}
 
-_DEFAULT_NUM_ROWS = {"train": 2048, "test": 256, "sft_train": 32768, "sft_test": 256}
+_DEFAULT_NUM_ROWS = {"train": 2048, "test": 256, "sft_train": 16384, "sft_test": 256}
 # a hash of its text deals each prompt to one split: disjoint for every seed and size
 _SPLIT_OF_BUCKET = ("test", "sft_test", *("train",) * 6, *("sft_train",) * 8)
 
@@ -99,7 +99,7 @@ def generate_sft_rows(
 
     Args:
         split: "train" or "test"; no prompt occurs in the other one or in `planted`.
-        num_rows: Number of rows, each with its own prompt; default 32768 (train), 256 (test).
+        num_rows: Number of rows, each with its own prompt; default 16384 (train), 256 (test).
         seed: The rows are a function of split, num_rows, seed and slip_rate.
         slip_rate: Probability that an answer token is the wrong one, each on its own, in [0, 1].
             A model that imitates such rows has learned the tasks and the slips; which of the two

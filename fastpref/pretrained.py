@@ -1,7 +1,9 @@
 """Where models and tokenizers come from: folders, runs, seed-format archives, the hub."""
 
+import json
 import logging
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,16 @@ EXPORT_FOLDER = "LATEST"
 """The folder of a run that holds the trained model in Hugging Face form."""
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder a LoRA adapter of peft: its weights are merged into those of its base."""
+
+
 def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
     """The folder (or hub name) that a model option means.
 
-    Accepts the embedded model's name, a Hugging Face folder, a run folder (its `LATEST/` is
-    taken), `…/LATEST/policy.pt` of a run that wrote a folder instead, and hub names.
+    Accepts the embedded model's name, a Hugging Face folder, a peft adapter folder, a run folder
+    (its `LATEST/` is taken), `…/LATEST/policy.pt` of a run that wrote a folder instead, and hub
+    names.
 
     Args:
         name_or_path: What the user wrote.
@@ -42,7 +49,7 @@ def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
     # the TIS-DPO README downloads to models/NAME and trains from models/ORGANISATION/NAME
     shorter = path.parent.parent / path.name
     for folder in (path, path / EXPORT_FOLDER, shorter):
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
             if folder is shorter:
                 logger.warning("%s: no folder %s, taking %s", key, path, folder)
             return str(folder)
@@ -58,7 +65,8 @@ def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
 
 def _looks_like_a_path(name: str) -> bool:
     # a hub name is NAME or ORGANISATION/NAME; a folder beside us named like the first part is ours
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).parent.is_dir()
+    starts_like_one = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return starts_like_one or ("/" in name and Path(name).parent.is_dir())
 
 
 def _nearest_neighbour(path: Path) -> str:
@@ -102,6 +110,13 @@ def load_model(
         CheckpointError: it cannot be found, or its weights do not fill the model.
     """
     weights = _archive_weights(archive) if archive else None
+    base = adapter_base(name)
+    if base is not None:
+        model = load_model(base, dtype=dtype, attention=attention)
+        merged = merge_adapter(model, name)
+        if weights is not None:
+            _fill(merged, weights, archive)
+        return merged
     model, info = _from_hub(
         AutoModelForCausalLM,
         name,
@@ -119,11 +134,34 @@ def load_model(
     return model
 
 
+def adapter_base(name: str) -> str | None:
+    """The base model of a peft adapter folder, None for any other model."""
+    path = Path(name) / ADAPTER_CONFIG
+    if not path.is_file():
+        return None
+    return resolve_model(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def merge_adapter(model: Any, folder: str) -> Any:
+    """The model with an adapter's weights merged into its own.
+
+    Raises:
+        ConfigError: peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError(f"model: {folder} is an adapter, which needs the package peft")
+    from peft import PeftModel
+
+    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
+    logger.info("merged the adapter %s into its base model", folder)
+    return merged
+
+
 def build_empty(
     name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
 ) -> Any:
     """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
-    config = _from_hub(AutoConfig, name, revision=revision)
+    config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
     options = {} if attention == "auto" else {"attn_implementation": attention}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
@@ -152,7 +190,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
 
 def read_vocab_size(name: str, revision: str | None = None) -> int:
     """Rows of a model's embedding, read off its config without loading weights."""
-    return _from_hub(AutoConfig, name, revision=revision).get_text_config().vocab_size
+    config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
+    return config.get_text_config().vocab_size
 
 
 def pad_token_id(tokenizer: Any) -> int:
