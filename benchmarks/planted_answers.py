@@ -1,0 +1,39 @@
+"""Share of right answers on the embedded held-out prompts: planted_answers.py MODEL_DIR...
+
+python benchmarks/planted_answers.py fastpref/assets/tiny output/<run>/LATEST
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.planted import check_answer, generate_rows
+
+
+def share_right(model_dir: str, *, do_sample: bool) -> float:
+    """Of the 256 test prompts, the share answered correctly; sampled at temperature 1, seed 0."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    prompts = [row["prompt"] for row in generate_rows("test")]
+    batch = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
+    torch.manual_seed(0)
+    output = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=40,
+        do_sample=do_sample,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    answers = tokenizer.batch_decode(
+        output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return sum(map(check_answer, prompts, answers)) / len(prompts)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for model_dir in sys.argv[1:]:
+        sampled, greedy = (share_right(model_dir, do_sample=flag) for flag in (True, False))
+        print(f"{model_dir}: sampled {sampled:.3f}, greedy {greedy:.3f}")
