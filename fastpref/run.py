@@ -2,10 +2,17 @@
 
 import logging
 import os
+import signal
 import sys
 
 from fastpref.config import Config, check_device, check_world_size
-from fastpref.errors import NON_FINITE, FastprefError, MemoryExhaustedError, NonFiniteError
+from fastpref.errors import (
+    NON_FINITE,
+    DistributedError,
+    FastprefError,
+    MemoryExhaustedError,
+    NonFiniteError,
+)
 
 logger = logging.getLogger("fastpref")
 
@@ -95,6 +102,7 @@ def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
     Returns:
         The exit code of the first rank that failed, or 0.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -111,7 +119,10 @@ def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
         elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
+    except SignalException as stopped:
+        # the ranks got the signal too, saved and ended before torchrun came back
+        return 130 if stopped.sigval == signal.SIGINT else 75
     return 0
 
 

@@ -22,7 +22,6 @@ from fastpref.metrics import (
     name_for_split,
     sum_over_examples,
 )
-from fastpref.optim import optimizer_class_of
 from fastpref.progress import Progress
 from fastpref.report import plot_curves, print_summary
 from fastpref.sampling import sample_responses, write_samples
@@ -39,7 +38,6 @@ def train(config: Config, world: World) -> None:
             PreemptionError after the model was saved.
     """
     seed_everything(config.seed)
-    optimizer_class_of(config.optimizer)
     run = build_run(config, world)
     started = time.perf_counter()
     with StopRequest() as stop:
@@ -64,7 +62,7 @@ def seed_everything(seed: int) -> None:
 def run_loop(run: Run, stop: StopRequest) -> None:
     """Every optimizer step, with evaluations before, between and after; ends early on a signal."""
     config, world, order = run.config, run.world, run.train.order
-    eval_steps = max(1, config.eval_every // config.batch_size)
+    eval_steps = steps_between_evals(config)
     examples = 0
     with Progress(total=order.num_steps, visible=world.is_main) as progress:
         for step in range(order.num_steps):
@@ -93,6 +91,19 @@ def run_loop(run: Run, stop: StopRequest) -> None:
             progress.advance()
         run.log.flush()
     evaluate(run, order.num_steps, examples, stop)
+
+
+def steps_between_evals(config: Config) -> int:
+    """`eval_every` examples as whole optimizer steps, at least one; says so where it rounds."""
+    steps = max(1, config.eval_every // config.batch_size)
+    if steps * config.batch_size != config.eval_every:
+        logger.warning(
+            "eval_every=%d is no multiple of batch_size=%d: evaluating every %d examples",
+            config.eval_every,
+            config.batch_size,
+            steps * config.batch_size,
+        )
+    return steps
 
 
 def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor]:
@@ -190,7 +201,7 @@ def sample(run: Run, step: int, examples: int) -> None:
     """Samples of the policy and, before the first update, of the reference, to samples.jsonl."""
     assert run.eval is not None
     config, dataset = run.config, run.eval.data.dataset
-    rows = dataset[run.eval.order.batch(0)[: config.n_eval_model_samples].tolist()]
+    rows = dataset[run.eval.order.epoch_rows(0)[: config.n_eval_model_samples].tolist()]
     sources = {"policy": run.policy}
     if run.reference is not None and step == 0:
         sources["reference"] = run.reference

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
+from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.run import launch_on_every_gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -145,3 +148,15 @@ def test_under_torchrun_two_ranks_print_one_table_and_one_run(base, tmp_path):
     assert run_dir.name.startswith("dpo_model_words_")
     assert result.stdout.count("optimizer steps") == 1
     assert len(read_metrics(run_dir, "train")) == 3
+
+
+def test_the_launcher_brings_back_the_exit_code_of_the_ranks(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(model=ModelConfig(name_or_path=str(base / "model")), loss=DPOConfig())
+    bad = with_row(base, "bad", 3, {"prompt": "a"})
+    for data, code in (("words", 0), (bad, 3)):
+        options = job(base, data, trainer="FSDPTrainer", n_epochs=1, run_dir=tmp_path / data)
+        monkeypatch.setattr(sys, "argv", command(*options)[1:])
+        # what trainer=FSDPTrainer does where two GPUs are visible, here with two CPU ranks
+        assert launch_on_every_gpu(config, 2) == code
+    assert len(read_metrics(tmp_path / "words", "train")) == 3
