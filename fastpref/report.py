@@ -29,7 +29,7 @@ def print_summary(records: Sequence[Record], run_dir: Path, seconds: float) -> N
     """
     evals = [record for record in records if record["split"] == "eval"]
     steps = [record for record in records if record["split"] == "train"]
-    table = Table(title=f"{run_dir.name}", title_justify="left", caption_justify="left")
+    table = Table(title=f"{run_dir.name}", title_justify="left")
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     kind, rows = ("eval", evals) if evals else ("train", steps)
@@ -45,9 +45,10 @@ def print_summary(records: Sequence[Record], run_dir: Path, seconds: float) -> N
         table.add_row("tokens per second", "", f"{rate:,.0f}")
         table.add_row("peak memory", "", f"{steps[-1]['peak_memory_gib']:.2f} GiB")
     table.add_row("wall time", "", f"{seconds:.0f} s")
-    table.caption = f"model  {run_dir / 'LATEST'}\ncurves {run_dir / 'curves.png'}"
     console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+    console.print(table)
+    for label, name in (("model ", "LATEST"), ("curves", "curves.png")):
+        console.print(f"{label}  {run_dir / name}", soft_wrap=True, highlight=False)
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:

@@ -146,7 +146,7 @@ def explain(error: Exception) -> FastprefError | None:
 
 def configure_logging(*, is_main: bool) -> None:
     """Our own messages to stderr, rank 0 only; libraries keep their warnings to themselves."""
-    handler = logging.StreamHandler()
+    handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
@@ -154,3 +154,11 @@ def configure_logging(*, is_main: bool) -> None:
     if not (is_main and sys.stderr.isatty()):
         # read by huggingface_hub and transformers when they are imported
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+class StderrHandler(logging.StreamHandler):
+    """Writes to the stderr of the moment: a progress bar puts its own in place while it runs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
