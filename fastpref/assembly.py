@@ -83,6 +83,28 @@ class Run:
     log: MetricsLog
 
 
+def announce(config: Config, world: World, objective: Objective) -> None:
+    """Say what is about to happen, and what in it a user may not expect."""
+    logger.info(
+        "%s of %s on %s: %d x %s, weights in %s, arithmetic in %s",
+        objective.title,
+        config.model.name_or_path,
+        ", ".join(config.datasets),
+        world.size,
+        world.device.type,
+        config.model.policy_dtype,
+        config.model.compute_dtype,
+    )
+    transform = config.transform
+    if objective.needs_weights and transform.method == "binary":
+        logger.warning(
+            "transform.method=binary at %g percent: %g percent of a response's tokens weigh 1, "
+            "the others 0, whatever their estimated weights; transform=paper uses the estimates",
+            transform.binary.top_percent,
+            transform.binary.top_percent,
+        )
+
+
 def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.
 
@@ -154,6 +176,8 @@ def build_run(config: Config, world: World) -> Run:
         FastprefError: whatever is wrong with the config, the data or the model.
     """
     objective = build_objective(config.loss)
+    if world.is_main:
+        announce(config, world, objective)
     train_split, eval_split, tokenizer = load_data(config, world)
     policy = load_scorer(
         config.model,

@@ -5,6 +5,7 @@ An `Objective` is chosen before the training loop starts; the loop never learns 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class Objective:
     (of sequences in SFT), so how the pairs were split changes nothing.
     """
 
+    title: str
+    """The method's usual name, with its variant: TDPO2, not TDPO."""
     needs_pairs: bool
     """False in SFT, which trains on one response a prompt."""
     needs_weights: bool
@@ -77,16 +80,33 @@ def build_objective(config: LossConfig) -> Objective:
     match config:
         case SFTConfig():
             return Objective(
-                needs_pairs=False, needs_weights=False, kl_direction=None, evaluate=_evaluate_sft
+                title="SFT",
+                needs_pairs=False,
+                needs_weights=False,
+                kl_direction=None,
+                evaluate=_evaluate_sft,
             )
         case DPOConfig():
-            return _pair_objective(_dpo(config), weighted=config.token_level)
+            title = "cDPO" if config.label_smoothing else "DPO"
+            return _pair_objective(title, _dpo(config), weighted=config.token_level)
         case IPOConfig():
-            return _pair_objective(_ipo(config))
+            return _pair_objective("IPO", _ipo(config))
         case TDPOConfig():
-            return _pair_objective(_tdpo(config), kl_direction="reference_policy")
+            title = "TDPO2" if config.if_tdpo2 else "TDPO1"
+            tdpo = partial(
+                tdpo_loss, beta=config.beta, alpha=config.alpha, if_tdpo2=config.if_tdpo2
+            )
+            return _pair_objective(title, _with_kl(tdpo), kl_direction="reference_policy")
         case TISDPOConfig():
-            return _pair_objective(_tisdpo(config), kl_direction="policy_reference", weighted=True)
+            tisdpo = partial(
+                tisdpo_loss,
+                beta=config.beta,
+                alpha=config.alpha,
+                token_level=config.token_level,
+            )
+            return _pair_objective(
+                "TIS-DPO", _with_kl(tisdpo), kl_direction="policy_reference", weighted=True
+            )
     raise AssertionError(f"no objective for {type(config).__name__}")
 
 
@@ -125,40 +145,16 @@ def _ipo(config: IPOConfig) -> PairObjective:
     return loss
 
 
-def _tdpo(config: TDPOConfig) -> PairObjective:
-    def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+def _with_kl(loss: Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]) -> PairObjective:
+    def evaluate(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
         assert chosen.kl is not None and rejected.kl is not None
-        return tdpo_loss(
-            chosen.log_ratios,
-            rejected.log_ratios,
-            chosen.kl,
-            rejected.kl,
-            beta=config.beta,
-            alpha=config.alpha,
-            if_tdpo2=config.if_tdpo2,
-        )
+        return loss(chosen.log_ratios, rejected.log_ratios, chosen.kl, rejected.kl)
 
-    return loss
-
-
-def _tisdpo(config: TISDPOConfig) -> PairObjective:
-    def loss(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
-        assert chosen.kl is not None and rejected.kl is not None
-        return tisdpo_loss(
-            chosen.log_ratios,
-            rejected.log_ratios,
-            chosen.kl,
-            rejected.kl,
-            beta=config.beta,
-            alpha=config.alpha,
-            token_level=config.token_level,
-        )
-
-    return loss
+    return evaluate
 
 
 def _pair_objective(
-    loss: PairObjective, *, kl_direction: str | None = None, weighted: bool = False
+    title: str, loss: PairObjective, *, kl_direction: str | None = None, weighted: bool = False
 ) -> Objective:
     def evaluate(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=weighted)
@@ -177,7 +173,11 @@ def _pair_objective(
         return losses, {name: value.detach() for name, value in metrics.items()}
 
     return Objective(
-        needs_pairs=True, needs_weights=weighted, kl_direction=kl_direction, evaluate=evaluate
+        title=title,
+        needs_pairs=True,
+        needs_weights=weighted,
+        kl_direction=kl_direction,
+        evaluate=evaluate,
     )
 
 
