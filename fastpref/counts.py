@@ -189,7 +189,7 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
     per_row += f"{counts.response_tokens / max(1, counts.kept):.0f} response tokens a row"
     facts = [
         f"{counts.split}: {counts.rows:,} rows of {', '.join(counts.sources)}; kept "
-        f"{counts.kept:,} of {counts.prompts:,} prompts; {per_row}, longest sequence "
+        f"{counts.kept:,}, with {counts.prompts:,} different prompts; {per_row}, longest sequence "
         f"{counts.longest_tokens:,}"
     ]
     warnings = []
