@@ -10,13 +10,16 @@ quickstart: $(VENV)/installed
 	$(BIN)/python train.py
 
 test: $(VENV)/installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
 
+# a torch at hand: its folder goes on the environment's path, so pip finds it installed
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $$($(PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	  2>/dev/null > torch.pth && mv torch.pth $(VENV)/lib/python*/site-packages/ || rm -f torch.pth
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time, torch is large"

@@ -17,6 +17,7 @@ from fastpref.config import Config, ModelConfig
 from fastpref.datasets import check_sources, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
+from fastpref.errors import ConfigError
 from fastpref.metrics import MetricsLog
 from fastpref.model import TokenScorer, check_head
 from fastpref.objectives import Objective, build_objective
@@ -185,6 +186,7 @@ def build_run(config: Config, world: World) -> Run:
         trainable=True,
         activation_checkpointing=config.activation_checkpointing,
     )
+    check_positions(policy, train_split, eval_split)
     reference = None
     if objective.needs_reference:
         reference = load_scorer(config.model, world, trainable=False)
@@ -192,12 +194,7 @@ def build_run(config: Config, world: World) -> Run:
         config.optimizer,
         policy.parameters(),
         lr=config.lr,
-        options={
-            "weight_decay": config.optim.weight_decay,
-            "betas": config.optim.betas,
-            "eps": config.optim.eps,
-            "momentum": config.optim.momentum,
-        },
+        options=config.optim.arguments(),
     )
     scheduler = build_scheduler(
         optimizer,
@@ -230,6 +227,20 @@ def build_run(config: Config, world: World) -> Run:
         scheduler=scheduler,
         log=log,
     )
+
+
+def check_positions(policy: TokenScorer, *splits: Split | None) -> None:
+    """Refuse sequences that run off a learned position table.
+
+    Raises:
+        ConfigError: naming the largest max_length that fits.
+    """
+    longest = max(split.data.audit.longest_tokens for split in splits if split is not None)
+    if policy.num_positions is not None and longest > policy.num_positions:
+        raise ConfigError(
+            f"max_length: the longest sequence has {longest} tokens, the model has positions for "
+            f"{policy.num_positions}; set max_length={policy.num_positions} or less"
+        )
 
 
 def load_scorer(

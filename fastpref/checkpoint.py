@@ -30,6 +30,15 @@ def check_run_root(config: Config) -> None:
     folder = Path(config.run_dir) if config.run_dir else run_root(config)
     if config.run_dir and folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"run_dir: {folder} is not empty; name a new folder")
+    check_writable(key, folder)
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to.
+
+    Raises:
+        ConfigError: naming the option, and the path that stands in the way.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
@@ -65,10 +74,11 @@ def create_run_dir(config: Config, world: World) -> Path:
 
 
 def _claim(root: Path, name: str) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
     attempt = 1
     while True:
         run_dir = root / (name if attempt == 1 else f"{name}_{attempt}")
+        # exp_name may hold folders of its own
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
         try:
             run_dir.mkdir()
             return run_dir

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from fastpref.checks import check_choice, check_number
 
@@ -130,6 +131,11 @@ class OptimConfig:
     """Added to the denominator, >= 0."""
     momentum: float | None = None
     """Momentum of SGD and RMSprop, in [0, 1)."""
+
+    def arguments(self) -> dict[str, Any]:
+        """What goes to the optimizer's constructor; None is torch's default."""
+        names = ("weight_decay", "betas", "eps", "momentum")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         check_choice("optim.schedule", self.schedule, ("constant", "cosine", "linear"))

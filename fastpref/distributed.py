@@ -102,14 +102,18 @@ def main_first(world: World, name: str, prepare: Callable[[], Result]) -> Result
     if world.is_main:
         try:
             result = prepare()
-        except BaseException:
-            store.set(name, "failed")
+        except BaseException as error:
+            store.set(name, str(getattr(error, "exit_code", 1)))
             raise
-        store.set(name, "done")
+        store.set(name, "0")
         return result
     store.wait([name], PREPARATION_TIMEOUT)
-    if store.get(name) != b"done":
-        raise DistributedError(f"rank 0 failed at: {name}")
+    exit_code = int(store.get(name))
+    if exit_code:
+        # whichever rank a launcher sees end first, the exit code is that of the cause
+        failure = DistributedError(f"rank 0 failed at: {name}")
+        failure.exit_code = exit_code
+        raise failure
     return prepare()
 
 

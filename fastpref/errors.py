@@ -26,7 +26,7 @@ class CheckpointError(FastprefError):
 
 
 NON_FINITE = "the gradient norm is not finite at step"
-"""How a failed check on the device is recognised in the message that CUDA brings back."""
+"""What the check before every update says; on a GPU it runs on the device."""
 
 
 class NonFiniteError(FastprefError):

@@ -63,6 +63,16 @@ class TokenScorer(nn.Module):
     def head(self) -> nn.Linear:
         return self.model.get_output_embeddings()
 
+    @property
+    def num_positions(self) -> int | None:
+        """Longest sequence a position table allows (GPT-2, GPT-J, OPT); None without a table."""
+        for module in self.model.modules():
+            for name in ("wpe", "embed_positions"):
+                table = getattr(module, name, None)
+                if isinstance(table, nn.Embedding | Tensor):
+                    return self.model.config.max_position_embeddings
+        return None
+
     def hidden_states(self, batch: TokenBatch) -> Tensor:
         """Last hidden states at the positions that predict `batch.target`, shape (N, D)."""
         body = self.model.base_model

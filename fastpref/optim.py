@@ -28,17 +28,27 @@ def build_optimizer(
     Raises:
         ConfigError: no such class, or it does not take an option.
     """
-    optimizer_class: Any = optimizer_class_of(name)
-    accepted = inspect.signature(optimizer_class.__init__).parameters
+    optimizer_class: Any = check_optimizer(name, options)
     given = {key: value for key, value in options.items() if value is not None}
-    for key in given:
-        if key not in accepted:
-            raise ConfigError(f"optim.{key}: torch.optim.{name} takes no {key}")
     # one kernel for all parameters instead of several a parameter; sharded parameters (DTensor)
     # have no fused kernel of any other optimizer
     if name in ("Adam", "AdamW"):
         given["fused"] = True
     return optimizer_class(list(parameters), lr=lr, **given)
+
+
+def check_optimizer(name: str, options: dict[str, Any]) -> type[Optimizer]:
+    """The class `build_optimizer` would use, before there is anything to train.
+
+    Raises:
+        ConfigError: no such class, or it does not take an option.
+    """
+    optimizer_class = optimizer_class_of(name)
+    accepted = inspect.signature(optimizer_class.__init__).parameters
+    for key, value in options.items():
+        if value is not None and key not in accepted:
+            raise ConfigError(f"optim.{key}: torch.optim.{name} takes no {key}")
+    return optimizer_class
 
 
 def optimizer_class_of(name: str) -> type[Optimizer]:
@@ -53,12 +63,13 @@ def optimizer_class_of(name: str) -> type[Optimizer]:
         if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
     }
     # LBFGS evaluates the loss several times a step, SparseAdam wants sparse gradients, Muon
-    # trains matrices alone
-    usable = sorted(classes.keys() - {"LBFGS", "SparseAdam", "Muon"})
+    # trains matrices alone; Adafactor and Rprop use operations that sharded parameters lack
+    unusable = {"LBFGS", "SparseAdam", "Muon", "Adafactor", "Rprop"}
+    usable = sorted(classes.keys() - unusable)
     if name not in usable:
-        rule = "cannot train a language model by itself" if name in classes else "no such class"
+        rule = "cannot train a sharded language model" if name in classes else "no such class"
         raise ConfigError(
-            f"optimizer={name}: {rule}{hint(name, usable)}; torch.optim has {', '.join(usable)}"
+            f"optimizer={name}: {rule}{hint(name, usable)}; usable are {', '.join(usable)}"
         )
     return classes[name]
 
@@ -85,7 +96,8 @@ def build_scheduler(
         warmup = min(1.0, (step + 1) / (warmup_steps + 1))
         if schedule == "constant":
             return warmup
-        decay_steps = max(1, num_steps - warmup_steps)
+        # the last step, num_steps - 1, gets the floor itself
+        decay_steps = max(1, num_steps - 1 - warmup_steps)
         progress = min(1.0, max(0.0, (step - warmup_steps) / decay_steps))
         remaining = 1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
         return warmup * (min_lr_ratio + (1 - min_lr_ratio) * remaining)

@@ -117,20 +117,21 @@ def load_model(
         if weights is not None:
             _fill(merged, weights, archive)
         return merged
-    model, info = _from_hub(
-        AutoModelForCausalLM,
-        name,
-        revision=revision,
-        dtype=dtype,
-        output_loading_info=True,
-        **({} if attention == "auto" else {"attn_implementation": attention}),
-    )
+    options = {} if attention == "auto" else {"attn_implementation": attention}
+    model = _load_complete(name, revision=revision, dtype=dtype, **options)
     if weights is not None:
         _fill(model, weights, archive)
-    elif info["missing_keys"] or info["mismatched_keys"]:
+    switch_off_dropout(model)
+    return model
+
+
+def _load_complete(name: str, **options: Any) -> Any:
+    """`AutoModelForCausalLM.from_pretrained`, but weights that are missing are an error: it would
+    draw them at random."""
+    model, info = _from_hub(AutoModelForCausalLM, name, output_loading_info=True, **options)
+    if info["missing_keys"] or info["mismatched_keys"]:
         wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise CheckpointError(f"{name}: weights missing or of the wrong shape: {_some(wrong)}")
-    switch_off_dropout(model)
     return model
 
 
@@ -233,7 +234,7 @@ def _archive_weights(archive: str) -> dict[str, Tensor]:
     folder = resolve_model(archive, key="model.archive")
     if not Path(folder).is_dir():
         raise CheckpointError(f"model.archive: no file or folder {path}{_nearest_neighbour(path)}")
-    model = _from_hub(AutoModelForCausalLM, folder, dtype="auto")
+    model = _load_complete(folder, dtype="auto")
     logger.info("model.archive: weights of %s", folder)
     return model.state_dict()
 

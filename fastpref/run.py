@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 from fastpref.config import Config, check_device, check_world_size
 from fastpref.errors import (
@@ -45,28 +46,29 @@ def dispatch(config: Config) -> int:
     import torch.distributed as dist
     from fastpref_kernels import set_workspace_mib
 
-    from fastpref.checkpoint import check_run_root
+    from fastpref.checkpoint import check_run_root, check_writable
     from fastpref.distributed import init_world, launched, world_size
-    from fastpref.optim import optimizer_class_of
+    from fastpref.optim import check_optimizer
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     # torch computes bfloat16 on any CPU
     has_bfloat16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     check_device(config, device_type, has_bfloat16=has_bfloat16)
     set_workspace_mib(config.head.workspace_mib)
-    optimizer_class_of(config.optimizer)
+    check_optimizer(config.optimizer, config.optim.arguments())
     if config.task == "audit":
         audit(config)
         return 0
+    num_gpus = torch.cuda.device_count()
+    on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
     if config.task == "train":
         check_run_root(config)
-    num_gpus = torch.cuda.device_count()
-    if config.trainer == "FSDPTrainer" and not launched():
-        if num_gpus > 1:
-            check_world_size(config, num_gpus)
-            return launch_on_every_gpu(config, num_gpus)
-        logger.info("trainer=FSDPTrainer: %s, so one process", "one GPU" if num_gpus else "no GPU")
-    check_world_size(config, world_size())
+        check_world_size(config, num_gpus if on_every_gpu else world_size())
+    else:
+        assert config.weights.output_dir
+        check_writable("weights.output_dir", Path(config.weights.output_dir))
+    if on_every_gpu:
+        return launch_on_every_gpu(config, num_gpus)
     world = init_world()
     try:
         if config.task == "estimate_weights":
@@ -121,7 +123,7 @@ def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
         _, failure = failed.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
     except SignalException as stopped:
-        # the ranks got the signal too, saved and ended before torchrun came back
+        # the ranks got the signal too; torchrun gives them 30 s to save
         return 130 if stopped.sigval == signal.SIGINT else 75
     return 0
 
@@ -139,8 +141,9 @@ def explain(error: Exception) -> FastprefError | None:
             "gradient_accumulation_steps, a smaller eval_batch_size or max_length, or "
             "activation_checkpointing=true need less"
         )
-    if NON_FINITE in text or "device-side assert" in text:
-        return NonFiniteError(f"{text.splitlines()[0]}; the run stopped before the update")
+    if "device-side assert" in text:
+        # CUDA prints the assertion itself to stderr and leaves its text out of the exception
+        return NonFiniteError(f"a check on the GPU failed, most likely: {NON_FINITE} (see above)")
     return distributed.explain(error)
 
 

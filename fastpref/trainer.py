@@ -171,7 +171,9 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
     with torch.no_grad():
         for index in range(run.eval.order.num_steps):
             if stop.agreed(run.world):
-                break
+                # a mean over part of the split would look like one over all of it
+                run.policy.train()
+                return
             rows = run.eval.order.batch(index)
             batch = run.eval.batch(
                 np.array_split(rows, run.world.size)[run.world.rank], run.world.device
@@ -181,8 +183,6 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
             count += len(rows)
             num_tokens += int(run.eval.num_tokens[rows].sum())
     run.policy.train()
-    if not metrics:
-        return
     names, sums = sum_over_examples(metrics)
     means = (run.world.sum(sums) / count).tolist()
     seconds = time.perf_counter() - started
@@ -210,7 +210,7 @@ def sample(run: Run, step: int, examples: int) -> None:
             scorer,
             rows["prompt_ids"],
             run.tokenizer,
-            max_length=config.max_length,
+            max_length=min(config.max_length, scorer.num_positions or config.max_length),
             batch_size=config.eval_batch_size,
             seed=config.seed,
             world=run.world,

@@ -27,6 +27,7 @@ from fastpref.encode_row import without_final_eos
 from fastpref.errors import CheckpointError, DataError
 from fastpref.pretrained import load_tokenizer, pad_token_id, resolve_model
 from fastpref.progress import Progress
+from fastpref.rows import EMPTY_PROMPT
 from fastpref.token_weights import weights_sidecar
 
 logger = logging.getLogger("fastpref")
@@ -193,8 +194,15 @@ def encode_source(rows: Rows, tokenizer: Any, template: str, config: Config) -> 
         elif sentence:
             prompt = f"{sentence}\n\n{prompt}"
         texts += [prompt, *responses]
-    ids = [without_final_eos(part, tokenizer.eos_token_id) for part in tokenize(tokenizer, texts)]
-    return [EncodedRow(*ids[start : start + 3]) for start in range(0, len(ids), 3)]
+    ids = tokenize(tokenizer, texts)
+    encoded = []
+    for row, start in zip(rows.dataset, range(0, len(ids), 3), strict=True):
+        prompt_ids, *responses_ids = ids[start : start + 3]
+        if not prompt_ids:
+            raise DataError(f"{rows.source}:{row['row']}:prompt: {EMPTY_PROMPT}")
+        responses_ids = [without_final_eos(part, tokenizer.eos_token_id) for part in responses_ids]
+        encoded.append(EncodedRow(prompt_ids, *responses_ids))
+    return encoded
 
 
 def write_weighted_rows(

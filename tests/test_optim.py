@@ -33,14 +33,14 @@ def test_warm_up_is_the_seeds_and_then_constant():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_decay_starts_at_the_peak_and_heads_for_the_floor(schedule):
-    rates = learning_rates(schedule, warmup_steps=10, num_steps=110, min_lr_ratio=0.1)
+    rates = learning_rates(schedule, warmup_steps=10, num_steps=111, min_lr_ratio=0.1)
     assert rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[60] == pytest.approx(0.55)
-    assert 0.1 < rates[-1] < 0.12
+    assert rates[-1] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "Adagrad", "NAdam", "Adafactor"])
+@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "Adagrad", "NAdam", "Adamax"])
 def test_any_torch_optimizer_takes_a_step(name):
     parameter = torch.nn.Parameter(torch.ones(3, 4))
     optimizer = build_optimizer(name, [parameter], lr=0.1, options={"weight_decay": None})
@@ -62,7 +62,7 @@ def test_options_reach_the_optimizer_and_null_is_torchs_default():
     [
         ("AdamX", {}, r"nearest: Adam"),
         ("adamw", {}, r"nearest: AdamW"),
-        ("LBFGS", {}, r"cannot train a language model"),
+        ("LBFGS", {}, r"cannot train a sharded language model"),
         ("AdamW", {"momentum": 0.9}, r"optim\.momentum: torch\.optim\.AdamW takes no momentum"),
     ],
 )

@@ -58,6 +58,8 @@ def test_weights_that_do_not_fill_the_model_are_refused(model_dir, tmp_path):
     model.save_pretrained(folder, state_dict=state)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
         load_model(str(folder), dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(model_dir), dtype=torch.float32, archive=str(folder))
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(CheckpointError, match=r"model\.archive.*wrong shape"):
         load_model(str(model_dir), dtype=torch.float32, archive=str(other))

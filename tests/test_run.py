@@ -96,6 +96,7 @@ def test_bad_data_is_named_by_file_row_and_field_before_any_model(base, tmp_path
         ({"batch_size": 100}, 2, "data.drop_last=false"),
         ({"output_dir": "/dev/null/runs"}, 2, "output_dir"),
         ({"model.block_name": "GPT2Block"}, 2, "LlamaDecoderLayer"),
+        ({"optimizer": "RMSprop", "optim.betas": "[0.9,0.95]"}, 2, "RMSprop takes no betas"),
     ],
 )
 def test_what_cannot_work_ends_in_one_message(base, tmp_path, options, code, message):

@@ -24,6 +24,7 @@ from fastpref.config import (
     TISDPOConfig,
 )
 from fastpref.distributed import init_world
+from fastpref.errors import ConfigError
 from fastpref.trainer import train
 
 LOSSES = {
@@ -153,11 +154,35 @@ def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path,
     assert model(input_ids=ids).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("optimizer", ["RMSprop", "SGD", "Adagrad"])
-def test_other_optimizers_train(base, tmp_path, optimizer):
-    run_dir = run(make_config(base, tmp_path / "run", optimizer=optimizer))
+OPTIMIZERS = [
+    *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW"),
+    *("Adamax", "NAdam", "RAdam", "RMSprop", "SGD"),
+]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_usable_optimizer_trains(base, tmp_path, optimizer):
+    # Adadelta's first steps are 1e-3 of its learning rate
+    lr = 1.0 if optimizer == "Adadelta" else 1e-3
+    run_dir = run(make_config(base, tmp_path / "run", optimizer=optimizer, lr=lr, n_epochs=3))
     records = read_metrics(run_dir, "train")
     assert records[-1]["loss/train"] < records[0]["loss/train"]
+
+
+def test_sequences_that_run_off_a_position_table_are_refused(base, tmp_path):
+    save_tiny_model(base / "gpt2", model_type="gpt2", max_position_embeddings=32)
+    with pytest.raises(ConfigError, match="set max_length=32 or less"):
+        run(make_config(base, tmp_path / "long", "gpt2"))
+    run(
+        make_config(
+            base,
+            tmp_path / "fits",
+            "gpt2",
+            max_length=32,
+            max_prompt_length=16,
+            sample_during_eval=True,
+        )
+    )
 
 
 def test_activation_checkpointing_changes_nothing(base, tmp_path):
