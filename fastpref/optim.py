@@ -6,12 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.checks import hint
 from fastpref.errors import ConfigError
+
+ON_LOCAL_SHARDS = ("Adafactor", "Rprop")
+"""Rprop looks at one element at a time, so shards change nothing; Adafactor needs one rank."""
 
 
 def build_optimizer(
@@ -34,15 +38,44 @@ def build_optimizer(
     # have no fused kernel of any other optimizer
     if name in ("Adam", "AdamW"):
         given["fused"] = True
+    if name in ON_LOCAL_SHARDS:
+        return _on_local_shards(optimizer_class, list(parameters), lr=lr, **given)
     return optimizer_class(list(parameters), lr=lr, **given)
 
 
-def check_optimizer(name: str, options: dict[str, Any]) -> type[Optimizer]:
+def _on_local_shards(
+    optimizer_class: Any, parameters: list[Parameter], **options: Any
+) -> Optimizer:
+    """An optimizer of each rank's own shards, for classes whose operations DTensor lacks."""
+    shards = [Parameter(p.to_local() if isinstance(p, DTensor) else p) for p in parameters]
+    optimizer = optimizer_class(shards, **options)
+
+    def lend_gradients(*_: Any) -> None:
+        for shard, parameter in zip(shards, parameters, strict=True):
+            grad = parameter.grad
+            shard.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+
+    def drop_gradients(*_: Any) -> None:
+        for parameter in parameters:
+            parameter.grad = None
+
+    optimizer.register_step_pre_hook(lend_gradients)
+    optimizer.register_step_post_hook(drop_gradients)
+    return optimizer
+
+
+def check_optimizer(name: str, options: dict[str, Any], world_size: int = 1) -> type[Optimizer]:
     """The class `build_optimizer` would use, before there is anything to train.
 
     Raises:
-        ConfigError: no such class, or it does not take an option.
+        ConfigError: no such class, it does not take an option, or it needs whole matrices and
+            there are several ranks.
     """
+    if name == "Adafactor" and world_size > 1:
+        raise ConfigError(
+            f"optimizer=Adafactor looks at whole matrices, which {world_size} ranks do not hold; "
+            "use AdamW, or one process"
+        )
     optimizer_class = optimizer_class_of(name)
     accepted = inspect.signature(optimizer_class.__init__).parameters
     for key, value in options.items():
@@ -63,11 +96,11 @@ def optimizer_class_of(name: str) -> type[Optimizer]:
         if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
     }
     # LBFGS evaluates the loss several times a step, SparseAdam wants sparse gradients, Muon
-    # trains matrices alone; Adafactor and Rprop use operations that sharded parameters lack
-    unusable = {"LBFGS", "SparseAdam", "Muon", "Adafactor", "Rprop"}
+    # trains matrices alone
+    unusable = {"LBFGS", "SparseAdam", "Muon"}
     usable = sorted(classes.keys() - unusable)
     if name not in usable:
-        rule = "cannot train a sharded language model" if name in classes else "no such class"
+        rule = "cannot train a language model by itself" if name in classes else "no such class"
         raise ConfigError(
             f"optimizer={name}: {rule}{hint(name, usable)}; usable are {', '.join(usable)}"
         )

@@ -55,7 +55,6 @@ def dispatch(config: Config) -> int:
     has_bfloat16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     check_device(config, device_type, has_bfloat16=has_bfloat16)
     set_workspace_mib(config.head.workspace_mib)
-    check_optimizer(config.optimizer, config.optim.arguments())
     if config.task == "audit":
         audit(config)
         return 0
@@ -63,7 +62,9 @@ def dispatch(config: Config) -> int:
     on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
     if config.task == "train":
         check_run_root(config)
-        check_world_size(config, num_gpus if on_every_gpu else world_size())
+        num_ranks = num_gpus if on_every_gpu else world_size()
+        check_world_size(config, num_ranks)
+        check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
     else:
         assert config.weights.output_dir
         check_writable("weights.output_dir", Path(config.weights.output_dir))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastpref.errors import ConfigError
-from fastpref.optim import build_optimizer, build_scheduler
+from fastpref.optim import build_optimizer, build_scheduler, check_optimizer
 
 
 def learning_rates(schedule: str, *, warmup_steps: int, num_steps: int, **options) -> list[float]:
@@ -40,7 +40,9 @@ def test_decay_starts_at_the_peak_and_heads_for_the_floor(schedule):
     assert rates[-1] == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("name", ["AdamW", "RMSprop", "SGD", "Adagrad", "NAdam", "Adamax"])
+@pytest.mark.parametrize(
+    "name", ["AdamW", "RMSprop", "SGD", "Adagrad", "NAdam", "Adafactor", "Rprop"]
+)
 def test_any_torch_optimizer_takes_a_step(name):
     parameter = torch.nn.Parameter(torch.ones(3, 4))
     optimizer = build_optimizer(name, [parameter], lr=0.1, options={"weight_decay": None})
@@ -62,10 +64,16 @@ def test_options_reach_the_optimizer_and_null_is_torchs_default():
     [
         ("AdamX", {}, r"nearest: Adam"),
         ("adamw", {}, r"nearest: AdamW"),
-        ("LBFGS", {}, r"cannot train a sharded language model"),
+        ("LBFGS", {}, r"cannot train a language model"),
         ("AdamW", {"momentum": 0.9}, r"optim\.momentum: torch\.optim\.AdamW takes no momentum"),
     ],
 )
 def test_what_torch_cannot_do_is_refused_by_name(name, options, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(name, [torch.nn.Parameter(torch.ones(1))], lr=0.1, options=options)
+
+
+def test_an_optimizer_of_whole_matrices_is_refused_on_several_ranks():
+    assert check_optimizer("Adafactor", {}, world_size=1) is torch.optim.Adafactor
+    with pytest.raises(ConfigError, match="whole matrices"):
+        check_optimizer("Adafactor", {}, world_size=2)

@@ -155,8 +155,8 @@ def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path,
 
 
 OPTIMIZERS = [
-    *("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW"),
-    *("Adamax", "NAdam", "RAdam", "RMSprop", "SGD"),
+    *("ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW"),
+    *("Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"),
 ]
 
 
