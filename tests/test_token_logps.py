@@ -317,7 +317,7 @@ def test_gradients_of_gradients_are_refused():
     input, weight, _ = random_head(6, 61, 17)
     loss = token_logps(input, weight, random_target(6, 61)).square().sum()
     (grad_ND,) = torch.autograd.grad(loss, input, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         grad_ND.sum().backward()
 
 

@@ -42,12 +42,17 @@ def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> No
         raise ValueError(f"logit_softcap must be None or > 0 and finite, got {logit_softcap}")
 
 
-def check_target(target: Tensor, ignore_index: int, input: Tensor, vocab: int) -> None:
-    """Targets (N,) are integers; on the CPU, each is in [0, V) or `ignore_index`."""
+def check_target(target: Tensor, input: Tensor) -> None:
+    """Targets (N,) are integers."""
     check_tensor("target", target, INDEX_DTYPES, device=input.device)
     if target.shape != input.shape[:1]:
         raise ValueError(f"target must be ({input.shape[0]},), got {tuple(target.shape)}")
-    check_range("target", target[target != ignore_index] if _on_cpu(target) else target, vocab)
+
+
+def check_target_range(target: Tensor, ignore_index: int, vocab: int) -> None:
+    """On the CPU: each target is in [0, V) or `ignore_index`."""
+    if _on_cpu(target):
+        check_range("target", target[target != ignore_index], vocab)
 
 
 def check_tensor(

@@ -4,16 +4,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op, register_autograd
 
-from fastpref_kernels.checks import check_head, check_logit_transform, check_target
+from fastpref_kernels.checks import (
+    check_head,
+    check_logit_transform,
+    check_target,
+    check_target_range,
+)
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head_torch import Head, Targets
-from fastpref_kernels.token_logps_torch import TokenStats
+from fastpref_kernels.head import Head, Targets, TokenStats
 
 
-# a graph break: the number of tiles follows the shapes, compiled it would be unrolled
-@torch.compiler.disable
 def token_logps(
     input: Tensor,
     linear_weight: Tensor,
@@ -53,43 +55,120 @@ def token_logps(
     """
     check_head(input, linear_weight, linear_bias)
     check_logit_transform(logit_scale, logit_softcap)
-    check_target(target, ignore_index, input, linear_weight.shape[0])
-    return _TokenLogps.apply(
-        input, linear_weight, linear_bias, target, logit_scale, logit_softcap, ignore_index
+    check_target(target, input)
+    leaves = (input, linear_weight, linear_bias)
+    needs_grad = [
+        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
+    ]
+    logps, _, _, _ = _forward(
+        *leaves, target, logit_scale, logit_softcap, ignore_index, needs_grad
     )
+    return logps
 
 
-class _TokenLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        scale: float,
-        softcap: float | None,
-        ignore_index: int,
-    ) -> Tensor:
-        head, targets = Head(input, weight, bias, scale, softcap), Targets.of(target, ignore_index)
-        impl = implementation("token_logps", input.device)
-        with torch.autocast(input.device.type, enabled=False):
-            stats = impl.token_logps_fwd(head, targets)
-        ctx.scale, ctx.softcap = scale, softcap
-        ctx.save_for_backward(input, weight, bias, *targets, *stats)
-        return stats.logps
+# Registered, so that torch.compile sees one call and never the tiles behind it. The version in the
+# names is raised with their meaning: compiled code is cached under them.
+@custom_op("fastpref::token_logps_v1", mutates_args=())
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fields of TokenStats."""
+    check_target_range(target, ignore_index, weight.shape[0])
+    head = Head(input, weight, bias, scale, softcap)
+    impl = implementation("token_logps", input.device)
+    with torch.autocast(input.device.type, enabled=False):
+        mode = impl.choose_mode(head, tuple(needs_grad))
+        return tuple(impl.token_logps_fwd(head, Targets.of(target, ignore_index), mode))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, ids_N, ignored_N, logps_N, lse_N = ctx.saved_tensors
-        impl = implementation("token_logps", input.device)
-        with torch.autocast(input.device.type, enabled=False):
-            gradients = impl.token_logps_bwd(
-                grad,
-                Head(input, weight, bias, ctx.scale, ctx.softcap),
-                Targets(ids_N, ignored_N),
-                TokenStats(logps_N, lse_N),
-                ctx.needs_input_grad[:3],
-            )
-        return (*gradients, None, None, None, None)
+
+@_forward.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = Head(input, weight, bias, scale, softcap)
+    impl = implementation("token_logps", input.device)
+    return tuple(impl.empty_stats(head, impl.choose_mode(head, tuple(needs_grad))))
+
+
+@custom_op("fastpref::token_logps_bwd_v1", mutates_args=())
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    stats: list[Tensor],
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    mode: str,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    """Those gradients of input, weight and bias that are needed."""
+    head, targets = Head(input, weight, bias, scale, softcap), Targets.of(target, ignore_index)
+    impl = implementation("token_logps", input.device)
+    with torch.autocast(input.device.type, enabled=False):
+        gradients = impl.token_logps_bwd(
+            grad, head, targets, TokenStats(*stats), mode, tuple(needs_grad)
+        )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    stats: list[Tensor],
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    mode: str,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    leaves = zip((input, weight, bias), needs_grad, strict=True)
+    return [leaf.new_empty(leaf.shape) for leaf, needed in leaves if needed and leaf is not None]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, weight, bias, target, *options, needs_grad = inputs
+    scale, softcap, _ = options
+    impl = implementation("token_logps", input.device)
+    ctx.mode = impl.choose_mode(Head(input, weight, bias, scale, softcap), tuple(needs_grad))
+    ctx.options = options
+    ctx.save_for_backward(input, weight, bias, target, *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    # read once: activation checkpointing recomputes them once
+    input, weight, bias, target, *stats = ctx.saved_tensors
+    needs_grad = list(ctx.needs_input_grad[:3])
+    gradients = iter(
+        []
+        if grad is None
+        else _backward(
+            grad, input, weight, bias, target, stats, *ctx.options, ctx.mode, needs_grad
+        )
+    )
+    return (*(next(gradients, None) if needed else None for needed in needs_grad), *(None,) * 5)
+
+
+register_autograd(_forward, _differentiate, setup_context=_setup_context)

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from fastpref_kernels.checks import check_head, check_logit_transform, check_target
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head_torch import Head, Targets
+from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.token_logps_kl_torch import JointStats
 from fastpref_kernels.token_logps_torch import TokenStats
 

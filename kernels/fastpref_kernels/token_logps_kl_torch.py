@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref_kernels.head_torch import (
+from fastpref_kernels.head import (
     Head,
     RowSums,
     Targets,

@@ -1,34 +1,39 @@
 """Portable path of `token_logps`: chunks of logits in plain torch, on any device."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from fastpref_kernels.head_torch import (
+from fastpref_kernels.head import (
+    Gradients,
     Head,
+    NeedsGrad,
     RowSums,
     Targets,
+    TokenStats,
     head_gradients,
+    logit_gradients,
     put_target,
     take_target,
 )
 from fastpref_kernels.workspace import slices, tile_shape
 
 
-class TokenStats(NamedTuple):
-    """What the forward finds out about each row, each (N,) float32."""
-
-    logps: Tensor
-    """0 where ignored."""
-    lse: Tensor
+def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
+    """Always "lean": the backward makes the logits again."""
+    return "lean"
 
 
-def token_logps_fwd(head: Head, targets: Targets) -> TokenStats:
+def empty_stats(head: Head, mode: str) -> TokenStats:
+    """Uninitialised results of the forward."""
+    N = len(head.input)
+    return TokenStats(*(head.input.new_empty(n, dtype=torch.float32) for n in (N, N, 0, 0)))
+
+
+def token_logps_fwd(head: Head, targets: Targets, mode: str) -> TokenStats:
     """Log-probability of each row's target and the log-sum-exp the backward starts from."""
     N, (V, D) = len(targets.ids), head.weight.shape
     tile_rows, tile_cols = tile_shape(V, D, head.weight.device)
-    stats = TokenStats(*(head.input.new_empty(N, dtype=torch.float32) for _ in range(2)))
+    stats = empty_stats(head, mode)
     for rows in slices(N, tile_rows):
         hidden_RD = head.input_tile(rows, targets.ignored)
         sums = RowSums.empty(rows.stop - rows.start, head.input.device)
@@ -44,17 +49,18 @@ def token_logps_bwd(
     head: Head,
     targets: Targets,
     stats: TokenStats,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    mode: str,
+    needs_grad: NeedsGrad,
+) -> Gradients:
     """Gradients of input, weight and bias, from recomputed logits: dz = g · (e_y - p).
 
     Args:
         grad: (N,) upstream gradient of the log-probabilities, any strides.
         head, targets: As in the forward.
-        stats: What the forward returned.
+        stats, mode: What the forward returned and was told.
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
     """
-    scaled_grad_N = grad.float().masked_fill(targets.ignored, 0) * head.scale
+    scaled_grad_N, unit = logit_gradients(grad, head, targets)
     # 1 - p_y without subtracting from 1: exact for a confident token
     target_grad_N = -scaled_grad_N * stats.logps.expm1()
 
@@ -69,7 +75,14 @@ def token_logps_bwd(
 
     V, D = head.weight.shape
     tile = tile_shape(V, D, head.weight.device)
-    return head_gradients(head, targets.ignored, needs_grad, tile, dlogits)
+    return head_gradients(
+        head,
+        needs_grad,
+        tile,
+        lambda rows: head.input_tile(rows, targets.ignored),
+        dlogits,
+        unit=unit,
+    )
 
 
 def _add_columns(

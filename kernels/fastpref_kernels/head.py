@@ -1,7 +1,6 @@
-"""Tiles of logits in plain torch: what both ops' portable paths are made of.
+"""The LM head and what is known of its rows; tiles of logits and gradients in plain torch.
 
-Every product sums in float32 whatever the inputs' dtype, and a tile of logits is the only thing
-of vocabulary width that ever exists.
+Every product sums in float32 whatever the inputs' dtype.
 """
 
 from collections.abc import Callable
@@ -13,6 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpref_kernels.workspace import ROW_MULTIPLE, slices
+
+
+NeedsGrad = tuple[bool, bool, bool]
+"""Which of input, weight and bias want a gradient."""
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""Of input, weight and bias; None for what wants none."""
 
 
 class Head(NamedTuple):
@@ -31,11 +37,27 @@ class Head(NamedTuple):
     def gemm_dtype(self) -> torch.dtype:
         """What GEMM operands are brought to.
 
-        Only CUDA multiplies bfloat16 into float32 results. Float16 is left out: gradients of
-        logits, divided by the batch's token count, fall below its smallest number.
+        Only GPUs multiply 16 bits into float32 results. There a 16-bit operand takes the other one
+        down with it, as `F.linear` does under autocast with its float32 master weights.
         """
+        halves = {self.input.dtype, self.weight.dtype} - {torch.float32}
+        if not self.input.is_cuda or len(halves) != 1:
+            return torch.float32
+        (half,) = halves
+        # asks for hardware: bfloat16 is emulated, slowly, before Ampere
+        native = half == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        return half if native else torch.float32
+
+    @property
+    def exp_dtype(self) -> torch.dtype:
+        """What exponentials of logits are stored in, until the backward multiplies with them.
+
+        Bfloat16 reaches as far as float32. Float16 ends at e^11 and is never used.
+        """
+        if self.gemm_dtype == torch.bfloat16:
+            return torch.bfloat16
         both_bfloat16 = self.input.dtype == self.weight.dtype == torch.bfloat16
-        return torch.bfloat16 if both_bfloat16 and self.input.is_cuda else torch.float32
+        return torch.bfloat16 if both_bfloat16 else torch.float32
 
     def input_tile(self, rows: slice, ignored_N: Tensor) -> Tensor:
         """Hidden states of `rows` for a GEMM, (R, D) padded to a multiple of 32 rows.
@@ -55,7 +77,7 @@ class Head(NamedTuple):
 
     def logits(self, input_RD: Tensor, weight_CD: Tensor, cols: slice) -> Tensor:
         """Logits of a tile, (R, C) float32; the caller may overwrite them."""
-        logits_RC = _matmul(input_RD, weight_CD.t())
+        logits_RC = matmul(input_RD, weight_CD.t())
         if self.bias is not None:
             logits_RC += self.bias[cols]
         if self.softcap is not None:
@@ -130,6 +152,19 @@ class RowSums(NamedTuple):
         return self.max + self.sum_exp.log()
 
 
+class TokenStats(NamedTuple):
+    """What a forward finds out about each row, and what it keeps for its backward."""
+
+    logps: Tensor
+    """(N,) float32, 0 where ignored."""
+    lse: Tensor
+    """(N,) float32."""
+    kept: Tensor
+    """What the mode keeps; no elements if nothing."""
+    kept_sums: Tensor
+    """(N,) float32, sums of what is kept; undefined where nothing is."""
+
+
 def take_target(logits_RC: Tensor, target_R: Tensor, cols: slice) -> Tensor:
     """Target logits, (R,), -inf where `cols` has no target; -inf takes their place in the tile."""
     index_R1, inside_R1 = _locate(target_R, cols)
@@ -147,11 +182,13 @@ def put_target(values_RC: Tensor, target_R: Tensor, cols: slice, value_R: Tensor
 
 def head_gradients(
     head: Head,
-    ignored_N: Tensor,
-    needs_grad: tuple[bool, bool, bool],
+    needs_grad: NeedsGrad,
     tile: tuple[int, int],
+    hidden_tile: Callable[[slice], Tensor],
     dlogits: Callable[[slice, slice, Tensor, Tensor], Tensor],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *,
+    unit: Tensor | None = None,
+) -> Gradients:
     """Gradients of the hidden states, head weight and bias, from gradients of logits tiles.
 
     Vocabulary slices are the outer loop: each slice of the weight's gradient is summed in float32
@@ -159,10 +196,12 @@ def head_gradients(
 
     Args:
         head: Where the logits come from.
-        ignored_N: (N,) bool, rows without gradient.
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
         tile: Rows and columns of a tile.
-        dlogits: (rows, cols, input tile, weight tile) -> gradient of h·Wᵀ + b, (R, C) float32.
+        hidden_tile: rows -> their hidden states, (R or more, D) in the GEMMs' dtype, ignored rows 0.
+        dlogits: (rows, cols, input tile, weight tile) -> gradient of h·Wᵀ + b, (R, C), float32 or
+            the GEMMs' dtype.
+        unit: What `dlogits` is too large by, (1,); None for 1.
     """
     needs_input, needs_weight, needs_bias = needs_grad
     (N, D), V = head.input.shape, head.weight.shape[0]
@@ -171,34 +210,59 @@ def head_gradients(
     input_ND = zeros(N, D) if needs_input else None
     weight_VD = head.weight.new_empty(V, D) if needs_weight else None
     bias_V = zeros(V) if needs_bias else None
+    # with all rows in one tile a slice is one product, rounded as it is written
+    one_product = 0 < N <= tile_rows and unit is None and head.weight.dtype == head.gemm_dtype
 
     # functions, so that a tile is gone before the next one is made
     def add_slice(cols: slice) -> None:
         head_CD = head.weight_tile(cols)
-        weight_CD = zeros(head_CD.shape) if needs_weight else None
+        total_CD = zeros(head_CD.shape) if needs_weight and not one_product else None
         for rows in slices(N, tile_rows):
-            add_tile(rows, cols, head_CD, weight_CD)
-        if weight_VD is not None and weight_CD is not None:
-            weight_VD[cols] = weight_CD
+            add_tile(rows, cols, head_CD, total_CD)
+        if weight_VD is not None and total_CD is not None:
+            weight_VD[cols] = in_units(total_CD)
 
-    def add_tile(rows: slice, cols: slice, head_CD: Tensor, weight_CD: Tensor | None) -> None:
-        hidden_RD = head.input_tile(rows, ignored_N)
+    def add_tile(rows: slice, cols: slice, head_CD: Tensor, total_CD: Tensor | None) -> None:
+        hidden_RD = hidden_tile(rows)
         dlogits_RC = dlogits(rows, cols, hidden_RD, head_CD)
         if bias_V is not None:
-            bias_V[cols] += dlogits_RC.sum(0)
+            bias_V[cols] += dlogits_RC.sum(0, dtype=torch.float32)
         dlogits_RC = dlogits_RC.to(head.gemm_dtype)
-        if weight_CD is not None:
-            _add_matmul(weight_CD, dlogits_RC.t(), hidden_RD[: len(dlogits_RC)])
+        hidden_RD = hidden_RD[: len(dlogits_RC)]
+        if total_CD is not None:
+            add_matmul(total_CD, dlogits_RC.t(), hidden_RD)
+        elif weight_VD is not None:
+            torch.mm(dlogits_RC.t(), hidden_RD, out=weight_VD[cols])
         if input_ND is not None:
-            _add_matmul(input_ND[rows], dlogits_RC, head_CD)
+            add_matmul(input_ND[rows], dlogits_RC, head_CD)
+
+    def in_units(total: Tensor) -> Tensor:
+        return total if unit is None else total.div_(unit)
 
     for cols in slices(V, tile_cols):
         add_slice(cols)
     return (
-        None if input_ND is None else input_ND.to(head.input.dtype),
+        None if input_ND is None else in_units(input_ND).to(head.input.dtype),
         weight_VD,
-        None if bias_V is None or head.bias is None else bias_V.to(head.bias.dtype),
+        None if bias_V is None or head.bias is None else in_units(bias_V).to(head.bias.dtype),
     )
+
+
+def logit_gradients(
+    grad_N: Tensor, head: Head, targets: Targets
+) -> tuple[Tensor, Tensor | None]:
+    """Upstream gradients ready to multiply logits with, (N,) float32, and the unit they are in.
+
+    Float16 operands: a power of two brings the largest gradient to between 1 and 2. Gradients
+    divided by a batch's token count would fall below float16's smallest number, 6e-8.
+    """
+    scaled_N = grad_N.float().masked_fill(targets.ignored, 0) * head.scale
+    if head.gemm_dtype != torch.float16:
+        return scaled_N, None
+    largest = scaled_N.abs().amax() if len(scaled_N) else scaled_N.new_ones(())
+    exponent = torch.frexp(largest.clamp_min(torch.finfo(torch.float32).tiny)).exponent
+    unit = torch.ldexp(scaled_N.new_ones(1), 1 - exponent)
+    return scaled_N * unit, unit
 
 
 def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
@@ -208,14 +272,26 @@ def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
     return index_R1.clamp(0, last), (index_R1 >= 0) & (index_R1 <= last)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, float32, for operands of one dtype."""
-    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b in float32, for operands of one dtype."""
-    if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
+    if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, summed in float32 and rounded once to out's dtype."""
+    if a.is_cuda and a.dtype != torch.float32 and out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda and a.dtype != torch.float32 and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(matmul(a, b))

@@ -1,0 +1,58 @@
+"""Which shapes the kernels run in on which device: one table, chosen by hand, never from data."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class GemmTile(NamedTuple):
+    """Blocks of a GEMM fused with what follows it."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    group_n: int
+    """Row blocks that go over the same columns together."""
+    num_warps: int
+    num_stages: int
+
+
+class RowTile(NamedTuple):
+    """Blocks of a pass over products that a library's GEMM has written."""
+
+    block_n: int
+    block_v: int
+    num_warps: int
+
+
+FUSED_TILES = {
+    "sm_90": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=3),
+    "sm_100": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=3),
+}
+"""Where the GEMM is Triton's own: it needs the copy engine that fills shared memory from tensor
+descriptors. Elsewhere the library's GEMM writes tiles of products."""
+
+ROW_TILE = RowTile(block_n=8, block_v=1024, num_warps=8)
+
+PRODUCT_TILE = (1024, 8192)
+"""Rows, columns of a GEMM of the library: 32 MiB of float32 that stay in the L2 cache until they are read
+again (an H100's holds 50 MiB, an A100's 40)."""
+
+_ARCHITECTURES = {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
+def fused_tile(device: torch.device) -> GemmTile | None:
+    """Blocks of the fused kernels on a device; None where the library's GEMM is used.
+
+    The interpreter, which is what runs on a CPU, takes those of sm_90.
+    """
+    architecture = "sm_90" if device.type == "cpu" else _architecture(device)
+    return FUSED_TILES.get(architecture)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return "amd"
+    return _ARCHITECTURES.get(torch.cuda.get_device_capability(device), "other")

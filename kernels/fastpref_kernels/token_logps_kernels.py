@@ -1,0 +1,332 @@
+"""Triton kernels of `token_logps`.
+
+A sweep over the vocabulary leaves, for each row and each block of columns, the largest logit and
+Σ exp(z - it); `_combine_kernel` adds the blocks up in their order. The target's column is left out
+of the sums: its logit is a dot product of its own, and log p = -softplus(lse of the others - z_y)
+keeps all digits of a confident token.
+
+Logits come from a GEMM fused with the sums (`_sweep_kernel`) where Triton's GEMM is at home, else
+from the library's GEMM a tile at a time (`_sweep_tile_kernel`); what follows is the same.
+
+A sweep may store exp(z - z_y) for the backward to multiply with. An anchor known beforehand makes
+a plain GEMM of it: no block needs a scale of its own. Rows whose likeliest column lies more than
+MAX_DRIFT nats above their target are written again by `_rescue_kernel`.
+"""
+
+import triton
+import triton.language as tl
+
+from fastpref_kernels.tiles import (
+    LOWEST,
+    MAX_DRIFT,
+    anchored,
+    fold_columns,
+    product_tile,
+    softcap_slope,
+    tile_index,
+    transform_logits,
+)
+
+
+@triton.jit
+def _target_logits_kernel(
+    input_ptr, weight_ptr, bias_ptr,  # (N, D), (V, D), (V,) float
+    target_ptr, logits_ptr,           # (N,) int64, -1 where ignored; (N,) float32
+    stride_n, stride_v, scale, softcap,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """z_y, 0 where ignored; one program per row, grid (N,)."""
+    # int64: 1M hidden states of D = 4,096 are 2^32 elements
+    i_n = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_n)
+    scored = target >= 0
+    row = tl.maximum(target, 0)
+    products = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        hidden = tl.load(input_ptr + i_n * stride_n + offs_d, mask=mask_d, other=0.0)
+        weight = tl.load(weight_ptr + row * stride_v + offs_d, mask=mask_d, other=0.0)
+        products += hidden.to(tl.float32) * weight.to(tl.float32)
+    logit = tl.sum(products[None, :], 1)[None, :]
+    offs_v = row + tl.arange(0, 1)
+    logit = transform_logits(
+        logit, bias_ptr, offs_v, offs_v >= 0, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    tl.store(logits_ptr + i_n + tl.arange(0, 1), tl.where(scored, tl.sum(logit, 0), 0.0))
+
+
+@triton.jit
+def _fold(
+    logits, target, anchor, offs_v, mask_v, softcap,
+    EXP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A tile's row sums without the targets: max, Σ exp(z - max), and if EXP, a dtype, is given
+    exp(z - anchor) times the softcap's slope in that dtype and its sum."""
+    keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
+    row_max, exp_logits = fold_columns(logits, keep)
+    row_sum = tl.sum(exp_logits, 1)
+    stored = exp_logits
+    stored_sum = row_sum
+    if EXP is not None:
+        stored = anchored(exp_logits, row_max, anchor)
+        if HAS_SOFTCAP:
+            stored_sum = tl.sum(stored, 1)
+            stored = (stored * softcap_slope(logits, softcap)).to(EXP)
+        else:
+            # of the rounded numbers: what the columns share out is then exactly all of it
+            stored = stored.to(EXP)
+            stored_sum = tl.sum(stored.to(tl.float32), 1)
+    return row_max, row_sum, stored, stored_sum
+
+
+@triton.jit
+def _store_sums(
+    max_ptr, sum_ptr, stored_sum_ptr,  # (blocks, N) float32
+    row_max, row_sum, stored_sum, i_block, offs_n, mask_n, N,
+    EXP: tl.constexpr,
+):  # fmt: skip
+    offs = i_block.to(tl.int64) * N + offs_n
+    tl.store(max_ptr + offs, row_max, mask=mask_n)
+    tl.store(sum_ptr + offs, row_sum, mask=mask_n)
+    if EXP is not None:
+        tl.store(stored_sum_ptr + offs, stored_sum, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
+def _sweep_kernel(
+    input_desc, weight_desc, stored_desc,  # (N, D), (V, D) 16-bit float; (N, stop_v - start_v) EXP
+    bias_ptr, target_ptr, anchor_ptr,      # (V,) float; (N,) int64, -1 where ignored; (N,) float32
+    max_ptr, sum_ptr, stored_sum_ptr,      # (blocks of the whole V, N) float32
+    N, start_v, stop_v, scale, softcap,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr, EXP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Logits of a tile, and its rows' sums; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    first_v = start_v + i_v * BLOCK_V
+    logits = product_tile(
+        input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D
+    )
+    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = first_v + tl.arange(0, BLOCK_V)
+    mask_n = offs_n < N
+    mask_v = offs_v < stop_v
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
+    logits = transform_logits(
+        logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    row_max, row_sum, stored, stored_sum = _fold(
+        logits, target, anchor, offs_v, mask_v, softcap, EXP, HAS_SOFTCAP
+    )
+    if EXP is not None:
+        stored_desc.store([i_n * BLOCK_N, i_v * BLOCK_V], stored)
+    _store_sums(
+        max_ptr, sum_ptr, stored_sum_ptr, row_max, row_sum, stored_sum,
+        first_v // BLOCK_V, offs_n, mask_n, N, EXP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n"])
+def _sweep_tile_kernel(
+    logits_ptr, stored_ptr,            # (R, stop_v - start_v) float32 without bias, EXP
+    bias_ptr, target_ptr, anchor_ptr,  # (V,) float; (N,) int64, -1 where ignored; (N,) float32
+    max_ptr, sum_ptr, stored_sum_ptr,  # (blocks of the whole V, N) float32
+    stride_logits, stride_stored, N, first_n, R, start_v, stop_v, scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    EXP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Sums of the rows of a tile of products, rows first_n on; grid (row blocks * column blocks,)"""
+    i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
+    rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_n = first_n + rows
+    offs_v = start_v + cols
+    mask_n = rows < R
+    mask_v = offs_v < stop_v
+    mask = mask_n[:, None] & mask_v[None, :]
+    # int64: a tile may hold more than 2^31 elements
+    rows_long = rows.to(tl.int64)[:, None]
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
+    logits = tl.load(logits_ptr + rows_long * stride_logits + cols[None, :], mask=mask, other=0.0)
+    logits = transform_logits(
+        logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    row_max, row_sum, stored, stored_sum = _fold(
+        logits, target, anchor, offs_v, mask_v, softcap, EXP, HAS_SOFTCAP
+    )
+    if EXP is not None:
+        tl.store(stored_ptr + rows_long * stride_stored + cols[None, :], stored, mask=mask)
+    _store_sums(
+        max_ptr, sum_ptr, stored_sum_ptr, row_max, row_sum, stored_sum,
+        start_v // BLOCK_V + i_v, offs_n, mask_n, N, EXP,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N"])
+def _combine_kernel(
+    max_ptr, sum_ptr, stored_sum_ptr,              # (NUM_BLOCKS, N) float32
+    row_max_ptr, row_sum_ptr, row_stored_sum_ptr,  # (N,) float32
+    N,
+    NUM_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """Sums of all blocks of columns, in the blocks' order; grid (row blocks,)."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    row_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    row_stored_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start_b in range(0, NUM_BLOCKS, BLOCK_B):
+        offs_b = start_b + tl.arange(0, BLOCK_B)
+        mask = (offs_b < NUM_BLOCKS)[:, None] & mask_n[None, :]
+        offs = offs_b.to(tl.int64)[:, None] * N + offs_n[None, :]
+        block_max = tl.load(max_ptr + offs, mask=mask, other=LOWEST)
+        block_sum = tl.load(sum_ptr + offs, mask=mask, other=0.0)
+        new_max = tl.maximum(row_max, tl.max(block_max, 0))
+        row_sum *= tl.exp(row_max - new_max)
+        row_sum += tl.sum(block_sum * tl.exp(block_max - new_max[None, :]), 0)
+        row_max = new_max
+        if STORED:
+            row_stored_sum += tl.sum(tl.load(stored_sum_ptr + offs, mask=mask, other=0.0), 0)
+    tl.store(row_max_ptr + offs_n, row_max, mask=mask_n)
+    tl.store(row_sum_ptr + offs_n, row_sum, mask=mask_n)
+    if STORED:
+        tl.store(row_stored_sum_ptr + offs_n, row_stored_sum, mask=mask_n)
+
+
+@triton.jit
+def _rescue_kernel(
+    input_ptr, weight_ptr, bias_ptr,        # (N, D), (V, D), (V,) float
+    target_ptr, anchor_ptr,                 # (N,) int64, -1 where ignored; (N,) float32
+    row_max_ptr, row_sum_ptr,               # (N,) float32
+    stored_ptr, total_ptr, stored_sum_ptr,  # (N, V) or None, (N, D) float32 or None, (N,) float32
+    stride_n, stride_v, stride_stored, scale, softcap,
+    V: tl.constexpr, D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    STORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """What a row of drift > MAX_DRIFT stores, or its product with the head, with the log-sum-exp of
+    its other columns as the anchor; one program per row, grid (N,).
+
+    Slow, as each reads the whole head, and almost never anything to do: such a token has a
+    probability below e^-80.
+    """
+    i_n = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_n)
+    row_max = tl.load(row_max_ptr + i_n)
+    drift = row_max - tl.load(anchor_ptr + i_n)
+    if (drift > MAX_DRIFT) & (target >= 0):
+        lse = row_max + tl.log(tl.load(row_sum_ptr + i_n))
+        offs_d = tl.arange(0, BLOCK_D)
+        mask_d = offs_d < D
+        hidden = tl.load(input_ptr + i_n * stride_n + offs_d, mask=mask_d, other=0.0)
+        hidden = hidden.to(tl.float32)
+        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        stored_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
+        for start_v in range(0, V, BLOCK_V):
+            offs_v = start_v + tl.arange(0, BLOCK_V)
+            mask_v = offs_v < V
+            weight = tl.load(
+                weight_ptr + offs_v.to(tl.int64)[:, None] * stride_v + offs_d[None, :],
+                mask=mask_v[:, None] & mask_d[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            logits = tl.sum(weight * hidden[None, :], 1)[None, :]
+            logits = transform_logits(
+                logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+            )
+            keep = (mask_v & (offs_v != target))[None, :]
+            exp_logits = tl.where(keep, tl.exp(logits - lse), 0.0)
+            stored_sum += tl.sum(exp_logits, 0)
+            if HAS_SOFTCAP:
+                exp_logits *= softcap_slope(logits, softcap)
+            exp_logits = tl.sum(exp_logits, 0)
+            if STORE:
+                offs = i_n * stride_stored + offs_v
+                tl.store(stored_ptr + offs, exp_logits.to(stored_ptr.dtype.element_ty), mask=mask_v)
+            else:
+                total += tl.sum(weight * exp_logits[:, None], 0)
+        tl.store(stored_sum_ptr + i_n, tl.sum(stored_sum, 0))
+        if not STORE:
+            tl.store(total_ptr + i_n * D + offs_d, total, mask=mask_d)
+
+
+@triton.jit
+def _dlogits(
+    logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP: tl.constexpr
+):
+    """g · (e_y - p) times the softcap's slope; the target's own number is not a difference."""
+    dlogits = -grad[:, None] * tl.exp(logits - lse[:, None])
+    is_target = offs_v[None, :] == target[:, None]
+    dlogits = tl.where(is_target, target_grad[:, None], dlogits)
+    if HAS_SOFTCAP:
+        dlogits *= softcap_slope(logits, softcap)
+    return tl.where(mask_v[None, :] & (target >= 0)[:, None], dlogits, 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
+def _dlogits_kernel(
+    input_desc, weight_desc, dlogits_desc,      # (N, D), (V, D), (N, stop_v - start_v) 16-bit float
+    bias_ptr, target_ptr,                       # (V,) float; (N,) int64, -1 where ignored
+    lse_ptr, grad_ptr, target_grad_ptr,         # (N,) float32
+    N, start_v, stop_v, scale, softcap,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of logits, made again; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    first_v = start_v + i_v * BLOCK_V
+    logits = product_tile(
+        input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D
+    )
+    offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_v = first_v + tl.arange(0, BLOCK_V)
+    mask_n = offs_n < N
+    mask_v = offs_v < stop_v
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0)
+    target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
+    logits = transform_logits(
+        logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    dlogits = _dlogits(
+        logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP
+    )
+    dlogits_desc.store([i_n * BLOCK_N, i_v * BLOCK_V], dlogits.to(OUT))
+
+
+@triton.jit(do_not_specialize=["first_n", "R", "start_v", "stop_v"])
+def _dlogits_tile_kernel(
+    logits_ptr, dlogits_ptr,             # (R, stop_v - start_v) float32 without bias, float
+    bias_ptr, target_ptr,                # (V,) float; (N,) int64, -1 where ignored
+    lse_ptr, grad_ptr, target_grad_ptr,  # (N,) float32
+    stride_logits, stride_dlogits, first_n, R, start_v, stop_v, scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of products, rows first_n on; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
+    rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_n = first_n + rows
+    offs_v = start_v + cols
+    mask_n = rows < R
+    mask_v = offs_v < stop_v
+    mask = mask_n[:, None] & mask_v[None, :]
+    rows_long = rows.to(tl.int64)[:, None]
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0)
+    target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
+    logits = tl.load(logits_ptr + rows_long * stride_logits + cols[None, :], mask=mask, other=0.0)
+    logits = transform_logits(
+        logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+    )
+    dlogits = _dlogits(
+        logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP
+    )
+    dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+    tl.store(dlogits_ptr + rows_long * stride_dlogits + cols[None, :], dlogits, mask=mask)
