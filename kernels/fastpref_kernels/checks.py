@@ -36,9 +36,9 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: st
 
 def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
     """Scale and softcap are positive and finite."""
-    if not (logit_scale > 0 and math.isfinite(logit_scale)):
+    if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
-    if logit_softcap is not None and not (logit_softcap > 0 and math.isfinite(logit_softcap)):
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
         raise ValueError(f"logit_softcap must be None or > 0 and finite, got {logit_softcap}")
 
 

@@ -27,8 +27,8 @@ class RowTile(NamedTuple):
 
 
 FUSED_TILES = {
-    "sm_90": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=3),
-    "sm_100": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=3),
+    "sm_90": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4),
+    "sm_100": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4),
 }
 """Where the GEMM is Triton's own: it needs the copy engine that fills shared memory from tensor
 descriptors. Elsewhere the library's GEMM writes tiles of products."""
@@ -36,8 +36,8 @@ descriptors. Elsewhere the library's GEMM writes tiles of products."""
 ROW_TILE = RowTile(block_n=8, block_v=1024, num_warps=8)
 
 PRODUCT_TILE = (1024, 8192)
-"""Rows, columns of a GEMM of the library: 32 MiB of float32 that stay in the L2 cache until they are read
-again (an H100's holds 50 MiB, an A100's 40)."""
+"""Rows, columns of a GEMM of the library: 32 MiB of float32, which stay in the L2 cache until they
+are read again (an H100's holds 50 MiB, an A100's 40)."""
 
 _ARCHITECTURES = {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
@@ -45,10 +45,10 @@ _ARCHITECTURES = {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 def fused_tile(device: torch.device) -> GemmTile | None:
     """Blocks of the fused kernels on a device; None where the library's GEMM is used.
 
-    The interpreter, which is what runs on a CPU, takes those of sm_90.
+    None on a CPU, where kernels are interpreted: NumPy's GEMM stands in for the GPU's there, and a
+    row's bits depend on its place in the block.
     """
-    architecture = "sm_90" if device.type == "cpu" else _architecture(device)
-    return FUSED_TILES.get(architecture)
+    return None if device.type == "cpu" else FUSED_TILES.get(_architecture(device))
 
 
 @functools.cache

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from fastpref_kernels.workspace import ROW_MULTIPLE, slices
 
-
 NeedsGrad = tuple[bool, bool, bool]
 """Which of input, weight and bias want a gradient."""
 
@@ -129,27 +128,84 @@ class RowSums(NamedTuple):
         sum_exp_R = self.sum_exp * (self.max - max_R).exp() + logits_RC.sum(1)
         return RowSums(max_R, sum_exp_R, torch.maximum(self.target_logit, target_logit_R))
 
+    # float64: a row's last bits would depend on whether its place among the others falls into a
+    # vector instruction or behind the last one
+
     @property
     def logps(self) -> Tensor:
         """(R,) log p(target) = -softplus(lse_others - z_y).
 
         Exact for a confident token too: lse - z_y in float32 is 0 from a margin of 16 nats on.
         """
-        return -F.softplus(self._lse_others - self.target_logit)
+        return -F.softplus(self._lse_others - self.target_logit).float()
 
     @property
     def lse(self) -> Tensor:
         """(R,) log Σ exp(z) over the whole row."""
-        return torch.logaddexp(self._lse_others, self.target_logit)
+        return torch.logaddexp(self._lse_others, self.target_logit.double()).float()
 
     @property
     def lse_over_max(self) -> Tensor:
         """(R,) lse - max, with the digits that lse loses when max is large."""
-        return torch.logaddexp(self.sum_exp.log(), self.target_logit - self.max)
+        over_max_R = self.target_logit.double() - self.max
+        return torch.logaddexp(self.sum_exp.double().log(), over_max_R).float()
 
     @property
     def _lse_others(self) -> Tensor:
-        return self.max + self.sum_exp.log()
+        """(R,) float64."""
+        return self.max + self.sum_exp.double().log()
+
+
+class JointSums(NamedTuple):
+    """Online sums of R rows over the columns seen so far, the target's column left out."""
+
+    first: RowSums
+    """Of the model the KL's expectation is under."""
+    second: RowSums
+    gap: Tensor
+    """(R,) Σ exp(z - max) · (z - z' - base_gap), z of the first model, z' of the second."""
+    base_gap: Tensor
+    """(R,) What the sum counts from; any number serves, the targets' gap best."""
+
+    @property
+    def kl(self) -> Tensor:
+        """KL(first ‖ second), (R,).
+
+            KL = Σ p_j · [(z_j - a) - (z'_j - a')] - (lse - a) + (lse' - a')
+
+        holds for any a and a'. They are the target's logits where it is the first model's
+        likeliest column, else each model's largest other logit, so that no term is larger than
+        the KL asks for: plain logits near 200 would leave an error of 2e-5.
+        """
+        first, second = self.first, self.second
+        first_max_R = first.max.double()
+        at_target_R = first.target_logit >= first.max
+        target_gap_R = first.target_logit.double() - second.target_logit
+        pivot_gap_R = torch.where(at_target_R, target_gap_R, first_max_R - second.max)
+        lse_R, second_lse_R = (
+            torch.where(at_target_R, -sums.logps.double(), sums.lse_over_max.double())
+            for sums in (first, second)
+        )
+        over_base_R = self.gap - first.sum_exp * (pivot_gap_R - self.base_gap)
+        others_R = over_base_R * (first_max_R - first.lse).exp()
+        target_R = first.logps.double().exp() * (target_gap_R - pivot_gap_R)
+        return (others_R + target_R - lse_R + second_lse_R).float()
+
+
+class JointStats(NamedTuple):
+    """What a forward over two models finds out about each row, each (N,) float32."""
+
+    logps: Tensor
+    """0 where ignored, and so are the reference's and the KL."""
+    lse: Tensor
+    reference_logps: Tensor
+    reference_lse: Tensor
+    kl: Tensor
+
+    @classmethod
+    def empty(cls, input: Tensor) -> "JointStats":
+        """Uninitialised, one number a row of `input`."""
+        return cls(*(input.new_empty(len(input), dtype=torch.float32) for _ in range(5)))
 
 
 class TokenStats(NamedTuple):
@@ -198,7 +254,8 @@ def head_gradients(
         head: Where the logits come from.
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
         tile: Rows and columns of a tile.
-        hidden_tile: rows -> their hidden states, (R or more, D) in the GEMMs' dtype, ignored rows 0.
+        hidden_tile: rows -> their hidden states, (R or more, D) in the GEMMs' dtype, zero where
+            ignored.
         dlogits: (rows, cols, input tile, weight tile) -> gradient of h·Wᵀ + b, (R, C), float32 or
             the GEMMs' dtype.
         unit: What `dlogits` is too large by, (1,); None for 1.
@@ -249,20 +306,19 @@ def head_gradients(
 
 
 def logit_gradients(
-    grad_N: Tensor, head: Head, targets: Targets
-) -> tuple[Tensor, Tensor | None]:
+    head: Head, targets: Targets, *grads: Tensor
+) -> tuple[list[Tensor], Tensor | None]:
     """Upstream gradients ready to multiply logits with, (N,) float32, and the unit they are in.
 
     Float16 operands: a power of two brings the largest gradient to between 1 and 2. Gradients
     divided by a batch's token count would fall below float16's smallest number, 6e-8.
     """
-    scaled_N = grad_N.float().masked_fill(targets.ignored, 0) * head.scale
-    if head.gemm_dtype != torch.float16:
-        return scaled_N, None
-    largest = scaled_N.abs().amax() if len(scaled_N) else scaled_N.new_ones(())
-    exponent = torch.frexp(largest.clamp_min(torch.finfo(torch.float32).tiny)).exponent
-    unit = torch.ldexp(scaled_N.new_ones(1), 1 - exponent)
-    return scaled_N * unit, unit
+    scaled = [grad.float().masked_fill(targets.ignored, 0) * head.scale for grad in grads]
+    if head.gemm_dtype != torch.float16 or not len(targets.ids):
+        return scaled, None
+    largest = torch.stack(scaled).abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    unit = torch.ldexp(largest.new_ones(1), 1 - torch.frexp(largest).exponent)
+    return [grad_N * unit for grad_N in scaled], unit
 
 
 def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op, register_autograd
 
 from fastpref_kernels.checks import INDEX_DTYPES, INPUT_DTYPES, check_range, check_tensor
 
 
-@torch.compiler.disable
 def sequence_log_ratios(
     logps: Tensor,
     reference_logps: Tensor,
@@ -40,27 +40,37 @@ def sequence_log_ratios(
     log_ratios_N = logps.double() - reference_logps.detach().double()
     if token_weights is not None:
         log_ratios_N = log_ratios_N * token_weights.detach()
-    return _SegmentSum.apply(log_ratios_N, sequence_ids.long(), num_sequences).float()
+    return _segment_sum(log_ratios_N, sequence_ids, num_sequences).float()
 
 
-class _SegmentSum(torch.autograd.Function):
-    """Sums of the elements with equal ids: sorted, then one segment after another."""
+@custom_op("fastpref::segment_sum_v1", mutates_args=())
+def _segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    """Sums of the elements with equal ids, (S,): sorted, then one segment after another."""
+    check_range("sequence_ids", ids, num_segments)
+    if not values.numel() or not num_segments:
+        return values.new_zeros(num_segments)
+    sorted_ids_N, order_N = ids.sort(stable=True)
+    bounds = torch.arange(num_segments + 1, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(sorted_ids_N, bounds)
+    # unsafe: the check of the offsets would wait for the device
+    return torch.segment_reduce(values[order_N], "sum", offsets=offsets, unsafe=True)
 
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
-        ctx.save_for_backward(ids)
-        if not values.numel() or not num_segments:
-            return values.new_zeros(num_segments)
-        sorted_ids_N, order_N = ids.sort(stable=True)
-        bounds = torch.arange(num_segments + 1, device=ids.device)
-        offsets = torch.searchsorted(sorted_ids_N, bounds)
-        # unsafe: the check of the offsets would wait for the device
-        return torch.segment_reduce(values[order_N], "sum", offsets=offsets, unsafe=True)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
-        return grad[ids], None, None
+@_segment_sum.register_fake
+def _(values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
+    return values.new_empty(num_segments)
+
+
+def _save_ids(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _gather(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (ids,) = ctx.saved_tensors
+    return grad[ids], None, None
+
+
+register_autograd("fastpref::segment_sum_v1", _gather, setup_context=_save_ids)
 
 
 def _check(
@@ -80,4 +90,3 @@ def _check(
     for name, tensor in (values | {"sequence_ids": sequence_ids}).items():
         if tensor is not None and (tensor.dim() != 1 or tensor.shape != logps.shape):
             raise ValueError(f"{name} must be (N,) like logps, got {tuple(tensor.shape)}")
-    check_range("sequence_ids", sequence_ids, num_sequences)

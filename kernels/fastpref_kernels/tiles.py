@@ -3,13 +3,6 @@
 import triton
 import triton.language as tl
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""Lowest float32. A row's maximum is never below it, so -inf - max is -inf and never a NaN."""
-
-MAX_DRIFT = tl.constexpr(80.0)
-"""Largest logit above the anchor, in nats, that `stored` holds: e^80 times 2^18 columns is finite
-in float32, and so is e^80 in bfloat16."""
-
 
 @triton.jit
 def tile_index(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
@@ -47,14 +40,19 @@ def product_tile(
 
 
 @triton.jit
-def transform_logits(
-    logits, bias_ptr, offs_v, mask_v, scale, softcap,  # bias (V,) float
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """z = cap · tanh(scale · (logits + bias) / cap)."""
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
-        logits += bias[None, :]
+def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Left and right half of a tile's columns.
+
+    What follows a GEMM works on one half after the other: with a tile of logits and one of their
+    exponentials at once, 128 x 256 of each, there are not enough registers.
+    """
+    tile = tl.reshape(tile, (BLOCK_N, 2, BLOCK_V // 2))
+    return tl.split(tl.permute(tile, (0, 2, 1)))
+
+
+@triton.jit
+def cap_logits(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """z = cap · tanh(scale · logits / cap)."""
     logits *= scale
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, within cap · 1e-7 between
@@ -63,22 +61,19 @@ def transform_logits(
 
 
 @triton.jit
+def transform_logits(
+    logits, bias_ptr, offs_v, mask_v, scale, softcap,  # bias (V,) float
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`cap_logits` of a tile plus its columns' bias."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
+        logits += bias[None, :]
+    return cap_logits(logits, scale, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
 def softcap_slope(logits, softcap):
     """Derivative of the softcap, 1 - (z / cap)²."""
     capped = logits / softcap
     return 1 - capped * capped
-
-
-@triton.jit
-def fold_columns(logits, keep):
-    """Largest logit of each row over the columns kept, and exp(logits - it), 0 elsewhere."""
-    kept = tl.where(keep, logits, float("-inf"))
-    row_max = tl.maximum(tl.max(kept, 1), LOWEST)
-    return row_max, tl.exp(kept - row_max[:, None])
-
-
-@triton.jit
-def anchored(exp_logits, row_max, anchor):
-    """exp(z - anchor) from exp(z - row_max), held at e^MAX_DRIFT."""
-    drift = tl.minimum(row_max - anchor, MAX_DRIFT)
-    return exp_logits * tl.exp(drift)[:, None]

@@ -14,6 +14,7 @@ from fastpref_kernels.checks import (
 )
 from fastpref_kernels.dispatch import implementation
 from fastpref_kernels.head import Head, Targets, TokenStats
+from fastpref_kernels.registered import needed_like, present, spread
 
 
 def token_logps(
@@ -60,16 +61,12 @@ def token_logps(
     needs_grad = [
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
     ]
-    logps, _, _, _ = _forward(
-        *leaves, target, logit_scale, logit_softcap, ignore_index, needs_grad
-    )
+    logps, _, _, _ = fwd_op(*leaves, target, logit_scale, logit_softcap, ignore_index, needs_grad)
     return logps
 
 
-# Registered, so that torch.compile sees one call and never the tiles behind it. The version in the
-# names is raised with their meaning: compiled code is cached under them.
 @custom_op("fastpref::token_logps_v1", mutates_args=())
-def _forward(
+def fwd_op(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -88,7 +85,7 @@ def _forward(
         return tuple(impl.token_logps_fwd(head, Targets.of(target, ignore_index), mode))
 
 
-@_forward.register_fake
+@fwd_op.register_fake
 def _(
     input: Tensor,
     weight: Tensor,
@@ -105,7 +102,7 @@ def _(
 
 
 @custom_op("fastpref::token_logps_bwd_v1", mutates_args=())
-def _backward(
+def bwd_op(
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -125,10 +122,10 @@ def _backward(
         gradients = impl.token_logps_bwd(
             grad, head, targets, TokenStats(*stats), mode, tuple(needs_grad)
         )
-    return [gradient for gradient in gradients if gradient is not None]
+    return present(gradients)
 
 
-@_backward.register_fake
+@bwd_op.register_fake
 def _(
     grad: Tensor,
     input: Tensor,
@@ -142,8 +139,7 @@ def _(
     mode: str,
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    leaves = zip((input, weight, bias), needs_grad, strict=True)
-    return [leaf.new_empty(leaf.shape) for leaf, needed in leaves if needed and leaf is not None]
+    return needed_like((input, weight, bias), needs_grad)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -161,14 +157,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
     # read once: activation checkpointing recomputes them once
     input, weight, bias, target, *stats = ctx.saved_tensors
     needs_grad = list(ctx.needs_input_grad[:3])
-    gradients = iter(
-        []
-        if grad is None
-        else _backward(
-            grad, input, weight, bias, target, stats, *ctx.options, ctx.mode, needs_grad
-        )
-    )
-    return (*(next(gradients, None) if needed else None for needed in needs_grad), *(None,) * 5)
+    if grad is None:
+        return (None,) * 8
+    gradients = bwd_op(grad, input, weight, bias, target, stats, *ctx.options, ctx.mode, needs_grad)
+    return (*spread(gradients, needs_grad), *(None,) * 5)
 
 
-register_autograd(_forward, _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::token_logps_v1", _differentiate, setup_context=_setup_context)

@@ -17,15 +17,19 @@ import triton
 import triton.language as tl
 
 from fastpref_kernels.tiles import (
-    LOWEST,
-    MAX_DRIFT,
-    anchored,
-    fold_columns,
+    cap_logits,
+    halves,
     product_tile,
     softcap_slope,
     tile_index,
     transform_logits,
 )
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+MAX_DRIFT = tl.constexpr(80.0)
+"""Largest logit above the anchor, in nats, whose exponential is stored: e^80 times 2^18 columns is
+finite in float32, and so is e^80 in bfloat16."""
 
 
 @triton.jit
@@ -49,12 +53,11 @@ def _target_logits_kernel(
         hidden = tl.load(input_ptr + i_n * stride_n + offs_d, mask=mask_d, other=0.0)
         weight = tl.load(weight_ptr + row * stride_v + offs_d, mask=mask_d, other=0.0)
         products += hidden.to(tl.float32) * weight.to(tl.float32)
-    logit = tl.sum(products[None, :], 1)[None, :]
-    offs_v = row + tl.arange(0, 1)
-    logit = transform_logits(
-        logit, bias_ptr, offs_v, offs_v >= 0, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )
-    tl.store(logits_ptr + i_n + tl.arange(0, 1), tl.where(scored, tl.sum(logit, 0), 0.0))
+    logit = tl.sum(products, 0)
+    if HAS_BIAS:
+        logit += tl.load(bias_ptr + row).to(tl.float32)
+    logit = cap_logits(logit, scale, softcap, HAS_SOFTCAP)
+    tl.store(logits_ptr + i_n, tl.where(scored, logit, 0.0))
 
 
 @triton.jit
@@ -65,14 +68,18 @@ def _fold(
     """A tile's row sums without the targets: max, Σ exp(z - max), and if EXP, a dtype, is given
     exp(z - anchor) times the softcap's slope in that dtype and its sum."""
     keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
-    row_max, exp_logits = fold_columns(logits, keep)
+    kept = tl.where(keep, logits, float("-inf"))
+    # never below the lowest float32, so that -inf - max is -inf and not a NaN
+    row_max = tl.maximum(tl.max(kept, 1), LOWEST)
+    exp_logits = tl.exp(kept - row_max[:, None])
     row_sum = tl.sum(exp_logits, 1)
     stored = exp_logits
     stored_sum = row_sum
     if EXP is not None:
-        stored = anchored(exp_logits, row_max, anchor)
+        drift = tl.exp(tl.minimum(row_max - anchor, MAX_DRIFT))
+        stored *= drift[:, None]
         if HAS_SOFTCAP:
-            stored_sum = tl.sum(stored, 1)
+            stored_sum = row_sum * drift
             stored = (stored * softcap_slope(logits, softcap)).to(EXP)
         else:
             # of the rounded numbers: what the columns share out is then exactly all of it
@@ -103,30 +110,37 @@ def _sweep_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr, EXP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile, and its rows' sums; grid (row blocks * column blocks,)."""
+    """Logits of a tile, and its rows' sums by half tiles; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
-    logits = product_tile(
+    product = product_tile(
         input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D
     )
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_v = first_v + tl.arange(0, BLOCK_V)
     mask_n = offs_n < N
-    mask_v = offs_v < stop_v
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
-    logits = transform_logits(
-        logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )
-    row_max, row_sum, stored, stored_sum = _fold(
-        logits, target, anchor, offs_v, mask_v, softcap, EXP, HAS_SOFTCAP
-    )
-    if EXP is not None:
-        stored_desc.store([i_n * BLOCK_N, i_v * BLOCK_V], stored)
-    _store_sums(
-        max_ptr, sum_ptr, stored_sum_ptr, row_max, row_sum, stored_sum,
-        first_v // BLOCK_V, offs_n, mask_n, N, EXP,
-    )  # fmt: skip
+    left, right = halves(product, BLOCK_N, BLOCK_V)
+    HALF_V: tl.constexpr = BLOCK_V // 2
+    for i_half in tl.static_range(2):
+        half_v = first_v + i_half * HALF_V
+        offs_v = half_v + tl.arange(0, HALF_V)
+        mask_v = offs_v < stop_v
+        logits = transform_logits(
+            left if i_half == 0 else right,
+            bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        row_max, row_sum, stored, stored_sum = _fold(
+            logits, target, anchor, offs_v, mask_v, softcap, EXP, HAS_SOFTCAP
+        )
+        if EXP is not None:
+            stored_desc.store([i_n * BLOCK_N, half_v - start_v], stored)
+        # the last tile's right half may have no columns
+        if half_v < stop_v:
+            _store_sums(
+                max_ptr, sum_ptr, stored_sum_ptr, row_max, row_sum, stored_sum,
+                half_v // HALF_V, offs_n, mask_n, N, EXP,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n"])
@@ -138,7 +152,7 @@ def _sweep_tile_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     EXP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Sums of the rows of a tile of products, rows first_n on; grid (row blocks * column blocks,)"""
+    """Row sums of a tile of products, rows first_n on; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -278,24 +292,29 @@ def _dlogits_kernel(
     """Gradient of a tile of logits, made again; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
-    logits = product_tile(
+    product = product_tile(
         input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D
     )
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_v = first_v + tl.arange(0, BLOCK_V)
     mask_n = offs_n < N
-    mask_v = offs_v < stop_v
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
     lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
     grad = tl.load(grad_ptr + offs_n, mask=mask_n, other=0.0)
     target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
-    logits = transform_logits(
-        logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-    )
-    dlogits = _dlogits(
-        logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP
-    )
-    dlogits_desc.store([i_n * BLOCK_N, i_v * BLOCK_V], dlogits.to(OUT))
+    left, right = halves(product, BLOCK_N, BLOCK_V)
+    HALF_V: tl.constexpr = BLOCK_V // 2
+    for i_half in tl.static_range(2):
+        half_v = first_v + i_half * HALF_V
+        offs_v = half_v + tl.arange(0, HALF_V)
+        mask_v = offs_v < stop_v
+        logits = transform_logits(
+            left if i_half == 0 else right,
+            bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        dlogits = _dlogits(
+            logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP
+        )
+        dlogits_desc.store([i_n * BLOCK_N, half_v - start_v], dlogits.to(OUT))
 
 
 @triton.jit(do_not_specialize=["first_n", "R", "start_v", "stop_v"])
@@ -325,8 +344,6 @@ def _dlogits_tile_kernel(
     logits = transform_logits(
         logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
     )
-    dlogits = _dlogits(
-        logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP
-    )
+    dlogits = _dlogits(logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP)
     dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + rows_long * stride_dlogits + cols[None, :], dlogits, mask=mask)

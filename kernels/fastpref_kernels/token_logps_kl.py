@@ -4,13 +4,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op, register_autograd
 
-from fastpref_kernels.checks import check_head, check_logit_transform, check_target
+from fastpref_kernels.checks import (
+    check_head,
+    check_logit_transform,
+    check_target,
+    check_target_range,
+)
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head import Head, Targets
-from fastpref_kernels.token_logps_kl_torch import JointStats
-from fastpref_kernels.token_logps_torch import TokenStats
+from fastpref_kernels.head import Head, JointStats, Targets
+from fastpref_kernels.registered import needed_like, present, spread
+from fastpref_kernels.token_logps import bwd_op as token_logps_bwd_op
 
 DIRECTIONS = ("reference_policy", "policy_reference")
 
@@ -26,8 +31,6 @@ class TokenScores(NamedTuple):
     """(N,) float32, KL of the two next-token distributions."""
 
 
-# a graph break: the number of tiles follows the shapes, compiled it would be unrolled
-@torch.compiler.disable
 def token_logps_and_kl(
     input: Tensor,
     linear_weight: Tensor,
@@ -68,87 +71,137 @@ def token_logps_and_kl(
     check_head(input, linear_weight, linear_bias)
     check_head(reference_input, reference_linear_weight, reference_linear_bias, prefix="reference_")
     check_logit_transform(logit_scale, logit_softcap)
-    check_target(target, ignore_index, input, linear_weight.shape[0])
+    check_target(target, input)
     _check_models(input, linear_weight, reference_input, reference_linear_weight)
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
-    logps, reference_logps, kl = _TokenLogpsAndKL.apply(
-        input,
-        linear_weight,
-        linear_bias,
+    leaves = (input, linear_weight, linear_bias)
+    stats = fwd_op(
+        *leaves,
+        reference_input.detach(),
+        reference_linear_weight.detach(),
+        None if reference_linear_bias is None else reference_linear_bias.detach(),
         target,
-        reference_input,
-        reference_linear_weight,
-        reference_linear_bias,
         direction,
         logit_scale,
         logit_softcap,
         ignore_index,
     )
+    logps, _, reference_logps, _, kl = stats
     return TokenScores(logps, reference_logps, kl)
 
 
-class _TokenLogpsAndKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        reference_input: Tensor,
-        reference_weight: Tensor,
-        reference_bias: Tensor | None,
-        direction: str,
-        scale: float,
-        softcap: float | None,
-        ignore_index: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        targets = Targets.of(target, ignore_index)
-        heads = (
-            Head(input, weight, bias, scale, softcap),
-            Head(reference_input, reference_weight, reference_bias, scale, softcap),
-        )
-        impl = implementation("token_logps_kl", input.device)
-        with torch.autocast(input.device.type, enabled=False):
-            stats = impl.token_logps_kl_fwd(heads, targets, direction)
-        ctx.direction, ctx.scale, ctx.softcap = direction, scale, softcap
-        ctx.save_for_backward(*heads[0][:3], *heads[1][:3], *targets, *stats)
-        ctx.mark_non_differentiable(stats.reference_logps)
-        ctx.set_materialize_grads(False)
-        return stats.logps, stats.reference_logps, stats.kl
+@custom_op("fastpref::token_logps_kl_v1", mutates_args=())
+def fwd_op(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference_input: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
+    target: Tensor,
+    direction: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Fields of JointStats."""
+    check_target_range(target, ignore_index, weight.shape[0])
+    heads = (
+        Head(input, weight, bias, scale, softcap),
+        Head(reference_input, reference_weight, reference_bias, scale, softcap),
+    )
+    impl = implementation("token_logps_kl", input.device)
+    with torch.autocast(input.device.type, enabled=False):
+        return tuple(impl.token_logps_kl_fwd(heads, Targets.of(target, ignore_index), direction))
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_logps: Tensor | None, _: Tensor | None, grad_kl: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        # read once: activation checkpointing recomputes them once
-        saved = ctx.saved_tensors
-        input, weight, bias, *of_reference = saved[:6]
-        reference_input, reference_weight, reference_bias = of_reference
-        policy = Head(input, weight, bias, ctx.scale, ctx.softcap)
-        reference = Head(reference_input, reference_weight, reference_bias, ctx.scale, ctx.softcap)
-        targets, stats = Targets(*saved[6:8]), JointStats(*saved[8:])
-        needs_grad, device = ctx.needs_input_grad[:3], targets.ids.device
-        with torch.autocast(device.type, enabled=False):
-            if grad_kl is None:
-                # the KL was only looked at: the reference's logits are not needed again
-                gradients = implementation("token_logps", device).token_logps_bwd(
-                    grad_logps, policy, targets, TokenStats(stats.logps, stats.lse), needs_grad
-                )
-            else:
-                if grad_logps is None:
-                    grad_logps = torch.zeros_like(grad_kl)
-                gradients = implementation("token_logps_kl", device).token_logps_kl_bwd(
-                    (grad_logps, grad_kl),
-                    (policy, reference),
-                    targets,
-                    stats,
-                    direction=ctx.direction,
-                    needs_grad=needs_grad,
-                )
-        return (*gradients, *(None,) * 8)
+
+@fwd_op.register_fake
+def _(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(JointStats.empty(input))
+
+
+@custom_op("fastpref::token_logps_kl_bwd_v1", mutates_args=())
+def bwd_op(
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference_input: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
+    target: Tensor,
+    stats: list[Tensor],
+    direction: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    """Those gradients of input, weight and bias that are needed."""
+    heads = (
+        Head(input, weight, bias, scale, softcap),
+        Head(reference_input, reference_weight, reference_bias, scale, softcap),
+    )
+    impl = implementation("token_logps_kl", input.device)
+    with torch.autocast(input.device.type, enabled=False):
+        gradients = impl.token_logps_kl_bwd(
+            (grad_logps, grad_kl),
+            heads,
+            Targets.of(target, ignore_index),
+            JointStats(*stats),
+            direction=direction,
+            needs_grad=tuple(needs_grad),
+        )
+    return present(gradients)
+
+
+@bwd_op.register_fake
+def _(
+    grad_logps: Tensor,
+    grad_kl: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    return needed_like((input, weight, bias), arguments[-1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.options = inputs[7:]
+    ctx.save_for_backward(*inputs[:7], *output)
+    stats = JointStats(*output)
+    ctx.mark_non_differentiable(stats.lse, stats.reference_logps, stats.reference_lse)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_logps: Tensor | None, _lse: None, _logps: None, _reference_lse: None,
+    grad_kl: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    # read once: activation checkpointing recomputes them once
+    saved = ctx.saved_tensors
+    leaves, target, stats = saved[:3], saved[6], JointStats(*saved[7:])
+    needs_grad, options = list(ctx.needs_input_grad[:3]), ctx.options
+    if grad_kl is None:
+        if grad_logps is None:
+            return (None,) * 11
+        # the KL was only looked at: the reference's logits are not needed again
+        nothing = (grad_logps.new_empty(0), grad_logps.new_empty(0))
+        of_policy = [stats.logps, stats.lse, *nothing]
+        gradients = token_logps_bwd_op(
+            grad_logps, *leaves, target, of_policy, *options[1:], "lean", needs_grad
+        )
+    else:
+        if grad_logps is None:
+            grad_logps = torch.zeros_like(grad_kl)
+        gradients = bwd_op(grad_logps, grad_kl, *saved[:7], list(stats), *options, needs_grad)
+    return (*spread(gradients, needs_grad), *(None,) * 8)
+
+
+register_autograd("fastpref::token_logps_kl_v1", _differentiate, setup_context=_setup_context)
 
 
 def _check_models(

@@ -1,15 +1,18 @@
 """Portable path of `token_logps_and_kl`: both models' logits of one tile at a time."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastpref_kernels.head import (
+    Gradients,
     Head,
+    JointStats,
+    JointSums,
+    NeedsGrad,
     RowSums,
     Targets,
     head_gradients,
+    logit_gradients,
     put_target,
     take_target,
 )
@@ -17,48 +20,6 @@ from fastpref_kernels.workspace import slices, tile_shape
 
 Heads = tuple[Head, Head]
 """Policy, reference."""
-
-
-class JointStats(NamedTuple):
-    """What the forward finds out about each row, each (N,) float32."""
-
-    logps: Tensor
-    """0 where ignored, and so are the reference's and the KL."""
-    lse: Tensor
-    reference_logps: Tensor
-    reference_lse: Tensor
-    kl: Tensor
-
-
-class JointSums(NamedTuple):
-    """Online sums of R rows over the columns seen so far, the target's column left out."""
-
-    first: RowSums
-    """Of the model the KL's expectation is under."""
-    second: RowSums
-    gap: Tensor
-    """(R,) Σ exp(z - max) · (z - z'), z the logits of the first model, z' of the second."""
-
-    @property
-    def kl(self) -> Tensor:
-        """KL(first ‖ second), (R,).
-
-            KL = Σ p_j · [(z_j - a) - (z'_j - a')] - (lse - a) + (lse' - a')
-
-        holds for any a and a'. They are the target's logits where it is the first model's
-        likeliest column, else each model's largest other logit, so that no term is larger than
-        the KL asks for: plain logits near 200 would leave an error of 2e-5.
-        """
-        first, second = self.first, self.second
-        at_target_R = first.target_logit >= first.max
-        target_gap_R = first.target_logit - second.target_logit
-        pivot_gap_R = torch.where(at_target_R, target_gap_R, first.max - second.max)
-        lse_R, second_lse_R = (
-            torch.where(at_target_R, -sums.logps, sums.lse_over_max) for sums in (first, second)
-        )
-        others_R = (self.gap - first.sum_exp * pivot_gap_R) * (first.max - first.lse).exp()
-        target_R = first.logps.exp() * (target_gap_R - pivot_gap_R)
-        return others_R + target_R - lse_R + second_lse_R
 
 
 def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str) -> JointStats:
@@ -71,7 +32,7 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str) -> JointS
     """
     N = len(targets.ids)
     tile_rows, tile_cols = _tile_shape(heads)
-    stats = JointStats(*(heads[0].input.new_empty(N, dtype=torch.float32) for _ in range(5)))
+    stats = JointStats.empty(heads[0].input)
     for rows in slices(N, tile_rows):
         sweep = _sweep(heads, targets, rows, tile_cols, direction)
         for total_N, part_R in zip(stats, sweep, strict=True):
@@ -88,8 +49,8 @@ def token_logps_kl_bwd(
     stats: JointStats,
     *,
     direction: str,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs_grad: NeedsGrad,
+) -> Gradients:
     """Gradients of the policy's input, weight and bias, from recomputed logits.
 
         reference_policy: dz = g_l · (e_y - p) + g_k · (p - q)
@@ -102,9 +63,7 @@ def token_logps_kl_bwd(
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
     """
     policy, reference = heads
-    grad_logps_N, grad_kl_N = (
-        grad.float().masked_fill(targets.ignored, 0) * policy.scale for grad in grads
-    )
+    (grad_logps_N, grad_kl_N), unit = logit_gradients(policy, targets, *grads)
     under_reference = direction == "reference_policy"
     target_grad_N = -grad_logps_N * stats.logps.expm1()
     target_grad_N += grad_kl_N * (
@@ -128,7 +87,14 @@ def token_logps_kl_bwd(
         put_target(dlogits_RC, targets.ids[rows], cols, target_grad_N[rows])
         return dlogits_RC if slope_RC is None else dlogits_RC.mul_(slope_RC)
 
-    return head_gradients(policy, targets.ignored, needs_grad, _tile_shape(heads), dlogits)
+    return head_gradients(
+        policy,
+        needs_grad,
+        _tile_shape(heads),
+        lambda rows: policy.input_tile(rows, targets.ignored),
+        dlogits,
+        unit=unit,
+    )
 
 
 def _sweep(
@@ -143,7 +109,7 @@ def _sweep(
         for head in (heads if first_is_policy else reversed(heads))
     ]
     zeros_R = torch.zeros(R, dtype=torch.float32, device=device)
-    sums = JointSums(RowSums.empty(R, device), RowSums.empty(R, device), zeros_R)
+    sums = JointSums(RowSums.empty(R, device), RowSums.empty(R, device), zeros_R, zeros_R)
     for cols in slices(heads[0].weight.shape[0], tile_cols):
         sums = _add_columns(sums, models, targets.ids[rows], cols)
     policy, reference = sums[:2] if first_is_policy else (sums.second, sums.first)
@@ -168,7 +134,8 @@ def _add_columns(
     # -inf columns have no weight and no gap that is a number
     gap_RC.masked_fill_(first_RC == 0, 0)
     rescale_R = (sums.first.max - first.max).exp()
-    return JointSums(first, second, sums.gap * rescale_R + gap_RC.mul_(first_RC).sum(1))
+    gap_R = sums.gap * rescale_R + gap_RC.mul_(first_RC).sum(1)
+    return JointSums(first, second, gap_R, sums.base_gap)
 
 
 def _tile_shape(heads: Heads) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def token_logps_bwd(
         stats, mode: What the forward returned and was told.
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
     """
-    scaled_grad_N, unit = logit_gradients(grad, head, targets)
+    (scaled_grad_N,), unit = logit_gradients(head, targets, grad)
     # 1 - p_y without subtracting from 1: exact for a confident token
     target_grad_N = -scaled_grad_N * stats.logps.expm1()
 

@@ -106,7 +106,7 @@ def token_logps_bwd(
     mode: str,
     needs_grad: NeedsGrad,
 ) -> Gradients:
-    """Gradients of input, weight and bias from the upstream gradient (N,), in the forward's mode."""
+    """Gradients of input, weight and bias, from the upstream gradient (N,), in the same mode."""
     if mode == "frozen":
         grad_N1 = grad.float().masked_fill(targets.ignored, 0)[:, None]
         return torch.mul(stats.kept, grad_N1).to(head.input.dtype), None, None
@@ -176,11 +176,11 @@ class _Sweep:
         self.input_RD, self.ids_R = operands.head.input[rows], operands.ids[rows]
         self.anchor_R = operands.target_logits(rows)
         self.exp_dtype = operands.exp_dtype if stored else None
-        self.block_v = (operands.tile or ROW_TILE).block_v
-        num_blocks = triton.cdiv(operands.head.weight.shape[0], self.block_v)
-        self.max_BR, self.sum_BR, self.stored_sum_BR = (
-            self._empty(num_blocks) if needed else None for needed in (True, True, stored)
-        )
+        # a fused kernel leaves its sums half a tile at a time
+        block_v = ROW_TILE.block_v if operands.tile is None else operands.tile.block_v // 2
+        num_blocks = triton.cdiv(operands.head.weight.shape[0], block_v)
+        self.max_BR, self.sum_BR = self._empty(num_blocks), self._empty(num_blocks)
+        self.stored_sum_BR = self._empty(num_blocks) if stored else None
 
     def add(self, cols: slice, stored_RC: Tensor | None = None) -> None:
         """Sweep the columns of `cols`, which begins a block; fill `stored_RC` with exponentials."""
@@ -189,11 +189,10 @@ class _Sweep:
         else:
             self._add_fused(self.operands.tile, cols, stored_RC)
 
-    def finish(self) -> tuple[RowSums, Tensor | None]:
-        """Sums over all columns, and of what was stored, (R,)."""
+    def finish(self) -> tuple[RowSums, Tensor]:
+        """Sums over all columns, (R,), and of what was stored; undefined if nothing was."""
         R = len(self.ids_R)
-        row_max_R, row_sum_R = self._empty(), self._empty()
-        stored_sum_R = None if self.exp_dtype is None else self._empty()
+        row_max_R, row_sum_R, stored_sum_R = (self._empty() for _ in range(3))
         kernels._combine_kernel[(triton.cdiv(R, 32),)](
             self.max_BR,
             self.sum_BR,
@@ -205,7 +204,7 @@ class _Sweep:
             NUM_BLOCKS=len(self.max_BR),
             BLOCK_N=32,
             BLOCK_B=64,
-            STORED=stored_sum_R is not None,
+            STORED=self.stored_sum_BR is not None,
         )
         return RowSums(row_max_R, row_sum_R, self.anchor_R), stored_sum_R
 
@@ -239,7 +238,7 @@ class _Sweep:
             stride_stored=0 if stored_RV is None else stored_RV.stride(0),
             V=weight_VD.shape[0],
             D=D,
-            BLOCK_V=max(1, 16384 // block_d),
+            BLOCK_V=max(1, 8192 // block_d),
             BLOCK_D=block_d,
             STORE=stored_RV is not None,
             num_warps=8,
@@ -289,7 +288,7 @@ class _Sweep:
             "sum_ptr": self.sum_BR,
             "stored_sum_ptr": self.stored_sum_BR,
             "N": len(self.ids_R),
-            "EXP": _TRITON_DTYPES.get(self.exp_dtype),
+            "EXP": None if self.exp_dtype is None else _TRITON_DTYPES[self.exp_dtype],
         }
 
     def _empty(self, *leading: int) -> Tensor:
@@ -306,7 +305,7 @@ def _sweep_fwd(operands: _Operands, stats: TokenStats, *, stored: bool) -> None:
         sweep.add(slice(0, V), stored_RV)
         sums, stored_sum_R = sweep.finish()
         stats.logps[rows], stats.lse[rows] = sums.logps, sums.lse
-        if stored_RV is None or stored_sum_R is None:
+        if stored_RV is None:
             continue
         sweep.rescue(sums, stored_sum_R, stored_RV=stored_RV)
         stats.kept_sums[rows] = stored_sum_R
@@ -359,7 +358,7 @@ def _store_bwd(
     needs_grad: NeedsGrad,
 ) -> Gradients:
     """Gradients from the stored exponentials: dz = v · E, with one number v a row."""
-    scaled_N, _ = logit_gradients(grad, head, targets)
+    (scaled_N,), _ = logit_gradients(head, targets, grad)
     others_N = -stats.logps.expm1() * scaled_N
     v_N = -_shared(others_N, stats.kept_sums)
     exp_NV = stats.kept[:, : head.weight.shape[0]]
@@ -395,7 +394,7 @@ def _lean_bwd(
     needs_grad: NeedsGrad,
 ) -> Gradients:
     """Gradients from logits made again, a slice of the vocabulary at a time."""
-    scaled_N, unit = logit_gradients(grad, head, targets)
+    (scaled_N,), unit = logit_gradients(head, targets, grad)
     row_arguments = {
         "lse_ptr": stats.lse,
         "grad_ptr": scaled_N,
@@ -419,9 +418,7 @@ def _lean_bwd(
         return dlogits_RC
 
     tile = _lean_tile(operands)
-    return head_gradients(
-        head, needs_grad, tile, lambda rows: clean_ND[rows], dlogits, unit=unit
-    )
+    return head_gradients(head, needs_grad, tile, lambda rows: clean_ND[rows], dlogits, unit=unit)
 
 
 def _dlogits_fused(
@@ -555,7 +552,7 @@ def _whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
     on_cpu = input_RD.device.type == "cpu"
     R, D = rows.stop - rows.start, input_RD.shape[1]
     height = triton.cdiv(R, ROW_MULTIPLE) * ROW_MULTIPLE if on_cpu else _product_tile()[0]
-    if R == height and not on_cpu:
+    if height == R and not on_cpu:
         return input_RD[rows]
     whole_RD = input_RD.new_zeros(height, D)
     whole_RD[:R] = input_RD[rows]
@@ -576,7 +573,7 @@ def _descriptors(
     )
     if out_RC is None:
         return (*operands, None)
-    return (*operands, TensorDescriptor.from_tensor(out_RC, [tile.block_n, tile.block_v]))
+    return (*operands, TensorDescriptor.from_tensor(out_RC, [tile.block_n, tile.block_v // 2]))
 
 
 def _fused_grid(tile: GemmTile, R: int, C: int) -> tuple[int]:

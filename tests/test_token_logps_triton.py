@@ -1,0 +1,213 @@
+"""The Triton path in its modes, on a GPU or in Triton's interpreter (TRITON_INTERPRET=1)."""
+
+import os
+
+import pytest
+import torch
+from fastpref_kernels import naive, token_logps
+from oracle import double, gradients, random_head, random_target, workspace
+
+pytest.importorskip("triton", reason="Triton is for Linux")
+if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+
+from fastpref_kernels import token_logps_triton
+from fastpref_kernels.gemm_tiles import FUSED_TILES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# N, V, D: several blocks of rows and columns with ragged ends; rows that no tensor descriptor takes
+SHAPES = {"fused": (300, 700, 136), "products": (300, 2100, 123)}
+MODES = ["store", "lean", "frozen"]
+TRANSFORMS = {
+    "plain": {},
+    "scale": {"logit_scale": 0.7},
+    "softcap": {"logit_scale": 0.7, "logit_softcap": 20.0},
+}
+
+
+@pytest.fixture
+def route(request, monkeypatch):
+    """Where logits come from; on a GPU float32 goes to the library's GEMM in any case."""
+    tile = FUSED_TILES["sm_90"] if request.param == "fused" else None
+    monkeypatch.setattr(token_logps_triton, "fused_tile", lambda device: tile)
+    return request.param
+
+
+def force(mode, monkeypatch):
+    monkeypatch.setattr(token_logps_triton, "choose_mode", lambda head, needs_grad: mode)
+
+
+def case(N, V, D, *, dtype=torch.float32, mode="store", bias=True):
+    """Leaves of which a frozen head's want no gradient, targets, upstream gradients."""
+    leaves = [leaf.detach().to(DEVICE) for leaf in random_head(N, V, D, dtype)]
+    if not bias:
+        leaves[2] = None
+    wanted = [leaves[0]] if mode == "frozen" else [leaf for leaf in leaves if leaf is not None]
+    for leaf in wanted:
+        leaf.requires_grad_()
+    grad_N = torch.randn(N, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    return leaves, wanted, random_target(N, V).to(DEVICE), grad_N
+
+
+def relative_error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def assert_exact(leaves, wanted, target_N, grad_N, *, logp_bound, gradient_bound, **options):
+    """Values and gradients against float64."""
+
+    def run(op, leaves, wanted):
+        input, weight, bias = leaves
+        return gradients(
+            lambda *_: op(input, weight, target_N, linear_bias=bias, **options), wanted, grad_N
+        )
+
+    logps_N, grads = run(token_logps, leaves, wanted)
+    true_leaves = double(leaves)
+    true_wanted = [leaf for leaf in true_leaves if leaf is not None and leaf.requires_grad]
+    true_logps_N, true_grads = run(naive.token_logps, true_leaves, true_wanted)
+    assert (logps_N - true_logps_N).abs().max() <= logp_bound
+    for leaf, grad, true in zip(wanted, grads, true_grads, strict=True):
+        assert grad.dtype == leaf.dtype and grad.isfinite().all()
+        assert relative_error(grad, true) <= gradient_bound
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_every_mode_is_exact_in_float32(route, mode, transform, bias, monkeypatch):
+    force(mode, monkeypatch)
+    assert_exact(
+        *case(*SHAPES[route], mode=mode, bias=bias),
+        logp_bound=1e-5,
+        gradient_bound=2e-6,
+        **TRANSFORMS[transform],
+    )
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_every_mode_keeps_the_bounds_of_16_bits(route, mode, transform, monkeypatch):
+    force(mode, monkeypatch)
+    assert_exact(
+        *case(*SHAPES[route], dtype=torch.bfloat16, mode=mode),
+        logp_bound=5e-5,
+        gradient_bound=3e-3,
+        **TRANSFORMS[transform],
+    )
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+def test_float16_gradients_do_not_underflow(route):
+    leaves, wanted, target_N, grad_N = case(*SHAPES[route], dtype=torch.float16)
+    # the gradient of a loss divided by the tokens of a large batch
+    assert_exact(leaves, wanted, target_N, grad_N * 2.0**-10, logp_bound=5e-5, gradient_bound=3e-3)
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("margin", [14.0, 60.0, -60.0, -200.0])
+def test_certain_and_hopeless_tokens_are_exact(route, mode, margin, monkeypatch):
+    force(mode, monkeypatch)
+    N, V, D = SHAPES[route]
+    leaves, wanted, target_N, grad_N = case(N, V, D, mode=mode, bias=False)
+    with torch.no_grad():
+        # column 7 leads by the margin, or trails by it, in every row
+        leaves[0][:, 0] = 1.0
+        leaves[1][:, 0] = 0.0
+        leaves[1] *= 0.1
+        leaves[1][7, 0] = margin
+        target_N[5::40] = 7
+    assert_exact(leaves, wanted, target_N, grad_N, logp_bound=1e-4, gradient_bound=1e-5)
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+def test_gradients_of_certain_tokens_keep_their_digits(route, monkeypatch):
+    N, V, D = SHAPES[route]
+    for mode in MODES:
+        force(mode, monkeypatch)
+        leaves, wanted, _, grad_N = case(N, V, D, mode=mode, bias=False)
+        with torch.no_grad():
+            leaves[0][:, 0] = 1.0
+            leaves[1] *= 0.1
+            leaves[1][7, 0] = 45.0
+        target_N = torch.full((N,), 7, device=DEVICE)
+        # 1 - p is 1e-17: gradients would be 0 or noise if it were a difference
+        assert_exact(leaves, wanted, target_N, grad_N, logp_bound=1e-15, gradient_bound=1e-4)
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_alone_is_the_same_row_among_4096(route, mode, monkeypatch):
+    N, V, D = 4096, 300, 64
+    leaves, _, target_N, _ = case(N, V, D, mode=mode)
+    with torch.no_grad():
+        # quarters sum exactly in any order: NumPy's GEMM, the interpreter's, keeps to none
+        for leaf in leaves[:2]:
+            leaf.mul_(4).round_().div_(4)
+    force("scores", monkeypatch)
+    batch_N = token_logps(leaves[0], leaves[1], target_N, linear_bias=leaves[2])
+    force(mode, monkeypatch)
+    for rows in (slice(1, 2), slice(131, 150), slice(4000, 4096)):
+        part_R = token_logps(leaves[0][rows], leaves[1], target_N[rows], linear_bias=leaves[2])
+        assert torch.equal(part_R, batch_N[rows])
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+def test_two_runs_have_the_same_bits(route, mode, monkeypatch):
+    force(mode, monkeypatch)
+    leaves, wanted, target_N, grad_N = case(*SHAPES[route], dtype=torch.bfloat16, mode=mode)
+
+    def run():
+        return gradients(
+            lambda *_: token_logps(leaves[0], leaves[1], target_N, linear_bias=leaves[2]),
+            wanted,
+            grad_N,
+        )
+
+    (first_N, first), (second_N, second) = run(), run()
+    assert torch.equal(first_N, second_N) and all(map(torch.equal, first, second))
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, monkeypatch):
+    force(mode, monkeypatch)
+    with workspace(0.1):
+        assert_exact(*case(*SHAPES[route], mode=mode), logp_bound=1e-5, gradient_bound=2e-6)
+
+
+def test_the_mode_follows_from_what_is_trained_and_what_fits():
+    def mode(dtype=torch.bfloat16, needs_grad=(True, True, False), V=1000):
+        input, weight, _ = random_head(64, V, 16, dtype)
+        head = token_logps_triton.Head(input, weight, None, 1.0, None)
+        return token_logps_triton.choose_mode(head, needs_grad)
+
+    assert mode(needs_grad=(False, False, False)) == "scores"
+    assert mode(needs_grad=(True, False, False)) == "frozen"
+    assert mode() == mode(needs_grad=(False, True, False)) == "store"
+    with workspace(64 * 1024 * 2 / 2**20):
+        assert mode() == "store" and mode(torch.float32) == mode(V=1025) == "lean"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+def test_more_than_two_to_the_31_logits_and_65535_rows(mode, monkeypatch):
+    force(mode, monkeypatch)
+    N, V, D = 70_000, 32_768, 64
+    input = torch.randn(N, D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, D, device="cuda", dtype=torch.bfloat16) * 3 / D**0.5
+    weight.requires_grad_(mode != "frozen")
+    target_N = torch.randint(V, (N,), device="cuda")
+    logps_N = token_logps(input, weight, target_N)
+    logps_N.sum().backward()
+    last = slice(N - 256, N)
+    leaves = double((input[last], weight))
+    true_N = naive.token_logps(*leaves, target_N[last])
+    (true_ND,) = torch.autograd.grad(true_N.sum(), leaves[:1])
+    assert (logps_N[last] - true_N).abs().max() <= 5e-5
+    assert relative_error(input.grad[last], true_ND) <= 3e-3
