@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
+INTERPRETED := $(addprefix tests/test_,token_logps.py token_logps_triton.py)
 
 .PHONY: quickstart test clean
 
@@ -14,6 +16,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 
 # a torch at hand: its folder goes on the environment's path, so pip finds it installed
 $(VENV)/bin/python:

@@ -1,6 +1,12 @@
 import pytest
 import torch
-from fastpref_kernels import TokenScores, naive, token_logps, token_logps_and_kl
+from fastpref_kernels import (
+    TokenScores,
+    naive,
+    sequence_log_ratios,
+    token_logps,
+    token_logps_and_kl,
+)
 from oracle import (
     SHAPES,
     WORKSPACES_MIB,
@@ -14,6 +20,8 @@ from oracle import (
 )
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from fastpref.losses import tdpo_loss
 
 DIRECTIONS = ["reference_policy", "policy_reference"]
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
