@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastpref_kernels import token_logps_triton
+from fastpref_kernels import launch, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ TRANSFORMS = {
 def route(request, monkeypatch):
     """Where logits come from; on a GPU float32 goes to the library's GEMM in any case."""
     tile = FUSED_TILES["sm_90"] if request.param == "fused" else None
-    monkeypatch.setattr(token_logps_triton, "fused_tile", lambda device: tile)
+    monkeypatch.setattr(launch, "fused_tile", lambda device: tile)
     return request.param
 
 

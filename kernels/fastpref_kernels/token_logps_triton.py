@@ -10,17 +10,14 @@
 A pass is 2·N·D·V floating-point operations. The mode follows from shapes, dtypes and the workspace.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref_kernels import token_logps_kernels as kernels
-from fastpref_kernels.gemm_tiles import PRODUCT_TILE, ROW_TILE, GemmTile, fused_tile
+from fastpref_kernels.gemm_tiles import ROW_TILE, GemmTile
 from fastpref_kernels.head import (
     Gradients,
     Head,
@@ -34,20 +31,24 @@ from fastpref_kernels.head import (
     matmul,
     matmul_into,
 )
-from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
-
-_TRITON_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
+from fastpref_kernels.launch import (
+    ROW_BLOCKS,
+    TRITON_DTYPES,
+    Operands,
+    aligned_columns,
+    descriptors,
+    fused_blocks,
+    fused_grid,
+    gradient_tile,
+    product_tiles,
+    row_grid,
+    whole_tile,
+)
+from fastpref_kernels.workspace import get_workspace_mib, slices
 
 _SWEEP_ROWS = 8192
 """Rows of a sweep: bounds the sums of its column blocks. Reading the head once for each such group
 costs 1/16 of what multiplying with it does."""
-_LEAN_TILE = (16384, 32768)
-_LEAN_BYTES = 128 * 2**20
-"""Of a slice of logit gradients, which shrinks the tile's columns: 4,096 at 16k rows."""
 _FROZEN_TILE = (2048, 32768)
 """Rows, columns of the exponentials that one product with the head takes in. Two waves of 128 x 256
 blocks on 132 multiprocessors at D = 4,096."""
@@ -69,7 +70,7 @@ def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
         return "lean"
     if needs_grad == (True, False, False):
         return "frozen"
-    kept_bytes = N * _stored_columns(V) * head.exp_dtype.itemsize
+    kept_bytes = N * aligned_columns(V) * head.exp_dtype.itemsize
     return "store" if kept_bytes <= get_workspace_mib() * 2**20 else "lean"
 
 
@@ -78,7 +79,7 @@ def empty_stats(head: Head, mode: str) -> TokenStats:
     (N, D), V = head.input.shape, head.weight.shape[0]
     kept, num_sums = head.input.new_empty(0), 0
     if mode == "store":
-        kept, num_sums = head.input.new_empty(N, _stored_columns(V), dtype=head.exp_dtype), N
+        kept, num_sums = head.input.new_empty(N, aligned_columns(V), dtype=head.exp_dtype), N
     elif mode == "frozen":
         kept = head.input.new_empty(N, D)
     scalars = (head.input.new_empty(n, dtype=torch.float32) for n in (N, N, num_sums))
@@ -89,7 +90,7 @@ def empty_stats(head: Head, mode: str) -> TokenStats:
 def token_logps_fwd(head: Head, targets: Targets, mode: str) -> TokenStats:
     """Log-probability of each row's target, and what the mode's backward starts from."""
     stats = empty_stats(head, mode)
-    operands = _Operands.of(head, targets)
+    operands = Operands.of(head, targets)
     if mode == "frozen":
         _frozen_fwd(operands, stats)
     else:
@@ -110,68 +111,15 @@ def token_logps_bwd(
     if mode == "frozen":
         grad_N1 = grad.float().masked_fill(targets.ignored, 0)[:, None]
         return torch.mul(stats.kept, grad_N1).to(head.input.dtype), None, None
-    operands = _Operands.of(head, targets)
+    operands = Operands.of(head, targets)
     backward = _store_bwd if mode == "store" else _lean_bwd
     return backward(grad, head, operands, targets, stats, needs_grad)
-
-
-class _Operands(NamedTuple):
-    """A call's tensors as the kernels take them."""
-
-    head: Head
-    """Contiguous, in the GEMMs' dtype."""
-    ids: Tensor
-    """(N,) int64, -1 where ignored."""
-    exp_dtype: torch.dtype
-    tile: GemmTile | None
-    """Of the fused kernels; None where the library multiplies."""
-
-    @classmethod
-    def of(cls, head: Head, targets: Targets) -> "_Operands":
-        dtype = head.gemm_dtype
-        plain = head._replace(
-            input=head.input.to(dtype).contiguous(),
-            weight=head.weight.to(dtype).contiguous(),
-            bias=None if head.bias is None else head.bias.contiguous(),
-        )
-        ids_N = targets.ids.masked_fill(targets.ignored, -1)
-        return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain))
-
-    @property
-    def transform(self) -> dict[str, Any]:
-        """Kernel arguments of bias, scale and softcap."""
-        head = self.head
-        return {
-            "bias_ptr": head.bias,
-            "scale": head.scale,
-            "softcap": head.softcap or 1.0,
-            "HAS_BIAS": head.bias is not None,
-            "HAS_SOFTCAP": head.softcap is not None,
-        }
-
-    def target_logits(self, rows: slice) -> Tensor:
-        """Logits of the targets, (R,) float32, 0 where ignored."""
-        input_RD, weight_VD = self.head.input[rows], self.head.weight
-        R, D = input_RD.shape
-        logits_R = input_RD.new_empty(R, dtype=torch.float32)
-        kernels._target_logits_kernel[(R,)](
-            input_RD,
-            weight_VD,
-            target_ptr=self.ids[rows],
-            logits_ptr=logits_R,
-            stride_n=input_RD.stride(0),
-            stride_v=weight_VD.stride(0),
-            D=D,
-            BLOCK_D=min(1024, triton.next_power_of_2(D)),
-            **self.transform,
-        )
-        return logits_R
 
 
 class _Sweep:
     """Sums of a group of rows over the columns swept so far."""
 
-    def __init__(self, operands: _Operands, rows: slice, *, stored: bool) -> None:
+    def __init__(self, operands: Operands, rows: slice, *, stored: bool) -> None:
         self.operands = operands
         self.input_RD, self.ids_R = operands.head.input[rows], operands.ids[rows]
         self.anchor_R = operands.target_logits(rows)
@@ -247,24 +195,24 @@ class _Sweep:
 
     def _add_fused(self, tile: GemmTile, cols: slice, stored_RC: Tensor | None) -> None:
         R, C = len(self.ids_R), cols.stop - cols.start
-        kernels._sweep_kernel[_fused_grid(tile, R, C)](
-            *_descriptors(tile, self.input_RD, self.operands.head.weight, stored_RC),
+        kernels._sweep_kernel[fused_grid(tile, R, C)](
+            *descriptors(tile, self.input_RD, self.operands.head.weight, stored_RC),
             start_v=cols.start,
             stop_v=cols.stop,
             D=self.input_RD.shape[1],
             **self._sums,
             **self.operands.transform,
-            **_fused_blocks(tile),
+            **fused_blocks(tile),
         )
 
     def _add_products(self, cols: slice, stored_RC: Tensor | None) -> None:
         weight_CD = self.operands.head.weight[cols]
-        for part_rows, part_cols in _product_tiles(len(self.ids_R), len(weight_CD)):
-            hidden_RD = _whole_tile(self.input_RD, part_rows)
+        for part_rows, part_cols in product_tiles(len(self.ids_R), len(weight_CD)):
+            hidden_RD = whole_tile(self.input_RD, part_rows)
             products_RC = matmul(hidden_RD, weight_CD[part_cols].t())
             part_RC = None if stored_RC is None else stored_RC[part_rows, part_cols]
             R, C = part_rows.stop - part_rows.start, products_RC.shape[1]
-            kernels._sweep_tile_kernel[_row_grid(R, C)](
+            kernels._sweep_tile_kernel[row_grid(R, C)](
                 products_RC,
                 part_RC,
                 stride_logits=C,
@@ -275,7 +223,7 @@ class _Sweep:
                 stop_v=cols.start + part_cols.stop,
                 **self._sums,
                 **self.operands.transform,
-                **_ROW_BLOCKS,
+                **ROW_BLOCKS,
             )
 
     @property
@@ -288,14 +236,14 @@ class _Sweep:
             "sum_ptr": self.sum_BR,
             "stored_sum_ptr": self.stored_sum_BR,
             "N": len(self.ids_R),
-            "EXP": None if self.exp_dtype is None else _TRITON_DTYPES[self.exp_dtype],
+            "EXP": None if self.exp_dtype is None else TRITON_DTYPES[self.exp_dtype],
         }
 
     def _empty(self, *leading: int) -> Tensor:
         return self.anchor_R.new_empty(*leading, len(self.ids_R))
 
 
-def _sweep_fwd(operands: _Operands, stats: TokenStats, *, stored: bool) -> None:
+def _sweep_fwd(operands: Operands, stats: TokenStats, *, stored: bool) -> None:
     """Forward of every mode but frozen: one sweep over the vocabulary."""
     head = operands.head
     N, V = len(operands.ids), head.weight.shape[0]
@@ -316,7 +264,7 @@ def _sweep_fwd(operands: _Operands, stats: TokenStats, *, stored: bool) -> None:
         stored_RV.scatter_(1, ids_R1.clamp_min(0), target_R1)
 
 
-def _frozen_fwd(operands: _Operands, stats: TokenStats) -> None:
+def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
     """Forward that also makes the hidden states' gradient for an upstream gradient of 1.
 
         ∂ log p_y / ∂h = (1 - p_y) · (W_y - Σ_{j≠y} E_j · W_j / Σ_{j≠y} E_j),  E = exp(z - z_y)
@@ -328,7 +276,7 @@ def _frozen_fwd(operands: _Operands, stats: TokenStats) -> None:
     tile_rows, tile_cols = _frozen_tile(operands)
     stored = torch.empty(
         min(tile_rows, N),
-        _stored_columns(min(tile_cols, V)),
+        aligned_columns(min(tile_cols, V)),
         dtype=operands.exp_dtype,
         device=head.input.device,
     )
@@ -352,7 +300,7 @@ def _frozen_fwd(operands: _Operands, stats: TokenStats) -> None:
 def _store_bwd(
     grad: Tensor,
     head: Head,
-    operands: _Operands,
+    operands: Operands,
     targets: Targets,
     stats: TokenStats,
     needs_grad: NeedsGrad,
@@ -388,7 +336,7 @@ def _store_bwd(
 def _lean_bwd(
     grad: Tensor,
     head: Head,
-    operands: _Operands,
+    operands: Operands,
     targets: Targets,
     stats: TokenStats,
     needs_grad: NeedsGrad,
@@ -408,7 +356,7 @@ def _lean_bwd(
 
     def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, weight_CD: Tensor) -> Tensor:
         R, C = len(hidden_RD), len(weight_CD)
-        dlogits_RC = hidden_RD.new_empty(R, _stored_columns(C))[:, :C]
+        dlogits_RC = hidden_RD.new_empty(R, aligned_columns(C))[:, :C]
         arguments = {name: vector[rows] for name, vector in row_arguments.items()}
         arguments["target_ptr"] = operands.ids[rows]
         if operands.tile is None:
@@ -417,12 +365,12 @@ def _lean_bwd(
             _dlogits_fused(operands, operands.tile, rows, cols, dlogits_RC, arguments)
         return dlogits_RC
 
-    tile = _lean_tile(operands)
+    tile = gradient_tile(operands)
     return head_gradients(head, needs_grad, tile, lambda rows: clean_ND[rows], dlogits, unit=unit)
 
 
 def _dlogits_fused(
-    operands: _Operands,
+    operands: Operands,
     tile: GemmTile,
     rows: slice,
     cols: slice,
@@ -430,31 +378,31 @@ def _dlogits_fused(
     arguments: dict[str, Tensor],
 ) -> None:
     head = operands.head
-    kernels._dlogits_kernel[_fused_grid(tile, *dlogits_RC.shape)](
-        *_descriptors(tile, head.input[rows], head.weight, dlogits_RC),
+    kernels._dlogits_kernel[fused_grid(tile, *dlogits_RC.shape)](
+        *descriptors(tile, head.input[rows], head.weight, dlogits_RC),
         N=len(dlogits_RC),
         start_v=cols.start,
         stop_v=cols.stop,
         D=head.input.shape[1],
-        OUT=_TRITON_DTYPES[dlogits_RC.dtype],
+        OUT=TRITON_DTYPES[dlogits_RC.dtype],
         **arguments,
         **operands.transform,
-        **_fused_blocks(tile),
+        **fused_blocks(tile),
     )
 
 
 def _dlogits_of_products(
-    operands: _Operands,
+    operands: Operands,
     hidden_RD: Tensor,
     weight_CD: Tensor,
     cols: slice,
     dlogits_RC: Tensor,
     arguments: dict[str, Tensor],
 ) -> None:
-    for part_rows, part_cols in _product_tiles(*dlogits_RC.shape):
+    for part_rows, part_cols in product_tiles(*dlogits_RC.shape):
         products_RC = matmul(hidden_RD[part_rows], weight_CD[part_cols].t())
         part_RC = dlogits_RC[part_rows, part_cols]
-        kernels._dlogits_tile_kernel[_row_grid(*products_RC.shape)](
+        kernels._dlogits_tile_kernel[row_grid(*products_RC.shape)](
             products_RC,
             part_RC,
             stride_logits=products_RC.stride(0),
@@ -465,7 +413,7 @@ def _dlogits_of_products(
             stop_v=cols.start + part_cols.stop,
             **arguments,
             **operands.transform,
-            **_ROW_BLOCKS,
+            **ROW_BLOCKS,
         )
 
 
@@ -482,28 +430,7 @@ def _softcap_slope(head: Head, logits: Tensor) -> Tensor:
     return torch.ones_like(logits) if slope is None else slope
 
 
-def _fused_tile(head: Head) -> GemmTile | None:
-    """Blocks of the fused kernels, if the device and the operands' layout allow them.
-
-    The copy engine wants rows that begin at multiples of 16 bytes; float32 is left to the library.
-    """
-    input_ND, weight_VD = head.input, head.weight
-    if input_ND.is_cuda and input_ND.dtype == torch.float32:
-        return None
-    aligned = (
-        input_ND.shape[1] * input_ND.itemsize % 16 == 0
-        and input_ND.data_ptr() % 16 == 0
-        and weight_VD.data_ptr() % 16 == 0
-    )
-    return fused_tile(input_ND.device) if aligned else None
-
-
-def _stored_columns(V: int) -> int:
-    """Columns of a tensor whose rows begin at multiples of 128 bytes."""
-    return -(-V // 64) * 64
-
-
-def _frozen_tile(operands: _Operands) -> tuple[int, int]:
+def _frozen_tile(operands: Operands) -> tuple[int, int]:
     rows, cols = _FROZEN_TILE
     budget = get_workspace_mib() * 2**20
     row_bytes = operands.head.input.shape[1] * 4
@@ -512,91 +439,3 @@ def _frozen_tile(operands: _Operands) -> tuple[int, int]:
         rows //= 2
     spare = (budget / rows - row_bytes) / operands.exp_dtype.itemsize
     return rows, max(1, min(cols, int(spare)) // block_v) * block_v
-
-
-def _lean_tile(operands: _Operands) -> tuple[int, int]:
-    rows, cols = _LEAN_TILE
-    budget = min(_LEAN_BYTES, get_workspace_mib() * 2**20)
-    block_v = (operands.tile or ROW_TILE).block_v
-    itemsize = operands.head.input.itemsize
-    N = max(1, len(operands.ids))
-    while rows > 32 and min(rows, N) * block_v * itemsize > budget:
-        rows //= 2
-    cols = min(cols, int(budget / (min(rows, N) * itemsize)))
-    return rows, max(1, cols // block_v) * block_v
-
-
-def _product_tile() -> tuple[int, int]:
-    """Rows and columns of a product of the library, shrunk to the workspace."""
-    rows, cols = PRODUCT_TILE
-    numbers = get_workspace_mib() * 2**20 / 4
-    while rows > ROW_MULTIPLE and rows * ROW_TILE.block_v > numbers:
-        rows //= 2
-    return rows, max(1, min(cols, int(numbers / rows)) // ROW_TILE.block_v) * ROW_TILE.block_v
-
-
-def _product_tiles(R: int, C: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles of products that cover (R, C), columns outermost."""
-    tile_rows, tile_cols = _product_tile()
-    for cols in slices(C, tile_cols):
-        for rows in slices(R, tile_rows):
-            yield rows, cols
-
-
-def _whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
-    """Hidden states of `rows`, with rows of zeros below up to the height of every product.
-
-    A library chooses the order of a row's sums by the product's shape, and a row must have the same
-    bits in every batch. On a CPU a multiple of 32 rows and memory of its own are enough.
-    """
-    on_cpu = input_RD.device.type == "cpu"
-    R, D = rows.stop - rows.start, input_RD.shape[1]
-    height = triton.cdiv(R, ROW_MULTIPLE) * ROW_MULTIPLE if on_cpu else _product_tile()[0]
-    if height == R and not on_cpu:
-        return input_RD[rows]
-    whole_RD = input_RD.new_zeros(height, D)
-    whole_RD[:R] = input_RD[rows]
-    return whole_RD
-
-
-def _descriptors(
-    tile: GemmTile, input_RD: Tensor, weight_VD: Tensor, out_RC: Tensor | None
-) -> tuple[TensorDescriptor | None, ...]:
-    """Tensor descriptors of a fused kernel's operands and result.
-
-    Made on the host: those made on the device need an allocator that autograd's threads lack.
-    """
-    blocks = ((tile.block_n, tile.block_d), (tile.block_v, tile.block_d))
-    operands = (
-        TensorDescriptor.from_tensor(tensor, list(block))
-        for tensor, block in zip((input_RD, weight_VD), blocks, strict=True)
-    )
-    if out_RC is None:
-        return (*operands, None)
-    return (*operands, TensorDescriptor.from_tensor(out_RC, [tile.block_n, tile.block_v // 2]))
-
-
-def _fused_grid(tile: GemmTile, R: int, C: int) -> tuple[int]:
-    return (triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v),)
-
-
-def _fused_blocks(tile: GemmTile) -> dict[str, int]:
-    return {
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
-        "GROUP_N": tile.group_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-def _row_grid(R: int, C: int) -> tuple[int]:
-    return (triton.cdiv(R, ROW_TILE.block_n) * triton.cdiv(C, ROW_TILE.block_v),)
-
-
-_ROW_BLOCKS = {
-    "BLOCK_N": ROW_TILE.block_n,
-    "BLOCK_V": ROW_TILE.block_v,
-    "num_warps": ROW_TILE.num_warps,
-}

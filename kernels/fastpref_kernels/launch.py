@@ -1,0 +1,187 @@
+"""What the launchers of the fused head's kernels share: operands, tiles, grids, descriptors."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastpref_kernels import token_logps_kernels as kernels
+from fastpref_kernels.gemm_tiles import PRODUCT_TILE, ROW_TILE, GemmTile, fused_tile
+from fastpref_kernels.head import Head, Targets
+from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
+
+TRITON_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
+
+_GRADIENT_TILE = (16384, 32768)
+_GRADIENT_BYTES = 128 * 2**20
+"""Of a slice of logit gradients, which shrinks the tile's columns: 4,096 at 16k rows."""
+
+
+class Operands(NamedTuple):
+    """A call's tensors as the kernels take them."""
+
+    head: Head
+    """Contiguous, in the GEMMs' dtype."""
+    ids: Tensor
+    """(N,) int64, -1 where ignored."""
+    exp_dtype: torch.dtype
+    tile: GemmTile | None
+    """Of the fused kernels; None where the library multiplies."""
+
+    @classmethod
+    def of(cls, head: Head, targets: Targets) -> "Operands":
+        dtype = head.gemm_dtype
+        plain = head._replace(
+            input=head.input.to(dtype).contiguous(),
+            weight=head.weight.to(dtype).contiguous(),
+            bias=None if head.bias is None else head.bias.contiguous(),
+        )
+        ids_N = targets.ids.masked_fill(targets.ignored, -1)
+        return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain))
+
+    @property
+    def transform(self) -> dict[str, Any]:
+        """Kernel arguments of bias, scale and softcap."""
+        head = self.head
+        return {
+            "bias_ptr": head.bias,
+            "scale": head.scale,
+            "softcap": head.softcap or 1.0,
+            "HAS_BIAS": head.bias is not None,
+            "HAS_SOFTCAP": head.softcap is not None,
+        }
+
+    def target_logits(self, rows: slice) -> Tensor:
+        """Logits of the targets, (R,) float32, 0 where ignored."""
+        input_RD, weight_VD = self.head.input[rows], self.head.weight
+        R, D = input_RD.shape
+        logits_R = input_RD.new_empty(R, dtype=torch.float32)
+        kernels._target_logits_kernel[(R,)](
+            input_RD,
+            weight_VD,
+            target_ptr=self.ids[rows],
+            logits_ptr=logits_R,
+            stride_n=input_RD.stride(0),
+            stride_v=weight_VD.stride(0),
+            D=D,
+            BLOCK_D=min(1024, triton.next_power_of_2(D)),
+            **self.transform,
+        )
+        return logits_R
+
+
+def _fused_tile(head: Head) -> GemmTile | None:
+    """Blocks of the fused kernels, if the device and the operands' layout allow them.
+
+    The copy engine wants rows that begin at multiples of 16 bytes; float32 is left to the library.
+    """
+    input_ND, weight_VD = head.input, head.weight
+    if input_ND.is_cuda and input_ND.dtype == torch.float32:
+        return None
+    aligned = (
+        input_ND.shape[1] * input_ND.itemsize % 16 == 0
+        and input_ND.data_ptr() % 16 == 0
+        and weight_VD.data_ptr() % 16 == 0
+    )
+    return fused_tile(input_ND.device) if aligned else None
+
+
+def aligned_columns(V: int) -> int:
+    """Columns of a tensor whose rows begin at multiples of 128 bytes."""
+    return -(-V // 64) * 64
+
+
+def gradient_tile(operands: Operands) -> tuple[int, int]:
+    rows, cols = _GRADIENT_TILE
+    budget = min(_GRADIENT_BYTES, get_workspace_mib() * 2**20)
+    block_v = (operands.tile or ROW_TILE).block_v
+    itemsize = operands.head.input.itemsize
+    N = max(1, len(operands.ids))
+    while rows > 32 and min(rows, N) * block_v * itemsize > budget:
+        rows //= 2
+    cols = min(cols, int(budget / (min(rows, N) * itemsize)))
+    return rows, max(1, cols // block_v) * block_v
+
+
+def product_tile() -> tuple[int, int]:
+    """Rows and columns of a product of the library, shrunk to the workspace."""
+    rows, cols = PRODUCT_TILE
+    numbers = get_workspace_mib() * 2**20 / 4
+    while rows > ROW_MULTIPLE and rows * ROW_TILE.block_v > numbers:
+        rows //= 2
+    return rows, max(1, min(cols, int(numbers / rows)) // ROW_TILE.block_v) * ROW_TILE.block_v
+
+
+def product_tiles(R: int, C: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of products that cover (R, C), columns outermost."""
+    tile_rows, tile_cols = product_tile()
+    for cols in slices(C, tile_cols):
+        for rows in slices(R, tile_rows):
+            yield rows, cols
+
+
+def whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
+    """Hidden states of `rows`, with rows of zeros below up to the height of every product.
+
+    A library chooses the order of a row's sums by the product's shape, and a row must have the same
+    bits in every batch. On a CPU a multiple of 32 rows and memory of its own are enough.
+    """
+    on_cpu = input_RD.device.type == "cpu"
+    R, D = rows.stop - rows.start, input_RD.shape[1]
+    height = triton.cdiv(R, ROW_MULTIPLE) * ROW_MULTIPLE if on_cpu else product_tile()[0]
+    if height == R and not on_cpu:
+        return input_RD[rows]
+    whole_RD = input_RD.new_zeros(height, D)
+    whole_RD[:R] = input_RD[rows]
+    return whole_RD
+
+
+def descriptors(
+    tile: GemmTile, input_RD: Tensor, weight_VD: Tensor, out_RC: Tensor | None
+) -> tuple[TensorDescriptor | None, ...]:
+    """Tensor descriptors of a fused kernel's operands and result.
+
+    Made on the host: those made on the device need an allocator that autograd's threads lack.
+    """
+    blocks = ((tile.block_n, tile.block_d), (tile.block_v, tile.block_d))
+    operands = (
+        TensorDescriptor.from_tensor(tensor, list(block))
+        for tensor, block in zip((input_RD, weight_VD), blocks, strict=True)
+    )
+    if out_RC is None:
+        return (*operands, None)
+    return (*operands, TensorDescriptor.from_tensor(out_RC, [tile.block_n, tile.block_v // 2]))
+
+
+def fused_grid(tile: GemmTile, R: int, C: int) -> tuple[int]:
+    return (triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v),)
+
+
+def fused_blocks(tile: GemmTile) -> dict[str, int]:
+    return {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "GROUP_N": tile.group_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def row_grid(R: int, C: int) -> tuple[int]:
+    return (triton.cdiv(R, ROW_TILE.block_n) * triton.cdiv(C, ROW_TILE.block_v),)
+
+
+ROW_BLOCKS = {
+    "BLOCK_N": ROW_TILE.block_n,
+    "BLOCK_V": ROW_TILE.block_v,
+    "num_warps": ROW_TILE.num_warps,
+}
