@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
-INTERPRETED := $(addprefix tests/test_,token_logps.py token_logps_triton.py)
+INTERPRETED := $(wildcard tests/test_token_logps*.py)
 
 .PHONY: quickstart test clean
 

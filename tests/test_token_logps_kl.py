@@ -270,7 +270,8 @@ def test_a_kl_that_is_only_looked_at_costs_no_gradient():
     scores = token_logps_and_kl(*policy[:2], target_N, *nearby(policy)[:2])
     joint = torch.autograd.grad(scores.logps, policy[:2], grad_N)
     alone = torch.autograd.grad(token_logps(*policy[:2], target_N), policy[:2], grad_N)
-    assert all(map(torch.equal, joint, alone))
+    # not the same bits: the op that has no KL may keep what this one makes again
+    torch.testing.assert_close(joint, alone, rtol=1e-4, atol=1e-6)
 
 
 @both_directions

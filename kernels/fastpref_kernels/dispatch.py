@@ -34,7 +34,7 @@ def _runs_triton(op: str, device: torch.device) -> bool:
     return not obstacle
 
 
-_WITH_TRITON = ("token_logps",)
+_WITH_TRITON = ("token_logps", "token_logps_kl")
 
 
 def _interpreted() -> bool:

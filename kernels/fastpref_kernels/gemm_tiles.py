@@ -33,7 +33,16 @@ FUSED_TILES = {
 """Where the GEMM is Triton's own: it needs the copy engine that fills shared memory from tensor
 descriptors. Elsewhere the library's GEMM writes tiles of products."""
 
+JOINT_TILES = {
+    "sm_90": GemmTile(128, 128, 64, group_n=16, num_warps=8, num_stages=4),
+    "sm_100": GemmTile(128, 128, 64, group_n=16, num_warps=8, num_stages=4),
+}
+"""The same where two models' logits of a tile are in the registers together."""
+
 ROW_TILE = RowTile(block_n=8, block_v=1024, num_warps=8)
+
+JOINT_ROW_TILE = RowTile(block_n=4, block_v=1024, num_warps=8)
+"""The same over two models' products."""
 
 PRODUCT_TILE = (1024, 8192)
 """Rows, columns of a GEMM of the library: 32 MiB of float32, which stay in the L2 cache until they
@@ -42,13 +51,19 @@ are read again (an H100's holds 50 MiB, an A100's 40)."""
 _ARCHITECTURES = {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
-def fused_tile(device: torch.device) -> GemmTile | None:
+def fused_tile(device: torch.device, *, joint: bool = False) -> GemmTile | None:
     """Blocks of the fused kernels on a device; None where the library's GEMM is used.
 
     None on a CPU, where kernels are interpreted: NumPy's GEMM stands in for the GPU's there, and a
     row's bits depend on its place in the block.
+
+    Args:
+        device: Where the kernels run.
+        joint: Of the kernels that work on two models at once.
     """
-    return None if device.type == "cpu" else FUSED_TILES.get(_architecture(device))
+    if device.type == "cpu":
+        return None
+    return (JOINT_TILES if joint else FUSED_TILES).get(_architecture(device))
 
 
 @functools.cache

@@ -193,7 +193,7 @@ class JointSums(NamedTuple):
 
 
 class JointStats(NamedTuple):
-    """What a forward over two models finds out about each row, each (N,) float32."""
+    """What a forward over two models finds out about each row, (N,) float32, and what it keeps."""
 
     logps: Tensor
     """0 where ignored, and so are the reference's and the KL."""
@@ -201,11 +201,17 @@ class JointStats(NamedTuple):
     reference_logps: Tensor
     reference_lse: Tensor
     kl: Tensor
+    kept: Tensor
+    """What the mode keeps for its backward; no elements if nothing."""
+    kept_scales: Tensor
+    """Numbers a row that go with it."""
 
     @classmethod
-    def empty(cls, input: Tensor) -> "JointStats":
+    def empty(cls, input: Tensor, *, kept: Tensor, kept_scales: Tensor) -> "JointStats":
         """Uninitialised, one number a row of `input`."""
-        return cls(*(input.new_empty(len(input), dtype=torch.float32) for _ in range(5)))
+        scores = (input.new_empty(len(input), dtype=torch.float32) for _ in range(5))
+        logps, lse, reference_logps, reference_lse, kl = scores
+        return cls(logps, lse, reference_logps, reference_lse, kl, kept, kept_scales)
 
 
 class TokenStats(NamedTuple):
@@ -319,6 +325,24 @@ def logit_gradients(
     largest = torch.stack(scaled).abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
     unit = torch.ldexp(largest.new_ones(1), 1 - torch.frexp(largest).exponent)
     return [grad_N * unit for grad_N in scaled], unit
+
+
+def kl_target_gradients(
+    stats: JointStats, grad_logps_N: Tensor, grad_kl_N: Tensor, direction: str
+) -> Tensor:
+    """dz of the target's column before the softcap's slope, (N,): no digits lost as p_y -> 1."""
+    if direction == "reference_policy":
+        of_kl_N = _probability_gap(stats.logps, stats.reference_logps)
+    else:
+        of_kl_N = stats.logps.exp() * (stats.logps - stats.reference_logps - stats.kl)
+    return grad_kl_N * of_kl_N - grad_logps_N * stats.logps.expm1()
+
+
+def _probability_gap(logps: Tensor, other_logps: Tensor) -> Tensor:
+    """exp(logps) - exp(other_logps), accurate where both are close to each other or to 1."""
+    difference = logps - other_logps
+    larger = torch.maximum(logps, other_logps)
+    return -difference.sign() * larger.exp() * difference.abs().neg_().expm1()
 
 
 def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref_kernels import token_logps_kernels as kernels
-from fastpref_kernels.gemm_tiles import PRODUCT_TILE, ROW_TILE, GemmTile, fused_tile
+from fastpref_kernels.gemm_tiles import PRODUCT_TILE, ROW_TILE, GemmTile, RowTile, fused_tile
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
 
@@ -37,7 +37,7 @@ class Operands(NamedTuple):
     """Of the fused kernels; None where the library multiplies."""
 
     @classmethod
-    def of(cls, head: Head, targets: Targets) -> "Operands":
+    def of(cls, head: Head, targets: Targets, *, joint: bool = False) -> "Operands":
         dtype = head.gemm_dtype
         plain = head._replace(
             input=head.input.to(dtype).contiguous(),
@@ -45,7 +45,7 @@ class Operands(NamedTuple):
             bias=None if head.bias is None else head.bias.contiguous(),
         )
         ids_N = targets.ids.masked_fill(targets.ignored, -1)
-        return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain))
+        return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain, joint=joint))
 
     @property
     def transform(self) -> dict[str, Any]:
@@ -78,7 +78,35 @@ class Operands(NamedTuple):
         return logits_R
 
 
-def _fused_tile(head: Head) -> GemmTile | None:
+def combine(
+    max_BR: Tensor, sum_BR: Tensor, extra_BR: Tensor | None = None, *, over_max: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over all column blocks: max, Σ exp(z - max) and a third, undefined if there is none.
+
+    Args:
+        max_BR, sum_BR, extra_BR: Of each block and row, (B, R) float32.
+        over_max: The third is in units of exp(max) too.
+    """
+    num_blocks, R = max_BR.shape
+    row_max_R, row_sum_R, row_extra_R = (max_BR.new_empty(R) for _ in range(3))
+    kernels._combine_kernel[(triton.cdiv(R, 32),)](
+        max_BR,
+        sum_BR,
+        extra_BR,
+        row_max_R,
+        row_sum_R,
+        row_extra_R,
+        N=R,
+        NUM_BLOCKS=num_blocks,
+        BLOCK_N=32,
+        BLOCK_B=64,
+        EXTRA=extra_BR is not None,
+        OVER_MAX=over_max,
+    )
+    return row_max_R, row_sum_R, row_extra_R
+
+
+def _fused_tile(head: Head, *, joint: bool) -> GemmTile | None:
     """Blocks of the fused kernels, if the device and the operands' layout allow them.
 
     The copy engine wants rows that begin at multiples of 16 bytes; float32 is left to the library.
@@ -91,7 +119,7 @@ def _fused_tile(head: Head) -> GemmTile | None:
         and input_ND.data_ptr() % 16 == 0
         and weight_VD.data_ptr() % 16 == 0
     )
-    return fused_tile(input_ND.device) if aligned else None
+    return fused_tile(input_ND.device, joint=joint) if aligned else None
 
 
 def aligned_columns(V: int) -> int:
@@ -145,20 +173,25 @@ def whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
 
 
 def descriptors(
-    tile: GemmTile, input_RD: Tensor, weight_VD: Tensor, out_RC: Tensor | None
-) -> tuple[TensorDescriptor | None, ...]:
-    """Tensor descriptors of a fused kernel's operands and result.
+    tile: GemmTile, input_RD: Tensor, weight_VD: Tensor
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Tensor descriptors of a fused kernel's operands.
 
     Made on the host: those made on the device need an allocator that autograd's threads lack.
     """
-    blocks = ((tile.block_n, tile.block_d), (tile.block_v, tile.block_d))
-    operands = (
-        TensorDescriptor.from_tensor(tensor, list(block))
-        for tensor, block in zip((input_RD, weight_VD), blocks, strict=True)
+    return (
+        TensorDescriptor.from_tensor(input_RD, [tile.block_n, tile.block_d]),
+        TensorDescriptor.from_tensor(weight_VD, [tile.block_v, tile.block_d]),
     )
-    if out_RC is None:
-        return (*operands, None)
-    return (*operands, TensorDescriptor.from_tensor(out_RC, [tile.block_n, tile.block_v // 2]))
+
+
+def result_descriptor(
+    tile: GemmTile, result_RC: Tensor | None, *, parts: int = 2
+) -> TensorDescriptor | None:
+    """Tensor descriptor of what a fused kernel writes, one of `parts` of a tile at a time."""
+    if result_RC is None:
+        return None
+    return TensorDescriptor.from_tensor(result_RC, [tile.block_n, tile.block_v // parts])
 
 
 def fused_grid(tile: GemmTile, R: int, C: int) -> tuple[int]:
@@ -176,12 +209,11 @@ def fused_blocks(tile: GemmTile) -> dict[str, int]:
     }
 
 
-def row_grid(R: int, C: int) -> tuple[int]:
-    return (triton.cdiv(R, ROW_TILE.block_n) * triton.cdiv(C, ROW_TILE.block_v),)
+def row_grid(R: int, C: int, tile: RowTile = ROW_TILE) -> tuple[int]:
+    """Grid of a kernel that passes over products."""
+    return (triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v),)
 
 
-ROW_BLOCKS = {
-    "BLOCK_N": ROW_TILE.block_n,
-    "BLOCK_V": ROW_TILE.block_v,
-    "num_warps": ROW_TILE.num_warps,
-}
+def row_blocks(tile: RowTile = ROW_TILE) -> dict[str, int]:
+    """Arguments of a kernel that passes over products."""
+    return {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "num_warps": tile.num_warps}

@@ -43,11 +43,24 @@ def product_tile(
 def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Left and right half of a tile's columns.
 
-    What follows a GEMM works on one half after the other: with a tile of logits and one of their
-    exponentials at once, 128 x 256 of each, there are not enough registers.
+    What follows a GEMM works on one part of the columns after the other: a whole tile of logits and
+    one of their exponentials at once do not fit in the registers.
     """
     tile = tl.reshape(tile, (BLOCK_N, 2, BLOCK_V // 2))
     return tl.split(tl.permute(tile, (0, 2, 1)))
+
+
+@triton.jit
+def eighths(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The eight parts of a tile's columns, from left to right."""
+    left, right = halves(tile, BLOCK_N, BLOCK_V)
+    ab, cd = halves(left, BLOCK_N, BLOCK_V // 2)
+    ef, gh = halves(right, BLOCK_N, BLOCK_V // 2)
+    a, b = halves(ab, BLOCK_N, BLOCK_V // 4)
+    c, d = halves(cd, BLOCK_N, BLOCK_V // 4)
+    e, f = halves(ef, BLOCK_N, BLOCK_V // 4)
+    g, h = halves(gh, BLOCK_N, BLOCK_V // 4)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit

@@ -182,17 +182,21 @@ def _sweep_tile_kernel(
 
 @triton.jit(do_not_specialize=["N"])
 def _combine_kernel(
-    max_ptr, sum_ptr, stored_sum_ptr,              # (NUM_BLOCKS, N) float32
-    row_max_ptr, row_sum_ptr, row_stored_sum_ptr,  # (N,) float32
+    max_ptr, sum_ptr, extra_ptr,              # (NUM_BLOCKS, N) float32
+    row_max_ptr, row_sum_ptr, row_extra_ptr,  # (N,) float32
     N,
-    NUM_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, STORED: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    EXTRA: tl.constexpr, OVER_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Sums of all blocks of columns, in the blocks' order; grid (row blocks,)."""
+    """Sums of all blocks of columns, in the blocks' order; grid (row blocks,).
+
+    EXTRA: there is a third sum; OVER_MAX: it counts in units of e^max, as the second does.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     row_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    row_stored_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    row_extra = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start_b in range(0, NUM_BLOCKS, BLOCK_B):
         offs_b = start_b + tl.arange(0, BLOCK_B)
         mask = (offs_b < NUM_BLOCKS)[:, None] & mask_n[None, :]
@@ -200,15 +204,20 @@ def _combine_kernel(
         block_max = tl.load(max_ptr + offs, mask=mask, other=LOWEST)
         block_sum = tl.load(sum_ptr + offs, mask=mask, other=0.0)
         new_max = tl.maximum(row_max, tl.max(block_max, 0))
-        row_sum *= tl.exp(row_max - new_max)
-        row_sum += tl.sum(block_sum * tl.exp(block_max - new_max[None, :]), 0)
+        rescale = tl.exp(row_max - new_max)
+        block_scale = tl.exp(block_max - new_max[None, :])
         row_max = new_max
-        if STORED:
-            row_stored_sum += tl.sum(tl.load(stored_sum_ptr + offs, mask=mask, other=0.0), 0)
+        row_sum = row_sum * rescale + tl.sum(block_sum * block_scale, 0)
+        if EXTRA:
+            block_extra = tl.load(extra_ptr + offs, mask=mask, other=0.0)
+            if OVER_MAX:
+                row_extra *= rescale
+                block_extra *= block_scale
+            row_extra += tl.sum(block_extra, 0)
     tl.store(row_max_ptr + offs_n, row_max, mask=mask_n)
     tl.store(row_sum_ptr + offs_n, row_sum, mask=mask_n)
-    if STORED:
-        tl.store(row_stored_sum_ptr + offs_n, row_stored_sum, mask=mask_n)
+    if EXTRA:
+        tl.store(row_extra_ptr + offs_n, row_extra, mask=mask_n)
 
 
 @triton.jit

@@ -76,6 +76,9 @@ def token_logps_and_kl(
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     leaves = (input, linear_weight, linear_bias)
+    needs_grad = [
+        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
+    ]
     stats = fwd_op(
         *leaves,
         reference_input.detach(),
@@ -86,8 +89,9 @@ def token_logps_and_kl(
         logit_scale,
         logit_softcap,
         ignore_index,
+        needs_grad,
     )
-    logps, _, reference_logps, _, kl = stats
+    logps, _, reference_logps, _, kl, _, _ = stats
     return TokenScores(logps, reference_logps, kl)
 
 
@@ -104,21 +108,37 @@ def fwd_op(
     scale: float,
     softcap: float | None,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Fields of JointStats."""
     check_target_range(target, ignore_index, weight.shape[0])
-    heads = (
-        Head(input, weight, bias, scale, softcap),
-        Head(reference_input, reference_weight, reference_bias, scale, softcap),
-    )
+    of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
+    heads, targets = _heads(of_models, scale, softcap), Targets.of(target, ignore_index)
     impl = implementation("token_logps_kl", input.device)
     with torch.autocast(input.device.type, enabled=False):
-        return tuple(impl.token_logps_kl_fwd(heads, Targets.of(target, ignore_index), direction))
+        mode = impl.choose_mode(heads, tuple(needs_grad))
+        return tuple(impl.token_logps_kl_fwd(heads, targets, direction, mode))
 
 
 @fwd_op.register_fake
-def _(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(JointStats.empty(input))
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    reference_input: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
+    target: Tensor,
+    direction: str,
+    scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    needs_grad: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
+    heads = _heads(of_models, scale, softcap)
+    impl = implementation("token_logps_kl", input.device)
+    return tuple(impl.empty_stats(heads, impl.choose_mode(heads, tuple(needs_grad))))
 
 
 @custom_op("fastpref::token_logps_kl_bwd_v1", mutates_args=())
@@ -137,21 +157,20 @@ def bwd_op(
     scale: float,
     softcap: float | None,
     ignore_index: int,
+    mode: str,
     needs_grad: list[bool],
 ) -> list[Tensor]:
     """Those gradients of input, weight and bias that are needed."""
-    heads = (
-        Head(input, weight, bias, scale, softcap),
-        Head(reference_input, reference_weight, reference_bias, scale, softcap),
-    )
+    of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
     impl = implementation("token_logps_kl", input.device)
     with torch.autocast(input.device.type, enabled=False):
         gradients = impl.token_logps_kl_bwd(
             (grad_logps, grad_kl),
-            heads,
+            _heads(of_models, scale, softcap),
             Targets.of(target, ignore_index),
             JointStats(*stats),
             direction=direction,
+            mode=mode,
             needs_grad=tuple(needs_grad),
         )
     return present(gradients)
@@ -170,24 +189,28 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.options = inputs[7:]
-    ctx.save_for_backward(*inputs[:7], *output)
+    of_models, target = inputs[:6], inputs[6]
+    *ctx.options, needs_grad = inputs[7:]
+    _, scale, softcap, _ = ctx.options
+    impl = implementation("token_logps_kl", target.device)
+    ctx.mode = impl.choose_mode(_heads(of_models, scale, softcap), tuple(needs_grad))
+    ctx.save_for_backward(*of_models, target, *output)
     stats = JointStats(*output)
-    ctx.mark_non_differentiable(stats.lse, stats.reference_logps, stats.reference_lse)
+    ctx.mark_non_differentiable(
+        *(tensor for tensor in stats if tensor is not stats.logps and tensor is not stats.kl)
+    )
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any, grad_logps: Tensor | None, _lse: None, _logps: None, _reference_lse: None,
-    grad_kl: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     # read once: activation checkpointing recomputes them once
     saved = ctx.saved_tensors
     leaves, target, stats = saved[:3], saved[6], JointStats(*saved[7:])
     needs_grad, options = list(ctx.needs_input_grad[:3]), ctx.options
+    grad_logps, grad_kl = grads[0], grads[4]
     if grad_kl is None:
         if grad_logps is None:
-            return (None,) * 11
+            return (None,) * 12
         # the KL was only looked at: the reference's logits are not needed again
         nothing = (grad_logps.new_empty(0), grad_logps.new_empty(0))
         of_policy = [stats.logps, stats.lse, *nothing]
@@ -197,11 +220,26 @@ def _differentiate(
     else:
         if grad_logps is None:
             grad_logps = torch.zeros_like(grad_kl)
-        gradients = bwd_op(grad_logps, grad_kl, *saved[:7], list(stats), *options, needs_grad)
-    return (*spread(gradients, needs_grad), *(None,) * 8)
+        gradients = bwd_op(
+            grad_logps, grad_kl, *saved[:7], list(stats), *options, ctx.mode, needs_grad
+        )
+    return (*spread(gradients, needs_grad), *(None,) * 9)
 
 
 register_autograd("fastpref::token_logps_kl_v1", _differentiate, setup_context=_setup_context)
+
+
+def _heads(
+    of_models: tuple[Tensor | None, ...], scale: float, softcap: float | None
+) -> tuple[Head, Head]:
+    """Heads of policy and reference from input, weight and bias of each."""
+    input, weight, bias, reference_input, reference_weight, reference_bias = of_models
+    assert input is not None and weight is not None
+    assert reference_input is not None and reference_weight is not None
+    return (
+        Head(input, weight, bias, scale, softcap),
+        Head(reference_input, reference_weight, reference_bias, scale, softcap),
+    )
 
 
 def _check_models(

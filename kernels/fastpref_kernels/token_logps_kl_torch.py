@@ -12,6 +12,7 @@ from fastpref_kernels.head import (
     RowSums,
     Targets,
     head_gradients,
+    kl_target_gradients,
     logit_gradients,
     put_target,
     take_target,
@@ -22,7 +23,18 @@ Heads = tuple[Head, Head]
 """Policy, reference."""
 
 
-def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str) -> JointStats:
+def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
+    """Always "lean": the backward makes both models' logits again."""
+    return "lean"
+
+
+def empty_stats(heads: Heads, mode: str) -> JointStats:
+    """Uninitialised results of the forward."""
+    input = heads[0].input
+    return JointStats.empty(input, kept=input.new_empty(0), kept_scales=input.new_empty(0))
+
+
+def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str) -> JointStats:
     """Both models' target log-probabilities and their KL, from one sweep over the vocabulary.
 
     Args:
@@ -32,10 +44,10 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str) -> JointS
     """
     N = len(targets.ids)
     tile_rows, tile_cols = _tile_shape(heads)
-    stats = JointStats.empty(heads[0].input)
+    stats = empty_stats(heads, mode)
     for rows in slices(N, tile_rows):
         sweep = _sweep(heads, targets, rows, tile_cols, direction)
-        for total_N, part_R in zip(stats, sweep, strict=True):
+        for total_N, part_R in zip(stats[:5], sweep, strict=True):
             total_N[rows] = part_R
     for scores_N in (stats.logps, stats.reference_logps, stats.kl):
         scores_N.masked_fill_(targets.ignored, 0)
@@ -49,6 +61,7 @@ def token_logps_kl_bwd(
     stats: JointStats,
     *,
     direction: str,
+    mode: str,
     needs_grad: NeedsGrad,
 ) -> Gradients:
     """Gradients of the policy's input, weight and bias, from recomputed logits.
@@ -59,18 +72,13 @@ def token_logps_kl_bwd(
     Args:
         grads: (N,) upstream gradients g_l of the log-probabilities and g_k of the KL, any strides.
         heads, targets, direction: As in the forward.
-        stats: What the forward returned.
+        stats, mode: What the forward returned and was told.
         needs_grad: Which of input, weight and bias want a gradient; the others get None.
     """
     policy, reference = heads
     (grad_logps_N, grad_kl_N), unit = logit_gradients(policy, targets, *grads)
     under_reference = direction == "reference_policy"
-    target_grad_N = -grad_logps_N * stats.logps.expm1()
-    target_grad_N += grad_kl_N * (
-        _probability_gap(stats.logps, stats.reference_logps)
-        if under_reference
-        else stats.logps.exp() * (stats.logps - stats.reference_logps - stats.kl)
-    )
+    target_grad_N = kl_target_gradients(stats, grad_logps_N, grad_kl_N, direction)
 
     def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, head_CD: Tensor) -> Tensor:
         R = rows.stop - rows.start
@@ -99,8 +107,8 @@ def token_logps_kl_bwd(
 
 def _sweep(
     heads: Heads, targets: Targets, rows: slice, tile_cols: int, direction: str
-) -> JointStats:
-    """Statistics of R rows from one sweep over the vocabulary, each (R,)."""
+) -> tuple[Tensor, ...]:
+    """The first five of JointStats for R rows, from one sweep over the vocabulary."""
     R, device = rows.stop - rows.start, targets.ids.device
     # the model the KL's expectation is under comes first
     first_is_policy = direction == "policy_reference"
@@ -113,7 +121,7 @@ def _sweep(
     for cols in slices(heads[0].weight.shape[0], tile_cols):
         sums = _add_columns(sums, models, targets.ids[rows], cols)
     policy, reference = sums[:2] if first_is_policy else (sums.second, sums.first)
-    return JointStats(policy.logps, policy.lse, reference.logps, reference.lse, sums.kl)
+    return policy.logps, policy.lse, reference.logps, reference.lse, sums.kl
 
 
 def _add_columns(
@@ -161,10 +169,3 @@ def _kl_gradient_under_policy(
     p_RC = logps_RC.exp_()
     # where p is 0 log p - log q may be infinite or no number at all
     return dlogits_RC.masked_fill_(p_RC == 0, 0).mul_(p_RC)
-
-
-def _probability_gap(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """exp(logps) - exp(other_logps), accurate where both are close to each other or to 1."""
-    difference = logps - other_logps
-    larger = torch.maximum(logps, other_logps)
-    return -difference.sign() * larger.exp() * difference.abs().neg_().expm1()

@@ -32,15 +32,17 @@ from fastpref_kernels.head import (
     matmul_into,
 )
 from fastpref_kernels.launch import (
-    ROW_BLOCKS,
     TRITON_DTYPES,
     Operands,
     aligned_columns,
+    combine,
     descriptors,
     fused_blocks,
     fused_grid,
     gradient_tile,
     product_tiles,
+    result_descriptor,
+    row_blocks,
     row_grid,
     whole_tile,
 )
@@ -139,21 +141,7 @@ class _Sweep:
 
     def finish(self) -> tuple[RowSums, Tensor]:
         """Sums over all columns, (R,), and of what was stored; undefined if nothing was."""
-        R = len(self.ids_R)
-        row_max_R, row_sum_R, stored_sum_R = (self._empty() for _ in range(3))
-        kernels._combine_kernel[(triton.cdiv(R, 32),)](
-            self.max_BR,
-            self.sum_BR,
-            self.stored_sum_BR,
-            row_max_R,
-            row_sum_R,
-            stored_sum_R,
-            N=R,
-            NUM_BLOCKS=len(self.max_BR),
-            BLOCK_N=32,
-            BLOCK_B=64,
-            STORED=self.stored_sum_BR is not None,
-        )
+        row_max_R, row_sum_R, stored_sum_R = combine(self.max_BR, self.sum_BR, self.stored_sum_BR)
         return RowSums(row_max_R, row_sum_R, self.anchor_R), stored_sum_R
 
     def rescue(
@@ -196,7 +184,8 @@ class _Sweep:
     def _add_fused(self, tile: GemmTile, cols: slice, stored_RC: Tensor | None) -> None:
         R, C = len(self.ids_R), cols.stop - cols.start
         kernels._sweep_kernel[fused_grid(tile, R, C)](
-            *descriptors(tile, self.input_RD, self.operands.head.weight, stored_RC),
+            *descriptors(tile, self.input_RD, self.operands.head.weight),
+            result_descriptor(tile, stored_RC),
             start_v=cols.start,
             stop_v=cols.stop,
             D=self.input_RD.shape[1],
@@ -223,7 +212,7 @@ class _Sweep:
                 stop_v=cols.start + part_cols.stop,
                 **self._sums,
                 **self.operands.transform,
-                **ROW_BLOCKS,
+                **row_blocks(),
             )
 
     @property
@@ -379,7 +368,8 @@ def _dlogits_fused(
 ) -> None:
     head = operands.head
     kernels._dlogits_kernel[fused_grid(tile, *dlogits_RC.shape)](
-        *descriptors(tile, head.input[rows], head.weight, dlogits_RC),
+        *descriptors(tile, head.input[rows], head.weight),
+        result_descriptor(tile, dlogits_RC),
         N=len(dlogits_RC),
         start_v=cols.start,
         stop_v=cols.stop,
@@ -413,7 +403,7 @@ def _dlogits_of_products(
             stop_v=cols.start + part_cols.stop,
             **arguments,
             **operands.transform,
-            **ROW_BLOCKS,
+            **row_blocks(),
         )
 
 

@@ -1,0 +1,426 @@
+"""Triton kernels of `token_logps_and_kl`: policy and reference over the same columns at once.
+
+The forward adds up, for each row and block of columns, both models' max and Σ exp(z - max) and the
+first model's Σ exp(z - max) · (z - z' - (z_y - z'_y)); "first" is the model the KL's expectation is
+under. Each number counts from the target's logits, so that none is larger than the KL asks for.
+
+What a forward may store for its backward is, column by column, the larger of exp(z - z_y) and
+exp(z' - z'_y), times the softcap's slope, and their log-ratio. The smaller is the larger times
+exp(-|log-ratio|). In bfloat16 and float16 that costs p and q no more than 2^-9 of the larger, and
+p - q keeps its digits where they are close, which two rounded probabilities would not.
+"""
+
+import triton
+import triton.language as tl
+
+from fastpref_kernels.tiles import (
+    eighths,
+    product_tile,
+    softcap_slope,
+    tile_index,
+    transform_logits,
+)
+from fastpref_kernels.token_logps_kernels import LOWEST, MAX_DRIFT
+
+
+@triton.jit
+def _sum_columns(
+    logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr
+):
+    """Row sums of a tile: max and sum of both models, the first model's gap."""
+    kept = tl.where(keep, logits, float("-inf"))
+    reference_kept = tl.where(keep, reference_logits, float("-inf"))
+    row_max = tl.maximum(tl.max(kept, 1), LOWEST)
+    reference_max = tl.maximum(tl.max(reference_kept, 1), LOWEST)
+    exp_logits = tl.exp(kept - row_max[:, None])
+    reference_exp = tl.exp(reference_kept - reference_max[:, None])
+    base_gap = (anchor - reference_anchor)[:, None]
+    if UNDER_REFERENCE:
+        weights = reference_exp
+        gaps = reference_logits - logits + base_gap
+    else:
+        weights = exp_logits
+        gaps = logits - reference_logits - base_gap
+    # columns of -inf have no weight and no gap that is a number
+    gap = tl.sum(tl.where(weights > 0, weights * gaps, 0.0), 1)
+    return row_max, tl.sum(exp_logits, 1), reference_max, tl.sum(reference_exp, 1), gap
+
+
+@triton.jit
+def _add_sums(
+    max_a, sum_a, gap_a, max_b, sum_b, gap_b,
+):  # fmt: skip
+    """Sums over the columns of a and of b together."""
+    new_max = tl.maximum(max_a, max_b)
+    scale_a = tl.exp(max_a - new_max)
+    scale_b = tl.exp(max_b - new_max)
+    return new_max, sum_a * scale_a + sum_b * scale_b, gap_a * scale_a + gap_b * scale_b
+
+
+@triton.jit
+def _larger_and_log_ratio(
+    logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP: tl.constexpr
+):
+    """max(exp(z - anchor), exp(z' - anchor')) times the slope, and log of the first over the
+    second; 0 and 0 where `keep` is false."""
+    over = logits - anchor[:, None]
+    reference_over = reference_logits - reference_anchor[:, None]
+    larger = tl.exp(tl.minimum(tl.maximum(over, reference_over), MAX_DRIFT))
+    if HAS_SOFTCAP:
+        larger *= softcap_slope(logits, softcap)
+    # equal: also -inf and -inf, whose difference is not a number
+    log_ratio = tl.where(over == reference_over, 0.0, over - reference_over)
+    return tl.where(keep, larger, 0.0), tl.where(keep, log_ratio, 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
+def _joint_sweep_kernel(
+    input_desc, weight_desc,                        # (N, D), (V, D) 16-bit float
+    reference_input_desc, reference_weight_desc,    # (N, D_REFERENCE), (V, D_REFERENCE)
+    larger_desc, log_ratio_desc,                    # (N, stop_v - start_v) EXP and RATIO, or None
+    bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, -1 ignored
+    anchor_ptr, reference_anchor_ptr,               # (N,) float32
+    max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,  # (blocks of V, N) float32
+    N, start_v, stop_v, scale, softcap,
+    D: tl.constexpr, D_REFERENCE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Both models' logits of a tile, and its rows' sums; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    start_n = i_n * BLOCK_N
+    first_v = start_v + i_v * BLOCK_V
+    product = product_tile(input_desc, weight_desc, start_n, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D)
+    reference_product = product_tile(
+        reference_input_desc, reference_weight_desc,
+        start_n, first_v, D_REFERENCE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
+    reference_anchor = tl.load(reference_anchor_ptr + offs_n, mask=mask_n, other=0.0)
+    parts = eighths(product, BLOCK_N, BLOCK_V)
+    reference_parts = eighths(reference_product, BLOCK_N, BLOCK_V)
+    row_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
+    row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    reference_max = row_max
+    reference_sum = row_sum
+    gap = row_sum
+    PART_V: tl.constexpr = BLOCK_V // 8
+    for i_part in tl.static_range(8):
+        part_v = first_v + i_part * PART_V
+        offs_v = part_v + tl.arange(0, PART_V)
+        mask_v = offs_v < stop_v
+        logits = transform_logits(
+            parts[i_part],
+            bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        reference_logits = transform_logits(
+            reference_parts[i_part],
+            reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
+        if EXP is not None:
+            larger, log_ratio = _larger_and_log_ratio(
+                logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP
+            )
+            larger_desc.store([start_n, part_v - start_v], larger.to(EXP))
+            log_ratio_desc.store([start_n, part_v - start_v], log_ratio.to(RATIO))
+        part_max, part_sum, reference_part_max, reference_part_sum, part_gap = _sum_columns(
+            logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
+        )
+        if UNDER_REFERENCE:
+            row_max, row_sum, _ = _add_sums(row_max, row_sum, gap, part_max, part_sum, part_gap)
+            reference_max, reference_sum, gap = _add_sums(
+                reference_max, reference_sum, gap, reference_part_max, reference_part_sum, part_gap
+            )
+        else:
+            reference_max, reference_sum, _ = _add_sums(
+                reference_max, reference_sum, gap, reference_part_max, reference_part_sum, part_gap
+            )
+            row_max, row_sum, gap = _add_sums(row_max, row_sum, gap, part_max, part_sum, part_gap)
+    offs = (first_v // BLOCK_V).to(tl.int64) * N + offs_n
+    tl.store(max_ptr + offs, row_max, mask=mask_n)
+    tl.store(sum_ptr + offs, row_sum, mask=mask_n)
+    tl.store(reference_max_ptr + offs, reference_max, mask=mask_n)
+    tl.store(reference_sum_ptr + offs, reference_sum, mask=mask_n)
+    tl.store(gap_ptr + offs, gap, mask=mask_n)
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n", "R"])
+def _joint_sweep_tile_kernel(
+    logits_ptr, reference_logits_ptr,          # (R, stop_v - start_v) float32 without bias
+    larger_ptr, log_ratio_ptr,                 # (R, stop_v - start_v) EXP and RATIO, or None
+    bias_ptr, reference_bias_ptr, target_ptr,  # (V,) float, twice; (N,) int64, -1 where ignored
+    anchor_ptr, reference_anchor_ptr,          # (N,) float32
+    max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,  # (blocks of V, N) float32
+    stride_logits, stride_stored, N, first_n, R, start_v, stop_v, scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Row sums of two tiles of products, rows first_n on; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
+    rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_n = first_n + rows
+    offs_v = start_v + cols
+    mask_n = rows < R
+    mask_v = offs_v < stop_v
+    mask = mask_n[:, None] & mask_v[None, :]
+    # int64: a tile may hold more than 2^31 elements
+    offs_logits = rows.to(tl.int64)[:, None] * stride_logits + cols[None, :]
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
+    reference_anchor = tl.load(reference_anchor_ptr + offs_n, mask=mask_n, other=0.0)
+    logits = transform_logits(
+        tl.load(logits_ptr + offs_logits, mask=mask, other=0.0),
+        bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    reference_logits = transform_logits(
+        tl.load(reference_logits_ptr + offs_logits, mask=mask, other=0.0),
+        reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
+    if EXP is not None:
+        larger, log_ratio = _larger_and_log_ratio(
+            logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP
+        )
+        offs_stored = rows.to(tl.int64)[:, None] * stride_stored + cols[None, :]
+        tl.store(larger_ptr + offs_stored, larger.to(EXP), mask=mask)
+        tl.store(log_ratio_ptr + offs_stored, log_ratio.to(RATIO), mask=mask)
+    row_max, row_sum, reference_max, reference_sum, gap = _sum_columns(
+        logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
+    )
+    offs = (start_v // BLOCK_V + i_v).to(tl.int64) * N + offs_n
+    tl.store(max_ptr + offs, row_max, mask=mask_n)
+    tl.store(sum_ptr + offs, row_sum, mask=mask_n)
+    tl.store(reference_max_ptr + offs, reference_max, mask=mask_n)
+    tl.store(reference_sum_ptr + offs, reference_sum, mask=mask_n)
+    tl.store(gap_ptr + offs, gap, mask=mask_n)
+
+
+@triton.jit
+def _joint_rescue_kernel(
+    input_ptr, weight_ptr, bias_ptr,                                # (N, D), (V, D), (V,) float
+    reference_input_ptr, reference_weight_ptr, reference_bias_ptr,  # of width D_REFERENCE
+    target_ptr, rescued_ptr,                     # (N,) int64, -1 where ignored; (N,) bool
+    others_lse_ptr, reference_others_lse_ptr,    # (N,) float32, log-sum-exp without the target
+    larger_ptr, log_ratio_ptr,                   # (N, V) float
+    stride_n, stride_v, stride_reference_n, stride_reference_v, stride_stored, scale, softcap,
+    V: tl.constexpr, D: tl.constexpr, D_REFERENCE: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """What a row of drift > MAX_DRIFT stores, with the log-sum-exp of the other columns as anchors;
+    one program per row, grid (N,). Slow, and almost never anything to do."""
+    i_n = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + i_n)
+    if tl.load(rescued_ptr + i_n):
+        anchor = tl.load(others_lse_ptr + i_n + tl.arange(0, 1))
+        reference_anchor = tl.load(reference_others_lse_ptr + i_n + tl.arange(0, 1))
+        offs_d = tl.arange(0, BLOCK_D)
+        hidden = tl.load(input_ptr + i_n * stride_n + offs_d, mask=offs_d < D, other=0.0)
+        reference_hidden = tl.load(
+            reference_input_ptr + i_n * stride_reference_n + offs_d,
+            mask=offs_d < D_REFERENCE,
+            other=0.0,
+        )
+        for start_v in range(0, V, BLOCK_V):
+            offs_v = start_v + tl.arange(0, BLOCK_V)
+            mask_v = offs_v < V
+            rows = offs_v.to(tl.int64)[:, None]
+            weight = tl.load(
+                weight_ptr + rows * stride_v + offs_d[None, :],
+                mask=mask_v[:, None] & (offs_d < D)[None, :],
+                other=0.0,
+            )
+            logits = tl.sum(weight.to(tl.float32) * hidden.to(tl.float32)[None, :], 1)[None, :]
+            logits = transform_logits(
+                logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+            )
+            weight = tl.load(
+                reference_weight_ptr + rows * stride_reference_v + offs_d[None, :],
+                mask=mask_v[:, None] & (offs_d < D_REFERENCE)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            reference_logits = tl.sum(weight * reference_hidden.to(tl.float32)[None, :], 1)[None, :]
+            reference_logits = transform_logits(
+                reference_logits, reference_bias_ptr, offs_v, mask_v,
+                scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+            keep = (mask_v & (offs_v != target))[None, :]
+            larger, log_ratio = _larger_and_log_ratio(
+                logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP
+            )
+            offs = i_n * stride_stored + offs_v[None, :]
+            larger = larger.to(larger_ptr.dtype.element_ty)
+            log_ratio = log_ratio.to(log_ratio_ptr.dtype.element_ty)
+            tl.store(larger_ptr + offs, larger, mask=mask_v[None, :])
+            tl.store(log_ratio_ptr + offs, log_ratio, mask=mask_v[None, :])
+
+
+@triton.jit
+def _gradient(p, q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE: tl.constexpr):
+    """dz of the columns without the target: -g_l · p and the KL's part."""
+    if UNDER_REFERENCE:
+        # p - q first: equal models give exactly 0
+        return grad_kl[:, None] * (p - q) - grad_logps[:, None] * p
+    over_kl = tl.where(p > 0, log_ratio - kl[:, None], 0.0)
+    return p * (grad_kl[:, None] * over_kl - grad_logps[:, None])
+
+
+@triton.jit(do_not_specialize=["first_n", "R", "start_v", "C"])
+def _stored_gradient_kernel(
+    larger_ptr, log_ratio_ptr, dlogits_ptr,  # (R, C) float
+    target_ptr,                              # (N,) int64, -1 where ignored
+    log_scale_ptr, reference_log_scale_ptr,  # (N,) float32, log p and log q of what is stored as 1
+    grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
+    stride_stored, stride_dlogits, first_n, R, start_v, C,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of logits from what was stored; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(R, C, BLOCK_N, BLOCK_V, 1)
+    rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_n = first_n + rows
+    mask_n = rows < R
+    mask = mask_n[:, None] & (cols < C)[None, :]
+    # int64: what is stored may be more than 2^31 elements
+    rows_long = rows.to(tl.int64)[:, None]
+    offs = rows_long * stride_stored + cols[None, :]
+    larger = tl.load(larger_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    log_ratio = tl.load(log_ratio_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    log_scale = tl.load(log_scale_ptr + offs_n, mask=mask_n, other=0.0)
+    reference_log_scale = tl.load(reference_log_scale_ptr + offs_n, mask=mask_n, other=0.0)
+    grad_logps = tl.load(grad_logps_ptr + offs_n, mask=mask_n, other=0.0)
+    grad_kl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)
+    kl = tl.load(kl_ptr + offs_n, mask=mask_n, other=0.0)
+    target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
+    p = larger * tl.exp(log_scale[:, None] + tl.minimum(log_ratio, 0.0))
+    q = larger * tl.exp(reference_log_scale[:, None] - tl.maximum(log_ratio, 0.0))
+    log_ratio += (log_scale - reference_log_scale)[:, None]
+    dlogits = _gradient(p, q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE)
+    is_target = (start_v + cols)[None, :] == target[:, None]
+    dlogits = tl.where(is_target, target_grad[:, None], dlogits)
+    dlogits = tl.where((target >= 0)[:, None], dlogits, 0.0)
+    offs = rows_long * stride_dlogits + cols[None, :]
+    tl.store(dlogits_ptr + offs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _recomputed_gradient(
+    logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad, target,
+    offs_v, mask_v, softcap, UNDER_REFERENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of logits from both models' logits."""
+    logps = logits - lse[:, None]
+    reference_logps = reference_logits - reference_lse[:, None]
+    dlogits = _gradient(
+        tl.exp(logps), tl.exp(reference_logps), logps - reference_logps,
+        grad_logps, grad_kl, kl, UNDER_REFERENCE,
+    )  # fmt: skip
+    is_target = offs_v[None, :] == target[:, None]
+    dlogits = tl.where(is_target, target_grad[:, None], dlogits)
+    if HAS_SOFTCAP:
+        dlogits *= softcap_slope(logits, softcap)
+    return tl.where(mask_v[None, :] & (target >= 0)[:, None], dlogits, 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
+def _joint_dlogits_kernel(
+    input_desc, weight_desc,                      # (N, D), (V, D) 16-bit float
+    reference_input_desc, reference_weight_desc,  # (N, D_REFERENCE), (V, D_REFERENCE)
+    dlogits_desc,                                 # (N, stop_v - start_v) 16-bit float
+    bias_ptr, reference_bias_ptr, target_ptr,     # (V,) float, twice; (N,) int64, -1 ignored
+    lse_ptr, reference_lse_ptr, grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) f32
+    N, start_v, stop_v, scale, softcap,
+    D: tl.constexpr, D_REFERENCE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    OUT: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of logits, both models' made again; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    start_n = i_n * BLOCK_N
+    first_v = start_v + i_v * BLOCK_V
+    product = product_tile(input_desc, weight_desc, start_n, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D)
+    reference_product = product_tile(
+        reference_input_desc, reference_weight_desc,
+        start_n, first_v, D_REFERENCE, BLOCK_N, BLOCK_V, BLOCK_D,
+    )  # fmt: skip
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    reference_lse = tl.load(reference_lse_ptr + offs_n, mask=mask_n, other=0.0)
+    grad_logps = tl.load(grad_logps_ptr + offs_n, mask=mask_n, other=0.0)
+    grad_kl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)
+    kl = tl.load(kl_ptr + offs_n, mask=mask_n, other=0.0)
+    target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
+    parts = eighths(product, BLOCK_N, BLOCK_V)
+    reference_parts = eighths(reference_product, BLOCK_N, BLOCK_V)
+    PART_V: tl.constexpr = BLOCK_V // 8
+    for i_part in tl.static_range(8):
+        part_v = first_v + i_part * PART_V
+        offs_v = part_v + tl.arange(0, PART_V)
+        mask_v = offs_v < stop_v
+        logits = transform_logits(
+            parts[i_part],
+            bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        reference_logits = transform_logits(
+            reference_parts[i_part],
+            reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        dlogits = _recomputed_gradient(
+            logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad,
+            target, offs_v, mask_v, softcap, UNDER_REFERENCE, HAS_SOFTCAP,
+        )  # fmt: skip
+        dlogits_desc.store([start_n, part_v - start_v], dlogits.to(OUT))
+
+
+@triton.jit(do_not_specialize=["first_n", "R", "start_v", "stop_v"])
+def _joint_dlogits_tile_kernel(
+    logits_ptr, reference_logits_ptr, dlogits_ptr,  # (R, stop_v - start_v) float32, twice; float
+    bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, -1 ignored
+    lse_ptr, reference_lse_ptr, grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) f32
+    stride_logits, stride_dlogits, first_n, R, start_v, stop_v, scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile from two tiles of products; grid (row blocks * column blocks,)."""
+    i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
+    rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_n = first_n + rows
+    offs_v = start_v + cols
+    mask_n = rows < R
+    mask_v = offs_v < stop_v
+    mask = mask_n[:, None] & mask_v[None, :]
+    rows_long = rows.to(tl.int64)[:, None]
+    offs = rows_long * stride_logits + cols[None, :]
+    target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
+    lse = tl.load(lse_ptr + offs_n, mask=mask_n, other=0.0)
+    reference_lse = tl.load(reference_lse_ptr + offs_n, mask=mask_n, other=0.0)
+    grad_logps = tl.load(grad_logps_ptr + offs_n, mask=mask_n, other=0.0)
+    grad_kl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)
+    kl = tl.load(kl_ptr + offs_n, mask=mask_n, other=0.0)
+    target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
+    logits = transform_logits(
+        tl.load(logits_ptr + offs, mask=mask, other=0.0),
+        bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    reference_logits = transform_logits(
+        tl.load(reference_logits_ptr + offs, mask=mask, other=0.0),
+        reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    dlogits = _recomputed_gradient(
+        logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad,
+        target, offs_v, mask_v, softcap, UNDER_REFERENCE, HAS_SOFTCAP,
+    )  # fmt: skip
+    dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
+    tl.store(dlogits_ptr + rows_long * stride_dlogits + cols[None, :], dlogits, mask=mask)
