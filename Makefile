@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
 INTERPRETED := $(wildcard tests/test_token_logps*.py)
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test bench-gpu clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/python train.py
@@ -17,6 +17,29 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+
+# On one GPU, each part in under nine minutes: PART=tests runs what needs a GPU, PART=kernels measures
+# the head beside its peers and writes to RESULTS. With PYTHON=... on the command line that python
+# is used as it is and no environment is made.
+PART ?= kernels
+RESULTS ?= benchmarks/results
+REAL_HEAD ?=
+ifeq ($(origin PYTHON),command line)
+BENCH_PYTHON := PYTHONPATH=.:kernels:$(PYTHONPATH) $(PYTHON)
+else
+BENCH_PYTHON := $(BIN)/python
+bench-gpu: $(VENV)/installed-bench
+endif
+
+bench-gpu:
+ifeq ($(PART),tests)
+	$(BENCH_PYTHON) -m pytest -m gpu tests
+else ifeq ($(PART),kernels)
+	$(BENCH_PYTHON) benchmarks/bench_head.py --json --results $(RESULTS) \
+	  $(if $(REAL_HEAD),--real-head $(REAL_HEAD))
+else
+	$(error PART must be tests or kernels, got $(PART))
+endif
 
 # a torch at hand: its folder goes on the environment's path, so pip finds it installed
 $(VENV)/bin/python:
@@ -33,6 +56,11 @@ $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time, torch is large"
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-bench: pyproject.toml | $(VENV)/bin/python
+	@echo "installing into $(VENV), with the peers to measure against"
+	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	@touch $@ $(VENV)/installed-test $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -14,6 +14,8 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
 from fastpref_kernels import launch, token_logps_kl_triton
 from fastpref_kernels.gemm_tiles import JOINT_TILES
 
+# the whole file on a GPU, where it is what the kernels are
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, V, D, D of the reference: ragged blocks of rows and columns; rows no tensor descriptor takes
 SHAPES = {"fused": (150, 400, 136, 72), "products": (150, 1100, 123, 61)}

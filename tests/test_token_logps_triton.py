@@ -14,6 +14,8 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
 from fastpref_kernels import launch, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES
 
+# the whole file on a GPU, where it is what the kernels are
+pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, V, D: several blocks of rows and columns with ragged ends; rows that no tensor descriptor takes
 SHAPES = {"fused": (300, 700, 136), "products": (300, 2100, 123)}

@@ -1,0 +1,301 @@
+"""Time, memory and accuracy of the fused head beside its peers, in one run.
+
+    python benchmarks/bench_head.py --json
+    python benchmarks/bench_head.py --shapes S1 S3 --rows 4096 --jobs train
+    python benchmarks/bench_head.py --real-head real_head.pt --json
+
+Rounds are interleaved: each contender is timed once a round, so that a machine that slows down
+slows all of them. A peer that cannot run is listed with the reason; an error of ours ends the run
+with exit code 1, and so does a missed bound of accuracy.
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_head_memory import cpu_name, peak_allocated
+from head_cases import SHAPES, Case, real_case, synthetic_case
+from head_cases import statistics as case_statistics
+from head_contenders import CONTENDERS, JOBS, CannotRunError, Contender, run_job
+from head_goals import GRADIENT_ERROR, LOGP_ERROR, missed
+from head_report import table, write_plot
+from torch import Tensor
+
+MIB = 2**20
+OURS = "fastpref"
+ORACLE_ROWS = 64
+"""Rows whose log-probabilities and hidden gradients are held to float64."""
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.end = time.monotonic() + arguments.seconds_budget
+    ceilings, results = [], []
+    for case in cases(arguments):
+        print(f"\n{case.name}: {case_statistics(case)}", flush=True)
+        ceilings.append({"case": case.name} | measure_ceilings(case))
+        for job in arguments.jobs:
+            results += measure_job(case, job, arguments)
+        torch.cuda.empty_cache()
+    report(arguments, ceilings, results)
+    if any(row["contender"].startswith(OURS) and row.get("failure") for row in results):
+        sys.exit("fastpref failed, see the table")
+
+
+def parse_arguments() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    shapes = [name for name in SHAPES if name.startswith("tiny") != on_gpu]
+    parser.add_argument("--shapes", nargs="*", default=shapes, choices=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[16384, 4096] if on_gpu else [512])
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
+    parser.add_argument(
+        "--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS)
+    )
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--real-head", type=Path, help="head and states of a real model, a .pt")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--seconds-budget", type=float, default=480.0, help="start nothing new after"
+    )
+    parser.add_argument("--json", action="store_true", help="write table, plot and JSON")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    return parser.parse_args()
+
+
+def cases(arguments: argparse.Namespace) -> Any:
+    """Each case when it is its turn, until the time is over: two do not fit side by side."""
+    for rows, shape in itertools.product(arguments.rows, [None, *arguments.shapes]):
+        if time.monotonic() > arguments.end:
+            print(f"\nleft out, the {arguments.seconds_budget:.0f} s are over: {shape} N={rows}")
+        elif shape is not None:
+            yield synthetic_case(shape, rows, arguments.device)
+        elif arguments.real_head is not None:
+            yield real_case(arguments.real_head, rows, arguments.device)
+
+
+def measure_job(case: Case, job: str, arguments: argparse.Namespace) -> list[dict]:
+    """One row a contender: time, memory, errors, or why it did not run."""
+    oracle = Oracle(case, job)
+    # compiled code of other shapes would count towards torch.compile's limit of recompilations
+    torch.compiler.reset()
+    rows, runs = [], {}
+    for name in arguments.contenders:
+        contender = CONTENDERS[name]
+        row = describe(case, job, contender)
+        rows.append(row)
+        try:
+            if time.monotonic() > arguments.end:
+                raise CannotRunError("the time is over")
+            row |= oracle.errors(contender)
+            runs[name] = lambda contender=contender: run_job(contender, job, case)
+            row["extra_mib"] = measure_memory(runs[name], arguments.device)
+        except (CannotRunError, ImportError) as reason:
+            row["absent"] = str(reason)
+        except Exception as error:
+            # a peer's crash is a result; ours is counted as a failure below
+            row["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            runs.pop(name, None)
+            torch.cuda.empty_cache()
+        if name.startswith(OURS) and (missed_bounds := oracle.missed(row)):
+            row["failure"] = missed_bounds
+    seconds = interleave(runs, arguments)
+    for row in rows:
+        if row["contender"] in seconds:
+            row |= summarize(seconds[row["contender"]])
+    print(table(rows), flush=True)
+    return rows
+
+
+def describe(case: Case, job: str, contender: Contender) -> dict:
+    shape, _, rows = case.name.partition(" N=")
+    return {
+        "shape": shape,
+        "rows": int(rows),
+        "job": job,
+        "contender": contender.name,
+        "note": contender.note,
+        "pass_tflop": case.pass_flops / 1e12,
+    }
+
+
+class Oracle:
+    """The truth about a few rows and columns in float64."""
+
+    def __init__(self, case: Case, job: str) -> None:
+        self.case, self.job = case, job
+        N = len(case.target)
+        self.rows = torch.linspace(0, N - 1, min(N, ORACLE_ROWS), device=case.input.device).long()
+        columns = torch.cat([case.target[self.rows], torch.arange(64, device=case.input.device)])
+        self.columns = columns.unique()
+        logits_RV = self._logits(case.input[self.rows])
+        lse_R = logits_RV.logsumexp(-1)
+        self.logps = logits_RV.gather(1, case.target[self.rows, None])[:, 0] - lse_R
+        self.input_grad, self.weight_grad = self._gradients()
+
+    def errors(self, contender: Contender) -> dict:
+        """Largest error of log p and relative errors of the gradients, of what is per token."""
+        value, gradients = run_job(contender, self.job, self.case)
+        if not contender.per_token:
+            return {}
+        found = {"logp_error": (value[self.rows].double() - self.logps).abs().max().item()}
+        if gradients:
+            found["input_grad_error"] = _relative(gradients[0][self.rows], self.input_grad)
+        if len(gradients) > 1:
+            found["weight_grad_error"] = _relative(gradients[1][self.columns], self.weight_grad)
+        return found
+
+    def missed(self, row: dict) -> str | None:
+        """Which bound of accuracy a row of ours exceeds."""
+        bounds = {"logp_error": LOGP_ERROR, "input_grad_error": GRADIENT_ERROR}
+        bounds["weight_grad_error"] = GRADIENT_ERROR
+        over = [
+            f"{name} {row[name]:.1e} > {bound:.0e}"
+            for name, bound in bounds.items()
+            if row.get(name, 0.0) > bound
+        ]
+        return ", ".join(over) or None
+
+    def _gradients(self) -> tuple[Tensor, Tensor]:
+        """Of the chosen rows' hidden states and, summed over all rows, of the chosen columns."""
+        case = self.case
+        input_grad = self._dlogits(self.rows) @ case.weight.double()
+        weight_grad = torch.zeros(
+            len(self.columns), case.weight.shape[1], dtype=torch.float64, device=case.input.device
+        )
+        if self.job == "train":
+            for rows in torch.arange(len(case.target), device=case.input.device).split(256):
+                dlogits_RC = self._dlogits(rows)[:, self.columns]
+                weight_grad += dlogits_RC.t() @ case.input[rows].double()
+        return input_grad, weight_grad
+
+    def _dlogits(self, rows: Tensor) -> Tensor:
+        logits_RV = self._logits(self.case.input[rows])
+        dlogits_RV = -logits_RV.softmax(-1)
+        dlogits_RV[torch.arange(len(rows)), self.case.target[rows]] += 1
+        dlogits_RV *= self.case.grad[rows, None]
+        if self.case.softcap is not None:
+            dlogits_RV *= 1 - (logits_RV / self.case.softcap) ** 2
+        return dlogits_RV
+
+    def _logits(self, input_RD: Tensor) -> Tensor:
+        """(R, V) float64; of float32 sums where a GPU would take minutes, good to 1e-6 nats."""
+        dtype = torch.float64 if input_RD.device.type == "cpu" else torch.float32
+        logits_RV = (input_RD.to(dtype) @ self.case.weight.to(dtype).t()).double()
+        softcap = self.case.softcap
+        return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)
+
+
+def measure_memory(run: Callable[[], Any], device: str) -> float:
+    """Peak MiB beyond what was there before and the gradients that stay."""
+    kept: list[Any] = []
+
+    def keep() -> int:
+        kept.append(run())
+        return sum(gradient.nbytes for gradient in kept[0][1])
+
+    peak_bytes, kept_bytes = peak_allocated(keep, device)
+    return (peak_bytes - kept_bytes) / MIB
+
+
+def interleave(runs: dict[str, Callable], arguments: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of each run, round by round; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i_round in range(arguments.rounds + 1):
+        for name, run in runs.items():
+            elapsed = time_once(run, arguments.device)
+            if i_round:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def time_once(run: Callable[[], Any], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
+
+
+def summarize(seconds: list[float]) -> dict:
+    return {
+        "milliseconds": statistics.median(seconds) * 1e3,
+        "milliseconds_min": min(seconds) * 1e3,
+        "milliseconds_max": max(seconds) * 1e3,
+    }
+
+
+def measure_ceilings(case: Case) -> dict[str, float]:
+    """What the library's GEMM and a copy reach here, TFLOP/s and TB/s."""
+    rows = case.input[:4096]
+    device = case.input.device.type
+    flops = 2 * rows.numel() * len(case.weight)
+    products = {"gemm_tflops_bf16_out": lambda: torch.mm(rows, case.weight.t())}
+    if device == "cuda":
+        products["gemm_tflops_fp32_out"] = lambda: torch.mm(
+            rows, case.weight.t(), out_dtype=torch.float32
+        )
+    found = {name: flops / best(run, device) / 1e12 for name, run in products.items()}
+    moved = 2 * case.weight.nbytes
+    found["copy_tb_per_second"] = moved / best(lambda: case.weight.clone(), device) / 1e12
+    return found
+
+
+def best(run: Callable[[], Any], device: str) -> float:
+    run()
+    return min(time_once(run, device) for _ in range(5))
+
+
+def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[dict]) -> None:
+    lines = missed(results)
+    print(
+        "\ngoals missed:" if lines else "\nno goal missed among those measured", *lines, sep="\n  "
+    )
+    if not arguments.json:
+        return
+    on_gpu = arguments.device == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    folder = arguments.results / (device_folder(device) if on_gpu else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "rounds": arguments.rounds,
+        "ceilings": ceilings,
+        "results": results,
+        "missed_goals": lines,
+    }
+    (folder / "head.json").write_text(json.dumps(record, indent=1) + "\n")
+    heading = f"# The head on {device}, {record['date']}, torch {record['torch']}\n\n"
+    (folder / "head.md").write_text(heading + table(results, markdown=True) + "\n")
+    write_plot(record, folder / "head.png")
+    print(f"\nwritten to {folder}: head.json, head.md, head.png")
+
+
+def device_folder(device: str) -> str:
+    """Folder of a device: h200 for "NVIDIA H200"."""
+    return device.lower().removeprefix("nvidia ").replace(" ", "-")
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+if __name__ == "__main__":
+    main()

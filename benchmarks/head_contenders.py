@@ -1,0 +1,188 @@
+"""Everybody who turns hidden states and a head into log-probabilities, behind one call.
+
+A contender is a function of a case's tensors that returns what it can be trained with: log p of
+every token, or a mean. Imports happen inside: who is not installed says so and the others run.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastpref_kernels import get_workspace_mib, set_workspace_mib, token_logps
+from torch import Tensor
+from torch.nn import functional as F
+
+JOBS = ("forward", "train", "frozen")
+"""Log-probabilities alone; gradients of hidden states and head; of hidden states only."""
+STORE_MIB = 16 * 1024
+"""A workspace that holds every shape's exponentials, so that two logits passes are one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One way to do the job."""
+
+    name: str
+    score: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
+    """input, weight, target, softcap -> log p (N,), or a scalar to minimise."""
+    per_token: bool = True
+    note: str = ""
+    """What it does differently, for the table's foot."""
+    takes_softcap: bool = True
+    jobs: tuple[str, ...] = JOBS
+
+
+class CannotRunError(Exception):
+    """Why a contender sits a case out."""
+
+
+def run_job(contender: Contender, job: str, case: Any) -> tuple[Tensor, list[Tensor]]:
+    """Do a job once: what came out, and the gradients of hidden states and head.
+
+    Raises:
+        CannotRunError: the contender has no such job, or no softcap where there is one.
+    """
+    if job not in contender.jobs:
+        raise CannotRunError(f"no {job} job")
+    if case.softcap is not None and not contender.takes_softcap:
+        raise CannotRunError("no softcap")
+    input_ND = case.input.detach().requires_grad_(job != "forward")
+    weight_VD = case.weight.detach().requires_grad_(job == "train")
+    with torch.set_grad_enabled(job != "forward"):
+        value = contender.score(input_ND, weight_VD, case.target, case.softcap)
+    if job == "forward":
+        return value, []
+    leaves = [leaf for leaf in (input_ND, weight_VD) if leaf.requires_grad]
+    upstream = case.grad.to(value.dtype) if contender.per_token else None
+    return value.detach(), list(torch.autograd.grad(value, leaves, upstream))
+
+
+@contextmanager
+def workspace(mib: float) -> Iterator[None]:
+    before = get_workspace_mib()
+    set_workspace_mib(mib)
+    try:
+        yield
+    finally:
+        set_workspace_mib(before)
+
+
+def fastpref(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    return token_logps(input, weight, target, logit_softcap=softcap)
+
+
+def fastpref_large_workspace(
+    input: Tensor, weight: Tensor, target: Tensor, softcap: float | None
+) -> Tensor:
+    with workspace(STORE_MIB):
+        return token_logps(input, weight, target, logit_softcap=softcap)
+
+
+def eager(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    logits_NV = F.linear(input, weight)
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    return -F.cross_entropy(logits_NV.float(), target, reduction="none")
+
+
+_compiled_eager = torch.compile(eager, dynamic=False)
+
+
+def compiled(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    return _compiled_eager(input, weight, target, softcap)
+
+
+def torch_linear_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, softcap: float | None
+) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise CannotRunError(f"needs torch >= 2.13, this is {torch.__version__}")
+    return -F.linear_cross_entropy(input, weight, target, reduction="none")
+
+
+def liger_cross_entropy(
+    input: Tensor, weight: Tensor, target: Tensor, softcap: float | None
+) -> Tensor:
+    _needs_gpu(input)
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(input, weight, target, softcap=softcap)
+
+
+def liger_dpo(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    length = 512 if len(input) % 1024 == 0 else len(input) // 2
+    loss = LigerFusedLinearDPOLoss(use_ref_model=False)
+    # the first half of the batch is chosen, the second rejected
+    return loss(weight, input.unflatten(0, (-1, length)), target.unflatten(0, (-1, length)))[0]
+
+
+def cce_exact(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    return _cce(input, weight, target, softcap, None)
+
+
+def cce_filtered(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    return _cce(input, weight, target, softcap, "high")
+
+
+def quack(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    _needs_gpu(input)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(input, weight, target)
+
+
+def trl(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    # temperature 1, columns of a tile as its DPO trainer has them, no extra outputs
+    arguments = (input, weight, None, target, 1.0, 32_768, softcap, 1.0, ())
+    return ChunkedLogProbFunction.apply(*arguments)[0]
+
+
+def _cce(
+    input: Tensor, weight: Tensor, target: Tensor, softcap: float | None, eps: str | None
+) -> Tensor:
+    _needs_gpu(input)
+    from cut_cross_entropy import linear_cross_entropy
+
+    options = {"softcap": softcap, "reduction": "none", "filter_eps": eps}
+    return -linear_cross_entropy(input, weight, target, **options)
+
+
+def _needs_gpu(input: Tensor) -> None:
+    if not input.is_cuda:
+        raise CannotRunError("needs a GPU")
+
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in [
+        Contender("fastpref", fastpref, note="default workspace of 1 GiB"),
+        Contender("fastpref large", fastpref_large_workspace, note="workspace of 16 GiB"),
+        Contender("torch eager", eager),
+        Contender("torch.compile", compiled),
+        Contender(
+            "torch linear CE",
+            torch_linear_cross_entropy,
+            takes_softcap=False,
+            note="F.linear_cross_entropy, reduction none",
+        ),
+        Contender("Liger CE", liger_cross_entropy, per_token=False, note="returns the mean"),
+        Contender(
+            "Liger DPO",
+            liger_dpo,
+            per_token=False,
+            takes_softcap=False,
+            jobs=("train",),
+            note="the whole loss without reference, pairs of 512 tokens",
+        ),
+        Contender("CCE", cce_exact, note="gradient filter off"),
+        Contender("CCE filtered", cce_filtered, note="its default: drops gradients below 2^-12"),
+        Contender("QuACK", quack, per_token=False, takes_softcap=False, note="returns the mean"),
+        Contender("TRL", trl, note="the chunked log-probability of its DPO trainer"),
+    ]
+}

@@ -1,0 +1,71 @@
+"""What the head is meant to reach on one H200: milliseconds at N = 16,384, ratios, error bounds.
+
+Goals, not measurements: a floor is 2·N·D·V operations a pass at 790 TFLOP/s.
+"""
+
+PEAK_TFLOPS = 790.0
+
+MILLISECONDS = {
+    # job, contender: shape -> goal
+    ("forward", "fastpref"): {"S1": 28, "S2": 18.5, "S3": 34, "S4": 7, "S5": 30},
+    ("train", "fastpref large"): {"S1": 78, "S2": 49, "S3": 92, "S4": 20, "S5": 80},
+    ("train", "fastpref"): {"S1": 105, "S2": 67, "S3": 126, "S4": 27, "S5": 110},
+    ("frozen", "fastpref"): {"S1": 53, "S2": 34, "S3": 63, "S4": 13.5, "S5": 56},
+}
+PASSES = {
+    ("forward", "fastpref"): 1,
+    ("train", "fastpref large"): 3,
+    ("train", "fastpref"): 4,
+    ("frozen", "fastpref"): 2,
+}
+TIME_RATIOS = [
+    # ours, peer, job, largest ratio of the times
+    ("fastpref large", "TRL", "train", 0.78),
+    ("fastpref", "TRL", "train", 1.05),
+    ("fastpref", "TRL", "frozen", 0.70),
+    ("fastpref large", "QuACK", "train", 1.15),
+    ("fastpref large", "Liger CE", "train", 0.15),
+    ("fastpref large", "Liger DPO", "train", 0.70),
+    ("fastpref large", "CCE", "train", 0.50),
+    ("fastpref large", "CCE filtered", "train", 0.80),
+    ("fastpref large", "torch.compile", "train", 1.10),
+]
+MEMORY_RATIOS = [
+    ("fastpref", "TRL", "train", 0.21),
+    ("fastpref", "QuACK", "train", 0.50),
+    ("fastpref", "CCE", "train", 0.70),
+    ("fastpref", "torch.compile", "train", 0.10),
+]
+LOGP_ERROR = 5e-5
+"""Largest absolute error of a log-probability, nats."""
+GRADIENT_ERROR = 3e-3
+"""Relative error of a gradient, Frobenius norm."""
+
+
+def missed(results: list[dict]) -> list[str]:
+    """A line for each goal that a run's results miss."""
+    by_cell = {
+        (row["shape"], row["rows"], row["job"], row["contender"]): row
+        for row in results
+        if row.get("milliseconds") is not None
+    }
+    lines = []
+    for (shape, rows, job, contender), row in by_cell.items():
+        goal = MILLISECONDS.get((job, contender), {}).get(shape)
+        if goal is not None and rows == 16_384 and row["milliseconds"] > goal:
+            floor = PASSES[job, contender] * row["pass_tflop"] / PEAK_TFLOPS * 1e3
+            lines.append(
+                f"{shape} {job} {contender}: {row['milliseconds']:.1f} ms, goal {goal} "
+                f"({PASSES[job, contender]} passes at {PEAK_TFLOPS:.0f} TFLOP/s are {floor:.1f})"
+            )
+    for table, field in [(TIME_RATIOS, "milliseconds"), (MEMORY_RATIOS, "extra_mib")]:
+        for ours, peer, job, bound in table:
+            for (shape, rows, cell_job, contender), row in by_cell.items():
+                other = by_cell.get((shape, rows, job, peer))
+                if contender != ours or cell_job != job or other is None:
+                    continue
+                ratio = row[field] / other[field]
+                if ratio > bound:
+                    cell = f"{shape} N={rows} {job} {ours} / {peer}"
+                    lines.append(f"{cell}, {field}: {ratio:.2f}, goal {bound}")
+    return lines
