@@ -261,13 +261,13 @@ def best(run: Callable[[], Any], device: str) -> float:
 
 
 def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[dict]) -> None:
-    lines = missed(results)
-    print(
-        "\ngoals missed:" if lines else "\nno goal missed among those measured", *lines, sep="\n  "
-    )
+    on_gpu = arguments.device == "cuda"
+    # the goals are those of a GPU
+    lines = missed(results) if on_gpu else []
+    if on_gpu:
+        print("\ngoals missed:" if lines else "\nno goal missed", *lines, sep="\n  ")
     if not arguments.json:
         return
-    on_gpu = arguments.device == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else cpu_name()
     folder = arguments.results / (device_folder(device) if on_gpu else "cpu")
     folder.mkdir(parents=True, exist_ok=True)

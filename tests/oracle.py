@@ -8,6 +8,7 @@ import torch
 from fastpref_kernels import get_workspace_mib, set_workspace_mib
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 # N, V, D: aligned, ragged, one token
 SHAPES = [(256, 512, 128), (252, 507, 123), (1, 32000, 64)]
@@ -96,3 +97,12 @@ def peak_bytes(run: Callable[[], Any]) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def count_gemms() -> FlopCounterMode:
+    """Counts the floating-point operations of torch's GEMMs, the accumulating ones too."""
+
+    def flops(total: Any, a: torch.Size, b: torch.Size, **_: Any) -> int:
+        return 2 * a[0] * a[1] * b[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops})

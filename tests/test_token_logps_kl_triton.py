@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from fastpref_kernels import naive, token_logps_and_kl
-from oracle import double, random_head, random_target, workspace
+from oracle import count_gemms, double, random_head, random_target, workspace
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
@@ -231,3 +231,24 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
     assert mode() == mode(needs_grad=(True, False, False)) == "store"
     with workspace(2 * 64 * 1024 * 2 / 2**20):
         assert mode() == "store" and mode(torch.float32) == "lean"
+
+
+@pytest.mark.parametrize(
+    ("mode", "frozen", "passes"),
+    [("store", False, 4), ("store", True, 3), ("lean", False, 6), ("lean", True, 5)],
+)
+@pytest.mark.parametrize("route", ["products"], indirect=True)
+def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, frozen, passes):
+    N, V, D = 64, 2048, 96
+    heads = tuple(
+        token_logps_kl_triton.Head(input.to(DEVICE), weight.to(DEVICE), None, 1.0, None)
+        for input, weight, _ in (random_head(N, V, D, seed=seed) for seed in range(2))
+    )
+    targets = token_logps_kl_triton.Targets.of(random_target(N, V).to(DEVICE), -100)
+    with torch.no_grad(), count_gemms() as counter:
+        stats = token_logps_kl_triton.token_logps_kl_fwd(heads, targets, DIRECTIONS[0], mode)
+        token_logps_kl_triton.token_logps_kl_bwd(
+            upstream(N), heads, targets, stats,
+            direction=DIRECTIONS[0], mode=mode, needs_grad=(True, not frozen, False),
+        )  # fmt: skip
+    assert counter.get_total_flops() == passes * 2 * N * V * D

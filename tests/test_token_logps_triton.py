@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from fastpref_kernels import naive, token_logps
-from oracle import double, gradients, random_head, random_target, workspace
+from oracle import count_gemms, double, gradients, random_head, random_target, workspace
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
@@ -31,7 +31,7 @@ TRANSFORMS = {
 def route(request, monkeypatch):
     """Where logits come from; on a GPU float32 goes to the library's GEMM in any case."""
     tile = FUSED_TILES["sm_90"] if request.param == "fused" else None
-    monkeypatch.setattr(launch, "fused_tile", lambda device: tile)
+    monkeypatch.setattr(launch, "fused_tile", lambda device, joint: tile)
     return request.param
 
 
@@ -193,6 +193,25 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
     assert mode() == mode(needs_grad=(False, True, False)) == "store"
     with workspace(64 * 1024 * 2 / 2**20):
         assert mode() == "store" and mode(torch.float32) == mode(V=1025) == "lean"
+
+
+@pytest.mark.parametrize(
+    ("mode", "passes"), [("scores", 1), ("store", 3), ("lean", 4), ("frozen", 2)]
+)
+@pytest.mark.parametrize("route", ["products"], indirect=True)
+def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, passes):
+    N, V, D = 64, 2048, 96
+    input, weight, _ = (leaf.detach().to(DEVICE) for leaf in random_head(N, V, D))
+    head = token_logps_triton.Head(input, weight, None, 1.0, None)
+    targets = token_logps_triton.Targets.of(random_target(N, V).to(DEVICE), -100)
+    needs_grad = (True, mode != "frozen", False)
+    with count_gemms() as counter:
+        stats = token_logps_triton.token_logps_fwd(head, targets, mode)
+        if mode != "scores":
+            token_logps_triton.token_logps_bwd(
+                torch.ones(N, device=DEVICE), head, targets, stats, mode, needs_grad
+            )
+    assert counter.get_total_flops() == passes * 2 * N * V * D
 
 
 @pytest.mark.gpu
