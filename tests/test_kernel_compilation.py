@@ -13,6 +13,7 @@ from compilation import SHARED_LIMIT, TARGETS, Compiled, compile_kernel
 from fastpref_kernels import token_logps_kernels as kernels
 from fastpref_kernels import token_logps_kl_kernels as joint_kernels
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_ROW_TILE, JOINT_TILES, ROW_TILE
+from triton.runtime.autotuner import Autotuner
 
 VECTORS = {
     "anchor_ptr": "*fp32",
@@ -234,3 +235,10 @@ def test_row_kernels_compile_without_spills(target, cases):
         show(target, name, compiled)
         assert compiled.shared_bytes <= SHARED_LIMIT[target], name
         assert not compiled.spilled_bytes, name
+
+
+def test_no_kernel_is_tuned_while_it_runs():
+    # an autotuner runs a kernel several times: what it writes in place would be wrong
+    for module in (kernels, joint_kernels):
+        tuned = [name for name, value in vars(module).items() if isinstance(value, Autotuner)]
+        assert not tuned

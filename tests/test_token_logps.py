@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from fastpref_kernels import naive, set_workspace_mib, token_logps
@@ -154,6 +156,19 @@ def test_a_common_offset_of_all_logits_changes_nothing(offset):
     expected_N = token_logps(input, weight, target_N)
     shifted_N = token_logps(input, weight, target_N, linear_bias=torch.full((61,), offset))
     torch.testing.assert_close(shifted_N, expected_N, rtol=0, atol=5e-4)
+
+
+def test_an_offset_of_two_to_the_24_leaves_log_two():
+    # float32 has no numbers between 2^24 and 2^24 + 2: lse is the offset itself
+    input, weight = torch.zeros(3, 8), torch.zeros(2, 8)
+    logps_N = token_logps(
+        input, weight, torch.tensor([0, 1, 0]), linear_bias=torch.full((2,), 2.0**24)
+    )
+    torch.testing.assert_close(logps_N, torch.full((3,), -math.log(2)))
+
+
+def test_a_vocabulary_that_no_block_divides_is_whole():
+    assert_matches_float64(random_head(5, 129_920, 8), torch.tensor([0, 129_919, 64, 128_000, 7]))
 
 
 @pytest.mark.parametrize("ignore", [-100, 3, 0, -1])
@@ -410,3 +425,25 @@ def test_token_logps_on_a_gpu_match_float64(N, V, D, dtype):
     leaves = tuple(t.detach().cuda().requires_grad_() for t in random_head(N, V, D, dtype))
     with workspace(0.25):
         assert_matches_float64(leaves, random_target(N, V).cuda(), scale=0.7, softcap=20.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_workspace_bounds_what_a_gpu_allocates(frozen):
+    N, V, D, mib = 8192, 50_000, 1024, 256
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    input = torch.randn(N, D, requires_grad=True, **options)
+    weight = torch.randn(V, D, **options).mul_(3 / D**0.5).requires_grad_(not frozen)
+    target_N = torch.randint(V, (N,), device="cuda")
+    with workspace(mib):
+        token_logps(input[:256], weight, target_N[:256]).sum().backward()
+        input.grad = weight.grad = None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        token_logps(input, weight, target_N).sum().backward()
+    extra_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    results_mib = (input.nbytes + (0 if frozen else weight.nbytes)) / 2**20
+    # hidden states: the float32 sum of their gradient, and a copy of them without ignored rows
+    assert extra_mib <= mib + results_mib + N * D * 6 / 2**20
+    assert weight.grad is None or not frozen

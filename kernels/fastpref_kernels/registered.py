@@ -4,9 +4,21 @@ Registered, so that torch.compile sees one call and never the tiles behind it. T
 op's name is raised with its meaning: compiled code is cached under it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor
+
+
+@contextmanager
+def inside_op(device: torch.device) -> Iterator[None]:
+    """Where an op's tensors are: kernels launch there, and autocast keeps out of its products."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        yield
 
 
 def needed_like(leaves: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:

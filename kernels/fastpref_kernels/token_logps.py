@@ -14,7 +14,7 @@ from fastpref_kernels.checks import (
 )
 from fastpref_kernels.dispatch import implementation
 from fastpref_kernels.head import Head, Targets, TokenStats
-from fastpref_kernels.registered import needed_like, present, spread
+from fastpref_kernels.registered import inside_op, needed_like, present, spread
 
 
 def token_logps(
@@ -80,7 +80,7 @@ def fwd_op(
     check_target_range(target, ignore_index, weight.shape[0])
     head = Head(input, weight, bias, scale, softcap)
     impl = implementation("token_logps", input.device)
-    with torch.autocast(input.device.type, enabled=False):
+    with inside_op(input.device):
         mode = impl.choose_mode(head, tuple(needs_grad))
         return tuple(impl.token_logps_fwd(head, Targets.of(target, ignore_index), mode))
 
@@ -118,7 +118,7 @@ def bwd_op(
     """Those gradients of input, weight and bias that are needed."""
     head, targets = Head(input, weight, bias, scale, softcap), Targets.of(target, ignore_index)
     impl = implementation("token_logps", input.device)
-    with torch.autocast(input.device.type, enabled=False):
+    with inside_op(input.device):
         gradients = impl.token_logps_bwd(
             grad, head, targets, TokenStats(*stats), mode, tuple(needs_grad)
         )

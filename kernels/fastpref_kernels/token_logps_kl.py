@@ -14,7 +14,7 @@ from fastpref_kernels.checks import (
 )
 from fastpref_kernels.dispatch import implementation
 from fastpref_kernels.head import Head, JointStats, Targets
-from fastpref_kernels.registered import needed_like, present, spread
+from fastpref_kernels.registered import inside_op, needed_like, present, spread
 from fastpref_kernels.token_logps import bwd_op as token_logps_bwd_op
 
 DIRECTIONS = ("reference_policy", "policy_reference")
@@ -115,7 +115,7 @@ def fwd_op(
     of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
     heads, targets = _heads(of_models, scale, softcap), Targets.of(target, ignore_index)
     impl = implementation("token_logps_kl", input.device)
-    with torch.autocast(input.device.type, enabled=False):
+    with inside_op(input.device):
         mode = impl.choose_mode(heads, tuple(needs_grad))
         return tuple(impl.token_logps_kl_fwd(heads, targets, direction, mode))
 
@@ -163,7 +163,7 @@ def bwd_op(
     """Those gradients of input, weight and bias that are needed."""
     of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
     impl = implementation("token_logps_kl", input.device)
-    with torch.autocast(input.device.type, enabled=False):
+    with inside_op(input.device):
         gradients = impl.token_logps_kl_bwd(
             (grad_logps, grad_kl),
             _heads(of_models, scale, softcap),

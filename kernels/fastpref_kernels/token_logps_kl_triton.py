@@ -30,6 +30,7 @@ from fastpref_kernels.head import (
     matmul,
 )
 from fastpref_kernels.launch import (
+    COMPILE,
     TRITON_DTYPES,
     Operands,
     aligned_columns,
@@ -230,6 +231,7 @@ class _JointSweep:
             BLOCK_D=block_d,
             num_warps=8,
             **_transforms(self.operands),
+            **COMPILE,
         )
         return torch.stack(
             [

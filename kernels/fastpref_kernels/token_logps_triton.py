@@ -32,6 +32,7 @@ from fastpref_kernels.head import (
     matmul_into,
 )
 from fastpref_kernels.launch import (
+    COMPILE,
     TRITON_DTYPES,
     Operands,
     aligned_columns,
@@ -179,6 +180,7 @@ class _Sweep:
             STORE=stored_RV is not None,
             num_warps=8,
             **self.operands.transform,
+            **COMPILE,
         )
 
     def _add_fused(self, tile: GemmTile, cols: slice, stored_RC: Tensor | None) -> None:
