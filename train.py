@@ -9,7 +9,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from yaml import YAMLError
 
-from fastpref.command_line import main
+from fastpref.command_line import leave, main
 from fastpref.config import LOSSES, Config
 from fastpref.errors import ConfigError
 from fastpref.overrides import explain_composition
@@ -35,4 +35,4 @@ def compose_choices(choices: list[str]) -> DictConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], compose_choices, CONFIG_DIR))
+    leave(main(sys.argv[1:], compose_choices, CONFIG_DIR))

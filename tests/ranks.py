@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from fastpref.command_line import leave
+
 # many times what any test needs; a deadlock must not hang the suite
 TIMEOUT_SECONDS = 300
 
@@ -41,3 +43,4 @@ def _enter(
         OMP_NUM_THREADS="1",
     )
     function(*args)
+    leave(0)

@@ -133,8 +133,10 @@ def aligned_columns(V: int) -> int:
 
 
 def gradient_tile(operands: Operands) -> tuple[int, int]:
+    """Rows and columns of a slice of logit gradients; the other half of the workspace holds the
+    products it is made of."""
     rows, cols = _GRADIENT_TILE
-    budget = min(_GRADIENT_BYTES, get_workspace_mib() * 2**20)
+    budget = min(_GRADIENT_BYTES, get_workspace_mib() * 2**20 / 2)
     block_v = (operands.tile or ROW_TILE).block_v
     itemsize = operands.head.input.itemsize
     N = max(1, len(operands.ids))
@@ -145,9 +147,9 @@ def gradient_tile(operands: Operands) -> tuple[int, int]:
 
 
 def product_tile() -> tuple[int, int]:
-    """Rows and columns of a product of the library, shrunk to the workspace."""
+    """Rows and columns of a product of the library, shrunk to half the workspace."""
     rows, cols = PRODUCT_TILE
-    numbers = get_workspace_mib() * 2**20 / 4
+    numbers = get_workspace_mib() * 2**20 / 2 / 4
     while rows > ROW_MULTIPLE and rows * ROW_TILE.block_v > numbers:
         rows //= 2
     return rows, max(1, min(cols, int(numbers / rows)) // ROW_TILE.block_v) * ROW_TILE.block_v

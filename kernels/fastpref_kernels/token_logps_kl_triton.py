@@ -85,6 +85,9 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str
     stats = empty_stats(heads, mode)
     operands = _operands(heads, targets)
     V = heads[0].weight.shape[0]
+    if mode == "store":
+        # columns that only round a row up: an op's results hold nothing by chance
+        stats.kept[:, :, V:] = 0
     for rows in slices(len(targets.ids), _SWEEP_ROWS):
         sweep = _JointSweep(operands, rows, under_reference=direction == "reference_policy")
         kept_RV = [kept_NV[rows, :V] for kept_NV in _kept(stats)] if mode == "store" else None

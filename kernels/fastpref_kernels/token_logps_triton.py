@@ -94,6 +94,9 @@ def token_logps_fwd(head: Head, targets: Targets, mode: str) -> TokenStats:
     """Log-probability of each row's target, and what the mode's backward starts from."""
     stats = empty_stats(head, mode)
     operands = Operands.of(head, targets)
+    if mode == "store":
+        # columns that only round a row up: an op's results hold nothing by chance
+        stats.kept[:, head.weight.shape[0] :] = 0
     if mode == "frozen":
         _frozen_fwd(operands, stats)
     else:
