@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
-INTERPRETED := $(wildcard tests/test_token_logps*.py)
+INTERPRETED := $(wildcard tests/test_token_logps*.py tests/test_tdpo1*.py tests/test_sequence_log_ratios.py)
 
 .PHONY: quickstart test bench-gpu clean
 

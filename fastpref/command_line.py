@@ -1,7 +1,6 @@
 """What train.py does with its arguments: help, the composed options, or the run."""
 
 import atexit
-import logging
 import os
 import signal
 import sys
@@ -61,7 +60,6 @@ def leave(exit_code: int) -> NoReturn:
     runs.
     """
     atexit._run_exitfuncs()
-    logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)

@@ -49,6 +49,7 @@ VECTORS |= dict.fromkeys(["stride_n", "stride_v", "stride_logits", "stride_store
 VECTORS |= dict.fromkeys(["stride_dlogits", "stride_reference_n", "stride_reference_v"], "i32")
 PLAIN = {"bias_ptr": None, "HAS_BIAS": False, "HAS_SOFTCAP": False}
 FULL = {"bias_ptr": "*bf16", "HAS_BIAS": True, "HAS_SOFTCAP": True}
+BIAS = {"bias_ptr": "*bf16", "HAS_BIAS": True, "HAS_SOFTCAP": False}
 TRANSFORMS = {"plain": PLAIN, "bias, softcap": FULL}
 KEPT_POINTERS = {
     None: (None, None),
@@ -88,7 +89,7 @@ def fused_cases(target):
                 for name, exp in EXPONENTIALS.items():
                     if exp is None or dtype == "bf16":
                         kept = None if exp is None else result
-                        types = gemm | {"EXP": exp, "stored_desc": kept}
+                        types = gemm | {"EXP": exp, "GAP": False, "PARTS": 2, "stored_desc": kept}
                         yield (
                             f"sweep {name} {dtype} D {D} {transform}",
                             kernels._sweep_kernel,
@@ -99,18 +100,41 @@ def fused_cases(target):
                 yield f"dlogits {dtype} D {D} {transform}", kernels._dlogits_kernel, types, launch
 
 
+def fused_gap_cases(target):
+    """TDPO1's sweep over the reference, which knows no softcap."""
+    tile = FUSED_TILES[target]
+    types = {
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_D": tile.block_d,
+        "GROUP_N": tile.group_n,
+        "PARTS": 4,
+        "EXP": tl.bfloat16,
+        "GAP": True,
+        "input_desc": f"tensordesc<bf16[{tile.block_n}, {tile.block_d}]>",
+        "weight_desc": f"tensordesc<bf16[{tile.block_v}, {tile.block_d}]>",
+        "stored_desc": f"tensordesc<bf16[{tile.block_n}, {tile.block_v // 4}]>",
+    }
+    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    for transform, options in {"plain": PLAIN, "bias": BIAS}.items():
+        for D in (64, 4096):
+            name = f"sweep sums, bf16 exp, gap D {D} {transform}"
+            yield name, kernels._sweep_kernel, types | options | {"D": D}, launch
+
+
 def row_cases():
     blocks = {"BLOCK_N": ROW_TILE.block_n, "BLOCK_V": ROW_TILE.block_v, "logits_ptr": "*fp32"}
     launch = {"num_warps": ROW_TILE.num_warps}
     for transform, options in TRANSFORMS.items():
         for exp, stored in [(None, None), (tl.bfloat16, "*bf16"), (tl.float32, "*fp32")]:
-            types = blocks | options | {"EXP": exp, "stored_ptr": stored}
-            yield (
-                f"sweep of products {stored} {transform}",
-                kernels._sweep_tile_kernel,
-                types,
-                launch,
-            )
+            for gap in {False, bool(exp) and not options["HAS_SOFTCAP"]}:
+                types = blocks | options | {"EXP": exp, "GAP": gap, "stored_ptr": stored}
+                yield (
+                    f"sweep of products {stored}{' gap' * gap} {transform}",
+                    kernels._sweep_tile_kernel,
+                    types,
+                    launch,
+                )
         for dtype in ("bf16", "fp16", "fp32"):
             types = blocks | options | {"dlogits_ptr": f"*{dtype}"}
             yield (
@@ -125,6 +149,7 @@ def row_cases():
             for store in (True, False):
                 types = operands | {
                     "D": 2304, "BLOCK_D": 4096, "V": 128256, "BLOCK_V": 2, "STORE": store,
+                    "GAP": store and not options["HAS_SOFTCAP"],
                     "stored_ptr": "*bf16" if store else None,
                     "total_ptr": None if store else "*fp32",
                 }  # fmt: skip
@@ -216,7 +241,7 @@ def show(target: str, name: str, compiled: Compiled) -> None:
     )
 
 
-@pytest.mark.parametrize("cases", [fused_cases, fused_joint_cases])
+@pytest.mark.parametrize("cases", [fused_cases, fused_gap_cases, fused_joint_cases])
 @pytest.mark.parametrize("target", FUSED_TILES)
 def test_fused_kernels_compile_to_matrix_instructions_and_fit(target, cases):
     for name, kernel, types, launch in cases(target):

@@ -34,6 +34,26 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: st
         raise ValueError(f"{names[2]} must be ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
+def check_models(
+    input: Tensor, weight: Tensor, reference_input: Tensor, reference_weight: Tensor
+) -> None:
+    """Policy and reference share N, V and the device."""
+    if reference_input.device != input.device:
+        raise ValueError(
+            f"reference_input must be on input's {input.device}, got {reference_input.device}"
+        )
+    if reference_input.shape[0] != input.shape[0]:
+        raise ValueError(
+            f"reference_input must have input's {input.shape[0]} rows, "
+            f"got {tuple(reference_input.shape)}"
+        )
+    if reference_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"reference_linear_weight must have linear_weight's vocabulary of {weight.shape[0]}, "
+            f"got {tuple(reference_weight.shape)}"
+        )
+
+
 def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
     """Scale and softcap are positive and finite."""
     if not 0 < logit_scale < math.inf:

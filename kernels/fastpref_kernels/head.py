@@ -90,6 +90,19 @@ class Head(NamedTuple):
         return (logits_RC / self.softcap).square_().neg_().add_(1)
 
 
+def heads_of(
+    of_models: tuple[Tensor | None, ...], scale: float, softcap: float | None
+) -> tuple[Head, Head]:
+    """Heads of policy and reference from input, weight and bias of each."""
+    input, weight, bias, reference_input, reference_weight, reference_bias = of_models
+    assert input is not None and weight is not None
+    assert reference_input is not None and reference_weight is not None
+    return (
+        Head(input, weight, bias, scale, softcap),
+        Head(reference_input, reference_weight, reference_bias, scale, softcap),
+    )
+
+
 class Targets(NamedTuple):
     """Which column of each row is scored, and which rows are not."""
 
@@ -212,6 +225,32 @@ class JointStats(NamedTuple):
         scores = (input.new_empty(len(input), dtype=torch.float32) for _ in range(5))
         logps, lse, reference_logps, reference_lse, kl = scores
         return cls(logps, lse, reference_logps, reference_lse, kl, kept, kept_scales)
+
+
+class ValueStats(NamedTuple):
+    """What a forward of `tdpo1_token_values` finds out about each row, and what it keeps."""
+
+    values: Tensor
+    """(N,) float32, 0 where ignored."""
+    slopes: Tensor
+    """(N, D) derivatives of the values in the hidden states, the input's dtype; no elements if
+    nothing wants a gradient."""
+    reference_logps: Tensor
+    """(N,) float32, 0 where ignored."""
+    reference_lse: Tensor
+    """(N,) float32."""
+    kept: Tensor
+    """What the mode keeps of the reference; no elements if nothing."""
+    kept_sums: Tensor
+    """(N,) float32, sums of what is kept; no elements if nothing is."""
+
+    @classmethod
+    def empty(
+        cls, input: Tensor, slopes: Tensor, *, kept: Tensor, kept_sums: Tensor
+    ) -> "ValueStats":
+        """Uninitialised, one number a row of `input`."""
+        values, logps, lse = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))
+        return cls(values, slopes, logps, lse, kept, kept_sums)
 
 
 class TokenStats(NamedTuple):

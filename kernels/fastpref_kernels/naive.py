@@ -80,6 +80,41 @@ def token_logps_and_kl(
     )
 
 
+def tdpo1_token_values(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    reference_input: Tensor,
+    reference_linear_weight: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    reference_linear_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    """log p_y - log q_y + KL(q ‖ p) of policy p and reference q, each from its own softmax.
+
+    Args:
+        As `fastpref_kernels.tdpo1_token_values`, also float64.
+
+    Returns:
+        values: (N,), 0 where ignored.
+    """
+    logps_N, reference_logps_N, kl_N = token_logps_and_kl(
+        input,
+        linear_weight,
+        target,
+        reference_input,
+        reference_linear_weight,
+        linear_bias=linear_bias,
+        reference_linear_bias=reference_linear_bias,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+    )
+    assert reference_logps_N is not None and kl_N is not None
+    return logps_N - reference_logps_N + kl_N
+
+
 def sequence_log_ratios(
     logps: Tensor,
     reference_logps: Tensor,

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from fastpref_kernels.tiles import (
     cap_logits,
+    column_parts,
     halves,
     product_tile,
     softcap_slope,
@@ -27,9 +28,9 @@ from fastpref_kernels.tiles import (
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
-MAX_DRIFT = tl.constexpr(80.0)
-"""Largest logit above the anchor, in nats, whose exponential is stored: e^80 times 2^18 columns is
-finite in float32, and so is e^80 in bfloat16."""
+MAX_DRIFT = tl.constexpr(70.0)
+"""Largest logit above the anchor, in nats, whose exponential is stored: e^70 times 70 times 2^18
+columns is finite in float32, and so is e^70 in bfloat16."""
 
 
 @triton.jit
@@ -63,10 +64,11 @@ def _target_logits_kernel(
 @triton.jit
 def _fold(
     logits, target, anchor, offs_v, mask_v, softcap,
-    EXP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EXP: tl.constexpr, GAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A tile's row sums without the targets: max, Σ exp(z - max), and if EXP, a dtype, is given
-    exp(z - anchor) times the softcap's slope in that dtype and its sum."""
+    exp(z - anchor) times the softcap's slope in that dtype and its sum. GAP: also the sum of what
+    is stored times z - anchor."""
     keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
     kept = tl.where(keep, logits, float("-inf"))
     # never below the lowest float32, so that -inf - max is -inf and not a NaN
@@ -85,32 +87,40 @@ def _fold(
             # of the rounded numbers: what the columns share out is then exactly all of it
             stored = stored.to(EXP)
             stored_sum = tl.sum(stored.to(tl.float32), 1)
-    return row_max, row_sum, stored, stored_sum
+    gap = stored_sum
+    if GAP:
+        # a column of -inf has no weight and no logit that is a number
+        weights = stored.to(tl.float32)
+        gap = tl.sum(tl.where(weights > 0, weights * (logits - anchor[:, None]), 0.0), 1)
+    return row_max, row_sum, stored, stored_sum, gap
 
 
 @triton.jit
 def _store_sums(
-    max_ptr, sum_ptr, stored_sum_ptr,  # (blocks, N) float32
-    row_max, row_sum, stored_sum, i_block, offs_n, mask_n, N,
-    EXP: tl.constexpr,
+    max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks, N) float32
+    row_max, row_sum, stored_sum, gap, i_block, offs_n, mask_n, N,
+    EXP: tl.constexpr, GAP: tl.constexpr,
 ):  # fmt: skip
     offs = i_block.to(tl.int64) * N + offs_n
     tl.store(max_ptr + offs, row_max, mask=mask_n)
     tl.store(sum_ptr + offs, row_sum, mask=mask_n)
     if EXP is not None:
         tl.store(stored_sum_ptr + offs, stored_sum, mask=mask_n)
+    if GAP:
+        tl.store(gap_ptr + offs, gap, mask=mask_n)
 
 
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
 def _sweep_kernel(
     input_desc, weight_desc, stored_desc,  # (N, D), (V, D) 16-bit float; (N, stop_v - start_v) EXP
     bias_ptr, target_ptr, anchor_ptr,      # (V,) float; (N,) int64, -1 where ignored; (N,) float32
-    max_ptr, sum_ptr, stored_sum_ptr,      # (blocks of the whole V, N) float32
+    max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks of the whole V, N) float32
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr, EXP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    GROUP_N: tl.constexpr, PARTS: tl.constexpr, EXP: tl.constexpr, GAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile, and its rows' sums by half tiles; grid (row blocks * column blocks,)."""
+    """Logits of a tile, and its rows' sums by its parts; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
     product = product_tile(
@@ -120,26 +130,26 @@ def _sweep_kernel(
     mask_n = offs_n < N
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
-    left, right = halves(product, BLOCK_N, BLOCK_V)
-    HALF_V: tl.constexpr = BLOCK_V // 2
-    for i_half in tl.static_range(2):
-        half_v = first_v + i_half * HALF_V
-        offs_v = half_v + tl.arange(0, HALF_V)
+    parts = column_parts(product, BLOCK_N, BLOCK_V, PARTS)
+    PART_V: tl.constexpr = BLOCK_V // PARTS
+    for i_part in tl.static_range(PARTS):
+        part_v = first_v + i_part * PART_V
+        offs_v = part_v + tl.arange(0, PART_V)
         mask_v = offs_v < stop_v
         logits = transform_logits(
-            left if i_half == 0 else right,
+            parts[i_part],
             bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
         )  # fmt: skip
-        row_max, row_sum, stored, stored_sum = _fold(
-            logits, target, anchor, offs_v, mask_v, softcap, EXP, HAS_SOFTCAP
+        row_max, row_sum, stored, stored_sum, gap = _fold(
+            logits, target, anchor, offs_v, mask_v, softcap, EXP, GAP, HAS_SOFTCAP
         )
         if EXP is not None:
-            stored_desc.store([i_n * BLOCK_N, half_v - start_v], stored)
-        # the last tile's right half may have no columns
-        if half_v < stop_v:
+            stored_desc.store([i_n * BLOCK_N, part_v - start_v], stored)
+        # the last tile's right parts may have no columns
+        if part_v < stop_v:
             _store_sums(
-                max_ptr, sum_ptr, stored_sum_ptr, row_max, row_sum, stored_sum,
-                half_v // HALF_V, offs_n, mask_n, N, EXP,
+                max_ptr, sum_ptr, stored_sum_ptr, gap_ptr, row_max, row_sum, stored_sum, gap,
+                part_v // PART_V, offs_n, mask_n, N, EXP, GAP,
             )  # fmt: skip
 
 
@@ -147,10 +157,10 @@ def _sweep_kernel(
 def _sweep_tile_kernel(
     logits_ptr, stored_ptr,            # (R, stop_v - start_v) float32 without bias, EXP
     bias_ptr, target_ptr, anchor_ptr,  # (V,) float; (N,) int64, -1 where ignored; (N,) float32
-    max_ptr, sum_ptr, stored_sum_ptr,  # (blocks of the whole V, N) float32
+    max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks of the whole V, N) float32
     stride_logits, stride_stored, N, first_n, R, start_v, stop_v, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
-    EXP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    EXP: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Row sums of a tile of products, rows first_n on; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
@@ -169,14 +179,14 @@ def _sweep_tile_kernel(
     logits = transform_logits(
         logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
     )
-    row_max, row_sum, stored, stored_sum = _fold(
-        logits, target, anchor, offs_v, mask_v, softcap, EXP, HAS_SOFTCAP
+    row_max, row_sum, stored, stored_sum, gap = _fold(
+        logits, target, anchor, offs_v, mask_v, softcap, EXP, GAP, HAS_SOFTCAP
     )
     if EXP is not None:
         tl.store(stored_ptr + rows_long * stride_stored + cols[None, :], stored, mask=mask)
     _store_sums(
-        max_ptr, sum_ptr, stored_sum_ptr, row_max, row_sum, stored_sum,
-        start_v // BLOCK_V + i_v, offs_n, mask_n, N, EXP,
+        max_ptr, sum_ptr, stored_sum_ptr, gap_ptr, row_max, row_sum, stored_sum, gap,
+        start_v // BLOCK_V + i_v, offs_n, mask_n, N, EXP, GAP,
     )  # fmt: skip
 
 
@@ -225,21 +235,23 @@ def _rescue_kernel(
     input_ptr, weight_ptr, bias_ptr,        # (N, D), (V, D), (V,) float
     target_ptr, anchor_ptr,                 # (N,) int64, -1 where ignored; (N,) float32
     row_max_ptr, row_sum_ptr,               # (N,) float32
-    stored_ptr, total_ptr, stored_sum_ptr,  # (N, V) or None, (N, D) float32 or None, (N,) float32
+    stored_ptr, total_ptr,                  # (N, V) or None, (N, D) float32 or None
+    stored_sum_ptr, gap_ptr,                # (N,) float32, the second or None
     stride_n, stride_v, stride_stored, scale, softcap,
     V: tl.constexpr, D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    STORE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    STORE: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """What a row of drift > MAX_DRIFT stores, or its product with the head, with the log-sum-exp of
     its other columns as the anchor; one program per row, grid (N,).
 
     Slow, as each reads the whole head, and almost never anything to do: such a token has a
-    probability below e^-80.
+    probability below e^-70.
     """
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_n)
     row_max = tl.load(row_max_ptr + i_n)
-    drift = row_max - tl.load(anchor_ptr + i_n)
+    anchor = tl.load(anchor_ptr + i_n)
+    drift = row_max - anchor
     if (drift > MAX_DRIFT) & (target >= 0):
         lse = row_max + tl.log(tl.load(row_sum_ptr + i_n))
         offs_d = tl.arange(0, BLOCK_D)
@@ -248,6 +260,7 @@ def _rescue_kernel(
         hidden = hidden.to(tl.float32)
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
         stored_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
+        gap = stored_sum
         for start_v in range(0, V, BLOCK_V):
             offs_v = start_v + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
@@ -263,6 +276,9 @@ def _rescue_kernel(
             keep = (mask_v & (offs_v != target))[None, :]
             exp_logits = tl.where(keep, tl.exp(logits - lse), 0.0)
             stored_sum += tl.sum(exp_logits, 0)
+            if GAP:
+                over = tl.where(exp_logits > 0, logits - anchor, 0.0)
+                gap += tl.sum(exp_logits * over, 0)
             if HAS_SOFTCAP:
                 exp_logits *= softcap_slope(logits, softcap)
             exp_logits = tl.sum(exp_logits, 0)
@@ -272,6 +288,8 @@ def _rescue_kernel(
             else:
                 total += tl.sum(weight * exp_logits[:, None], 0)
         tl.store(stored_sum_ptr + i_n, tl.sum(stored_sum, 0))
+        if GAP:
+            tl.store(gap_ptr + i_n, tl.sum(gap, 0))
         if not STORE:
             tl.store(total_ptr + i_n * D + offs_d, total, mask=mask_d)
 

@@ -9,11 +9,12 @@ from torch.library import custom_op, register_autograd
 from fastpref_kernels.checks import (
     check_head,
     check_logit_transform,
+    check_models,
     check_target,
     check_target_range,
 )
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head import Head, JointStats, Targets
+from fastpref_kernels.head import JointStats, Targets, heads_of
 from fastpref_kernels.registered import inside_op, needed_like, present, spread
 from fastpref_kernels.token_logps import bwd_op as token_logps_bwd_op
 
@@ -72,7 +73,7 @@ def token_logps_and_kl(
     check_head(reference_input, reference_linear_weight, reference_linear_bias, prefix="reference_")
     check_logit_transform(logit_scale, logit_softcap)
     check_target(target, input)
-    _check_models(input, linear_weight, reference_input, reference_linear_weight)
+    check_models(input, linear_weight, reference_input, reference_linear_weight)
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     leaves = (input, linear_weight, linear_bias)
@@ -113,7 +114,7 @@ def fwd_op(
     """Fields of JointStats."""
     check_target_range(target, ignore_index, weight.shape[0])
     of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
-    heads, targets = _heads(of_models, scale, softcap), Targets.of(target, ignore_index)
+    heads, targets = heads_of(of_models, scale, softcap), Targets.of(target, ignore_index)
     impl = implementation("token_logps_kl", input.device)
     with inside_op(input.device):
         mode = impl.choose_mode(heads, tuple(needs_grad))
@@ -136,7 +137,7 @@ def _(
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     of_models = (input, weight, bias, reference_input, reference_weight, reference_bias)
-    heads = _heads(of_models, scale, softcap)
+    heads = heads_of(of_models, scale, softcap)
     impl = implementation("token_logps_kl", input.device)
     return tuple(impl.empty_stats(heads, impl.choose_mode(heads, tuple(needs_grad))))
 
@@ -166,7 +167,7 @@ def bwd_op(
     with inside_op(input.device):
         gradients = impl.token_logps_kl_bwd(
             (grad_logps, grad_kl),
-            _heads(of_models, scale, softcap),
+            heads_of(of_models, scale, softcap),
             Targets.of(target, ignore_index),
             JointStats(*stats),
             direction=direction,
@@ -193,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *ctx.options, needs_grad = inputs[7:]
     _, scale, softcap, _ = ctx.options
     impl = implementation("token_logps_kl", target.device)
-    ctx.mode = impl.choose_mode(_heads(of_models, scale, softcap), tuple(needs_grad))
+    ctx.mode = impl.choose_mode(heads_of(of_models, scale, softcap), tuple(needs_grad))
     ctx.save_for_backward(*of_models, target, *output)
     stats = JointStats(*output)
     ctx.mark_non_differentiable(
@@ -227,36 +228,3 @@ def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]
 
 
 register_autograd("fastpref::token_logps_kl_v1", _differentiate, setup_context=_setup_context)
-
-
-def _heads(
-    of_models: tuple[Tensor | None, ...], scale: float, softcap: float | None
-) -> tuple[Head, Head]:
-    """Heads of policy and reference from input, weight and bias of each."""
-    input, weight, bias, reference_input, reference_weight, reference_bias = of_models
-    assert input is not None and weight is not None
-    assert reference_input is not None and reference_weight is not None
-    return (
-        Head(input, weight, bias, scale, softcap),
-        Head(reference_input, reference_weight, reference_bias, scale, softcap),
-    )
-
-
-def _check_models(
-    input: Tensor, weight: Tensor, reference_input: Tensor, reference_weight: Tensor
-) -> None:
-    """Policy and reference share N, V and the device."""
-    if reference_input.device != input.device:
-        raise ValueError(
-            f"reference_input must be on input's {input.device}, got {reference_input.device}"
-        )
-    if reference_input.shape[0] != input.shape[0]:
-        raise ValueError(
-            f"reference_input must have input's {input.shape[0]} rows, "
-            f"got {tuple(reference_input.shape)}"
-        )
-    if reference_weight.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"reference_linear_weight must have linear_weight's vocabulary of {weight.shape[0]}, "
-            f"got {tuple(reference_weight.shape)}"
-        )

@@ -45,6 +45,7 @@ from fastpref_kernels.launch import (
     row_grid,
     whole_tile,
 )
+from fastpref_kernels.token_logps_kernels import MAX_DRIFT
 from fastpref_kernels.workspace import get_workspace_mib, slices
 
 Heads = tuple[Head, Head]
@@ -52,7 +53,6 @@ Heads = tuple[Head, Head]
 
 _SWEEP_ROWS = 4096
 """Rows of a sweep: bounds the sums of its column blocks, five a row and block."""
-_MAX_DRIFT = 80.0
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
@@ -198,14 +198,14 @@ class _JointSweep:
         return policy, reference, kl_R
 
     def rescue(self, policy: RowSums, reference: RowSums, kept_RV: list[Tensor]) -> Tensor:
-        """Do rows again whose target is more than 80 nats below another column.
+        """Do rows again whose target is more than MAX_DRIFT nats below another column.
 
         Returns:
             log p and log q of what is stored as 1, (2, R).
         """
         models = (policy, reference)
         drifts = torch.stack([sums.max - sums.target_logit for sums in models])
-        rescued_R = (self.ids_R >= 0) & (drifts > _MAX_DRIFT).any(0)
+        rescued_R = (self.ids_R >= 0) & (drifts > MAX_DRIFT.value).any(0)
         # the others' log-sum-exp is their anchor then: log p of it is log(1 - p_y)
         others = [sums.max + sums.sum_exp.log() for sums in models]
         (head, reference_head), D = (model.head for model in self.operands), self.inputs[0].shape[1]

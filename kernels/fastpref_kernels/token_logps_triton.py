@@ -118,23 +118,26 @@ def token_logps_bwd(
         grad_N1 = grad.float().masked_fill(targets.ignored, 0)[:, None]
         return torch.mul(stats.kept, grad_N1).to(head.input.dtype), None, None
     operands = Operands.of(head, targets)
-    backward = _store_bwd if mode == "store" else _lean_bwd
+    backward = store_bwd if mode == "store" else lean_bwd
     return backward(grad, head, operands, targets, stats, needs_grad)
 
 
-class _Sweep:
+class Sweep:
     """Sums of a group of rows over the columns swept so far."""
 
-    def __init__(self, operands: Operands, rows: slice, *, stored: bool) -> None:
+    def __init__(self, operands: Operands, rows: slice, *, stored: bool, gap: bool = False) -> None:
         self.operands = operands
         self.input_RD, self.ids_R = operands.head.input[rows], operands.ids[rows]
         self.anchor_R = operands.target_logits(rows)
         self.exp_dtype = operands.exp_dtype if stored else None
-        # a fused kernel leaves its sums half a tile at a time
-        block_v = ROW_TILE.block_v if operands.tile is None else operands.tile.block_v // 2
+        # a fused kernel leaves its sums a part of a tile at a time; the gap needs more registers
+        self.parts = 4 if gap else 2
+        tile = operands.tile
+        block_v = ROW_TILE.block_v if tile is None else tile.block_v // self.parts
         num_blocks = triton.cdiv(operands.head.weight.shape[0], block_v)
         self.max_BR, self.sum_BR = self._empty(num_blocks), self._empty(num_blocks)
         self.stored_sum_BR = self._empty(num_blocks) if stored else None
+        self.gap_BR = self._empty(num_blocks) if gap else None
 
     def add(self, cols: slice, stored_RC: Tensor | None = None) -> None:
         """Sweep the columns of `cols`, which begins a block; fill `stored_RC` with exponentials."""
@@ -148,18 +151,24 @@ class _Sweep:
         row_max_R, row_sum_R, stored_sum_R = combine(self.max_BR, self.sum_BR, self.stored_sum_BR)
         return RowSums(row_max_R, row_sum_R, self.anchor_R), stored_sum_R
 
+    def finish_gap(self) -> Tensor:
+        """Sum over all columns of what was stored times its logit over the target's, (R,)."""
+        *_, gap_R = combine(self.max_BR, self.sum_BR, self.gap_BR)
+        return gap_R
+
     def rescue(
         self,
         sums: RowSums,
         stored_sum_R: Tensor,
+        gap_R: Tensor | None = None,
         *,
         stored_RV: Tensor | None = None,
         total_RD: Tensor | None = None,
     ) -> None:
-        """Do rows again whose target is more than 80 nats below another column.
+        """Do rows again whose target is more than MAX_DRIFT nats below another column.
 
         Exactly one of `stored_RV`, their exponentials, and `total_RD`, the product of these with
-        the head, is what is to be corrected; `stored_sum_R` is corrected with it.
+        the head, is what is to be corrected; `stored_sum_R` and `gap_R` are corrected with it.
         """
         weight_VD, D = self.operands.head.weight, self.input_RD.shape[1]
         block_d = triton.next_power_of_2(D)
@@ -173,6 +182,7 @@ class _Sweep:
             stored_ptr=stored_RV,
             total_ptr=total_RD,
             stored_sum_ptr=stored_sum_R,
+            gap_ptr=gap_R,
             stride_n=self.input_RD.stride(0),
             stride_v=weight_VD.stride(0),
             stride_stored=0 if stored_RV is None else stored_RV.stride(0),
@@ -181,6 +191,7 @@ class _Sweep:
             BLOCK_V=max(1, 8192 // block_d),
             BLOCK_D=block_d,
             STORE=stored_RV is not None,
+            GAP=gap_R is not None,
             num_warps=8,
             **self.operands.transform,
             **COMPILE,
@@ -190,10 +201,11 @@ class _Sweep:
         R, C = len(self.ids_R), cols.stop - cols.start
         kernels._sweep_kernel[fused_grid(tile, R, C)](
             *descriptors(tile, self.input_RD, self.operands.head.weight),
-            result_descriptor(tile, stored_RC),
+            result_descriptor(tile, stored_RC, parts=self.parts),
             start_v=cols.start,
             stop_v=cols.stop,
             D=self.input_RD.shape[1],
+            PARTS=self.parts,
             **self._sums,
             **self.operands.transform,
             **fused_blocks(tile),
@@ -229,6 +241,8 @@ class _Sweep:
             "max_ptr": self.max_BR,
             "sum_ptr": self.sum_BR,
             "stored_sum_ptr": self.stored_sum_BR,
+            "gap_ptr": self.gap_BR,
+            "GAP": self.gap_BR is not None,
             "N": len(self.ids_R),
             "EXP": None if self.exp_dtype is None else TRITON_DTYPES[self.exp_dtype],
         }
@@ -242,7 +256,7 @@ def _sweep_fwd(operands: Operands, stats: TokenStats, *, stored: bool) -> None:
     head = operands.head
     N, V = len(operands.ids), head.weight.shape[0]
     for rows in slices(N, _SWEEP_ROWS):
-        sweep = _Sweep(operands, rows, stored=stored)
+        sweep = Sweep(operands, rows, stored=stored)
         stored_RV = stats.kept[rows, :V] if stored else None
         sweep.add(slice(0, V), stored_RV)
         sums, stored_sum_R = sweep.finish()
@@ -251,11 +265,22 @@ def _sweep_fwd(operands: Operands, stats: TokenStats, *, stored: bool) -> None:
             continue
         sweep.rescue(sums, stored_sum_R, stored_RV=stored_RV)
         stats.kept_sums[rows] = stored_sum_R
-        # the target weighs what all others do, with the other sign: dz sums to zero over a row
-        ids_R1 = operands.ids[rows, None]
-        target_R1 = -(stored_sum_R * _softcap_slope(head, sums.target_logit))[:, None]
-        target_R1 = target_R1.masked_fill(ids_R1 < 0, 0).to(stored_RV.dtype)
-        stored_RV.scatter_(1, ids_R1.clamp_min(0), target_R1)
+        weigh_target(
+            stored_RV, operands.ids[rows], stored_sum_R * _softcap_slope(head, sums.target_logit)
+        )
+
+
+def weigh_target(stored_RV: Tensor, ids_R: Tensor, weight_R: Tensor) -> None:
+    """Give the target what all others weigh, with the other sign: dz sums to zero over a row.
+
+    Args:
+        stored_RV: Exponentials without the target.
+        ids_R: Targets, -1 where ignored.
+        weight_R: The others' sum, times the target's softcap slope.
+    """
+    ids_R1 = ids_R[:, None]
+    weight_R1 = -weight_R[:, None].masked_fill(ids_R1 < 0, 0).to(stored_RV.dtype)
+    stored_RV.scatter_(1, ids_R1.clamp_min(0), weight_R1)
 
 
 def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
@@ -275,7 +300,7 @@ def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
         device=head.input.device,
     )
     for rows in slices(N, tile_rows):
-        sweep = _Sweep(operands, rows, stored=True)
+        sweep = Sweep(operands, rows, stored=True)
         total_RD = head.input.new_zeros(rows.stop - rows.start, D, dtype=torch.float32)
         for cols in slices(V, tile_cols):
             stored_RC = stored[: len(total_RD), : cols.stop - cols.start]
@@ -285,13 +310,13 @@ def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
         sweep.rescue(sums, stored_sum_R, total_RD=total_RD)
         ids_R = operands.ids[rows]
         others_R = -sums.logps.expm1().masked_fill(ids_R < 0, 0) * head.scale
-        total_RD.mul_(-_shared(others_R, stored_sum_R)[:, None])
+        total_RD.mul_(-shared(others_R, stored_sum_R)[:, None])
         target_R = others_R * _softcap_slope(head, sums.target_logit)
         total_RD += target_R[:, None] * head.weight[ids_R.clamp_min(0)]
         stats.logps[rows], stats.lse[rows], stats.kept[rows] = sums.logps, sums.lse, total_RD
 
 
-def _store_bwd(
+def store_bwd(
     grad: Tensor,
     head: Head,
     operands: Operands,
@@ -302,7 +327,7 @@ def _store_bwd(
     """Gradients from the stored exponentials: dz = v · E, with one number v a row."""
     (scaled_N,), _ = logit_gradients(head, targets, grad)
     others_N = -stats.logps.expm1() * scaled_N
-    v_N = -_shared(others_N, stats.kept_sums)
+    v_N = -shared(others_N, stats.kept_sums)
     exp_NV = stats.kept[:, : head.weight.shape[0]]
     input_ND = weight_VD = bias_V = None
     if needs_grad[0]:
@@ -327,15 +352,22 @@ def _store_bwd(
     return input_ND, weight_VD, bias_V
 
 
-def _lean_bwd(
+def lean_bwd(
     grad: Tensor,
     head: Head,
     operands: Operands,
     targets: Targets,
     stats: TokenStats,
     needs_grad: NeedsGrad,
+    *,
+    scored: Operands | None = None,
 ) -> Gradients:
-    """Gradients from logits made again, a slice of the vocabulary at a time."""
+    """Gradients from logits made again, a slice of the vocabulary at a time.
+
+    Args:
+        scored: Whose logits they are; None for `operands` themselves.
+    """
+    scored = scored or operands
     (scaled_N,), unit = logit_gradients(head, targets, grad)
     row_arguments = {
         "lse_ptr": stats.lse,
@@ -352,14 +384,14 @@ def _lean_bwd(
         R, C = len(hidden_RD), len(weight_CD)
         dlogits_RC = hidden_RD.new_empty(R, aligned_columns(C))[:, :C]
         arguments = {name: vector[rows] for name, vector in row_arguments.items()}
-        arguments["target_ptr"] = operands.ids[rows]
-        if operands.tile is None:
-            _dlogits_of_products(operands, hidden_RD, weight_CD, cols, dlogits_RC, arguments)
+        arguments["target_ptr"] = scored.ids[rows]
+        if scored.tile is None:
+            _dlogits_of_products(scored, rows, cols, dlogits_RC, arguments)
         else:
-            _dlogits_fused(operands, operands.tile, rows, cols, dlogits_RC, arguments)
+            _dlogits_fused(scored, scored.tile, rows, cols, dlogits_RC, arguments)
         return dlogits_RC
 
-    tile = gradient_tile(operands)
+    tile = gradient_tile(scored)
     return head_gradients(head, needs_grad, tile, lambda rows: clean_ND[rows], dlogits, unit=unit)
 
 
@@ -388,12 +420,12 @@ def _dlogits_fused(
 
 def _dlogits_of_products(
     operands: Operands,
-    hidden_RD: Tensor,
-    weight_CD: Tensor,
+    rows: slice,
     cols: slice,
     dlogits_RC: Tensor,
     arguments: dict[str, Tensor],
 ) -> None:
+    hidden_RD, weight_CD = operands.head.input[rows], operands.head.weight[cols]
     for part_rows, part_cols in product_tiles(*dlogits_RC.shape):
         products_RC = matmul(hidden_RD[part_rows], weight_CD[part_cols].t())
         part_RC = dlogits_RC[part_rows, part_cols]
@@ -412,7 +444,7 @@ def _dlogits_of_products(
         )
 
 
-def _shared(others_N: Tensor, stored_sum_N: Tensor) -> Tensor:
+def shared(others_N: Tensor, stored_sum_N: Tensor) -> Tensor:
     """What a unit of stored exponential gets of what the other columns share; 0 if there are none.
 
     Others whose sum is 0 have a probability of 0 together.

@@ -1,0 +1,206 @@
+"""Portable path of `tdpo1_token_values`: the reference's logits a tile at a time."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels.head import (
+    Gradients,
+    Head,
+    NeedsGrad,
+    RowSums,
+    Targets,
+    ValueStats,
+    add_matmul,
+    head_gradients,
+    logit_gradients,
+    put_target,
+    take_target,
+)
+from fastpref_kernels.workspace import slices, tile_shape
+
+Heads = tuple[Head, Head]
+"""Policy, reference."""
+
+
+class Means(NamedTuple):
+    """Sums over the columns seen so far, the target's left out, weighted by exp(z' - max)."""
+
+    reference: RowSums
+    weights: Tensor
+    """(R, D) of the policy's head weights."""
+    logits: Tensor
+    """(R,) of the reference's logits over the target's, less the policy's bias over the target's;
+    what h · `weights` is to be compared with."""
+
+
+def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
+    """ "lean": a head that wants a gradient gets it from the reference's logits, made again."""
+    if not any(needs_grad):
+        return "scores"
+    return "frozen" if needs_grad == (True, False, False) else "lean"
+
+
+def empty_stats(heads: Heads, mode: str) -> ValueStats:
+    """Uninitialised results of the forward."""
+    input = heads[0].input
+    slopes = torch.empty_like(input) if mode != "scores" else input.new_empty(0)
+    return ValueStats.empty(input, slopes, kept=input.new_empty(0), kept_sums=input.new_empty(0))
+
+
+def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueStats:
+    """Values, and their derivatives in the hidden states.
+
+    Args:
+        heads: Of policy and reference: hidden states (N, D), (N, D') and weights (V, D), (V, D').
+        targets: What is scored.
+        mode: "scores", "frozen" or "lean".
+    """
+    policy, _ = heads
+    V = policy.weight.shape[0]
+    hidden = max(head.weight.shape[1] for head in heads)
+    tile_rows, tile_cols = tile_shape(V, hidden, policy.weight.device)
+    stats = empty_stats(heads, mode)
+    for rows in slices(len(targets.ids), tile_rows):
+        target_R = targets.ids[rows]
+        means = _sweep(heads, targets, rows, tile_cols)
+        sums = means.reference
+        others_R = -sums.logps.expm1()
+        share_R = torch.where(sums.sum_exp > 0, others_R / sums.sum_exp, 0)
+        target_RD = policy.weight[target_R].to(policy.gemm_dtype).float()
+        slopes_RD = target_RD.mul_(others_R[:, None]).sub_(means.weights * share_R[:, None])
+        slopes_RD *= policy.scale
+        stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * means.logits)
+        stats.reference_logps[rows], stats.reference_lse[rows] = sums.logps, sums.lse
+        if mode != "scores":
+            stats.slopes[rows] = slopes_RD.masked_fill_(targets.ignored[rows, None], 0)
+    for scores_N in (stats.values, stats.reference_logps):
+        scores_N.masked_fill_(targets.ignored, 0)
+    return stats
+
+
+def tdpo1_token_values_bwd(
+    grad: Tensor,
+    heads: Heads,
+    targets: Targets,
+    stats: ValueStats,
+    *,
+    mode: str,
+    needs_grad: NeedsGrad,
+) -> Gradients:
+    """Gradients of the policy's input, weight and bias: dz = g · (e_y - q).
+
+    Args:
+        grad: (N,) upstream gradient of the values, any strides.
+        heads, targets: As in the forward.
+        stats, mode: What the forward returned and was told.
+        needs_grad: Which of input, weight and bias want a gradient; the others get None.
+    """
+    policy, reference = heads
+    input_ND = scaled_slopes(grad, policy, targets, stats) if needs_grad[0] else None
+    if not any(needs_grad[1:]):
+        return input_ND, None, None
+    (scaled_grad_N,), unit = logit_gradients(policy, targets, grad)
+    # 1 - q_y without subtracting from 1: exact for a confident token
+    target_grad_N = -scaled_grad_N * stats.reference_logps.expm1()
+
+    def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, head_CD: Tensor) -> Tensor:
+        R = rows.stop - rows.start
+        reference_RD = reference.input_tile(rows, targets.ignored)
+        logits_RC = reference.logits(reference_RD, reference.weight_tile(cols), cols)[:R]
+        q_RC = logits_RC.sub_(stats.reference_lse[rows, None]).exp_()
+        dlogits_RC = q_RC.mul_(-scaled_grad_N[rows, None])
+        put_target(dlogits_RC, targets.ids[rows], cols, target_grad_N[rows])
+        return dlogits_RC
+
+    V = policy.weight.shape[0]
+    tile = tile_shape(V, max(head.weight.shape[1] for head in heads), policy.weight.device)
+    _, weight_VD, bias_V = head_gradients(
+        policy,
+        (False, *needs_grad[1:]),
+        tile,
+        partial(policy.input_tile, ignored_N=targets.ignored),
+        dlogits,
+        unit=unit,
+    )
+    return input_ND, weight_VD, bias_V
+
+
+def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor) -> Tensor:
+    """Values (R,) from their derivatives in the hidden states.
+
+    Args:
+        heads: Policy and reference.
+        rows: Which rows these are.
+        slopes_RD: (R, D) float32.
+        constants_R: (R,) what is added where the heads differ.
+    """
+    hidden_RD = heads[0].input[rows].float()
+    if share_head(heads):
+        return (slopes_RD * (hidden_RD - heads[1].input[rows].float())).sum(1)
+    return (slopes_RD * hidden_RD).sum(1) + constants_R
+
+
+def share_head(heads: Heads) -> bool:
+    """Whether policy and reference use one head: the same memory, weight and bias."""
+    policy, reference = heads
+    return _same(policy.weight, reference.weight) and (
+        policy.bias is reference.bias is None or _same(policy.bias, reference.bias)
+    )
+
+
+def scaled_slopes(grad: Tensor, policy: Head, targets: Targets, stats: ValueStats) -> Tensor:
+    """Gradient of the hidden states, (N, D)."""
+    grad_N1 = grad.float().masked_fill(targets.ignored, 0)[:, None]
+    return torch.mul(stats.slopes, grad_N1).to(policy.input.dtype)
+
+
+def _sweep(heads: Heads, targets: Targets, rows: slice, tile_cols: int) -> Means:
+    policy, reference = heads
+    R, (V, D) = rows.stop - rows.start, policy.weight.shape
+    hidden_RD = reference.input_tile(rows, targets.ignored)
+    target_R = targets.ids[rows]
+    base_R = _target_logits(reference, hidden_RD[:R], target_R)
+    means = Means(
+        RowSums.empty(R, policy.input.device),
+        policy.input.new_zeros(R, D, dtype=torch.float32),
+        torch.zeros_like(base_R),
+    )
+    for cols in slices(V, tile_cols):
+        logits_RC = reference.logits(hidden_RD, reference.weight_tile(cols), cols)[:R]
+        means = _add_columns(means, policy, logits_RC, target_R, base_R, cols)
+    return means
+
+
+def _add_columns(
+    means: Means, policy: Head, logits_RC: Tensor, target_R: Tensor, base_R: Tensor, cols: slice
+) -> Means:
+    over_RC = logits_RC - base_R[:, None]
+    if policy.bias is not None:
+        bias_over_RC = policy.bias[cols].float() - policy.bias[target_R].float()[:, None]
+        over_RC -= bias_over_RC * policy.scale
+    sums = means.reference.add(logits_RC, take_target(logits_RC, target_R, cols))
+    # columns of -inf have no weight and no logit that is a number
+    over_RC.masked_fill_(logits_RC == 0, 0)
+    rescale_R = (means.reference.max - sums.max).exp()
+    weights_RD = means.weights.mul_(rescale_R[:, None])
+    add_matmul(weights_RD, logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
+    return Means(sums, weights_RD, means.logits * rescale_R + over_RC.mul_(logits_RC).sum(1))
+
+
+def _target_logits(head: Head, hidden_RD: Tensor, target_R: Tensor) -> Tensor:
+    """(R,) the head's own logit of each target."""
+    weight_RD = head.weight[target_R].to(hidden_RD.dtype).float()
+    logits_R = (hidden_RD.float() * weight_RD).sum(1)
+    if head.bias is not None:
+        logits_R += head.bias[target_R]
+    return logits_R * head.scale
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return False
+    layout = (a.data_ptr(), a.shape, a.stride(), a.dtype)
+    return layout == (b.data_ptr(), b.shape, b.stride(), b.dtype)

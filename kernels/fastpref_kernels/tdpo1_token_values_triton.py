@@ -1,0 +1,168 @@
+"""`tdpo1_token_values` on a GPU: how many GEMMs its modes take.
+
+    store    3 passes: the reference's exponentials are kept for the head's gradient, if the
+             workspace holds them
+    lean     4 passes: the backward makes the reference's logits again
+    frozen   2 passes: only the hidden states want a gradient, which the forward makes
+    scores   2 passes: nothing wants a gradient
+
+A pass is 2·N·D·V floating-point operations. The two of the forward are the reference's logits and
+the mean of the policy's head under its probabilities; the policy has no logits. The kernels are
+those of `token_logps`, run on the reference.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpref_kernels.head import (
+    Gradients,
+    Head,
+    NeedsGrad,
+    Targets,
+    TokenStats,
+    ValueStats,
+    add_matmul,
+)
+from fastpref_kernels.launch import Operands, aligned_columns
+from fastpref_kernels.tdpo1_token_values_torch import scaled_slopes, values_of
+from fastpref_kernels.token_logps_triton import Sweep, lean_bwd, shared, store_bwd, weigh_target
+from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
+
+Heads = tuple[Head, Head]
+"""Policy, reference."""
+
+_SWEEP_ROWS = 2048
+"""Rows whose exponentials are multiplied with the policy's head at once."""
+_PRODUCT_COLUMNS = 32768
+_LOWEST_BIAS = -1e30
+"""Stands for a bias of -inf in sums where its column has no weight: 0 · -inf is not a number."""
+
+
+def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
+    """Mode of a call; see the module's docstring."""
+    policy, reference = heads
+    if not any(needs_grad):
+        return "scores"
+    if needs_grad == (True, False, False):
+        return "frozen"
+    if policy.gemm_dtype == torch.float16:
+        return "lean"
+    kept_bytes = len(policy.input) * _row_bytes(reference)
+    return "store" if kept_bytes <= get_workspace_mib() * 2**20 else "lean"
+
+
+def empty_stats(heads: Heads, mode: str) -> ValueStats:
+    """Uninitialised results of the forward, with what the mode keeps for its backward."""
+    policy, reference = heads
+    input, N = policy.input, len(policy.input)
+    columns = aligned_columns(policy.weight.shape[0])
+    shape, num_sums = ((N, columns), N) if mode == "store" else ((0,), 0)
+    return ValueStats.empty(
+        input,
+        input.new_empty(0) if mode == "scores" else input.new_empty(input.shape),
+        kept=input.new_empty(shape, dtype=reference.exp_dtype),
+        kept_sums=input.new_empty(num_sums, dtype=torch.float32),
+    )
+
+
+def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueStats:
+    """Values, their derivatives in the hidden states, and what the mode's backward starts from."""
+    policy, reference = (Operands.of(head, targets) for head in heads)
+    stats = empty_stats(heads, mode)
+    N, V = len(targets.ids), policy.head.weight.shape[0]
+    if mode == "store":
+        # columns that only round a row up: an op's results hold nothing by chance
+        stats.kept[:, V:] = 0
+    step = _sweep_rows(heads[1])
+    scratch = policy.head.input.new_empty(
+        0 if mode == "store" else min(step, N), aligned_columns(V), dtype=reference.exp_dtype
+    )
+    for rows in slices(N, step):
+        kept_RC = stats.kept[rows] if mode == "store" else scratch[: rows.stop - rows.start]
+        _score_rows((policy, reference), heads, rows, kept_RC[:, :V], stats, mode)
+    for scores_N in (stats.values, stats.reference_logps):
+        scores_N.masked_fill_(targets.ignored, 0)
+    return stats
+
+
+def tdpo1_token_values_bwd(
+    grad: Tensor,
+    heads: Heads,
+    targets: Targets,
+    stats: ValueStats,
+    *,
+    mode: str,
+    needs_grad: NeedsGrad,
+) -> Gradients:
+    """Gradients of the policy's input, weight and bias: dz = g · (e_y - q)."""
+    policy, _ = heads
+    input_ND = scaled_slopes(grad, policy, targets, stats) if needs_grad[0] else None
+    of_head = (False, *needs_grad[1:])
+    if not any(of_head):
+        return input_ND, None, None
+    operands, scored = (Operands.of(head, targets) for head in heads)
+    # a softmax in place of the policy's: whose logits it is made of does not matter
+    of_reference = TokenStats(*stats[2:])
+    if mode == "store":
+        gradients = store_bwd(grad, policy, operands, targets, of_reference, of_head)
+    else:
+        gradients = lean_bwd(grad, policy, operands, targets, of_reference, of_head, scored=scored)
+    return input_ND, *gradients[1:]
+
+
+def _score_rows(
+    operands: tuple[Operands, Operands],
+    heads: Heads,
+    rows: slice,
+    kept_RV: Tensor,
+    stats: ValueStats,
+    mode: str,
+) -> None:
+    policy, reference = operands
+    head, ids_R = policy.head, policy.ids[rows]
+    sweep = Sweep(reference, rows, stored=True, gap=True)
+    sweep.add(slice(0, head.weight.shape[0]), kept_RV)
+    sums, stored_sum_R = sweep.finish()
+    gap_R = sweep.finish_gap()
+    sweep.rescue(sums, stored_sum_R, gap_R, stored_RV=kept_RV)
+    others_R = -sums.logps.expm1().masked_fill(ids_R < 0, 0)
+    share_R = shared(others_R, stored_sum_R)
+    slopes_RD = _product(kept_RV, head.weight).mul_(-share_R[:, None])
+    slopes_RD += others_R[:, None] * head.weight[ids_R.clamp_min(0)]
+    slopes_RD *= head.scale
+    if head.bias is not None:
+        bias_V = head.bias.float().clamp_min(_LOWEST_BIAS)
+        over_R = _weighted_sum(kept_RV, bias_V) - stored_sum_R * bias_V[ids_R.clamp_min(0)]
+        gap_R -= over_R * head.scale
+    stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * gap_R)
+    stats.reference_logps[rows], stats.reference_lse[rows] = sums.logps, sums.lse
+    if mode != "scores":
+        stats.slopes[rows] = slopes_RD.masked_fill_(ids_R[:, None] < 0, 0)
+    if mode == "store":
+        stats.kept_sums[rows] = stored_sum_R
+        weigh_target(kept_RV, ids_R, stored_sum_R)
+
+
+def _product(exp_RV: Tensor, weight_VD: Tensor) -> Tensor:
+    """Exponentials times the head, (R, D) float32."""
+    total_RD = exp_RV.new_zeros(len(exp_RV), weight_VD.shape[1], dtype=torch.float32)
+    for cols in slices(len(weight_VD), _PRODUCT_COLUMNS):
+        add_matmul(total_RD, exp_RV[:, cols], weight_VD[cols].to(exp_RV.dtype))
+    return total_RD
+
+
+def _weighted_sum(exp_RV: Tensor, values_V: Tensor) -> Tensor:
+    """Exponentials times one float32 number a column, (R,), exact in 16 bits too: in two parts."""
+    high_V = values_V.to(exp_RV.dtype)
+    low_V = (values_V - high_V).to(exp_RV.dtype)
+    return _product(exp_RV, torch.stack([high_V, low_V], 1)).sum(1)
+
+
+def _sweep_rows(reference: Head) -> int:
+    """Rows at once: their exponentials take no more than half the workspace."""
+    fitting = int(get_workspace_mib() * 2**20 / 2 / _row_bytes(reference))
+    return max(ROW_MULTIPLE, min(_SWEEP_ROWS, fitting // ROW_MULTIPLE * ROW_MULTIPLE))
+
+
+def _row_bytes(reference: Head) -> int:
+    return aligned_columns(reference.weight.shape[0]) * reference.exp_dtype.itemsize
