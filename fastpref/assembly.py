@@ -31,7 +31,7 @@ from fastpref.pretrained import (
     read_vocab_size,
     resolve_model,
 )
-from fastpref.reference import ScoreFn, build_score_fn
+from fastpref.reference import EvaluateFn, build_evaluate_fn
 from fastpref.sampler import GlobalOrder
 from fastpref.trackers import build_trackers
 
@@ -78,7 +78,7 @@ class Run:
     objective: Objective
     policy: TokenScorer
     reference: TokenScorer | None
-    score: ScoreFn
+    evaluate: EvaluateFn
     optimizer: Optimizer
     scheduler: LambdaLR
     log: MetricsLog
@@ -222,7 +222,7 @@ def build_run(config: Config, world: World) -> Run:
         objective=objective,
         policy=policy,
         reference=reference,
-        score=build_score_fn(policy, reference, objective),
+        evaluate=build_evaluate_fn(policy, reference, objective),
         optimizer=optimizer,
         scheduler=scheduler,
         log=log,

@@ -72,11 +72,15 @@ class TDPOConfig(LossConfig):
     """Weight of the KL difference in TDPO2, >= 0; TDPO1 does not use it."""
     if_tdpo2: bool = True
     """true: TDPO2 (the chosen KL is detached). false: TDPO1."""
+    kl_metrics_every: int = 10
+    """TDPO1: optimizer steps between metrics lines with KL and log-probabilities, which the loss
+    does not need and which cost it half as many operations again in the head, >= 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("loss.beta", self.beta, gt=0)
         check_number("loss.alpha", self.alpha, ge=0)
+        check_number("loss.kl_metrics_every", self.kl_metrics_every, ge=1)
 
 
 @dataclass(kw_only=True)

@@ -80,13 +80,14 @@ class MetricsLog:
         if not self._pending or not self.is_main:
             self._pending.clear()
             return None
-        values = torch.stack([step.values for step in self._pending]).cpu()
+        counts = [len(step.names) for step in self._pending]
+        values = torch.cat([step.values for step in self._pending]).cpu().split(counts)
         seconds = max(time.perf_counter() - self._last_flush, 1e-9)
         num_examples = sum(step.num_examples for step in self._pending)
         num_tokens = sum(step.num_tokens for step in self._pending)
-        for step, row in zip(self._pending, values.tolist(), strict=True):
+        for step, row in zip(self._pending, values, strict=True):
             record = {"step": step.step, "examples": step.examples, "split": "train"}
-            record |= dict(zip(step.names, row, strict=True))
+            record |= dict(zip(step.names, row.tolist(), strict=True))
             record |= {
                 "lr": step.lr,
                 "examples_per_second": num_examples / seconds,

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastpref_kernels import TokenScores, token_logps, token_logps_and_kl
+from fastpref_kernels import (
+    TokenScores,
+    tdpo1_token_values,
+    token_logps,
+    token_logps_and_kl,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
@@ -132,6 +137,28 @@ class TokenScorer(nn.Module):
             reference_linear_bias=reference.bias,
             logit_scale=logits.scale,
             logit_softcap=logits.softcap,
+        )
+
+    def tdpo1_values(self, batch: TokenBatch, reference: HeadStates) -> Tensor:
+        """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
+
+        Args:
+            batch: The micro-batch.
+            reference: The reference's states on the same batch.
+
+        Returns:
+            (N,) float32, in nats.
+        """
+        assert self.logit_transform.softcap is None
+        return tdpo1_token_values(
+            self.hidden_states(batch),
+            self.head.weight,
+            batch.target,
+            reference.hidden,
+            reference.weight,
+            linear_bias=self.head.bias,
+            reference_linear_bias=reference.bias,
+            logit_scale=self.logit_transform.scale,
         )
 
     @torch.no_grad()

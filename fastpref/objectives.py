@@ -50,6 +50,9 @@ class SequenceScores:
 PairObjective = Callable[[SequenceScores, SequenceScores], PairLoss]
 """Chosen scores, rejected scores -> losses, chosen rewards, rejected rewards."""
 
+KLLoss = Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]
+"""Chosen and rejected log-ratios, chosen and rejected KL (P,) -> as above."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
@@ -69,6 +72,10 @@ class Objective:
     kl_direction: str | None
     """The KL that the scores must carry, as `token_logps_and_kl` names it; None for no KL."""
     evaluate: Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
+    evaluate_values: Callable[[Tensor, TokenBatch], tuple[Tensor, Metrics]] | None = None
+    """The same losses from `tdpo1_token_values` (N,), and those metrics that these tell."""
+    detailed_every: int = 1
+    """Optimizer steps between those that ask for every metric, where some cost more."""
 
     @property
     def needs_reference(self) -> bool:
@@ -96,7 +103,13 @@ def build_objective(config: LossConfig) -> Objective:
             tdpo = partial(
                 tdpo_loss, beta=config.beta, alpha=config.alpha, if_tdpo2=config.if_tdpo2
             )
-            return _pair_objective(title, _with_kl(tdpo), kl_direction="reference_policy")
+            return _pair_objective(
+                title,
+                _with_kl(tdpo),
+                kl_direction="reference_policy",
+                value_loss=None if config.if_tdpo2 else tdpo,
+                detailed_every=1 if config.if_tdpo2 else config.kl_metrics_every,
+            )
         case TISDPOConfig():
             tisdpo = partial(
                 tisdpo_loss,
@@ -104,6 +117,8 @@ def build_objective(config: LossConfig) -> Objective:
                 alpha=config.alpha,
                 token_level=config.token_level,
             )
+            if not config.token_level:
+                return _pair_objective("TIS-DPO", _without_kl(tisdpo), weighted=True)
             return _pair_objective(
                 "TIS-DPO", _with_kl(tisdpo), kl_direction="policy_reference", weighted=True
             )
@@ -145,7 +160,15 @@ def _ipo(config: IPOConfig) -> PairObjective:
     return loss
 
 
-def _with_kl(loss: Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]) -> PairObjective:
+def _without_kl(loss: KLLoss) -> PairObjective:
+    def evaluate(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
+        zeros_P = torch.zeros_like(chosen.log_ratios)
+        return loss(chosen.log_ratios, rejected.log_ratios, zeros_P, zeros_P)
+
+    return evaluate
+
+
+def _with_kl(loss: KLLoss) -> PairObjective:
     def evaluate(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
         assert chosen.kl is not None and rejected.kl is not None
         return loss(chosen.log_ratios, rejected.log_ratios, chosen.kl, rejected.kl)
@@ -154,17 +177,18 @@ def _with_kl(loss: Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]) -> Pair
 
 
 def _pair_objective(
-    title: str, loss: PairObjective, *, kl_direction: str | None = None, weighted: bool = False
+    title: str,
+    loss: PairObjective,
+    *,
+    kl_direction: str | None = None,
+    weighted: bool = False,
+    value_loss: KLLoss | None = None,
+    detailed_every: int = 1,
 ) -> Objective:
     def evaluate(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=weighted)
         losses, chosen_rewards, rejected_rewards = loss(chosen, rejected)
-        metrics = {
-            "rewards/chosen": chosen_rewards,
-            "rewards/rejected": rejected_rewards,
-            "rewards/accuracies": implicit_accuracies(chosen_rewards, rejected_rewards),
-            "rewards/margins": chosen_rewards - rejected_rewards,
-        }
+        metrics = _reward_metrics(chosen_rewards, rejected_rewards)
         if chosen.kl is not None and rejected.kl is not None:
             metrics["kl/chosen"] = chosen.kl
             metrics["kl/rejected"] = rejected.kl
@@ -178,7 +202,32 @@ def _pair_objective(
         needs_weights=weighted,
         kl_direction=kl_direction,
         evaluate=evaluate,
+        evaluate_values=None if value_loss is None else _evaluate_values(value_loss),
+        detailed_every=detailed_every,
     )
+
+
+def _evaluate_values(
+    loss: KLLoss,
+) -> Callable[[Tensor, TokenBatch], tuple[Tensor, Metrics]]:
+    """TDPO1's loss from the sum of log-ratio and KL, all that it and its rewards depend on."""
+
+    def evaluate(values_N: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+        chosen_P, rejected_P = _sum(values_N, batch, None).chunk(2)
+        zeros_P = torch.zeros_like(chosen_P)
+        losses, *rewards = loss(chosen_P, rejected_P, zeros_P, zeros_P)
+        return losses, _reward_metrics(*rewards) | {"loss": losses.detach()}
+
+    return evaluate
+
+
+def _reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics:
+    return {
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": implicit_accuracies(chosen_rewards, rejected_rewards),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+    }
 
 
 def _evaluate_sft(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:

@@ -64,7 +64,7 @@ def parallelize(
         module.set_gradient_divide_factor(1.0)
         if mesh.device_type == "cpu":
             module.set_force_sum_reduction_for_comms(True)
-    for method in ("states", "generate"):
+    for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
     return scorer
 

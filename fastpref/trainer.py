@@ -117,9 +117,10 @@ def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor
     """
     run.optimizer.zero_grad()
     metrics = []
+    detailed = step % run.objective.detailed_every == 0
     for micro_rows in micro_batches(rows, run.config.gradient_accumulation_steps, run.world):
         batch = run.train.batch(micro_rows, run.world.device)
-        losses, values = run.objective.evaluate(run.score(batch), batch)
+        losses, values = run.evaluate(batch, detailed)
         (losses.sum() / len(rows)).backward()
         if run.reference is not None:
             # its gathered head was needed until here: the backward of the KL reads it
@@ -178,7 +179,7 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
             batch = run.eval.batch(
                 np.array_split(rows, run.world.size)[run.world.rank], run.world.device
             )
-            _, values = run.objective.evaluate(run.score(batch), batch)
+            _, values = run.evaluate(batch, True)
             metrics.append(values)
             count += len(rows)
             num_tokens += int(run.eval.num_tokens[rows].sum())

@@ -10,6 +10,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 import triton.language as tl
 from compilation import SHARED_LIMIT, TARGETS, Compiled, compile_kernel
+from fastpref_kernels import sequence_log_ratios_kernels as sequence_kernels
 from fastpref_kernels import token_logps_kernels as kernels
 from fastpref_kernels import token_logps_kl_kernels as joint_kernels
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_ROW_TILE, JOINT_TILES, ROW_TILE
@@ -229,6 +230,20 @@ def joint_row_cases():
             yield f"joint rescue {dtype} {transform}", kernel, types, {"num_warps": 8}
 
 
+def sequence_cases():
+    strides = ("stride_logps", "stride_reference", "stride_weights", "stride_ids", "stride_grad")
+    common = dict.fromkeys((*strides, "S"), "i32") | {"BLOCK_N": 1024, "ids_ptr": "*i64"}
+    for dtype in ("fp32", "bf16"):
+        for weights in (None, "*fp32"):
+            types = common | {"weights_ptr": weights, "HAS_WEIGHTS": weights is not None}
+            types |= {"logps_ptr": f"*{dtype}", "reference_logps_ptr": f"*{dtype}"}
+            types |= {"sums_ptr": "*fp32", "NUM_BLOCKS": 16}
+            types |= {"grad_ptr": "*fp32", "grad_logps_ptr": f"*{dtype}"}
+            name = f"{dtype}{' weighted' if weights else ''}"
+            yield f"sequence sums {name}", sequence_kernels._sum_kernel, types, {}
+            yield f"sequence gradients {name}", sequence_kernels._spread_kernel, types, {}
+
+
 SPILL_LIMIT = {"sm_90": 0, "sm_100": 320}
 """Bytes a thread: none on the GPU that the fused kernels were shaped for. On Blackwell the joint
 sweep that keeps its exponentials spills a few, which a tile of its own would end."""
@@ -252,7 +267,7 @@ def test_fused_kernels_compile_to_matrix_instructions_and_fit(target, cases):
         assert compiled.spilled_bytes <= SPILL_LIMIT[target], name
 
 
-@pytest.mark.parametrize("cases", [row_cases, joint_row_cases])
+@pytest.mark.parametrize("cases", [row_cases, joint_row_cases, sequence_cases])
 @pytest.mark.parametrize("target", TARGETS)
 def test_row_kernels_compile_without_spills(target, cases):
     for name, kernel, types, launch in cases():
@@ -264,6 +279,6 @@ def test_row_kernels_compile_without_spills(target, cases):
 
 def test_no_kernel_is_tuned_while_it_runs():
     # an autotuner runs a kernel several times: what it writes in place would be wrong
-    for module in (kernels, joint_kernels):
+    for module in (kernels, joint_kernels, sequence_kernels):
         tuned = [name for name, value in vars(module).items() if isinstance(value, Autotuner)]
         assert not tuned

@@ -34,7 +34,7 @@ def _runs_triton(op: str, device: torch.device) -> bool:
     return not obstacle
 
 
-_WITH_TRITON = ("token_logps", "token_logps_kl", "tdpo1_token_values")
+_WITH_TRITON = ("token_logps", "token_logps_kl", "tdpo1_token_values", "sequence_log_ratios")
 
 
 def _interpreted() -> bool:

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.library import custom_op, register_autograd
 
 from fastpref_kernels.checks import INDEX_DTYPES, INPUT_DTYPES, check_range, check_tensor
+from fastpref_kernels.dispatch import implementation
+from fastpref_kernels.registered import inside_op
 
 
 def sequence_log_ratios(
@@ -20,13 +22,14 @@ def sequence_log_ratios(
     """Sum over each sequence's tokens of w · (log p - log p_ref), without atomics.
 
     Tokens are subtracted one by one and summed in float64, so two close models never round apart
-    and the order of the tokens does not show. Gradients flow to `logps` only.
+    and the order of the tokens does not show. Gradients flow to `logps` only. On a GPU one launch
+    forward and one backward.
 
     Args:
         logps: Token log-probabilities under the policy, (N,), in nats.
         reference_logps: The same under the reference, (N,).
         sequence_ids: The sequence of each token, (N,) int64 or int32 in [0, num_sequences), in any
-            order; checked on the CPU.
+            order; checked on the CPU, on a GPU a token of another id counts nowhere.
         num_sequences: S >= 0; a sequence without tokens sums to 0.
         token_weights: w, (N,); None weighs every token 1.
 
@@ -37,40 +40,56 @@ def sequence_log_ratios(
         ValueError: shapes, dtypes, devices or ranges are not as above.
     """
     _check(logps, reference_logps, sequence_ids, num_sequences, token_weights)
-    log_ratios_N = logps.double() - reference_logps.detach().double()
-    if token_weights is not None:
-        log_ratios_N = log_ratios_N * token_weights.detach()
-    return _segment_sum(log_ratios_N, sequence_ids, num_sequences).float()
+    weights = None if token_weights is None else token_weights.detach()
+    return fwd_op(logps, reference_logps.detach(), weights, sequence_ids, num_sequences)
 
 
-@custom_op("fastpref::segment_sum_v1", mutates_args=())
-def _segment_sum(values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
-    """Sums of the elements with equal ids, (S,): sorted, then one segment after another."""
-    check_range("sequence_ids", ids, num_segments)
-    if not values.numel() or not num_segments:
-        return values.new_zeros(num_segments)
-    sorted_ids_N, order_N = ids.sort(stable=True)
-    bounds = torch.arange(num_segments + 1, device=ids.device, dtype=ids.dtype)
-    offsets = torch.searchsorted(sorted_ids_N, bounds)
-    # unsafe: the check of the offsets would wait for the device
-    return torch.segment_reduce(values[order_N], "sum", offsets=offsets, unsafe=True)
+@custom_op("fastpref::sequence_log_ratios_v1", mutates_args=())
+def fwd_op(
+    logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
+) -> Tensor:
+    """Sums of each sequence, (S,) float32."""
+    check_range("sequence_ids", ids, num_sequences)
+    if not logps.numel() or not num_sequences:
+        return logps.new_zeros(num_sequences, dtype=torch.float32)
+    impl = implementation("sequence_log_ratios", logps.device)
+    with inside_op(logps.device):
+        return impl.sequence_log_ratios_fwd(logps, reference_logps, weights, ids, num_sequences)
 
 
-@_segment_sum.register_fake
-def _(values: Tensor, ids: Tensor, num_segments: int) -> Tensor:
-    return values.new_empty(num_segments)
+@fwd_op.register_fake
+def _(
+    logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
+) -> Tensor:
+    return logps.new_empty(num_sequences, dtype=torch.float32)
 
 
-def _save_ids(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+@custom_op("fastpref::sequence_log_ratios_bwd_v1", mutates_args=())
+def bwd_op(grad: Tensor, weights: Tensor | None, ids: Tensor, logps: Tensor) -> Tensor:
+    """Gradient of `logps`, whose values are not read: each token's weight times its sequence's."""
+    if not logps.numel():
+        return torch.empty_like(logps)
+    impl = implementation("sequence_log_ratios", logps.device)
+    with inside_op(logps.device):
+        return impl.sequence_log_ratios_bwd(grad, weights, ids, logps.dtype)
 
 
-def _gather(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    (ids,) = ctx.saved_tensors
-    return grad[ids], None, None
+@bwd_op.register_fake
+def _(grad: Tensor, weights: Tensor | None, ids: Tensor, logps: Tensor) -> Tensor:
+    return logps.new_empty(logps.shape)
 
 
-register_autograd("fastpref::segment_sum_v1", _gather, setup_context=_save_ids)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logps, _, weights, ids, _ = inputs
+    ctx.save_for_backward(weights, ids, logps)
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, ids, logps = ctx.saved_tensors
+    return bwd_op(grad, weights, ids, logps), None, None, None, None
+
+
+register_autograd("fastpref::sequence_log_ratios_v1", _differentiate, setup_context=_setup_context)
 
 
 def _check(

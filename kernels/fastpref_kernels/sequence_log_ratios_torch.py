@@ -1,0 +1,27 @@
+"""Portable path of `sequence_log_ratios`: tokens sorted by sequence, then summed in segments."""
+
+import torch
+from torch import Tensor
+
+
+def sequence_log_ratios_fwd(
+    logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
+) -> Tensor:
+    """Sums of each sequence, (S,) float32; N >= 1 and S >= 1."""
+    log_ratios_N = logps.double() - reference_logps.double()
+    if weights is not None:
+        log_ratios_N *= weights
+    sorted_ids_N, order_N = ids.sort(stable=True)
+    bounds = torch.arange(num_sequences + 1, device=ids.device, dtype=ids.dtype)
+    offsets = torch.searchsorted(sorted_ids_N, bounds)
+    # unsafe: the check of the offsets would wait for the device
+    sums_S = torch.segment_reduce(log_ratios_N[order_N], "sum", offsets=offsets, unsafe=True)
+    return sums_S.float()
+
+
+def sequence_log_ratios_bwd(
+    grad: Tensor, weights: Tensor | None, ids: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Gradient of the log-probabilities, (N,) of `dtype`."""
+    grad_N = grad[ids]
+    return (grad_N if weights is None else grad_N * weights).to(dtype)
