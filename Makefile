@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
 INTERPRETED := $(wildcard tests/test_token_logps*.py tests/test_tdpo1*.py tests/test_sequence_log_ratios.py)
 
+# a file's tests stay together: they share models and data
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
+
 .PHONY: quickstart test bench-gpu clean
 
 quickstart: $(VENV)/installed
@@ -15,8 +18,8 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	$(BIN)/python -m pytest $(PARALLEL)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED)
 
 # On one GPU, each part in under nine minutes: PART=tests runs what needs a GPU, PART=kernels measures
 # the head beside its peers and writes to RESULTS. With PYTHON=... on the command line that python

@@ -185,6 +185,32 @@ def test_sequences_that_run_off_a_position_table_are_refused(base, tmp_path):
     )
 
 
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_tdpo1_without_the_policys_softmax_is_the_same_run(base, tmp_path, model):
+    plain, fast = (
+        run(
+            make_config(
+                base,
+                tmp_path / str(every),
+                model,
+                loss=TDPOConfig(if_tdpo2=False, kl_metrics_every=every),
+            )
+        )
+        for every in (1, 4)
+    )
+    records = read_metrics(plain, "train"), read_metrics(fast, "train")
+    for ours, expected in zip(*reversed(records), strict=True):
+        # a line without a KL has the same loss, gradient and rewards
+        assert ("kl_train/chosen" in ours) == (ours["step"] % 4 == 1)
+        shared = [key for key in ours if key.startswith(("loss", "rewards", "grad_norm", "kl"))]
+        assert len(shared) >= 6
+        for key in shared:
+            assert ours[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-5), key
+    theirs = weights_of(plain)
+    for name, weight in weights_of(fast).items():
+        assert (weight - theirs[name]).norm() / theirs[name].norm() <= 1e-5, name
+
+
 def test_activation_checkpointing_changes_nothing(base, tmp_path):
     plain = run(make_config(base, tmp_path / "plain", loss=TDPOConfig()))
     recomputed = run(
