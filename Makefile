@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 # the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
 INTERPRETED := $(wildcard tests/test_token_logps*.py tests/test_tdpo1*.py tests/test_sequence_log_ratios.py)
 
-# a file's tests stay together: they share models and data
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadscope
+# one process a core, four at most: each holds a torch
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: quickstart test bench-gpu clean
 

@@ -25,8 +25,16 @@ from bench_head_memory import cpu_name, peak_allocated
 from head_cases import SHAPES, Case, real_case, synthetic_case
 from head_cases import statistics as case_statistics
 from head_contenders import CONTENDERS, JOBS, CannotRunError, Contender, run_job
-from head_goals import GRADIENT_ERROR, LOGP_ERROR, missed
+from head_goals import GRADIENT_ERROR, KL_ERROR, LOGP_ERROR, VALUE_ERROR, missed
 from head_report import table, write_plot
+from kl_contenders import (
+    KL_CONTENDERS,
+    KL_JOBS,
+    KLContender,
+    kappa_of,
+    models_of,
+    run_kl_job,
+)
 from torch import Tensor
 
 MIB = 2**20
@@ -56,10 +64,10 @@ def parse_arguments() -> argparse.Namespace:
     shapes = [name for name in SHAPES if name.startswith("tiny") != on_gpu]
     parser.add_argument("--shapes", nargs="*", default=shapes, choices=list(SHAPES))
     parser.add_argument("--rows", nargs="+", type=int, default=[16384, 4096] if on_gpu else [512])
-    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
-    parser.add_argument(
-        "--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS)
-    )
+    jobs = [*JOBS, *KL_JOBS]
+    parser.add_argument("--jobs", nargs="+", default=jobs, choices=jobs)
+    names = list(CONTENDERS | KL_CONTENDERS)
+    parser.add_argument("--contenders", nargs="+", default=names, choices=names)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--real-head", type=Path, help="head and states of a real model, a .pt")
     parser.add_argument("--rounds", type=int, default=5)
@@ -84,19 +92,23 @@ def cases(arguments: argparse.Namespace) -> Any:
 
 def measure_job(case: Case, job: str, arguments: argparse.Namespace) -> list[dict]:
     """One row a contender: time, memory, errors, or why it did not run."""
-    oracle = Oracle(case, job)
+    of_two_models = job in KL_JOBS
+    contenders = KL_CONTENDERS if of_two_models else CONTENDERS
+    oracle = KLOracle(case, job) if of_two_models else Oracle(case, job)
     # compiled code of other shapes would count towards torch.compile's limit of recompilations
     torch.compiler.reset()
     rows, runs = [], {}
     for name in arguments.contenders:
-        contender = CONTENDERS[name]
+        if name not in contenders or job not in contenders[name].jobs:
+            continue
+        contender = contenders[name]
         row = describe(case, job, contender)
         rows.append(row)
         try:
             if time.monotonic() > arguments.end:
                 raise CannotRunError("the time is over")
             row |= oracle.errors(contender)
-            runs[name] = lambda contender=contender: run_job(contender, job, case)
+            runs[name] = lambda contender=contender: oracle.run(contender)
             row["extra_mib"] = measure_memory(runs[name], arguments.device)
         except (CannotRunError, ImportError) as reason:
             row["absent"] = str(reason)
@@ -115,7 +127,7 @@ def measure_job(case: Case, job: str, arguments: argparse.Namespace) -> list[dic
     return rows
 
 
-def describe(case: Case, job: str, contender: Contender) -> dict:
+def describe(case: Case, job: str, contender: Contender | KLContender) -> dict:
     shape, _, rows = case.name.partition(" N=")
     return {
         "shape": shape,
@@ -141,9 +153,16 @@ class Oracle:
         self.logps = logits_RV.gather(1, case.target[self.rows, None])[:, 0] - lse_R
         self.input_grad, self.weight_grad = self._gradients()
 
+    @property
+    def trains_head(self) -> bool:
+        return self.job == "train"
+
+    def run(self, contender: Contender) -> tuple[Tensor, list[Tensor]]:
+        return run_job(contender, self.job, self.case)
+
     def errors(self, contender: Contender) -> dict:
         """Largest error of log p and relative errors of the gradients, of what is per token."""
-        value, gradients = run_job(contender, self.job, self.case)
+        value, gradients = self.run(contender)
         if not contender.per_token:
             return {}
         found = {"logp_error": (value[self.rows].double() - self.logps).abs().max().item()}
@@ -155,7 +174,8 @@ class Oracle:
 
     def missed(self, row: dict) -> str | None:
         """Which bound of accuracy a row of ours exceeds."""
-        bounds = {"logp_error": LOGP_ERROR, "input_grad_error": GRADIENT_ERROR}
+        bounds = {"logp_error": LOGP_ERROR, "kl_error": KL_ERROR, "value_error": VALUE_ERROR}
+        bounds["input_grad_error"] = GRADIENT_ERROR
         bounds["weight_grad_error"] = GRADIENT_ERROR
         over = [
             f"{name} {row[name]:.1e} > {bound:.0e}"
@@ -171,7 +191,7 @@ class Oracle:
         weight_grad = torch.zeros(
             len(self.columns), case.weight.shape[1], dtype=torch.float64, device=case.input.device
         )
-        if self.job == "train":
+        if self.trains_head:
             for rows in torch.arange(len(case.target), device=case.input.device).split(256):
                 dlogits_RC = self._dlogits(rows)[:, self.columns]
                 weight_grad += dlogits_RC.t() @ case.input[rows].double()
@@ -186,12 +206,67 @@ class Oracle:
             dlogits_RV *= 1 - (logits_RV / self.case.softcap) ** 2
         return dlogits_RV
 
-    def _logits(self, input_RD: Tensor) -> Tensor:
+    def _logits(self, input_RD: Tensor, weight_VD: Tensor | None = None) -> Tensor:
         """(R, V) float64; of float32 sums where a GPU would take minutes, good to 1e-6 nats."""
         dtype = torch.float64 if input_RD.device.type == "cpu" else torch.float32
-        logits_RV = (input_RD.to(dtype) @ self.case.weight.to(dtype).t()).double()
+        weight_VD = (self.case.weight if weight_VD is None else weight_VD).detach()
+        logits_RV = (input_RD.to(dtype) @ weight_VD.to(dtype).t()).double()
         softcap = self.case.softcap
         return logits_RV if softcap is None else softcap * torch.tanh(logits_RV / softcap)
+
+
+class KLOracle(Oracle):
+    """The truth about TDPO's token values, their KL and their gradients."""
+
+    def __init__(self, case: Case, job: str) -> None:
+        self.models, self.kappa = models_of(case, job), kappa_of(job)
+        super().__init__(case, job)
+        log_p_RV, log_q_RV = self._log_softmaxes(self.rows)
+        ratios_RV = log_p_RV - log_q_RV
+        self.kl = -(log_q_RV.exp() * ratios_RV).sum(-1)
+        index_R1 = case.target[self.rows, None]
+        self.values = ratios_RV.gather(1, index_R1)[:, 0] + self.kappa * self.kl
+
+    def run(self, contender: KLContender) -> tuple[Tensor, list[Tensor]]:
+        values_N, _, gradients = run_kl_job(contender, self.job, self.case)
+        return values_N, gradients
+
+    def errors(self, contender: KLContender) -> dict:
+        """Mean error of the values and the KL, relative errors of the gradients."""
+        values_N, kl_N, gradients = run_kl_job(contender, self.job, self.case)
+        if contender.name == "fla":
+            return {}
+        found = {"value_error": (values_N[self.rows] - self.values).abs().mean().item()}
+        if kl_N is not None:
+            found["kl_error"] = (kl_N[self.rows] - self.kl).abs().mean().item()
+        found["input_grad_error"] = _relative(gradients[0][self.rows], self.input_grad)
+        if len(gradients) > 1:
+            found["weight_grad_error"] = _relative(gradients[1][self.columns], self.weight_grad)
+        return found
+
+    @property
+    def trains_head(self) -> bool:
+        return not self.job.endswith("frozen")
+
+    def _log_softmaxes(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        models = self.models
+        policy_RV = self._logits(models.input.detach()[rows])
+        reference_RV = self._logits(models.reference_input[rows], models.reference_weight)
+        return policy_RV.log_softmax(-1), reference_RV.log_softmax(-1)
+
+    def _dlogits(self, rows: Tensor) -> Tensor:
+        """g · (e_y - p + κ (p - q)), without the last term where the KL passes no gradient."""
+        log_p_RV, log_q_RV = self._log_softmaxes(rows)
+        p_RV = log_p_RV.exp()
+        dlogits_RV = -p_RV
+        dlogits_RV[torch.arange(len(rows)), self.case.target[rows]] += 1
+        pushes_R = self.models.pushes_kl[rows] if self.kappa != 1 else torch.ones_like(rows)
+        dlogits_RV += self.kappa * pushes_R[:, None] * (p_RV - log_q_RV.exp())
+        dlogits_RV *= self.case.grad[rows, None]
+        if self.case.softcap is not None:
+            logits_RV = self._logits(self.case.input[rows])
+            dlogits_RV *= 1 - (logits_RV / self.case.softcap) ** 2
+        return dlogits_RV
 
 
 def measure_memory(run: Callable[[], Any], device: str) -> float:

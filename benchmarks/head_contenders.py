@@ -105,7 +105,7 @@ def torch_linear_cross_entropy(
 def liger_cross_entropy(
     input: Tensor, weight: Tensor, target: Tensor, softcap: float | None
 ) -> Tensor:
-    _needs_gpu(input)
+    needs_gpu(input)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(input, weight, target, softcap=softcap)
@@ -129,7 +129,7 @@ def cce_filtered(input: Tensor, weight: Tensor, target: Tensor, softcap: float |
 
 
 def quack(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-    _needs_gpu(input)
+    needs_gpu(input)
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(input, weight, target)
@@ -146,14 +146,14 @@ def trl(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) ->
 def _cce(
     input: Tensor, weight: Tensor, target: Tensor, softcap: float | None, eps: str | None
 ) -> Tensor:
-    _needs_gpu(input)
+    needs_gpu(input)
     from cut_cross_entropy import linear_cross_entropy
 
     options = {"softcap": softcap, "reduction": "none", "filter_eps": eps}
     return -linear_cross_entropy(input, weight, target, **options)
 
 
-def _needs_gpu(input: Tensor) -> None:
+def needs_gpu(input: Tensor) -> None:
     if not input.is_cuda:
         raise CannotRunError("needs a GPU")
 

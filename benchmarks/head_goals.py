@@ -11,12 +11,20 @@ MILLISECONDS = {
     ("train", "fastpref large"): {"S1": 78, "S2": 49, "S3": 92, "S4": 20, "S5": 80},
     ("train", "fastpref"): {"S1": 105, "S2": 67, "S3": 126, "S4": 27, "S5": 110},
     ("frozen", "fastpref"): {"S1": 53, "S2": 34, "S3": 63, "S4": 13.5, "S5": 56},
+    ("tdpo1", "fastpref large"): {"S1": 78, "S2": 49, "S4": 20, "S5": 80},
+    ("tdpo1 frozen", "fastpref"): {"S1": 54, "S2": 35, "S4": 14.5, "S5": 57},
+    ("tdpo2", "fastpref large"): {"S1": 112, "S2": 66, "S3": 124, "S4": 28, "S5": 108},
+    ("tdpo2 frozen", "fastpref large"): {"S1": 84, "S2": 52, "S3": 98, "S4": 21, "S5": 86},
 }
 PASSES = {
     ("forward", "fastpref"): 1,
     ("train", "fastpref large"): 3,
     ("train", "fastpref"): 4,
     ("frozen", "fastpref"): 2,
+    ("tdpo1", "fastpref large"): 3,
+    ("tdpo1 frozen", "fastpref"): 2,
+    ("tdpo2", "fastpref large"): 4,
+    ("tdpo2 frozen", "fastpref large"): 3,
 }
 TIME_RATIOS = [
     # ours, peer, job, largest ratio of the times
@@ -29,15 +37,26 @@ TIME_RATIOS = [
     ("fastpref large", "CCE", "train", 0.50),
     ("fastpref large", "CCE filtered", "train", 0.80),
     ("fastpref large", "torch.compile", "train", 1.10),
+    ("fastpref large", "TRL", "tdpo2", 0.39),
+    ("fastpref large", "TRL", "tdpo1", 0.27),
+    ("fastpref large", "TRL", "tdpo2 frozen", 0.35),
+    ("fastpref", "TRL", "tdpo1 frozen", 0.22),
 ]
 MEMORY_RATIOS = [
     ("fastpref", "TRL", "train", 0.21),
     ("fastpref", "QuACK", "train", 0.50),
     ("fastpref", "CCE", "train", 0.70),
     ("fastpref", "torch.compile", "train", 0.10),
+    ("fastpref", "TRL", "tdpo2", 0.15),
+    ("fastpref", "TRL", "tdpo1", 0.15),
 ]
 LOGP_ERROR = 5e-5
 """Largest absolute error of a log-probability, nats."""
+KL_ERROR = 1e-5
+"""Mean absolute error of a KL, nats."""
+VALUE_ERROR = 1e-4
+"""Mean absolute error of a token's log-ratio plus KL, nats: the KL of models that differ in their
+heads comes from a mean of 16-bit weights in TDPO1."""
 GRADIENT_ERROR = 3e-3
 """Relative error of a gradient, Frobenius norm."""
 

@@ -8,6 +8,8 @@ COLUMNS = {
     "ratio": ("x ours", "{:.2f}"),
     "extra_mib": ("extra MiB", "{:.0f}"),
     "logp_error": ("logp error", "{:.1e}"),
+    "value_error": ("value error", "{:.1e}"),
+    "kl_error": ("KL error", "{:.1e}"),
     "input_grad_error": ("dH error", "{:.1e}"),
     "weight_grad_error": ("dW error", "{:.1e}"),
 }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from head_cases import SHAPES, synthetic_case
 from head_contenders import CONTENDERS, JOBS, CannotRunError, run_job
+from kl_contenders import KL_CONTENDERS, KL_JOBS, run_kl_job
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -21,8 +22,18 @@ def case(request):
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("contender", CONTENDERS)
 def test_head(benchmark, case, job, contender):
+    measure(benchmark, lambda: run_job(CONTENDERS[contender], job, case))
+
+
+@pytest.mark.parametrize("job", KL_JOBS)
+@pytest.mark.parametrize("contender", KL_CONTENDERS)
+def test_two_heads(benchmark, case, job, contender):
+    measure(benchmark, lambda: run_kl_job(KL_CONTENDERS[contender], job, case))
+
+
+def measure(benchmark, job):
     def run():
-        run_job(CONTENDERS[contender], job, case)
+        job()
         if ON_GPU:
             torch.cuda.synchronize()
 

@@ -10,6 +10,7 @@ import head_goals
 import pytest
 import torch
 from head_contenders import CONTENDERS, JOBS, CannotRunError
+from kl_contenders import KL_CONTENDERS, KL_JOBS
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-cap"])
@@ -40,6 +41,24 @@ def test_contenders_do_equal_work(case, job, contender):
         assert error <= bounds.get(name, head_goals.GRADIENT_ERROR if exact else 0.05), name
 
 
+@pytest.mark.parametrize("job", KL_JOBS)
+@pytest.mark.parametrize("contender", KL_CONTENDERS.values(), ids=KL_CONTENDERS)
+def test_contenders_over_two_models_do_equal_work(case, job, contender):
+    if job not in contender.jobs:
+        pytest.skip(f"no {job} job")
+    oracle = bench_head.KLOracle(case, job)
+    assert 1e-3 < oracle.kl.mean().item() < 1e-2
+    try:
+        errors = oracle.errors(contender)
+    except (CannotRunError, ImportError) as reason:
+        pytest.skip(str(reason))
+    if contender.name.startswith("fastpref"):
+        assert oracle.missed(errors) is None
+    # a KL of 3e-3 from 16-bit logits
+    assert errors.get("kl_error", 0.0) < 5e-4
+    assert max(errors["value_error"], errors["input_grad_error"]) < 0.05
+
+
 def test_a_run_leaves_a_table_a_plot_and_its_numbers(tmp_path):
     script = [sys.executable, bench_head.__file__, "--json", "--results", tmp_path]
     few = ["--shapes", "tiny", "--rows", "64", "--rounds", "1"]
@@ -48,7 +67,7 @@ def test_a_run_leaves_a_table_a_plot_and_its_numbers(tmp_path):
     assert "did not run: needs a GPU" in done.stdout or torch.cuda.is_available()
     (folder,) = tmp_path.iterdir()
     record = json.loads((folder / "head.json").read_text())
-    assert {row["job"] for row in record["results"]} == set(JOBS)
+    assert {row["job"] for row in record["results"]} == {*JOBS, *KL_JOBS}
     timed = [row for row in record["results"] if row["contender"] == "fastpref"]
     assert all(row["milliseconds"] > 0 and row["extra_mib"] > 0 for row in timed)
     assert (folder / "head.md").read_text().count("\n| ") == len(record["results"]) + 2

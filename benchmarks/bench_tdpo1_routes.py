@@ -1,0 +1,63 @@
+"""One TDPO1 step of the embedded model with and without the policy's softmax, turn by turn.
+
+    python benchmarks/bench_tdpo1_routes.py
+
+Both runs see the same batches; their losses must agree to 1e-5 or no figure is printed.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+
+from fastpref.assembly import Run, build_run
+from fastpref.distributed import World, init_world
+from fastpref.overrides import read_config
+from fastpref.trainer import train_step
+from train import CONFIG_DIR, compose_choices
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("overrides", nargs="*", help="KEY=VALUE as train.py takes them")
+    arguments = parser.parse_args()
+    world = init_world()
+    with tempfile.TemporaryDirectory() as folder:
+        routes = {
+            "joint": build(world, folder, "joint", 1, arguments.overrides),
+            "values": build(world, folder, "values", 10**9, arguments.overrides),
+        }
+        seconds = {name: [] for name in routes}
+        for step in range(arguments.steps):
+            losses = {}
+            for name, run in routes.items():
+                rows = run.train.order.batch(step)
+                start = time.perf_counter()
+                # the first step asks for every metric in both
+                names, values = train_step(run, rows, step + 1)
+                seconds[name].append(time.perf_counter() - start)
+                losses[name] = values[names.index("loss/train")].item()
+            assert abs(losses["joint"] - losses["values"]) <= 1e-5, losses
+    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:>7}: {median * 1e3:.1f} ms a step")
+    print(f"  ratio: {medians['values'] / medians['joint']:.3f}")
+
+
+def build(world: World, folder: str, name: str, kl_metrics_every: int, overrides: list[str]) -> Run:
+    config = read_config(
+        [
+            "loss.if_tdpo2=false",
+            f"loss.kl_metrics_every={kl_metrics_every}",
+            f"run_dir={folder}/{name}",
+            *overrides,
+        ],
+        compose_choices,
+        CONFIG_DIR,
+    )
+    return build_run(config, world)
+
+
+if __name__ == "__main__":
+    main()
