@@ -3,9 +3,11 @@
 Every product sums in float32 whatever the inputs' dtype.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +60,16 @@ class Head(NamedTuple):
         both_bfloat16 = self.input.dtype == self.weight.dtype == torch.bfloat16
         return torch.bfloat16 if both_bfloat16 else torch.float32
 
+    @property
+    def on_matrix_units(self) -> bool:
+        """Whether float32 operands of GEMMs may be rounded to bfloat16, as a GPU's are.
+
+        On a CPU that multiplies bfloat16 faster, two to three times with AMX. What comes from
+        bfloat16 is not changed by it, so logits stay exact; sums are float32 in any case.
+        """
+        both_bfloat16 = self.input.dtype == self.weight.dtype == torch.bfloat16
+        return both_bfloat16 and self.input.device.type == "cpu" and _cpu_multiplies_bfloat16()
+
     def input_tile(self, rows: slice, ignored_N: Tensor) -> Tensor:
         """Hidden states of `rows` for a GEMM, (R, D) padded to a multiple of 32 rows.
 
@@ -76,7 +88,8 @@ class Head(NamedTuple):
 
     def logits(self, input_RD: Tensor, weight_CD: Tensor, cols: slice) -> Tensor:
         """Logits of a tile, (R, C) float32; the caller may overwrite them."""
-        logits_RC = matmul(input_RD, weight_CD.t())
+        with matrix_units(self.on_matrix_units):
+            logits_RC = matmul(input_RD, weight_CD.t())
         if self.bias is not None:
             logits_RC += self.bias[cols]
         if self.softcap is not None:
@@ -342,7 +355,8 @@ def head_gradients(
         return total if unit is None else total.div_(unit)
 
     for cols in slices(V, tile_cols):
-        add_slice(cols)
+        with matrix_units(head.on_matrix_units):
+            add_slice(cols)
     return (
         None if input_ND is None else in_units(input_ND).to(head.input.dtype),
         weight_VD,
@@ -389,6 +403,24 @@ def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
     index_R1 = target_R[:, None] - cols.start
     last = cols.stop - cols.start - 1
     return index_R1.clamp(0, last), (index_R1 >= 0) & (index_R1 <= last)
+
+
+@contextmanager
+def matrix_units(enabled: bool) -> Iterator[None]:
+    """Float32 GEMMs of a CPU on its bfloat16 units: operands are rounded, sums are not."""
+    mkldnn: Any = torch.backends.mkldnn
+    settings = mkldnn.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if enabled else before
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@functools.cache
+def _cpu_multiplies_bfloat16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
