@@ -1,0 +1,415 @@
+"""Training steps of DPO beside TRL's DPOTrainer on the same pairs: tokens per second and memory.
+
+    python benchmarks/bench_train_step.py --model MODEL_FOLDER --data FOLDER/NAME --json
+    python benchmarks/bench_train_step.py --shape qwen2.5-0.5b --law UF --json      # on a GPU
+
+Every arm is a process of its own, run turn by turn in several rounds; the first two steps of each
+are not counted. Float32 master weights and bfloat16 arithmetic in both systems, AdamW, constant
+learning rate, no dropout, the same number of threads. Before any time is taken both systems train
+a tiny model in float32 and must agree in loss, gradient norm and weights to 1e-5.
+
+The headline is real policy tokens per second: prompt + chosen + prompt + rejected of each pair,
+whatever was computed for it.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from train_cases import LAWS, SHAPES, write_ids, write_random_model, write_random_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP_STEPS = 2
+ARMS = {
+    "T1": "TRL, no activation checkpointing, reference online",
+    "T2": "TRL, reference precomputed",
+    "T6": "TRL, reference precomputed, batches of like length",
+    "F0": "fastpref, padded, reference online",
+    "F1": "fastpref, packed, reference online",
+    "F3": "fastpref, packed, prompts shared, reference online",
+}
+GATE_TOLERANCE = 1e-5
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.child:
+        job = json.loads(Path(arguments.child).read_text())
+        run = run_trl if job["arm"].startswith("T") else run_fastpref
+        print("RESULT " + json.dumps(run(job)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        gate = check_equality(Path(folder))
+        case = prepare_case(arguments, Path(folder))
+        rounds = []
+        for i_round in range(arguments.rounds):
+            # T F F T: neither system always runs on the warmer machine
+            arms = arguments.arms if i_round % 2 == 0 else arguments.arms[::-1]
+            rounds += [measure(case | {"arm": arm}, Path(folder)) for arm in arms]
+    report(arguments, case, gate, rounds)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a real model")
+    parser.add_argument("--data", type=Path, help="folder of real rows with a train split")
+    parser.add_argument("--shape", choices=list(SHAPES), help="a model of random weights")
+    parser.add_argument("--law", choices=list(LAWS), default="UF", help="lengths of random rows")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--pairs", type=int, default=8, help="per optimizer step")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step, in every arm")
+    parser.add_argument("--steps", type=int, default=8, help="per arm and round, 2 not counted")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--json", action="store_true", help="write to the results folder")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not arguments.child and bool(arguments.shape) == bool(arguments.model):
+        parser.error("give --model and --data, or --shape")
+    if arguments.model and not arguments.data:
+        parser.error("--model needs --data")
+    return arguments
+
+
+def prepare_case(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Model, rows and ids of the comparison."""
+    if arguments.shape:
+        model, rows = folder / "model", folder / "rows" / arguments.law
+        write_random_model(arguments.shape, model)
+        num_rows = arguments.pairs * arguments.steps * 2
+        write_random_rows(arguments.law, SHAPES[arguments.shape]["vocab_size"], num_rows, rows)
+    else:
+        model, rows = arguments.model.resolve(), arguments.data.resolve()
+    case = {
+        "model": str(model),
+        "data": str(rows.parent),
+        "name": rows.name,
+        "pairs": arguments.pairs,
+        "micro_batches": arguments.micro_batches,
+        "steps": arguments.steps,
+        "max_length": arguments.max_length if arguments.model else 2048,
+        "dtype": "bfloat16",
+        "lr": 1e-6,
+        "ids": str(folder / f"{rows.name}.jsonl"),
+    }
+    write_ids(config_of(case, folder / "unused"), arguments.steps, Path(case["ids"]))
+    return case
+
+
+def check_equality(folder: Path) -> dict[str, float]:
+    """Train a tiny model in float32 with both systems.
+
+    Returns:
+        Largest relative differences of loss, gradient norm and weights.
+
+    Raises:
+        SystemExit: one of them is over the bound: such systems have no speed to compare.
+    """
+    write_random_model("tiny", folder / "tiny")
+    write_random_rows("UF", SHAPES["tiny"]["vocab_size"], 32, folder / "gate" / "words")
+    case = {
+        "model": str(folder / "tiny"),
+        "data": str(folder / "gate"),
+        "name": "words",
+        "pairs": 8,
+        "micro_batches": 1,
+        "steps": 3,
+        "max_length": 512,
+        "dtype": "float32",
+        "lr": 1e-3,
+        "ids": str(folder / "gate.jsonl"),
+    }
+    write_ids(config_of(case, folder / "unused"), case["steps"], Path(case["ids"]))
+    runs = {
+        arm: measure(case | {"arm": arm, "weights": str(folder / f"{arm}.safetensors")}, folder)
+        for arm in ("T1", "F3")
+    }
+    from safetensors.torch import load_file
+
+    theirs, ours = (load_file(str(folder / f"{arm}.safetensors")) for arm in ("T1", "F3"))
+    gate = {
+        name: max(
+            abs(a - b) / abs(a) for a, b in zip(runs["T1"][name], runs["F3"][name], strict=True)
+        )
+        for name in ("losses", "grad_norms")
+    }
+    gate["weights"] = max(
+        ((ours[name].float() - weight.float()).norm() / weight.float().norm()).item()
+        for name, weight in theirs.items()
+        if name in ours
+    )
+    print("equality gate, relative differences:", gate)
+    if max(gate.values()) > GATE_TOLERANCE:
+        sys.exit(f"the two systems do not compute the same: {gate}")
+    return gate
+
+
+def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run an arm in a fresh process."""
+    path = folder / "job.json"
+    path.write_text(json.dumps(job))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+    command = [sys.executable, __file__, "--child", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if done.returncode or not lines:
+        sys.exit(f"{job['arm']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    result |= {"arm": job["arm"], "tokens_per_second": rate(result)}
+    print(
+        f"{job['arm']}: {result['tokens_per_second']:8.1f} tokens/s"
+        f"{result['peak_memory_gib']:8.2f} GiB   {ARMS[job['arm']]}",
+        flush=True,
+    )
+    return result
+
+
+def rate(result: dict[str, Any]) -> float:
+    """Real policy tokens per second over the steps that count."""
+    seconds, tokens = (result[name][WARM_UP_STEPS:] for name in ("seconds", "tokens"))
+    return sum(tokens) / sum(seconds) if seconds else float("nan")
+
+
+def config_of(case: dict[str, Any], run_dir: Path) -> Any:
+    """fastpref's config of a case."""
+    from fastpref.config import Config, DPOConfig, ModelConfig
+
+    return Config(
+        model=ModelConfig(
+            name_or_path=case["model"],
+            fsdp_policy_mp=None if case["dtype"] == "float32" else case["dtype"],
+        ),
+        loss=DPOConfig(),
+        datasets=[case["name"]],
+        base_data_dir=case["data"],
+        run_dir=str(run_dir),
+        batch_size=case["pairs"],
+        gradient_accumulation_steps=case["micro_batches"],
+        n_epochs=None,
+        n_examples=case["pairs"] * case["steps"],
+        n_eval_examples=0,
+        lr=case["lr"],
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        max_length=case["max_length"],
+        max_prompt_length=case["max_length"] // 2,
+        sample_during_eval=False,
+        minimum_log_interval_secs=0.0,
+    )
+
+
+def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
+    """Train with fastpref; every step's numbers come from its own metrics.jsonl."""
+    from fastpref.distributed import init_world
+    from fastpref.trainer import train
+
+    run_dir = Path(tempfile.mkdtemp()) / "run"
+    config = config_of(job, run_dir)
+    config.optim.weight_decay = 0.0
+    config.packing.enabled = job["arm"] != "F0"
+    config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
+    train(config, init_world())
+    records = read_lines(run_dir / "metrics.jsonl")
+    seconds = [job["pairs"] / record["examples_per_second"] for record in records]
+    if "weights" in job:
+        (run_dir / "LATEST" / "model.safetensors").rename(job["weights"])
+    return {
+        "seconds": seconds,
+        "tokens": [
+            round(record["tokens_per_second"] * s)
+            for record, s in zip(records, seconds, strict=True)
+        ],
+        "losses": [record["loss/train"] for record in records],
+        "grad_norms": [record["grad_norm"] for record in records],
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def run_trl(job: dict[str, Any]) -> dict[str, Any]:
+    """Train with TRL on ids; the one method overridden is the tokenization, which is done."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *arguments, **options):
+            return dataset
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks, self.logs = [], []
+
+        def on_train_begin(self, *arguments, **options):
+            self.marks.append(now())
+
+        def on_step_end(self, *arguments, **options):
+            self.marks.append(now())
+
+        def on_log(self, args, state, control, logs=None, **options):
+            if "loss" in logs:
+                self.logs.append(logs)
+
+    rows = read_lines(Path(job["ids"]))
+    lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in rows]
+    grouped = job["arm"] == "T6"
+    if grouped:
+        rows = [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
+    on_gpu = torch.cuda.is_available()
+    options = DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=job["pairs"] // job["micro_batches"],
+        gradient_accumulation_steps=job["micro_batches"],
+        precompute_ref_log_probs=job["arm"] in ("T2", "T6"),
+        train_sampling_strategy="group_by_length" if grouped else "sequential",
+        remove_unused_columns=not grouped,
+        num_train_epochs=1,
+        learning_rate=job["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        max_length=None,
+        beta=0.1,
+        gradient_checkpointing=False,
+        bf16=job["dtype"] == "bfloat16",
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+        dataloader_pin_memory=on_gpu,
+    )
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    clock = Clock()
+    trainer = Trainer(
+        model=model,
+        args=options,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(job["model"], pad_token="<|endoftext|>"),
+        callbacks=[clock],
+    )
+    trainer.train()
+    if "weights" in job:
+        from safetensors.torch import save_file
+
+        tensors = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        save_file(tensors, job["weights"])
+    pairs = job["pairs"]
+    starts = range(0, len(lengths), pairs)
+    # a sampler by length draws its own batches: their mean is all that is known
+    tokens = [sum(lengths) / len(starts)] * len(starts)
+    if not grouped:
+        tokens = [sum(lengths[start : start + pairs]) for start in starts]
+    return {
+        "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
+        "tokens": tokens,
+        "losses": [log["loss"] for log in clock.logs],
+        "grad_norms": [log["grad_norm"] for log in clock.logs],
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_gib() -> float:
+    """The allocator's peak on a GPU, peak resident memory on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def report(
+    arguments: argparse.Namespace,
+    case: dict[str, Any],
+    gate: dict[str, float],
+    rounds: list[dict[str, Any]],
+) -> None:
+    """Table of medians over rounds with the ratios to T1 and T2, and the JSON."""
+    import torch
+
+    by_arm = {arm: [run for run in rounds if run["arm"] == arm] for arm in arguments.arms}
+    table = {
+        arm: {
+            "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
+            "tokens_per_second_min": min(run["tokens_per_second"] for run in runs),
+            "tokens_per_second_max": max(run["tokens_per_second"] for run in runs),
+            "peak_memory_gib": statistics.median(run["peak_memory_gib"] for run in runs),
+        }
+        for arm, runs in by_arm.items()
+    }
+    lines = ["| arm | tokens/s (min - max) | x T1 | x T2 | GiB | x T1 | |", "|---" * 7 + "|"]
+    for arm, row in table.items():
+        ratios = [
+            f"{row['tokens_per_second'] / table[peer]['tokens_per_second']:.2f}"
+            if peer in table
+            else ""
+            for peer in ("T1", "T2")
+        ]
+        memory = (
+            f"{row['peak_memory_gib'] / table['T1']['peak_memory_gib']:.2f}"
+            if "T1" in table
+            else ""
+        )
+        lines.append(
+            f"| {arm} | {row['tokens_per_second']:.0f} ({row['tokens_per_second_min']:.0f} - "
+            f"{row['tokens_per_second_max']:.0f}) | {ratios[0]} | {ratios[1]} | "
+            f"{row['peak_memory_gib']:.2f} | {memory} | {ARMS[arm]} |"
+        )
+    print("\n".join(["", *lines]))
+    if not arguments.json:
+        return
+    from bench_head import device_folder
+    from bench_head_memory import cpu_name
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    folder = arguments.results / (device_folder(device) if on_gpu else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    what = f"{arguments.shape}-{arguments.law}" if arguments.shape else case["name"]
+    record = {
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "model": arguments.shape or arguments.model.name,
+        "case": {key: case[key] for key in ("pairs", "micro_batches", "steps", "max_length", "lr")},
+        "gate": gate,
+        "arms": table,
+        "runs": rounds,
+    }
+    (folder / f"train-{what}.json").write_text(json.dumps(record, indent=1) + "\n")
+    heading = f"# Training steps on {device}, {record['model']}, {what}, {record['date']}\n\n"
+    (folder / f"train-{what}.md").write_text(heading + "\n".join(lines) + "\n")
+    print(f"\nwritten to {folder}: train-{what}.json, train-{what}.md")
+
+
+if __name__ == "__main__":
+    main()
