@@ -22,11 +22,14 @@ test: $(VENV)/installed-test
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) $(INTERPRETED)
 
 # On one GPU, each part in under nine minutes: PART=tests runs what needs a GPU, PART=kernels measures
-# the head beside its peers and writes to RESULTS. With PYTHON=... on the command line that python
+# the head beside its peers, PART=kl two heads and their KL, PART=train training steps beside TRL;
+# they write to RESULTS. With PYTHON=... on the command line that python
 # is used as it is and no environment is made.
 PART ?= kernels
 RESULTS ?= benchmarks/results
 REAL_HEAD ?=
+SHAPE ?= qwen2.5-0.5b
+LAW ?= UF
 ifeq ($(origin PYTHON),command line)
 BENCH_PYTHON := PYTHONPATH=.:kernels:$(PYTHONPATH) $(PYTHON)
 else
@@ -39,9 +42,15 @@ ifeq ($(PART),tests)
 	$(BENCH_PYTHON) -m pytest -m gpu tests
 else ifeq ($(PART),kernels)
 	$(BENCH_PYTHON) benchmarks/bench_head.py --json --results $(RESULTS) \
-	  $(if $(REAL_HEAD),--real-head $(REAL_HEAD))
+	  --jobs forward train frozen $(if $(REAL_HEAD),--real-head $(REAL_HEAD))
+else ifeq ($(PART),kl)
+	$(BENCH_PYTHON) benchmarks/bench_head.py --json --results $(RESULTS) --name head_kl \
+	  --jobs tdpo2 tdpo1 "tdpo2 frozen" "tdpo1 frozen" $(if $(REAL_HEAD),--real-head $(REAL_HEAD))
+else ifeq ($(PART),train)
+	$(BENCH_PYTHON) benchmarks/bench_train_step.py --shape $(SHAPE) --law $(LAW) --pairs 64 \
+	  --micro-batches 8 --steps 8 --rounds 1 --json --results $(RESULTS)
 else
-	$(error PART must be tests or kernels, got $(PART))
+	$(error PART must be tests, kernels, kl or train, got $(PART))
 endif
 
 # a torch at hand: its folder goes on the environment's path, so pip finds it installed

@@ -75,6 +75,7 @@ def parse_arguments() -> argparse.Namespace:
         "--seconds-budget", type=float, default=480.0, help="start nothing new after"
     )
     parser.add_argument("--json", action="store_true", help="write table, plot and JSON")
+    parser.add_argument("--name", default="head", help="of the files written")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -356,11 +357,12 @@ def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[di
         "results": results,
         "missed_goals": lines,
     }
-    (folder / "head.json").write_text(json.dumps(record, indent=1) + "\n")
+    name = arguments.name
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     heading = f"# The head on {device}, {record['date']}, torch {record['torch']}\n\n"
-    (folder / "head.md").write_text(heading + table(results, markdown=True) + "\n")
-    write_plot(record, folder / "head.png")
-    print(f"\nwritten to {folder}: head.json, head.md, head.png")
+    (folder / f"{name}.md").write_text(heading + table(results, markdown=True) + "\n")
+    write_plot(record, folder / f"{name}.png")
+    print(f"\nwritten to {folder}: {name}.json, {name}.md, {name}.png")
 
 
 def device_folder(device: str) -> str:
