@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.audit import describe_example
-from fastpref.batch import EncodedRow, TokenBatch, pad_rows
+from fastpref.batch import EncodedRow, PackedBatch, pad_rows
 from fastpref.checkpoint import create_run_dir
 from fastpref.config import Config, ModelConfig
 from fastpref.datasets import check_sources, read_rows
@@ -48,7 +48,7 @@ class Split:
     num_tokens: np.ndarray
     """(rows,) real tokens of each row: prompt + chosen, and prompt + rejected for a pair."""
 
-    def batch(self, rows: np.ndarray, device: torch.device) -> TokenBatch:
+    def batch(self, rows: np.ndarray, device: torch.device) -> PackedBatch:
         """The rows of that index as one padded micro-batch; none of them is a batch too."""
         columns = self.data.dataset[rows.tolist()] if len(rows) else {}
         encoded = [

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from fastpref.batch import TokenBatch
-from fastpref.errors import ConfigError
+from fastpref.attention import IMPLEMENTATION, PROBE_ROWS, packed_row
+from fastpref.attention_kernels import PackedAttention
+from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.errors import ConfigError, first_line
+from fastpref.packing import pack_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +55,16 @@ class TokenScorer(nn.Module):
     Args:
         model: Any causal LM of transformers whose logits are a linear head on the last hidden
             states, with an optional scale and softcap. `check_head` tells whether that holds.
+        attention: What computes packed rows; None: every batch must be padded.
+            `packing_obstacle` tells whether the model can.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, attention: PackedAttention | None = None) -> None:
         super().__init__()
         self.model = model
+        self.attention = attention
+        if attention is not None:
+            model.set_attn_implementation(IMPLEMENTATION)
         self.logit_transform = LogitTransform.of(model.config.get_text_config())
 
     @property
@@ -73,15 +81,21 @@ class TokenScorer(nn.Module):
                     return self.model.config.max_position_embeddings
         return None
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """Last hidden states at the positions that predict `batch.target`, shape (N, D)."""
-        body = self.model.base_model
-        output = body(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+    def hidden_states(self, batch: PackedBatch, longest: int = 0) -> Tensor:
+        """Last hidden states at the positions that predict `batch.target`, shape (N, D).
+
+        Args:
+            batch: The micro-batch.
+            longest: Tokens to allow for where the batch's own sequences are shorter.
+        """
+        rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.layout is not None:
+            assert self.attention is not None, "a packed batch needs a packed attention"
+            rows = packed_row(batch, self.attention, longest)
+        output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **rows)
         return output.last_hidden_state.flatten(0, 1)[batch.score_index]
 
-    def states(self, batch: TokenBatch) -> HeadStates:
+    def states(self, batch: PackedBatch) -> HeadStates:
         """Hidden states and head, for another model's joint sweep.
 
         Under FSDP2 the weight stays gathered until `release()`.
@@ -95,7 +109,7 @@ class TokenScorer(nn.Module):
 
     def forward(
         self,
-        batch: TokenBatch,
+        batch: PackedBatch,
         reference: HeadStates | None = None,
         direction: str = "reference_policy",
     ) -> TokenScores | Tensor:
@@ -151,6 +165,48 @@ class TokenScorer(nn.Module):
 
 
 @torch.no_grad()
+def packing_obstacle(
+    model: Any, attention: PackedAttention, *, share_prompt: bool, longest: int
+) -> str | None:
+    """Why a model cannot compute packed rows as it computes padded ones; None if it can.
+
+    Found out by doing both: a family may not hand keyword arguments down to its attention, may not
+    read position ids, or may mix tokens by other means than attention.
+
+    Args:
+        model: On the CPU; its attention implementation is `fastpref` afterwards if it can, and
+            what it was if not.
+        attention: One that runs on the CPU.
+        share_prompt: Whether prompts are to be shared.
+        longest: Tokens of the longest sequence that will be trained on.
+    """
+    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and chunk < longest:
+        return f"its attention looks back {chunk} tokens, the longest sequence has {longest}"
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    rows = [
+        EncodedRow(*([i % vocab_size for i in ids] for ids in row[:3])) for row in PROBE_ROWS
+    ]
+    padded_ND = TokenScorer(model).hidden_states(pad_rows(rows, pad_token_id=0))
+    before = model.config._attn_implementation
+    try:
+        packed_ND = TokenScorer(model, attention).hidden_states(
+            pack_rows(rows, pad_token_id=0, share_prompt=share_prompt), longest=longest
+        )
+    # whatever goes wrong in a family's own code is the reason why it cannot
+    except Exception as error:
+        obstacle = f"{type(error).__name__}: {first_line(error)}"
+    else:
+        error_norm = ((packed_ND - padded_ND).norm() / padded_ND.norm()).item()
+        tolerance = 1e-4 if padded_ND.dtype == torch.float32 else 3e-2
+        if error_norm <= tolerance:
+            return None
+        obstacle = f"its hidden states differ by {error_norm:.2g} between packed and padded rows"
+    model.set_attn_implementation(before)
+    return obstacle
+
+
+@torch.no_grad()
 def check_head(scorer: TokenScorer) -> None:
     """Hold the head's arithmetic to the model's own logits on four tokens.
 
@@ -162,7 +218,7 @@ def check_head(scorer: TokenScorer) -> None:
     """
     device = scorer.head.weight.device
     ids = torch.arange(4, device=device)[None] % scorer.head.weight.shape[0]
-    batch = TokenBatch(
+    batch = PackedBatch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         score_index=torch.arange(4, device=device),

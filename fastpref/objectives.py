@@ -12,7 +12,7 @@ import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
 from torch import Tensor
 
-from fastpref.batch import TokenBatch
+from fastpref.batch import PackedBatch
 from fastpref.config import (
     DPOConfig,
     IPOConfig,
@@ -68,7 +68,7 @@ class Objective:
     """Token weights multiply log-ratios and KL."""
     kl_direction: str | None
     """The KL that the scores must carry, as `token_logps_and_kl` names it; None for no KL."""
-    evaluate: Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
+    evaluate: Callable[[TokenScores, PackedBatch], tuple[Tensor, Metrics]]
 
     @property
     def needs_reference(self) -> bool:
@@ -156,7 +156,7 @@ def _with_kl(loss: Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]) -> Pair
 def _pair_objective(
     title: str, loss: PairObjective, *, kl_direction: str | None = None, weighted: bool = False
 ) -> Objective:
-    def evaluate(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def evaluate(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=weighted)
         losses, chosen_rewards, rejected_rewards = loss(chosen, rejected)
         metrics = {
@@ -181,14 +181,14 @@ def _pair_objective(
     )
 
 
-def _evaluate_sft(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+def _evaluate_sft(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
     logps_S = _sum(scores.logps, batch, None)
     losses = sft_loss(logps_S)
     return losses, {"logps/chosen": logps_S.detach(), "loss": losses.detach()}
 
 
 def _sum_sequences(
-    scores: TokenScores, batch: TokenBatch, *, weighted: bool
+    scores: TokenScores, batch: PackedBatch, *, weighted: bool
 ) -> tuple[SequenceScores, SequenceScores]:
     weights_N = batch.token_weights if weighted else None
     assert scores.reference_logps is not None
@@ -213,7 +213,7 @@ def _sum_sequences(
     return chosen, rejected
 
 
-def _sum(values_N: Tensor, batch: TokenBatch, weights_N: Tensor | None) -> Tensor:
+def _sum(values_N: Tensor, batch: PackedBatch, weights_N: Tensor | None) -> Tensor:
     """Sum of token values over each sequence, (S,)."""
     return sequence_log_ratios(
         values_N,

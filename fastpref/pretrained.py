@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.checks import hint
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import CheckpointError, ConfigError, first_line
 
 logger = logging.getLogger("fastpref")
 
@@ -207,9 +207,9 @@ def _from_hub(factory: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise
-        first_line = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: {first_line}"
+            f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: "
+            f"{first_line(error)}"
         ) from error
     except Exception as error:
         # a truncated safetensors file raises SafetensorError, which derives from Exception alone

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from fastpref_kernels import TokenScores
 
-from fastpref.batch import TokenBatch
+from fastpref.batch import PackedBatch
 from fastpref.model import TokenScorer
 from fastpref.objectives import Objective
 
-ScoreFn = Callable[[TokenBatch], TokenScores]
+ScoreFn = Callable[[PackedBatch], TokenScores]
 """Token scores of a micro-batch: policy with gradients, reference without."""
 
 
@@ -25,12 +25,12 @@ def build_score_fn(
         return lambda batch: TokenScores(policy(batch), None, None)
     direction = objective.kl_direction
 
-    def score_log_ratios(batch: TokenBatch) -> TokenScores:
+    def score_log_ratios(batch: PackedBatch) -> TokenScores:
         with torch.no_grad():
             reference_logps_N = reference(batch)
         return TokenScores(policy(batch), reference_logps_N, None)
 
-    def score_with_kl(batch: TokenBatch) -> TokenScores:
+    def score_with_kl(batch: PackedBatch) -> TokenScores:
         with torch.no_grad():
             states = reference.states(batch)
         return policy(batch, states, direction)
