@@ -346,6 +346,7 @@ def flex_attend() -> Attend:
         query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None
     ) -> Tensor:
         def cap(score: Tensor, *_: Tensor) -> Tensor:
+            assert softcap is not None
             return softcap * torch.tanh(score / softcap)
 
         function = compiled if query.is_cuda else flex_attention

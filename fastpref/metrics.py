@@ -44,6 +44,8 @@ class PendingStep:
     """Examples of this step, over all ranks."""
     num_tokens: int
     """Real policy tokens of this step, over all ranks: prompt + response of every sequence."""
+    num_computed: int
+    """Tokens that the model's body computed for them, over all ranks."""
     lr: float
     names: list[str]
     values: Tensor
@@ -91,6 +93,7 @@ class MetricsLog:
                 "lr": step.lr,
                 "examples_per_second": num_examples / seconds,
                 "tokens_per_second": num_tokens / seconds,
+                "tokens_computed": step.num_computed,
                 "peak_memory_gib": peak_memory_gib(self.device),
                 "counters/examples": step.examples,
                 "counters/updates": step.step,

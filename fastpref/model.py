@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from fastpref.attention import IMPLEMENTATION, PROBE_ROWS, packed_row
+from fastpref.attention import IMPLEMENTATION, packed_row
 from fastpref.attention_kernels import PackedAttention
-from fastpref.batch import EncodedRow, PackedBatch, pad_rows
-from fastpref.errors import ConfigError, first_line
-from fastpref.packing import pack_rows
+from fastpref.batch import PackedBatch
+from fastpref.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,7 @@ class TokenScorer(nn.Module):
         model: Any causal LM of transformers whose logits are a linear head on the last hidden
             states, with an optional scale and softcap. `check_head` tells whether that holds.
         attention: What computes packed rows; None: every batch must be padded.
-            `packing_obstacle` tells whether the model can.
+            `attention_choice` tells whether the model can.
     """
 
     def __init__(self, model: Any, attention: PackedAttention | None = None) -> None:
@@ -162,48 +161,6 @@ class TokenScorer(nn.Module):
         return self.model.generate(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
         )
-
-
-@torch.no_grad()
-def packing_obstacle(
-    model: Any, attention: PackedAttention, *, share_prompt: bool, longest: int
-) -> str | None:
-    """Why a model cannot compute packed rows as it computes padded ones; None if it can.
-
-    Found out by doing both: a family may not hand keyword arguments down to its attention, may not
-    read position ids, or may mix tokens by other means than attention.
-
-    Args:
-        model: On the CPU; its attention implementation is `fastpref` afterwards if it can, and
-            what it was if not.
-        attention: One that runs on the CPU.
-        share_prompt: Whether prompts are to be shared.
-        longest: Tokens of the longest sequence that will be trained on.
-    """
-    chunk = getattr(model.config.get_text_config(), "attention_chunk_size", None)
-    if chunk is not None and chunk < longest:
-        return f"its attention looks back {chunk} tokens, the longest sequence has {longest}"
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    rows = [
-        EncodedRow(*([i % vocab_size for i in ids] for ids in row[:3])) for row in PROBE_ROWS
-    ]
-    padded_ND = TokenScorer(model).hidden_states(pad_rows(rows, pad_token_id=0))
-    before = model.config._attn_implementation
-    try:
-        packed_ND = TokenScorer(model, attention).hidden_states(
-            pack_rows(rows, pad_token_id=0, share_prompt=share_prompt), longest=longest
-        )
-    # whatever goes wrong in a family's own code is the reason why it cannot
-    except Exception as error:
-        obstacle = f"{type(error).__name__}: {first_line(error)}"
-    else:
-        error_norm = ((packed_ND - padded_ND).norm() / padded_ND.norm()).item()
-        tolerance = 1e-4 if padded_ND.dtype == torch.float32 else 3e-2
-        if error_norm <= tolerance:
-            return None
-        obstacle = f"its hidden states differ by {error_norm:.2g} between packed and padded rows"
-    model.set_attn_implementation(before)
-    return obstacle
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ and the number of ranks, so every rank plans the same step without a word to the
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ class Ranges(NamedTuple):
         """Those of some rows."""
         return Ranges(self.starts[rows], self.lengths[rows])
 
-    def index(self) -> np.ndarray:
+    def flat(self) -> np.ndarray:
         """start, start + 1, … of each range, one after another: 5-6, 0-2 -> [5 6 0 1 2]."""
         ends = np.cumsum(self.lengths)
         total = int(ends[-1]) if len(ends) else 0
@@ -128,6 +128,26 @@ class EncodedColumns:
         """(rows,) tokens computed beside the prompt: the last of a response predicts nothing."""
         tokens = self.chosen.lengths - 1
         return tokens + self.rejected.lengths - 1 if self.has_pairs else tokens
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """(rows,) tokens in the data: prompt + chosen, and prompt + rejected of a pair."""
+        prompts = self.prompt.lengths * (2 if self.has_pairs else 1)
+        return prompts + self.chosen.lengths + self.rejected.lengths
+
+    def row(self, index: int) -> EncodedRow:
+        """One row by itself."""
+        lists = [self._list(self.ids, name, index) for name in ("prompt", "chosen", "rejected")]
+        weights = [
+            self.weights if self.weights is None else self._list(self.weights, name, index)
+            for name in ("chosen_weights", "rejected_weights")
+        ]
+        return EncodedRow(*lists, *weights)
+
+    def _list(self, values: np.ndarray, name: str, row: int) -> list[Any]:
+        ranges: Ranges = getattr(self, name)
+        start = ranges.starts[row]
+        return values[start : start + ranges.lengths[row]].tolist()
 
 
 def _join(
@@ -329,19 +349,19 @@ def pack(
     )
     branch_starts = np.empty(S, np.int64)
     branch_starts[leaders], branch_starts[others] = prompt_stops, offsets[of_plain:-1]
-    score_index = Ranges(branch_starts - 1, responses.lengths).index()
+    score_index = Ranges(branch_starts - 1, responses.lengths).flat()
     # a branch's first token is predicted by its prompt's last one, which may lie elsewhere
     score_index[_offsets(responses.lengths)[:-1]] = prompt_stops[groups] - 1
     return PackedBatch(
-        input_ids=torch.from_numpy(columns.ids[sources.index()])[None],
-        position_ids=torch.from_numpy(Ranges(positions, sources.lengths).index())[None],
+        input_ids=torch.from_numpy(columns.ids[sources.flat()])[None],
+        position_ids=torch.from_numpy(Ranges(positions, sources.lengths).flat())[None],
         layout=_layout(
             plain=np.stack([prompt_starts, offsets[2 : of_plain + 1 : 2]], axis=1),
             branches=np.stack([offsets[of_plain:-1], offsets[of_plain + 1 :]], axis=1),
             prompts=np.stack([prompt_starts, prompt_stops], axis=1)[groups[others]],
         ),
         score_index=torch.from_numpy(score_index),
-        target=torch.from_numpy(columns.ids[responses.index()]),
+        target=torch.from_numpy(columns.ids[responses.flat()]),
         token_weights=_token_weights(columns, rows),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
         num_sequences=S,
@@ -354,7 +374,7 @@ def _token_weights(columns: EncodedColumns, rows: np.ndarray) -> torch.Tensor | 
         return None
     sides = [columns.chosen_weights, columns.rejected_weights]
     of_rows = _concatenate([side.take(rows) for side in sides if side is not None])
-    return torch.from_numpy(columns.weights[of_rows.index()])
+    return torch.from_numpy(columns.weights[of_rows.flat()])
 
 
 def _layout(*, plain: np.ndarray, branches: np.ndarray, prompts: np.ndarray) -> SegmentLayout:
@@ -377,7 +397,7 @@ def _layout(*, plain: np.ndarray, branches: np.ndarray, prompts: np.ndarray) -> 
         longest_plain=int(plain_lengths.max()),
         branch_query_offsets=_cu_seqlens(branch_lengths),
         branch_key_offsets=_cu_seqlens(branch_lengths + prompt_lengths),
-        branch_keys=torch.from_numpy(keys.index()),
+        branch_keys=torch.from_numpy(keys.flat()),
         longest_branch=int(branch_lengths.max(initial=0)),
         longest_branch_keys=int((branch_lengths + prompt_lengths).max(initial=0)),
     )
