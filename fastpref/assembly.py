@@ -196,6 +196,7 @@ def build_run(config: Config, world: World) -> Run:
         trainable=True,
         attention=attention,
         activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
     )
     check_positions(policy, data.longest)
     reference = None
@@ -206,6 +207,7 @@ def build_run(config: Config, world: World) -> Run:
             world,
             trainable=False,
             attention=attention,
+            compile=config.compile,
         )
     train_split, eval_split = build_splits(config, data, packing)
     if world.is_main:
@@ -230,6 +232,7 @@ def build_run(config: Config, world: World) -> Run:
         min_interval_seconds=config.minimum_log_interval_secs,
         device=world.device,
         is_main=world.is_main,
+        starts_at_log_two=objective.starts_at_log_two,
         trackers=build_trackers(config, run_dir) if world.is_main else [],
     )
     return Run(
@@ -297,6 +300,7 @@ def build_scorer(
     trainable: bool,
     attention: PackedAttention | None = None,
     activation_checkpointing: bool = False,
+    compile: bool = False,
 ) -> TokenScorer:
     """A loaded model as a scorer: sharded, its weights sent to the other ranks.
 
@@ -307,6 +311,7 @@ def build_scorer(
         trainable: False for a reference.
         attention: What computes packed rows; None for padded ones.
         activation_checkpointing: Recompute activations in the backward.
+        compile: Compile each block.
     """
     if attention is None and config.attention in FLASH_PACKAGES:
         model.set_attn_implementation(config.attention)
@@ -318,6 +323,7 @@ def build_scorer(
         compute_dtype=getattr(torch, config.compute_dtype),
         block_name=config.block_name,
         activation_checkpointing=activation_checkpointing,
+        compile=compile,
         trainable=trainable,
     )
     send_weights(scorer, weights)

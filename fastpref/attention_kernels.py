@@ -40,7 +40,7 @@ def attend_in_math(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Segment by segment with matrix products and a float32 softmax: softmax(q·kᵀ·scale)·v."""
+    """Segment by segment: softmax(scale · q·kᵀ)·v, the softmax in float32 or more."""
     outputs = []
     for segment, keys in _segments(layout, key):
         values = _keys_of(value, segment)
@@ -72,7 +72,8 @@ def attend_to_all(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = (query @ key.transpose(2, 3)).float() * scale
+    scores = query @ key.transpose(2, 3)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
@@ -146,7 +147,8 @@ class _SegmentsOnCPU(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved, normalizers = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
         # in bfloat16 torch's kernel takes up to four times as long as in float32
-        query, key, value, output, grad = (x.float() for x in (*saved, *grads))
+        at_least = torch.promote_types(saved[0].dtype, torch.float32)
+        query, key, value, output, grad = (x.to(at_least) for x in (*saved, *grads))
         output, grad = output.transpose(1, 2), grad.transpose(1, 2)
         # (1, T, heads, E) in memory, as the projections before it are
         grad_query, grad_key, grad_value = (

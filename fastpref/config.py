@@ -114,6 +114,10 @@ class Config:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more computation."""
 
+    compile: bool = False
+    """Compile each block with torch.compile: some seconds to minutes at the start, then faster on
+    a GPU. Needs a C++ compiler on a CPU."""
+
     trainer: str = "BasicTrainer"
     """BasicTrainer (one process) or FSDPTrainer (every visible GPU, or torchrun's world)."""
     fsdp_port: int | None = None

@@ -69,6 +69,8 @@ class Objective:
     kl_direction: str | None
     """The KL that the scores must carry, as `token_logps_and_kl` names it; None for no KL."""
     evaluate: Callable[[TokenScores, PackedBatch], tuple[Tensor, Metrics]]
+    starts_at_log_two: bool = False
+    """The loss is ln 2 while policy and reference are equal."""
 
     @property
     def needs_reference(self) -> bool:
@@ -88,7 +90,12 @@ def build_objective(config: LossConfig) -> Objective:
             )
         case DPOConfig():
             title = "cDPO" if config.label_smoothing else "DPO"
-            return _pair_objective(title, _dpo(config), weighted=config.token_level)
+            return _pair_objective(
+                title,
+                _dpo(config),
+                weighted=config.token_level,
+                starts_at_log_two=not config.reference_free,
+            )
         case IPOConfig():
             return _pair_objective("IPO", _ipo(config))
         case TDPOConfig():
@@ -96,7 +103,9 @@ def build_objective(config: LossConfig) -> Objective:
             tdpo = partial(
                 tdpo_loss, beta=config.beta, alpha=config.alpha, if_tdpo2=config.if_tdpo2
             )
-            return _pair_objective(title, _with_kl(tdpo), kl_direction="reference_policy")
+            return _pair_objective(
+                title, _with_kl(tdpo), kl_direction="reference_policy", starts_at_log_two=True
+            )
         case TISDPOConfig():
             tisdpo = partial(
                 tisdpo_loss,
@@ -105,7 +114,11 @@ def build_objective(config: LossConfig) -> Objective:
                 token_level=config.token_level,
             )
             return _pair_objective(
-                "TIS-DPO", _with_kl(tisdpo), kl_direction="policy_reference", weighted=True
+                "TIS-DPO",
+                _with_kl(tisdpo),
+                kl_direction="policy_reference",
+                weighted=True,
+                starts_at_log_two=True,
             )
     raise AssertionError(f"no objective for {type(config).__name__}")
 
@@ -154,7 +167,12 @@ def _with_kl(loss: Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]) -> Pair
 
 
 def _pair_objective(
-    title: str, loss: PairObjective, *, kl_direction: str | None = None, weighted: bool = False
+    title: str,
+    loss: PairObjective,
+    *,
+    kl_direction: str | None = None,
+    weighted: bool = False,
+    starts_at_log_two: bool = False,
 ) -> Objective:
     def evaluate(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=weighted)
@@ -178,6 +196,7 @@ def _pair_objective(
         needs_weights=weighted,
         kl_direction=kl_direction,
         evaluate=evaluate,
+        starts_at_log_two=starts_at_log_two,
     )
 
 
