@@ -32,10 +32,10 @@ def main() -> None:
         for step in range(arguments.steps):
             losses = {}
             for name, run in routes.items():
-                rows = run.train.order.batch(step)
+                batches = run.train.step(step, world)
                 start = time.perf_counter()
                 # the first step asks for every metric in both
-                names, values = train_step(run, rows, step + 1)
+                names, values = train_step(run, batches, step + 1)
                 seconds[name].append(time.perf_counter() - start)
                 losses[name] = values[names.index("loss/train")].item()
             assert abs(losses["joint"] - losses["values"]) <= 1e-5, losses

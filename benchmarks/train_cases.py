@@ -104,10 +104,10 @@ def write_ids(config: Any, num_steps: int, path: Path) -> None:
     from fastpref.assembly import load_data
     from fastpref.distributed import init_world
 
-    train, _, _ = load_data(config, init_world())
-    rows = np.concatenate([train.order.batch(step) for step in range(num_steps)])
+    data = load_data(config, init_world())
+    rows = np.concatenate([data.train_order.batch(step) for step in range(num_steps)])
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     with path.open("w", encoding="utf-8") as lines:
         for row in rows.tolist():
-            record = train.data.dataset[row]
+            record = data.train.dataset[row]
             lines.write(json.dumps({name: record[name] for name in names}) + "\n")

@@ -3,21 +3,23 @@
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastpref.attention_choice import Packing, choose_packing
+from fastpref.attention_kernels import PackedAttention
 from fastpref.audit import describe_example
-from fastpref.batch import EncodedRow, TokenBatch, pad_rows
 from fastpref.checkpoint import create_run_dir
 from fastpref.config import Config, ModelConfig
+from fastpref.config_groups import FLASH_PACKAGES
 from fastpref.datasets import check_sources, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
 from fastpref.errors import ConfigError
+from fastpref.feed import RowLayout, Split
 from fastpref.metrics import MetricsLog
 from fastpref.model import TokenScorer, check_head
 from fastpref.objectives import Objective, build_objective
@@ -36,33 +38,6 @@ from fastpref.sampler import GlobalOrder
 from fastpref.trackers import build_trackers
 
 logger = logging.getLogger("fastpref")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """A data split, the order it is visited in, and how its rows become batches."""
-
-    data: PreferenceSplit
-    order: GlobalOrder
-    pad_token_id: int
-    num_tokens: np.ndarray
-    """(rows,) real tokens of each row: prompt + chosen, and prompt + rejected for a pair."""
-
-    def batch(self, rows: np.ndarray, device: torch.device) -> TokenBatch:
-        """The rows of that index as one padded micro-batch; none of them is a batch too."""
-        columns = self.data.dataset[rows.tolist()] if len(rows) else {}
-        encoded = [
-            EncodedRow(*values)
-            for values in zip(
-                columns.get("prompt_ids", []),
-                columns.get("chosen_ids", []),
-                columns.get("rejected_ids", []),
-                columns.get("chosen_weights", [None] * len(rows)),
-                columns.get("rejected_weights", [None] * len(rows)),
-                strict=True,
-            )
-        ]
-        return pad_rows(encoded, pad_token_id=self.pad_token_id).to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +81,22 @@ def announce(config: Config, world: World, objective: Objective) -> None:
         )
 
 
-def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
+class Data(NamedTuple):
+    """What is known of the data before there is a model."""
+
+    train: PreferenceSplit
+    train_order: GlobalOrder
+    eval: PreferenceSplit | None
+    eval_order: GlobalOrder | None
+    tokenizer: Any
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(split.audit.longest_tokens for split in (self.train, self.eval) if split)
+
+
+def load_data(config: Config, world: World) -> Data:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.
 
     Rows are validated before the tokenizer is loaded, and everything before any model.
@@ -125,14 +115,11 @@ def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
             for split in splits
         ]
 
-    encoded = main_first(world, "encoded", encode)
-    train_data = encoded[0]
+    train, *held_out = main_first(world, "encoded", encode)
     if world.is_main:
-        logger.info(
-            "one example, as the model sees it:\n%s", describe_example(train_data, tokenizer)
-        )
+        logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
     train_order = GlobalOrder(
-        train_data.groups,
+        train.groups,
         batch_size=config.batch_size,
         seed=config.seed,
         n_epochs=config.n_epochs,
@@ -142,11 +129,10 @@ def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
     )
     if world.is_main and train_order.warning:
         logger.warning(train_order.warning)
-    train_split = _split(train_data, train_order, tokenizer)
-    if not config.n_eval_examples:
-        return train_split, None, tokenizer
+    if not held_out:
+        return Data(train, train_order, None, None, tokenizer)
     eval_order = GlobalOrder(
-        encoded[1].groups,
+        held_out[0].groups,
         batch_size=config.eval_batch_size,
         seed=config.seed,
         n_epochs=1,
@@ -154,19 +140,39 @@ def load_data(config: Config, world: World) -> tuple[Split, Split | None, Any]:
         drop_last=False,
         order=config.data.order,
     )
-    return train_split, _split(encoded[1], eval_order, tokenizer), tokenizer
+    return Data(train, train_order, held_out[0], eval_order, tokenizer)
 
 
-def _split(data: PreferenceSplit, order: GlobalOrder, tokenizer: Any) -> Split:
-    table = data.dataset.with_format("arrow")[:]
-    lengths = {
-        name: np.array([len(ids) for ids in table[f"{name}_ids"]], dtype=np.int64)
-        for name in ("prompt", "chosen", "rejected")
-    }
-    num_tokens = lengths["prompt"] + lengths["chosen"]
-    num_tokens += np.where(lengths["rejected"] > 0, lengths["prompt"] + lengths["rejected"], 0)
-    return Split(
-        data=data, order=order, pad_token_id=pad_token_id(tokenizer), num_tokens=num_tokens
+def build_splits(config: Config, data: Data, packing: Packing | None) -> tuple[Split, Split | None]:
+    """The splits with how their rows become batches."""
+    layout = RowLayout(
+        packed=packing is not None,
+        share_prompt=packing is not None and packing.share_prompt,
+        max_tokens=config.packing.max_tokens,
+        pad_token_id=pad_token_id(data.tokenizer),
+    )
+    train = Split(
+        data=data.train,
+        order=data.train_order,
+        layout=layout,
+        min_micro_batches=config.gradient_accumulation_steps,
+    )
+    if data.eval is None or data.eval_order is None:
+        return train, None
+    return train, Split(data=data.eval, order=data.eval_order, layout=layout)
+
+
+def announce_tokens(split: Split, world: World) -> None:
+    """Say what of the data the model's body will compute, by the first steps."""
+    steps = min(32, split.order.num_steps)
+    in_data, computed = split.savings(world.size, steps)
+    logger.info(
+        "first %d steps: %s tokens in the data, %s computed, %.0f %% %s",
+        steps,
+        f"{in_data:,}",
+        f"{computed:,}",
+        100 * abs(1 - computed / in_data),
+        "saved" if computed <= in_data else "more, for padding",
     )
 
 
@@ -179,17 +185,33 @@ def build_run(config: Config, world: World) -> Run:
     objective = build_objective(config.loss)
     if world.is_main:
         announce(config, world, objective)
-    train_split, eval_split, tokenizer = load_data(config, world)
-    policy = load_scorer(
+    data = load_data(config, world)
+    model = load_causal_lm(config.model, world, trainable=True)
+    packing = choose_packing(model, config, world, longest=data.longest)
+    attention = packing.attention if packing else None
+    policy = build_scorer(
+        model,
         config.model,
         world,
         trainable=True,
+        attention=attention,
         activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
     )
-    check_positions(policy, train_split, eval_split)
+    check_positions(policy, data.longest)
     reference = None
     if objective.needs_reference:
-        reference = load_scorer(config.model, world, trainable=False)
+        reference = build_scorer(
+            load_causal_lm(config.model, world, trainable=False),
+            config.model,
+            world,
+            trainable=False,
+            attention=attention,
+            compile=config.compile,
+        )
+    train_split, eval_split = build_splits(config, data, packing)
+    if world.is_main:
+        announce_tokens(train_split, world)
     optimizer = build_optimizer(
         config.optimizer,
         policy.parameters(),
@@ -210,13 +232,14 @@ def build_run(config: Config, world: World) -> Run:
         min_interval_seconds=config.minimum_log_interval_secs,
         device=world.device,
         is_main=world.is_main,
+        starts_at_log_two=objective.starts_at_log_two,
         trackers=build_trackers(config, run_dir) if world.is_main else [],
     )
     return Run(
         config=config,
         world=world,
         run_dir=run_dir,
-        tokenizer=tokenizer,
+        tokenizer=data.tokenizer,
         train=train_split,
         eval=eval_split,
         objective=objective,
@@ -229,13 +252,12 @@ def build_run(config: Config, world: World) -> Run:
     )
 
 
-def check_positions(policy: TokenScorer, *splits: Split | None) -> None:
+def check_positions(policy: TokenScorer, longest: int) -> None:
     """Refuse sequences that run off a learned position table.
 
     Raises:
         ConfigError: naming the largest max_length that fits.
     """
-    longest = max(split.data.audit.longest_tokens for split in splits if split is not None)
     if policy.num_positions is not None and longest > policy.num_positions:
         raise ConfigError(
             f"max_length: the longest sequence has {longest} tokens, the model has positions for "
@@ -243,17 +265,18 @@ def check_positions(policy: TokenScorer, *splits: Split | None) -> None:
         )
 
 
-def load_scorer(
-    config: ModelConfig,
-    world: World,
-    *,
-    trainable: bool,
-    activation_checkpointing: bool = False,
-) -> TokenScorer:
-    """A policy or a reference: loaded by rank 0, sharded, sent to the other ranks.
+def load_scorer(config: ModelConfig, world: World, *, trainable: bool) -> TokenScorer:
+    """A policy or a reference for padded rows: loaded by rank 0, sharded, sent to the others."""
+    return build_scorer(
+        load_causal_lm(config, world, trainable=trainable), config, world, trainable=trainable
+    )
 
-    Both compute in the same dtype through the same code; `reference_dtype` is how the reference is
-    stored, by default the compute dtype itself.
+
+def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any:
+    """The model on the CPU, its head checked; without weights on every rank but 0.
+
+    Policy and reference compute in the same dtype through the same code; `reference_dtype` is how
+    the reference is stored, by default the compute dtype itself.
     """
     stored = config.policy_dtype if trainable else config.reference_dtype or config.compute_dtype
     name = resolve_model(config.name_or_path)
@@ -262,19 +285,45 @@ def load_scorer(
         "attention": config.attention,
         "revision": config.revision,
     }
-    if world.is_main:
-        scorer = TokenScorer(load_model(name, archive=config.archive, **options))
-        check_head(scorer)
-        weights = scorer.state_dict()
-    else:
-        scorer = TokenScorer(build_empty(name, **options))
-        weights = {}
+    if not world.is_main:
+        return build_empty(name, **options)
+    model = load_model(name, archive=config.archive, **options)
+    check_head(TokenScorer(model))
+    return model
+
+
+def build_scorer(
+    model: Any,
+    config: ModelConfig,
+    world: World,
+    *,
+    trainable: bool,
+    attention: PackedAttention | None = None,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> TokenScorer:
+    """A loaded model as a scorer: sharded, its weights sent to the other ranks.
+
+    Args:
+        model: What `load_causal_lm` returned.
+        config: Its options.
+        world: Whoever computes.
+        trainable: False for a reference.
+        attention: What computes packed rows; None for padded ones.
+        activation_checkpointing: Recompute activations in the backward.
+        compile: Compile each block.
+    """
+    if attention is None and config.attention in FLASH_PACKAGES:
+        model.set_attn_implementation(config.attention)
+    scorer = TokenScorer(model, attention)
+    weights = scorer.state_dict() if world.is_main else {}
     parallelize(
         scorer,
         world.mesh,
         compute_dtype=getattr(torch, config.compute_dtype),
         block_name=config.block_name,
         activation_checkpointing=activation_checkpointing,
+        compile=compile,
         trainable=trainable,
     )
     send_weights(scorer, weights)

@@ -1,6 +1,6 @@
 """The records that travel from the encoder to the model and on to the losses."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -22,21 +22,72 @@ class EncodedRow(NamedTuple):
     rejected_weights: Sequence[float] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenBatch:
-    """A micro-batch: B right-padded rows of L tokens, and the N response tokens they score.
+class Segment(NamedTuple):
+    """Tokens [start, stop) of a packed row; they attend to a prompt and causally to themselves."""
 
-    Rows are sequences: all chosen responses first, then all rejected ones, so sequence p and
-    sequence P + p are one pair. A dataclass and not a tuple on purpose: FSDP2 looks into tuples
-    and would cast the token weights to the compute dtype.
+    start: int
+    stop: int
+    prompt_start: int
+    """The prompt's tokens, [prompt_start, prompt_stop); none where the segment begins with it."""
+    prompt_stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentLayout:
+    """Who attends to whom in a packed row of T tokens.
+
+    First come the plain segments, each a prompt with its first branch (or a whole sequence):
+    ordinary causal attention over contiguous tokens. Then the further branches, whose keys are
+    their prompt's and their own; causality is aligned at the end. Offsets are what variable-length
+    attention calls `cu_seqlens`.
+    """
+
+    segments: tuple[Segment, ...]
+    """Plain ones, then branches, in the order of the row; none is empty."""
+    num_plain: int
+    """Tokens of the plain segments: the row's first ones."""
+    plain_offsets: Tensor
+    """(plain segments + 1,) int32."""
+    longest_plain: int
+    """Tokens of the longest plain segment."""
+    branch_query_offsets: Tensor
+    """(branches + 1,) int32, counted from `num_plain`."""
+    branch_key_offsets: Tensor
+    """(branches + 1,) int32, into `branch_keys`."""
+    branch_keys: Tensor
+    """(keys,) int64: positions in the row of each branch's prompt and of the branch itself."""
+    longest_branch: int
+    """Queries of the longest branch, 0 without branches."""
+    longest_branch_keys: int
+    """Keys of the branch that has most."""
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether any prompt is shared."""
+        return self.longest_branch > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """A micro-batch: tokens for the model's body, and the N response tokens that they score.
+
+    Either one packed row, with `position_ids` and a `layout`, or B right-padded rows with an
+    `attention_mask`. Sequences are numbered chosen responses first, then rejected ones, so
+    sequence p and sequence P + p are one pair. A dataclass and not a tuple on purpose: FSDP2 looks
+    into tuples and would cast the token weights to the compute dtype.
     """
 
     input_ids: Tensor
-    """(B, L) int64, padded on the right."""
-    attention_mask: Tensor
-    """(B, L) int64: 1 for a token, 0 for padding."""
+    """(1, T) int64 packed, or (B, L) int64 padded on the right."""
+    position_ids: Tensor | None = None
+    """(1, T) int64: place of each token in its own sequence; None for padded rows."""
+    layout: SegmentLayout | None = None
+    """Who attends to whom in the packed row; None for padded rows."""
+    attention_mask: Tensor | None = None
+    """(B, L) int64: 1 for a token, 0 for padding; None for a packed row."""
     score_index: Tensor
-    """(N,) int64: the position, in the flattened (B·L,), whose hidden state predicts a target."""
+    """(N,) int64: the position, in the flattened `input_ids`, whose hidden state predicts a
+    target. A shared prompt's last position is there once for each of its branches."""
     target: Tensor
     """(N,) int64: the response tokens, in the order of `score_index`."""
     token_weights: Tensor | None
@@ -46,17 +97,28 @@ class TokenBatch:
     num_sequences: int
     """2P for P pairs, P in SFT; 0 for a rank without work, which then scores nothing."""
 
-    def to(self, device: torch.device) -> "TokenBatch":
-        """The same batch on `device`; the copies do not wait for the host."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **moved)
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch on `device`; from pinned memory the copies do not wait for the host."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same batch in page-locked memory."""
+        return _map_tensors(self, Tensor.pin_memory)
 
 
-def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> TokenBatch:
+def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a record with `function` applied to its tensors and to those of its layout."""
+    changed: dict[str, Any] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            changed[field.name] = function(value)
+        elif isinstance(value, SegmentLayout):
+            changed[field.name] = _map_tensors(value, function)
+    return replace(record, **changed)
+
+
+def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
     """Lay P rows out as one padded batch: chosen sequences first, then rejected ones.
 
     Args:
@@ -90,7 +152,7 @@ def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> TokenBatch:
         if weights is not None:
             token_weights.append(torch.tensor(weights, dtype=torch.float32))
     empty = torch.zeros(0, dtype=torch.int64)
-    return TokenBatch(
+    return PackedBatch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         score_index=torch.cat(score_index or [empty]),

@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 
 from fastpref.checks import check_choice, check_number, nearest_multiples
 from fastpref.config_groups import (
-    FLASH_PACKAGES,
+    CUDA_ATTENTIONS,
     DataConfig,
     HeadConfig,
     ModelConfig,
     OptimConfig,
+    PackingConfig,
     TensorboardConfig,
     WandbConfig,
     WeightsConfig,
@@ -45,6 +46,7 @@ __all__ = [
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "PackingConfig",
     "SFTConfig",
     "TDPOConfig",
     "TISDPOConfig",
@@ -99,7 +101,8 @@ class Config:
     batch_size: int = 4
     """Examples per optimizer step, over all processes and accumulation steps."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step; divides batch_size."""
+    """Micro-batches per optimizer step, at least; divides batch_size. packing.max_tokens may ask
+    for more."""
     lr: float = 5e-7
     """Learning rate after warm-up, > 0."""
     warmup_steps: int = 150
@@ -110,6 +113,10 @@ class Config:
     """A class of torch.optim."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more computation."""
+
+    compile: bool = False
+    """Compile each block with torch.compile: some seconds to minutes at the start, then faster on
+    a GPU. Needs a C++ compiler on a CPU."""
 
     trainer: str = "BasicTrainer"
     """BasicTrainer (one process) or FSDPTrainer (every visible GPU, or torchrun's world)."""
@@ -137,6 +144,8 @@ class Config:
     """What to minimise: loss=NAME is configs/loss/NAME.yaml."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """What becomes of token weights: transform=NAME is configs/transform/NAME.yaml."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """How rows are laid out for the model."""
     data: DataConfig = field(default_factory=DataConfig)
     """How rows are read."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -252,7 +261,7 @@ def check_device(config: Config, device_type: str, *, has_bfloat16: bool) -> Non
     Raises:
         ConfigError: naming the option and a value that works.
     """
-    if config.model.attention in FLASH_PACKAGES and device_type != "cuda":
+    if config.model.attention in CUDA_ATTENTIONS and device_type != "cuda":
         raise ConfigError(
             f"model.attention={config.model.attention} needs a CUDA device, this one is "
             f"{device_type}; set model.attention=sdpa"

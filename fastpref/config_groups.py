@@ -1,4 +1,4 @@
-"""Schemas of the option groups `model data optim head wandb tensorboard weights`."""
+"""Schemas of the option groups `model packing data optim head wandb tensorboard weights`."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -9,8 +9,14 @@ from fastpref.checks import check_choice, check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 # attention option -> the package that transformers imports for it
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-ATTENTIONS = ("auto", "eager", "sdpa", *FLASH_PACKAGES)
+FLASH_PACKAGES = {
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+}
+ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flex", *FLASH_PACKAGES)
+CUDA_ATTENTIONS = ("varlen", "flex", *FLASH_PACKAGES)
+"""Those that train on a GPU alone."""
 
 
 @dataclass(kw_only=True)
@@ -37,7 +43,8 @@ class ModelConfig:
     reference_dtype: str | None = None
     """How the reference is stored; it always computes as the policy does. null: compute dtype."""
     attention: str = "auto"
-    """auto, eager, sdpa, flash_attention_2 or flash_attention_3."""
+    """auto, eager, sdpa, varlen (torch's own), flex, flash_attention_2, flash_attention_3 or
+    flash_attention_4; auto takes the fastest of them that computes correctly here."""
 
     @property
     def compute_dtype(self) -> str:
@@ -70,10 +77,35 @@ class ModelConfig:
                 f"model.attention={self.attention} computes in bfloat16 or float16 only, "
                 "got float32; set model.fsdp_policy_mp=bfloat16 or model.attention=sdpa"
             )
-        if find_spec(package) is None:
+        if not _is_installed(package):
             raise ValueError(
                 f"model.attention={self.attention} needs the package {package}, "
                 "which is not installed; set model.attention=sdpa"
+            )
+
+
+@dataclass(kw_only=True)
+class PackingConfig:
+    """Sequences one after another in one row, without padding, equal prompts computed once."""
+
+    enabled: bool = True
+    """false: right-padded rows, as they are used where a model's attention cannot pack."""
+    share_prompt: str = "auto"
+    """auto: compute equal prompts once where the model's attention can. true: refuse a model that
+    cannot. false: every sequence has its own copy of its prompt."""
+    max_tokens: int = 8192
+    """Tokens that a process computes at once, at most, >= 1. A step whose rows have more takes
+    more micro-batches; a pair that has more by itself is computed alone."""
+
+    def __post_init__(self) -> None:
+        # true and false arrive as booleans
+        self.share_prompt = str(self.share_prompt).lower()
+        check_choice("packing.share_prompt", self.share_prompt, ("auto", "true", "false"))
+        check_number("packing.max_tokens", self.max_tokens, ge=1)
+        if self.share_prompt == "true" and not self.enabled:
+            raise ValueError(
+                "packing.share_prompt=true needs packing.enabled=true, got false: padded rows "
+                "have a copy of the prompt each"
             )
 
 
@@ -163,6 +195,14 @@ class HeadConfig:
 
 def _same_folder(first: str | None, second: str | None) -> bool:
     return bool(first and second) and Path(str(first)).resolve() == Path(str(second)).resolve()
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    # of a dotted name whose first part is missing
+    except ModuleNotFoundError:
+        return False
 
 
 def _check_installed(key: str, enabled: bool, package: str) -> None:

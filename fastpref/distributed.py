@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastpref.errors import DistributedError, FastprefError
+from fastpref.errors import DistributedError, FastprefError, first_line
 
 logger = logging.getLogger("fastpref")
 
@@ -120,14 +120,10 @@ def main_first(world: World, name: str, prepare: Callable[[], Result]) -> Result
 def explain(error: BaseException) -> FastprefError | None:
     """What torch's communication errors mean for a user, None if it is not one of them."""
     if isinstance(error, dist.DistError):
-        return DistributedError(f"a rank died or did not answer: {_first_line(error)}")
+        return DistributedError(f"a rank died or did not answer: {first_line(error)}")
     text = str(error)
     # gloo raises plain RuntimeErrors
     signs = ("Connection closed by peer", "Connection reset by peer", "gloo", "Timed out waiting")
     if isinstance(error, RuntimeError) and any(sign in text for sign in signs):
-        return DistributedError(f"a rank died or did not answer: {_first_line(error)}")
+        return DistributedError(f"a rank died or did not answer: {first_line(error)}")
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]

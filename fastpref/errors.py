@@ -57,3 +57,8 @@ class InterruptionError(FastprefError):
     """SIGINT (Ctrl-C) arrived; the model was saved."""
 
     exit_code = 130
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message: those of libraries go on for pages."""
+    return str(error).strip().split("\n")[0]

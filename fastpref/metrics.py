@@ -44,6 +44,8 @@ class PendingStep:
     """Examples of this step, over all ranks."""
     num_tokens: int
     """Real policy tokens of this step, over all ranks: prompt + response of every sequence."""
+    num_computed: int
+    """Tokens that the model's body computed for them, over all ranks."""
     lr: float
     names: list[str]
     values: Tensor
@@ -62,6 +64,8 @@ class MetricsLog:
     min_interval_seconds: float
     device: torch.device
     is_main: bool = True
+    starts_at_log_two: bool = False
+    """The first step's loss is that of two equal models: anything but ln 2 is a mistake."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     _pending: list[PendingStep] = field(default_factory=list)
@@ -86,17 +90,20 @@ class MetricsLog:
         num_examples = sum(step.num_examples for step in self._pending)
         num_tokens = sum(step.num_tokens for step in self._pending)
         for step, row in zip(self._pending, values, strict=True):
-            record = {"step": step.step, "examples": step.examples, "split": "train"}
+            record: Record = {"step": step.step, "examples": step.examples, "split": "train"}
             record |= dict(zip(step.names, row.tolist(), strict=True))
             record |= {
                 "lr": step.lr,
                 "examples_per_second": num_examples / seconds,
                 "tokens_per_second": num_tokens / seconds,
+                "tokens_computed": step.num_computed,
                 "peak_memory_gib": peak_memory_gib(self.device),
                 "counters/examples": step.examples,
                 "counters/updates": step.step,
             }
             self.write(record)
+            if step.step == 1 and self.starts_at_log_two:
+                check_first_loss(record["loss/train"])
         self._pending.clear()
         self.restart_clock()
         return self.records[-1]
@@ -138,6 +145,21 @@ def sum_over_examples(metrics: Iterable[Mapping[str, Tensor]]) -> tuple[list[str
             total = values.float().sum()
             totals[name] = totals[name] + total if name in totals else total
     return list(totals), torch.stack(list(totals.values()))
+
+
+def check_first_loss(loss: float) -> None:
+    """Warn where a run of equal policy and reference does not start at ln 2.
+
+    Rounding leaves 0.01 at most; a wrong mask, wrong positions or two unlike computations leave
+    more, and are seen nowhere else.
+    """
+    if not abs(loss - math.log(2)) <= 0.02:
+        logger.warning(
+            "THE FIRST LOSS IS %.4f AND SHOULD BE ln 2 = 0.6931: policy and reference have the "
+            "same weights and score the same tokens differently; do not trust this run. "
+            "packing.enabled=false tells whether packing is the cause",
+            loss,
+        )
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
-from fastpref.batch import TokenBatch
+from fastpref.attention import IMPLEMENTATION, packed_row
+from fastpref.attention_kernels import PackedAttention
+from fastpref.batch import PackedBatch
 from fastpref.errors import ConfigError
 
 
@@ -57,11 +59,16 @@ class TokenScorer(nn.Module):
     Args:
         model: Any causal LM of transformers whose logits are a linear head on the last hidden
             states, with an optional scale and softcap. `check_head` tells whether that holds.
+        attention: What computes packed rows; None: every batch must be padded.
+            `attention_choice` tells whether the model can.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, attention: PackedAttention | None = None) -> None:
         super().__init__()
         self.model = model
+        self.attention = attention
+        if attention is not None:
+            model.set_attn_implementation(IMPLEMENTATION)
         self.logit_transform = LogitTransform.of(model.config.get_text_config())
 
     @property
@@ -78,15 +85,21 @@ class TokenScorer(nn.Module):
                     return self.model.config.max_position_embeddings
         return None
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """Last hidden states at the positions that predict `batch.target`, shape (N, D)."""
-        body = self.model.base_model
-        output = body(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+    def hidden_states(self, batch: PackedBatch, longest: int = 0) -> Tensor:
+        """Last hidden states at the positions that predict `batch.target`, shape (N, D).
+
+        Args:
+            batch: The micro-batch.
+            longest: Tokens to allow for where the batch's own sequences are shorter.
+        """
+        rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.layout is not None:
+            assert self.attention is not None, "a packed batch needs a packed attention"
+            rows = packed_row(batch, self.attention, longest)
+        output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **rows)
         return output.last_hidden_state.flatten(0, 1)[batch.score_index]
 
-    def states(self, batch: TokenBatch) -> HeadStates:
+    def states(self, batch: PackedBatch) -> HeadStates:
         """Hidden states and head, for another model's joint sweep.
 
         Under FSDP2 the weight stays gathered until `release()`.
@@ -100,7 +113,7 @@ class TokenScorer(nn.Module):
 
     def forward(
         self,
-        batch: TokenBatch,
+        batch: PackedBatch,
         reference: HeadStates | None = None,
         direction: str = "reference_policy",
     ) -> TokenScores | Tensor:
@@ -139,7 +152,7 @@ class TokenScorer(nn.Module):
             logit_softcap=logits.softcap,
         )
 
-    def tdpo1_values(self, batch: TokenBatch, reference: HeadStates) -> Tensor:
+    def tdpo1_values(self, batch: PackedBatch, reference: HeadStates) -> Tensor:
         """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
 
         Args:
@@ -189,7 +202,7 @@ def check_head(scorer: TokenScorer) -> None:
     """
     device = scorer.head.weight.device
     ids = torch.arange(4, device=device)[None] % scorer.head.weight.shape[0]
-    batch = TokenBatch(
+    batch = PackedBatch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         score_index=torch.arange(4, device=device),

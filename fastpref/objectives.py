@@ -12,7 +12,7 @@ import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
 from torch import Tensor
 
-from fastpref.batch import TokenBatch
+from fastpref.batch import PackedBatch
 from fastpref.config import (
     DPOConfig,
     IPOConfig,
@@ -71,11 +71,13 @@ class Objective:
     """Token weights multiply log-ratios and KL."""
     kl_direction: str | None
     """The KL that the scores must carry, as `token_logps_and_kl` names it; None for no KL."""
-    evaluate: Callable[[TokenScores, TokenBatch], tuple[Tensor, Metrics]]
-    evaluate_values: Callable[[Tensor, TokenBatch], tuple[Tensor, Metrics]] | None = None
+    evaluate: Callable[[TokenScores, PackedBatch], tuple[Tensor, Metrics]]
+    evaluate_values: Callable[[Tensor, PackedBatch], tuple[Tensor, Metrics]] | None = None
     """The same losses from `tdpo1_token_values` (N,), and those metrics that these tell."""
     detailed_every: int = 1
     """Optimizer steps between those that ask for every metric, where some cost more."""
+    starts_at_log_two: bool = False
+    """The loss is ln 2 while policy and reference are equal."""
 
     @property
     def needs_reference(self) -> bool:
@@ -95,7 +97,12 @@ def build_objective(config: LossConfig) -> Objective:
             )
         case DPOConfig():
             title = "cDPO" if config.label_smoothing else "DPO"
-            return _pair_objective(title, _dpo(config), weighted=config.token_level)
+            return _pair_objective(
+                title,
+                _dpo(config),
+                weighted=config.token_level,
+                starts_at_log_two=not config.reference_free,
+            )
         case IPOConfig():
             return _pair_objective("IPO", _ipo(config))
         case TDPOConfig():
@@ -109,6 +116,7 @@ def build_objective(config: LossConfig) -> Objective:
                 kl_direction="reference_policy",
                 value_loss=None if config.if_tdpo2 else tdpo,
                 detailed_every=1 if config.if_tdpo2 else config.kl_metrics_every,
+                starts_at_log_two=True,
             )
         case TISDPOConfig():
             tisdpo = partial(
@@ -118,9 +126,15 @@ def build_objective(config: LossConfig) -> Objective:
                 token_level=config.token_level,
             )
             if not config.token_level:
-                return _pair_objective("TIS-DPO", _without_kl(tisdpo), weighted=True)
+                return _pair_objective(
+                    "TIS-DPO", _without_kl(tisdpo), weighted=True, starts_at_log_two=True
+                )
             return _pair_objective(
-                "TIS-DPO", _with_kl(tisdpo), kl_direction="policy_reference", weighted=True
+                "TIS-DPO",
+                _with_kl(tisdpo),
+                kl_direction="policy_reference",
+                weighted=True,
+                starts_at_log_two=True,
             )
     raise AssertionError(f"no objective for {type(config).__name__}")
 
@@ -184,8 +198,9 @@ def _pair_objective(
     weighted: bool = False,
     value_loss: KLLoss | None = None,
     detailed_every: int = 1,
+    starts_at_log_two: bool = False,
 ) -> Objective:
-    def evaluate(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def evaluate(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=weighted)
         losses, chosen_rewards, rejected_rewards = loss(chosen, rejected)
         metrics = _reward_metrics(chosen_rewards, rejected_rewards)
@@ -204,15 +219,16 @@ def _pair_objective(
         evaluate=evaluate,
         evaluate_values=None if value_loss is None else _evaluate_values(value_loss),
         detailed_every=detailed_every,
+        starts_at_log_two=starts_at_log_two,
     )
 
 
 def _evaluate_values(
     loss: KLLoss,
-) -> Callable[[Tensor, TokenBatch], tuple[Tensor, Metrics]]:
+) -> Callable[[Tensor, PackedBatch], tuple[Tensor, Metrics]]:
     """TDPO1's loss from the sum of log-ratio and KL, all that it and its rewards depend on."""
 
-    def evaluate(values_N: Tensor, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    def evaluate(values_N: Tensor, batch: PackedBatch) -> tuple[Tensor, Metrics]:
         chosen_P, rejected_P = _sum(values_N, batch, None).chunk(2)
         zeros_P = torch.zeros_like(chosen_P)
         losses, *rewards = loss(chosen_P, rejected_P, zeros_P, zeros_P)
@@ -230,14 +246,14 @@ def _reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics
     }
 
 
-def _evaluate_sft(scores: TokenScores, batch: TokenBatch) -> tuple[Tensor, Metrics]:
+def _evaluate_sft(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
     logps_S = _sum(scores.logps, batch, None)
     losses = sft_loss(logps_S)
     return losses, {"logps/chosen": logps_S.detach(), "loss": losses.detach()}
 
 
 def _sum_sequences(
-    scores: TokenScores, batch: TokenBatch, *, weighted: bool
+    scores: TokenScores, batch: PackedBatch, *, weighted: bool
 ) -> tuple[SequenceScores, SequenceScores]:
     weights_N = batch.token_weights if weighted else None
     assert scores.reference_logps is not None
@@ -262,7 +278,7 @@ def _sum_sequences(
     return chosen, rejected
 
 
-def _sum(values_N: Tensor, batch: TokenBatch, weights_N: Tensor | None) -> Tensor:
+def _sum(values_N: Tensor, batch: PackedBatch, weights_N: Tensor | None) -> Tensor:
     """Sum of token values over each sequence, (S,)."""
     return sequence_log_ratios(
         values_N,

@@ -1,4 +1,4 @@
-"""FSDP2 from outside the model: activation checkpointing, then one group per block, then the root.
+"""Activation checkpointing, compilation and FSDP2 from outside the model: blocks, then the root.
 
 A single process is the same code on a mesh of one rank, so master weights, compute dtype and the
 order of arithmetic do not depend on how many ranks there are.
@@ -30,6 +30,7 @@ def parallelize(
     compute_dtype: torch.dtype,
     block_name: str | None = None,
     activation_checkpointing: bool = False,
+    compile: bool = False,
     trainable: bool = True,
 ) -> TokenScorer:
     """Shard a scorer's parameters over the mesh, in place.
@@ -41,6 +42,7 @@ def parallelize(
             reduced in float32.
         block_name: Class of the transformer blocks, None for the ones the model itself names.
         activation_checkpointing: Recompute each block's activations in the backward.
+        compile: Compile each block with torch.compile; attention stays what it is.
         trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
     """
     scorer.train(trainable)
@@ -56,6 +58,9 @@ def parallelize(
     # with one rank there is nothing to gain from freeing a block's parameters before its backward
     reshard_block = not trainable or mesh.size() > 1
     for block in find_blocks(scorer.model, block_name):
+        if compile:
+            # of any length at once: packed rows are hardly ever equally long
+            block.compile(dynamic=True)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_block)
     # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
     fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

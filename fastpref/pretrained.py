@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.checks import hint
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import CheckpointError, ConfigError, first_line
 
 logger = logging.getLogger("fastpref")
 
@@ -101,7 +101,8 @@ def load_model(
     Args:
         name: What `resolve_model` returned.
         dtype: The dtype the weights are stored in.
-        attention: "auto" leaves the choice to transformers.
+        attention: eager or sdpa; any other leaves the choice to transformers, because
+            FlashAttention computes on a GPU alone and the model is checked on the CPU.
         revision: Hub revision.
         archive: Weights to load instead of the model's own: a Hugging Face folder, a run folder
             or a seed-format `policy.pt`.
@@ -117,7 +118,7 @@ def load_model(
         if weights is not None:
             _fill(merged, weights, archive)
         return merged
-    options = {} if attention == "auto" else {"attn_implementation": attention}
+    options = _attention_option(attention)
     model = _load_complete(name, revision=revision, dtype=dtype, **options)
     if weights is not None:
         _fill(model, weights, archive)
@@ -163,7 +164,7 @@ def build_empty(
 ) -> Any:
     """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
     config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
-    options = {} if attention == "auto" else {"attn_implementation": attention}
+    options = _attention_option(attention)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     # pages that nobody writes cost no memory, so every rank of a node can hold such a model
@@ -171,6 +172,10 @@ def build_empty(
     model.tie_weights()
     switch_off_dropout(model)
     return model
+
+
+def _attention_option(attention: str) -> dict[str, str]:
+    return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
@@ -207,9 +212,9 @@ def _from_hub(factory: Any, name: str, **options: Any) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
             raise
-        first_line = str(error).strip().split("\n")[0]
         raise CheckpointError(
-            f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: {first_line}"
+            f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: "
+            f"{first_line(error)}"
         ) from error
     except Exception as error:
         # a truncated safetensors file raises SafetensorError, which derives from Exception alone

@@ -6,11 +6,11 @@ import torch
 from fastpref_kernels import TokenScores
 from torch import Tensor
 
-from fastpref.batch import TokenBatch
+from fastpref.batch import PackedBatch
 from fastpref.model import HeadStates, TokenScorer
 from fastpref.objectives import Metrics, Objective
 
-EvaluateFn = Callable[[TokenBatch, bool], tuple[Tensor, Metrics]]
+EvaluateFn = Callable[[PackedBatch, bool], tuple[Tensor, Metrics]]
 """A micro-batch, and whether every metric is asked for -> losses (P,) with gradients, metrics."""
 
 
@@ -24,7 +24,7 @@ def build_evaluate_fn(
     """
     score = _build_score_fn(policy, reference, objective)
 
-    def evaluate(batch: TokenBatch, detailed: bool) -> tuple[Tensor, Metrics]:
+    def evaluate(batch: PackedBatch, detailed: bool) -> tuple[Tensor, Metrics]:
         return objective.evaluate(score(batch), batch)
 
     evaluate_values = objective.evaluate_values
@@ -32,7 +32,7 @@ def build_evaluate_fn(
     if reference is None or evaluate_values is None or policy.logit_transform.softcap is not None:
         return evaluate
 
-    def evaluate_or_values(batch: TokenBatch, detailed: bool) -> tuple[Tensor, Metrics]:
+    def evaluate_or_values(batch: PackedBatch, detailed: bool) -> tuple[Tensor, Metrics]:
         if detailed:
             return evaluate(batch, detailed)
         return evaluate_values(policy.tdpo1_values(batch, _states(reference, batch)), batch)
@@ -42,23 +42,23 @@ def build_evaluate_fn(
 
 def _build_score_fn(
     policy: TokenScorer, reference: TokenScorer | None, objective: Objective
-) -> Callable[[TokenBatch], TokenScores]:
+) -> Callable[[PackedBatch], TokenScores]:
     """Token scores of a micro-batch: policy with gradients, reference without."""
     if reference is None:
         return lambda batch: TokenScores(policy(batch), None, None)
     direction = objective.kl_direction
 
-    def score_log_ratios(batch: TokenBatch) -> TokenScores:
+    def score_log_ratios(batch: PackedBatch) -> TokenScores:
         with torch.no_grad():
             reference_logps_N = reference(batch)
         return TokenScores(policy(batch), reference_logps_N, None)
 
-    def score_with_kl(batch: TokenBatch) -> TokenScores:
+    def score_with_kl(batch: PackedBatch) -> TokenScores:
         return policy(batch, _states(reference, batch), direction)
 
     return score_log_ratios if direction is None else score_with_kl
 
 
 @torch.no_grad()
-def _states(reference: TokenScorer, batch: TokenBatch) -> HeadStates:
+def _states(reference: TokenScorer, batch: PackedBatch) -> HeadStates:
     return reference.states(batch)

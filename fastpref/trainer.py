@@ -3,7 +3,6 @@
 import logging
 import random
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from fastpref.checkpoint import export_model
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import NON_FINITE, NonFiniteError
+from fastpref.feed import StepBatches
 from fastpref.metrics import (
     PendingStep,
     Record,
@@ -64,23 +64,24 @@ def run_loop(run: Run, stop: StopRequest) -> None:
     config, world, order = run.config, run.world, run.train.order
     eval_steps = steps_between_evals(config)
     examples = 0
-    with Progress(total=order.num_steps, visible=world.is_main) as progress:
-        for step in range(order.num_steps):
+    progress = Progress(total=order.num_steps, visible=world.is_main)
+    with progress, run.train.steps(world) as steps:
+        for step, batches in enumerate(steps):
             if step % eval_steps == 0 and (step > 0 or config.do_first_eval):
                 evaluate(run, step, examples, stop)
             if stop.agreed(world):
                 return
-            rows = order.batch(step)
-            examples += len(rows)
+            examples += batches.num_examples
             lr = float(run.scheduler.get_last_lr()[0])
-            names, values = train_step(run, rows, step)
+            names, values = train_step(run, batches, step)
             run.scheduler.step()
             due = run.log.add_step(
                 PendingStep(
                     step=step + 1,
                     examples=examples,
-                    num_examples=len(rows),
-                    num_tokens=int(run.train.num_tokens[rows].sum()),
+                    num_examples=batches.num_examples,
+                    num_tokens=batches.num_tokens,
+                    num_computed=batches.num_computed,
                     lr=lr,
                     names=names,
                     values=values,
@@ -106,8 +107,8 @@ def steps_between_evals(config: Config) -> int:
     return steps
 
 
-def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor]:
-    """One optimizer step on the rows of a global batch.
+def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str], Tensor]:
+    """One optimizer step on a global batch.
 
     The loss is summed over pairs and divided by their global number, whatever the split into
     micro-batches and ranks; gradients are summed over ranks.
@@ -118,10 +119,10 @@ def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor
     run.optimizer.zero_grad()
     metrics = []
     detailed = step % run.objective.detailed_every == 0
-    for micro_rows in micro_batches(rows, run.config.gradient_accumulation_steps, run.world):
-        batch = run.train.batch(micro_rows, run.world.device)
+    for host_batch in step_batches.batches:
+        batch = host_batch.to(run.world.device)
         losses, values = run.evaluate(batch, detailed)
-        (losses.sum() / len(rows)).backward()
+        (losses.sum() / step_batches.num_examples).backward()
         if run.reference is not None:
             # its gathered head was needed until here: the backward of the KL reads it
             run.reference.release()
@@ -129,15 +130,9 @@ def train_step(run: Run, rows: np.ndarray, step: int) -> tuple[list[str], Tensor
     grad_norm = clip_gradients(run, step)
     run.optimizer.step()
     names, sums = sum_over_examples(metrics)
-    means = run.world.sum(sums) / len(rows)
+    means = run.world.sum(sums) / step_batches.num_examples
     names = [name_for_split(name, "train") for name in names]
     return [*names, "grad_norm"], torch.cat([means, grad_norm[None]])
-
-
-def micro_batches(rows: np.ndarray, num_micro_batches: int, world: World) -> Iterator[np.ndarray]:
-    """This rank's share of each micro-batch; empty where rows ran out, so ranks stay in step."""
-    for micro_rows in np.array_split(rows, num_micro_batches):
-        yield np.array_split(micro_rows, world.size)[world.rank]
 
 
 def clip_gradients(run: Run, step: int) -> Tensor:
@@ -169,20 +164,18 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
     started = time.perf_counter()
     metrics, count, num_tokens = [], 0, 0
     run.policy.eval()
-    with torch.no_grad():
-        for index in range(run.eval.order.num_steps):
+    with torch.no_grad(), run.eval.steps(run.world) as steps:
+        for step_batches in steps:
             if stop.agreed(run.world):
                 # a mean over part of the split would look like one over all of it
                 run.policy.train()
                 return
-            rows = run.eval.order.batch(index)
-            batch = run.eval.batch(
-                np.array_split(rows, run.world.size)[run.world.rank], run.world.device
-            )
-            _, values = run.evaluate(batch, True)
-            metrics.append(values)
-            count += len(rows)
-            num_tokens += int(run.eval.num_tokens[rows].sum())
+            for host_batch in step_batches.batches:
+                batch = host_batch.to(run.world.device)
+                _, values = run.evaluate(batch, True)
+                metrics.append(values)
+            count += step_batches.num_examples
+            num_tokens += step_batches.num_tokens
     run.policy.train()
     names, sums = sum_over_examples(metrics)
     means = (run.world.sum(sums) / count).tolist()

@@ -2,72 +2,13 @@
 
 import pytest
 import torch
+from tiny_models import FAMILIES, build_model, random_rows
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref.batch import EncodedRow, pad_rows
+from fastpref.batch import pad_rows
 from fastpref.errors import ConfigError
 from fastpref.model import LogitTransform, TokenScorer, check_head
 from fastpref.parallelize import find_blocks
-from fastpref.pretrained import switch_off_dropout
-
-SMALL = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
-GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-FAMILIES = {
-    # name: transformers model type, config, class of a block
-    "llama": ("llama", SMALL, "LlamaDecoderLayer"),
-    "llama tied": ("llama", SMALL | {"tie_word_embeddings": True}, "LlamaDecoderLayer"),
-    "qwen2": ("qwen2", SMALL | {"tie_word_embeddings": True}, "Qwen2DecoderLayer"),
-    "qwen3": ("qwen3", SMALL | {"head_dim": 8}, "Qwen3DecoderLayer"),
-    "mistral": ("mistral", SMALL | {"sliding_window": None}, "MistralDecoderLayer"),
-    "gemma2": (
-        "gemma2",
-        SMALL | {"head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 8},
-        "Gemma2DecoderLayer",
-    ),
-    "granite": ("granite", SMALL | {"logits_scaling": 4.0}, "GraniteDecoderLayer"),
-    "cohere": ("cohere", SMALL | {"logit_scale": 0.25}, "CohereDecoderLayer"),
-    "gpt2": (
-        "gpt2",
-        GPT2 | {"resid_pdrop": 0.5, "attn_pdrop": 0.5, "embd_pdrop": 0.5},
-        "GPT2Block",
-    ),
-    "gpt-neox": ("gpt_neox", NEOX | {"hidden_dropout": 0.5}, "GPTNeoXLayer"),
-    "gpt-j": ("gptj", GPT2 | {"rotary_dim": 4}, "GPTJBlock"),
-    "phi": ("phi", NEOX | {"resid_pdrop": 0.5}, "PhiDecoderLayer"),
-}
-
-
-def build_model(family: str, **overrides):
-    model_type, config, _ = FAMILIES[family]
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **(special | config | overrides))
-    )
-    # the default initialisation is so small that every logit is nearly equal
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    switch_off_dropout(model)
-    return model.train()
-
-
-def random_rows(num_rows: int = 3, vocab_size: int = 97) -> list[EncodedRow]:
-    generator = torch.Generator().manual_seed(1)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(3, vocab_size, (length,), generator=generator).tolist()
-
-    return [EncodedRow(ids(2 + i), ids(4 + 2 * i), ids(9 - 3 * i)) for i in range(num_rows)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastpref.config import (
     DPOConfig,
     IPOConfig,
     ModelConfig,
+    PackingConfig,
     SFTConfig,
     TDPOConfig,
     TISDPOConfig,
@@ -109,6 +112,63 @@ def test_accumulation_in_any_split_gives_the_same_run(base, tmp_path):
     }
     assert_same_run(runs[2], runs[1])
     assert_same_run(runs[8], runs[1])
+
+
+PACKINGS = {
+    "shared": PackingConfig(),
+    "unshared": PackingConfig(share_prompt="false"),
+    # a step of 8 pairs takes several micro-batches
+    "small budget": PackingConfig(max_tokens=100),
+    "padded": PackingConfig(enabled=False),
+}
+
+
+@pytest.mark.parametrize("loss", ["sft", "tdpo2"])
+def test_packed_in_any_way_or_padded_a_run_is_the_same(base, tmp_path, loss):
+    runs = {
+        name: run(make_config(base, tmp_path / name, loss=LOSSES[loss](), packing=packing))
+        for name, packing in PACKINGS.items()
+    }
+    computed = {
+        name: read_metrics(run_dir, "train")[0]["tokens_computed"] for name, run_dir in runs.items()
+    }
+    assert computed["shared"] <= computed["small budget"] <= computed["unshared"]
+    assert computed["unshared"] < computed["padded"]
+    for name, run_dir in runs.items():
+        assert_same_run(run_dir, runs["padded"])
+        if loss != "sft":
+            first = read_metrics(run_dir, "train")[0]["loss/train"]
+            assert first == pytest.approx(math.log(2), abs=1e-6), name
+
+
+def test_a_model_that_cannot_pack_trains_on_padded_rows_and_the_log_says_why(
+    base, tmp_path, caplog, monkeypatch
+):
+    save_tiny_model(base / "windows", model_type="mistral", sliding_window=16)
+    monkeypatch.setattr(logging.getLogger("fastpref"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        run_dir = run(make_config(base, tmp_path / "run", "windows", n_epochs=1))
+    assert read_metrics(run_dir, "train")[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
+    (warning,) = [m for m in caplog.messages if "cannot be trained on packed rows" in m]
+    assert "looks back 16 tokens" in warning
+    config = make_config(base, tmp_path / "refused", "windows")
+    config.packing.share_prompt = "true"
+    with pytest.raises(ConfigError, match=r"packing\.share_prompt=true.*looks back 16 tokens"):
+        run(config)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_compiled_blocks_give_the_same_run(base, tmp_path):
+    plain = run(make_config(base, tmp_path / "plain", n_epochs=1))
+    for name, checkpointing in (("compiled", False), ("compiled and recomputed", True)):
+        config = make_config(
+            base,
+            tmp_path / name,
+            n_epochs=1,
+            compile=True,
+            activation_checkpointing=checkpointing,
+        )
+        assert_same_run(run(config), plain)
 
 
 def test_two_ranks_give_the_single_process_run(base, tmp_path):

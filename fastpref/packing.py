@@ -1,0 +1,436 @@
+"""Packing: the rows of an optimizer step -> packed micro-batches under a token budget.
+
+Pairs that have the same prompt ids share it: the prompt is computed once and every response is a
+branch of it. Which rows meet in a micro-batch is a pure function of the step's rows, the budget
+and the number of ranks, so every rank plans the same step without a word to the others.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from fastpref.batch import EncodedRow, PackedBatch, Segment, SegmentLayout
+
+
+class Ranges(NamedTuple):
+    """Where the list of each row lies in an array of all values."""
+
+    starts: np.ndarray
+    """(rows,) int64."""
+    lengths: np.ndarray
+    """(rows,) int64."""
+
+    def take(self, rows: np.ndarray) -> "Ranges":
+        """Those of some rows."""
+        return Ranges(self.starts[rows], self.lengths[rows])
+
+    def flat(self) -> np.ndarray:
+        """start, start + 1, … of each range, one after another: 5-6, 0-2 -> [5 6 0 1 2]."""
+        ends = np.cumsum(self.lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        return np.arange(total) + np.repeat(self.starts - ends + self.lengths, self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedColumns:
+    """Encoded rows, column by column.
+
+    Raises:
+        ValueError: a prompt or a response without tokens, or rows with a rejected response beside
+            rows without one.
+    """
+
+    ids: np.ndarray
+    """int64: the token ids of all lists."""
+    prompt: Ranges
+    chosen: Ranges
+    rejected: Ranges
+    """Without tokens in SFT."""
+    weights: np.ndarray | None = None
+    """float32: the token weights of all responses; None when every token weighs 1."""
+    chosen_weights: Ranges | None = None
+    rejected_weights: Ranges | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "chosen"):
+            lengths = getattr(self, name).lengths
+            if not lengths.all():
+                row = int(np.argmin(lengths))
+                raise ValueError(f"{name}_ids must not be empty, row {row} has none")
+        has_rejected = self.rejected.lengths > 0
+        if has_rejected.any() and not has_rejected.all():
+            row = int(np.argmin(has_rejected))
+            raise ValueError(f"rejected_ids must be given in all rows or none, row {row} has none")
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[EncodedRow]) -> "EncodedColumns":
+        """From rows one by one."""
+        columns = zip(*rows, strict=True) if rows else [()] * len(EncodedRow._fields)
+        lists = dict(zip(EncodedRow._fields, columns, strict=True))
+        weighted = any(weights is not None for weights in lists["chosen_weights"])
+        return cls._of_lists(
+            {
+                name: (
+                    np.concatenate([*map(np.asarray, column), []]),
+                    np.array([len(values) for values in column], np.int64),
+                )
+                for name, column in lists.items()
+                if weighted or not name.endswith("weights")
+            }
+        )
+
+    @classmethod
+    def of_arrow(cls, table: pa.Table) -> "EncodedColumns":
+        """From an arrow table with the columns of `PreferenceSplit.dataset`."""
+        return cls._of_lists(
+            {
+                name: (
+                    pc.list_flatten(table[name]).to_numpy(),
+                    pc.list_value_length(table[name]).to_numpy().astype(np.int64),
+                )
+                for name in EncodedRow._fields
+                if name in table.column_names
+            }
+        )
+
+    @classmethod
+    def _of_lists(cls, columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> "EncodedColumns":
+        """From the values and lengths of each column, by its name in `EncodedRow`."""
+        ids, of_ids = _join({k: v for k, v in columns.items() if k.endswith("ids")}, np.int64)
+        weights, of_weights = _join(
+            {k: v for k, v in columns.items() if k.endswith("weights")}, np.float32
+        )
+        return cls(
+            ids=ids,
+            prompt=of_ids["prompt_ids"],
+            chosen=of_ids["chosen_ids"],
+            rejected=of_ids["rejected_ids"],
+            weights=weights if of_weights else None,
+            **of_weights,
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt.lengths)
+
+    @property
+    def has_pairs(self) -> bool:
+        """False in SFT, and without any row."""
+        return bool(self.rejected.lengths.any())
+
+    @property
+    def branch_tokens(self) -> np.ndarray:
+        """(rows,) tokens computed beside the prompt: the last of a response predicts nothing."""
+        tokens = self.chosen.lengths - 1
+        return tokens + self.rejected.lengths - 1 if self.has_pairs else tokens
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """(rows,) tokens in the data: prompt + chosen, and prompt + rejected of a pair."""
+        prompts = self.prompt.lengths * (2 if self.has_pairs else 1)
+        return prompts + self.chosen.lengths + self.rejected.lengths
+
+    def row(self, index: int) -> EncodedRow:
+        """One row by itself."""
+        lists = [self._list(self.ids, name, index) for name in ("prompt", "chosen", "rejected")]
+        weights = [
+            self.weights if self.weights is None else self._list(self.weights, name, index)
+            for name in ("chosen_weights", "rejected_weights")
+        ]
+        return EncodedRow(*lists, *weights)
+
+    def _list(self, values: np.ndarray, name: str, row: int) -> list[Any]:
+        ranges: Ranges = getattr(self, name)
+        start = ranges.starts[row]
+        return values[start : start + ranges.lengths[row]].tolist()
+
+
+def _join(
+    columns: dict[str, tuple[np.ndarray, np.ndarray]], dtype: type
+) -> tuple[np.ndarray, dict[str, Ranges]]:
+    """The values of several columns in one array, and where each column's lists lie in it."""
+    ranges, offset = {}, 0
+    for name, (_, lengths) in columns.items():
+        ends = offset + np.cumsum(lengths)
+        ranges[name] = Ranges(ends - lengths, lengths)
+        offset = int(ends[-1]) if len(ends) else offset
+    values = [np.zeros(0, dtype), *(values for values, _ in columns.values())]
+    return np.concatenate(values, dtype=dtype, casting="unsafe"), ranges
+
+
+class MicroBatch(NamedTuple):
+    """What one rank computes at once."""
+
+    rows: np.ndarray
+    """(P,) int64: which rows of the step."""
+    prompts: np.ndarray
+    """(P,) int64: equal for rows that share a prompt; ascending."""
+    num_tokens: int
+    """Tokens that the model's body computes."""
+
+
+StepPlan = list[list[MicroBatch]]
+"""[micro-batch][rank]; every rank has as many, some may be without rows."""
+
+
+def plan_step(
+    columns: EncodedColumns,
+    *,
+    max_tokens: int,
+    num_ranks: int = 1,
+    min_micro_batches: int = 1,
+    share_prompt: bool = True,
+) -> StepPlan:
+    """Divide a step's rows among micro-batches and ranks: as few as the budget allows, balanced.
+
+    Rows with one prompt stay together where a micro-batch can hold them. The pieces go, longest
+    first, to whichever micro-batch has least so far, which leaves the largest at most a third
+    above the best division (Graham 1969).
+
+    Args:
+        columns: The step's rows.
+        max_tokens: Most tokens of a micro-batch; a pair that has more gets one of its own.
+        num_ranks: Ranks that share the step.
+        min_micro_batches: Micro-batches of a rank, at least.
+        share_prompt: Whether rows may share a prompt.
+    """
+    prompts = _equal_prompts(columns) if share_prompt else np.arange(len(columns))
+    prompt_tokens, branch_tokens = columns.prompt.lengths, columns.branch_tokens
+    if not share_prompt and columns.has_pairs:
+        # the second sequence's copy of the prompt
+        branch_tokens = branch_tokens + prompt_tokens
+    _, first = np.unique(prompts, return_index=True)
+    fewest = int(prompt_tokens[first].sum() + branch_tokens.sum())
+    num_micro_batches = max(min_micro_batches, -(-fewest // (max_tokens * num_ranks)))
+    while True:
+        num_bins = num_micro_batches * num_ranks
+        # a piece far above the average would make all ranks wait for its own
+        pieces = _pieces(
+            prompts, prompt_tokens, branch_tokens, min(max_tokens, 4 / 3 * fewest / num_bins)
+        )
+        bins = _fill(pieces, num_bins)
+        if num_bins >= len(pieces) or bins[0].num_tokens <= max_tokens:
+            break
+        num_micro_batches += 1
+    # the largest make up the first micro-batch, and so on: ranks wait for each other least
+    return [bins[i : i + num_ranks] for i in range(0, num_bins, num_ranks)]
+
+
+class _Piece(NamedTuple):
+    """Rows of one prompt that stay together."""
+
+    prompt: int
+    prompt_tokens: int
+    num_tokens: int
+    """Prompt and branches."""
+    rows: list[int]
+
+
+def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
+    """(rows,) number of each row's prompt, by first appearance; equal ids, equal number."""
+    starts = columns.prompt.starts.tolist()
+    stops = (columns.prompt.starts + columns.prompt.lengths).tolist()
+    numbers: dict[bytes, int] = {}
+    return np.array(
+        [
+            numbers.setdefault(columns.ids[start:stop].tobytes(), len(numbers))
+            for start, stop in zip(starts, stops, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def _pieces(
+    prompts: np.ndarray, prompt_tokens: np.ndarray, branch_tokens: np.ndarray, limit: float
+) -> list[_Piece]:
+    """Rows by prompt, cut where a piece would pass the limit; a row is never cut."""
+    pieces: list[_Piece] = []
+    order = np.argsort(prompts, kind="stable")
+    for row, prompt, of_prompt, of_branches in zip(
+        order.tolist(),
+        prompts[order].tolist(),
+        prompt_tokens[order].tolist(),
+        branch_tokens[order].tolist(),
+        strict=True,
+    ):
+        last = pieces[-1] if pieces else None
+        if last and last.prompt == prompt and last.num_tokens + of_branches <= limit:
+            last.rows.append(row)
+            pieces[-1] = last._replace(num_tokens=last.num_tokens + of_branches)
+        else:
+            pieces.append(_Piece(prompt, of_prompt, of_prompt + of_branches, [row]))
+    return pieces
+
+
+def _fill(pieces: list[_Piece], num_bins: int) -> list[MicroBatch]:
+    """The pieces in `num_bins` micro-batches, largest micro-batch first."""
+    contents: list[list[_Piece]] = [[] for _ in range(num_bins)]
+    loads = [(0, i) for i in range(num_bins)]
+    # equal sizes in the order of their rows: nothing is left to chance
+    for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.rows[0])):
+        load, i = loads[0]
+        heapq.heapreplace(loads, (load + piece.num_tokens, i))
+        contents[i].append(piece)
+    batches = [_micro_batch(content) for content in contents]
+    return sorted(batches, key=lambda batch: -batch.num_tokens)
+
+
+def _micro_batch(pieces: list[_Piece]) -> MicroBatch:
+    by_prompt: dict[int, list[int]] = {}
+    num_tokens = 0
+    for piece in sorted(pieces, key=lambda piece: piece.rows[0]):
+        # two pieces of one prompt that meet again share it after all
+        num_tokens += piece.num_tokens
+        num_tokens -= piece.prompt_tokens if piece.prompt in by_prompt else 0
+        by_prompt.setdefault(piece.prompt, []).extend(piece.rows)
+    rows = [row for rows in by_prompt.values() for row in rows]
+    prompts = np.repeat(np.arange(len(by_prompt)), [len(rows) for rows in by_prompt.values()])
+    return MicroBatch(np.array(rows, np.int64), prompts, num_tokens)
+
+
+def pack_rows(
+    rows: Sequence[EncodedRow], *, pad_token_id: int, share_prompt: bool = True
+) -> PackedBatch:
+    """Lay P rows out as one packed row, in their order.
+
+    Args:
+        rows: P encoded rows, all with a rejected response or all without.
+        pad_token_id: The only token of a batch without rows, which scores nothing.
+        share_prompt: Compute equal prompts once.
+    """
+    columns = EncodedColumns.of_rows(rows)
+    prompts = _equal_prompts(columns) if share_prompt else np.arange(len(rows))
+    order = np.arange(len(rows))
+    batch = MicroBatch(order, prompts, 0)
+    return pack(columns, batch, pad_token_id=pad_token_id, share_prompt=share_prompt)
+
+
+def pack(
+    columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int, share_prompt: bool
+) -> PackedBatch:
+    """Lay the rows of a micro-batch out as one packed row.
+
+    Args:
+        columns: The step's rows.
+        micro_batch: Which of them, and which of those share a prompt.
+        pad_token_id: The only token of a micro-batch without rows, which scores nothing.
+        share_prompt: False gives every sequence its own copy of its prompt.
+    """
+    rows = micro_batch.rows
+    if not len(rows):
+        return _empty_batch(pad_token_id)
+    sides = [columns.chosen, columns.rejected] if columns.has_pairs else [columns.chosen]
+    responses = _concatenate([side.take(rows) for side in sides])
+    S = len(responses.lengths)
+    prompts = np.tile(micro_batch.prompts, len(sides)) if share_prompt else np.arange(S)
+    # a prompt is that of its first sequence, and this one is the branch that follows it
+    _, leaders, groups = np.unique(prompts, return_index=True, return_inverse=True)
+    others = np.setdiff1d(np.arange(S), leaders)
+    others = others[np.argsort(groups[others], kind="stable")]
+    of_prompts = columns.prompt.take(rows[leaders % len(rows)])
+
+    # pieces of the row: prompt, first branch, prompt, first branch, …, then the other branches;
+    # the last token of a response predicts nothing and is left out
+    branches = Ranges(responses.starts, responses.lengths - 1)
+    sources = _concatenate([_alternate(of_prompts, branches.take(leaders)), branches.take(others)])
+    offsets = _offsets(sources.lengths)
+    of_plain = 2 * len(leaders)
+    prompt_starts, prompt_stops = offsets[0:of_plain:2], offsets[1:of_plain:2]
+    positions = np.concatenate(
+        [
+            np.stack([np.zeros_like(prompt_starts), of_prompts.lengths], axis=1).ravel(),
+            of_prompts.lengths[groups[others]],
+        ]
+    )
+    branch_starts = np.empty(S, np.int64)
+    branch_starts[leaders], branch_starts[others] = prompt_stops, offsets[of_plain:-1]
+    score_index = Ranges(branch_starts - 1, responses.lengths).flat()
+    # a branch's first token is predicted by its prompt's last one, which may lie elsewhere
+    score_index[_offsets(responses.lengths)[:-1]] = prompt_stops[groups] - 1
+    return PackedBatch(
+        input_ids=torch.from_numpy(columns.ids[sources.flat()])[None],
+        position_ids=torch.from_numpy(Ranges(positions, sources.lengths).flat())[None],
+        layout=_layout(
+            plain=np.stack([prompt_starts, offsets[2 : of_plain + 1 : 2]], axis=1),
+            branches=np.stack([offsets[of_plain:-1], offsets[of_plain + 1 :]], axis=1),
+            prompts=np.stack([prompt_starts, prompt_stops], axis=1)[groups[others]],
+        ),
+        score_index=torch.from_numpy(score_index),
+        target=torch.from_numpy(columns.ids[responses.flat()]),
+        token_weights=_token_weights(columns, rows),
+        sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
+        num_sequences=S,
+    )
+
+
+def _token_weights(columns: EncodedColumns, rows: np.ndarray) -> torch.Tensor | None:
+    """(N,) float32 in the order of the targets; None where every token weighs 1."""
+    if columns.weights is None:
+        return None
+    sides = [columns.chosen_weights, columns.rejected_weights]
+    of_rows = _concatenate([side.take(rows) for side in sides if side is not None])
+    return torch.from_numpy(columns.weights[of_rows.flat()])
+
+
+def _layout(*, plain: np.ndarray, branches: np.ndarray, prompts: np.ndarray) -> SegmentLayout:
+    """Segments from [start, stop) of plain segments, of further branches and of their prompts."""
+    # the response of one token: nothing of it is computed
+    kept = branches[:, 1] > branches[:, 0]
+    branches, prompts = branches[kept], prompts[kept]
+    branch_lengths = branches[:, 1] - branches[:, 0]
+    prompt_lengths = prompts[:, 1] - prompts[:, 0]
+    plain_lengths = plain[:, 1] - plain[:, 0]
+    keys = _alternate(Ranges(prompts[:, 0], prompt_lengths), Ranges(branches[:, 0], branch_lengths))
+    segments = [Segment(start, stop, 0, 0) for start, stop in plain.tolist()]
+    segments += [
+        Segment(*own, *of) for own, of in zip(branches.tolist(), prompts.tolist(), strict=True)
+    ]
+    return SegmentLayout(
+        segments=tuple(segments),
+        num_plain=int(plain[-1, 1]),
+        plain_offsets=_cu_seqlens(plain_lengths),
+        longest_plain=int(plain_lengths.max()),
+        branch_query_offsets=_cu_seqlens(branch_lengths),
+        branch_key_offsets=_cu_seqlens(branch_lengths + prompt_lengths),
+        branch_keys=torch.from_numpy(keys.flat()),
+        longest_branch=int(branch_lengths.max(initial=0)),
+        longest_branch_keys=int((branch_lengths + prompt_lengths).max(initial=0)),
+    )
+
+
+def _empty_batch(pad_token_id: int) -> PackedBatch:
+    """One token that attends to itself and scores nothing."""
+    nothing = np.zeros((0, 2), np.int64)
+    empty = torch.zeros(0, dtype=torch.int64)
+    return PackedBatch(
+        input_ids=torch.tensor([[pad_token_id]]),
+        position_ids=torch.zeros((1, 1), dtype=torch.int64),
+        layout=_layout(plain=np.array([[0, 1]]), branches=nothing, prompts=nothing),
+        score_index=empty,
+        target=empty,
+        token_weights=None,
+        sequence_ids=empty,
+        num_sequences=0,
+    )
+
+
+def _concatenate(parts: Sequence[Ranges]) -> Ranges:
+    return Ranges(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _alternate(first: Ranges, second: Ranges) -> Ranges:
+    """The first ranges' first, the second ones' first, the first ones' second, …"""
+    return Ranges(*(np.stack(pair, axis=1).ravel() for pair in zip(first, second, strict=True)))
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _cu_seqlens(lengths: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(_offsets(lengths).astype(np.int32))
