@@ -89,7 +89,7 @@ class MetricsLog:
         num_examples = sum(step.num_examples for step in self._pending)
         num_tokens = sum(step.num_tokens for step in self._pending)
         for step, row in zip(self._pending, values.tolist(), strict=True):
-            record = {"step": step.step, "examples": step.examples, "split": "train"}
+            record: Record = {"step": step.step, "examples": step.examples, "split": "train"}
             record |= dict(zip(step.names, row, strict=True))
             record |= {
                 "lr": step.lr,

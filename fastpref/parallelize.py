@@ -1,4 +1,4 @@
-"""Activation checkpointing, compilation, and FSDP2 from outside the model: per block, then the root.
+"""Activation checkpointing, compilation and FSDP2 from outside the model: blocks, then the root.
 
 A single process is the same code on a mesh of one rank, so master weights, compute dtype and the
 order of arithmetic do not depend on how many ranks there are.
