@@ -145,7 +145,9 @@ class _SegmentsOnCPU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved, normalizers = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        # once: under activation checkpointing the tensors are there for one reading
+        tensors = ctx.saved_tensors
+        saved, normalizers = tensors[:4], tensors[4:]
         # in bfloat16 torch's kernel takes up to four times as long as in float32
         at_least = torch.promote_types(saved[0].dtype, torch.float32)
         query, key, value, output, grad = (x.to(at_least) for x in (*saved, *grads))

@@ -115,8 +115,8 @@ class Config:
     """Recompute each block in the backward pass: less memory, about a third more computation."""
 
     compile: bool = False
-    """Compile each block with torch.compile: some seconds to minutes at the start, then faster on
-    a GPU. Needs a C++ compiler on a CPU."""
+    """Compile each block with torch.compile: a minute or more at the start. With
+    activation_checkpointing, policy and reference then start equal up to rounding, not exactly."""
 
     trainer: str = "BasicTrainer"
     """BasicTrainer (one process) or FSDPTrainer (every visible GPU, or torchrun's world)."""

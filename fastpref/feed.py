@@ -4,9 +4,11 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Generic, NamedTuple, TypeVar
 
+import datasets
 import numpy as np
 
 from fastpref.batch import PackedBatch, pad_rows
@@ -131,7 +133,7 @@ class RowLayout:
         return pad_rows(rows, pad_token_id=self.pad_token_id)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Split:
     """A data split, the order it is visited in, and how its rows become batches."""
 
@@ -140,10 +142,14 @@ class Split:
     layout: RowLayout
     min_micro_batches: int = 1
 
+    @cached_property
+    def _table(self) -> datasets.Dataset:
+        return self.data.dataset.with_format("arrow")
+
     def plan(self, index: int, num_ranks: int) -> tuple[EncodedColumns, StepPlan]:
         """The rows of step `index`, and which of them each rank computes at once."""
         rows = self.order.batch(index)
-        columns = EncodedColumns.of_arrow(self.data.dataset.with_format("arrow")[rows])
+        columns = EncodedColumns.of_arrow(self._table[rows])
         return columns, self.layout.plan(columns, num_ranks, self.min_micro_batches)
 
     def step(self, index: int, world: World) -> StepBatches:

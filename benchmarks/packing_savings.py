@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""What packing leaves to compute of real rows, and how fast rows become batches on one core.
+
+    python benchmarks/packing_savings.py MODEL DATA_DIR NAME [PAIRS_A_STEP]
+
+reads DATA_DIR/NAME/train.jsonl(.gz) with MODEL's tokenizer at the default lengths. It prints the
+tokens that the model's body computes, prompts shared or not, as a share of the two sequences of
+each pair and of what a batch of padded rows holds; then rows planned and built per second.
+"""
+
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.encode import load_split
+from fastpref.feed import RowLayout, Split
+from fastpref.pretrained import load_tokenizer, pad_token_id, read_vocab_size, resolve_model
+from fastpref.sampler import GlobalOrder
+
+
+def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:
+    """The train split in the order of an epoch, packed with shared prompts."""
+    config = Config(
+        model=ModelConfig(name_or_path=model),
+        loss=DPOConfig(),
+        datasets=[name],
+        base_data_dir=base_data_dir,
+    )
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder)
+    data = load_split(config, "train", tokenizer, vocab_size=read_vocab_size(folder), quiet=True)
+    layout = RowLayout(
+        packed=True,
+        share_prompt=True,
+        max_tokens=config.packing.max_tokens,
+        pad_token_id=pad_token_id(tokenizer),
+    )
+    order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)
+    return Split(data=data, order=order, layout=layout)
+
+
+def count(split: Split) -> tuple[int, int]:
+    """Tokens in the data and tokens computed, over an epoch."""
+    return split.savings(1, split.order.num_steps)
+
+
+def rows_per_second(split: Split, seconds: float = 3.0) -> float:
+    """Rows read, planned and built in a second of one core's time."""
+    done, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
+        for index in range(split.order.num_steps):
+            columns, plan = split.plan(index, 1)
+            for (micro_batch,) in plan:
+                split.layout.build(columns, micro_batch)
+            done += len(columns)
+    return done / (time.process_time() - start)
+
+
+def main(model: str, base_data_dir: str, name: str, batch_size: int = 8) -> None:
+    torch.set_num_threads(1)
+    split = load(model, base_data_dir, name, batch_size)
+    layouts = {
+        "packed, prompts shared": split.layout,
+        "packed, prompts apart": replace(split.layout, share_prompt=False),
+        "padded": replace(split.layout, packed=False),
+    }
+    counts = {title: count(replace(split, layout=layout)) for title, layout in layouts.items()}
+    padded = counts["padded"][1]
+    print(f"{split.order.num_steps} steps of {batch_size} pairs of {name}")
+    for title, (in_data, computed) in counts.items():
+        print(
+            f"{title:24} {computed:>10,} tokens   {computed / in_data:.3f} of the two sequences"
+            f"   {computed / padded:.3f} of padded rows"
+        )
+    for rows in (batch_size, 64):
+        order = GlobalOrder(split.data.groups, batch_size=rows, seed=0, n_epochs=1)
+        rate = rows_per_second(replace(split, order=order))
+        print(f"{rate:,.0f} rows/s planned and built, {rows} a step, one core")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (4, 5):
+        sys.exit(__doc__)
+    main(*sys.argv[1:4], *map(int, sys.argv[4:]))
