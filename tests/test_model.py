@@ -39,7 +39,8 @@ def test_scores_and_gradients_match_the_models_own_logits(family):
         if parameter.grad is not None:
             scale = parameter.grad.abs().max().item() + 1e-6
             error = (ours[name] - parameter.grad).abs().max().item()
-            assert error <= 1e-4 * scale, f"{name}: {error:.2e} of {scale:.2e}"
+            # a key bias cancels in the softmax: its gradient is rounding alone
+            assert error <= 1e-4 * scale + 1e-7, f"{name}: {error:.2e} of {scale:.2e}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
