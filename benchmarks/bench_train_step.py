@@ -47,9 +47,12 @@ def main() -> None:
         run = run_trl if job["arm"].startswith("T") else run_fastpref
         print("RESULT " + json.dumps(run(job)))
         return
+    from fastpref.distributed import init_world
+
+    world = init_world()
     with tempfile.TemporaryDirectory() as folder:
-        gate = check_equality(Path(folder))
-        case = prepare_case(arguments, Path(folder))
+        gate = check_equality(world, Path(folder))
+        case = prepare_case(arguments, world, Path(folder))
         rounds = []
         for i_round in range(arguments.rounds):
             # T F F T: neither system always runs on the warmer machine
@@ -81,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def prepare_case(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def prepare_case(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str, Any]:
     """Model, rows and ids of the comparison."""
     if arguments.shape:
         model, rows = folder / "model", folder / "rows" / arguments.law
@@ -102,11 +105,11 @@ def prepare_case(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "lr": 1e-6,
         "ids": str(folder / f"{rows.name}.jsonl"),
     }
-    write_ids(config_of(case, folder / "unused"), arguments.steps, Path(case["ids"]))
+    write_ids(config_of(case, folder / "unused"), world, arguments.steps, Path(case["ids"]))
     return case
 
 
-def check_equality(folder: Path) -> dict[str, float]:
+def check_equality(world: Any, folder: Path) -> dict[str, float]:
     """Train a tiny model in float32 with both systems.
 
     Returns:
@@ -129,7 +132,7 @@ def check_equality(folder: Path) -> dict[str, float]:
         "lr": 1e-3,
         "ids": str(folder / "gate.jsonl"),
     }
-    write_ids(config_of(case, folder / "unused"), case["steps"], Path(case["ids"]))
+    write_ids(config_of(case, folder / "unused"), world, case["steps"], Path(case["ids"]))
     runs = {
         arm: measure(case | {"arm": arm, "weights": str(folder / f"{arm}.safetensors")}, folder)
         for arm in ("T1", "F3")
@@ -296,12 +299,14 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         dataloader_pin_memory=on_gpu,
     )
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     clock = Clock()
     trainer = Trainer(
         model=model,
         args=options,
         train_dataset=Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(job["model"], pad_token="<|endoftext|>"),
+        processing_class=tokenizer,
         callbacks=[clock],
     )
     trainer.train()

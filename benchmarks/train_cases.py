@@ -99,12 +99,11 @@ def write_random_rows(law: str, vocab: int, num_rows: int, folder: Path) -> None
             lines.write(json.dumps(row) + "\n")
 
 
-def write_ids(config: Any, num_steps: int, path: Path) -> None:
+def write_ids(config: Any, world: Any, num_steps: int, path: Path) -> None:
     """The ids of the pairs of the first steps, in the order in which fastpref trains on them."""
     from fastpref.assembly import load_data
-    from fastpref.distributed import init_world
 
-    data = load_data(config, init_world())
+    data = load_data(config, world)
     rows = np.concatenate([data.train_order.batch(step) for step in range(num_steps)])
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     with path.open("w", encoding="utf-8") as lines:
