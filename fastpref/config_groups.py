@@ -94,8 +94,9 @@ class PackingConfig:
     """auto: compute equal prompts once where the model's attention can. true: refuse a model that
     cannot. false: every sequence has its own copy of its prompt."""
     max_tokens: int = 8192
-    """Tokens that a process computes at once, at most, >= 1. A step whose rows have more takes
-    more micro-batches; a pair that has more by itself is computed alone."""
+    """Tokens that a process computes at once, at most, >= 1: activations take memory in proportion,
+    and fewer than some thousands leave a GPU idle. A step whose rows have more takes more
+    micro-batches; a pair that has more by itself is computed alone."""
 
     def __post_init__(self) -> None:
         # true and false arrive as booleans

@@ -12,9 +12,10 @@ import datasets
 import numpy as np
 
 from fastpref.batch import PackedBatch, pad_rows
+from fastpref.columns import EncodedColumns
 from fastpref.distributed import World
 from fastpref.encode import PreferenceSplit
-from fastpref.packing import EncodedColumns, MicroBatch, StepPlan, pack, plan_step
+from fastpref.packing import MicroBatch, StepPlan, pack, plan_step
 from fastpref.sampler import GlobalOrder
 
 Item = TypeVar("Item")

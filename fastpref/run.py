@@ -138,8 +138,8 @@ def explain(error: Exception) -> FastprefError | None:
     text = str(error).strip()
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
         return MemoryExhaustedError(
-            f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; more "
-            "gradient_accumulation_steps, a smaller eval_batch_size or max_length, or "
+            f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; a smaller "
+            "packing.max_tokens or max_length, more gradient_accumulation_steps, or "
             "activation_checkpointing=true need less"
         )
     if "device-side assert" in text:

@@ -13,6 +13,7 @@ from fastpref.config import (
     Config,
     DPOConfig,
     ModelConfig,
+    PackingConfig,
     TDPOConfig,
     TISDPOConfig,
     TransformConfig,
@@ -147,6 +148,8 @@ def test_lists_and_null():
         ("optim.schedule=cosin", "optim.schedule must be one of .*nearest: cosine"),
         ("optim.betas=[0.9]", "optim.betas must be two numbers"),
         ("optim.betas=[0.9,1]", "optim.betas must be >= 0 and < 1"),
+        ("packing.max_tokens=0", "packing.max_tokens must be >= 1, got 0"),
+        ("packing.share_prompt=maybe", "share_prompt must be one of auto, true, false, got 'maybe"),
         ("head.workspace_mib=0", "head.workspace_mib must be >= 1"),
         ("transform.binary.top_percent=0", "top_percent must be > 0 and <= 100"),
         ("transform.paper.U=-0.5", "transform.paper.L must be < transform.paper.U"),
@@ -315,6 +318,11 @@ def test_nearest_multiples_are_the_closest_of_all(value, unit):
     assert found == sorted(set(found)) and not any(multiple % unit for multiple in found)
 
 
+def test_sharing_prompts_of_padded_rows_is_refused():
+    with pytest.raises(ValueError, match=r"share_prompt=true needs packing\.enabled=true"):
+        PackingConfig(enabled=False, share_prompt="true")
+
+
 def test_device_that_cannot_is_refused_with_what_can():
     # set after the checks: whether flash-attention is installed differs between machines
     flash = tiny_config()
@@ -322,6 +330,13 @@ def test_device_that_cannot_is_refused_with_what_can():
     with pytest.raises(ConfigError, match=r"needs a CUDA device, .* set model\.attention=sdpa"):
         check_device(flash, "cpu", has_bfloat16=True)
     check_device(flash, "cuda", has_bfloat16=True)
+    for attention in ("varlen", "flex"):
+        with pytest.raises(ConfigError, match=rf"attention={attention} needs a CUDA device"):
+            check_device(
+                tiny_config(model=ModelConfig(name_or_path="tiny", attention=attention)),
+                "cpu",
+                has_bfloat16=True,
+            )
     with pytest.raises(ConfigError, match=r"does not compute in bfloat16; .*fsdp_policy_mp=null"):
         check_device(tiny_config(), "cuda", has_bfloat16=False)
 

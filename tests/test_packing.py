@@ -11,8 +11,9 @@ from tiny_models import FAMILIES, build_model
 
 from fastpref.attention import build_attention
 from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.columns import EncodedColumns
 from fastpref.model import TokenScorer
-from fastpref.packing import EncodedColumns, pack, pack_rows, plan_step
+from fastpref.packing import pack, pack_rows, plan_step
 
 PAIRS = [
     EncodedRow([5, 6, 7, 8], [9, 10, 11, 2], [12, 2]),

@@ -1,0 +1,169 @@
+"""Encoded rows as numpy columns, from which thousands of them a second become batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fastpref.batch import EncodedRow
+
+
+class Ranges(NamedTuple):
+    """Where the list of each row lies in an array of all values."""
+
+    starts: np.ndarray
+    """(rows,) int64."""
+    lengths: np.ndarray
+    """(rows,) int64."""
+
+    def take(self, rows: np.ndarray) -> "Ranges":
+        """Those of some rows."""
+        return Ranges(self.starts[rows], self.lengths[rows])
+
+    def flat(self) -> np.ndarray:
+        """start, start + 1, … of each range, one after another: 5-6, 0-2 -> [5 6 0 1 2]."""
+        ends = np.cumsum(self.lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        return np.arange(total) + np.repeat(self.starts - ends + self.lengths, self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedColumns:
+    """Encoded rows, column by column.
+
+    Raises:
+        ValueError: a prompt or a response without tokens, or rows with a rejected response beside
+            rows without one.
+    """
+
+    ids: np.ndarray
+    """int64: the token ids of all lists."""
+    prompt: Ranges
+    chosen: Ranges
+    rejected: Ranges
+    """Without tokens in SFT."""
+    weights: np.ndarray | None = None
+    """float32: the token weights of all responses; None when every token weighs 1."""
+    chosen_weights: Ranges | None = None
+    rejected_weights: Ranges | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "chosen"):
+            lengths = getattr(self, name).lengths
+            if not lengths.all():
+                row = int(np.argmin(lengths))
+                raise ValueError(f"{name}_ids must not be empty, row {row} has none")
+        has_rejected = self.rejected.lengths > 0
+        if has_rejected.any() and not has_rejected.all():
+            row = int(np.argmin(has_rejected))
+            raise ValueError(f"rejected_ids must be given in all rows or none, row {row} has none")
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[EncodedRow]) -> "EncodedColumns":
+        """From rows one by one."""
+        columns = zip(*rows, strict=True) if rows else [()] * len(EncodedRow._fields)
+        lists = dict(zip(EncodedRow._fields, columns, strict=True))
+        weighted = any(weights is not None for weights in lists["chosen_weights"])
+        return cls._of_lists(
+            {
+                name: (
+                    np.concatenate([*map(np.asarray, column), []]),
+                    np.array([len(values) for values in column], np.int64),
+                )
+                for name, column in lists.items()
+                if weighted or not name.endswith("weights")
+            }
+        )
+
+    @classmethod
+    def of_arrow(cls, table: pa.Table) -> "EncodedColumns":
+        """From an arrow table with the columns of `PreferenceSplit.dataset`."""
+        return cls._of_lists(
+            {
+                name: (
+                    pc.list_flatten(table[name]).to_numpy(),
+                    pc.list_value_length(table[name]).to_numpy().astype(np.int64),
+                )
+                for name in EncodedRow._fields
+                if name in table.column_names
+            }
+        )
+
+    @classmethod
+    def _of_lists(cls, columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> "EncodedColumns":
+        """From the values and lengths of each column, by its name in `EncodedRow`."""
+        ids, of_ids = _join({k: v for k, v in columns.items() if k.endswith("ids")}, np.int64)
+        weights, of_weights = _join(
+            {k: v for k, v in columns.items() if k.endswith("weights")}, np.float32
+        )
+        return cls(
+            ids=ids,
+            prompt=of_ids["prompt_ids"],
+            chosen=of_ids["chosen_ids"],
+            rejected=of_ids["rejected_ids"],
+            weights=weights if of_weights else None,
+            **of_weights,
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt.lengths)
+
+    @property
+    def has_pairs(self) -> bool:
+        """False in SFT, and without any row."""
+        return bool(self.rejected.lengths.any())
+
+    @property
+    def branch_tokens(self) -> np.ndarray:
+        """(rows,) tokens computed beside the prompt: the last of a response predicts nothing."""
+        tokens = self.chosen.lengths - 1
+        return tokens + self.rejected.lengths - 1 if self.has_pairs else tokens
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """(rows,) tokens in the data: prompt + chosen, and prompt + rejected of a pair."""
+        prompts = self.prompt.lengths * (2 if self.has_pairs else 1)
+        return prompts + self.chosen.lengths + self.rejected.lengths
+
+    def row(self, index: int) -> EncodedRow:
+        """One row by itself."""
+        lists = [self._list(self.ids, name, index) for name in ("prompt", "chosen", "rejected")]
+        weights = [
+            self.weights if self.weights is None else self._list(self.weights, name, index)
+            for name in ("chosen_weights", "rejected_weights")
+        ]
+        return EncodedRow(*lists, *weights)
+
+    def _list(self, values: np.ndarray, name: str, row: int) -> list[Any]:
+        ranges: Ranges = getattr(self, name)
+        start = ranges.starts[row]
+        return values[start : start + ranges.lengths[row]].tolist()
+
+
+def _join(
+    columns: dict[str, tuple[np.ndarray, np.ndarray]], dtype: type
+) -> tuple[np.ndarray, dict[str, Ranges]]:
+    """The values of several columns in one array, and where each column's lists lie in it."""
+    ranges, offset = {}, 0
+    for name, (_, lengths) in columns.items():
+        ends = offset + np.cumsum(lengths)
+        ranges[name] = Ranges(ends - lengths, lengths)
+        offset = int(ends[-1]) if len(ends) else offset
+    values = [np.zeros(0, dtype), *(values for values, _ in columns.values())]
+    return np.concatenate(values, dtype=dtype, casting="unsafe"), ranges
+
+
+def concatenate(parts: Sequence[Ranges]) -> Ranges:
+    return Ranges(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def alternate(first: Ranges, second: Ranges) -> Ranges:
+    """The first ranges' first, the second ones' first, the first ones' second, …"""
+    return Ranges(*(np.stack(pair, axis=1).ravel() for pair in zip(first, second, strict=True)))
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)])
