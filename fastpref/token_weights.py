@@ -3,7 +3,6 @@
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,12 +186,6 @@ def align_weights(
     if eos_weight is None:
         return [*weights[: num_tokens - 1], 0.0]
     return [*weights, eos_weight][:num_tokens]
-
-
-def weights_sidecar(path: Path) -> Path:
-    """What stands beside a file of estimated weights and says where they come from."""
-    split = path.name.split(".")[0]
-    return path.with_name(f"{split}.weights.json")
 
 
 def token_digest(

@@ -15,7 +15,8 @@ from fastpref.config import Config, DPOConfig, ModelConfig, TISDPOConfig, Weight
 from fastpref.distributed import init_world
 from fastpref.encode import load_split
 from fastpref.errors import CheckpointError, DataError
-from fastpref.weight_estimation import ROLE_SENTENCES, estimate_weights
+from fastpref.role_templates import ROLE_SENTENCES
+from fastpref.weight_estimation import estimate_weights
 
 ROWS = text_rows(7)
 DIALOGUES = [
