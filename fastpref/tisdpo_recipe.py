@@ -99,11 +99,11 @@ def check_run_folder(config: Config) -> None:
     if not started or not started.is_file():
         check_run_root(config)
         return
-    before = OmegaConf.load(started)
-    if not OmegaConf.is_dict(before) or before.get("task") != "tisdpo":
+    before = OmegaConf.to_container(OmegaConf.load(started))
+    if not isinstance(before, dict) or before.get("task") != "tisdpo":
         raise ConfigError(f"run_dir: {config.run_dir} holds another run; name a new folder")
-    now = OmegaConf.create(config_to_yaml(config))
-    changes = list_changes(OmegaConf.to_container(before), OmegaConf.to_container(now))
+    now = OmegaConf.to_container(OmegaConf.create(config_to_yaml(config)))
+    changes = list_changes(before, now)
     if changes:
         raise ConfigError(
             f"run_dir: {config.run_dir} was started with other options: {'; '.join(changes)}; give "
@@ -226,12 +226,18 @@ def contrast_stages(config: Config, model: ModelConfig, run_dir: Path) -> list[S
 def weights_stage(config: Config, model: ModelConfig, run_dir: Path) -> Stage:
     """The run of `task=estimate_weights` in the subfolder `weights`."""
     start = model.archive or model.name_or_path
-    sides = {"positive": start, "negative": start}
+    positive, negative = start, start
     what = "token weights from one model under two prompts"
     if config.stages.contrast != "prompt":
-        sides = {side: str(run_dir / side) for side in sides}
+        positive, negative = (str(run_dir / side) for side in ("positive", "negative"))
         what = "token weights from the two models"
-    weights = replace(config.weights, **sides, output_dir=str(run_dir / "weights"), suffix="")
+    weights = replace(
+        config.weights,
+        positive=positive,
+        negative=negative,
+        output_dir=str(run_dir / "weights"),
+        suffix="",
+    )
     # a loss without weights: the rows have none yet
     changed = replace(
         config, task="estimate_weights", loss=DPOConfig(), model=model, weights=weights

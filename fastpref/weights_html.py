@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.complete_files import complete_file
-from fastpref.weights_report import Example, WeighedToken, WeightsReport
+from fastpref.weights_report import Example, WeighedToken, WeightsReport, histogram
 
-NUM_BINS = 41
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1917; --muted: #6b6560; --page: #fbfaf8;
   --card: #ffffff; --line: #e7e2dc; --high: 234 88 12; --low: 37 99 235; --strength: .72; }
@@ -23,6 +22,7 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .35rem; letter-spacing: -
 h2 { font-size: 1.05rem; margin: 2.4rem 0 .8rem; }
 p { margin: 0 0 .6rem; max-width: 46rem; }
 .muted, dt, figcaption, .side { color: var(--muted); font-size: .875rem; }
+figcaption b { color: var(--ink); font-weight: 600; }
 code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
   margin: 1.5rem 0 0; }
@@ -33,13 +33,14 @@ dl { margin: 0; }
 .scale { display: flex; align-items: center; gap: .7rem; font-size: .875rem; margin: 1rem 0 0;
   font-variant-numeric: tabular-nums; flex-wrap: wrap; }
 .scale i { width: 13rem; height: .8rem; border-radius: .4rem; background: linear-gradient(90deg,
-  rgb(var(--low) / var(--strength)), transparent, rgb(var(--high) / var(--strength))); 
+  rgb(var(--low) / var(--strength)), transparent, rgb(var(--high) / var(--strength)));
   border: 1px solid var(--line); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .75rem; }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
 svg .high { fill: rgb(var(--high)); } svg .low { fill: rgb(var(--low)); }
-svg .axis { stroke: var(--line); } svg .zero { stroke: var(--muted); stroke-dasharray: 2 3; }
+svg .none { fill: var(--muted); opacity: .55; }
+svg .axis { stroke: var(--line); } 
 .pair { margin: 0 0 .75rem; }
 .prompt { white-space: pre-wrap; margin: 0 0 .6rem; color: var(--muted); max-width: none; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr));
@@ -82,7 +83,7 @@ def render_html(report: WeightsReport) -> str:
         ("mean weight, rejected", f"{report.rejected.mean():+.3f}"),
     ]
     if report.auc is not None:
-        tiles.append(("ROC-AUC, planted tokens", f"{report.auc:.3f}"))
+        tiles.append(("ROC-AUC, planted", f"{report.auc:.3f}"))
     facts = "".join(f"<div><dl><dt>{name}</dt><dd>{value}</dd></dl></div>" for name, value in tiles)
     underlined = (
         "<p class=muted>Underlined: the wrong tokens that were planted in the rejected response. "
@@ -92,7 +93,8 @@ def render_html(report: WeightsReport) -> str:
     )
     charts = "".join(
         f"<figure>{histogram_svg(values, report.limit, side)}"
-        f"<figcaption>{side}: median {np.median(values):+.3f}, deviation {values.std():.3f}, "
+        f"<figcaption><b>{side}</b> &nbsp; mean {values.mean():+.2f}, median "
+        f"{np.median(values):+.2f}, deviation {values.std():.2f}, "
         f"{(values > 0).mean():.0%} above 0</figcaption></figure>"
         for side, values in (("chosen", report.chosen), ("rejected", report.rejected))
     )
@@ -121,25 +123,27 @@ nats</span></div>
 
 
 def histogram_svg(values: NDArray[np.float64], limit: float, side: str) -> str:
-    """Share of a side's tokens by weight, as inline SVG; the outer bars hold what lies beyond."""
-    edges = np.linspace(-limit, limit, NUM_BINS + 1)
-    counts, _ = np.histogram(values.clip(-limit, limit), edges)
-    shares = counts / max(1, counts.sum())
-    width, height, left, base = 480, 170, 8, 145
-    step = (width - 2 * left) / NUM_BINS
-    highest = float(shares.max()) or 1.0
+    """Share of a side's tokens by weight, as inline SVG; a bar that is cut off says its share."""
+    _, shares, highest = histogram(values, limit)
+    width, left, top, base = 480, 8, 24, 150
+    step = (width - 2 * left) / len(shares)
+    middle = len(shares) // 2
     bars = []
     for i, share in enumerate(shares):
-        size = share / highest * (base - 18)
-        kind = "high" if i > NUM_BINS // 2 else "low" if i < NUM_BINS // 2 else "axis"
-        style = ' style="fill:var(--muted)"' if kind == "axis" else ""
+        size = min(1.0, share / highest) * (base - top)
+        kind = "high" if i > middle else "low" if i < middle else "none"
+        x = left + i * step
         bars.append(
-            f'<rect class={kind}{style} x="{left + i * step + 0.75:.1f}" y="{base - size:.1f}" '
+            f'<rect class={kind} x="{x + 0.75:.1f}" y="{base - size:.1f}" '
             f'width="{step - 1.5:.1f}" height="{size:.1f}" rx="1.5"/>'
         )
+        if share > highest:
+            bars.append(
+                f'<text x="{x + step / 2:.1f}" y="{top - 7}" text-anchor=middle>{share:.0%}</text>'
+            )
     ticks = "".join(
         f'<text x="{left + (value + limit) / (2 * limit) * (width - 2 * left):.1f}" '
-        f'y="{base + 17}" text-anchor="{anchor}">{label}</text>'
+        f'y="{base + 17}" text-anchor={anchor}>{label}</text>'
         for value, anchor, label in (
             (-limit, "start", f"{-limit:g} and less"),
             (0, "middle", "0"),
@@ -148,11 +152,10 @@ def histogram_svg(values: NDArray[np.float64], limit: float, side: str) -> str:
     )
     above = float((values > 0).mean())
     return (
-        f'<svg viewBox="0 0 {width} {height}" role=img aria-label="Histogram of the weights of '
+        f'<svg viewBox="0 0 {width} {base + 24}" role=img aria-label="Histogram of the weights of '
         f'{side} tokens: {above:.0%} lie above zero">'
         f'<line class=axis x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>'
-        f'{"".join(bars)}{ticks}<text x="{left}" y="12">share of tokens, tallest bar '
-        f"{highest:.0%}</text></svg>"
+        f"{''.join(bars)}{ticks}</svg>"
     )
 
 

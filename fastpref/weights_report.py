@@ -17,6 +17,9 @@ NUM_EXAMPLES = 12
 LONGEST_EXAMPLE = 160
 """Tokens of the longer response of a pair that is shown."""
 
+NUM_BINS = 41
+"""Of a histogram; odd, so that one lies around 0."""
+
 Array = NDArray[np.float64]
 
 
@@ -59,10 +62,26 @@ class WeightsReport:
 
     @property
     def limit(self) -> float:
-        """Where the colour scale ends, in nats: the 99th percentile of |weight|, to one digit."""
+        """Where the colour scale ends, in nats: the 95th percentile of |weight|, to one digit."""
         both = np.abs(np.concatenate([self.chosen, self.rejected]))
-        percentile = float(np.percentile(both, 99)) if len(both) else 0.0
+        percentile = float(np.percentile(both, 95)) if len(both) else 0.0
         return float(f"{percentile:.1g}") or 1.0
+
+
+def histogram(weights: Array, limit: float) -> tuple[Array, Array, float]:
+    """Share of a side's tokens by weight; what lies beyond the limit is in the outer bins.
+
+    Most tokens of a pair decide nothing, so the bin around 0 may dwarf all others: the scale then
+    ends above the second one.
+
+    Returns:
+        Edges (bins + 1,), shares (bins,), and where the scale of shares ends.
+    """
+    edges = np.linspace(-limit, limit, NUM_BINS + 1)
+    counts, _ = np.histogram(weights.clip(-limit, limit), edges)
+    shares = counts / max(1, counts.sum())
+    second, first = np.sort(shares)[-2:]
+    return edges, shares, 1.3 * float(second) if first > 2 * second > 0 else float(first) or 1.0
 
 
 def read_report(
