@@ -250,14 +250,17 @@ class TransformConfig:
         check_choice("transform.method", self.method, METHODS)
 
     def params(self) -> dict[str, Any]:
-        """The chosen method's parameters by name; {} for `origin`."""
-        return {} if self.method == "origin" else asdict(getattr(self, self.method))
+        """The chosen method's parameters by name; {} for `origin`, no `ties` as in the seed."""
+        params = {} if self.method == "origin" else asdict(getattr(self, self.method))
+        if params.get("ties") == "seed":
+            del params["ties"]
+        return params
 
     def label(self) -> str:
         """Method and parameters as the TIS-DPO repository writes them into a run's name."""
         params = self.params()
         # an option that the repository does not have shows where it is used
-        ending = "_ties" if params.pop("ties", "seed") == "equal" else ""
+        ending = "_ties" if params.pop("ties", None) else ""
         if self.method == "binary":
             return f"binary{self.binary.top_percent:g}{ending}"
         # clipping bounds are left out of a name where the scale follows

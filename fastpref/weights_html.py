@@ -93,8 +93,8 @@ def render_html(report: WeightsReport) -> str:
     )
     charts = "".join(
         f"<figure>{histogram_svg(values, report.limit, side)}"
-        f"<figcaption><b>{side}</b> &nbsp; mean {values.mean():+.2f}, median "
-        f"{np.median(values):+.2f}, deviation {values.std():.2f}, "
+        f"<figcaption><b>{side}</b> &nbsp; mean {values.mean():+.2f}, deviation "
+        f"{values.std():.2f}, "
         f"{(values > 0).mean():.0%} above 0</figcaption></figure>"
         for side, values in (("chosen", report.chosen), ("rejected", report.rejected))
     )

@@ -103,7 +103,7 @@ def lay_out(examples: Sequence[Example]) -> list[list[Line]]:
     """Pairs as lines in two columns, or where responses are long in one."""
     longest = max((used(side) for e in examples for side in (e.chosen, e.rejected)), default=0)
     half = (COLUMNS - GAP) // 2
-    num_columns = 2 if longest <= half - LABEL else 1
+    num_columns = 2 if longest <= 2 * (half - LABEL) else 1
     width = half if num_columns == 2 else COLUMNS
     shown = [pair_lines(example, width) for example in examples[: 4 * num_columns]]
     return [[line for pair in shown[i::num_columns] for line in pair] for i in range(num_columns)]

@@ -62,9 +62,9 @@ class WeightsReport:
 
     @property
     def limit(self) -> float:
-        """Where the colour scale ends, in nats: the 95th percentile of |weight|, to one digit."""
+        """Where the colour scale ends, in nats: the 90th percentile of |weight|, to one digit."""
         both = np.abs(np.concatenate([self.chosen, self.rejected]))
-        percentile = float(np.percentile(both, 95)) if len(both) else 0.0
+        percentile = float(np.percentile(both, 90)) if len(both) else 0.0
         return float(f"{percentile:.1g}") or 1.0
 
 
