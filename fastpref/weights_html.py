@@ -92,7 +92,7 @@ def render_html(report: WeightsReport) -> str:
         else ""
     )
     charts = "".join(
-        f"<figure>{histogram_svg(values, report.limit, side)}"
+        f"<figure>{histogram_svg(values, report.span, side)}"
         f"<figcaption><b>{side}</b> &nbsp; mean {values.mean():+.2f}, deviation "
         f"{values.std():.2f}, "
         f"{(values > 0).mean():.0%} above 0</figcaption></figure>"
@@ -111,7 +111,7 @@ def render_html(report: WeightsReport) -> str:
 <p>The weight of a token is log(π⁺/π⁻) where the response was chosen and its negative where it was
 rejected, in nats: high where a token decides the preference.</p>
 <div class=tiles>{facts}</div>
-<div class=scale aria-hidden=true><span>{-report.limit:g}</span><i></i><span>{report.limit:+g}
+<div class=scale aria-hidden=true><span>&minus;{report.limit:g}</span><i></i><span>{report.limit:+g}
 nats</span></div>
 <h2>How weights are spread</h2>
 <div class=charts>{charts}</div>
@@ -122,9 +122,9 @@ nats</span></div>
 """
 
 
-def histogram_svg(values: NDArray[np.float64], limit: float, side: str) -> str:
+def histogram_svg(values: NDArray[np.float64], span: float, side: str) -> str:
     """Share of a side's tokens by weight, as inline SVG; a bar that is cut off says its share."""
-    _, shares, highest = histogram(values, limit)
+    _, shares, highest = histogram(values, span)
     width, left, top, base = 480, 8, 24, 150
     step = (width - 2 * left) / len(shares)
     middle = len(shares) // 2
@@ -142,12 +142,12 @@ def histogram_svg(values: NDArray[np.float64], limit: float, side: str) -> str:
                 f'<text x="{x + step / 2:.1f}" y="{top - 7}" text-anchor=middle>{share:.0%}</text>'
             )
     ticks = "".join(
-        f'<text x="{left + (value + limit) / (2 * limit) * (width - 2 * left):.1f}" '
+        f'<text x="{left + (value + span) / (2 * span) * (width - 2 * left):.1f}" '
         f'y="{base + 17}" text-anchor={anchor}>{label}</text>'
         for value, anchor, label in (
-            (-limit, "start", f"{-limit:g} and less"),
+            (-span, "start", f"&minus;{span:g} and less"),
             (0, "middle", "0"),
-            (limit, "end", f"{limit:+g} and more"),
+            (span, "end", f"+{span:g} and more"),
         )
     )
     above = float((values > 0).mean())

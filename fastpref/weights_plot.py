@@ -68,7 +68,7 @@ def plot_weights(report: WeightsReport, path: Path) -> None:
     half = (WIDTH - 2 * MARGIN - 0.4) / 2
     for i, (side, values) in enumerate((("chosen", report.chosen), ("rejected", report.rejected))):
         axes = figure.add_axes(inches(MARGIN + i * (half + 0.4), 0.85, half, 0.95))
-        draw_histogram(axes, values, report.limit, side)
+        draw_histogram(axes, values, report, side)
     axes = figure.add_axes(inches(MARGIN, HEADER, WIDTH - 2 * MARGIN, text_height))
     axes.set_xlim(0, COLUMNS)
     axes.set_ylim(num_lines, 0)
@@ -80,11 +80,13 @@ def plot_weights(report: WeightsReport, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_histogram(axes: Any, values: NDArray[np.float64], limit: float, side: str) -> None:
+def draw_histogram(
+    axes: Any, values: NDArray[np.float64], report: WeightsReport, side: str
+) -> None:
     """Share of tokens by weight, in the colours of the tokens below."""
-    edges, shares, highest = histogram(values, limit)
+    edges, shares, highest = histogram(values, report.span)
     centres = (edges[:-1] + edges[1:]) / 2
-    colors = [blend(centre, limit) for centre in centres]
+    colors = [blend(centre, report.limit) for centre in centres]
     axes.bar(centres, 100 * shares, np.diff(edges) * 0.86, color=colors, edgecolor=RULE, lw=0.5)
     axes.set_ylim(0, 100 * highest)
     axes.set_title(f"{side}: % of tokens by weight in nats", size=9, color=MUTED, loc="left")

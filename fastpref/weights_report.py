@@ -63,13 +63,21 @@ class WeightsReport:
     @property
     def limit(self) -> float:
         """Where the colour scale ends, in nats: the 90th percentile of |weight|, to one digit."""
+        return self._percentile(90)
+
+    @property
+    def span(self) -> float:
+        """Where the histograms end, in nats: the 99th percentile."""
+        return self._percentile(99)
+
+    def _percentile(self, percent: float) -> float:
         both = np.abs(np.concatenate([self.chosen, self.rejected]))
-        percentile = float(np.percentile(both, 90)) if len(both) else 0.0
+        percentile = float(np.percentile(both, percent)) if len(both) else 0.0
         return float(f"{percentile:.1g}") or 1.0
 
 
-def histogram(weights: Array, limit: float) -> tuple[Array, Array, float]:
-    """Share of a side's tokens by weight; what lies beyond the limit is in the outer bins.
+def histogram(weights: Array, span: float) -> tuple[Array, Array, float]:
+    """Share of a side's tokens by weight; what lies beyond the span is in the outer bins.
 
     Most tokens of a pair decide nothing, so the bin around 0 may dwarf all others: the scale then
     ends above the second one.
@@ -77,8 +85,8 @@ def histogram(weights: Array, limit: float) -> tuple[Array, Array, float]:
     Returns:
         Edges (bins + 1,), shares (bins,), and where the scale of shares ends.
     """
-    edges = np.linspace(-limit, limit, NUM_BINS + 1)
-    counts, _ = np.histogram(weights.clip(-limit, limit), edges)
+    edges = np.linspace(-span, span, NUM_BINS + 1)
+    counts, _ = np.histogram(weights.clip(-span, span), edges)
     shares = counts / max(1, counts.sum())
     second, first = np.sort(shares)[-2:]
     return edges, shares, 1.3 * float(second) if first > 2 * second > 0 else float(first) or 1.0
