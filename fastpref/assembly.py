@@ -265,11 +265,21 @@ def check_positions(policy: TokenScorer, longest: int) -> None:
         )
 
 
-def load_scorer(config: ModelConfig, world: World, *, trainable: bool) -> TokenScorer:
-    """A policy or a reference for padded rows: loaded by rank 0, sharded, sent to the others."""
-    return build_scorer(
-        load_causal_lm(config, world, trainable=trainable), config, world, trainable=trainable
-    )
+def load_frozen_scorer(
+    config: Config, world: World, *, longest: int
+) -> tuple[TokenScorer, Packing | None]:
+    """The config's model without gradients, and how it takes packed rows; None for padded ones.
+
+    Args:
+        config: Of the run.
+        world: Whoever computes.
+        longest: Tokens of the longest sequence that will be scored.
+    """
+    model = load_causal_lm(config.model, world, trainable=False)
+    packing = choose_packing(model, config, world, longest=longest)
+    attention = packing.attention if packing else None
+    scorer = build_scorer(model, config.model, world, trainable=False, attention=attention)
+    return scorer, packing
 
 
 def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any:

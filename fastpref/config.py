@@ -33,6 +33,7 @@ from fastpref.config_loss import (
     TISDPOConfig,
     TransformConfig,
 )
+from fastpref.config_stages import StagesConfig
 from fastpref.errors import ConfigError
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "OptimConfig",
     "PackingConfig",
     "SFTConfig",
+    "StagesConfig",
     "TDPOConfig",
     "TISDPOConfig",
     "TensorboardConfig",
@@ -66,7 +68,8 @@ class Config:
     """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
 
     task: str = "train"
-    """train, audit (the checks of the data alone) or estimate_weights (TIS-DPO's second step)."""
+    """train, audit (the checks of the data alone), estimate_weights (TIS-DPO's second step) or
+    tisdpo (all of its steps, one after the other)."""
     seed: int = 0
     """Seeds torch, numpy, random and the order of the data, >= 0."""
 
@@ -158,6 +161,8 @@ class Config:
     """TensorBoard."""
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """task=estimate_weights."""
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    """task=tisdpo."""
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
@@ -181,6 +186,10 @@ class Config:
             )
         if self.task == "estimate_weights":
             self.weights.check_task(self.base_data_dir)
+        if self.task == "tisdpo":
+            self.stages.check_task(
+                self.loss.name, self.weights.positive_template, self.weights.negative_template
+            )
 
     def _check_trainer(self) -> None:
         if self.trainer == "TensorParallelTrainer":
@@ -223,7 +232,7 @@ class Config:
             self.run_dir, self.local_run_dir = self.local_run_dir, None
 
 
-TASKS = ("train", "audit", "estimate_weights")
+TASKS = ("train", "audit", "estimate_weights", "tisdpo")
 TRAINERS = ("BasicTrainer", "FSDPTrainer")
 
 

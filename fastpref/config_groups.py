@@ -17,6 +17,7 @@ FLASH_PACKAGES = {
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flex", *FLASH_PACKAGES)
 CUDA_ATTENTIONS = ("varlen", "flex", *FLASH_PACKAGES)
 """Those that train on a GPU alone."""
+TEMPLATES = ("normal", "harmless", "harmful")
 
 
 @dataclass(kw_only=True)
@@ -242,25 +243,37 @@ class WeightsConfig:
     """task=estimate_weights: token weights for TIS-DPO from two models."""
 
     positive: str | None = None
-    """Folder or hub id of the model that prefers the chosen responses. Required by the task."""
+    """The model that prefers the chosen responses: all that model.name_or_path takes, or a
+    seed-format policy.pt for the architecture of model.name_or_path. Required by the task."""
     negative: str | None = None
-    """Folder or hub id of the model that prefers the rejected ones. Required by the task."""
+    """The model that prefers the rejected ones, named in the same way. Required by the task."""
     output_dir: str | None = None
     """Weighted rows go to <output_dir>/<name>/<split>.jsonl. Required by the task."""
     suffix: str = ""
     """Appended to the dataset's name in output_dir."""
     batch_size: int = 4
-    """Rows scored at once, >= 1."""
+    """Rows scored at once by each process, >= 1."""
+    shard_rows: int = 256
+    """Rows between two savings: what an interruption costs at most, >= 1."""
+    round: int | None = None
+    """Decimals that weights are rounded to, >= 0, 2 in the TIS-DPO code; null: not rounded."""
+    include_eos: bool = False
+    """Give the end-of-sequence token a weight as well, the last one of each list."""
     positive_template: str = "normal"
-    """normal, harmless or harmful: a role sentence before the prompt for the positive model."""
+    """What the positive model reads beside the prompt: normal (nothing), harmless, harmful, or a
+    text: a system message, or the prompt itself where {prompt} stands in the text."""
     negative_template: str = "normal"
-    """normal, harmless or harmful: a role sentence before the prompt for the negative model."""
+    """The same for the negative model."""
 
     def __post_init__(self) -> None:
         check_number("weights.batch_size", self.batch_size, ge=1)
+        check_number("weights.shard_rows", self.shard_rows, ge=1)
+        check_number("weights.round", self.round, ge=0)
         for name in ("positive_template", "negative_template"):
-            templates = ("normal", "harmless", "harmful")
-            check_choice(f"weights.{name}", getattr(self, name), templates)
+            template = getattr(self, name)
+            # a text is more than a word: what is one word is a misspelt name
+            if "{prompt}" not in template and len(template.split()) < 2:
+                check_choice(f"weights.{name}", template, TEMPLATES)
 
     def check_task(self, base_data_dir: str | None) -> None:
         """What task=estimate_weights needs and other tasks do not."""

@@ -122,15 +122,22 @@ def _check_ordered(block: object, low: str, high: str) -> None:
         )
 
 
+TIES = ("seed", "equal")
+"""What `binary` and `rank_based` do with equal values, see `transform_weights`."""
+
+
 @dataclass(kw_only=True)
 class BinaryTransform:
     """1 for the largest weights of a response, 0 for the rest."""
 
     top_percent: float = 100.0
     """Share of the tokens that get 1, percent, in (0, 100]."""
+    ties: str = "seed"
+    """A value tied across the cut gets 0 (seed, as in the TIS-DPO code) or 1 (equal)."""
 
     def __post_init__(self) -> None:
         check_number("transform.binary.top_percent", self.top_percent, gt=0, le=100)
+        check_choice("transform.binary.ties", self.ties, TIES)
 
 
 @dataclass(kw_only=True)
@@ -185,9 +192,13 @@ class RankBasedTransform:
     """Weight of the lowest rank."""
     max_scale: float = 1.3
     """Weight of the highest rank, > min_scale."""
+    ties: str = "seed"
+    """Equal values are ranked by position (seed, as in the TIS-DPO code) or get the mean of their
+    ranks (equal)."""
 
     def __post_init__(self) -> None:
         _check_ordered(self, "min_scale", "max_scale")
+        check_choice("transform.rank_based.ties", self.ties, TIES)
 
 
 @dataclass(kw_only=True)
@@ -243,15 +254,20 @@ class TransformConfig:
         check_choice("transform.method", self.method, METHODS)
 
     def params(self) -> dict[str, Any]:
-        """The chosen method's parameters by name; {} for `origin`."""
-        return {} if self.method == "origin" else asdict(getattr(self, self.method))
+        """The chosen method's parameters by name; {} for `origin`, no `ties` as in the seed."""
+        params = {} if self.method == "origin" else asdict(getattr(self, self.method))
+        if params.get("ties") == "seed":
+            del params["ties"]
+        return params
 
     def label(self) -> str:
         """Method and parameters as the TIS-DPO repository writes them into a run's name."""
-        if self.method == "binary":
-            return f"binary{self.binary.top_percent:g}"
-        # clipping bounds are left out of a name where the scale follows
         params = self.params()
+        # an option that the repository does not have shows where it is used
+        ending = "_ties" if params.pop("ties", None) else ""
+        if self.method == "binary":
+            return f"binary{self.binary.top_percent:g}{ending}"
+        # clipping bounds are left out of a name where the scale follows
         if self.method == "threshold_and_scale":
             params = {name: params[name] for name in ("min_scale", "max_scale")}
-        return self.method + "_".join(str(value) for value in params.values())
+        return self.method + "_".join(str(value) for value in params.values()) + ending

@@ -16,7 +16,7 @@ from fastpref.hub_sources import HUB_PATHS, hub_rows
 from fastpref.readers import SUFFIXES, read_records
 from fastpref.row_cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.rows import Row, RowError, parse_row
-from fastpref.token_weights import weights_sidecar
+from fastpref.weights_file import WeightsOrigin, check_complete, read_origin
 
 if TYPE_CHECKING:
     from fastpref.config import Config
@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 BUILT_IN = ("planted", *HUB_PATHS)
 MALFORMED = "malformed row"
 SPLITS = ("train", "test")
-READING_CODE = ("datasets.py", "hub_sources.py", "planted.py", "readers.py", "rows.py")
+READING_CODE = (
+    "datasets.py",
+    "hub_sources.py",
+    "planted.py",
+    "readers.py",
+    "rows.py",
+    "weights_file.py",
+)
 
 FEATURES = datasets.Features(
     {
@@ -34,6 +41,7 @@ FEATURES = datasets.Features(
         "rejected": datasets.Value("string"),
         "chosen_weights": datasets.List(datasets.Value("float64")),
         "rejected_weights": datasets.List(datasets.Value("float64")),
+        "weights_digest": datasets.Value("string"),
         # null: the chosen response of the prompt's last row
         "sft_target": datasets.Value("string"),
         "row": datasets.Value("int64"),
@@ -75,6 +83,8 @@ class Rows:
     fingerprint: str
     """Changes with the source, the options and the code that reads."""
     counts: AuditCounts
+    origin: WeightsOrigin | None
+    """What is known of the weights in a file that `task=estimate_weights` wrote."""
 
 
 def check_sources(config: "Config", splits: Sequence[str] = SPLITS) -> None:
@@ -181,6 +191,7 @@ def load_rows(
     """
     path = find_source(name, split, base_data_dir)
     source = str(path) if path else HUB_PATHS.get(name, name)
+    origin = read_origin(path) if path and options.weighted else None
     with progress_bars(quiet), cache_errors(cache_dir):
         dataset = datasets.Dataset.from_generator(
             generate_rows,
@@ -198,9 +209,11 @@ def load_rows(
                 "on_error": options.on_error,
                 "strict": options.strict,
                 "allow_roles": options.allow_roles,
-                "zero_weights": path is not None and weights_sidecar(path).is_file(),
+                "zero_weights": origin is not None,
             },
         )
+    if origin is not None:
+        check_complete(source, len(dataset), origin)
     counts, kept = count_dataset(dataset, source, split)
     check_counts(counts, max_dropped=options.max_dropped)
     return Rows(
@@ -209,6 +222,7 @@ def load_rows(
         dataset=dataset if len(kept) == len(dataset) else dataset.select(kept),
         fingerprint=dataset._fingerprint,
         counts=counts,
+        origin=origin,
     )
 
 
@@ -331,6 +345,7 @@ def _malformed_row() -> Row:
         rejected="",
         chosen_weights=None,
         rejected_weights=None,
+        weights_digest=None,
         drop=MALFORMED,
     )
 

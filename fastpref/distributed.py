@@ -1,6 +1,7 @@
 """The world a run lives in: one process, or the ranks that torchrun started."""
 
 import datetime
+import itertools
 import logging
 import os
 from collections.abc import Callable
@@ -21,6 +22,8 @@ Result = TypeVar("Result")
 
 # rank 0 may tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
+
+_preparations = itertools.count()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,22 +96,24 @@ def main_first(world: World, name: str, prepare: Callable[[], Result]) -> Result
 
     Args:
         world: Who we are.
-        name: Unique within the run.
+        name: What is prepared, for the message.
         prepare: Reads, tokenizes; writes nothing but a cache that a second call finds.
     """
     if world.size == 1:
         return prepare()
     store = dist.distributed_c10d._get_default_store()
+    # every rank prepares the same things in the same order; a task may prepare rows twice
+    key = f"{name} {next(_preparations)}"
     if world.is_main:
         try:
             result = prepare()
         except BaseException as error:
-            store.set(name, str(getattr(error, "exit_code", 1)))
+            store.set(key, str(getattr(error, "exit_code", 1)))
             raise
-        store.set(name, "0")
+        store.set(key, "0")
         return result
-    store.wait([name], PREPARATION_TIMEOUT)
-    exit_code = int(store.get(name))
+    store.wait([key], PREPARATION_TIMEOUT)
+    exit_code = int(store.get(key))
     if exit_code:
         # whichever rank a launcher sees end first, the exit code is that of the cause
         failure = DistributedError(f"rank 0 failed at: {name}")

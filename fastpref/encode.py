@@ -129,6 +129,12 @@ def encode_rows(
     check_tokenizer(tokenizer)
     if options.truncation_mode == "auto" and rows.name == "hh":
         options = replace(options, truncation_mode="keep_end")
+    if options.weighted and rows.origin is not None:
+        options = replace(
+            options,
+            weights_have_eos=rows.origin.includes_eos,
+            weights_mismatch=rows.origin.explain_mismatch(tokenizer_digest(tokenizer)),
+        )
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
     if pc.any(pc.equal(dataset.with_format("arrow")["form"][:], "chat")).as_py():
         check_chat_template(tokenizer, options.chat_template)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from fastpref.chat import render_chat
 from fastpref.counts import Remark
 from fastpref.rows import EMPTY_RESPONSE, RowError
-from fastpref.token_weights import align_weights, prepare_weights
+from fastpref.token_weights import align_weights, prepare_weights, token_digest
 
 TOO_LONG = "longer than max_length"
 
@@ -34,6 +34,10 @@ class EncodeOptions:
     """Jinja text; None for the tokenizer's own."""
     on_error: str
     strict: bool
+    weights_have_eos: bool = False
+    """The last weight of each list in the file belongs to EOS."""
+    weights_mismatch: str = ""
+    """Why weights would stand beside other tokens than those they were estimated for."""
 
 
 class RowTexts(NamedTuple):
@@ -130,6 +134,7 @@ def encode_row(
 
     weights: list[list[float]] = []
     if options.weighted:
+        check_weights_digest(row, prompt, responses, options)
         weights = response_weights(row, [len(response) for response in responses], options)
         remarks |= Remark.NO_WEIGHTS if row["chosen_weights"] is None else 0
     if options.reverse_dataset and not options.sft:
@@ -140,7 +145,12 @@ def encode_row(
         return EncodedPair(drop=TOO_LONG)
     prompt_ids, response_ids = cut
     kept_weights = [
-        align_weights(weights[side], len(kept), options.eos_weight)
+        align_weights(
+            weights[side],
+            len(kept),
+            options.eos_weight,
+            has_eos=options.weights_have_eos and row["chosen_weights"] is not None,
+        )
         for side, kept in enumerate(response_ids[: len(weights)])
     ]
     remarks |= _cut_remarks((prompt, *full), (prompt_ids, *response_ids))
@@ -150,6 +160,25 @@ def encode_row(
 def without_final_eos(ids: list[int], eos_id: int) -> list[int]:
     """A response's ids without an EOS that its text spelled out: token weights leave it out."""
     return ids[:-1] if ids and ids[-1] == eos_id else ids
+
+
+def check_weights_digest(
+    row: dict[str, Any], prompt: list[int], responses: list[list[int]], options: EncodeOptions
+) -> None:
+    """Refuse estimated weights that stand beside other tokens than those they belong to.
+
+    Args:
+        row: A checked row; one without a digest passes, its weights are of unknown origin.
+        prompt: Its prompt's ids.
+        responses: Chosen and rejected as the file has them, without EOS.
+        options: For the reason to give.
+
+    Raises:
+        RowError: the digest is that of other tokens.
+    """
+    digest = row["weights_digest"]
+    if digest is not None and digest != token_digest(prompt, *responses):
+        raise RowError(f"the weights belong to other tokens: {options.weights_mismatch}", "")
 
 
 def response_weights(
@@ -166,15 +195,17 @@ def response_weights(
         RowError: a list is not as long as its response.
     """
     chosen, rejected = row["chosen_weights"], row["rejected_weights"]
+    num_eos = int(options.weights_have_eos)
     if chosen is None:
         return [[1.0] * length for length in lengths]
     for side, weights, length in (
-        ("chosen", chosen, lengths[0]),
-        ("rejected", rejected, lengths[1]),
+        ("chosen", chosen, lengths[0] + num_eos),
+        ("rejected", rejected, lengths[1] + num_eos),
     ):
         if len(weights) != length:
             raise RowError(
-                f"{side}_weight must have one weight per token of the response without EOS: "
+                f"{side}_weight must have one weight per token of the response "
+                f"{'and one of EOS' if num_eos else 'without EOS'}: "
                 f"expected {length}, found {len(weights)}",
                 f"{side}_weight",
             )

@@ -49,9 +49,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def advance(self) -> None:
-        """One step is done."""
-        self._bar.advance(self._task)
+    @property
+    def on_terminal(self) -> bool:
+        """Whether there is a bar; elsewhere log lines must do."""
+        return self._terminal
+
+    def advance(self, steps: int = 1, numbers: str | None = None) -> None:
+        """Steps are done; `numbers` are shown beside the bar."""
+        self._bar.advance(self._task, steps)
+        if numbers is not None:
+            self._bar.update(self._task, numbers=numbers)
 
     def show(self, record: Record | None) -> None:
         """The latest training record: beside the bar in short, or as a log line in full."""

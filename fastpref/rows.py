@@ -9,6 +9,7 @@ from fastpref.checks import hint, nearest
 ASSISTANT_TURN = "\n\nAssistant:"
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
+DIGEST_FIELD = "weights_digest"
 PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
 RESPONSE_ROLES = ("assistant", "tool")
 MAX_WEIGHT = 1e30
@@ -48,6 +49,7 @@ class Row(TypedDict):
     rejected: str
     chosen_weights: list[float] | None
     rejected_weights: list[float] | None
+    weights_digest: str | None  # `token_digest` of the tokens the weights were estimated for
     drop: str
 
 
@@ -93,6 +95,7 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool, zero_weights: b
         row = _parse_text(record)
     if weighted and not row["drop"]:
         row["chosen_weights"], row["rejected_weights"] = _parse_weights(record, zero_weights)
+        row["weights_digest"] = _parse_digest(record)
     return row
 
 
@@ -245,6 +248,13 @@ def _checked_weights(field: str, weights: Any, zero_weights: bool) -> list[float
     return [float(weight) for weight in weights]
 
 
+def _parse_digest(record: dict[str, Any]) -> str | None:
+    digest = record.get(DIGEST_FIELD)
+    if digest is not None and not isinstance(digest, str):
+        raise RowError(f"{DIGEST_FIELD} must be text, got {kind(digest)}", DIGEST_FIELD)
+    return digest
+
+
 def _row(form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "") -> Row:
     if not drop and not (chosen.strip() and rejected.strip()):
         drop = EMPTY_RESPONSE
@@ -255,6 +265,7 @@ def _row(form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "") 
         rejected=rejected,
         chosen_weights=None,
         rejected_weights=None,
+        weights_digest=None,
         drop=drop,
     )
 

@@ -60,8 +60,13 @@ def dispatch(config: Config) -> int:
         return 0
     num_gpus = torch.cuda.device_count()
     on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
-    if config.task == "train":
-        check_run_root(config)
+    if config.task in ("train", "tisdpo"):
+        if config.task == "train":
+            check_run_root(config)
+        else:
+            from fastpref.tisdpo_recipe import check_run_folder
+
+            check_run_folder(config)
         num_ranks = num_gpus if on_every_gpu else world_size()
         check_world_size(config, num_ranks)
         check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
@@ -76,6 +81,10 @@ def dispatch(config: Config) -> int:
             from fastpref.weight_estimation import estimate_weights
 
             estimate_weights(config, world)
+        elif config.task == "tisdpo":
+            from fastpref.tisdpo_recipe import run_tisdpo
+
+            run_tisdpo(config, world)
         else:
             from fastpref.trainer import train
 

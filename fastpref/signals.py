@@ -36,16 +36,20 @@ class StopRequest:
         return self.signal != 0
 
     def raise_if_requested(self, run_dir: Path) -> None:
-        """Once the model is saved: the exit code that tells a scheduler what happened.
+        """`raise_saying` once the model is saved."""
+        self.raise_saying(f"the model so far is in {run_dir / 'LATEST'}")
+
+    def raise_saying(self, what_is_saved: str) -> None:
+        """If a signal came: the exit code that tells a scheduler which, and what was saved.
 
         Raises:
             InterruptionError: it was SIGINT.
             PreemptionError: it was SIGTERM.
         """
         if self.signal == signal.SIGINT:
-            raise InterruptionError(f"interrupted; the model so far is in {run_dir / 'LATEST'}")
+            raise InterruptionError(f"interrupted; {what_is_saved}")
         if self.signal:
-            raise PreemptionError(f"terminated; the model so far is in {run_dir / 'LATEST'}")
+            raise PreemptionError(f"terminated; {what_is_saved}")
 
     def _remember(self, number: int, _: FrameType | None) -> None:
         self.signal = number

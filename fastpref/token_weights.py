@@ -1,26 +1,33 @@
 """TIS-DPO token weights: from the log-ratios in a data file to one weight per response token."""
 
-import math
+import hashlib
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastpref.checks import check_choice
+from fastpref.config_loss import TIES
+
+Array = NDArray[np.float64]
 
 
 def transform_weights(weights: Sequence[float], method: str, **params: Any) -> list[float]:
     """Turn the sign-corrected log-ratios of one response into token weights (TIS-DPO).
 
         origin                w
-        binary                1 for the top int(n · top_percent / 100) values, else 0; a value
-                              tied across that cut gets 0 everywhere
+        binary                1 for the top int(n · top_percent / 100) values, else 0
         threshold             clamp(w, lower_threshold, upper_threshold)
         threshold_and_scale   clamp(w, min_val, max_val), mapped onto [min_scale, max_scale]
         random                uniform in [min_val, max_val], whatever w is
-        rank_based            ascending stable rank i of n: min_scale + i / (n - 1) · range;
-                              1 if n = 1
+        rank_based            ascending rank i of n: min_scale + i / (n - 1) · range; 1 if n = 1
         paper                 k · exp(clamp(w, L, U)) (arXiv:2410.04350)
+
+    Equal values, with `ties="seed"` (the TIS-DPO code): `binary` gives 0 to a value tied across
+    the cut wherever it stands, `rank_based` ranks it by position. With `ties="equal"`, `binary`
+    gives it 1, `rank_based` the mean of its ranks: equal values get equal weights.
 
     Args:
         weights: One finite value per response token without EOS: +log(π⁺/π⁻) of a chosen
@@ -36,74 +43,80 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
         ValueError: unknown method, or bounds that are reversed or divide by zero.
     """
     check_choice("transform.method", method, TRANSFORMS)
-    return TRANSFORMS[method](weights, **params)
+    return TRANSFORMS[method](np.asarray(weights, dtype=np.float64), **params).tolist()
 
 
-def _origin(weights: Sequence[float]) -> list[float]:
-    return [float(weight) for weight in weights]
+def _origin(weights: Array) -> Array:
+    return weights
 
 
-def _binary(weights: Sequence[float], top_percent: float = 100) -> list[float]:
+def _binary(weights: Array, top_percent: float = 100, ties: str = "seed") -> Array:
+    check_choice("transform.binary.ties", ties, TIES)
     num_kept = int(len(weights) * top_percent / 100)
     if num_kept >= len(weights):
-        return [1.0] * len(weights)
-    highest_left_out = sorted(weights, reverse=True)[num_kept]
-    return [1.0 if weight > highest_left_out else 0.0 for weight in weights]
+        return np.ones(len(weights))
+    if num_kept == 0:
+        return np.zeros(len(weights))
+    descending = np.sort(weights)[::-1]
+    if ties == "equal":
+        return (weights >= descending[num_kept - 1]).astype(np.float64)
+    return (weights > descending[num_kept]).astype(np.float64)
 
 
 def _threshold(
-    weights: Sequence[float], upper_threshold: float = 1.0, lower_threshold: float = -1.0
-) -> list[float]:
+    weights: Array, upper_threshold: float = 1.0, lower_threshold: float = -1.0
+) -> Array:
     _check_bounds(
         "threshold", "lower_threshold", lower_threshold, "upper_threshold", upper_threshold
     )
-    return [float(min(max(weight, lower_threshold), upper_threshold)) for weight in weights]
+    return weights.clip(lower_threshold, upper_threshold)
 
 
 def _threshold_and_scale(
-    weights: Sequence[float],
+    weights: Array,
     min_val: float = -1.5,
     max_val: float = 1.5,
     min_scale: float = 0.7,
     max_scale: float = 1.3,
-) -> list[float]:
+) -> Array:
     _check_bounds("threshold_and_scale", "min_val", min_val, "max_val", max_val)
     if min_val == max_val:
         raise ValueError(
             f"transform.threshold_and_scale: min_val must be < max_val, both are {min_val}"
         )
     slope = (max_scale - min_scale) / (max_val - min_val)
-    return [min_scale + (min(max(w, min_val), max_val) - min_val) * slope for w in weights]
+    return min_scale + (weights.clip(min_val, max_val) - min_val) * slope
 
 
 def _random(
-    weights: Sequence[float],
+    weights: Array,
     min_val: float = 0.7,
     max_val: float = 1.3,
     rng: random.Random | None = None,
-) -> list[float]:
+) -> Array:
     _check_bounds("random", "min_val", min_val, "max_val", max_val)
+    # the stream of Python's generator, as the TIS-DPO code draws it
     uniform = random.uniform if rng is None else rng.uniform
-    return [uniform(min_val, max_val) for _ in weights]
+    return np.array([uniform(min_val, max_val) for _ in weights], dtype=np.float64)
 
 
 def _rank_based(
-    weights: Sequence[float], min_scale: float = 0.7, max_scale: float = 1.3
-) -> list[float]:
+    weights: Array, min_scale: float = 0.7, max_scale: float = 1.3, ties: str = "seed"
+) -> Array:
+    check_choice("transform.rank_based.ties", ties, TIES)
     if len(weights) == 1:
-        return [1.0]
-    scaled = [0.0] * len(weights)
-    ascending = sorted(range(len(weights)), key=weights.__getitem__)
-    for rank, position in enumerate(ascending):
-        scaled[position] = min_scale + rank / (len(weights) - 1) * (max_scale - min_scale)
-    return scaled
+        return np.ones(1)
+    ranks = np.empty(len(weights))
+    ranks[np.argsort(weights, kind="stable")] = np.arange(len(weights))
+    if ties == "equal":
+        _, group, count = np.unique(weights, return_inverse=True, return_counts=True)
+        ranks = (np.bincount(group, weights=ranks) / count)[group]
+    return min_scale + ranks / max(1, len(weights) - 1) * (max_scale - min_scale)
 
 
-def _paper(
-    weights: Sequence[float], k: float = 1.0, L: float = -0.5, U: float = 1.5
-) -> list[float]:
+def _paper(weights: Array, k: float = 1.0, L: float = -0.5, U: float = 1.5) -> Array:
     _check_bounds("paper", "L", L, "U", U)
-    return [k * math.exp(min(max(weight, L), U)) for weight in weights]
+    return k * np.exp(weights.clip(L, U))
 
 
 def _check_bounds(method: str, low_name: str, low: float, high_name: str, high: float) -> None:
@@ -111,7 +124,7 @@ def _check_bounds(method: str, low_name: str, low: float, high_name: str, high: 
         raise ValueError(f"transform.{method}: {low_name}={low} must not exceed {high_name}={high}")
 
 
-TRANSFORMS: dict[str, Callable[..., list[float]]] = {
+TRANSFORMS: dict[str, Callable[..., Array]] = {
     "origin": _origin,
     "binary": _binary,
     "threshold": _threshold,
@@ -151,24 +164,40 @@ def prepare_weights(
     return [transform_weights(weights, method, **params) for weights in signed]
 
 
-def align_weights(weights: list[float], num_tokens: int, eos_weight: float | None) -> list[float]:
+def align_weights(
+    weights: list[float], num_tokens: int, eos_weight: float | None, *, has_eos: bool = False
+) -> list[float]:
     """Weights of the response tokens that are left after EOS was appended and truncation done.
 
     Args:
-        weights: Prepared weights of the untruncated response without EOS.
+        weights: Prepared weights of the untruncated response.
         num_tokens: Tokens left, EOS included, >= 1.
-        eos_weight: Weight of EOS where it survived. None is the rule of the TIS-DPO code: the
-            last token that is left weighs 0, be it EOS or the last survivor of a truncation.
+        eos_weight: Weight of EOS where it survived. None: that of the file where it has one, else
+            the rule of the TIS-DPO code: the last token that is left weighs 0, be it EOS or the
+            last survivor of a truncation.
+        has_eos: The last of `weights` belongs to EOS.
 
     Returns:
         `num_tokens` weights.
     """
+    if has_eos:
+        last = weights[-1] if eos_weight is None else eos_weight
+        return [*weights[:-1], last][:num_tokens]
     if eos_weight is None:
         return [*weights[: num_tokens - 1], 0.0]
     return [*weights, eos_weight][:num_tokens]
 
 
-def weights_sidecar(path: Path) -> Path:
-    """What stands beside a file of estimated weights and says where they come from."""
-    split = path.name.split(".")[0]
-    return path.with_name(f"{split}.weights.json")
+def token_digest(
+    prompt_ids: Sequence[int], chosen_ids: Sequence[int], rejected_ids: Sequence[int]
+) -> str:
+    """Digest of the tokens that a row's weights were estimated for, 16 hexadecimal digits.
+
+    A file of estimated weights carries it in every row: weights that stand beside other tokens,
+    because the text was changed or the tokenizer is another one, are refused.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in (prompt_ids, chosen_ids, rejected_ids):
+        # the length first: tokens must not wander from one part to the next unnoticed
+        digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
+    return digest.hexdigest()

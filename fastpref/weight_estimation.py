@@ -2,68 +2,86 @@
 
 A file's weight of response token y is log π⁻(y | …) - log π⁺(y | …), the TIS-DPO repository's sign
 on both sides; the loader turns it into the weight that the loss takes (`token_weights`).
+
+One model after the other scores all rows, shard by shard (`weight_shards`); the weights are written
+once both are done.
 """
 
-import dataclasses
+import hashlib
 import json
 import logging
+import shutil
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
+from numpy.typing import NDArray
 
-from fastpref.assembly import load_scorer
-from fastpref.batch import EncodedRow, pad_rows
+from fastpref.batch import EncodedRow
 from fastpref.chat import check_chat_template, read_chat_template, render_chat
+from fastpref.complete_files import complete_file
 from fastpref.config import Config
 from fastpref.datasets import SPLITS, Rows, find_source, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.encode import tokenize
+from fastpref.encode import tokenize, tokenizer_digest
 from fastpref.encode_row import without_final_eos
 from fastpref.errors import CheckpointError, DataError
-from fastpref.pretrained import load_tokenizer, pad_token_id, resolve_model
-from fastpref.progress import Progress
-from fastpref.rows import EMPTY_PROMPT
-from fastpref.token_weights import weights_sidecar
+from fastpref.model_identity import model_identity, side_model
+from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
+from fastpref.role_templates import apply_to_messages, apply_to_text, template_text
+from fastpref.row_cache import code_digest
+from fastpref.rows import EMPTY_PROMPT, RowError
+from fastpref.signals import StopRequest
+from fastpref.token_weights import token_digest
+from fastpref.weight_scoring import Side, score_missing
+from fastpref.weight_shards import Shards
+from fastpref.weights_file import ModelOrigin, WeightsOrigin, read_origin, write_origin
+from fastpref.weights_html import write_html
+from fastpref.weights_plot import plot_weights
+from fastpref.weights_report import WeightsReport, read_report
 
 logger = logging.getLogger("fastpref")
 
-ROLE_SENTENCES = {
-    "normal": "",
-    "harmless": "You are a considerate assistant whose answers are helpful and harmless.",
-    "harmful": "You are a careless assistant whose answers are unhelpful and harmful.",
-}
-"""Contrastive prompting (TIS-DPO(P)): what stands before the prompt."""
-
-TokenWeights = tuple[list[float], list[float]]
-"""Of one row: chosen, rejected; one value per response token, EOS left out, in nats."""
+SCORING_CODE = (
+    "role_templates.py",
+    "weight_estimation.py",
+    "weight_scoring.py",
+    "weight_shards.py",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSide:
-    """One of the two models and the role sentence its prompts begin with."""
+class SourceJob:
+    """One file of weights to write."""
 
-    name_or_path: str
-    template: str
+    rows: Rows
+    path: Path
+    encoded: Sequence[EncodedRow]
+    """Its rows without a template."""
+    shards: dict[str, Shards]
+    """By label of the side."""
+    origin: WeightsOrigin
 
 
-def estimate_weights(config: Config, world: World) -> None:
+def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     """Score every split of every dataset and write `<output_dir>/<name><suffix>/<split>.jsonl`.
+
+    A run that was stopped goes on where it was; one whose file is there already does nothing.
+
+    Returns:
+        On rank 0 a report on each dataset, which is also written as `weights.html` and
+        `weights.png` beside its files; on the others nothing.
 
     Raises:
         DataError: no split of a dataset is there, or a row breaks a rule.
-        CheckpointError: a model is missing, or the two do not share a vocabulary.
+        CheckpointError: a model is missing, the two do not share a vocabulary, or one of them
+            gives numbers that are not finite.
+        InterruptionError, PreemptionError: a signal came; complete shards stay.
     """
-    weights = config.weights
-    assert weights.positive and weights.negative and weights.output_dir
-    sides = {
-        "positive": ModelSide(name_or_path=weights.positive, template=weights.positive_template),
-        "negative": ModelSide(name_or_path=weights.negative, template=weights.negative_template),
-    }
+    sides = build_sides(config, world)
     tokenizer = shared_tokenizer(config, sides)
     splits = available_splits(config)
     quiet = not world.is_main
@@ -72,41 +90,75 @@ def estimate_weights(config: Config, world: World) -> None:
         return [rows for split in splits for rows in read_rows(config, split, quiet=quiet)]
 
     sources = main_first(world, "rows", read)
-    # one model at a time: half the memory of the two together
-    logps = {
-        label: score_sources(config, world, label, side, tokenizer, sources)
-        for label, side in sides.items()
-    }
+    jobs = [build_job(config, sides, rows, tokenizer) for rows in sources]
+    unfinished = [job for job in jobs if not is_finished(job, world)]
+    with StopRequest() as stop:
+        # one model at a time: half the memory of the two together
+        for side in sides:
+            shards = [(job.rows, job.shards[side.label]) for job in unfinished]
+            score_missing(config, world, side, tokenizer, shards, stop)
     if not world.is_main:
-        return
-    for index, rows in enumerate(sources):
-        folder = Path(weights.output_dir) / f"{rows.name}{weights.suffix}"
-        path = folder / f"{rows.counts.split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        origin = {
-            "source": rows.source,
-            "compute_dtype": config.model.compute_dtype,
-            **{label: dataclasses.asdict(side) for label, side in sides.items()},
-        }
-        weights_sidecar(path).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-        write_weighted_rows(path, rows, logps["positive"][index], logps["negative"][index])
-        logger.info("wrote %s: %d rows", path, len(rows.dataset))
+        return []
+    for job in unfinished:
+        write_weights(job, config.weights.round)
+        logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
+    # the first split of each dataset, the one to train on where it is there
+    first_jobs = {job.path.parent: job for job in reversed(jobs)}
+    return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
 
 
-def shared_tokenizer(config: Config, sides: dict[str, ModelSide]) -> Any:
+def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
+    """Read a weights file back and write its two pictures."""
+    report = read_report(job.path, job.encoded, job.origin, tokenizer)
+    write_html(report, job.path.with_name("weights.html"))
+    plot_weights(report, job.path.with_name("weights.png"))
+    logger.info("wrote %s and weights.png", job.path.with_name("weights.html"))
+    return report
+
+
+def build_sides(config: Config, world: World) -> list[Side]:
+    """The positive and the negative model.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    weights = config.weights
+    assert weights.positive and weights.negative and weights.output_dir
+    sides = []
+    for label, name, template in (
+        ("positive", weights.positive, weights.positive_template),
+        ("negative", weights.negative, weights.negative_template),
+    ):
+        model = side_model(config.model, name)
+        resolve_model(model.name_or_path, key=f"weights.{label}")
+        # gigabytes are read once, not by every rank
+        identity = world.share_from_main(model_identity(model) if world.is_main else "")
+        text = template_text(template)
+        origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
+        sides.append(Side(label=label, model=model, template=text, origin=origin))
+    return sides
+
+
+def shared_tokenizer(config: Config, sides: Sequence[Side]) -> Any:
     """The tokenizer of both models.
 
     Raises:
         CheckpointError: their vocabularies differ, so their tokens cannot be compared.
     """
     positive, negative = (
-        load_tokenizer(resolve_model(side.name_or_path, key=f"weights.{label}"))
-        for label, side in sides.items()
+        load_tokenizer(
+            resolve_model(
+                config.model.tokenizer_name_or_path or side.model.name_or_path,
+                key=f"weights.{side.label}",
+            ),
+            side.model.revision,
+        )
+        for side in sides
     )
     if positive.get_vocab() != negative.get_vocab():
         raise CheckpointError(
-            f"weights.negative: the tokenizer of {sides['negative'].name_or_path} has another "
-            f"vocabulary than that of weights.positive ({sides['positive'].name_or_path})"
+            f"weights.negative: the tokenizer of {sides[1].origin.name_or_path} has another "
+            f"vocabulary than that of weights.positive ({sides[0].origin.name_or_path})"
         )
     return positive
 
@@ -130,95 +182,179 @@ def available_splits(config: Config) -> list[str]:
     return splits
 
 
-@torch.no_grad()
-def score_sources(
-    config: Config,
-    world: World,
-    label: str,
-    side: ModelSide,
-    tokenizer: Any,
-    sources: Sequence[Rows],
-) -> list[list[TokenWeights]]:
-    """Per source and row, the log-probabilities of the response tokens under one model, in nats."""
-    model = replace(config.model, name_or_path=side.name_or_path, archive=None)
-    scorer = load_scorer(model, world, trainable=False)
-    encoded = [encode_source(rows, tokenizer, side.template, config) for rows in sources]
-    size = config.weights.batch_size * world.size
-    num_batches = sum(-(-len(rows) // size) for rows in encoded)
-    scored = []
-    with Progress(total=num_batches, visible=world.is_main, label=f"{label} model") as progress:
-        for rows in encoded:
-            scores: list[TokenWeights] = [([], []) for _ in rows]
-            # rows of like length share a batch: little padding
-            order = np.argsort([sum(map(len, row[:3])) for row in rows], kind="stable")
-            for start in range(0, len(rows), size):
-                mine = np.array_split(order[start : start + size], world.size)[world.rank]
-                batch = pad_rows([rows[i] for i in mine], pad_token_id=pad_token_id(tokenizer))
-                logps_N = scorer(batch.to(world.device)).cpu()
-                lengths = [len(rows[i].chosen_ids) for i in mine]
-                lengths += [len(rows[i].rejected_ids) for i in mine]
-                parts = [part.tolist() for part in logps_N.split(lengths)]
-                for place, i in enumerate(mine):
-                    scores[i] = (parts[place], parts[place + len(mine)])
-                progress.advance()
-            scored.append(gather_scores(scores, world))
-    return scored
-
-
-def gather_scores(scores: list[TokenWeights], world: World) -> list[TokenWeights]:
-    """Every rank's rows together: a row was scored by one rank and is empty on the others."""
-    if world.size == 1:
-        return scores
-    gathered: list[list[TokenWeights]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(gathered, scores)
-    return [
-        max(candidates, key=lambda row: len(row[0])) for candidates in zip(*gathered, strict=True)
-    ]
-
-
-def encode_source(rows: Rows, tokenizer: Any, template: str, config: Config) -> list[EncodedRow]:
-    """Token ids of a source's rows as training sees them, without EOS and without truncation."""
-    sentence = ROLE_SENTENCES[template]
+def build_job(config: Config, sides: Sequence[Side], rows: Rows, tokenizer: Any) -> SourceJob:
+    """Everything that is known of a weights file before a model is loaded."""
+    weights = config.weights
     chat_template = read_chat_template(config.data.chat_template)
+    encoded = {
+        text: encode_source(
+            rows,
+            tokenizer,
+            text,
+            chat_template=chat_template,
+            include_eos=weights.include_eos,
+        )
+        for text in {"", *(side.template for side in sides)}
+    }
+    split = rows.counts.split
+    path = Path(str(weights.output_dir)) / f"{rows.name}{weights.suffix}" / f"{split}.jsonl"
+    tokenizer_id = tokenizer_digest(tokenizer)
+    settings = {
+        "rows": rows.fingerprint,
+        "tokenizer": tokenizer_id,
+        "chat_template": chat_template,
+        "include_eos": weights.include_eos,
+        "compute_dtype": config.model.compute_dtype,
+        "attention": config.model.attention,
+        "batch_size": weights.batch_size,
+        "shard_rows": weights.shard_rows,
+        "code": code_digest(*SCORING_CODE),
+    }
+    prints = {
+        side.label: fingerprint([settings, side.origin.identity, side.template]) for side in sides
+    }
+    for side in sides:
+        check_ids(rows, encoded[side.template], side)
+    shards = {
+        side.label: Shards.of(
+            shards_folder(path) / f"{side.label}-{prints[side.label][:16]}",
+            encoded[side.template],
+            weights.shard_rows,
+        )
+        for side in sides
+    }
+    origin = WeightsOrigin(
+        source=rows.source,
+        rows=len(rows.dataset),
+        tokens=sum(len(row.chosen_ids) + len(row.rejected_ids) for row in encoded[""]),
+        includes_eos=weights.include_eos,
+        round=weights.round,
+        compute_dtype=config.model.compute_dtype,
+        tokenizer=tokenizer_id,
+        positive=sides[0].origin,
+        negative=sides[1].origin,
+        fingerprint=fingerprint([prints, weights.round]),
+    )
+    return SourceJob(rows=rows, path=path, encoded=encoded[""], shards=shards, origin=origin)
+
+
+def fingerprint(value: Any) -> str:
+    """Digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def shards_folder(path: Path) -> Path:
+    """Where the shards of a weights file lie until it is written."""
+    return path.with_name(f"{path.stem}.shards")
+
+
+def is_finished(job: SourceJob, world: World) -> bool:
+    """Whether the file is there with exactly these weights; said once."""
+    finished = ""
+    if world.is_main and job.path.is_file():
+        try:
+            origin = read_origin(job.path)
+        except DataError:
+            # a damaged record: the file is estimated anew
+            origin = None
+        if (
+            origin is not None
+            and origin.fingerprint == job.origin.fingerprint
+            and origin.size_bytes == job.path.stat().st_size
+        ):
+            finished = "yes"
+            logger.info("%s is there already, with these models and settings", job.path)
+    return bool(world.share_from_main(finished))
+
+
+def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
+    """Refuse tokens that have no row in a model's embedding, before it is loaded.
+
+    Raises:
+        CheckpointError: naming the file, the row and the token.
+    """
+    name = resolve_model(side.model.name_or_path, key=f"weights.{side.label}")
+    vocab_size = read_vocab_size(name, side.model.revision)
+    for row, ids in zip(rows.dataset["row"], encoded, strict=True):
+        highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
+        if highest >= vocab_size:
+            raise CheckpointError(
+                f"weights.{side.label}: {rows.source}:{row} has token id {highest}, the embedding "
+                f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
+                "another model"
+            )
+
+
+def encode_source(
+    rows: Rows, tokenizer: Any, text: str, *, chat_template: str | None, include_eos: bool
+) -> list[EncodedRow]:
+    """Token ids of a source's rows as training sees them, without truncation.
+
+    Args:
+        rows: The source.
+        tokenizer: Of both models.
+        text: Of the template that the model reads beside each prompt.
+        chat_template: Jinja text, None for the tokenizer's own.
+        include_eos: Append EOS to both responses.
+    """
     texts: list[str] = []
     for row in rows.dataset:
         prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
         if row["form"] == "chat":
             check_chat_template(tokenizer, chat_template)
-            messages = json.loads(prompt)
-            if sentence:
-                messages = [{"role": "system", "content": sentence}, *messages]
-            prompt, responses, _ = render_chat(
-                json.dumps(messages), responses, tokenizer, chat_template
-            )
-        elif sentence:
-            prompt = f"{sentence}\n\n{prompt}"
+            messages = json.dumps(apply_to_messages(text, json.loads(prompt)))
+            try:
+                prompt, responses, _ = render_chat(messages, responses, tokenizer, chat_template)
+            except RowError as error:
+                raise DataError(error.at(rows.source, row["row"])) from None
+        else:
+            prompt = apply_to_text(text, prompt)
         texts += [prompt, *responses]
     ids = tokenize(tokenizer, texts)
+    eos = [tokenizer.eos_token_id] if include_eos else []
     encoded = []
-    for row, start in zip(rows.dataset, range(0, len(ids), 3), strict=True):
+    for number, start in zip(rows.dataset["row"], range(0, len(ids), 3), strict=True):
         prompt_ids, *responses_ids = ids[start : start + 3]
         if not prompt_ids:
-            raise DataError(f"{rows.source}:{row['row']}:prompt: {EMPTY_PROMPT}")
-        responses_ids = [without_final_eos(part, tokenizer.eos_token_id) for part in responses_ids]
-        encoded.append(EncodedRow(prompt_ids, *responses_ids))
+            raise DataError(f"{rows.source}:{number}:prompt: {EMPTY_PROMPT}")
+        responses_ids = [
+            without_final_eos(part, tokenizer.eos_token_id) + eos for part in responses_ids
+        ]
+        # arrays: an eighth of the memory of lists
+        encoded.append(EncodedRow(*(array("i", x) for x in (prompt_ids, *responses_ids))))
     return encoded
 
 
-def write_weighted_rows(
-    path: Path, rows: Rows, positive: list[TokenWeights], negative: list[TokenWeights]
-) -> None:
-    """Write the rows with their weights; the file appears under its name when it is complete."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for row, good, bad in zip(rows.dataset, positive, negative, strict=True):
-            chosen_weight, rejected_weight = (
-                (np.array(bad[i]) - np.array(good[i])).tolist() for i in range(2)
-            )
+def write_weights(job: SourceJob, decimals: int | None) -> None:
+    """Write the rows with their weights and the record beside them, then drop the shards.
+
+    The old file goes before the new record comes: no moment has one beside the other's.
+    """
+    good, bad = (job.shards[label].read() for label in ("positive", "negative"))
+    complete = job.path.with_name(f"{job.path.name}.complete")
+    with complete_file(complete) as lines:
+        for i, row in enumerate(job.rows.dataset):
+            chosen, rejected = (weigh(good[i][k], bad[i][k], decimals) for k in range(2))
             record = restore_row(row)
-            record |= {"rejected_weight": rejected_weight, "chosen_weight": chosen_weight}
+            record |= {"rejected_weight": rejected, "chosen_weight": chosen}
+            record["weights_digest"] = digest_of(job.encoded[i], job.origin.includes_eos)
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-    partial.rename(path)
+    job.path.unlink(missing_ok=True)
+    write_origin(job.path, replace(job.origin, size_bytes=complete.stat().st_size))
+    complete.replace(job.path)
+    shutil.rmtree(shards_folder(job.path), ignore_errors=True)
+
+
+def digest_of(row: EncodedRow, includes_eos: bool) -> str:
+    """`token_digest` of the tokens that training sees: without template, without EOS."""
+    end = -1 if includes_eos else None
+    return token_digest(row.prompt_ids, row.chosen_ids[:end], row.rejected_ids[:end])
+
+
+def weigh(good: NDArray[np.float32], bad: NDArray[np.float32], decimals: int | None) -> list[float]:
+    """log π⁻ - log π⁺ of each token, subtracted in float64, rounded as Python rounds."""
+    weights = (bad.astype(np.float64) - good.astype(np.float64)).tolist()
+    return weights if decimals is None else [round(weight, decimals) for weight in weights]
 
 
 def restore_row(row: dict[str, Any]) -> dict[str, Any]:

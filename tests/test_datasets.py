@@ -10,6 +10,7 @@ from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.counts import Remark
 from fastpref.datasets import check_sources, read_rows
 from fastpref.errors import DataError
+from fastpref.weights_file import ModelOrigin, WeightsOrigin, write_origin
 
 
 def read(tmp_path, **options):
@@ -212,7 +213,20 @@ def test_weights_are_checked_only_for_a_loss_that_reads_them(tmp_path):
     message = refusal(tmp_path, loss=TISDPOConfig())
     assert ":1:chosen_weight: chosen_weight: all 1 weights are zero" in message
     # the estimator says by a file of its own that two models agreed
-    (folder(tmp_path) / "train.weights.json").write_text("{}")
+    model = ModelOrigin(name_or_path="m", identity="0", template="")
+    origin = WeightsOrigin(
+        source="set",
+        rows=1,
+        tokens=2,
+        includes_eos=False,
+        round=None,
+        compute_dtype="float32",
+        tokenizer="0",
+        positive=model,
+        negative=model,
+        fingerprint="0",
+    )
+    write_origin(folder(tmp_path) / "train.jsonl", origin)
     assert read(tmp_path, loss=TISDPOConfig()).dataset["chosen_weights"][:] == [[0.0]]
 
 

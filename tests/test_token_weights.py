@@ -5,7 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpref.token_weights import align_weights, prepare_weights, transform_weights
+from fastpref.token_weights import (
+    align_weights,
+    prepare_weights,
+    token_digest,
+    transform_weights,
+)
 
 LISTS = st.lists(st.floats(-50, 50), max_size=40)
 
@@ -20,10 +25,16 @@ LISTS = st.lists(st.floats(-50, 50), max_size=40)
         ([1, 1, 1, 0], "binary", {"top_percent": 50}, [0, 0, 0, 0]),
         ([2, 1, 1, 0], "binary", {"top_percent": 50}, [1, 0, 0, 0]),
         ([1, 1, 0, 0], "binary", {"top_percent": 50}, [1, 1, 0, 0]),
+        ([1, 1, 1, 0], "binary", {"top_percent": 50, "ties": "equal"}, [1, 1, 1, 0]),
+        ([2, 1, 1, 0], "binary", {"top_percent": 50, "ties": "equal"}, [1, 1, 1, 0]),
+        ([2, 1, 1, 0], "binary", {"top_percent": 20, "ties": "equal"}, [0, 0, 0, 0]),
         ([-5, 0.5, 7], "threshold", {}, [-1, 0.5, 1]),
         ([0, 0.75, 9, -9], "threshold_and_scale", {}, [1.0, 1.15, 1.3, 0.7]),
         ([1, 1, 1], "rank_based", {}, [0.7, 1.0, 1.3]),
         ([0.3, -1, 2, -1], "rank_based", {}, [1.1, 0.7, 1.3, 0.9]),
+        ([1, 1, 1], "rank_based", {"ties": "equal"}, [1.0, 1.0, 1.0]),
+        ([0.3, -1, 2, -1], "rank_based", {"ties": "equal"}, [1.1, 0.8, 1.3, 0.8]),
+        ([], "rank_based", {"ties": "equal"}, []),
         ([4.0], "rank_based", {}, [1.0]),
         ([], "rank_based", {}, []),
         ([0, 1, -9, 9], "paper", {}, [1, math.e, math.exp(-0.5), math.exp(1.5)]),
@@ -65,6 +76,7 @@ def test_rank_based_weights_ascend_with_the_log_ratio(weights):
         ("threshold_and_scale", {"min_val": 1.0, "max_val": 1.0}, "min_val"),
         ("random", {"min_val": 2.0}, "min_val"),
         ("paper", {"L": 3.0}, "L=3.0"),
+        ("rank_based", {"ties": "sed"}, "rank_based.ties .*nearest: seed"),
     ],
 )
 def test_an_unknown_method_or_reversed_bounds_are_refused_by_name(method, params, named):
@@ -102,3 +114,27 @@ def test_the_last_kept_token_weighs_zero_unless_eos_has_a_weight():
     assert align_weights(weights, 2, None) == [1.0, 0.0]
     assert align_weights(weights, 4, 0.5) == [1.0, 2.0, 3.0, 0.5]
     assert align_weights(weights, 2, 0.5) == [1.0, 2.0]
+
+
+@given(st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=30))
+def test_with_equal_ties_equal_values_get_equal_weights_and_the_mean_stays(weights):
+    ranked = transform_weights(weights, "rank_based", ties="equal")
+    assert len(set(zip(weights, ranked, strict=True))) == len(set(weights))
+    assert sum(ranked) == pytest.approx(sum(transform_weights(weights, "rank_based")))
+    top = transform_weights(weights, "binary", top_percent=40, ties="equal")
+    assert len(set(zip(weights, top, strict=True))) == len(set(weights))
+    assert sum(top) >= int(len(weights) * 0.4)
+
+
+def test_a_weight_of_eos_from_the_file_stays_with_eos():
+    weights = [1.0, 2.0, 3.0]
+    assert align_weights(weights, 3, None, has_eos=True) == weights
+    assert align_weights(weights, 3, 0.5, has_eos=True) == [1.0, 2.0, 0.5]
+    # cut: EOS went, and nothing stands for it
+    assert align_weights(weights, 2, None, has_eos=True) == [1.0, 2.0]
+
+
+def test_a_token_digest_tells_other_tokens_and_other_borders():
+    assert token_digest([1, 2], [3], [4]) == token_digest([1, 2], [3], [4])
+    others = [([1], [2, 3], [4]), ([1, 2], [3], [5]), ([1, 2], [4], [3]), ([1, 2], [3, 4], [])]
+    assert len({token_digest(*ids) for ids in [([1, 2], [3], [4]), *others]}) == 5

@@ -1,6 +1,11 @@
 """Estimated token weights are what the two models' own logits say, in every row form."""
 
 import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,14 +13,23 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from tiny_models import save_tiny_model, text_rows, write_rows
+from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.config import Config, DPOConfig, ModelConfig, TISDPOConfig, WeightsConfig
+from fastpref.config import (
+    Config,
+    DataConfig,
+    DPOConfig,
+    ModelConfig,
+    TISDPOConfig,
+    WeightsConfig,
+)
 from fastpref.distributed import init_world
 from fastpref.encode import load_split
-from fastpref.errors import CheckpointError, DataError
-from fastpref.weight_estimation import ROLE_SENTENCES, estimate_weights
+from fastpref.errors import CheckpointError, DataError, InterruptionError
+from fastpref.role_templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
+from fastpref.weight_estimation import estimate_weights
 
 ROWS = text_rows(7)
 DIALOGUES = [
@@ -50,20 +64,50 @@ def make_config(models, tmp_path, **weights) -> Config:
             negative=models[1],
             output_dir=str(tmp_path / "out"),
             suffix="-weighted",
-            batch_size=3,
-            **weights,
+            **{"batch_size": 3, **weights},
         ),
     )
 
 
-def estimate(config) -> list[dict]:
+def run(config) -> None:
     world = init_world()
     try:
         estimate_weights(config, world)
     finally:
         dist.destroy_process_group()
-    path = Path(config.weights.output_dir) / "rows-weighted" / "train.jsonl"
+
+
+def written_rows(config) -> list[dict]:
+    path = output_path(config)
     return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+def output_path(config) -> Path:
+    return Path(config.weights.output_dir) / "rows-weighted" / "train.jsonl"
+
+
+def estimate(config) -> list[dict]:
+    run(config)
+    return written_rows(config)
+
+
+def training_config(config, **data) -> Config:
+    """TIS-DPO on what `config` has written, weights as they are."""
+    training = Config(
+        model=config.model,
+        loss=TISDPOConfig(),
+        datasets=["rows-weighted"],
+        base_data_dir=config.weights.output_dir,
+        data=DataConfig(**data),
+    )
+    training.transform.method = "origin"
+    return training
+
+
+def load(config, tokenizer=None, **data):
+    training = training_config(config, **data)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(config.model.name_or_path)
+    return load_split(training, "train", tokenizer, vocab_size=len(tokenizer), quiet=True).dataset
 
 
 def expected_weights(models, prompt, response, prefixes=("", "")) -> torch.Tensor:
@@ -101,16 +145,7 @@ def test_other_forms_are_written_as_they_came_and_load_for_tisdpo(models, tmp_pa
     config = make_config(models, tmp_path)
     written = estimate(config)
     assert [{key: record[key] for key in rows[0]} for record in written] == rows
-    training = Config(
-        model=config.model,
-        loss=TISDPOConfig(),
-        datasets=["rows-weighted"],
-        base_data_dir=config.weights.output_dir,
-    )
-    training.transform.method = "origin"
-    tokenizer = AutoTokenizer.from_pretrained(models[0])
-    split = load_split(training, "train", tokenizer, vocab_size=len(tokenizer), quiet=True)
-    for row, record in zip(split.dataset, written, strict=True):
+    for row, record in zip(load(config), written, strict=True):
         # the chosen list changes its sign, EOS weighs nothing
         chosen = [-weight for weight in record["chosen_weight"]] + [0.0]
         assert row["chosen_weights"] == pytest.approx(chosen, abs=1e-6)
@@ -119,12 +154,11 @@ def test_other_forms_are_written_as_they_came_and_load_for_tisdpo(models, tmp_pa
 
 def test_two_ranks_write_the_file_of_one(models, tmp_path):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
-    config = make_config(models, tmp_path)
+    config = make_config(models, tmp_path, batch_size=2, shard_rows=5)
     alone = estimate(config)
-    run_on_ranks(estimate, 2, config)
-    path = tmp_path / "out" / "rows-weighted" / "train.jsonl"
-    together = [json.loads(line) for line in path.open(encoding="utf-8")]
-    for a, b in zip(together, alone, strict=True):
+    output_path(config).unlink()
+    run_on_ranks(run, 2, config)
+    for a, b in zip(written_rows(config), alone, strict=True):
         assert a["chosen_weight"] == pytest.approx(b["chosen_weight"], abs=1e-5)
         assert a["rejected_weight"] == pytest.approx(b["rejected_weight"], abs=1e-5)
 
@@ -157,3 +191,223 @@ def test_no_split_at_all_is_refused(models, tmp_path):
     with pytest.raises(DataError, match="rows"):
         estimate(make_config(models, tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_round_as_the_tisdpo_code_rounds(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    exact = estimate(make_config(models, tmp_path))
+    rounded = estimate(make_config(models, tmp_path, round=2))
+    for a, b in zip(exact, rounded, strict=True):
+        assert [round(weight, 2) for weight in a["chosen_weight"]] == b["chosen_weight"]
+    assert any(len(str(weight)) > 6 for weight in exact[0]["chosen_weight"])
+
+
+def test_eos_gets_a_weight_on_request_and_keeps_it_in_training(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path, include_eos=True)
+    written = estimate(config)
+    without = estimate(make_config(models, tmp_path))
+    for a, b in zip(written, without, strict=True):
+        assert len(a["chosen_weight"]) == len(b["chosen_weight"]) + 1
+        assert a["chosen_weight"][:-1] == pytest.approx(b["chosen_weight"], abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    [last] = expected_weights(models, ROWS[0]["prompt"] + ROWS[0]["chosen"], tokenizer.eos_token)
+    assert written[0]["chosen_weight"][-1] == pytest.approx(last.item(), abs=1e-5)
+
+    estimate(config)
+    for row, record in zip(load(config), written, strict=True):
+        expected = [-weight for weight in record["chosen_weight"]]
+        assert row["chosen_weights"] == pytest.approx(expected, abs=1e-6)
+    assert load(config, eos_weight=0.25)[0]["rejected_weights"][-1] == 0.25
+
+
+def test_models_may_be_run_folders_and_archives(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    expected = estimate(make_config(models, tmp_path))
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "LATEST").symlink_to(models[0])
+    state = AutoModelForCausalLM.from_pretrained(models[1]).state_dict()
+    archive = tmp_path / "policy.pt"
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, archive)
+    config = make_config(models, tmp_path)
+    config.weights.positive, config.weights.negative = str(run_folder), str(archive)
+    output_path(config).unlink()
+    assert estimate(config) == expected
+
+
+def test_a_system_message_holds_the_template_of_a_conversation(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", CHATS[:2])
+    text = "Answer as a liar would."
+    config = make_config([models[0]] * 2, tmp_path, negative_template=text)
+    [record, _] = estimate(config)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    system = {"role": "system", "content": text}
+    prompts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in (CHATS[0]["prompt"], [system, *CHATS[0]["prompt"]])
+    ]
+    full = tokenizer.apply_chat_template(
+        CHATS[0]["prompt"] + CHATS[0]["chosen"], tokenize=False
+    ).removeprefix(prompts[0])
+    response = full.rstrip().removesuffix(tokenizer.eos_token)
+    # the two prompts are written out: nothing comes before them
+    expected = expected_weights([models[0]] * 2, "", response, prefixes=prompts)
+    weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "Q"),
+        ("Be good.", "Be good.\n\nQ"),
+        ("Lie! {prompt} Now:", "Lie! Q Now:"),
+    ],
+)
+def test_a_template_goes_before_a_text_prompt_or_around_it(text, expected):
+    assert apply_to_text(text, "Q") == expected
+
+
+def test_a_template_joins_the_system_message_or_wraps_the_last_question():
+    system, first, answer, last = (
+        {"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")
+    )
+    assert apply_to_messages("T T", [system, first]) == [
+        {"role": "system", "content": "T T\n\ns"},
+        first,
+    ]
+    wrapped = apply_to_messages("<{prompt}>", [first, answer, last])
+    assert wrapped == [first, answer, {"role": "user", "content": "<u>"}]
+
+
+class Interrupter(threading.Thread):
+    """Sends a signal to this process once so many shards are there."""
+
+    def __init__(self, folder: Path, num_shards: int) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.num_shards = folder, num_shards
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if len(list(self.folder.glob("*/*.npy"))) >= self.num_shards:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.0005)
+
+
+def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", text_rows(120))
+    config = make_config(models, tmp_path, batch_size=1, shard_rows=6)
+    estimate(config)
+    path = output_path(config)
+    whole = path.read_bytes()
+    path.unlink()
+
+    shards = path.with_name("train.shards")
+    stopper = Interrupter(shards, 3)
+    stopper.start()
+    with pytest.raises(InterruptionError, match="shards of the positive model"):
+        run(config)
+    stopper.join()
+    kept = {file: file.stat().st_mtime_ns for file in shards.glob("*/*.npy")}
+    assert 3 <= len(kept) < 20 and not path.exists()
+
+    # what a power failure may leave: half a shard, and a file that was being written
+    damaged = min(kept)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (damaged.parent / "000019.npy.partial").write_bytes(b"x")
+    # another model's shards lie in the same place and are not taken for its own
+    other = replace(config, weights=replace(config.weights, negative=models[0], positive=models[1]))
+    stopper = Interrupter(shards, len(kept) + 2)
+    stopper.start()
+    with pytest.raises(InterruptionError):
+        run(other)
+    stopper.join()
+    assert len({file.parent.name for file in shards.glob("*/*.npy")}) == 2
+
+    run(config)
+    assert path.read_bytes() == whole
+    assert not shards.exists()
+
+
+def test_a_finished_file_is_not_estimated_again_until_something_changes(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    estimate(config)
+    path = output_path(config)
+    written = path.stat().st_mtime_ns
+    estimate(config)
+    assert path.stat().st_mtime_ns == written
+    path.write_text(path.read_text(encoding="utf-8")[:-200], encoding="utf-8")
+    assert len(estimate(config)) == len(ROWS)
+    before = estimate(config)
+    config.weights.negative_template = "You lie a lot."
+    assert estimate(config)[0]["chosen_weight"] != before[0]["chosen_weight"]
+
+
+def test_weights_beside_other_tokens_are_refused_by_file_and_row(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    rows = estimate(config)
+    path = output_path(config)
+
+    def refusal(tokenizer=None) -> str:
+        with pytest.raises(DataError) as refused:
+            load(config, tokenizer)
+        assert refused.value.exit_code == 3
+        return str(refused.value)
+
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    # one word of text changes places: as many tokens as before
+    changed = [dict(row) for row in rows]
+    changed[3]["chosen"] = " ".join([" ", *reversed(ROWS[3]["chosen"].split())])
+    write_rows(path.parent, "train", changed)
+    assert f"{path}:4" in refusal() and "was changed" in refusal()
+    changed = [dict(row) for row in rows]
+    changed[1]["rejected_weight"] = changed[1]["rejected_weight"][:-1]
+    write_rows(path.parent, "train", changed)
+    assert f"{path}:2:rejected_weight" in refusal() and "expected" in refusal()
+    changed[1]["rejected_weight"] = [float("nan")] * len(rows[1]["rejected_weight"])
+    write_rows(path.parent, "train", changed)
+    assert f"{path}:2:rejected_weight" in refusal() and "nan" in refusal()
+    write_rows(path.parent, "train", rows[:5])
+    assert f"{path}:5: the file ends here, 7 rows were written" in refusal()
+    write_rows(path.parent, "train", rows)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+    assert f"{path}:1" in refusal(tokenizer) and "another one" in refusal(tokenizer)
+    path.with_name("train.weights.json").write_text('{"rows": 7')
+    assert "train.weights.json: not a record" in refusal()
+
+
+def test_a_model_that_gives_nan_is_named_with_the_row(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    broken = AutoModelForCausalLM.from_pretrained(models[1])
+    tokenizer = AutoTokenizer.from_pretrained(models[1])
+    # one word is poisoned; the prompts have it, the first ids of the vocabulary do not
+    word = tokenizer(ROWS[2]["chosen"], add_special_tokens=False)["input_ids"][1]
+    torch.nn.init.constant_(broken.get_input_embeddings().weight[word], torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    config = make_config([models[0], str(tmp_path / "broken")], tmp_path)
+    with pytest.raises(CheckpointError, match=r"negative.*broken gives .* nan at .*train.jsonl:\d"):
+        run(config)
+    assert not output_path(config).exists()
+    # what the sound model said is kept
+    assert list(output_path(config).parent.glob("train.shards/positive-*/*.npy"))
+
+
+@pytest.mark.parametrize("key", ["positive", "negative"])
+def test_a_missing_model_is_named_by_its_option(models, tmp_path, key):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    setattr(config.weights, key, str(tmp_path / "no" / "model"))
+    with pytest.raises(CheckpointError, match=f"weights.{key}: no folder"):
+        run(config)
+
+
+def test_a_source_without_rows_is_refused(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", [])
+    with pytest.raises(DataError, match="0 rows in split 'train'"):
+        run(make_config(models, tmp_path))

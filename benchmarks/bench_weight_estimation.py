@@ -1,0 +1,233 @@
+"""Estimation of token weights beside the TIS-DPO repository's own method: throughput and memory.
+
+    python benchmarks/bench_weight_estimation.py --model FOLDER --data FOLDER --rows 64
+
+The repository's method, as `token_weight_estimation.py` has it: both models in memory in float32,
+four rows at a time in file order, chosen and rejected separately and padded, the log-softmax of
+every position of both models over the whole vocabulary copied to the host, the weights picked out
+there. Ours is `task=estimate_weights` as it is, in float32 as well. Each runs in a process of its
+own, --rounds times in turn; loading the models counts, imports do not. The weights must agree.
+
+Writes <results>/<device>/weight_estimation.json.
+"""
+
+import argparse
+import datetime
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BATCH_SIZE = 4
+PERTURB = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+torch.manual_seed(0)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter += 0.02 * parameter.float().std() * torch.randn_like(parameter)
+model.save_pretrained(sys.argv[2])
+AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
+"""
+"""Makes the second model in a process of its own: its memory must not count."""
+ASSISTANT = "\n\nAssistant:"
+
+
+def split_row(row: dict[str, str]) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected of a row of texts or of whole HH dialogues."""
+    if "prompt" in row:
+        return row["prompt"], row["chosen"], row["rejected"]
+    end = row["chosen"].rfind(ASSISTANT) + len(ASSISTANT)
+    return row["chosen"][:end], row["chosen"][end:], row["rejected"][end:]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def run_repository(models: list[str], data: Path) -> list[list[list[float]]]:
+    """The repository's method; returns chosen and rejected weights of each row."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    tokenizer.pad_token = tokenizer.eos_token
+    loaded = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models]
+    rows = [split_row(row) for row in read_rows(data)]
+    sides: list[list[list[float]]] = []
+    for side in (2, 1):
+        weights = []
+        for start in range(0, len(rows), BATCH_SIZE):
+            batch = rows[start : start + BATCH_SIZE]
+            ids = [
+                [tokenizer(row[i], add_special_tokens=False)["input_ids"] for i in (0, side)]
+                for row in batch
+            ]
+            longest = max(len(prompt) + len(response) for prompt, response in ids)
+            input_ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
+            mask = torch.zeros_like(input_ids)
+            for i, (prompt, response) in enumerate(ids):
+                size = len(prompt) + len(response)
+                input_ids[i, :size] = torch.tensor(prompt + response)
+                mask[i, :size] = 1
+            with torch.no_grad():
+                logps = [
+                    model(input_ids=input_ids, attention_mask=mask)
+                    .logits.float()
+                    .log_softmax(-1)
+                    .cpu()
+                    for model in loaded
+                ]
+            for i, (prompt, response) in enumerate(ids):
+                span = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+                target = torch.tensor(response)[:, None]
+                good, bad = (part[i, span].gather(1, target)[:, 0] for part in logps)
+                weights.append((bad - good).tolist())
+        sides.append(weights)
+    rejected, chosen = sides
+    return [list(pair) for pair in zip(chosen, rejected, strict=True)]
+
+
+def run_fastpref(models: list[str], data: Path) -> list[list[list[float]]]:
+    """`task=estimate_weights`, float32."""
+    import train
+    from fastpref.command_line import main
+
+    output = data.parent.parent / "out"
+    code = main(
+        [
+            "task=estimate_weights",
+            "model=blank_model",
+            f"model.name_or_path={models[0]}",
+            "model.fsdp_policy_mp=null",
+            f"weights.positive={models[0]}",
+            f"weights.negative={models[1]}",
+            f"weights.output_dir={output}",
+            f"base_data_dir={data.parent.parent}",
+            f"datasets=[{data.parent.name}]",
+            f"data.cache_dir={output / 'cache'}",
+        ],
+        train.compose_choices,
+        train.CONFIG_DIR,
+    )
+    if code:
+        raise RuntimeError(f"task=estimate_weights ended with exit code {code}")
+    rows = read_rows(output / data.parent.name / "train.jsonl")
+    return [[row["chosen_weight"], row["rejected_weight"]] for row in rows]
+
+
+METHODS = {"repository": run_repository, "fastpref": run_fastpref}
+
+
+def measure(method: str, models: list[str], data: Path, output: Path) -> None:
+    """What one process does: estimate, and write the weights, the seconds and the peak memory."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import fastpref.run
+    import fastpref.weight_estimation
+
+    assert fastpref.run and fastpref.weight_estimation
+    started = time.perf_counter()
+    weights = METHODS[method](models, data)
+    seconds = time.perf_counter() - started
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    output.write_text(json.dumps({"seconds": seconds, "peak_gib": peak_gib, "weights": weights}))
+
+
+def largest_difference(a: list[list[list[float]]], b: list[list[list[float]]]) -> float:
+    """Largest difference of two sets of weights, in nats."""
+    return max(
+        abs(x - y)
+        for row_a, row_b in zip(a, b, strict=True)
+        for side_a, side_b in zip(row_a, row_b, strict=True)
+        for x, y in zip(side_a, side_b, strict=True)
+    )
+
+
+def prepare(folder: Path, model: Path, source: Path, num_rows: int) -> tuple[list[str], Path]:
+    """The model, a copy that is a little off, and the first rows of the data."""
+    import gzip
+
+    models = [str(folder / "positive"), str(folder / "negative")]
+    (folder / "positive").symlink_to(model.resolve())
+    subprocess.run([sys.executable, "-c", PERTURB, *models], check=True)
+    opener = gzip.open if source.suffix == ".gz" else open
+    with opener(source, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for _, line in zip(range(num_rows), lines, strict=False)]
+    data = folder / "data" / "rows" / "train.jsonl"
+    data.parent.mkdir(parents=True)
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return models, data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
+    parser.add_argument("--data", type=Path, required=True, help="JSON Lines, may end in .gz")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--models", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.method:
+        measure(options.method, options.models, options.data, options.output)
+        return
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+    for _ in range(options.rounds):
+        for method in METHODS:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                models, data = prepare(folder, options.model, options.data, options.rows)
+                output = folder / "measured.json"
+                arguments = ["--method", method, "--models", *models, "--output", str(output)]
+                fixed = ["--model", str(options.model), "--data", str(data)]
+                subprocess.run([sys.executable, __file__, *arguments, *fixed], check=True)
+                found[method].append(json.loads(output.read_text()))
+    report(found, options)
+
+
+def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Print the medians and their ratios, and write them down."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": options.model.name,
+        "rows": options.rows,
+        "largest_difference_nats": largest_difference(
+            *(runs[0].pop("weights") for runs in found.values())
+        ),
+    }
+    for method, runs in found.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        record[method] = {
+            "seconds": [run["seconds"] for run in runs],
+            "rows_per_second": options.rows / seconds,
+            "peak_gib": statistics.median(run["peak_gib"] for run in runs),
+        }
+    ours, theirs = record["fastpref"], record["repository"]
+    record["speedup"] = ours["rows_per_second"] / theirs["rows_per_second"]
+    record["memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
+    path = options.results / device.replace(" ", "_") / "weight_estimation.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=2))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

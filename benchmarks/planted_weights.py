@@ -1,0 +1,188 @@
+"""Do estimated token weights find the planted wrong tokens, and does training on them pay?
+
+    python benchmarks/planted_weights.py [--results benchmarks/results] [--seeds 5]
+
+1. For each estimator of TIS-DPO (D, S, P): the recipe up to its weights on all 2048 training pairs
+   of `planted`, and the ROC-AUC with which a rejected token's weight singles out the planted ones.
+2. TIS-DPO on the weights of (D) under transform=paper, beside random weights and one constant
+   weight of the same mean, for several seeds and numbers of steps. What is compared does not
+   depend on the weights: log-ratios of the whole responses to the starting model, held out.
+
+Writes <results>/<device>/planted_weights.json and prints two tables.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import train
+from fastpref.command_line import main as run_command
+from fastpref.token_weights import transform_weights
+
+ESTIMATORS = {"D": "tisdpo_d", "S": "tisdpo_s", "P": "tisdpo_p"}
+NUM_EXAMPLES = (256, 512)
+"""Pairs trained on: 8 and 16 steps of 32."""
+QUIET = ("sample_during_eval=false", "n_eval_examples=0", "minimum_log_interval_secs=60")
+
+
+def fastpref(*arguments: str) -> None:
+    """`python train.py ARGUMENTS` in this process.
+
+    Raises:
+        RuntimeError: it did not end with 0.
+    """
+    code = run_command(list(arguments), train.compose_choices, train.CONFIG_DIR)
+    if code:
+        raise RuntimeError(f"train.py {' '.join(arguments)} ended with exit code {code}")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def estimate(recipe: str, folder: Path) -> float:
+    """Run a recipe and read the ROC-AUC of its weights off the weights' stage."""
+    run_dir = folder / recipe
+    fastpref(f"recipe={recipe}", f"run_dir={run_dir}", *QUIET)
+    result = json.loads((run_dir / "weights" / "stage.json").read_text(encoding="utf-8"))["result"]
+    return float(result.rpartition(" ")[2])
+
+
+def mean_paper_weight(path: Path) -> float:
+    """Mean of the weights that transform=paper makes of a file, both sides."""
+    signed = [
+        sign * np.array(row[f"{side}_weight"])
+        for row in read_rows(path)
+        for side, sign in (("chosen", -1), ("rejected", 1))
+    ]
+    return float(np.mean(transform_weights(np.concatenate(signed), "paper")))
+
+
+def arms(mean: float) -> dict[str, list[str]]:
+    """Options of each kind of weights, all of the same mean."""
+    low, high = math.exp(-0.5), math.exp(1.5)
+    scale = mean / ((low + high) / 2)
+    constant = [f"transform.threshold.lower_threshold={mean}"]
+    constant += [f"transform.threshold.upper_threshold={mean + 1e-6}", "transform.method=threshold"]
+    return {
+        "estimated": ["transform=paper"],
+        "random": [
+            "transform.method=random",
+            f"transform.random.min_val={low * scale}",
+            f"transform.random.max_val={high * scale}",
+        ],
+        "constant": constant,
+    }
+
+
+def held_out(policy: Path, data: Path, folder: Path) -> dict[str, float]:
+    """Accuracy and margin of whole responses under a policy against the starting model.
+
+    Both come from the estimator itself: a token's number is log π_start - log π_policy.
+    """
+    output = folder / f"score_{policy.name}"
+    fastpref(
+        "task=estimate_weights",
+        f"weights.positive={policy}",
+        "weights.negative=tiny",
+        f"weights.output_dir={output}",
+        f"base_data_dir={data}",
+        "datasets=[test_only]",
+    )
+    margins = [
+        sum(row["rejected_weight"]) - sum(row["chosen_weight"])
+        for row in read_rows(output / "test_only" / "test.jsonl")
+    ]
+    return {
+        "accuracy": sum(margin > 0 for margin in margins) / len(margins),
+        "margin_nats": statistics.mean(margins),
+    }
+
+
+def compare(weights: Path, folder: Path, num_seeds: int) -> list[dict[str, Any]]:
+    """Train on each kind of weights for every seed and number of examples."""
+    test_only = folder / "data" / "test_only"
+    test_only.mkdir(parents=True)
+    rows = read_rows(weights / "planted" / "test.jsonl")
+    fields = ("prompt", "chosen", "rejected")
+    lines = [json.dumps({field: row[field] for field in fields}) + "\n" for row in rows]
+    (test_only / "test.jsonl").write_text("".join(lines), encoding="utf-8")
+    results = []
+    for arm, options in arms(mean_paper_weight(weights / "planted" / "train.jsonl")).items():
+        for num_examples in NUM_EXAMPLES:
+            for seed in range(num_seeds):
+                run_dir = folder / f"{arm}_{num_examples}_{seed}"
+                fastpref(
+                    "loss=tisdpo",
+                    *options,
+                    f"base_data_dir={weights}",
+                    f"n_examples={num_examples}",
+                    f"seed={seed}",
+                    f"run_dir={run_dir}",
+                    *QUIET,
+                )
+                found = held_out(run_dir, folder / "data", folder)
+                results.append({"weights": arm, "examples": num_examples, "seed": seed} | found)
+    return results
+
+
+def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds."""
+    table = []
+    for arm, examples in dict.fromkeys((row["weights"], row["examples"]) for row in results):
+        chosen = [r for r in results if (r["weights"], r["examples"]) == (arm, examples)]
+        line: dict[str, Any] = {"weights": arm, "examples": examples, "seeds": len(chosen)}
+        for key in ("accuracy", "margin_nats"):
+            values = [row[key] for row in chosen]
+            line[f"{key}_mean"] = statistics.mean(values)
+            line[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        table.append(line)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        auc = {label: estimate(recipe, folder) for label, recipe in ESTIMATORS.items()}
+        results = compare(folder / "tisdpo_d" / "weights", folder, options.seeds)
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "roc_auc": auc,
+        "summary": summarise(results),
+        "runs": results,
+    }
+    path = options.results / device.replace(" ", "_") / "planted_weights.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print("\nROC-AUC of a rejected token's weight for the planted tokens:", auc)
+    for line in record["summary"]:
+        print(
+            f"{line['weights']:10} {line['examples']:4} pairs: "
+            f"accuracy {line['accuracy_mean']:.3f} ± {line['accuracy_sd']:.3f}, "
+            f"margin {line['margin_nats_mean']:.2f} ± {line['margin_nats_sd']:.2f} nats"
+        )
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+"""Files that appear under their name when they are complete, and never before."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that takes the place of `path` once it is written and on the disk.
+
+    A process that is killed, or an error inside, leaves `path` as it was and at most a file
+    `.partial` beside it, which the next attempt overwrites.
+
+    Args:
+        path: The file; its folder is made if need be.
+        mode: "w" for text in UTF-8, "wb" for bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to the disk: a renamed file survives a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,269 @@
+"""Log-probabilities of response tokens under one model, shard by shard, on every rank."""
+
+import gc
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from fastpref.assembly import load_frozen_scorer
+from fastpref.attention_choice import Packing
+from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.config import Config, ModelConfig
+from fastpref.datasets import Rows
+from fastpref.distributed import World
+from fastpref.errors import CheckpointError, DataError
+from fastpref.model import TokenScorer
+from fastpref.packing import pack_rows
+from fastpref.pretrained import pad_token_id
+from fastpref.progress import Progress
+from fastpref.signals import StopRequest
+from fastpref.weight_shards import PairLogps, Shards
+from fastpref.weights_file import ModelOrigin
+
+logger = logging.getLogger("fastpref")
+
+LOG_SECONDS = 10.0
+"""Time between two log lines where there is no terminal for a progress bar."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two models."""
+
+    label: str
+    """positive or negative."""
+    model: ModelConfig
+    template: str
+    """Text of its template, "" for none."""
+    origin: ModelOrigin
+
+
+@torch.no_grad()
+def score_missing(
+    config: Config,
+    world: World,
+    side: Side,
+    tokenizer: Any,
+    sources: Sequence[tuple[Rows, Shards]],
+    stop: StopRequest,
+) -> None:
+    """Score the shards that one model has not scored yet; it is loaded only if there are any.
+
+    Args:
+        config: Of the run; its model is not read.
+        world: Who we are.
+        side: The model.
+        tokenizer: For its padding token.
+        sources: Rows and the shards of this model for them.
+        stop: Whether a signal came.
+
+    Raises:
+        CheckpointError: a log-probability is not finite.
+        InterruptionError, PreemptionError: a signal came.
+    """
+    # what rank 0 sees counts: another node may see the folder later
+    found = [shards.missing() for _, shards in sources] if world.is_main else []
+    missing: list[list[int]] = json.loads(world.share_from_main(json.dumps(found)))
+    num_shards = sum(len(shards) for _, shards in sources)
+    num_missing = sum(map(len, missing))
+    if world.is_main and num_missing < num_shards:
+        done = num_shards - num_missing
+        logger.info("%s model: %d of %d shards are there already", side.label, done, num_shards)
+    if num_missing == 0:
+        return
+    longest = max(
+        len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        for _, shards in sources
+        for ids in shards.rows
+    )
+    scorer, packing = load_frozen_scorer(replace(config, model=side.model), world, longest=longest)
+    check_positions(scorer, side, sources)
+    batch_size = config.weights.batch_size
+    with ScoringProgress(side, sources, missing, visible=world.is_main) as progress:
+        for (source, shards), shards_to_score in zip(sources, missing, strict=True):
+            for shard in shards_to_score:
+                places = shards.rows_of(shard)
+                rows = [shards.rows[i] for i in places]
+                batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+                parts = score_batches(scorer, packing, batches, tokenizer, world, stop, progress)
+                if parts is None:
+                    stop.raise_saying(f"{progress.done} are kept; the same command goes on there")
+                    raise AssertionError("scoring ended without a signal")
+                check_finite(parts, places, source, side)
+                if world.is_main:
+                    shards.write(shard, np.concatenate([x for pair in parts for x in pair]))
+                progress.shard_is_done()
+    # before the second model is loaded, not when Python gets to it
+    del scorer
+    gc.collect()
+
+
+def score_batches(
+    scorer: TokenScorer,
+    packing: Packing | None,
+    batches: Sequence[Sequence[EncodedRow]],
+    tokenizer: Any,
+    world: World,
+    stop: StopRequest,
+    progress: "ScoringProgress",
+) -> list[PairLogps] | None:
+    """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
+
+    Batches are dealt to the ranks in turn, so what stands in one does not depend on their number.
+
+    Returns:
+        On every rank those of all rows, in their order; None if a signal came.
+    """
+    mine = []
+    for first in range(0, len(batches), world.size):
+        if stop.agreed(world):
+            return None
+        # a rank without a batch takes part in the collectives of sharded models all the same
+        batch_rows = batches[first + world.rank] if first + world.rank < len(batches) else []
+        batch = build_batch(batch_rows, packing, tokenizer)
+        logps_N = scorer(batch.to(world.device)).float().cpu().numpy()
+        mine.append(split_sequences(logps_N, batch))
+        progress.advance(batches[first : first + world.size])
+    gathered = [mine]
+    if world.size > 1:
+        gathered = [[] for _ in range(world.size)]
+        dist.all_gather_object(gathered, mine)
+    return [pair for i in range(len(batches)) for pair in gathered[i % world.size][i // world.size]]
+
+
+def build_batch(rows: Sequence[EncodedRow], packing: Packing | None, tokenizer: Any) -> PackedBatch:
+    """Rows as one batch for the scorer; none of them is a batch too."""
+    filler = pad_token_id(tokenizer)
+    if packing is None:
+        return pad_rows(rows, pad_token_id=filler)
+    return pack_rows(rows, pad_token_id=filler, share_prompt=packing.share_prompt)
+
+
+def split_sequences(logps_N: NDArray[np.float32], batch: PackedBatch) -> list[PairLogps]:
+    """Token scores of a batch as a pair of arrays per row: sequence p and P + p are one pair."""
+    sequence_ids_N = batch.sequence_ids.cpu().numpy()
+    in_order_N = logps_N[np.argsort(sequence_ids_N, kind="stable")]
+    lengths = np.bincount(sequence_ids_N, minlength=batch.num_sequences)
+    sequences = np.split(in_order_N, np.cumsum(lengths)[:-1])
+    P = batch.num_sequences // 2
+    return list(zip(sequences[:P], sequences[P : 2 * P], strict=True))
+
+
+class ScoringProgress:
+    """Tokens done, speed and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(
+        self,
+        side: Side,
+        sources: Sequence[tuple[Rows, Shards]],
+        missing: Sequence[Sequence[int]],
+        *,
+        visible: bool,
+    ) -> None:
+        self._num_shards = sum(map(len, missing))
+        self._num_done = 0
+        self._label = f"{side.label} model"
+        self._total = sum(
+            part.num_tokens(shard)
+            for (_, part), wanted in zip(sources, missing, strict=True)
+            for shard in wanted
+        )
+        self._tokens = 0
+        self._visible = visible
+        self._started = self._told = time.perf_counter()
+        self._bar = Progress(total=self._total, visible=visible, label=f"{self._label}, tokens")
+
+    def __enter__(self) -> "ScoringProgress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
+
+    @property
+    def done(self) -> str:
+        """How many shards of this start are on the disk, in words."""
+        return f"{self._num_done} of {self._num_shards} shards of the {self._label}"
+
+    def advance(self, batches: Sequence[Sequence[EncodedRow]]) -> None:
+        """The rows of these batches are scored."""
+        tokens = sum(
+            2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+            for rows in batches
+            for row in rows
+        )
+        self._tokens += tokens
+        now = time.perf_counter()
+        rate = self._tokens / (now - self._started)
+        self._bar.advance(tokens, f"{rate:,.0f} tokens/s")
+        if self._visible and not self._bar.on_terminal and now - self._told > LOG_SECONDS:
+            self._told = now
+            logger.info(
+                "%s: %d %% of %s tokens, %s tokens/s, %.0f s left",
+                self._label,
+                100 * self._tokens // self._total,
+                f"{self._total:,}",
+                f"{rate:,.0f}",
+                (self._total - self._tokens) / rate,
+            )
+
+    def shard_is_done(self) -> None:
+        """A shard is on the disk."""
+        self._num_done += 1
+
+
+def check_positions(
+    scorer: TokenScorer, side: Side, sources: Sequence[tuple[Rows, Shards]]
+) -> None:
+    """Refuse rows that run off a learned position table.
+
+    Raises:
+        DataError: naming the file and the row.
+    """
+    if scorer.num_positions is None:
+        return
+    for rows, shards in sources:
+        for number, ids in zip(rows.dataset["row"], shards.rows, strict=True):
+            length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+            if length > scorer.num_positions:
+                raise DataError(
+                    f"{rows.source}:{number}: {length} tokens, {side.origin.name_or_path} has "
+                    f"positions for {scorer.num_positions}; weights are estimated for whole rows, "
+                    "so leave this one out"
+                )
+
+
+def check_finite(
+    parts: Sequence[PairLogps],
+    places: Sequence[int],
+    rows: Rows,
+    side: Side,
+) -> None:
+    """Refuse a model that gives NaN or infinity; runs on every rank with the same outcome.
+
+    Args:
+        parts: Of each row: chosen, rejected.
+        places: Where these rows stand among the source's.
+        rows: The source.
+        side: The model.
+
+    Raises:
+        CheckpointError: naming the file, the row and the token.
+    """
+    for i, pair in zip(places, parts, strict=True):
+        for field, logps in zip(("chosen", "rejected"), pair, strict=True):
+            wrong = np.flatnonzero(~np.isfinite(logps))
+            if len(wrong):
+                raise CheckpointError(
+                    f"weights.{side.label}: {side.origin.name_or_path} gives a log-probability of "
+                    f"{logps[wrong[0]]} at {rows.source}:{rows.dataset['row'][i]}:{field}, token "
+                    f"{wrong[0] + 1}; shards that were complete before are kept"
+                )

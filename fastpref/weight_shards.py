@@ -1,0 +1,99 @@
+"""Log-probabilities of response tokens on disk, shard by shard, so that a killed run goes on."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastpref.batch import EncodedRow
+from fastpref.complete_files import complete_file
+
+PairLogps = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Of one row: chosen, rejected; one log-probability per response token, in nats."""
+
+logger = logging.getLogger("fastpref")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shards:
+    """What one model says of one source's rows: shard k is a file of `rows_per_shard` rows.
+
+    Rows go in by length, longest first: rows of a batch are of like length, memory is highest at
+    the start, and the time left is estimated too high rather than too low. The folder's name
+    holds the fingerprint of model, rows and settings, so nothing else's shards are ever found.
+    """
+
+    folder: Path
+    rows: Sequence[EncodedRow]
+    """In file order."""
+    order: NDArray[np.int64]
+    """(rows,) places in file order, longest row first."""
+    rows_per_shard: int
+
+    @classmethod
+    def of(cls, folder: Path, rows: Sequence[EncodedRow], rows_per_shard: int) -> "Shards":
+        lengths = np.array([sum(map(len, row[:3])) for row in rows], dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        return cls(folder=folder, rows=rows, order=order, rows_per_shard=rows_per_shard)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.rows_per_shard)
+
+    def rows_of(self, shard: int) -> list[int]:
+        """Places in file order of a shard's rows, in the order in which they are scored."""
+        start = shard * self.rows_per_shard
+        return self.order[start : start + self.rows_per_shard].tolist()
+
+    def num_tokens(self, shard: int) -> int:
+        """Tokens of a shard's sequences: prompt + chosen and prompt + rejected."""
+        rows = [self.rows[i] for i in self.rows_of(shard)]
+        return sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
+
+    def missing(self) -> list[int]:
+        """Shards that have no complete file."""
+        return [shard for shard in range(len(self)) if self._load(shard) is None]
+
+    def write(self, shard: int, logps: NDArray[np.float32]) -> None:
+        """Save a shard: of each row in turn chosen, then rejected, in nats. Shape (tokens,)."""
+        with complete_file(self._path(shard), "wb") as file:
+            np.save(file, logps)
+
+    def read(self) -> list[PairLogps]:
+        """Of each row in file order: chosen, rejected; every shard must be there."""
+        nothing = np.empty(0, np.float32)
+        parts = [(nothing, nothing)] * len(self.rows)
+        for shard in range(len(self)):
+            logps = self._load(shard)
+            assert logps is not None, self._path(shard)
+            start = 0
+            for i in self.rows_of(shard):
+                middle = start + len(self.rows[i].chosen_ids)
+                end = middle + len(self.rows[i].rejected_ids)
+                parts[i] = (logps[start:middle], logps[middle:end])
+                start = end
+        return parts
+
+    def _path(self, shard: int) -> Path:
+        return self.folder / f"{shard:06d}.npy"
+
+    def _load(self, shard: int) -> NDArray[np.float32] | None:
+        """A shard's numbers; None where it is missing or not what was written."""
+        path = self._path(shard)
+        if not path.is_file():
+            return None
+        expected = sum(
+            len(self.rows[i].chosen_ids) + len(self.rows[i].rejected_ids)
+            for i in self.rows_of(shard)
+        )
+        try:
+            logps = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            logger.warning("%s is damaged and scored again: %s", path, error)
+            return None
+        if logps.shape != (expected,):
+            logger.warning("%s is damaged and scored again: %s numbers", path, logps.shape)
+            return None
+        return logps

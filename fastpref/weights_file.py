@@ -1,0 +1,105 @@
+"""A file of estimated token weights and the record beside it that says where they come from."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastpref.complete_files import complete_file
+from fastpref.errors import DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOrigin:
+    """One of the two models that token weights come from."""
+
+    name_or_path: str
+    """As the user named it."""
+    identity: str
+    """Digest of its weights, or its commit on the hub: see `model_identity`."""
+    template: str
+    """What it read beside the prompts: the text of the template, "" for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsOrigin:
+    """What `{split}.weights.json` beside `{split}.jsonl` holds."""
+
+    source: str
+    """File or name of the rows that the weights were estimated for."""
+    rows: int
+    """Rows of the file."""
+    tokens: int
+    """Weights of the file, both sides."""
+    includes_eos: bool
+    """Each list ends with a weight of the end-of-sequence token."""
+    round: int | None
+    """Decimals that the weights were rounded to."""
+    compute_dtype: str
+    """Arithmetic of the two models."""
+    tokenizer: str
+    """`tokenizer_digest` of the tokenizer."""
+    positive: ModelOrigin
+    negative: ModelOrigin
+    fingerprint: str
+    """Changes with all that the weights depend on."""
+    size_bytes: int = 0
+    """Of the file."""
+
+    def explain_mismatch(self, tokenizer: str) -> str:
+        """Why a row's tokens may be others than the weights were estimated for.
+
+        Args:
+            tokenizer: `tokenizer_digest` of the run that reads them.
+        """
+        if tokenizer == self.tokenizer:
+            return "the row was changed since they were estimated"
+        return (
+            f"they were estimated with the tokenizer of {self.positive.name_or_path} "
+            f"({self.tokenizer[:12]}), this run's is another one ({tokenizer[:12]})"
+        )
+
+
+def sidecar_path(path: Path) -> Path:
+    """`train.weights.json` for `train.jsonl`."""
+    split = path.name.split(".")[0]
+    return path.with_name(f"{split}.weights.json")
+
+
+def write_origin(path: Path, origin: WeightsOrigin) -> None:
+    """Write the record that stands beside the weights file `path`."""
+    with complete_file(sidecar_path(path)) as file:
+        file.write(json.dumps(asdict(origin), indent=2) + "\n")
+
+
+def read_origin(path: Path) -> WeightsOrigin | None:
+    """The record beside a data file; None for a file that this program did not write.
+
+    Raises:
+        DataError: the record is damaged.
+    """
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        return None
+    try:
+        fields: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
+        positive, negative = (ModelOrigin(**fields.pop(side)) for side in ("positive", "negative"))
+        return WeightsOrigin(**fields, positive=positive, negative=negative)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{sidecar}: not a record of estimated weights ({error}); delete it if {path.name} "
+            "holds weights from elsewhere"
+        ) from None
+
+
+def check_complete(source: str, num_rows: int, origin: WeightsOrigin) -> None:
+    """Refuse a weights file that lost rows on its way.
+
+    Raises:
+        DataError: naming the last row found and how many there should be.
+    """
+    if num_rows != origin.rows:
+        raise DataError(
+            f"{source}:{num_rows}: the file ends here, {origin.rows} rows were written; copy it "
+            f"anew, or delete {sidecar_path(Path(source)).name} if rows were taken out on purpose"
+        )
