@@ -20,6 +20,7 @@ from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
 from fastpref.errors import ConfigError
 from fastpref.feed import RowLayout, Split
+from fastpref.liger import choose_liger, replace_layers
 from fastpref.metrics import MetricsLog
 from fastpref.model import TokenScorer, check_head
 from fastpref.objectives import Objective, build_objective
@@ -189,6 +190,7 @@ def build_run(config: Config, world: World) -> Run:
     model = load_causal_lm(config.model, world, trainable=True)
     packing = choose_packing(model, config, world, longest=data.longest)
     attention = packing.attention if packing else None
+    liger = choose_liger(config.model.liger, model, world, compiled=config.compile)
     policy = build_scorer(
         model,
         config.model,
@@ -197,6 +199,7 @@ def build_run(config: Config, world: World) -> Run:
         attention=attention,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
+        liger=liger,
     )
     check_positions(policy, data.longest)
     reference = None
@@ -208,6 +211,7 @@ def build_run(config: Config, world: World) -> Run:
             trainable=False,
             attention=attention,
             compile=config.compile,
+            liger=liger,
         )
     train_split, eval_split = build_splits(config, data, packing)
     if world.is_main:
@@ -311,6 +315,7 @@ def build_scorer(
     attention: PackedAttention | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    liger: bool = False,
 ) -> TokenScorer:
     """A loaded model as a scorer: sharded, its weights sent to the other ranks.
 
@@ -322,9 +327,12 @@ def build_scorer(
         attention: What computes packed rows; None for padded ones.
         activation_checkpointing: Recompute activations in the backward.
         compile: Compile each block.
+        liger: Norms and SwiGLU layers by Liger's kernels.
     """
     if attention is None and config.attention in FLASH_PACKAGES:
         model.set_attn_implementation(config.attention)
+    if liger:
+        replace_layers(model)
     scorer = TokenScorer(model, attention)
     weights = scorer.state_dict() if world.is_main else {}
     parallelize(

@@ -46,6 +46,9 @@ class ModelConfig:
     attention: str = "auto"
     """auto, eager, sdpa, varlen (torch's own), flex, flash_attention_2, flash_attention_3 or
     flash_attention_4; auto takes the fastest of them that computes correctly here."""
+    liger: str = "auto"
+    """auto, true or false: RMS norms and SwiGLU layers by the package liger-kernel, on a GPU; auto
+    takes them where they compute what the model's own layers do and compile is false."""
 
     @property
     def compute_dtype(self) -> str:
@@ -67,6 +70,9 @@ class ModelConfig:
             if dtype is not None:
                 check_choice(f"model.{name}", dtype, DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
+        # true and false arrive as booleans
+        self.liger = str(self.liger).lower()
+        check_choice("model.liger", self.liger, ("auto", "true", "false"))
         self._check_flash_attention()
 
     def _check_flash_attention(self) -> None:
