@@ -1,6 +1,8 @@
 """Which attention computes packed rows, and whether a model can be trained on them: by trying."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +94,13 @@ def packing_obstacle(
         return f"its attention looks back {chunk} tokens, the longest sequence has {longest}"
     vocab_size = model.get_input_embeddings().weight.shape[0]
     rows = [EncodedRow(*([i % vocab_size for i in ids] for ids in row[:3])) for row in PROBE_ROWS]
-    padded_ND = TokenScorer(model).hidden_states(pad_rows(rows, pad_token_id=0))
     before = model.config._attn_implementation
+    padded = pad_rows(rows, pad_token_id=0)
+    packed = pack_rows(rows, pad_token_id=0, share_prompt=share_prompt)
     try:
-        packed_ND = TokenScorer(model, attention).hidden_states(
-            pack_rows(rows, pad_token_id=0, share_prompt=share_prompt), longest=longest
-        )
+        with exact_products():
+            padded_ND = TokenScorer(model).hidden_states(padded)
+            packed_ND = TokenScorer(model, attention).hidden_states(packed, longest=longest)
     # whatever goes wrong in a family's own code is the reason why it cannot
     except Exception as error:
         obstacle = f"{type(error).__name__}: {first_line(error)}"
@@ -109,6 +112,19 @@ def packing_obstacle(
         obstacle = f"its hidden states differ by {error_norm:.2g} between packed and padded rows"
     model.set_attn_implementation(before)
     return obstacle
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Float32 matrix products of a CPU in float32, whatever has been allowed elsewhere."""
+    mkldnn: Any = torch.backends.mkldnn
+    matmul = mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def choose_attention(

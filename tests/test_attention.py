@@ -197,6 +197,21 @@ def test_a_window_that_reaches_over_every_sequence_is_none():
     assert "looks back 16 tokens, the longest sequence has 17" in obstacle
 
 
+def test_rounded_products_do_not_pass_for_an_obstacle():
+    # wide enough for the library to round operands where the CPU has the instructions for it, and
+    # deep enough for the rounding to show
+    model = build_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=12)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        attention = build_attention("sdpa")
+        assert packing_obstacle(model, attention, share_prompt=True, longest=16) is None
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_sampling_is_what_it_was_before_the_model_learnt_to_pack(family):
     model = build_model(family).eval()
