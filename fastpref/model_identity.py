@@ -3,10 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from fastpref.config import ModelConfig
-from fastpref.pretrained import adapter_base, resolve_model
+from fastpref.pretrained import adapter_base, load_config, resolve_model
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -42,7 +40,7 @@ def model_identity(model: ModelConfig) -> str:
 def _add_model(digest: "hashlib._Hash", name: str, revision: str | None) -> None:
     folder = Path(name)
     if not folder.is_dir():
-        commit = AutoConfig.from_pretrained(name, revision=revision)._commit_hash
+        commit = load_config(name, revision)._commit_hash
         digest.update(f"{name}@{commit}".encode())
         return
     base = adapter_base(name)

@@ -194,10 +194,18 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     return tokenizer
 
 
+def load_config(name: str, revision: str | None = None) -> Any:
+    """A model's config.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return _from_hub(AutoConfig, name, revision=revision)
+
+
 def read_vocab_size(name: str, revision: str | None = None) -> int:
     """Rows of a model's embedding, read off its config without loading weights."""
-    config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
-    return config.get_text_config().vocab_size
+    return load_config(adapter_base(name) or name, revision).get_text_config().vocab_size
 
 
 def pad_token_id(tokenizer: Any) -> int:

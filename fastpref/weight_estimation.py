@@ -183,46 +183,29 @@ def available_splits(config: Config) -> list[str]:
 
 
 def build_job(config: Config, sides: Sequence[Side], rows: Rows, tokenizer: Any) -> SourceJob:
-    """Everything that is known of a weights file before a model is loaded."""
+    """Everything that is known of a weights file before a model is loaded.
+
+    Raises:
+        DataError: a row has no prompt token, or the chat template refuses it.
+        CheckpointError: a token has no row in a model's embedding.
+    """
     weights = config.weights
     chat_template = read_chat_template(config.data.chat_template)
     encoded = {
         text: encode_source(
-            rows,
-            tokenizer,
-            text,
-            chat_template=chat_template,
-            include_eos=weights.include_eos,
+            rows, tokenizer, text, chat_template=chat_template, include_eos=weights.include_eos
         )
         for text in {"", *(side.template for side in sides)}
     }
-    split = rows.counts.split
-    path = Path(str(weights.output_dir)) / f"{rows.name}{weights.suffix}" / f"{split}.jsonl"
-    tokenizer_id = tokenizer_digest(tokenizer)
-    settings = {
-        "rows": rows.fingerprint,
-        "tokenizer": tokenizer_id,
-        "chat_template": chat_template,
-        "include_eos": weights.include_eos,
-        "compute_dtype": config.model.compute_dtype,
-        "attention": config.model.attention,
-        "batch_size": weights.batch_size,
-        "shard_rows": weights.shard_rows,
-        "code": code_digest(*SCORING_CODE),
-    }
-    prints = {
-        side.label: fingerprint([settings, side.origin.identity, side.template]) for side in sides
-    }
+    path = Path(str(weights.output_dir)) / f"{rows.name}{weights.suffix}"
+    path = path / f"{rows.counts.split}.jsonl"
+    settings = scoring_settings(config, rows, tokenizer, chat_template)
+    prints, shards = {}, {}
     for side in sides:
         check_ids(rows, encoded[side.template], side)
-    shards = {
-        side.label: Shards.of(
-            shards_folder(path) / f"{side.label}-{prints[side.label][:16]}",
-            encoded[side.template],
-            weights.shard_rows,
-        )
-        for side in sides
-    }
+        prints[side.label] = fingerprint([settings, side.origin.identity, side.template])
+        folder = shards_folder(path) / f"{side.label}-{prints[side.label][:16]}"
+        shards[side.label] = Shards.of(folder, encoded[side.template], weights.shard_rows)
     origin = WeightsOrigin(
         source=rows.source,
         rows=len(rows.dataset),
@@ -230,12 +213,32 @@ def build_job(config: Config, sides: Sequence[Side], rows: Rows, tokenizer: Any)
         includes_eos=weights.include_eos,
         round=weights.round,
         compute_dtype=config.model.compute_dtype,
-        tokenizer=tokenizer_id,
+        tokenizer=settings["tokenizer"],
         positive=sides[0].origin,
         negative=sides[1].origin,
         fingerprint=fingerprint([prints, weights.round]),
     )
     return SourceJob(rows=rows, path=path, encoded=encoded[""], shards=shards, origin=origin)
+
+
+def scoring_settings(
+    config: Config, rows: Rows, tokenizer: Any, chat_template: str | None
+) -> dict[str, Any]:
+    """All that log-probabilities depend on beside the model: what a shard's folder is named by.
+
+    Batches belong to it: another padding rounds differently, and one file has one rounding.
+    """
+    return {
+        "rows": rows.fingerprint,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": chat_template,
+        "include_eos": config.weights.include_eos,
+        "compute_dtype": config.model.compute_dtype,
+        "attention": config.model.attention,
+        "batch_size": config.weights.batch_size,
+        "shard_rows": config.weights.shard_rows,
+        "code": code_digest(*SCORING_CODE),
+    }
 
 
 def fingerprint(value: Any) -> str:
