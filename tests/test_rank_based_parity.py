@@ -12,7 +12,7 @@ from fastpref.config import Config, ModelConfig, TISDPOConfig, TransformConfig
 from fastpref.encode import load_split
 from fastpref.model import TokenScorer
 from fastpref.objectives import build_objective
-from fastpref.reference import build_score_fn
+from fastpref.reference import build_evaluate_fn
 
 BETA = 0.1
 
@@ -93,7 +93,7 @@ def test_rank_based_training_has_the_seed_loss_and_gradient(case, token_level):
     )
     reference.requires_grad_(False)
     objective = build_objective(config.loss)
-    losses, _ = objective.evaluate(build_score_fn(policy, reference, objective)(batch), batch)
+    losses, _ = build_evaluate_fn(policy, reference, objective)(batch, True)
     loss = losses.sum() / len(rows)
     loss.backward()
 
