@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,12 @@ def main() -> None:
             # T F F T: neither system always runs on the warmer machine
             arms = arguments.arms if i_round % 2 == 0 else arguments.arms[::-1]
             rounds += [measure(case | {"arm": arm}, Path(folder)) for arm in arms]
-    report(arguments, case, gate, rounds)
+        profile = []
+        if arguments.profile:
+            # a run of its own: a profiled step is slower
+            profiled = case | {"arm": "F3", "steps": WARM_UP_STEPS + 1, "profile": True}
+            profile = measure(profiled, Path(folder))["profile"]
+    report(arguments, case, gate, rounds, profile)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,6 +81,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--json", action="store_true", help="write to the results folder")
+    parser.add_argument("--profile", action="store_true", help="and where an F3 step's time goes")
+    parser.add_argument("--name", help="of the files written; the rows' name unless given")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -226,7 +235,8 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     config.optim.weight_decay = 0.0
     config.packing.enabled = job["arm"] != "F0"
     config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
-    train(config, init_world())
+    with profiling(job.get("profile", False)) as profile:
+        train(config, init_world())
     records = read_lines(run_dir / "metrics.jsonl")
     seconds = [job["pairs"] / record["examples_per_second"] for record in records]
     if "weights" in job:
@@ -240,7 +250,29 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
         "losses": [record["loss/train"] for record in records],
         "grad_norms": [record["grad_norm"] for record in records],
         "peak_memory_gib": peak_memory_gib(),
+        "profile": profile,
     }
+
+
+@contextmanager
+def profiling(enabled: bool) -> Iterator[list[dict[str, Any]]]:
+    """The operations that took most of the time, filled in at the end: name, calls, share."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    if not enabled:
+        yield found
+        return
+    with torch.profiler.profile() as profiler:
+        yield found
+    on_gpu = torch.cuda.is_available()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))
+    total = sum(getattr(event, field) for event in events)
+    found += [
+        {"operation": event.key, "calls": event.count, "share": getattr(event, field) / total}
+        for event in events[:20]
+    ]
 
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:
@@ -356,6 +388,7 @@ def report(
     case: dict[str, Any],
     gate: dict[str, float],
     rounds: list[dict[str, Any]],
+    profile: list[dict[str, Any]],
 ) -> None:
     """Table of medians over rounds with the ratios to T1 and T2, and the JSON."""
     import torch
@@ -388,6 +421,13 @@ def report(
             f"{row['tokens_per_second_max']:.0f}) | {ratios[0]} | {ratios[1]} | "
             f"{row['peak_memory_gib']:.2f} | {memory} | {ARMS[arm]} |"
         )
+    if profile:
+        lines += ["", "| operation of F3, its first steps included | calls | share of the time |"]
+        lines += ["|---" * 3 + "|"]
+        lines += [
+            f"| `{event['operation']}` | {event['calls']} | {event['share']:.1%} |"
+            for event in profile
+        ]
     print("\n".join(["", *lines]))
     if not arguments.json:
         return
@@ -399,6 +439,7 @@ def report(
     folder = arguments.results / (device_folder(device) if on_gpu else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
     what = f"{arguments.shape}-{arguments.law}" if arguments.shape else case["name"]
+    what = arguments.name or what
     record = {
         "device": device,
         "torch": torch.__version__,
@@ -409,6 +450,7 @@ def report(
         "gate": gate,
         "arms": table,
         "runs": rounds,
+        "profile": profile,
     }
     (folder / f"train-{what}.json").write_text(json.dumps(record, indent=1) + "\n")
     heading = f"# Training steps on {device}, {record['model']}, {what}, {record['date']}\n\n"
