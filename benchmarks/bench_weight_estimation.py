@@ -1,28 +1,33 @@
 """Estimation of token weights beside the TIS-DPO repository's own method: throughput and memory.
 
-    python benchmarks/bench_weight_estimation.py --model FOLDER --data FOLDER --rows 64
+    python benchmarks/bench_weight_estimation.py --model FOLDER --data FILE --rows 200
 
 The repository's method, as `token_weight_estimation.py` has it: both models in memory in float32,
 four rows at a time in file order, chosen and rejected separately and padded, the log-softmax of
 every position of both models over the whole vocabulary copied to the host, the weights picked out
-there. Ours is `task=estimate_weights` as it is, in float32 as well. Each runs in a process of its
-own, --rounds times in turn; loading the models counts, imports do not. The weights must agree.
+there. Ours is `task=estimate_weights` as it is, by default in float32 as well. The rows are groups
+of four neighbours, the repository's batches, taken at equal distances from the whole file. Each
+method runs in a process of its own, --rounds times in turn; loading the models counts, imports do
+not. How far the weights differ is written down as well.
 
-Writes <results>/<device>/weight_estimation.json.
+Writes <results>/<device>/weight_estimation-<model>-<dtype>.json.
 """
 
 import argparse
 import datetime
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH_SIZE = 4
 PERTURB = """
 import sys, torch
@@ -96,8 +101,8 @@ def run_repository(models: list[str], data: Path) -> list[list[list[float]]]:
     return [list(pair) for pair in zip(chosen, rejected, strict=True)]
 
 
-def run_fastpref(models: list[str], data: Path) -> list[list[list[float]]]:
-    """`task=estimate_weights`, float32."""
+def run_fastpref(models: list[str], data: Path, dtype: str) -> list[list[list[float]]]:
+    """`task=estimate_weights`, computing in `dtype`."""
     import train
     from fastpref.command_line import main
 
@@ -107,7 +112,7 @@ def run_fastpref(models: list[str], data: Path) -> list[list[list[float]]]:
             "task=estimate_weights",
             "model=blank_model",
             f"model.name_or_path={models[0]}",
-            "model.fsdp_policy_mp=null",
+            f"model.fsdp_policy_mp={dtype}",
             f"weights.positive={models[0]}",
             f"weights.negative={models[1]}",
             f"weights.output_dir={output}",
@@ -124,36 +129,40 @@ def run_fastpref(models: list[str], data: Path) -> list[list[list[float]]]:
     return [[row["chosen_weight"], row["rejected_weight"]] for row in rows]
 
 
-METHODS = {"repository": run_repository, "fastpref": run_fastpref}
+METHODS = ("repository", "fastpref")
 
 
-def measure(method: str, models: list[str], data: Path, output: Path) -> None:
+def measure(method: str, models: list[str], data: Path, output: Path, dtype: str) -> None:
     """What one process does: estimate, and write the weights, the seconds and the peak memory."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import fastpref.run
-    import fastpref.weight_estimation
-
-    assert fastpref.run and fastpref.weight_estimation
+    # what both would import within the time
+    for module in (
+        "transformers.models.llama.modeling_llama",
+        "fastpref.run",
+        "fastpref.weight_estimation",
+    ):
+        import_module(module)
     started = time.perf_counter()
-    weights = METHODS[method](models, data)
+    if method == "repository":
+        weights = run_repository(models, data)
+    else:
+        weights = run_fastpref(models, data, dtype)
     seconds = time.perf_counter() - started
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     output.write_text(json.dumps({"seconds": seconds, "peak_gib": peak_gib, "weights": weights}))
 
 
-def largest_difference(a: list[list[list[float]]], b: list[list[list[float]]]) -> float:
-    """Largest difference of two sets of weights, in nats."""
-    return max(
+def differences(a: list[list[list[float]]], b: list[list[list[float]]]) -> list[float]:
+    """Absolute differences of two sets of weights, in nats."""
+    return [
         abs(x - y)
         for row_a, row_b in zip(a, b, strict=True)
         for side_a, side_b in zip(row_a, row_b, strict=True)
         for x, y in zip(side_a, side_b, strict=True)
-    )
+    ]
 
 
 def prepare(folder: Path, model: Path, source: Path, num_rows: int) -> tuple[list[str], Path]:
-    """The model, a copy that is a little off, and the first rows of the data."""
+    """The model, a copy that is a little off, and groups of rows from all over the data."""
     import gzip
 
     models = [str(folder / "positive"), str(folder / "negative")]
@@ -161,7 +170,12 @@ def prepare(folder: Path, model: Path, source: Path, num_rows: int) -> tuple[lis
     subprocess.run([sys.executable, "-c", PERTURB, *models], check=True)
     opener = gzip.open if source.suffix == ".gz" else open
     with opener(source, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for _, line in zip(range(num_rows), lines, strict=False)]
+        found = [json.loads(line) for line in lines]
+    # training drops what has an empty response, and so does its estimation
+    found = [row for row in found if all(part.strip() for part in split_row(row))]
+    groups = [found[i : i + BATCH_SIZE] for i in range(0, len(found), BATCH_SIZE)]
+    wanted = -(-num_rows // BATCH_SIZE)
+    rows = [row for k in range(wanted) for row in groups[k * len(groups) // wanted]]
     data = folder / "data" / "rows" / "train.jsonl"
     data.parent.mkdir(parents=True)
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -172,15 +186,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder")
     parser.add_argument("--data", type=Path, required=True, help="JSON Lines, may end in .gz")
-    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=200, help="a multiple of four")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.method:
-        measure(options.method, options.models, options.data, options.output)
+        measure(options.method, options.models, options.data, options.output, options.dtype)
         return
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for _ in range(options.rounds):
@@ -191,7 +206,9 @@ def main() -> None:
                 output = folder / "measured.json"
                 arguments = ["--method", method, "--models", *models, "--output", str(output)]
                 fixed = ["--model", str(options.model), "--data", str(data)]
-                subprocess.run([sys.executable, __file__, *arguments, *fixed], check=True)
+                fixed += ["--dtype", options.dtype]
+                command = [sys.executable, __file__, *arguments, *fixed]
+                subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
                 found[method].append(json.loads(output.read_text()))
     report(found, options)
 
@@ -201,6 +218,7 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    by_token = differences(*(runs[0].pop("weights") for runs in found.values()))
     record: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": device,
@@ -208,9 +226,9 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         "threads": torch.get_num_threads(),
         "model": options.model.name,
         "rows": options.rows,
-        "largest_difference_nats": largest_difference(
-            *(runs[0].pop("weights") for runs in found.values())
-        ),
+        "dtype": options.dtype,
+        "median_difference_nats": statistics.median(by_token),
+        "largest_difference_nats": max(by_token),
     }
     for method, runs in found.items():
         seconds = statistics.median(run["seconds"] for run in runs)
@@ -222,7 +240,8 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     ours, theirs = record["fastpref"], record["repository"]
     record["speedup"] = ours["rows_per_second"] / theirs["rows_per_second"]
     record["memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
-    path = options.results / device.replace(" ", "_") / "weight_estimation.json"
+    name = f"weight_estimation-{options.model.name}-{options.dtype}.json"
+    path = options.results / device.replace(" ", "_") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record, indent=2))

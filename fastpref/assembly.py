@@ -282,8 +282,23 @@ def load_frozen_scorer(
     model = load_causal_lm(config.model, world, trainable=False)
     packing = choose_packing(model, config, world, longest=longest)
     attention = packing.attention if packing else None
+    if world.size == 1:
+        return build_whole_scorer(model, config.model, world, attention), packing
     scorer = build_scorer(model, config.model, world, trainable=False, attention=attention)
     return scorer, packing
+
+
+def build_whole_scorer(
+    model: Any, config: ModelConfig, world: World, attention: PackedAttention | None
+) -> TokenScorer:
+    """A frozen model on one rank without FSDP, which would copy every parameter in each forward."""
+    if attention is None and config.attention in FLASH_PACKAGES:
+        model.set_attn_implementation(config.attention)
+    scorer = TokenScorer(model, attention).requires_grad_(False).eval()
+    # parameters alone: buffers such as rotary frequencies keep their dtype, as under FSDP
+    for parameter in scorer.parameters():
+        parameter.data = parameter.data.to(getattr(torch, config.compute_dtype))
+    return scorer.to(world.device)
 
 
 def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any:

@@ -257,8 +257,9 @@ class WeightsConfig:
     """Weighted rows go to <output_dir>/<name>/<split>.jsonl. Required by the task."""
     suffix: str = ""
     """Appended to the dataset's name in output_dir."""
-    batch_size: int = 4
-    """Rows scored at once by each process, >= 1."""
+    batch_size: int | None = None
+    """Rows scored at once by each process, >= 1; null: packed rows up to packing.max_tokens tokens
+    (2,048 on a CPU), padded ones 4 at a time."""
     shard_rows: int = 256
     """Rows between two savings: what an interruption costs at most, >= 1."""
     round: int | None = None

@@ -13,7 +13,7 @@ import logging
 import shutil
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +236,7 @@ def scoring_settings(
         "compute_dtype": config.model.compute_dtype,
         "attention": config.model.attention,
         "batch_size": config.weights.batch_size,
+        "packing": asdict(config.packing),
         "shard_rows": config.weights.shard_rows,
         "code": code_digest(*SCORING_CODE),
     }
