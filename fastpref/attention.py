@@ -24,6 +24,7 @@ from fastpref.attention_kernels import (
     flash_kernel,
     flex_attend,
     prepare_flex,
+    prepare_segments,
     torch_varlen_kernel,
 )
 from fastpref.batch import PackedBatch
@@ -108,7 +109,7 @@ def build_attention(name: str) -> PackedAttention:
         case "eager":
             return PackedAttention(name=name, attend=attend_in_math)
         case "sdpa":
-            return PackedAttention(name=name, attend=attend_by_segment)
+            return PackedAttention(name=name, attend=attend_by_segment, prepare=prepare_segments)
         case "varlen":
             return PackedAttention(name=name, attend=partial(attend_varlen, torch_varlen_kernel()))
         case "flex":

@@ -9,12 +9,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastpref.attention_cpu import GroupedAttention, SegmentGroup, group_segments
 from fastpref.batch import Segment, SegmentLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, float, float | None], Tensor]
@@ -83,23 +84,37 @@ def attend_to_all(
     return (probabilities.to(value.dtype) @ value).transpose(1, 2)
 
 
+class PreparedSegments(NamedTuple):
+    """What `attend_by_segment` takes."""
+
+    layout: SegmentLayout
+    groups: tuple[SegmentGroup, ...]
+    """On a CPU."""
+
+
+def prepare_segments(layout: SegmentLayout) -> PreparedSegments:
+    """Segments of like length together, where that is how they are computed."""
+    on_cpu = layout.plain_offsets.device.type == "cpu"
+    return PreparedSegments(layout, group_segments(layout) if on_cpu else ())
+
+
 def attend_by_segment(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    layout: SegmentLayout,
+    prepared: PreparedSegments,
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Torch's scaled-dot-product attention, one call a segment."""
+    """Torch's scaled-dot-product attention, one call a segment, or a group of them on a CPU."""
     if softcap is not None:
-        return attend_in_math(query, key, value, layout, scale, softcap)
+        return attend_in_math(query, key, value, prepared.layout, scale, softcap)
     if query.device.type == "cpu":
-        return _SegmentsOnCPU.apply(query, key, value, layout.segments, scale)
+        return GroupedAttention.apply(query, key, value, prepared.groups, scale)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     outputs = []
-    for segment, keys in _segments(layout, key):
+    for segment, keys in _segments(prepared.layout, key):
         queries = query[:, :, segment.start : segment.stop]
         plain = segment.prompt_start == segment.prompt_stop
         mask = None if plain else _additive_mask(segment, query)
@@ -108,88 +123,6 @@ def attend_by_segment(
         )
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
-
-
-class _SegmentsOnCPU(torch.autograd.Function):
-    """The kernels behind torch's attention on a CPU, without a node of the graph for each segment.
-
-    Slices and concatenations would each be differentiated into a tensor as long as the row.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        segments: tuple[Segment, ...],
-        scale: float,
-    ) -> Tensor:
-        _, H, T, E = query.shape
-        output = query.new_empty(1, T, H, E)
-        normalizers = []
-        for segment in segments:
-            here = slice(segment.start, segment.stop)
-            segment_output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, here],
-                _keys_of(key, segment),
-                _keys_of(value, segment),
-                scale=scale,
-                **_causality(segment, query),
-            )
-            output[:, here] = segment_output.transpose(1, 2)
-            normalizers.append(lse)
-        ctx.save_for_backward(query, key, value, output, *normalizers)
-        ctx.segments, ctx.scale = segments, scale
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # once: under activation checkpointing the tensors are there for one reading
-        tensors = ctx.saved_tensors
-        saved, normalizers = tensors[:4], tensors[4:]
-        # in bfloat16 torch's kernel takes up to four times as long as in float32
-        at_least = torch.promote_types(saved[0].dtype, torch.float32)
-        query, key, value, output, grad = (x.to(at_least) for x in (*saved, *grads))
-        output, grad = output.transpose(1, 2), grad.transpose(1, 2)
-        # (1, T, heads, E) in memory, as the projections before it are
-        grad_query, grad_key, grad_value = (
-            torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format)
-            for x in (query, key, value)
-        )
-        for segment, lse in zip(ctx.segments, normalizers, strict=True):
-            here = slice(segment.start, segment.stop)
-            of_query, of_key, of_value = (
-                torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                    grad[:, :, here],
-                    query[:, :, here],
-                    _keys_of(key, segment),
-                    _keys_of(value, segment),
-                    output[:, :, here],
-                    lse,
-                    0.0,
-                    scale=ctx.scale,
-                    **_causality(segment, query),
-                )
-            )
-            grad_query[:, here] = of_query.transpose(1, 2)
-            prompt = slice(segment.prompt_start, segment.prompt_stop)
-            length = segment.prompt_stop - segment.prompt_start
-            for total, part in ((grad_key, of_key), (grad_value, of_value)):
-                total[:, prompt] += part[:, :, :length].transpose(1, 2)
-                total[:, here] += part[:, :, length:].transpose(1, 2)
-        dtype = saved[0].dtype
-        return (
-            *(x.to(dtype).transpose(1, 2) for x in (grad_query, grad_key, grad_value)),
-            None,
-            None,
-        )
-
-
-def _causality(segment: Segment, query: Tensor) -> dict[str, Any]:
-    if segment.prompt_start == segment.prompt_stop:
-        return {"is_causal": True}
-    return {"is_causal": False, "attn_mask": _additive_mask(segment, query)}
 
 
 def _additive_mask(segment: Segment, query: Tensor) -> Tensor:

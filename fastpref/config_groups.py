@@ -246,7 +246,10 @@ class TensorboardConfig:
 
 @dataclass(kw_only=True)
 class WeightsConfig:
-    """task=estimate_weights: token weights for TIS-DPO from two models."""
+    """task=estimate_weights: token weights for TIS-DPO from two models.
+
+    Computed in the model's compute dtype, but in float32 on a CPU without bfloat16 units: that is
+    faster there, and more exact."""
 
     positive: str | None = None
     """The model that prefers the chosen responses: all that model.name_or_path takes, or a

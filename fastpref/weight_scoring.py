@@ -1,9 +1,9 @@
 """Log-probabilities of response tokens under one model, shard by shard, on every rank."""
 
+import ctypes
 import gc
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -108,7 +108,16 @@ def score_missing(
                 progress.shard_is_done()
     # before the second model is loaded, not when Python gets to it
     del scorer
+    release_memory()
+
+
+def release_memory() -> None:
+    """Hand what is not used any more back to the system."""
     gc.collect()
+    # glibc keeps freed memory in an arena of each thread; other libraries have no such function
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def divide_rows(
@@ -117,8 +126,9 @@ def divide_rows(
     """Which rows of a shard are scored at once: by their number, or by their tokens if packed."""
     batch_size = config.weights.batch_size
     if batch_size is None and packing is not None:
-        on_cpu = world.device.type == "cpu"
-        max_tokens = min(config.packing.max_tokens, CPU_TOKENS if on_cpu else math.inf)
+        max_tokens = config.packing.max_tokens
+        if world.device.type == "cpu":
+            max_tokens = min(max_tokens, CPU_TOKENS)
         columns = EncodedColumns.of_rows(rows)
         # as for one rank, so that what stands in a batch does not depend on their number
         plan = plan_step(columns, max_tokens=max_tokens, share_prompt=packing.share_prompt)

@@ -1,5 +1,6 @@
 """Attention over packed segments against attention over each sequence alone, in float64."""
 
+import random
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.attention import build_attention
 from fastpref.attention_choice import attention_problem, choose_attention, packing_obstacle
+from fastpref.attention_cpu import LONG_KEYS, MAX_PADDING, GroupedAttention, group_segments
 from fastpref.attention_kernels import PackedAttention, attend_varlen
 from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.errors import ConfigError
@@ -92,6 +94,43 @@ def test_every_packed_attention_is_the_masked_one(attention, softcap):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_short_segments_share_a_call_and_long_ones_do_not():
+    rng = random.Random(0)
+    rows = [
+        EncodedRow(*(range(1, 1 + rng.randint(1, longest)) for longest in (90, 60, 60)))
+        for _ in range(40)
+    ]
+    batch = pack_rows(rows, pad_token_id=0)
+    groups = group_segments(batch.layout)
+    places = torch.cat([group.places for group in groups])
+    assert sorted(places.tolist()) == list(range(batch.input_ids.shape[1]))
+    assert len(groups) < len(batch.layout.segments) / 3
+    everywhere = torch.arange(batch.input_ids.shape[1])[None]
+    queries, keys = (
+        [places if isinstance(places, Tensor) else everywhere[:, places] for places in of_groups]
+        for of_groups in zip(*((group.queries, group.keys) for group in groups), strict=True)
+    )
+    alone = [places for places in keys if places.shape[1] >= LONG_KEYS]
+    assert alone and all(len(places) == 1 for places in alone)
+    computed = sum(q.shape[1] * k.numel() for q, k in zip(queries, keys, strict=True))
+    needed = sum(
+        (stop - start) * (stop - start + prompt_stop - prompt_start)
+        for start, stop, prompt_start, prompt_stop in batch.layout.segments
+    )
+    assert computed <= MAX_PADDING * needed
+
+    def grouped(query, key, value):
+        return GroupedAttention.apply(query, key, value, groups, 0.2)
+
+    def dense(query, key, value):
+        return dense_attention(query, key, value, batch, 0.2, None)
+
+    inputs = random_inputs(batch)
+    expected = values_and_gradients(dense, inputs)
+    for ours, theirs in zip(values_and_gradients(grouped, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():
     batch = pack_rows(ROWS, pad_token_id=0)
     exact = random_inputs(batch)
@@ -99,7 +138,8 @@ def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():
     exact = [x.double() for x in inputs]
 
     def packed(query, key, value):
-        return build_attention("sdpa").attend(query, key, value, batch.layout, 0.2, None)
+        sdpa = build_attention("sdpa")
+        return sdpa.attend(query, key, value, sdpa.prepare(batch.layout), 0.2, None)
 
     def dense(query, key, value):
         return dense_attention(query, key, value, batch, 0.2, None)

@@ -22,6 +22,7 @@ from fastpref.config import (
     DataConfig,
     DPOConfig,
     ModelConfig,
+    PackingConfig,
     TISDPOConfig,
     WeightsConfig,
 )
@@ -126,9 +127,13 @@ def expected_weights(models, prompt, response, prefixes=("", "")) -> torch.Tenso
     return logps[1] - logps[0]
 
 
-def test_weights_of_text_rows_equal_the_formula_in_float64(models, tmp_path):
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_of_text_rows_equal_the_formula_in_float64(models, tmp_path, batch_size, packed):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
-    written = estimate(make_config(models, tmp_path))
+    config = make_config(models, tmp_path, batch_size=batch_size)
+    config.packing = PackingConfig(enabled=packed, max_tokens=40)
+    written = estimate(config)
     for row, record in zip(ROWS, written, strict=True):
         assert {key: record[key] for key in row} == row
         for side in ("chosen", "rejected"):
@@ -152,9 +157,29 @@ def test_other_forms_are_written_as_they_came_and_load_for_tisdpo(models, tmp_pa
         assert row["rejected_weights"] == pytest.approx([*record["rejected_weight"], 0], abs=1e-6)
 
 
-def test_two_ranks_write_the_file_of_one(models, tmp_path):
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_gives_way_to_float32_on_a_cpu_without_units(
+    models, tmp_path, monkeypatch, has_units
+):
+    name = "fastpref.weight_estimation.cpu_multiplies_bfloat16"
+    monkeypatch.setattr(name, lambda: has_units)
+    write_rows(tmp_path / "data" / "rows", "train", ROWS[:2])
+    config = make_config(models, tmp_path)
+    config.model = ModelConfig(name_or_path=models[0])
+    [record, _] = estimate(config)
+    expected = expected_weights(models, ROWS[0]["prompt"], ROWS[0]["chosen"])
+    weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+    error = (weights - expected).abs().max()
+    assert (error > 1e-5) == has_units
+    origin = json.loads((output_path(config).parent / "train.weights.json").read_text())
+    assert origin["compute_dtype"] == ("bfloat16" if has_units else "float32")
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_two_ranks_write_the_file_of_one(models, tmp_path, batch_size):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
-    config = make_config(models, tmp_path, batch_size=2, shard_rows=5)
+    config = make_config(models, tmp_path, batch_size=batch_size, shard_rows=5)
+    config.packing.max_tokens = 40
     alone = estimate(config)
     output_path(config).unlink()
     run_on_ranks(run, 2, config)

@@ -68,7 +68,7 @@ class Head(NamedTuple):
         bfloat16 is not changed by it, so logits stay exact; sums are float32 in any case.
         """
         both_bfloat16 = self.input.dtype == self.weight.dtype == torch.bfloat16
-        return both_bfloat16 and self.input.device.type == "cpu" and _cpu_multiplies_bfloat16()
+        return both_bfloat16 and self.input.device.type == "cpu" and cpu_multiplies_bfloat16()
 
     def input_tile(self, rows: slice, ignored_N: Tensor) -> Tensor:
         """Hidden states of `rows` for a GEMM, (R, D) padded to a multiple of 32 rows.
@@ -419,7 +419,8 @@ def matrix_units(enabled: bool) -> Iterator[None]:
 
 
 @functools.cache
-def _cpu_multiplies_bfloat16() -> bool:
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for bfloat16: AMX, or the instructions of AVX-512."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 

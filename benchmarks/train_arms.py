@@ -1,0 +1,206 @@
+"""What a process of `bench_train_step` does: steps of one system, and what they took."""
+
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def config_of(case: dict[str, Any], run_dir: Path) -> Any:
+    """fastpref's config of a case."""
+    from fastpref.config import Config, DPOConfig, ModelConfig
+
+    return Config(
+        model=ModelConfig(
+            name_or_path=case["model"],
+            fsdp_policy_mp=None if case["dtype"] == "float32" else case["dtype"],
+        ),
+        loss=DPOConfig(),
+        datasets=[case["name"]],
+        base_data_dir=case["data"],
+        run_dir=str(run_dir),
+        batch_size=case["pairs"],
+        gradient_accumulation_steps=case["micro_batches"],
+        n_epochs=None,
+        n_examples=case["pairs"] * case["steps"],
+        n_eval_examples=0,
+        lr=case["lr"],
+        warmup_steps=0,
+        max_grad_norm=1.0,
+        max_length=case["max_length"],
+        max_prompt_length=case["max_length"] // 2,
+        sample_during_eval=False,
+        minimum_log_interval_secs=0.0,
+    )
+
+
+def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
+    """Train with fastpref; every step's numbers come from its own metrics.jsonl."""
+    from fastpref.distributed import init_world
+    from fastpref.trainer import train
+
+    run_dir = Path(tempfile.mkdtemp()) / "run"
+    config = config_of(job, run_dir)
+    config.optim.weight_decay = 0.0
+    config.packing.enabled = job["arm"] != "F0"
+    config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
+    with profiling(job.get("profile", False)) as profile:
+        train(config, init_world())
+    records = read_lines(run_dir / "metrics.jsonl")
+    seconds = [job["pairs"] / record["examples_per_second"] for record in records]
+    if "weights" in job:
+        (run_dir / "LATEST" / "model.safetensors").rename(job["weights"])
+    return {
+        "seconds": seconds,
+        "tokens": [
+            round(record["tokens_per_second"] * s)
+            for record, s in zip(records, seconds, strict=True)
+        ],
+        "losses": [record["loss/train"] for record in records],
+        "grad_norms": [record["grad_norm"] for record in records],
+        "peak_memory_gib": peak_memory_gib(),
+        "profile": profile,
+    }
+
+
+@contextmanager
+def profiling(enabled: bool) -> Iterator[list[dict[str, Any]]]:
+    """The operations that took most of the time, filled in at the end: name, calls, share."""
+    import torch
+
+    found: list[dict[str, Any]] = []
+    if not enabled:
+        yield found
+        return
+    with torch.profiler.profile() as profiler:
+        yield found
+    on_gpu = torch.cuda.is_available()
+    field = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, field))
+    total = sum(getattr(event, field) for event in events)
+    found += [
+        {"operation": event.key, "calls": event.count, "share": getattr(event, field) / total}
+        for event in events[:20]
+    ]
+
+
+def run_trl(job: dict[str, Any]) -> dict[str, Any]:
+    """Train with TRL on ids; the one method overridden is the tokenization, which is done."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DPOTrainer
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *arguments, **options):
+            return dataset
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks, self.logs = [], []
+
+        def on_train_begin(self, *arguments, **options):
+            self.marks.append(now())
+
+        def on_step_end(self, *arguments, **options):
+            self.marks.append(now())
+
+        def on_log(self, args, state, control, logs=None, **options):
+            if "loss" in logs:
+                self.logs.append(logs)
+
+    rows = read_lines(Path(job["ids"]))
+    lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in rows]
+    if job["arm"] == "T6":
+        rows = [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    clock = Clock()
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+        args=trl_options(job),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    if "weights" in job:
+        from safetensors.torch import save_file
+
+        tensors = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        save_file(tensors, job["weights"])
+    return {
+        "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
+        "tokens": tokens_of_steps(job, lengths),
+        "losses": [log["loss"] for log in clock.logs],
+        "grad_norms": [log["grad_norm"] for log in clock.logs],
+        "peak_memory_gib": peak_memory_gib(),
+    }
+
+
+def trl_options(job: dict[str, Any]) -> Any:
+    """TRL's settings of an arm."""
+    import torch
+    from trl import DPOConfig
+
+    grouped = job["arm"] == "T6"
+    on_gpu = torch.cuda.is_available()
+    return DPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=job["pairs"] // job["micro_batches"],
+        gradient_accumulation_steps=job["micro_batches"],
+        precompute_ref_log_probs=job["arm"] in ("T2", "T6"),
+        train_sampling_strategy="group_by_length" if grouped else "sequential",
+        remove_unused_columns=not grouped,
+        num_train_epochs=1,
+        learning_rate=job["lr"],
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        max_length=None,
+        beta=0.1,
+        gradient_checkpointing=False,
+        bf16=job["dtype"] == "bfloat16",
+        use_cpu=not on_gpu,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=0,
+        dataloader_pin_memory=on_gpu,
+    )
+
+
+def tokens_of_steps(job: dict[str, Any], lengths: list[int]) -> list[float]:
+    """Real tokens of each step of a TRL arm."""
+    pairs = job["pairs"]
+    starts = range(0, len(lengths), pairs)
+    if job["arm"] == "T6":
+        # a sampler by length draws its own batches: their mean is all that is known
+        return [sum(lengths) / len(starts)] * len(starts)
+    return [sum(lengths[start : start + pairs]) for start in starts]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def now() -> float:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_gib() -> float:
+    """The allocator's peak on a GPU, peak resident memory on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
