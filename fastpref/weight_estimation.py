@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastpref_kernels.head import cpu_multiplies_bfloat16
+from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow

@@ -12,6 +12,7 @@ import triton.language as tl
 from compilation import SHARED_LIMIT, TARGETS, Compiled, compile_kernel
 from fastpref_kernels import sequence_log_ratios_kernels as sequence_kernels
 from fastpref_kernels import token_logps_kernels as kernels
+from fastpref_kernels import token_logps_kl_gradient_kernels as joint_gradient_kernels
 from fastpref_kernels import token_logps_kl_kernels as joint_kernels
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_ROW_TILE, JOINT_TILES, ROW_TILE
 from triton.runtime.autotuner import Autotuner
@@ -187,7 +188,12 @@ def fused_joint_cases(target):
                 gemm |= {"UNDER_REFERENCE": direction}
                 name = f"{dtype} {'reference' if direction else 'policy'} {transform}"
                 types = gemm | {"OUT": out, "dlogits_desc": result}
-                yield f"joint dlogits {name}", joint_kernels._joint_dlogits_kernel, types, launch
+                yield (
+                    f"joint dlogits {name}",
+                    joint_gradient_kernels._joint_dlogits_kernel,
+                    types,
+                    launch,
+                )
                 for exp in (None, tl.bfloat16):
                     if exp is None or dtype == "bf16":
                         kept = None if exp is None else result
@@ -215,11 +221,11 @@ def joint_row_cases():
                 yield f"joint sweep of products {kept} {name}", kernel, types, launch
             for dtype in ("bf16", "fp16", "fp32"):
                 types = rows | {"dlogits_ptr": f"*{dtype}"}
-                kernel = joint_kernels._joint_dlogits_tile_kernel
+                kernel = joint_gradient_kernels._joint_dlogits_tile_kernel
                 yield f"joint dlogits of products {dtype} {name}", kernel, types, launch
             for kept, ratios in list(KEPT_POINTERS.values())[1:]:
                 types = rows | {"larger_ptr": kept, "log_ratio_ptr": ratios, "dlogits_ptr": kept}
-                kernel = joint_kernels._stored_gradient_kernel
+                kernel = joint_gradient_kernels._stored_gradient_kernel
                 yield f"joint dlogits of kept {kept} {name}", kernel, types, launch
         for dtype in ("bf16", "fp32"):
             pointers = ("input_ptr", "weight_ptr", "larger_ptr", "log_ratio_ptr")
@@ -279,6 +285,6 @@ def test_row_kernels_compile_without_spills(target, cases):
 
 def test_no_kernel_is_tuned_while_it_runs():
     # an autotuner runs a kernel several times: what it writes in place would be wrong
-    for module in (kernels, joint_kernels, sequence_kernels):
+    for module in (kernels, joint_kernels, joint_gradient_kernels, sequence_kernels):
         tuned = [name for name, value in vars(module).items() if isinstance(value, Autotuner)]
         assert not tuned

@@ -3,16 +3,15 @@
 Every product sums in float32 whatever the inputs' dtype.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from fastpref_kernels.gemm import add_matmul, cpu_multiplies_bfloat16, matmul, matrix_units
+from fastpref_kernels.row_sums import JointStats
 from fastpref_kernels.workspace import ROW_MULTIPLE, slices
 
 NeedsGrad = tuple[bool, bool, bool]
@@ -128,155 +127,6 @@ class Targets(NamedTuple):
     def of(cls, target: Tensor, ignore_index: int) -> "Targets":
         ignored_N = target == ignore_index
         return cls(target.masked_fill(ignored_N, 0).long(), ignored_N)
-
-
-class RowSums(NamedTuple):
-    """Online log-sum-exp of R rows over the columns seen so far, the target's column left out."""
-
-    max: Tensor
-    """(R,) largest logit, the lowest float32 before the first."""
-    sum_exp: Tensor
-    """(R,) Σ exp(z - max)."""
-    target_logit: Tensor
-    """(R,) the target's own logit, -inf until its column was seen."""
-
-    @classmethod
-    def empty(cls, rows: int, device: torch.device) -> "RowSums":
-        zeros_R = torch.zeros(rows, dtype=torch.float32, device=device)
-        # finite, so that a row of nothing but -inf adds exp(-inf) and never exp(-inf + inf)
-        lowest_R = torch.full_like(zeros_R, torch.finfo(torch.float32).min)
-        return cls(lowest_R, zeros_R, torch.full_like(zeros_R, float("-inf")))
-
-    def add(self, logits_RC: Tensor, target_logit_R: Tensor) -> "RowSums":
-        """Add columns whose target was taken out; `logits_RC` becomes exp(z - max)."""
-        max_R = torch.maximum(self.max, logits_RC.amax(1))
-        logits_RC.sub_(max_R[:, None]).exp_()
-        sum_exp_R = self.sum_exp * (self.max - max_R).exp() + logits_RC.sum(1)
-        return RowSums(max_R, sum_exp_R, torch.maximum(self.target_logit, target_logit_R))
-
-    # float64: a row's last bits would depend on whether its place among the others falls into a
-    # vector instruction or behind the last one
-
-    @property
-    def logps(self) -> Tensor:
-        """(R,) log p(target) = -softplus(lse_others - z_y).
-
-        Exact for a confident token too: lse - z_y in float32 is 0 from a margin of 16 nats on.
-        """
-        return -F.softplus(self._lse_others - self.target_logit).float()
-
-    @property
-    def lse(self) -> Tensor:
-        """(R,) log Σ exp(z) over the whole row."""
-        return torch.logaddexp(self._lse_others, self.target_logit.double()).float()
-
-    @property
-    def lse_over_max(self) -> Tensor:
-        """(R,) lse - max, with the digits that lse loses when max is large."""
-        over_max_R = self.target_logit.double() - self.max
-        return torch.logaddexp(self.sum_exp.double().log(), over_max_R).float()
-
-    @property
-    def _lse_others(self) -> Tensor:
-        """(R,) float64."""
-        return self.max + self.sum_exp.double().log()
-
-
-class JointSums(NamedTuple):
-    """Online sums of R rows over the columns seen so far, the target's column left out."""
-
-    first: RowSums
-    """Of the model the KL's expectation is under."""
-    second: RowSums
-    gap: Tensor
-    """(R,) Σ exp(z - max) · (z - z' - base_gap), z of the first model, z' of the second."""
-    base_gap: Tensor
-    """(R,) What the sum counts from; any number serves, the targets' gap best."""
-
-    @property
-    def kl(self) -> Tensor:
-        """KL(first ‖ second), (R,).
-
-            KL = Σ p_j · [(z_j - a) - (z'_j - a')] - (lse - a) + (lse' - a')
-
-        holds for any a and a'. They are the target's logits where it is the first model's
-        likeliest column, else each model's largest other logit, so that no term is larger than
-        the KL asks for: plain logits near 200 would leave an error of 2e-5.
-        """
-        first, second = self.first, self.second
-        first_max_R = first.max.double()
-        at_target_R = first.target_logit >= first.max
-        target_gap_R = first.target_logit.double() - second.target_logit
-        pivot_gap_R = torch.where(at_target_R, target_gap_R, first_max_R - second.max)
-        lse_R, second_lse_R = (
-            torch.where(at_target_R, -sums.logps.double(), sums.lse_over_max.double())
-            for sums in (first, second)
-        )
-        over_base_R = self.gap - first.sum_exp * (pivot_gap_R - self.base_gap)
-        others_R = over_base_R * (first_max_R - first.lse).exp()
-        target_R = first.logps.double().exp() * (target_gap_R - pivot_gap_R)
-        return (others_R + target_R - lse_R + second_lse_R).float()
-
-
-class JointStats(NamedTuple):
-    """What a forward over two models finds out about each row, (N,) float32, and what it keeps."""
-
-    logps: Tensor
-    """0 where ignored, and so are the reference's and the KL."""
-    lse: Tensor
-    reference_logps: Tensor
-    reference_lse: Tensor
-    kl: Tensor
-    kept: Tensor
-    """What the mode keeps for its backward; no elements if nothing."""
-    kept_scales: Tensor
-    """Numbers a row that go with it."""
-
-    @classmethod
-    def empty(cls, input: Tensor, *, kept: Tensor, kept_scales: Tensor) -> "JointStats":
-        """Uninitialised, one number a row of `input`."""
-        scores = (input.new_empty(len(input), dtype=torch.float32) for _ in range(5))
-        logps, lse, reference_logps, reference_lse, kl = scores
-        return cls(logps, lse, reference_logps, reference_lse, kl, kept, kept_scales)
-
-
-class ValueStats(NamedTuple):
-    """What a forward of `tdpo1_token_values` finds out about each row, and what it keeps."""
-
-    values: Tensor
-    """(N,) float32, 0 where ignored."""
-    slopes: Tensor
-    """(N, D) derivatives of the values in the hidden states, the input's dtype; no elements if
-    nothing wants a gradient."""
-    reference_logps: Tensor
-    """(N,) float32, 0 where ignored."""
-    reference_lse: Tensor
-    """(N,) float32."""
-    kept: Tensor
-    """What the mode keeps of the reference; no elements if nothing."""
-    kept_sums: Tensor
-    """(N,) float32, sums of what is kept; no elements if nothing is."""
-
-    @classmethod
-    def empty(
-        cls, input: Tensor, slopes: Tensor, *, kept: Tensor, kept_sums: Tensor
-    ) -> "ValueStats":
-        """Uninitialised, one number a row of `input`."""
-        values, logps, lse = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))
-        return cls(values, slopes, logps, lse, kept, kept_sums)
-
-
-class TokenStats(NamedTuple):
-    """What a forward finds out about each row, and what it keeps for its backward."""
-
-    logps: Tensor
-    """(N,) float32, 0 where ignored."""
-    lse: Tensor
-    """(N,) float32."""
-    kept: Tensor
-    """What the mode keeps; no elements if nothing."""
-    kept_sums: Tensor
-    """(N,) float32, sums of what is kept; undefined where nothing is."""
 
 
 def take_target(logits_RC: Tensor, target_R: Tensor, cols: slice) -> Tensor:
@@ -403,47 +253,3 @@ def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
     index_R1 = target_R[:, None] - cols.start
     last = cols.stop - cols.start - 1
     return index_R1.clamp(0, last), (index_R1 >= 0) & (index_R1 <= last)
-
-
-@contextmanager
-def matrix_units(enabled: bool) -> Iterator[None]:
-    """Float32 GEMMs of a CPU on its bfloat16 units: operands are rounded, sums are not."""
-    mkldnn: Any = torch.backends.mkldnn
-    settings = mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if enabled else before
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
-@functools.cache
-def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for bfloat16: AMX, or the instructions of AVX-512."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, float32, for operands of one dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in float32, for operands of one dtype."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
-
-
-def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, summed in float32 and rounded once to out's dtype."""
-    if a.is_cuda and a.dtype != torch.float32 and out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda and a.dtype != torch.float32 and out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(matmul(a, b))

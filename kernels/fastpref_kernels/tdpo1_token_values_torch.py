@@ -6,19 +6,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref_kernels.gemm import add_matmul
 from fastpref_kernels.head import (
     Gradients,
     Head,
     NeedsGrad,
-    RowSums,
     Targets,
-    ValueStats,
-    add_matmul,
     head_gradients,
     logit_gradients,
     put_target,
     take_target,
 )
+from fastpref_kernels.row_sums import RowSums, ValueStats
 from fastpref_kernels.workspace import slices, tile_shape
 
 Heads = tuple[Head, Head]

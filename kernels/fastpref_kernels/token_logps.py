@@ -13,8 +13,9 @@ from fastpref_kernels.checks import (
     check_target_range,
 )
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head import Head, Targets, TokenStats
+from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.registered import inside_op, needed_like, present, spread
+from fastpref_kernels.row_sums import TokenStats
 
 
 def token_logps(

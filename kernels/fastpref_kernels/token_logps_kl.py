@@ -14,8 +14,9 @@ from fastpref_kernels.checks import (
     check_target_range,
 )
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.head import JointStats, Targets, heads_of
+from fastpref_kernels.head import Targets, heads_of
 from fastpref_kernels.registered import inside_op, needed_like, present, spread
+from fastpref_kernels.row_sums import JointStats
 from fastpref_kernels.token_logps import bwd_op as token_logps_bwd_op
 
 DIRECTIONS = ("reference_policy", "policy_reference")

@@ -6,10 +6,7 @@ from torch import Tensor
 from fastpref_kernels.head import (
     Gradients,
     Head,
-    JointStats,
-    JointSums,
     NeedsGrad,
-    RowSums,
     Targets,
     head_gradients,
     kl_target_gradients,
@@ -17,6 +14,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
+from fastpref_kernels.row_sums import JointStats, JointSums, RowSums
 from fastpref_kernels.workspace import slices, tile_shape
 
 Heads = tuple[Head, Head]

@@ -7,14 +7,13 @@ from fastpref_kernels.head import (
     Gradients,
     Head,
     NeedsGrad,
-    RowSums,
     Targets,
-    TokenStats,
     head_gradients,
     logit_gradients,
     put_target,
     take_target,
 )
+from fastpref_kernels.row_sums import RowSums, TokenStats
 from fastpref_kernels.workspace import slices, tile_shape
 
 

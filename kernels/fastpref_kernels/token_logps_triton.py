@@ -10,33 +10,24 @@
 A pass is 2·N·D·V floating-point operations. The mode follows from shapes, dtypes and the workspace.
 """
 
-from typing import Any
-
 import torch
-import triton
 from torch import Tensor
 
 from fastpref_kernels import token_logps_kernels as kernels
+from fastpref_kernels.gemm import add_matmul, matmul, matmul_into
 from fastpref_kernels.gemm_tiles import ROW_TILE, GemmTile
 from fastpref_kernels.head import (
     Gradients,
     Head,
     NeedsGrad,
-    RowSums,
     Targets,
-    TokenStats,
-    add_matmul,
     head_gradients,
     logit_gradients,
-    matmul,
-    matmul_into,
 )
 from fastpref_kernels.launch import (
-    COMPILE,
     TRITON_DTYPES,
     Operands,
     aligned_columns,
-    combine,
     descriptors,
     fused_blocks,
     fused_grid,
@@ -45,8 +36,9 @@ from fastpref_kernels.launch import (
     result_descriptor,
     row_blocks,
     row_grid,
-    whole_tile,
 )
+from fastpref_kernels.row_sums import TokenStats
+from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import get_workspace_mib, slices
 
 _SWEEP_ROWS = 8192
@@ -122,135 +114,6 @@ def token_logps_bwd(
     return backward(grad, head, operands, targets, stats, needs_grad)
 
 
-class Sweep:
-    """Sums of a group of rows over the columns swept so far."""
-
-    def __init__(self, operands: Operands, rows: slice, *, stored: bool, gap: bool = False) -> None:
-        self.operands = operands
-        self.input_RD, self.ids_R = operands.head.input[rows], operands.ids[rows]
-        self.anchor_R = operands.target_logits(rows)
-        self.exp_dtype = operands.exp_dtype if stored else None
-        # a fused kernel leaves its sums a part of a tile at a time; the gap needs more registers
-        self.parts = 4 if gap else 2
-        tile = operands.tile
-        block_v = ROW_TILE.block_v if tile is None else tile.block_v // self.parts
-        num_blocks = triton.cdiv(operands.head.weight.shape[0], block_v)
-        self.max_BR, self.sum_BR = self._empty(num_blocks), self._empty(num_blocks)
-        self.stored_sum_BR = self._empty(num_blocks) if stored else None
-        self.gap_BR = self._empty(num_blocks) if gap else None
-
-    def add(self, cols: slice, stored_RC: Tensor | None = None) -> None:
-        """Sweep the columns of `cols`, which begins a block; fill `stored_RC` with exponentials."""
-        if self.operands.tile is None:
-            self._add_products(cols, stored_RC)
-        else:
-            self._add_fused(self.operands.tile, cols, stored_RC)
-
-    def finish(self) -> tuple[RowSums, Tensor]:
-        """Sums over all columns, (R,), and of what was stored; undefined if nothing was."""
-        row_max_R, row_sum_R, stored_sum_R = combine(self.max_BR, self.sum_BR, self.stored_sum_BR)
-        return RowSums(row_max_R, row_sum_R, self.anchor_R), stored_sum_R
-
-    def finish_gap(self) -> Tensor:
-        """Sum over all columns of what was stored times its logit over the target's, (R,)."""
-        *_, gap_R = combine(self.max_BR, self.sum_BR, self.gap_BR)
-        return gap_R
-
-    def rescue(
-        self,
-        sums: RowSums,
-        stored_sum_R: Tensor,
-        gap_R: Tensor | None = None,
-        *,
-        stored_RV: Tensor | None = None,
-        total_RD: Tensor | None = None,
-    ) -> None:
-        """Do rows again whose target is more than MAX_DRIFT nats below another column.
-
-        Exactly one of `stored_RV`, their exponentials, and `total_RD`, the product of these with
-        the head, is what is to be corrected; `stored_sum_R` and `gap_R` are corrected with it.
-        """
-        weight_VD, D = self.operands.head.weight, self.input_RD.shape[1]
-        block_d = triton.next_power_of_2(D)
-        kernels._rescue_kernel[(len(self.ids_R),)](
-            self.input_RD,
-            weight_VD,
-            target_ptr=self.ids_R,
-            anchor_ptr=self.anchor_R,
-            row_max_ptr=sums.max,
-            row_sum_ptr=sums.sum_exp,
-            stored_ptr=stored_RV,
-            total_ptr=total_RD,
-            stored_sum_ptr=stored_sum_R,
-            gap_ptr=gap_R,
-            stride_n=self.input_RD.stride(0),
-            stride_v=weight_VD.stride(0),
-            stride_stored=0 if stored_RV is None else stored_RV.stride(0),
-            V=weight_VD.shape[0],
-            D=D,
-            BLOCK_V=max(1, 8192 // block_d),
-            BLOCK_D=block_d,
-            STORE=stored_RV is not None,
-            GAP=gap_R is not None,
-            num_warps=8,
-            **self.operands.transform,
-            **COMPILE,
-        )
-
-    def _add_fused(self, tile: GemmTile, cols: slice, stored_RC: Tensor | None) -> None:
-        R, C = len(self.ids_R), cols.stop - cols.start
-        kernels._sweep_kernel[fused_grid(tile, R, C)](
-            *descriptors(tile, self.input_RD, self.operands.head.weight),
-            result_descriptor(tile, stored_RC, parts=self.parts),
-            start_v=cols.start,
-            stop_v=cols.stop,
-            D=self.input_RD.shape[1],
-            PARTS=self.parts,
-            **self._sums,
-            **self.operands.transform,
-            **fused_blocks(tile),
-        )
-
-    def _add_products(self, cols: slice, stored_RC: Tensor | None) -> None:
-        weight_CD = self.operands.head.weight[cols]
-        for part_rows, part_cols in product_tiles(len(self.ids_R), len(weight_CD)):
-            hidden_RD = whole_tile(self.input_RD, part_rows)
-            products_RC = matmul(hidden_RD, weight_CD[part_cols].t())
-            part_RC = None if stored_RC is None else stored_RC[part_rows, part_cols]
-            R, C = part_rows.stop - part_rows.start, products_RC.shape[1]
-            kernels._sweep_tile_kernel[row_grid(R, C)](
-                products_RC,
-                part_RC,
-                stride_logits=C,
-                stride_stored=0 if part_RC is None else part_RC.stride(0),
-                first_n=part_rows.start,
-                R=R,
-                start_v=cols.start + part_cols.start,
-                stop_v=cols.start + part_cols.stop,
-                **self._sums,
-                **self.operands.transform,
-                **row_blocks(),
-            )
-
-    @property
-    def _sums(self) -> dict[str, Any]:
-        """Kernel arguments of what a sweep reads and leaves for each row."""
-        return {
-            "target_ptr": self.ids_R,
-            "anchor_ptr": self.anchor_R,
-            "max_ptr": self.max_BR,
-            "sum_ptr": self.sum_BR,
-            "stored_sum_ptr": self.stored_sum_BR,
-            "gap_ptr": self.gap_BR,
-            "GAP": self.gap_BR is not None,
-            "N": len(self.ids_R),
-            "EXP": None if self.exp_dtype is None else TRITON_DTYPES[self.exp_dtype],
-        }
-
-    def _empty(self, *leading: int) -> Tensor:
-        return self.anchor_R.new_empty(*leading, len(self.ids_R))
-
-
 def _sweep_fwd(operands: Operands, stats: TokenStats, *, stored: bool) -> None:
     """Forward of every mode but frozen: one sweep over the vocabulary."""
     head = operands.head
@@ -268,19 +131,6 @@ def _sweep_fwd(operands: Operands, stats: TokenStats, *, stored: bool) -> None:
         weigh_target(
             stored_RV, operands.ids[rows], stored_sum_R * _softcap_slope(head, sums.target_logit)
         )
-
-
-def weigh_target(stored_RV: Tensor, ids_R: Tensor, weight_R: Tensor) -> None:
-    """Give the target what all others weigh, with the other sign: dz sums to zero over a row.
-
-    Args:
-        stored_RV: Exponentials without the target.
-        ids_R: Targets, -1 where ignored.
-        weight_R: The others' sum, times the target's softcap slope.
-    """
-    ids_R1 = ids_R[:, None]
-    weight_R1 = -weight_R[:, None].masked_fill(ids_R1 < 0, 0).to(stored_RV.dtype)
-    stored_RV.scatter_(1, ids_R1.clamp_min(0), weight_R1)
 
 
 def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
@@ -442,14 +292,6 @@ def _dlogits_of_products(
             **operands.transform,
             **row_blocks(),
         )
-
-
-def shared(others_N: Tensor, stored_sum_N: Tensor) -> Tensor:
-    """What a unit of stored exponential gets of what the other columns share; 0 if there are none.
-
-    Others whose sum is 0 have a probability of 0 together.
-    """
-    return torch.where(stored_sum_N > 0, others_N / stored_sum_N, 0)
 
 
 def _softcap_slope(head: Head, logits: Tensor) -> Tensor:

@@ -1,0 +1,185 @@
+"""One joint sweep of policy and reference on a GPU: the launchers behind the sums of its rows."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastpref_kernels import token_logps_kl_kernels as kernels
+from fastpref_kernels.gemm import matmul
+from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE, GemmTile
+from fastpref_kernels.launch import (
+    COMPILE,
+    TRITON_DTYPES,
+    Operands,
+    combine,
+    descriptors,
+    fused_blocks,
+    fused_grid,
+    product_tiles,
+    result_descriptor,
+    row_blocks,
+    row_grid,
+    whole_tile,
+)
+from fastpref_kernels.row_sums import JointSums, RowSums
+from fastpref_kernels.token_logps_kernels import MAX_DRIFT
+
+
+class JointSweep:
+    """Sums of a group of rows under both models."""
+
+    def __init__(
+        self, operands: tuple[Operands, Operands], rows: slice, *, under_reference: bool
+    ) -> None:
+        self.operands, self.under_reference = operands, under_reference
+        self.ids_R = operands[0].ids[rows]
+        self.inputs = [model.head.input[rows] for model in operands]
+        self.anchors = [model.target_logits(rows) for model in operands]
+        tile = operands[0].tile or JOINT_ROW_TILE
+        num_blocks = triton.cdiv(operands[0].head.weight.shape[0], tile.block_v)
+        self.sums_BR = {
+            name: self.anchors[0].new_empty(num_blocks, len(self.ids_R))
+            for name in ("max", "sum", "reference_max", "reference_sum", "gap")
+        }
+
+    def run(self, kept_RV: list[Tensor] | None) -> None:
+        """Sweep the vocabulary; fill `kept_RV` with the larger exponentials and log-ratios."""
+        tile = self.operands[0].tile
+        if tile is None:
+            self._run_products(kept_RV)
+        else:
+            self._run_fused(tile, kept_RV)
+
+    def finish(self) -> tuple[RowSums, RowSums, Tensor]:
+        """Row sums of policy and reference, and the KL, (R,)."""
+        sums = self.sums_BR
+        of_policy, of_reference = (
+            (sums["max"], sums["sum"]),
+            (sums["reference_max"], sums["reference_sum"]),
+        )
+        gaps = (None, sums["gap"]) if self.under_reference else (sums["gap"], None)
+        max_R, sum_R, gap_R = combine(*of_policy, gaps[0], over_max=True)
+        reference_max_R, reference_sum_R, reference_gap_R = combine(
+            *of_reference, gaps[1], over_max=True
+        )
+        policy = RowSums(max_R, sum_R, self.anchors[0])
+        reference = RowSums(reference_max_R, reference_sum_R, self.anchors[1])
+        base_gap_R = self.anchors[0] - self.anchors[1]
+        if self.under_reference:
+            kl_R = JointSums(reference, policy, reference_gap_R, -base_gap_R).kl
+        else:
+            kl_R = JointSums(policy, reference, gap_R, base_gap_R).kl
+        return policy, reference, kl_R
+
+    def rescue(self, policy: RowSums, reference: RowSums, kept_RV: list[Tensor]) -> Tensor:
+        """Do rows again whose target is more than MAX_DRIFT nats below another column.
+
+        Returns:
+            log p and log q of what is stored as 1, (2, R).
+        """
+        models = (policy, reference)
+        drifts = torch.stack([sums.max - sums.target_logit for sums in models])
+        rescued_R = (self.ids_R >= 0) & (drifts > MAX_DRIFT.value).any(0)
+        # the others' log-sum-exp is their anchor then: log p of it is log(1 - p_y)
+        others = [sums.max + sums.sum_exp.log() for sums in models]
+        (head, reference_head), D = (model.head for model in self.operands), self.inputs[0].shape[1]
+        D_reference = self.inputs[1].shape[1]
+        block_d = triton.next_power_of_2(max(D, D_reference))
+        kernels._joint_rescue_kernel[(len(self.ids_R),)](
+            self.inputs[0],
+            head.weight,
+            reference_input_ptr=self.inputs[1],
+            reference_weight_ptr=reference_head.weight,
+            target_ptr=self.ids_R,
+            rescued_ptr=rescued_R,
+            others_lse_ptr=others[0],
+            reference_others_lse_ptr=others[1],
+            larger_ptr=kept_RV[0],
+            log_ratio_ptr=kept_RV[1],
+            stride_n=self.inputs[0].stride(0),
+            stride_v=head.weight.stride(0),
+            stride_reference_n=self.inputs[1].stride(0),
+            stride_reference_v=reference_head.weight.stride(0),
+            stride_stored=kept_RV[0].stride(0),
+            V=head.weight.shape[0],
+            D=D,
+            D_REFERENCE=D_reference,
+            BLOCK_V=max(1, 4096 // block_d),
+            BLOCK_D=block_d,
+            num_warps=8,
+            **joint_transforms(self.operands),
+            **COMPILE,
+        )
+        return torch.stack(
+            [
+                torch.where(rescued_R, other_R - sums.lse, sums.logps)
+                for other_R, sums in zip(others, models, strict=True)
+            ]
+        )
+
+    def _run_fused(self, tile: GemmTile, kept_RV: list[Tensor] | None) -> None:
+        heads = [model.head for model in self.operands]
+        larger_RV, log_ratio_RV = kept_RV or (None, None)
+        V = heads[0].weight.shape[0]
+        kernels._joint_sweep_kernel[fused_grid(tile, len(self.ids_R), V)](
+            *descriptors(tile, self.inputs[0], heads[0].weight),
+            *descriptors(tile, self.inputs[1], heads[1].weight),
+            result_descriptor(tile, larger_RV, parts=8),
+            result_descriptor(tile, log_ratio_RV, parts=8),
+            start_v=0,
+            stop_v=V,
+            D=self.inputs[0].shape[1],
+            D_REFERENCE=self.inputs[1].shape[1],
+            **self._arguments(kept_RV),
+            **joint_transforms(self.operands),
+            **fused_blocks(tile),
+        )
+
+    def _run_products(self, kept_RV: list[Tensor] | None) -> None:
+        heads = [model.head for model in self.operands]
+        V = heads[0].weight.shape[0]
+        for rows, cols in product_tiles(len(self.ids_R), V):
+            products = [
+                matmul(whole_tile(input_RD, rows), head.weight[cols].t())
+                for input_RD, head in zip(self.inputs, heads, strict=True)
+            ]
+            kept = [None, None] if kept_RV is None else [part[rows, cols] for part in kept_RV]
+            R, C = rows.stop - rows.start, cols.stop - cols.start
+            kernels._joint_sweep_tile_kernel[row_grid(R, C, JOINT_ROW_TILE)](
+                *products,
+                *kept,
+                stride_logits=C,
+                stride_stored=0 if kept[0] is None else kept[0].stride(0),
+                first_n=rows.start,
+                R=R,
+                start_v=cols.start,
+                stop_v=cols.stop,
+                **self._arguments(kept_RV),
+                **joint_transforms(self.operands),
+                **row_blocks(JOINT_ROW_TILE),
+            )
+
+    def _arguments(self, kept_RV: list[Tensor] | None) -> dict[str, Any]:
+        """Kernel arguments of what a sweep reads and leaves for each row."""
+        sums = {f"{name}_ptr": sums_BR for name, sums_BR in self.sums_BR.items()}
+        exp, ratio = (TRITON_DTYPES[kept.dtype] for kept in kept_RV) if kept_RV else (None, None)
+        return sums | {
+            "target_ptr": self.ids_R,
+            "anchor_ptr": self.anchors[0],
+            "reference_anchor_ptr": self.anchors[1],
+            "N": len(self.ids_R),
+            "EXP": exp,
+            "RATIO": ratio,
+            "UNDER_REFERENCE": self.under_reference,
+        }
+
+
+def joint_transforms(operands: tuple[Operands, Operands]) -> dict[str, Any]:
+    """Kernel arguments of both models' bias, and of the scale and softcap they share."""
+    reference_bias = operands[1].head.bias
+    return operands[0].transform | {
+        "reference_bias_ptr": reference_bias,
+        "HAS_REFERENCE_BIAS": reference_bias is not None,
+    }
