@@ -1,10 +1,22 @@
 """One thread, no network, no trace in the user's caches."""
 
+import logging
 import os
 import tempfile
+
+import pytest
 
 # before anything imports torch, datasets or huggingface_hub, which read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastpref-tests-")
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was():
+    """A command line run within the process makes the project's logger its own."""
+    logger = logging.getLogger("fastpref")
+    before = (logger.handlers[:], logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before

@@ -1,6 +1,5 @@
 """What the log of a run says by itself."""
 
-import logging
 import math
 
 import pytest
@@ -19,10 +18,7 @@ from fastpref.metrics import MetricsLog, PendingStep
         (4, 2, False),
     ],
 )
-def test_a_first_loss_that_is_not_log_two_is_said_loudly_once(
-    tmp_path, caplog, monkeypatch, loss, step, warns
-):
-    monkeypatch.setattr(logging.getLogger("fastpref"), "propagate", True)
+def test_a_first_loss_that_is_not_log_two_is_said_loudly_once(tmp_path, caplog, loss, step, warns):
     log = MetricsLog(
         path=tmp_path / "metrics.jsonl",
         min_interval_seconds=0,

@@ -142,10 +142,9 @@ def test_packed_in_any_way_or_padded_a_run_is_the_same(base, tmp_path, loss):
 
 
 def test_a_model_that_cannot_pack_trains_on_padded_rows_and_the_log_says_why(
-    base, tmp_path, caplog, monkeypatch
+    base, tmp_path, caplog
 ):
     save_tiny_model(base / "windows", model_type="mistral", sliding_window=16)
-    monkeypatch.setattr(logging.getLogger("fastpref"), "propagate", True)
     with caplog.at_level(logging.INFO):
         run_dir = run(make_config(base, tmp_path / "run", "windows", n_epochs=1))
     assert read_metrics(run_dir, "train")[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref_kernels.gemm import add_matmul
+from fastpref_kernels.gemm import matmul
 from fastpref_kernels.head import (
     Gradients,
     Head,
@@ -69,9 +69,9 @@ def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueSt
         others_R = -sums.logps.expm1()
         share_R = torch.where(sums.sum_exp > 0, others_R / sums.sum_exp, 0)
         target_RD = policy.weight[target_R].to(policy.gemm_dtype).float()
-        slopes_RD = target_RD.mul_(others_R[:, None]).sub_(means.weights * share_R[:, None])
+        slopes_RD = target_RD * others_R[:, None].double() - means.weights * share_R[:, None]
         slopes_RD *= policy.scale
-        stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * means.logits)
+        stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * means.logits).float()
         stats.reference_logps[rows], stats.reference_lse[rows] = sums.logps, sums.lse
         if mode != "scores":
             stats.slopes[rows] = slopes_RD.masked_fill_(targets.ignored[rows, None], 0)
@@ -133,12 +133,12 @@ def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor)
     Args:
         heads: Policy and reference.
         rows: Which rows these are.
-        slopes_RD: (R, D) float32.
+        slopes_RD: (R, D) float32 or float64.
         constants_R: (R,) what is added where the heads differ.
     """
-    hidden_RD = heads[0].input[rows].float()
+    hidden_RD = heads[0].input[rows].to(slopes_RD.dtype)
     if share_head(heads):
-        return (slopes_RD * (hidden_RD - heads[1].input[rows].float())).sum(1)
+        return (slopes_RD * (hidden_RD - heads[1].input[rows].to(slopes_RD.dtype))).sum(1)
     return (slopes_RD * hidden_RD).sum(1) + constants_R
 
 
@@ -164,8 +164,9 @@ def _sweep(heads: Heads, targets: Targets, rows: slice, tile_cols: int) -> Means
     base_R = _target_logits(reference, hidden_RD[:R], target_R)
     means = Means(
         RowSums.empty(R, policy.input.device),
-        policy.input.new_zeros(R, D, dtype=torch.float32),
-        torch.zeros_like(base_R),
+        # float64: hundreds of small tiles would each round sums whose difference is the value
+        policy.input.new_zeros(R, D, dtype=torch.float64),
+        torch.zeros_like(base_R, dtype=torch.float64),
     )
     for cols in slices(V, tile_cols):
         logits_RC = reference.logits(hidden_RD, reference.weight_tile(cols), cols)[:R]
@@ -185,7 +186,7 @@ def _add_columns(
     over_RC.masked_fill_(logits_RC == 0, 0)
     rescale_R = (means.reference.max - sums.max).exp()
     weights_RD = means.weights.mul_(rescale_R[:, None])
-    add_matmul(weights_RD, logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
+    weights_RD += matmul(logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
     return Means(sums, weights_RD, means.logits * rescale_R + over_RC.mul_(logits_RC).sum(1))
 
 
