@@ -29,10 +29,10 @@ class Means(NamedTuple):
 
     reference: RowSums
     weights: Tensor
-    """(R, D) of the policy's head weights."""
+    """(R, D) float64, of the policy's head weights."""
     logits: Tensor
-    """(R,) of the reference's logits over the target's, less the policy's bias over the target's;
-    what h · `weights` is to be compared with."""
+    """(R,) float64, of the reference's logits over the target's, less the policy's bias over the
+    target's; what h · `weights` is to be compared with."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
