@@ -78,10 +78,11 @@ def attention_forward(
     if fastpref_attention is not None:
         for name in ("s_aux", "position_bias"):
             if options.get(name) is not None:
-                raise NotImplementedError(f"its attention adds {name}")
+                # a refusal, not a stub: padded rows are taken instead, and the log says why
+                raise NotImplementedError(f"its attention adds {name}")  # refused on purpose
         window = options.get("sliding_window")
         if window is not None and window < fastpref_longest:
-            raise NotImplementedError(
+            raise NotImplementedError(  # refused on purpose, as above
                 f"its attention looks back {window} tokens, the longest sequence has "
                 f"{fastpref_longest}"
             )

@@ -29,7 +29,7 @@ class Means(NamedTuple):
 
     reference: RowSums
     weights: Tensor
-    """(R, D) float64, of the policy's head weights."""
+    """(R, D) of the policy's head weights."""
     logits: Tensor
     """(R,) float64, of the reference's logits over the target's, less the policy's bias over the
     target's; what h · `weights` is to be compared with."""
@@ -69,6 +69,7 @@ def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueSt
         others_R = -sums.logps.expm1()
         share_R = torch.where(sums.sum_exp > 0, others_R / sums.sum_exp, 0)
         target_RD = policy.weight[target_R].to(policy.gemm_dtype).float()
+        # float64: a value is a small difference of what is added up here
         slopes_RD = target_RD * others_R[:, None].double() - means.weights * share_R[:, None]
         slopes_RD *= policy.scale
         stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * means.logits).float()
@@ -164,8 +165,7 @@ def _sweep(heads: Heads, targets: Targets, rows: slice, tile_cols: int) -> Means
     base_R = _target_logits(reference, hidden_RD[:R], target_R)
     means = Means(
         RowSums.empty(R, policy.input.device),
-        # float64: hundreds of small tiles would each round sums whose difference is the value
-        policy.input.new_zeros(R, D, dtype=torch.float64),
+        policy.input.new_zeros(R, D, dtype=torch.float32),
         torch.zeros_like(base_R, dtype=torch.float64),
     )
     for cols in slices(V, tile_cols):
@@ -186,6 +186,7 @@ def _add_columns(
     over_RC.masked_fill_(logits_RC == 0, 0)
     rescale_R = (means.reference.max - sums.max).exp()
     weights_RD = means.weights.mul_(rescale_R[:, None])
+    # not added into in place: for one row MKL then sums all columns one after another
     weights_RD += matmul(logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
     return Means(sums, weights_RD, means.logits * rescale_R + over_RC.mul_(logits_RC).sum(1))
 

@@ -51,7 +51,8 @@ def tile_shape(vocab: int, hidden: int, device: torch.device) -> tuple[int, int]
     rows, cols = _PREFERRED_TILE.get(device.type, _PREFERRED_TILE_GPU)
     numbers = _workspace_bytes // 4
     cols = max(1, min(vocab, cols, numbers // 4 // (3 * hidden)))
-    rows = min(rows, numbers * 3 // 4 // (4 * cols + 2 * hidden))
+    # behind its sweep TDPO1's value takes four tiles in float64
+    rows = min(rows, numbers * 3 // 4 // max(4 * cols + 2 * hidden, 8 * hidden))
     return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE), cols
 
 
