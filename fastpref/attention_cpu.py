@@ -29,7 +29,7 @@ class SegmentGroup(NamedTuple):
     queries: Tensor | slice
     """(S, R) int64: places in the row; a slice of the row where one segment is alone."""
     keys: Tensor | slice
-    """(S, K) int64: places in the row, a prompt's and then the segment's own; or a slice of it."""
+    """(S, K) int64: places in the row, its prefix's and then its own; or a slice of it."""
     mask: Tensor | None
     """(S, 1, R, K) float32, 0 where a query may attend and -inf elsewhere; None: causal."""
     kept: Tensor
@@ -74,17 +74,17 @@ def _runs(tokens: list[int], keys: list[int]) -> Iterator[slice]:
 
 
 def _group(segments_S4: np.ndarray) -> SegmentGroup:
-    start, stop, prompt_start, prompt_stop = segments_S4.T[:, :, None]
-    tokens, of_prompt = stop - start, prompt_stop - prompt_start
+    start, stop, prefix_start, prefix_stop = segments_S4.T[:, :, None]
+    tokens, of_prefix = stop - start, prefix_stop - prefix_start
     query = np.arange(tokens.max())
-    key = np.arange((tokens + of_prompt).max())
+    key = np.arange((tokens + of_prefix).max())
     queries = np.minimum(start + query, stop - 1)
     keys = np.where(
-        key < of_prompt, prompt_start + key, np.minimum(start + key - of_prompt, stop - 1)
+        key < of_prefix, prefix_start + key, np.minimum(start + key - of_prefix, stop - 1)
     )
     mask = None
-    if of_prompt.any():
-        seen = key <= (of_prompt + query)[:, :, None]
+    if of_prefix.any():
+        seen = key <= (of_prefix + query)[:, :, None]
         mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf")))[:, None]
     is_token = (query < tokens).ravel()
     kept = np.flatnonzero(is_token)

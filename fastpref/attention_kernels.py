@@ -116,7 +116,7 @@ def attend_by_segment(
     outputs = []
     for segment, keys in _segments(prepared.layout, key):
         queries = query[:, :, segment.start : segment.stop]
-        plain = segment.prompt_start == segment.prompt_stop
+        plain = segment.prefix_start == segment.prefix_stop
         mask = None if plain else _additive_mask(segment, query)
         output = F.scaled_dot_product_attention(
             queries, keys, _keys_of(value, segment), mask, is_causal=plain, scale=scale
@@ -126,11 +126,11 @@ def attend_by_segment(
 
 
 def _additive_mask(segment: Segment, query: Tensor) -> Tensor:
-    """(R, K): 0 where a branch's query may attend to its prompt's and its own keys, else -inf."""
+    """(R, K): 0 where a branch's query may attend to its prefix's and its own keys, else -inf."""
     R = segment.stop - segment.start
-    prompt_tokens = segment.prompt_stop - segment.prompt_start
-    mask = query.new_full((R, prompt_tokens + R), float("-inf"))
-    return mask.triu_(prompt_tokens + 1)
+    prefix_tokens = segment.prefix_stop - segment.prefix_start
+    mask = query.new_full((R, prefix_tokens + R), float("-inf"))
+    return mask.triu_(prefix_tokens + 1)
 
 
 def _segments(layout: SegmentLayout, key: Tensor) -> Iterator[tuple[Segment, Tensor]]:
@@ -138,11 +138,11 @@ def _segments(layout: SegmentLayout, key: Tensor) -> Iterator[tuple[Segment, Ten
 
 
 def _keys_of(key: Tensor, segment: Segment) -> Tensor:
-    """Keys (or values) that a segment attends to: its prompt's, then its own."""
+    """Keys (or values) that a segment attends to: its prefix's, then its own."""
     own = key[:, :, segment.start : segment.stop]
-    if segment.prompt_start == segment.prompt_stop:
+    if segment.prefix_start == segment.prefix_stop:
         return own
-    return torch.cat([key[:, :, segment.prompt_start : segment.prompt_stop], own], dim=2)
+    return torch.cat([key[:, :, segment.prefix_start : segment.prefix_stop], own], dim=2)
 
 
 VarlenKernel = Callable[..., Tensor]
@@ -260,17 +260,17 @@ def torch_varlen_kernel() -> VarlenKernel:
 
 
 def prepare_flex(layout: SegmentLayout) -> Any:
-    """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prompt."""
+    """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prefix."""
     flex = import_module("torch.nn.attention.flex_attention")
     device = layout.plain_offsets.device
     table = torch.tensor(layout.segments, device=device)
     T = layout.segments[-1].stop
     segment_of = torch.repeat_interleave(table[:, 1] - table[:, 0], output_size=T)
-    prompt_start, prompt_stop = table[segment_of, 2], table[segment_of, 3]
+    prefix_start, prefix_stop = table[segment_of, 2], table[segment_of, 3]
 
     def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (segment_of[q] == segment_of[k]) & (k <= q)
-        return own | ((k >= prompt_start[q]) & (k < prompt_stop[q]))
+        return own | ((k >= prefix_start[q]) & (k < prefix_stop[q]))
 
     return flex.create_block_mask(attends, None, None, T, T, device=device)
 

@@ -23,13 +23,14 @@ class EncodedRow(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Tokens [start, stop) of a packed row; they attend to a prompt and causally to themselves."""
+    """Tokens [start, stop) of a packed row; they attend to a prefix and causally to themselves."""
 
     start: int
     stop: int
-    prompt_start: int
-    """The prompt's tokens, [prompt_start, prompt_stop); none where the segment begins with it."""
-    prompt_stop: int
+    prefix_start: int
+    """What stands before the segment's first token in its sequence, [prefix_start, prefix_stop): a
+    prompt, and what its responses begin with; nothing where the segment begins the sequence."""
+    prefix_stop: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +39,7 @@ class SegmentLayout:
 
     First come the plain segments, each a prompt with its first branch (or a whole sequence):
     ordinary causal attention over contiguous tokens. Then the further branches, whose keys are
-    their prompt's and their own; causality is aligned at the end. Offsets are what variable-length
+    their prefix's and their own; causality is aligned at the end. Offsets are what variable-length
     attention calls `cu_seqlens`.
     """
 
@@ -55,7 +56,7 @@ class SegmentLayout:
     branch_key_offsets: Tensor
     """(branches + 1,) int32, into `branch_keys`."""
     branch_keys: Tensor
-    """(keys,) int64: positions in the row of each branch's prompt and of the branch itself."""
+    """(keys,) int64: positions in the row of each branch's prefix and of the branch itself."""
     longest_branch: int
     """Queries of the longest branch, 0 without branches."""
     longest_branch_keys: int
@@ -87,7 +88,7 @@ class PackedBatch:
     """(B, L) int64: 1 for a token, 0 for padding; None for a packed row."""
     score_index: Tensor
     """(N,) int64: the position, in the flattened `input_ids`, whose hidden state predicts a
-    target. A shared prompt's last position is there once for each of its branches."""
+    target. A shared position is there once for each sequence that it predicts a token of."""
     target: Tensor
     """(N,) int64: the response tokens, in the order of `score_index`."""
     token_weights: Tensor | None

@@ -117,6 +117,16 @@ class EncodedColumns:
         return bool(self.rejected.lengths.any())
 
     @property
+    def num_sides(self) -> int:
+        """Responses of a row: two of a pair, one in SFT."""
+        return 2 if self.has_pairs else 1
+
+    def responses(self, rows: np.ndarray) -> Ranges:
+        """The chosen responses of some rows, then the rejected ones of pairs."""
+        sides = (self.chosen, self.rejected)[: self.num_sides]
+        return concatenate([side.take(rows) for side in sides])
+
+    @property
     def branch_tokens(self) -> np.ndarray:
         """(rows,) tokens computed beside the prompt: the last of a response predicts nothing."""
         tokens = self.chosen.lengths - 1
@@ -125,7 +135,7 @@ class EncodedColumns:
     @property
     def num_tokens(self) -> np.ndarray:
         """(rows,) tokens in the data: prompt + chosen, and prompt + rejected of a pair."""
-        prompts = self.prompt.lengths * (2 if self.has_pairs else 1)
+        prompts = self.prompt.lengths * self.num_sides
         return prompts + self.chosen.lengths + self.rejected.lengths
 
     def row(self, index: int) -> EncodedRow:

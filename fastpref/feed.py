@@ -112,12 +112,13 @@ class RowLayout:
         longest = columns.prompt.lengths + np.maximum(
             columns.chosen.lengths, columns.rejected.lengths
         )
-        sides = 2 if columns.has_pairs else 1
+
+        def padded(rows: np.ndarray) -> MicroBatch:
+            num_tokens = columns.num_sides * len(rows) * int(longest[rows].max(initial=0))
+            return MicroBatch(rows, rows, np.zeros_like(rows), num_tokens)
+
         return [
-            [
-                MicroBatch(rows, rows, sides * len(rows) * int(longest[rows].max(initial=0)))
-                for rows in np.array_split(of_ranks, num_ranks)
-            ]
+            [padded(rows) for rows in np.array_split(of_ranks, num_ranks)]
             for of_ranks in np.array_split(np.arange(len(columns)), min_micro_batches)
         ]
 

@@ -1,8 +1,9 @@
 """Packing: the rows of an optimizer step -> packed micro-batches under a token budget.
 
-Pairs that have the same prompt ids share it: the prompt is computed once and every response is a
-branch of it. Which rows meet in a micro-batch is a pure function of the step's rows, the budget
-and the number of ranks, so every rank plans the same step without a word to the others.
+Pairs that have the same prompt ids share it: the prompt is computed once, and so are the tokens
+that all its responses begin with; every response goes on from there as a branch. Which rows meet in
+a micro-batch is a pure function of the step's rows, the budget and the number of ranks, so every
+rank plans the same step without a word to the others.
 """
 
 import heapq
@@ -23,6 +24,8 @@ class MicroBatch(NamedTuple):
     """(P,) int64: which rows of the step."""
     prompts: np.ndarray
     """(P,) int64: equal for rows that share a prompt; ascending."""
+    num_shared: np.ndarray
+    """(P,) int64: response tokens computed with the row's prompt, for all responses to it."""
     num_tokens: int
     """Tokens that the model's body computes."""
 
@@ -53,20 +56,22 @@ def plan_step(
         share_prompt: Whether rows may share a prompt.
     """
     prompts = _equal_prompts(columns) if share_prompt else np.arange(len(columns))
-    prompt_tokens, branch_tokens = columns.prompt.lengths, columns.branch_tokens
+    num_shared = _count_shared(columns, prompts, share_prompt=share_prompt)
+    trunk_tokens = columns.prompt.lengths + num_shared
+    branch_tokens = columns.branch_tokens - columns.num_sides * num_shared
     if not share_prompt and columns.has_pairs:
         # the second sequence's copy of the prompt
-        branch_tokens = branch_tokens + prompt_tokens
+        branch_tokens = branch_tokens + columns.prompt.lengths
     _, first = np.unique(prompts, return_index=True)
-    fewest = int(prompt_tokens[first].sum() + branch_tokens.sum())
+    fewest = int(trunk_tokens[first].sum() + branch_tokens.sum())
     num_micro_batches = max(min_micro_batches, -(-fewest // (max_tokens * num_ranks)))
     while True:
         num_bins = num_micro_batches * num_ranks
         # a piece far above the average would make all ranks wait for its own
         pieces = _pieces(
-            prompts, prompt_tokens, branch_tokens, min(max_tokens, 4 / 3 * fewest / num_bins)
+            prompts, trunk_tokens, branch_tokens, min(max_tokens, 4 / 3 * fewest / num_bins)
         )
-        bins = _fill(pieces, num_bins)
+        bins = _fill(pieces, num_bins, num_shared)
         if num_bins >= len(pieces) or bins[0].num_tokens <= max_tokens:
             break
         num_micro_batches += 1
@@ -78,9 +83,10 @@ class _Piece(NamedTuple):
     """Rows of one prompt that stay together."""
 
     prompt: int
-    prompt_tokens: int
+    trunk_tokens: int
+    """Prompt and what its responses begin with."""
     num_tokens: int
-    """Prompt and branches."""
+    """Trunk and branches."""
     rows: list[int]
 
 
@@ -98,16 +104,42 @@ def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
     )
 
 
+def _count_shared(
+    columns: EncodedColumns, prompts: np.ndarray, *, share_prompt: bool
+) -> np.ndarray:
+    """(rows,) tokens that all responses to a row's prompt begin with, short of a last one."""
+    num_shared = np.zeros(len(columns), np.int64)
+    if not share_prompt or not len(columns):
+        return num_shared
+    responses = columns.responses(np.arange(len(columns)))
+    _, leaders, groups = np.unique(
+        np.tile(prompts, columns.num_sides), return_index=True, return_inverse=True
+    )
+    first = responses.take(leaders).take(groups)
+    # the last token of a response is not computed
+    lengths = np.minimum(responses.lengths, first.lengths) - 1
+    ids = columns.ids
+    differs = (
+        ids[Ranges(responses.starts, lengths).flat()] != ids[Ranges(first.starts, lengths).flat()]
+    )
+    offsets = offsets_of(lengths)
+    differences = np.append(np.flatnonzero(differs), len(differs))
+    until = differences[np.searchsorted(differences, offsets[:-1])] - offsets[:-1]
+    of_groups = lengths[leaders]
+    np.minimum.at(of_groups, groups, np.minimum(until, lengths))
+    return of_groups[groups[: len(columns)]]
+
+
 def _pieces(
-    prompts: np.ndarray, prompt_tokens: np.ndarray, branch_tokens: np.ndarray, limit: float
+    prompts: np.ndarray, trunk_tokens: np.ndarray, branch_tokens: np.ndarray, limit: float
 ) -> list[_Piece]:
     """Rows by prompt, cut where a piece would pass the limit; a row is never cut."""
     pieces: list[_Piece] = []
     order = np.argsort(prompts, kind="stable")
-    for row, prompt, of_prompt, of_branches in zip(
+    for row, prompt, of_trunk, of_branches in zip(
         order.tolist(),
         prompts[order].tolist(),
-        prompt_tokens[order].tolist(),
+        trunk_tokens[order].tolist(),
         branch_tokens[order].tolist(),
         strict=True,
     ):
@@ -116,11 +148,11 @@ def _pieces(
             last.rows.append(row)
             pieces[-1] = last._replace(num_tokens=last.num_tokens + of_branches)
         else:
-            pieces.append(_Piece(prompt, of_prompt, of_prompt + of_branches, [row]))
+            pieces.append(_Piece(prompt, of_trunk, of_trunk + of_branches, [row]))
     return pieces
 
 
-def _fill(pieces: list[_Piece], num_bins: int) -> list[MicroBatch]:
+def _fill(pieces: list[_Piece], num_bins: int, num_shared: np.ndarray) -> list[MicroBatch]:
     """The pieces in `num_bins` micro-batches, largest micro-batch first."""
     contents: list[list[_Piece]] = [[] for _ in range(num_bins)]
     loads = [(0, i) for i in range(num_bins)]
@@ -129,21 +161,21 @@ def _fill(pieces: list[_Piece], num_bins: int) -> list[MicroBatch]:
         load, i = loads[0]
         heapq.heapreplace(loads, (load + piece.num_tokens, i))
         contents[i].append(piece)
-    batches = [_micro_batch(content) for content in contents]
+    batches = [_micro_batch(content, num_shared) for content in contents]
     return sorted(batches, key=lambda batch: -batch.num_tokens)
 
 
-def _micro_batch(pieces: list[_Piece]) -> MicroBatch:
+def _micro_batch(pieces: list[_Piece], num_shared: np.ndarray) -> MicroBatch:
     by_prompt: dict[int, list[int]] = {}
     num_tokens = 0
     for piece in sorted(pieces, key=lambda piece: piece.rows[0]):
         # two pieces of one prompt that meet again share it after all
         num_tokens += piece.num_tokens
-        num_tokens -= piece.prompt_tokens if piece.prompt in by_prompt else 0
+        num_tokens -= piece.trunk_tokens if piece.prompt in by_prompt else 0
         by_prompt.setdefault(piece.prompt, []).extend(piece.rows)
-    rows = [row for rows in by_prompt.values() for row in rows]
+    rows = np.array([row for rows in by_prompt.values() for row in rows], np.int64)
     prompts = np.repeat(np.arange(len(by_prompt)), [len(rows) for rows in by_prompt.values()])
-    return MicroBatch(np.array(rows, np.int64), prompts, num_tokens)
+    return MicroBatch(rows, prompts, num_shared[rows], num_tokens)
 
 
 def pack_rows(
@@ -154,12 +186,12 @@ def pack_rows(
     Args:
         rows: P encoded rows, all with a rejected response or all without.
         pad_token_id: The only token of a batch without rows, which scores nothing.
-        share_prompt: Compute equal prompts once.
+        share_prompt: Compute equal prompts, and what their responses begin with, once.
     """
     columns = EncodedColumns.of_rows(rows)
     prompts = _equal_prompts(columns) if share_prompt else np.arange(len(rows))
-    order = np.arange(len(rows))
-    batch = MicroBatch(order, prompts, 0)
+    num_shared = _count_shared(columns, prompts, share_prompt=share_prompt)
+    batch = MicroBatch(np.arange(len(rows)), prompts, num_shared, 0)
     return pack(columns, batch, pad_token_id=pad_token_id, share_prompt=share_prompt)
 
 
@@ -177,19 +209,22 @@ def pack(
     rows = micro_batch.rows
     if not len(rows):
         return _empty_batch(pad_token_id)
-    sides = [columns.chosen, columns.rejected] if columns.has_pairs else [columns.chosen]
-    responses = concatenate([side.take(rows) for side in sides])
+    responses = columns.responses(rows)
     S = len(responses.lengths)
-    prompts = np.tile(micro_batch.prompts, len(sides)) if share_prompt else np.arange(S)
+    prompts = np.tile(micro_batch.prompts, columns.num_sides) if share_prompt else np.arange(S)
     # a prompt is that of its first sequence, and this one is the branch that follows it
     _, leaders, groups = np.unique(prompts, return_index=True, return_inverse=True)
     others = np.setdiff1d(np.arange(S), leaders)
     others = others[np.argsort(groups[others], kind="stable")]
     of_prompts = columns.prompt.take(rows[leaders % len(rows)])
+    # what other branches begin with is computed in the first one
+    num_shared = np.tile(micro_batch.num_shared, columns.num_sides)
+    num_skipped = num_shared.copy()
+    num_skipped[leaders] = 0
 
     # pieces of the row: prompt, first branch, prompt, first branch, …, then the other branches;
     # the last token of a response predicts nothing and is left out
-    branches = Ranges(responses.starts, responses.lengths - 1)
+    branches = Ranges(responses.starts + num_skipped, responses.lengths - 1 - num_skipped)
     sources = concatenate([alternate(of_prompts, branches.take(leaders)), branches.take(others)])
     offsets = offsets_of(sources.lengths)
     of_plain = 2 * len(leaders)
@@ -197,21 +232,25 @@ def pack(
     positions = np.concatenate(
         [
             np.stack([np.zeros_like(prompt_starts), of_prompts.lengths], axis=1).ravel(),
-            of_prompts.lengths[groups[others]],
+            of_prompts.lengths[groups[others]] + num_shared[others],
         ]
     )
     branch_starts = np.empty(S, np.int64)
     branch_starts[leaders], branch_starts[others] = prompt_stops, offsets[of_plain:-1]
-    score_index = Ranges(branch_starts - 1, responses.lengths).flat()
-    # a branch's first token is predicted by its prompt's last one, which may lie elsewhere
-    score_index[offsets_of(responses.lengths)[:-1]] = prompt_stops[groups] - 1
+    score_index = Ranges(branch_starts - 1 - num_skipped, responses.lengths).flat()
+    # up to a branch's first token the predicting ones lie in the prompt and in the first branch
+    of_trunks = Ranges(prompt_stops[groups] - 1, num_shared + 1)
+    score_index[of_trunks._replace(starts=offsets_of(responses.lengths)[:-1]).flat()] = (
+        of_trunks.flat()
+    )
+    trunks = np.stack([prompt_starts[groups], prompt_stops[groups] + num_shared], axis=1)
     return PackedBatch(
         input_ids=torch.from_numpy(columns.ids[sources.flat()])[None],
         position_ids=torch.from_numpy(Ranges(positions, sources.lengths).flat())[None],
         layout=_layout(
             plain=np.stack([prompt_starts, offsets[2 : of_plain + 1 : 2]], axis=1),
             branches=np.stack([offsets[of_plain:-1], offsets[of_plain + 1 :]], axis=1),
-            prompts=np.stack([prompt_starts, prompt_stops], axis=1)[groups[others]],
+            prefixes=trunks[others],
         ),
         score_index=torch.from_numpy(score_index),
         target=torch.from_numpy(columns.ids[responses.flat()]),
@@ -230,18 +269,18 @@ def _token_weights(columns: EncodedColumns, rows: np.ndarray) -> torch.Tensor | 
     return torch.from_numpy(columns.weights[of_rows.flat()])
 
 
-def _layout(*, plain: np.ndarray, branches: np.ndarray, prompts: np.ndarray) -> SegmentLayout:
-    """Segments from [start, stop) of plain segments, of further branches and of their prompts."""
-    # the response of one token: nothing of it is computed
+def _layout(*, plain: np.ndarray, branches: np.ndarray, prefixes: np.ndarray) -> SegmentLayout:
+    """Segments from [start, stop) of plain segments, of further branches and of their prefixes."""
+    # of a response of one token, or that ends as another one does, nothing is computed
     kept = branches[:, 1] > branches[:, 0]
-    branches, prompts = branches[kept], prompts[kept]
+    branches, prefixes = branches[kept], prefixes[kept]
     branch_lengths = branches[:, 1] - branches[:, 0]
-    prompt_lengths = prompts[:, 1] - prompts[:, 0]
+    prefix_lengths = prefixes[:, 1] - prefixes[:, 0]
     plain_lengths = plain[:, 1] - plain[:, 0]
-    keys = alternate(Ranges(prompts[:, 0], prompt_lengths), Ranges(branches[:, 0], branch_lengths))
+    keys = alternate(Ranges(prefixes[:, 0], prefix_lengths), Ranges(branches[:, 0], branch_lengths))
     segments = [Segment(start, stop, 0, 0) for start, stop in plain.tolist()]
     segments += [
-        Segment(*own, *of) for own, of in zip(branches.tolist(), prompts.tolist(), strict=True)
+        Segment(*own, *of) for own, of in zip(branches.tolist(), prefixes.tolist(), strict=True)
     ]
     return SegmentLayout(
         segments=tuple(segments),
@@ -249,10 +288,10 @@ def _layout(*, plain: np.ndarray, branches: np.ndarray, prompts: np.ndarray) -> 
         plain_offsets=_cu_seqlens(plain_lengths),
         longest_plain=int(plain_lengths.max()),
         branch_query_offsets=_cu_seqlens(branch_lengths),
-        branch_key_offsets=_cu_seqlens(branch_lengths + prompt_lengths),
+        branch_key_offsets=_cu_seqlens(branch_lengths + prefix_lengths),
         branch_keys=torch.from_numpy(keys.flat()),
         longest_branch=int(branch_lengths.max(initial=0)),
-        longest_branch_keys=int((branch_lengths + prompt_lengths).max(initial=0)),
+        longest_branch_keys=int((branch_lengths + prefix_lengths).max(initial=0)),
     )
 
 
@@ -263,7 +302,7 @@ def _empty_batch(pad_token_id: int) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.tensor([[pad_token_id]]),
         position_ids=torch.zeros((1, 1), dtype=torch.int64),
-        layout=_layout(plain=np.array([[0, 1]]), branches=nothing, prompts=nothing),
+        layout=_layout(plain=np.array([[0, 1]]), branches=nothing, prefixes=nothing),
         score_index=empty,
         target=empty,
         token_weights=None,

@@ -47,6 +47,7 @@ from fastpref.weights_report import WeightsReport, read_report
 logger = logging.getLogger("fastpref")
 
 SCORING_CODE = (
+    "packing.py",
     "role_templates.py",
     "weight_estimation.py",
     "weight_scoring.py",

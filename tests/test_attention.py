@@ -62,7 +62,7 @@ def dense_attention(query, key, value, batch: PackedBatch, scale, softcap) -> Te
     for segment in layout.segments:
         for q in range(segment.start, segment.stop):
             mask[q, segment.start : q + 1] = True
-            mask[q, segment.prompt_start : segment.prompt_stop] = True
+            mask[q, segment.prefix_start : segment.prefix_stop] = True
     key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
     scores = query @ key.mT * scale
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
@@ -97,7 +97,9 @@ def test_every_packed_attention_is_the_masked_one(attention, softcap):
 def test_short_segments_share_a_call_and_long_ones_do_not():
     rng = random.Random(0)
     rows = [
-        EncodedRow(*(range(1, 1 + rng.randint(1, longest)) for longest in (90, 60, 60)))
+        EncodedRow(
+            *(range(k, k + rng.randint(1, longest)) for k, longest in enumerate((90, 60, 60)))
+        )
         for _ in range(40)
     ]
     batch = pack_rows(rows, pad_token_id=0)
@@ -114,8 +116,8 @@ def test_short_segments_share_a_call_and_long_ones_do_not():
     assert alone and all(len(places) == 1 for places in alone)
     computed = sum(q.shape[1] * k.numel() for q, k in zip(queries, keys, strict=True))
     needed = sum(
-        (stop - start) * (stop - start + prompt_stop - prompt_start)
-        for start, stop, prompt_start, prompt_stop in batch.layout.segments
+        (stop - start) * (stop - start + prefix_stop - prefix_start)
+        for start, stop, prefix_start, prefix_stop in batch.layout.segments
     )
     assert computed <= MAX_PADDING * needed
 

@@ -63,7 +63,8 @@ def test_packed_rows_give_the_scores_and_gradients_of_padded_ones(family):
 
 @st.composite
 def random_pairs(draw) -> list[EncodedRow]:
-    ids = st.integers(3, 96)
+    # of two tokens alone, responses begin alike
+    ids = draw(st.sampled_from([st.integers(3, 4), st.integers(3, 96)]))
     prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=9), min_size=1, max_size=3))
     responses = st.lists(ids, min_size=1, max_size=9)
     rows = draw(
@@ -114,6 +115,23 @@ def test_the_layout_computes_each_prompt_once_and_no_last_token():
     assert all(segment.stop > segment.start for segment in batch.layout.segments)
     # the prompt's last position is scored once for each of its six branches
     assert (batch.score_index == 3).sum() == 6
+
+
+def test_what_responses_begin_with_is_computed_once_and_scored_for_each():
+    pair = EncodedRow([5, 6], [7, 8, 9, 10, 2], [7, 8, 11, 2])
+    batch = pack_rows([pair], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 11]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 4]]
+    assert batch.layout.segments == ((0, 6, 0, 0), (6, 7, 0, 4))
+    assert batch.score_index.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6]
+    # a third response leaves one token in common
+    third = pair._replace(rejected_ids=[7, 12, 13, 2])
+    assert pack_rows([pair, third], pad_token_id=0).input_ids.shape[1] == 2 + 1 + 3 + 2 + 3 + 2
+    # equal responses are one
+    same = pair._replace(rejected_ids=pair.chosen_ids)
+    assert not pack_rows([same], pad_token_id=0).layout.has_branches
+    apart = pack_rows([pair], pad_token_id=0, share_prompt=False)
+    assert apart.input_ids.tolist() == [[5, 6, 7, 8, 9, 10, 5, 6, 7, 8, 11]]
 
 
 def test_a_batch_without_rows_keeps_the_graph_and_gives_zero_gradients():
