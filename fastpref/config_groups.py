@@ -98,8 +98,8 @@ class PackingConfig:
     enabled: bool = True
     """false: right-padded rows, as they are used where a model's attention cannot pack."""
     share_prompt: str = "auto"
-    """auto: compute equal prompts once where the model's attention can. true: refuse a model that
-    cannot. false: every sequence has its own copy of its prompt."""
+    """auto: compute equal prompts, and what all responses to one begin with, once where the model's
+    attention can. true: refuse a model that cannot. false: every sequence is computed by itself."""
     max_tokens: int = 8192
     """Tokens that a process computes at once, at most, >= 1: activations take memory in proportion,
     and fewer than some thousands leave a GPU idle. A step whose rows have more takes more

@@ -94,7 +94,7 @@ class RowLayout:
     packed: bool
     """False: right-padded rows, divided by number alone."""
     share_prompt: bool
-    """Compute equal prompts of a micro-batch once; of packed rows."""
+    """Compute what sequences of a micro-batch have in common once; of packed rows."""
     max_tokens: int
     """Most tokens of a micro-batch; of packed rows."""
     pad_token_id: int

@@ -100,7 +100,7 @@ def test_short_segments_share_a_call_and_long_ones_do_not():
         EncodedRow(
             *(range(k, k + rng.randint(1, longest)) for k, longest in enumerate((90, 60, 60)))
         )
-        for _ in range(40)
+        for _ in range(28)
     ]
     batch = pack_rows(rows, pad_token_id=0)
     groups = group_segments(batch.layout)
