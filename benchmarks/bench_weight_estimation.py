@@ -2,15 +2,18 @@
 
     python benchmarks/bench_weight_estimation.py --model FOLDER --data FILE --rows 200
 
-The repository's method, as `token_weight_estimation.py` has it: both models in memory in float32,
-four rows at a time in file order, chosen and rejected separately and padded, the log-softmax of
-every position of both models over the whole vocabulary copied to the host, the weights picked out
-there. Ours is `task=estimate_weights` as it is, by default in float32 as well. The rows are groups
-of four neighbours, the repository's batches, taken at equal distances from the whole file. Each
-method runs in a process of its own, --rounds times in turn; loading the models counts, imports do
-not. How far the weights differ is written down as well.
+The repository's method, as `token_weight_estimation.py` has it: both models in memory, four rows at
+a time in file order, chosen and rejected separately and padded, the log-softmax of every position
+of both models over the whole vocabulary copied to the host, the weights picked out there. Both
+models are in float32, or with --repository-dtype auto in the checkpoint's own dtype: the script
+asks for none, and transformers took float32 then before version 5 and takes the checkpoint's since.
+Ours is `task=estimate_weights` as it is, by default in float32 as well. The rows are groups of four
+neighbours, the repository's batches, taken at equal distances from the whole file. Each method runs
+in a process of its own, --rounds times in turn; loading the models counts, imports do not. How far
+the weights differ is written down as well.
 
-Writes <results>/<device>/weight_estimation-<model>-<dtype>.json.
+Writes <results>/<device>/weight_estimation-<model>-<dtype>.json, with -as-loaded where the
+repository's method has the checkpoint's dtype.
 """
 
 import argparse
@@ -58,14 +61,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def run_repository(models: list[str], data: Path) -> list[list[list[float]]]:
-    """The repository's method; returns chosen and rejected weights of each row."""
+def run_repository(models: list[str], data: Path, dtype: str) -> list[list[list[float]]]:
+    """The repository's method in `dtype`; returns chosen and rejected weights of each row."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(models[0])
     tokenizer.pad_token = tokenizer.eos_token
-    loaded = [AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models]
+    loaded = [AutoModelForCausalLM.from_pretrained(m, dtype=dtype) for m in models]
     rows = [split_row(row) for row in read_rows(data)]
     sides: list[list[list[float]]] = []
     for side in (2, 1):
@@ -132,8 +135,9 @@ def run_fastpref(models: list[str], data: Path, dtype: str) -> list[list[list[fl
 METHODS = ("repository", "fastpref")
 
 
-def measure(method: str, models: list[str], data: Path, output: Path, dtype: str) -> None:
+def measure(options: argparse.Namespace) -> None:
     """What one process does: estimate, and write the weights, the seconds and the peak memory."""
+    models, data = options.models, options.data
     # what both would import within the time
     for module in (
         "transformers.models.llama.modeling_llama",
@@ -142,13 +146,15 @@ def measure(method: str, models: list[str], data: Path, output: Path, dtype: str
     ):
         import_module(module)
     started = time.perf_counter()
-    if method == "repository":
-        weights = run_repository(models, data)
+    if options.method == "repository":
+        weights = run_repository(models, data, options.repository_dtype)
     else:
-        weights = run_fastpref(models, data, dtype)
+        weights = run_fastpref(models, data, options.dtype)
     seconds = time.perf_counter() - started
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    output.write_text(json.dumps({"seconds": seconds, "peak_gib": peak_gib, "weights": weights}))
+    options.output.write_text(
+        json.dumps({"seconds": seconds, "peak_gib": peak_gib, "weights": weights})
+    )
 
 
 def differences(a: list[list[list[float]]], b: list[list[list[float]]]) -> list[float]:
@@ -189,13 +195,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200, help="a multiple of four")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--repository-dtype", choices=("float32", "auto"), default="float32")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.method:
-        measure(options.method, options.models, options.data, options.output, options.dtype)
+        measure(options)
         return
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for _ in range(options.rounds):
@@ -207,6 +214,7 @@ def main() -> None:
                 arguments = ["--method", method, "--models", *models, "--output", str(output)]
                 fixed = ["--model", str(options.model), "--data", str(data)]
                 fixed += ["--dtype", options.dtype]
+                fixed += ["--repository-dtype", options.repository_dtype]
                 command = [sys.executable, __file__, *arguments, *fixed]
                 subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
                 found[method].append(json.loads(output.read_text()))
@@ -227,6 +235,7 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         "model": options.model.name,
         "rows": options.rows,
         "dtype": options.dtype,
+        "repository_dtype": options.repository_dtype,
         "median_difference_nats": statistics.median(by_token),
         "largest_difference_nats": max(by_token),
     }
@@ -240,7 +249,8 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     ours, theirs = record["fastpref"], record["repository"]
     record["speedup"] = ours["rows_per_second"] / theirs["rows_per_second"]
     record["memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
-    name = f"weight_estimation-{options.model.name}-{options.dtype}.json"
+    as_loaded = "-as-loaded" if options.repository_dtype == "auto" else ""
+    name = f"weight_estimation-{options.model.name}-{options.dtype}{as_loaded}.json"
     path = options.results / device.replace(" ", "_") / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
