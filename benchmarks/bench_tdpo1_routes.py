@@ -10,11 +10,11 @@ import statistics
 import tempfile
 import time
 
+from train_command import read_train_config
+
 from fastpref.assembly import Run, build_run
 from fastpref.distributed import World, init_world
-from fastpref.overrides import read_config
 from fastpref.trainer import train_step
-from train import CONFIG_DIR, compose_choices
 
 
 def main() -> None:
@@ -46,15 +46,11 @@ def main() -> None:
 
 
 def build(world: World, folder: str, name: str, kl_metrics_every: int, overrides: list[str]) -> Run:
-    config = read_config(
-        [
-            "loss.if_tdpo2=false",
-            f"loss.kl_metrics_every={kl_metrics_every}",
-            f"run_dir={folder}/{name}",
-            *overrides,
-        ],
-        compose_choices,
-        CONFIG_DIR,
+    config = read_train_config(
+        "loss.if_tdpo2=false",
+        f"loss.kl_metrics_every={kl_metrics_every}",
+        f"run_dir={folder}/{name}",
+        *overrides,
     )
     return build_run(config, world)
 

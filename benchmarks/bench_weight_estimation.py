@@ -19,7 +19,6 @@ repository's method has the checkpoint's dtype.
 import argparse
 import datetime
 import json
-import os
 import resource
 import statistics
 import subprocess
@@ -30,7 +29,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from train_command import read_rows, run_train
+
 BATCH_SIZE = 4
 PERTURB = """
 import sys, torch
@@ -53,12 +53,6 @@ def split_row(row: dict[str, str]) -> tuple[str, str, str]:
         return row["prompt"], row["chosen"], row["rejected"]
     end = row["chosen"].rfind(ASSISTANT) + len(ASSISTANT)
     return row["chosen"][:end], row["chosen"][end:], row["rejected"][end:]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def run_repository(models: list[str], data: Path, dtype: str) -> list[list[list[float]]]:
@@ -106,28 +100,19 @@ def run_repository(models: list[str], data: Path, dtype: str) -> list[list[list[
 
 def run_fastpref(models: list[str], data: Path, dtype: str) -> list[list[list[float]]]:
     """`task=estimate_weights`, computing in `dtype`."""
-    import train
-    from fastpref.command_line import main
-
     output = data.parent.parent / "out"
-    code = main(
-        [
-            "task=estimate_weights",
-            "model=blank_model",
-            f"model.name_or_path={models[0]}",
-            f"model.fsdp_policy_mp={dtype}",
-            f"weights.positive={models[0]}",
-            f"weights.negative={models[1]}",
-            f"weights.output_dir={output}",
-            f"base_data_dir={data.parent.parent}",
-            f"datasets=[{data.parent.name}]",
-            f"data.cache_dir={output / 'cache'}",
-        ],
-        train.compose_choices,
-        train.CONFIG_DIR,
+    run_train(
+        "task=estimate_weights",
+        "model=blank_model",
+        f"model.name_or_path={models[0]}",
+        f"model.fsdp_policy_mp={dtype}",
+        f"weights.positive={models[0]}",
+        f"weights.negative={models[1]}",
+        f"weights.output_dir={output}",
+        f"base_data_dir={data.parent.parent}",
+        f"datasets=[{data.parent.name}]",
+        f"data.cache_dir={output / 'cache'}",
     )
-    if code:
-        raise RuntimeError(f"task=estimate_weights ended with exit code {code}")
     rows = read_rows(output / data.parent.name / "train.jsonl")
     return [[row["chosen_weight"], row["rejected_weight"]] for row in rows]
 
@@ -216,7 +201,7 @@ def main() -> None:
                 fixed += ["--dtype", options.dtype]
                 fixed += ["--repository-dtype", options.repository_dtype]
                 command = [sys.executable, __file__, *arguments, *fixed]
-                subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                subprocess.run(command, check=True)
                 found[method].append(json.loads(output.read_text()))
     report(found, options)
 

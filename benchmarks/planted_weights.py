@@ -24,9 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from train_command import read_rows, run_train
 
-import train
-from fastpref.command_line import main as run_command
 from fastpref.token_weights import transform_weights
 
 ESTIMATORS = {"D": "tisdpo_d", "S": "tisdpo_s", "P": "tisdpo_p"}
@@ -35,27 +34,10 @@ NUM_EXAMPLES = (256, 512)
 QUIET = ("sample_during_eval=false", "n_eval_examples=0", "minimum_log_interval_secs=60")
 
 
-def fastpref(*arguments: str) -> None:
-    """`python train.py ARGUMENTS` in this process.
-
-    Raises:
-        RuntimeError: it did not end with 0.
-    """
-    code = run_command(list(arguments), train.compose_choices, train.CONFIG_DIR)
-    if code:
-        raise RuntimeError(f"train.py {' '.join(arguments)} ended with exit code {code}")
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def estimate(recipe: str, folder: Path) -> float:
     """Run a recipe and read the ROC-AUC of its weights off the weights' stage."""
     run_dir = folder / recipe
-    fastpref(f"recipe={recipe}", f"run_dir={run_dir}", *QUIET)
+    run_train(f"recipe={recipe}", f"run_dir={run_dir}", *QUIET)
     result = json.loads((run_dir / "weights" / "stage.json").read_text(encoding="utf-8"))["result"]
     return float(result.rpartition(" ")[2])
 
@@ -93,7 +75,7 @@ def held_out(policy: Path, data: Path, folder: Path) -> dict[str, float]:
     Both come from the estimator itself: a token's number is log π_start - log π_policy.
     """
     output = folder / f"score_{policy.name}"
-    fastpref(
+    run_train(
         "task=estimate_weights",
         f"weights.positive={policy}",
         "weights.negative=tiny",
@@ -124,7 +106,7 @@ def compare(weights: Path, folder: Path, num_seeds: int) -> list[dict[str, Any]]
         for num_examples in NUM_EXAMPLES:
             for seed in range(num_seeds):
                 run_dir = folder / f"{arm}_{num_examples}_{seed}"
-                fastpref(
+                run_train(
                     "loss=tisdpo",
                     *options,
                     f"base_data_dir={weights}",

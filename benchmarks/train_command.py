@@ -1,0 +1,43 @@
+"""`python train.py …` inside a benchmark's own process."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastpref.command_line import main
+from fastpref.config import Config
+from fastpref.overrides import read_config
+
+# train.py belongs to no package: it lies beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def run_train(*arguments: str) -> None:
+    """`python train.py ARGUMENTS`.
+
+    Raises:
+        RuntimeError: it did not end with 0.
+    """
+    import train
+
+    code = main(list(arguments), train.compose_choices, train.CONFIG_DIR)
+    if code:
+        raise RuntimeError(f"train.py {' '.join(arguments)} ended with exit code {code}")
+
+
+def read_train_config(*arguments: str) -> Config:
+    """What `python train.py ARGUMENTS` would run.
+
+    Raises:
+        ConfigError: an option is unknown or out of range.
+    """
+    import train
+
+    return read_config(list(arguments), train.compose_choices, train.CONFIG_DIR)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
