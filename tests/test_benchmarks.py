@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import bench_head
 import head_cases
@@ -72,6 +73,16 @@ def test_a_run_leaves_a_table_a_plot_and_its_numbers(tmp_path):
     assert all(row["milliseconds"] > 0 and row["extra_mib"] > 0 for row in timed)
     assert (folder / "head.md").read_text().count("\n| ") == len(record["results"]) + 2
     assert (folder / "head.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "name", ["bench_tdpo1_routes", "bench_weight_estimation", "planted_weights"]
+)
+def test_a_script_runs_as_its_docstring_says(name):
+    script = Path(bench_head.__file__).with_name(f"{name}.py")
+    assert f"python benchmarks/{name}.py" in script.read_text()
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_missed_goals_are_listed_with_their_floor():
