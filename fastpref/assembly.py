@@ -20,6 +20,7 @@ from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
 from fastpref.errors import ConfigError
 from fastpref.feed import RowLayout, Split
+from fastpref.frozen_storage import compute_in, frozen_dtype
 from fastpref.liger import choose_liger, replace_layers
 from fastpref.metrics import MetricsLog
 from fastpref.model import TokenScorer, check_head
@@ -188,6 +189,8 @@ def build_run(config: Config, world: World) -> Run:
         announce(config, world, objective)
     data = load_data(config, world)
     model = load_causal_lm(config.model, world, trainable=True)
+    if world.is_main:
+        check_head(TokenScorer(model))
     packing = choose_packing(model, config, world, longest=data.longest)
     attention = packing.attention if packing else None
     liger = choose_liger(config.model.liger, model, world, compiled=config.compile)
@@ -280,6 +283,9 @@ def load_frozen_scorer(
         longest: Tokens of the longest sequence that will be scored.
     """
     model = load_causal_lm(config.model, world, trainable=False)
+    compute_in(model, getattr(torch, config.model.compute_dtype), config.model.block_name)
+    if world.is_main:
+        check_head(TokenScorer(model))
     packing = choose_packing(model, config, world, longest=longest)
     attention = packing.attention if packing else None
     if world.size == 1:
@@ -294,21 +300,18 @@ def build_whole_scorer(
     """A frozen model on one rank without FSDP, which would copy every parameter in each forward."""
     if attention is None and config.attention in FLASH_PACKAGES:
         model.set_attn_implementation(config.attention)
-    scorer = TokenScorer(model, attention).requires_grad_(False).eval()
-    # parameters alone: buffers such as rotary frequencies keep their dtype, as under FSDP
-    for parameter in scorer.parameters():
-        parameter.data = parameter.data.to(getattr(torch, config.compute_dtype))
-    return scorer.to(world.device)
+    return TokenScorer(model, attention).requires_grad_(False).eval().to(world.device)
 
 
 def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any:
-    """The model on the CPU, its head checked; without weights on every rank but 0.
+    """The model on the CPU; without weights on every rank but 0.
 
-    Policy and reference compute in the same dtype through the same code; `reference_dtype` is how
-    the reference is stored, by default the compute dtype itself.
+    Policy and reference compute in the same dtype through the same code, however each is stored.
     """
-    stored = config.policy_dtype if trainable else config.reference_dtype or config.compute_dtype
     name = resolve_model(config.name_or_path)
+    stored = config.policy_dtype
+    if not trainable:
+        stored = world.share_from_main(frozen_dtype(config) if world.is_main else "")
     options: dict[str, Any] = {
         "dtype": getattr(torch, stored),
         "attention": config.attention,
@@ -316,9 +319,7 @@ def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any
     }
     if not world.is_main:
         return build_empty(name, **options)
-    model = load_model(name, archive=config.archive, **options)
-    check_head(TokenScorer(model))
-    return model
+    return load_model(name, archive=config.archive, **options)
 
 
 def build_scorer(

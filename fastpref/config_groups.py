@@ -42,7 +42,8 @@ class ModelConfig:
     fsdp_policy_mp: str | None = "bfloat16"
     """Compute dtype, with or without FSDP; null: compute in policy_dtype."""
     reference_dtype: str | None = None
-    """How the reference is stored; it always computes as the policy does. null: compute dtype."""
+    """How the reference is stored; it always computes as the policy does. null: in the checkpoint's
+    16 bits where the arithmetic is in float32, which changes no number, else the compute dtype."""
     attention: str = "auto"
     """auto, eager, sdpa, varlen (torch's own), flex, flash_attention_2, flash_attention_3 or
     flash_attention_4; auto takes the fastest of them that computes correctly here."""

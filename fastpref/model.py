@@ -133,9 +133,10 @@ class TokenScorer(nn.Module):
         if reference is None:
             return token_logps(
                 hidden_ND,
-                head.weight,
+                # of a model that is stored in 16 bits, where it is not under FSDP
+                head.weight.to(hidden_ND.dtype),
                 batch.target,
-                linear_bias=head.bias,
+                linear_bias=None if head.bias is None else head.bias.to(hidden_ND.dtype),
                 logit_scale=logits.scale,
                 logit_softcap=logits.softcap,
             )

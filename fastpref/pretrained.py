@@ -163,15 +163,21 @@ def build_empty(
     name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
 ) -> Any:
     """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
-    config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
-    options = _attention_option(attention)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model = build_meta(name, dtype=dtype, attention=attention, revision=revision)
     # pages that nobody writes cost no memory, so every rank of a node can hold such a model
     model = model.to_empty(device="cpu")
     model.tie_weights()
     switch_off_dropout(model)
     return model
+
+
+def build_meta(
+    name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
+) -> Any:
+    """The same model without memory: its modules, shapes and dtypes."""
+    config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention_option(attention))
 
 
 def _attention_option(attention: str) -> dict[str, str]:

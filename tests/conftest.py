@@ -10,7 +10,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="fastpref-tests-")
+# gone when the process ends
+DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="fastpref-tests-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE.name
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,121 @@
+"""Frozen models in memory as they are on the disk, in 16 bits, though they compute in float32.
+
+Float32 holds every bfloat16 and float16 number, so a block whose parameters are widened when it
+runs computes what it would if they had been widened at load, bit for bit, in half the memory.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from fastpref.config import ModelConfig
+from fastpref.parallelize import named_blocks
+from fastpref.pretrained import adapter_base, build_meta, resolve_model
+
+WEIGHT_FILES = "model*.safetensors"
+"""What transformers loads: model.safetensors, or model-00001-of-00002.safetensors and so on."""
+HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+"""Safetensors' names of the dtypes that float32 contains."""
+
+
+def frozen_dtype(config: ModelConfig) -> str:
+    """How a model that is not trained is stored: `model.reference_dtype`, or where that is null
+    the checkpoint's 16 bits if this changes no number, or else the compute dtype.
+
+    Args:
+        config: Of the model.
+
+    Raises:
+        CheckpointError: no such model.
+    """
+    if config.reference_dtype is not None:
+        return config.reference_dtype
+    name = resolve_model(config.name_or_path)
+    # an archive brings other weights, and an adapter's are added to the model's
+    has_own_weights = config.archive is None and adapter_base(name) is None
+    if config.compute_dtype != "float32" or not has_own_weights:
+        return config.compute_dtype
+    dtypes = checkpoint_dtypes(name, config.revision)
+    dtype = HALF_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    if dtype is None:
+        return config.compute_dtype
+    model = build_meta(name, dtype=getattr(torch, dtype), revision=config.revision)
+    return dtype if is_stored_exactly(model) else config.compute_dtype
+
+
+def checkpoint_dtypes(name: str, revision: str | None) -> set[str]:
+    """Dtypes of the weights in a model's safetensors files, by safetensors' names.
+
+    Args:
+        name: What `resolve_model` returned; a hub model is downloaded.
+        revision: Hub revision.
+
+    Returns:
+        An empty set if there are no such files or one of them is damaged.
+    """
+    try:
+        folder = name
+        if not Path(name).is_dir():
+            folder = snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES)
+        dtypes = set()
+        for path in Path(folder).glob(WEIGHT_FILES):
+            with safe_open(path, "pt") as file:
+                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    # what is wrong is said by the load that follows
+    except (OSError, ValueError, SafetensorError):
+        return set()
+    return dtypes
+
+
+def is_stored_exactly(model: Any) -> bool:
+    """Whether a family in 16 bits differs from itself in float32 by nothing but its parameters.
+
+    Gemma rounds its embedding's scale, a buffer, with them; some mixtures of experts keep a few
+    parameters in float32, which FSDP takes for a mistake.
+
+    Args:
+        model: Built in 16 bits; may be on the meta device.
+    """
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if any(getattr(module, name, None) for module in model.modules() for name in kept):
+        return False
+    return all(not b.is_floating_point() or b.dtype == torch.float32 for b in model.buffers())
+
+
+def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) -> None:
+    """Let a frozen model compute in a dtype: each block's parameters are cast while it runs.
+
+    The same as FSDP2's mixed precision, without its copies. Under FSDP2 it does nothing, as the
+    parameters have that dtype by then.
+
+    Args:
+        model: A causal LM of transformers.
+        dtype: That of the arithmetic.
+        block_name: Class of the transformer blocks, None for the ones the model itself names.
+    """
+    blocks = named_blocks(model, block_name)
+    inside = {module for block in blocks for module in block.modules()}
+    owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
+    for module in (*blocks, *(owner for owner in owners if owner not in inside)):
+        _cast_during_forward(module, dtype)
+
+
+def _cast_during_forward(module: nn.Module, dtype: torch.dtype) -> None:
+    stored: list[tuple[nn.Parameter, Tensor]] = []
+
+    def widen(*_: object) -> None:
+        stored.extend((p, p.data) for p in module.parameters() if p.dtype != dtype)
+        for parameter, narrow in stored:
+            parameter.data = narrow.to(dtype)
+
+    def restore(*_: object) -> None:
+        for parameter, narrow in stored:
+            parameter.data = narrow
+        stored.clear()
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(restore, always_call=True)
