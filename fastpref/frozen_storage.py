@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastpref.config import ModelConfig
-from fastpref.parallelize import named_blocks
+from fastpref.parallelize import find_blocks
 from fastpref.pretrained import adapter_base, build_meta, resolve_model
 
 WEIGHT_FILES = "model*.safetensors"
@@ -95,9 +95,13 @@ def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) ->
     Args:
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
-        block_name: Class of the transformer blocks, None for the ones the model itself names.
+        block_name: Class of the transformer blocks, None for the ones the model itself names; one
+            that names none is cast module by module.
+
+    Raises:
+        ConfigError: no module of the model is of that class.
     """
-    blocks = named_blocks(model, block_name)
+    blocks = find_blocks(model, block_name) if block_name or model._no_split_modules else []
     inside = {module for block in blocks for module in block.modules()}
     owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
     for module in (*blocks, *(owner for owner in owners if owner not in inside)):

@@ -80,9 +80,9 @@ def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
     Raises:
         ConfigError: no module of the model is of that class.
     """
-    blocks = named_blocks(model, block_name)
+    names = {block_name} if block_name else set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
     if not blocks:
-        wanted = " or ".join(sorted(block_names(model, block_name))) or "(none named by the model)"
         repeated = {
             type(layer).__name__
             for module in model.modules()
@@ -90,21 +90,11 @@ def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
             for layer in module
         }
         raise ConfigError(
-            f"model.block_name: {type(model).__name__} has no module of class {wanted}; "
+            f"model.block_name: {type(model).__name__} has no module of class "
+            f"{' or '.join(sorted(names)) or '(none named by the model)'}; "
             f"its repeated blocks are {', '.join(sorted(repeated)) or 'unknown'}"
         )
     return blocks
-
-
-def named_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
-    """The modules of that class, or of those the model names; none is an answer too."""
-    names = block_names(model, block_name)
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def block_names(model: Any, block_name: str | None) -> set[str]:
-    """Class names of the transformer blocks."""
-    return {block_name} if block_name else set(model._no_split_modules or ())
 
 
 def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:

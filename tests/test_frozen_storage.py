@@ -1,5 +1,6 @@
 """Frozen models stored in 16 bits compute what they compute in float32, to the last bit."""
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,7 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.batch import pad_rows
 from fastpref.config import ModelConfig
-from fastpref.frozen_storage import compute_in, frozen_dtype, is_stored_exactly
+from fastpref.errors import ConfigError
+from fastpref.frozen_storage import (
+    checkpoint_dtypes,
+    compute_in,
+    frozen_dtype,
+    is_stored_exactly,
+)
 from fastpref.model import TokenScorer
 from fastpref.pretrained import load_model
 
@@ -73,14 +80,20 @@ def test_at_most_one_block_is_wide_at_a_time(tmp_path):
     assert num_wide == [per_block, per_block]
 
 
-def test_blocks_the_model_does_not_name_are_cast_module_by_module(tmp_path):
+def test_a_model_that_names_no_blocks_is_cast_module_by_module(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
     model = load_model(name, dtype=torch.bfloat16).requires_grad_(False)
-    compute_in(model, torch.float32, "NoSuchBlock")
+    model._no_split_modules = None
+    compute_in(model, torch.float32)
     batch = pad_rows(random_rows(), pad_token_id=0)
     with torch.no_grad():
         expected_N = TokenScorer(load_model(name, dtype=torch.float32))(batch)
         assert torch.equal(TokenScorer(model)(batch), expected_N)
+
+
+def test_a_block_name_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="no module of class NoSuchBlock"):
+        compute_in(build_model("llama"), torch.float32, "NoSuchBlock")
 
 
 def test_what_would_be_rounded_is_stored_in_the_compute_dtype(tmp_path):
@@ -111,6 +124,17 @@ def test_a_family_that_keeps_some_parameters_in_float32_is_stored_in_it():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     assert not is_stored_exactly(model)
+
+
+def test_a_hub_model_counts_by_its_files_in_the_cache(tmp_path, monkeypatch):
+    commit = "0" * 40
+    cached = tmp_path / "models--someone--llama"
+    save_checkpoint(cached / "snapshots" / commit, "llama", torch.bfloat16)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert checkpoint_dtypes("someone/llama", None) == {"BF16"}
+    assert checkpoint_dtypes("someone/unknown", None) == set()
 
 
 def test_a_damaged_checkpoint_is_left_to_the_load(tmp_path):

@@ -310,6 +310,25 @@ def test_samples_of_policy_and_reference_are_written(base, tmp_path):
     assert_same_run(run_dir, plain)
 
 
+@pytest.mark.parametrize("loss", [DPOConfig, TDPOConfig])
+def test_a_reference_in_its_checkpoints_16_bits_changes_no_number(base, tmp_path, loss):
+    model = AutoModelForCausalLM.from_pretrained(base / "tied", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(base / "tied").save_pretrained(tmp_path / "half")
+    stored = {}
+    for dtype in (None, "float32"):
+        config = make_config(tmp_path, tmp_path / str(dtype), "half", loss(), n_epochs=1)
+        config.base_data_dir = str(base)
+        config.model.reference_dtype = dtype
+        stored[dtype] = run(config)
+    for split in ("train", "eval"):
+        narrow, wide = (read_metrics(run_dir, split) for run_dir in stored.values())
+        assert len(narrow) == len(wide) > 1
+        for a, b in zip(narrow, wide, strict=True):
+            keys = [key for key in b if key.startswith(("loss", "rewards", "kl", "logps"))]
+            assert keys and all(a[key] == b[key] for key in keys)
+
+
 def test_an_archive_gives_policy_and_reference_their_weights(base, tmp_path):
     trained = run(make_config(base, tmp_path / "sft", loss=SFTConfig(), n_epochs=4))
     seed_format = tmp_path / "seed" / "policy.pt"
