@@ -72,17 +72,16 @@ def attention_forward(
     """The attention function of transformers' interface: (1, H, T, E) … -> (1, T, H, E).
 
     Raises:
-        NotImplementedError: the row is packed and the model wants what a packed row cannot have.
+        ValueError: the row is packed and the model wants what a packed row cannot have.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if fastpref_attention is not None:
         for name in ("s_aux", "position_bias"):
             if options.get(name) is not None:
-                # a refusal, not a stub: padded rows are taken instead, and the log says why
-                raise NotImplementedError(f"its attention adds {name}")  # refused on purpose
+                raise ValueError(f"its attention adds {name}")
         window = options.get("sliding_window")
         if window is not None and window < fastpref_longest:
-            raise NotImplementedError(  # refused on purpose, as above
+            raise ValueError(
                 f"its attention looks back {window} tokens, the longest sequence has "
                 f"{fastpref_longest}"
             )

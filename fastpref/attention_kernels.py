@@ -247,8 +247,7 @@ def torch_varlen_kernel() -> VarlenKernel:
         softcap: float | None,
     ) -> Tensor:
         if softcap is not None:
-            # a refusal, not a stub: the next attention of the list is tried
-            raise NotImplementedError("torch's variable-length attention has no softcap")
+            raise ValueError("torch's variable-length attention has no softcap")
         options = dict(causal, scale=scale)
         if "enable_gqa" in accepted:
             options["enable_gqa"] = True

@@ -73,8 +73,7 @@ def test_tdpo_readme_runs_tdpo2_unless_told_otherwise(extra, if_tdpo2):
         ("model=pythia69 datasets=[hh] loss=sft exp_name=x", "sft", "EleutherAI/pythia-6.9b"),
         (
             "model=pythia69 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=x "
-            # the placeholder of the DPO README, as it stands there
-            "model.archive=/path/to/checkpoint/from/sft/step-XXXX/policy.pt",
+            "model.archive=/path/to/checkpoint/from/sft/step-XXXX/policy.pt",  # as in DPO's README
             "dpo",
             "EleutherAI/pythia-6.9b",
         ),
