@@ -16,8 +16,8 @@ from fastpref.config import ModelConfig
 from fastpref.parallelize import find_blocks
 from fastpref.pretrained import adapter_base, build_meta, resolve_model
 
-WEIGHT_FILES = "model*.safetensors"
-"""What transformers loads: model.safetensors, or model-00001-of-00002.safetensors and so on."""
+WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]
+"""What transformers loads; variants such as model.fp16.safetensors are not it."""
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 """Safetensors' names of the dtypes that float32 contains."""
 
@@ -61,10 +61,11 @@ def checkpoint_dtypes(name: str, revision: str | None) -> set[str]:
         folder = name
         if not Path(name).is_dir():
             folder = snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES)
-        dtypes = set()
-        for path in Path(folder).glob(WEIGHT_FILES):
+        dtypes: set[str] = set()
+        for path in (path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)):
             with safe_open(path, "pt") as file:
-                dtypes |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+                keys = file.keys()
+                dtypes |= {file.get_slice(key).get_dtype() for key in keys}
     # what is wrong is said by the load that follows
     except (OSError, ValueError, SafetensorError):
         return set()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -230,10 +231,8 @@ def _from_hub(factory: Any, name: str, **options: Any) -> Any:
             f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: "
             f"{first_line(error)}"
         ) from error
-    except Exception as error:
-        # a truncated safetensors file raises SafetensorError, which derives from Exception alone
-        if type(error).__name__ != "SafetensorError":
-            raise
+    # of a truncated file; it derives from Exception alone
+    except SafetensorError as error:
         raise CheckpointError(f"model: the weights in {name} are damaged: {error}") from error
 
 

@@ -126,6 +126,14 @@ def test_a_family_that_keeps_some_parameters_in_float32_is_stored_in_it():
     assert not is_stored_exactly(model)
 
 
+def test_a_variant_that_is_not_loaded_does_not_count(tmp_path):
+    name = save_checkpoint(tmp_path / "model", "llama", torch.float16)
+    assert checkpoint_dtypes(name, None) == {"F16"}
+    path = tmp_path / "model" / "model.safetensors"
+    path.rename(path.with_name("model.fp16.safetensors"))
+    assert checkpoint_dtypes(name, None) == set()
+
+
 def test_a_hub_model_counts_by_its_files_in_the_cache(tmp_path, monkeypatch):
     commit = "0" * 40
     cached = tmp_path / "models--someone--llama"
