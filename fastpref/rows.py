@@ -102,10 +102,9 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
 
 def fields_read(row: Row, *, weighted: bool) -> tuple[str, ...]:
     """The fields of a row's record that `parse_row` reads."""
-    fields = TEXT_FIELDS
-    if row["form"] == "chat":
-        fields += CHAT_FIELDS
-    return (*fields, *WEIGHT_FIELDS, DIGEST_FIELD) if weighted else fields
+    of_form = CHAT_FIELDS if row["form"] == "chat" else ()
+    of_weights = (*WEIGHT_FIELDS, DIGEST_FIELD) if weighted else ()
+    return (*TEXT_FIELDS, *of_form, *of_weights)
 
 
 def comparable(row: Row) -> tuple[str, str, str]:
