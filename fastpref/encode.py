@@ -253,8 +253,9 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
 def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
     """The last row of each prompt, in the order in which prompts appear first."""
     groups = dataset.with_format("numpy")["group"][:]
-    _, index_from_end = np.unique(groups[::-1], return_index=True)
-    return dataset.select(len(groups) - 1 - index_from_end)
+    _, first = np.unique(groups, return_index=True)
+    _, last_from_end = np.unique(groups[::-1], return_index=True)
+    return dataset.select((len(groups) - 1 - last_from_end)[np.argsort(first)])
 
 
 def encoded_features(options: EncodeOptions) -> datasets.Features:
