@@ -1,4 +1,3 @@
-import datetime
 import gzip
 import json
 
@@ -57,56 +56,6 @@ def test_jsonl_gzip_and_parquet_give_the_same_rows(tmp_path):
         texts.append([(r["prompt"], r["chosen"], r["rejected"], r["row"]) for r in dataset])
     assert texts[0] == texts[1] == texts[2]
     assert texts[0][3] == ("ü", "é", "漢", 4)
-
-
-def test_conversations_in_parquet_read_like_those_in_json(tmp_path):
-    def call(**arguments):
-        call = {"function": {"name": "f", "arguments": arguments}}
-        return [{"role": "assistant", "tool_calls": [call]}]
-
-    tools = [{"function": {"name": "f"}}, {"function": {"name": "g", "description": "G"}}]
-    asked = [{"role": "user", "content": "Q"}]
-    rows = [
-        {"prompt": asked, "chosen": call(to="Zürich", at=[1.5]), "rejected": call(by="rail")},
-        {"prompt": asked, "chosen": [{"role": "assistant", "content": "a"}], "rejected": call(n=3)},
-    ]
-    rows = [row | {"tools": tools} for row in rows]
-    texts = []
-    for form in ("jsonl", "parquet"):
-        path = folder(tmp_path / form) / f"train.{form}"
-        if form == "parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        else:
-            path.write_bytes(lines(rows))
-        dataset = read(tmp_path / form).dataset
-        texts.append([dataset[field][:] for field in ("prompt", "chosen", "rejected", "tools")])
-    # of keys alone: a struct of parquet has one order of them for all rows
-    loaded = [[[json.loads(text) for text in column] for column in form] for form in texts]
-    assert loaded[0] == loaded[1]
-
-
-def test_maps_of_a_parquet_file_are_objects_and_other_values_are_text(tmp_path):
-    arguments = pyarrow.map_(pyarrow.string(), pyarrow.date32())
-    function = pyarrow.struct([("name", pyarrow.string()), ("arguments", arguments)])
-    message = pyarrow.struct([("role", pyarrow.string()), ("tool_calls", pyarrow.list_(function))])
-    day = datetime.date(2026, 3, 5)
-    answers = [
-        [{"role": "assistant", "tool_calls": [{"name": name, "arguments": [("on", day)]}]}]
-        for name in ("f", "g")
-    ]
-    row = {"prompt": [{"role": "user", "content": "Q"}]}
-    schema = pyarrow.schema(
-        [
-            ("prompt", pyarrow.list_(pyarrow.struct({"role": "string", "content": "string"}))),
-            ("chosen", pyarrow.list_(message)),
-            ("rejected", pyarrow.list_(message)),
-        ]
-    )
-    record = row | {"chosen": answers[0], "rejected": answers[1]}
-    table = pyarrow.Table.from_pylist([record], schema=schema)
-    pyarrow.parquet.write_table(table, folder(tmp_path) / "train.parquet")
-    [chosen] = read(tmp_path).dataset["chosen"][:]
-    assert json.loads(chosen)[0]["tool_calls"] == [{"name": "f", "arguments": {"on": "2026-03-05"}}]
 
 
 def test_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path):
