@@ -128,6 +128,7 @@ def load_data(config: Config, world: World) -> Data:
         n_examples=config.n_examples,
         drop_last=config.data.drop_last,
         order=config.data.order,
+        num_prompts=train.num_prompts,
     )
     if world.is_main and train_order.warning:
         logger.warning(train_order.warning)
@@ -141,6 +142,7 @@ def load_data(config: Config, world: World) -> Data:
         n_examples=config.n_eval_examples,
         drop_last=False,
         order=config.data.order,
+        num_prompts=held_out[0].num_prompts,
     )
     return Data(train, train_order, held_out[0], eval_order, tokenizer)
 

@@ -3,7 +3,7 @@
 import difflib
 import math
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
@@ -55,6 +55,12 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     longer = [lower for lower in by_lower if len(name) > 2 and lower.startswith(name.lower())]
     close = longer or difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """ "a, b, c" of the first `most` names, then how many there are in all; "" of none."""
+    more = f", … ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def hint(name: str, candidates: Iterable[str]) -> str:

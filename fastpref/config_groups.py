@@ -142,7 +142,7 @@ class DataConfig:
     allow_roles: bool = False
     """Accept message roles beyond system, user, assistant and tool."""
     chat_template: str | None = None
-    """Jinja file that replaces the tokenizer's chat template; null: its own."""
+    """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
     cache_dir: str | None = None
     """Where read and tokenized rows are cached; null: the cache of `datasets`."""
 

@@ -1,5 +1,6 @@
 """What became of the rows of a split: kept, dropped and why, cut, suspicious."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,7 +9,10 @@ from typing import TypeVar
 
 import numpy as np
 
+from fastpref.checks import listed
 from fastpref.errors import DataError
+
+logger = logging.getLogger("fastpref")
 
 
 class Remark(IntFlag):
@@ -25,6 +29,14 @@ class Remark(IntFlag):
     TEMPLATE_SPLIT = auto()
     TWO_BOS = auto()
     NO_WEIGHTS = auto()
+    ZERO_WEIGHTS = auto()
+    PROMPT_TWICE = auto()
+    RESPONSE_NOT_RENDERED = auto()
+    PROMPT_NOT_RENDERED = auto()
+    ARGUMENTS_DECODED = auto()
+    BORDER_TOKEN = auto()
+    TOKENIZED_APART = auto()
+    JOINED_DIFFERS = auto()
 
 
 REMARK_TEXTS = {
@@ -39,6 +51,18 @@ REMARK_TEXTS = {
     Remark.TEMPLATE_SPLIT: "rendered prompt is no prefix of prompt + response",
     Remark.TWO_BOS: "more than one BOS in the prompt",
     Remark.NO_WEIGHTS: "no token weights in the file (ones instead)",
+    Remark.ZERO_WEIGHTS: "all token weights of a response are zero",
+    Remark.PROMPT_TWICE: "chosen and rejected begin with the text of prompt, which so stands twice",
+    Remark.RESPONSE_NOT_RENDERED: "the chat template leaves out a part of a response",
+    Remark.PROMPT_NOT_RENDERED: "the chat template leaves out tools or a system message",
+    Remark.ARGUMENTS_DECODED: "arguments of tool calls were decoded, the chat template fails on "
+    "their JSON text",
+    Remark.BORDER_TOKEN: "the last characters of the prompt and the first ones of a response are "
+    "one token, which is taken for the response's",
+    Remark.TOKENIZED_APART: "prompt and response were tokenized one by one: the tokenizer tells no "
+    "offsets, and the prompt's tokens do not begin those of prompt + response",
+    Remark.JOINED_DIFFERS: "prompt + response tokenized as one text are other tokens than one by "
+    "one, which is the rule of the seed repositories",
 }
 SUSPICIOUS = (
     Remark.IDENTICAL
@@ -47,8 +71,17 @@ SUSPICIOUS = (
     | Remark.TEMPLATE_SPLIT
     | Remark.TWO_BOS
     | Remark.NO_WEIGHTS
+    | Remark.ZERO_WEIGHTS
+    | Remark.PROMPT_TWICE
+    | Remark.RESPONSE_NOT_RENDERED
+    | Remark.PROMPT_NOT_RENDERED
+    | Remark.BORDER_TOKEN
+    | Remark.TOKENIZED_APART
+    | Remark.JOINED_DIFFERS
 )
 MAX_IDENTICAL = 0.5
+JOINED_ROWS = 1000
+"""Rows of a source, its first ones, that `Remark.JOINED_DIFFERS` is looked for in."""
 
 Key = TypeVar("Key")
 
@@ -79,6 +112,12 @@ class AuditCounts:
     """Sums over kept rows; both responses count."""
     longest_tokens: int = 0
     """The longest prompt + response."""
+    text_rows: int = 0
+    """Kept rows whose prompt and responses are texts."""
+    joined_rows: int = 0
+    """Those of them that `Remark.JOINED_DIFFERS` was looked for in."""
+    unread: dict[str, list[str]] = field(default_factory=dict)
+    """Source -> columns of the file that nobody reads, in its order."""
 
     def then(self, later: "AuditCounts") -> "AuditCounts":
         """This account of reading, carried on by that of encoding the rows it kept."""
@@ -87,6 +126,7 @@ class AuditCounts:
             rows=self.rows,
             dropped=_summed(self.dropped, later.dropped),
             first_dropped=later.first_dropped | self.first_dropped,
+            unread=self.unread,
         )
 
     def __add__(self, other: "AuditCounts") -> "AuditCounts":
@@ -104,6 +144,9 @@ class AuditCounts:
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             response_tokens=self.response_tokens + other.response_tokens,
             longest_tokens=max(self.longest_tokens, other.longest_tokens),
+            text_rows=self.text_rows + other.text_rows,
+            joined_rows=self.joined_rows + other.joined_rows,
+            unread=self.unread | other.unread,
         )
 
 
@@ -122,7 +165,7 @@ def count_rows(
     Args:
         split, source: Their names.
         drop: Reason to leave each row out, "" to keep it. (rows,)
-        note: Message of a malformed row, else "". (rows,)
+        note: Message of a malformed row; in a kept one the field that is not rendered. (rows,)
         row: Line in the source. (rows,) int64
         group: Number of the prompt. (rows,) int64
         remarks: A set of `Remark` bits. (rows,) int32
@@ -138,10 +181,12 @@ def count_rows(
     kept = np.flatnonzero([not reason for reason in drop])
     remark_counts, first_remarks = {}, {}
     for remark in Remark:
-        rows = row[kept[(remarks[kept] & remark) != 0]]
+        rows = kept[(remarks[kept] & remark) != 0]
         if len(rows):
             remark_counts[remark] = len(rows)
-            first_remarks[remark] = f"{source}:{rows[0]}"
+            place = f"{source}:{row[rows[0]]}"
+            names_field = remark is Remark.RESPONSE_NOT_RENDERED
+            first_remarks[remark] = f"{place}:{note[rows[0]]}" if names_field else place
     counts = AuditCounts(
         split=split,
         sources=[source],
@@ -197,10 +242,26 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
         warnings.append(f"{counts.split}: {_dropped_text(counts)}")
     for remark, count in counts.remarks.items():
         lines = warnings if remark in SUSPICIOUS else facts
-        share = _share(count, counts.kept)
+        rows = f"{_share(count, counts.kept)} rows"
+        if remark is Remark.JOINED_DIFFERS:
+            rows = f"{_share(count, counts.joined_rows)} text rows"
+            if counts.joined_rows < counts.text_rows:
+                rows += f", of {counts.text_rows:,} only the first {JOINED_ROWS:,} of each source "
+                rows += "were looked at"
         first = counts.first_remarks[remark]
-        lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {share} rows (first: {first})")
+        lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {rows} (first: {first})")
+    for source, columns in counts.unread.items():
+        facts.append(f"{counts.split}: columns of {source} that are not read: {listed(columns)}")
     return facts, warnings
+
+
+def log_audit(counts: AuditCounts) -> None:
+    """The account in the log, line by line."""
+    facts, warnings = format_audit(counts)
+    for line in facts:
+        logger.info(line)
+    for line in warnings:
+        logger.warning(line)
 
 
 def _dropped_text(counts: AuditCounts) -> str:

@@ -1,57 +1,39 @@
 """A named source of preference rows -> checked rows in one form, cached by `datasets`."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 
-from fastpref.checks import hint
-from fastpref.counts import AuditCounts, Remark, check_counts, count_rows
+from fastpref.checks import hint, listed
+from fastpref.counts import AuditCounts, check_counts, count_rows
 from fastpref.errors import DataError
-from fastpref.hub_sources import HUB_PATHS, hub_rows
-from fastpref.readers import SUFFIXES, read_records
+from fastpref.hub_sources import HUB_PATHS
+from fastpref.readers import SUFFIXES
 from fastpref.row_cache import cache_errors, code_digest, file_state, progress_bars
-from fastpref.rows import Row, RowError, parse_row
+from fastpref.row_stream import FEATURES, generate_rows, source_records
 from fastpref.weights_file import WeightsOrigin, check_complete, read_origin
 
 if TYPE_CHECKING:
     from fastpref.config import Config
 
 BUILT_IN = ("planted", *HUB_PATHS)
-MALFORMED = "malformed row"
 SPLITS = ("train", "test")
 READING_CODE = (
+    "counts.py",
     "datasets.py",
     "hub_sources.py",
+    "messages.py",
+    "pair_tracker.py",
     "planted.py",
     "readers.py",
+    "row_stream.py",
+    "row_values.py",
     "rows.py",
-    "weights_file.py",
-)
-
-FEATURES = datasets.Features(
-    {
-        "form": datasets.Value("string"),
-        "prompt": datasets.Value("string"),
-        "chosen": datasets.Value("string"),
-        "rejected": datasets.Value("string"),
-        "chosen_weights": datasets.List(datasets.Value("float64")),
-        "rejected_weights": datasets.List(datasets.Value("float64")),
-        "weights_digest": datasets.Value("string"),
-        # null: the chosen response of the prompt's last row
-        "sft_target": datasets.Value("string"),
-        "row": datasets.Value("int64"),
-        # ascending by first appearance of the prompt; -1 for a malformed row
-        "group": datasets.Value("int64"),
-        "remarks": datasets.Value("int32"),
-        "drop": datasets.Value("string"),
-        # the message of a malformed row
-        "note": datasets.Value("string"),
-    }
 )
 
 
@@ -83,8 +65,46 @@ class Rows:
     fingerprint: str
     """Changes with the source, the options and the code that reads."""
     counts: AuditCounts
+    num_prompts: int
+    """Different prompts of the source, those of rows left out included."""
+    path: Path | None
+    """The file; None for a built-in dataset."""
+    state: str
+    """Of the file when it was read, see `file_state`."""
+    cache_dir: str | None
     origin: WeightsOrigin | None
     """What is known of the weights in a file that `task=estimate_weights` wrote."""
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether any row is one of messages."""
+        forms = self.dataset.with_format("arrow")["form"][:]
+        return bool(pc.any(pc.equal(forms, "chat")).as_py())
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The record that each row of `dataset` was made of, with all its fields.
+
+        Raises:
+            DataError: the file is no longer the one that was read.
+        """
+        numbers = iter(self.dataset["row"])
+        wanted = next(numbers, None)
+        self._check_unchanged()
+        for number, record in source_records(
+            self.name, self.counts.split, self.path, self.cache_dir
+        ):
+            if number == wanted:
+                yield record
+                wanted = next(numbers, None)
+        self._check_unchanged()
+
+    def _check_unchanged(self) -> None:
+        if self.path is not None and not (
+            self.path.is_file() and file_state(self.path) == self.state
+        ):
+            raise DataError(
+                f"{self.path}: the file was changed after its rows were read; start again"
+            )
 
 
 def check_sources(config: "Config", splits: Sequence[str] = SPLITS) -> None:
@@ -149,7 +169,7 @@ def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None
         found = sorted(child.name for child in folder.iterdir())
         raise DataError(
             f"datasets: no file {folder / split}.jsonl (or .jsonl.gz, .parquet); found "
-            f"{', '.join(found[:8]) or 'an empty folder'}{hint(f'{split}.jsonl', found)}"
+            f"{listed(found) or 'an empty folder'}{hint(f'{split}.jsonl', found)}"
         )
     if name in BUILT_IN:
         return None
@@ -164,7 +184,7 @@ def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None
     found = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
     raise DataError(
         f"datasets: no folder {folder}; expected {split}.jsonl, .jsonl.gz or .parquet in it; "
-        f"folders there: {', '.join(found[:8]) or 'none'}; {built_in}"
+        f"folders there: {listed(found) or 'none'}; {built_in}"
         f"{hint(name, [*found, *BUILT_IN])}"
     )
 
@@ -192,6 +212,7 @@ def load_rows(
     path = find_source(name, split, base_data_dir)
     source = str(path) if path else HUB_PATHS.get(name, name)
     origin = read_origin(path) if path and options.weighted else None
+    state = file_state(path) if path else ""
     with progress_bars(quiet), cache_errors(cache_dir):
         dataset = datasets.Dataset.from_generator(
             generate_rows,
@@ -203,25 +224,29 @@ def load_rows(
                 "split": split,
                 "path": str(path) if path else None,
                 "cache_dir": cache_dir,
-                "state": code_digest(*READING_CODE) + (file_state(path) if path else ""),
+                "state": code_digest(*READING_CODE) + state,
                 "weighted": options.weighted,
                 "paired": options.paired,
                 "on_error": options.on_error,
                 "strict": options.strict,
                 "allow_roles": options.allow_roles,
-                "zero_weights": origin is not None,
             },
         )
     if origin is not None:
         check_complete(source, len(dataset), origin)
     counts, kept = count_dataset(dataset, source, split)
     check_counts(counts, max_dropped=options.max_dropped)
+    unread = pc.list_flatten(dataset.with_format("arrow")["unread"][:]).to_pylist()
     return Rows(
         name=name,
         source=source,
         dataset=dataset if len(kept) == len(dataset) else dataset.select(kept),
         fingerprint=dataset._fingerprint,
-        counts=counts,
+        counts=replace(counts, unread={source: unread} if unread else {}),
+        num_prompts=int(np.max(dataset.with_format("numpy")["group"][:])) + 1,
+        path=path,
+        state=state,
+        cache_dir=cache_dir,
         origin=origin,
     )
 
@@ -241,114 +266,3 @@ def count_dataset(
         group=table["group"].to_numpy(),
         remarks=table["remarks"].to_numpy(),
     )
-
-
-def generate_rows(
-    name: str,
-    split: str,
-    path: str | None,
-    cache_dir: str | None,
-    state: str,
-    weighted: bool,
-    paired: bool,
-    on_error: str,
-    strict: bool,
-    allow_roles: bool,
-    zero_weights: bool,
-) -> Iterator[dict[str, Any]]:
-    """Checked rows of a source, those to drop included; what `datasets` writes to its cache.
-
-    All arguments are plain values, because the cache is found by them; `state` is there for
-    nothing else.
-    """
-    source = path or HUB_PATHS.get(name, name)
-    tracker = PairTracker()
-    number = 0
-    for number, record in _records(name, split, path, cache_dir):
-        message = ""
-        try:
-            if isinstance(record, RowError):
-                raise record
-            row = parse_row(
-                record, weighted=weighted, allow_roles=allow_roles, zero_weights=zero_weights
-            )
-        except RowError as error:
-            message = error.at(source, number)
-            if on_error == "raise":
-                raise DataError(message) from None
-            row = _malformed_row()
-        if strict and row["drop"] not in ("", MALFORMED):
-            raise DataError(f"{source}:{number}: {row['drop']} (data.strict=true)")
-        group, remarks = tracker.add(row, paired=paired)
-        yield {
-            **row,
-            # only a built-in dataset says what to imitate: a file's other fields are ignored
-            "sft_target": _nonblank(record.get("sft_target")) if path is None else None,
-            "row": number,
-            "group": group,
-            "remarks": int(remarks),
-            "note": message,
-        }
-    if number == 0:
-        raise DataError(f"0 rows in split {split!r} of {source}")
-
-
-class PairTracker:
-    """Numbers prompts by first appearance and notices pairs that come again."""
-
-    def __init__(self) -> None:
-        self.groups: dict[bytes, int] = {}
-        self.pairs: set[bytes] = set()
-
-    def add(self, row: Row, *, paired: bool) -> tuple[int, Remark]:
-        """The row's prompt number (-1 if the row is dropped) and what is remarkable about it."""
-        if row["drop"]:
-            return -1, Remark(0)
-        prompt = _digest(row["prompt"])
-        group = self.groups.setdefault(prompt, len(self.groups))
-        if not paired:
-            return group, Remark(0)
-        chosen, rejected = _digest(row["chosen"]), _digest(row["rejected"])
-        if chosen == rejected:
-            return group, Remark.IDENTICAL
-        remarks = Remark(0)
-        if prompt + chosen + rejected in self.pairs:
-            remarks |= Remark.DUPLICATE
-        if prompt + rejected + chosen in self.pairs:
-            remarks |= Remark.CONTRADICTION
-        self.pairs.add(prompt + chosen + rejected)
-        return group, remarks
-
-
-def _records(
-    name: str, split: str, path: str | None, cache_dir: str | None
-) -> Iterator[tuple[int, Any]]:
-    if path is not None:
-        yield from read_records(Path(path))
-    elif name == "planted":
-        from fastpref.planted import generate_rows as planted_rows
-
-        yield from enumerate(planted_rows(split), start=1)
-    else:
-        yield from enumerate(hub_rows(name, split, cache_dir), start=1)
-
-
-def _nonblank(text: str | None) -> str | None:
-    return text if text and text.strip() else None
-
-
-def _malformed_row() -> Row:
-    return Row(
-        form="",
-        prompt="",
-        chosen="",
-        rejected="",
-        chosen_weights=None,
-        rejected_weights=None,
-        weights_digest=None,
-        drop=MALFORMED,
-    )
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()

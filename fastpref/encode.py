@@ -1,7 +1,6 @@
 """Checked rows + tokenizer -> token ids, truncated, with token weights and the audit counts.
 
-Prompt and responses are tokenized separately and without special tokens, EOS is appended to the
-responses: the tokenization of the DPO, TDPO and TIS-DPO repositories.
+What the tokens of a row are stands in `row_tokens`; here EOS is appended to the responses.
 """
 
 import hashlib
@@ -11,17 +10,28 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import jinja2
 import numpy as np
 import pyarrow.compute as pc
+import tokenizers
 import transformers
 
-from fastpref.chat import check_chat_template, read_chat_template
-from fastpref.counts import AuditCounts, check_counts, format_audit
-from fastpref.datasets import MALFORMED, Rows, count_dataset, read_rows, uses_token_weights
-from fastpref.encode_row import EncodedPair, EncodeOptions, encode_row, row_texts
+from fastpref.chat import (
+    ChatFormat,
+    check_chat_template,
+    current_date,
+    prints_date,
+    read_chat_template,
+)
+from fastpref.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
+from fastpref.datasets import SPLITS, Rows, count_dataset, read_rows, uses_token_weights
+from fastpref.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.errors import ConfigError, DataError
 from fastpref.row_cache import cache_errors, code_digest, progress_bars
-from fastpref.rows import RowError
+from fastpref.row_tokens import RowTokens, row_texts, tokenize_rows
+from fastpref.row_values import RowError
+from fastpref.rows import EMPTY_RESPONSE, MALFORMED
+from fastpref.weights_file import template_digest
 
 if TYPE_CHECKING:
     from fastpref.config import Config
@@ -30,7 +40,17 @@ logger = logging.getLogger("fastpref")
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
-ENCODING_CODE = ("chat.py", "encode.py", "encode_row.py", "token_weights.py")
+TOKENIZING_CODE = (
+    "chat.py",
+    "counts.py",
+    "messages.py",
+    "rendered_parts.py",
+    "row_tokens.py",
+    "row_values.py",
+)
+"""What the tokens of a row depend on beside its texts."""
+ENCODING_CODE = (*TOKENIZING_CODE, "encode.py", "encode_row.py", "token_weights.py")
+LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
 BOOKKEEPING = {
     "row": datasets.Value("int64"),
     "group": datasets.Value("int64"),
@@ -51,6 +71,9 @@ class PreferenceSplit:
     rejected_weights (float32 lists, one per response token)."""
     groups: np.ndarray
     """Number of each row's prompt, ascending by first appearance. (rows,) int64."""
+    num_prompts: int
+    """Prompts numbered, those of rows that were left out included: they keep their place in the
+    order of a seed repository."""
     audit: AuditCounts
 
 
@@ -94,11 +117,9 @@ def load_split(
         parts.append(part)
     joined = join_splits(parts)
     if not quiet:
-        facts, warnings = format_audit(joined.audit)
-        for line in facts:
-            logger.info(line)
-        for line in warnings:
-            logger.warning(line)
+        log_audit(joined.audit)
+        if split == SPLITS[0]:
+            log_missing_bos(joined.audit, tokenizer)
     return joined
 
 
@@ -107,12 +128,13 @@ def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
     groups, audit, offset = [], parts[0].audit, 0
     for index, part in enumerate(parts):
         groups.append(part.groups + offset)
-        offset += int(part.groups.max(initial=-1)) + 1
+        offset += part.num_prompts
         audit = audit + part.audit if index else audit
     return PreferenceSplit(
         name=parts[0].name,
         dataset=datasets.concatenate_datasets([part.dataset for part in parts]),
         groups=np.concatenate(groups),
+        num_prompts=offset,
         audit=audit,
     )
 
@@ -133,14 +155,20 @@ def encode_rows(
         options = replace(
             options,
             weights_have_eos=rows.origin.includes_eos,
-            weights_mismatch=rows.origin.explain_mismatch(tokenizer_digest(tokenizer)),
+            weights_mismatch=rows.origin.explain_mismatch(
+                tokenizer_digest(tokenizer), template_digest(options.chat_template)
+            ),
         )
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
-    if pc.any(pc.equal(dataset.with_format("arrow")["form"][:], "chat")).as_py():
+    if rows.has_chats:
         check_chat_template(tokenizer, options.chat_template)
+        if prints_date(tokenizer, options.chat_template):
+            estimated = rows.origin.chat_date if rows.origin else None
+            options = replace(options, chat_date=estimated or current_date(tokenizer))
     encoded = dataset.map(
         encode_batch,
         batched=True,
+        with_indices=True,
         fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
         features=encoded_features(options),
         remove_columns=dataset.column_names,
@@ -150,12 +178,18 @@ def encode_rows(
     # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
     check_vocabulary(encoded, vocab_size, tokenizer)
     counts, kept = count_dataset(encoded, rows.source, rows.counts.split)
-    counts = count_tokens(encoded, rows.counts.then(counts))
+    is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
+    counts = replace(
+        count_tokens(encoded, rows.counts.then(counts)),
+        text_rows=int(is_text[kept].sum()),
+        joined_rows=int(is_text[kept[kept < JOINED_ROWS]].sum()),
+    )
     if len(kept) < len(encoded):
         encoded = encoded.select(kept)
     return PreferenceSplit(
         name=counts.split,
         groups=encoded.with_format("numpy")["group"][:],
+        num_prompts=rows.num_prompts,
         dataset=encoded.remove_columns(list(BOOKKEEPING)),
         audit=counts,
     )
@@ -171,6 +205,17 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise ConfigError(
             "model.tokenizer_name_or_path: the tokenizer has no end-of-sequence token; set "
             "eos_token in its tokenizer_config.json or name another tokenizer"
+        )
+
+
+def log_missing_bos(counts: AuditCounts, tokenizer: Any) -> None:
+    """Say that texts get no BOS where the tokenizer by itself begins every text with it."""
+    [ids] = tokenizer(["a"], verbose=False)["input_ids"]
+    if counts.text_rows and ids and ids[0] == tokenizer.bos_token_id:
+        logger.info(
+            "no %s is put before prompts that are texts, though this tokenizer begins every text "
+            "with it: the rule of the seed repositories; a prompt may spell it",
+            tokenizer.bos_token,
         )
 
 
@@ -208,8 +253,9 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
 def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
     """The last row of each prompt, in the order in which prompts appear first."""
     groups = dataset.with_format("numpy")["group"][:]
-    _, index_from_end = np.unique(groups[::-1], return_index=True)
-    return dataset.select(len(groups) - 1 - index_from_end)
+    _, first = np.unique(groups, return_index=True)
+    _, last_from_end = np.unique(groups[::-1], return_index=True)
+    return dataset.select((len(groups) - 1 - last_from_end)[np.argsort(first)])
 
 
 def encoded_features(options: EncodeOptions) -> datasets.Features:
@@ -234,7 +280,7 @@ def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> 
         tokenizer_digest(tokenizer),
         used,
         code_digest(*ENCODING_CODE),
-        transformers.__version__,
+        LIBRARIES,
     ]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
@@ -252,30 +298,42 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def encode_batch(
-    batch: dict[str, list[Any]], tokenizer: Any, options: EncodeOptions, source: str
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: Any,
+    options: EncodeOptions,
+    source: str,
 ) -> dict[str, list[Any]]:
     """Encode a batch of `datasets.map`. Columns in and out: `FEATURES`, `encoded_features`."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    texts = [row_texts(row, tokenizer, options) for row in rows]
-    # one call for all texts: the tokenizer spreads them over its threads
-    ids = iter(tokenize(tokenizer, [text for row in texts for text in row.texts]))
+    chat = ChatFormat(tokenizer=tokenizer, template=options.chat_template, date=options.chat_date)
+    texts = [
+        row_texts(row, named_responses(row, options), chat, strict=options.strict) for row in rows
+    ]
     encoded = []
-    for row, rendered in zip(rows, texts, strict=True):
-        row_ids = [next(ids) for _ in rendered.texts]
-        try:
-            outcome = encode_row(row, rendered, row_ids, tokenizer, options)
-        except RowError as error:
-            message = error.at(source, row["row"])
-            if options.on_error == "raise":
-                raise DataError(message) from None
-            outcome = EncodedPair(drop=MALFORMED, note=message)
+    tokens_of_rows = tokenize_rows(texts, tokenizer, first=indices[0])
+    for row, tokens in zip(rows, tokens_of_rows, strict=True):
+        outcome = _encode_or_drop(row, tokens, tokenizer.eos_token_id, options, source)
         encoded.append(outcome.columns() | {"row": row["row"], "group": row["group"]})
     return {column: [row[column] for row in encoded] for column in encoded_features(options)}
 
 
-def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Ids of each text by itself, special tokens only where the text spells them."""
-    if not texts:
-        return []
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    return tokenizer(texts, **options)["input_ids"]
+def _encode_or_drop(
+    row: dict[str, Any],
+    tokens: RowTokens | RowError,
+    eos_id: int,
+    options: EncodeOptions,
+    source: str,
+) -> EncodedPair:
+    try:
+        if isinstance(tokens, RowError):
+            raise tokens
+        outcome = encode_row(row, tokens, eos_id, options)
+    except RowError as error:
+        message = error.at(source, row["row"])
+        if options.on_error == "raise":
+            raise DataError(message) from None
+        return EncodedPair(drop=MALFORMED, note=message)
+    if options.strict and outcome.drop == EMPTY_RESPONSE:
+        raise DataError(f"{source}:{row['row']}: {outcome.drop} (data.strict=true)")
+    return outcome

@@ -1,12 +1,12 @@
-"""One checked row -> token ids and weights: EOS, alignment, reversal, truncation."""
+"""The tokens of one checked row -> ids and weights: EOS, alignment, reversal, truncation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastpref.chat import render_chat
 from fastpref.counts import Remark
-from fastpref.rows import EMPTY_RESPONSE, RowError
+from fastpref.row_tokens import RowTokens
+from fastpref.row_values import RowError
 from fastpref.token_weights import align_weights, prepare_weights, token_digest
 
 TOO_LONG = "longer than max_length"
@@ -32,22 +32,14 @@ class EncodeOptions:
     """Of the transform `random`."""
     chat_template: str | None
     """Jinja text; None for the tokenizer's own."""
+    chat_date: str | None = None
+    """The day that a chat template which prints the date is told; None where none does."""
     on_error: str
     strict: bool
     weights_have_eos: bool = False
     """The last weight of each list in the file belongs to EOS."""
     weights_mismatch: str = ""
     """Why weights would stand beside other tokens than those they were estimated for."""
-
-
-class RowTexts(NamedTuple):
-    """The texts of a row, ready to be tokenized one by one: prompt, then its responses."""
-
-    texts: list[str]
-    is_split: bool = False
-    """The prompt as rendered did not start prompt + response: they were divided where they part."""
-    error: RowError | None = None
-    """Why there are no texts."""
 
 
 class EncodedPair(NamedTuple):
@@ -78,60 +70,38 @@ class EncodedPair(NamedTuple):
         }
 
 
-def row_texts(row: dict[str, Any], tokenizer: Any, options: EncodeOptions) -> RowTexts:
-    """Prompt and responses of a checked row as texts, conversations rendered.
+def named_responses(row: dict[str, Any], options: EncodeOptions) -> dict[str, str]:
+    """The responses of a checked row that are encoded, by name of the side.
 
-    The responses are chosen and rejected as the file has them; in SFT the one to imitate: the
-    row's own target if it has one, else what is chosen after `reverse_dataset`.
+    Chosen and rejected as the file has them; in SFT the one to imitate: the row's own target if it
+    has one, else what is chosen after `reverse_dataset`.
     """
-    responses = [row["chosen"], row["rejected"]]
-    if options.sft:
-        target = None if options.reverse_dataset else row["sft_target"]
-        responses = [target or responses[options.reverse_dataset]]
-    if row["form"] != "chat":
-        return RowTexts([row["prompt"], *responses])
-    try:
-        prompt, responses, is_prefix = render_chat(
-            row["prompt"], responses, tokenizer, options.chat_template
-        )
-    except RowError as error:
-        return RowTexts([], error=error)
-    return RowTexts([prompt, *responses], is_split=not is_prefix)
+    if not options.sft:
+        return {"chosen": row["chosen"], "rejected": row["rejected"]}
+    if row["sft_target"] and not options.reverse_dataset:
+        return {"sft_target": row["sft_target"]}
+    side = "rejected" if options.reverse_dataset else "chosen"
+    return {side: row[side]}
 
 
 def encode_row(
-    row: dict[str, Any],
-    texts: RowTexts,
-    ids: list[list[int]],
-    tokenizer: Any,
-    options: EncodeOptions,
+    row: dict[str, Any], tokens: RowTokens, eos_id: int, options: EncodeOptions
 ) -> EncodedPair:
     """EOS, token weights, reversal and truncation of one row.
 
     Args:
         row: A checked row.
-        texts: What `row_texts` made of it.
-        ids: Of each of these texts.
-        tokenizer: For its special tokens.
+        tokens: Of its prompt and of its `named_responses`.
+        eos_id: Of the tokenizer.
         options: How to encode.
 
     Raises:
-        RowError: no texts, no prompt token, or weights that do not fit the tokens.
+        RowError: weights that do not fit the tokens.
     """
-    _check_texts(texts, ids, options)
-    prompt, *raw_responses = ids
-    eos_id = tokenizer.eos_token_id
-    responses = [without_final_eos(response, eos_id) for response in raw_responses]
-    if not all(responses):
-        return EncodedPair(drop=EMPTY_RESPONSE)
-    remarks = Remark(row["remarks"])
-    remarks |= Remark.TEMPLATE_SPLIT if texts.is_split else 0
-    remarks |= Remark.EOS_AT_END if responses != raw_responses else 0
-    # the turns of a conversation may each end in EOS
-    has_eos = row["form"] != "chat" and any(eos_id in part for part in (prompt, *responses))
-    remarks |= Remark.EOS_INSIDE if has_eos else 0
-    remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
-
+    if tokens.drop:
+        return EncodedPair(drop=tokens.drop)
+    prompt, responses = tokens.prompt, list(tokens.responses)
+    remarks = Remark(row["remarks"]) | tokens.remarks
     weights: list[list[float]] = []
     if options.weighted:
         check_weights_digest(row, prompt, responses, options)
@@ -154,12 +124,7 @@ def encode_row(
         for side, kept in enumerate(response_ids[: len(weights)])
     ]
     remarks |= _cut_remarks((prompt, *full), (prompt_ids, *response_ids))
-    return EncodedPair(prompt_ids, response_ids, kept_weights, remarks)
-
-
-def without_final_eos(ids: list[int], eos_id: int) -> list[int]:
-    """A response's ids without an EOS that its text spelled out: token weights leave it out."""
-    return ids[:-1] if ids and ids[-1] == eos_id else ids
+    return EncodedPair(prompt_ids, response_ids, kept_weights, remarks, note=tokens.note)
 
 
 def check_weights_digest(
@@ -258,15 +223,6 @@ def truncate(
     else:
         budget = longest
     return prompt, [response[:budget] for response in responses]
-
-
-def _check_texts(texts: RowTexts, ids: list[list[int]], options: EncodeOptions) -> None:
-    if texts.error is not None:
-        raise texts.error
-    if texts.is_split and options.strict:
-        raise RowError("the rendered prompt does not start prompt + response (data.strict=true)")
-    if not ids[0]:
-        raise RowError("prompt is empty: at least one token must come before the response")
 
 
 def _keeps_end(form: str, options: EncodeOptions) -> bool:

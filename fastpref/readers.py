@@ -12,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 
 from fastpref.errors import DataError
-from fastpref.rows import RowError, check_columns
+from fastpref.row_values import RowError
+from fastpref.rows import check_columns
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 """Forms of a data file, the first one that exists is read."""
@@ -24,7 +25,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Records of a .jsonl, .jsonl.gz or .parquet file.
 
     JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
-    passed over.
+    passed over. In parquet every struct of a column has the same keys, and those that a message or
+    a tool call lacks are null: such keys are left out, however deep they lie. Maps become objects.
 
     Yields:
         The line (in parquet the row), counted from 1, and the record; a `RowError` in its place
@@ -76,8 +78,25 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
             check_columns(file.schema_arrow.names)
         except RowError as error:
             raise DataError(f"{path}: {error}") from None
+        fields = {field.name: field.type for field in file.schema_arrow}
         number = 0
         for batch in file.iter_batches(batch_size=1000):
             for record in batch.to_pylist():
                 number += 1
-                yield number, record
+                yield number, {name: _given(record[name], fields[name]) for name in record}
+
+
+def _given(value: Any, declared: pyarrow.DataType) -> Any:
+    """A parquet value without the keys of structs that are null, maps as objects."""
+    kinds = pyarrow.types
+    if value is None:
+        return None
+    if kinds.is_struct(declared):
+        inner = {field.name: field.type for field in declared}
+        return {key: _given(item, inner[key]) for key, item in value.items() if item is not None}
+    if kinds.is_map(declared):
+        return {str(key): _given(item, declared.item_type) for key, item in value}
+    # lists of numbers, such as token weights, are long and have nothing to leave out
+    if isinstance(value, list) and kinds.is_nested(declared.value_type):
+        return [_given(item, declared.value_type) for item in value]
+    return value

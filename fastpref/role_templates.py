@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from fastpref.messages import content_text
+
 ROLE_SENTENCES = {
     "normal": "",
     "harmless": "You are a considerate assistant whose answers are helpful and harmless.",
@@ -34,11 +36,17 @@ def apply_to_messages(text: str, messages: list[dict[str, Any]]) -> list[dict[st
         return messages
     if PLACEHOLDER not in text:
         if messages and messages[0]["role"] == "system":
-            content = f"{text}\n\n{messages[0]['content']}"
+            content = "\n\n".join(filter(None, (text, _content(messages[0]))))
             return [messages[0] | {"content": content}, *messages[1:]]
         return [{"role": "system", "content": text}, *messages]
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     changed = list(messages)
     for i in users[-1:]:
-        changed[i] = messages[i] | {"content": apply_to_text(text, messages[i]["content"])}
+        changed[i] = messages[i] | {"content": apply_to_text(text, _content(messages[i]))}
     return changed
+
+
+def _content(message: dict[str, Any]) -> str:
+    # beside tool calls there may be none
+    content = message.get("content")
+    return "" if content is None else content_text(content)

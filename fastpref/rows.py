@@ -1,44 +1,38 @@
 """The rules a row must keep, and the one form that every kind of row is brought to."""
 
 import json
-import re
 from typing import Any, TypedDict
 
-from fastpref.checks import hint, nearest
+from fastpref.checks import listed, nearest
+from fastpref.messages import (
+    PROMPT_ROLES,
+    RESPONSE_ROLES,
+    Messages,
+    add_system,
+    check_roles,
+    divide_conversations,
+    is_silent,
+    read_messages,
+    read_tools,
+)
+from fastpref.row_values import RowError, check_unicode, json_text, kind, normal_form
 
 ASSISTANT_TURN = "\n\nAssistant:"
 TEXT_FIELDS = ("prompt", "chosen", "rejected")
 WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
 DIGEST_FIELD = "weights_digest"
-PROMPT_ROLES = ("system", "developer", "user", "assistant", "tool")
-RESPONSE_ROLES = ("assistant", "tool")
+CHAT_FIELDS = ("tools", "system")
+"""What rows of messages may have beside `TEXT_FIELDS`."""
 MAX_WEIGHT = 1e30
 
 EMPTY_RESPONSE = "empty response"
 NO_SHARED_PROMPT = "no shared prompt"
+MALFORMED = "malformed row"
 EMPTY_PROMPT = "prompt is empty: at least one token must come before the response"
 
 
-class RowError(ValueError):
-    """A row breaks a rule.
-
-    Args:
-        message: A sentence that names what is wrong.
-        field: The field it is wrong in, "" where it is the row as a whole.
-    """
-
-    def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.field = field
-
-    def at(self, source: str, number: int) -> str:
-        """The message behind its place, "train.jsonl:8:chosen: chosen is null"."""
-        place = f"{source}:{number}:{self.field}" if self.field else f"{source}:{number}"
-        return f"{place}: {self}"
-
-
 class Row(TypedDict):
-    """A checked row. In form `chat` the three texts are JSON lists of messages.
+    """A checked row. In form `chat` the three texts are JSON lists of messages, as they came.
 
     `drop` is the reason to leave the pair out, empty for a pair to train on.
     """
@@ -47,56 +41,84 @@ class Row(TypedDict):
     prompt: str
     chosen: str
     rejected: str
+    tools: str | None  # JSON list of schemas, of a row of messages
     chosen_weights: list[float] | None
     rejected_weights: list[float] | None
     weights_digest: str | None  # `token_digest` of the tokens the weights were estimated for
     drop: str
 
 
-def parse_row(record: Any, *, weighted: bool, allow_roles: bool, zero_weights: bool = False) -> Row:
+def make_row(
+    *,
+    form: str = "",
+    prompt: str = "",
+    chosen: str = "",
+    rejected: str = "",
+    tools: str | None = None,
+    drop: str,
+) -> Row:
+    """A row without token weights."""
+    return Row(
+        form=form,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        tools=tools,
+        chosen_weights=None,
+        rejected_weights=None,
+        weights_digest=None,
+        drop=drop,
+    )
+
+
+def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
     """Check one row as it came from a file and bring it to one form.
 
     Accepted: texts `prompt`, `chosen`, `rejected`; texts `chosen` and `rejected` that are whole
     dialogues with "\\n\\nAssistant:" turns (the prompt ends with the last such turn of `chosen`);
-    lists of messages, with `prompt` or with the prompt at the start of both conversations.
+    lists of messages, with `prompt`, with the prompt at the start of both conversations, or with
+    both; beside messages also `tools`, a list of schemas, and `system`, a first message's text.
 
     Args:
-        record: The row; other fields than the named ones are ignored.
-        weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, not all zero, both or
-            neither. Else they are ignored.
+        record: The row; other fields than the named ones are ignored: see `fields_read`.
+        weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, both or neither. Else
+            they are ignored.
         allow_roles: Take any role in any place.
-        zero_weights: Take a response whose weights are all zero: two models that agree on it give
-            that, while in a file made by hand it silences the response.
 
     Raises:
         RowError: the row breaks a rule.
     """
     if not isinstance(record, dict):
         raise RowError(f"a row must be an object with chosen and rejected, got {kind(record)}")
-    check_columns(list(record))
-    fields = [field for field in TEXT_FIELDS if field in record]
-    kinds = {field: kind(record[field]) for field in fields}
-    for field in fields:
-        if record[field] is None:
-            raise RowError(f"{field} is null", field)
-        if kinds[field] not in ("text", "list"):
-            raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}", field)
-    if len(set(kinds.values())) > 1:
-        found = ", ".join(f"{field} is {kinds[field]}" for field in fields)
-        odd_one = min(fields, key=lambda field: list(kinds.values()).count(kinds[field]))
-        raise RowError(
-            f"{found}: they must be all text or all lists of messages; where chosen and rejected "
-            "are whole conversations, leave prompt out",
-            odd_one,
-        )
-    if kinds["chosen"] == "list":
-        row = _parse_chat({field: record[field] for field in fields}, allow_roles)
-    else:
-        row = _parse_text(record)
+    try:
+        row = _parse_texts(record, allow_roles)
+    except RecursionError:
+        raise RowError("the row is nested too deeply") from None
     if weighted and not row["drop"]:
-        row["chosen_weights"], row["rejected_weights"] = _parse_weights(record, zero_weights)
+        row["chosen_weights"], row["rejected_weights"] = _parse_weights(record)
         row["weights_digest"] = _parse_digest(record)
     return row
+
+
+def fields_read(row: Row, *, weighted: bool) -> tuple[str, ...]:
+    """The fields of a row's record that `parse_row` reads."""
+    of_form = CHAT_FIELDS if row["form"] == "chat" else ()
+    of_weights = (*WEIGHT_FIELDS, DIGEST_FIELD) if weighted else ()
+    return (*TEXT_FIELDS, *of_form, *of_weights)
+
+
+def comparable(row: Row) -> tuple[str, str, str]:
+    """Prompt, tools included, and responses as texts that are equal for equal rows.
+
+    The order of the keys of messages does not count here.
+    """
+    texts = (row["prompt"], row["chosen"], row["rejected"])
+    if row["form"] != "chat":
+        return texts
+    prompt, chosen, rejected = (normal_form(json.loads(text)) for text in texts)
+    if row["tools"] is not None:
+        prompt += normal_form(json.loads(row["tools"]))
+    return prompt, chosen, rejected
 
 
 def check_columns(columns: list[str]) -> None:
@@ -104,18 +126,10 @@ def check_columns(columns: list[str]) -> None:
     missing = [field for field in ("chosen", "rejected") if field not in columns]
     if missing:
         raise RowError(
-            f"no column {missing[0]!r}; columns found: {', '.join(sorted(columns)) or 'none'}; "
+            f"no column {missing[0]!r}; columns found: {listed(sorted(columns)) or 'none'}; "
             f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}",
             missing[0],
         )
-
-
-def kind(value: Any) -> str:
-    """The type of a JSON value in a reader's words."""
-    if value is None:
-        return "null"
-    names = {str: "text", list: "list", dict: "object", bool: "boolean", int: "number"}
-    return names.get(type(value), "number" if isinstance(value, float) else type(value).__name__)
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
@@ -138,10 +152,30 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
 
 
+def _parse_texts(record: dict[str, Any], allow_roles: bool) -> Row:
+    check_columns(list(record))
+    fields = [field for field in TEXT_FIELDS if field in record]
+    kinds = {field: kind(record[field]) for field in fields}
+    for field in fields:
+        if record[field] is None:
+            raise RowError(f"{field} is null", field)
+        if kinds[field] not in ("text", "list"):
+            raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}", field)
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{field} is {kinds[field]}" for field in fields)
+        odd_one = min(fields, key=lambda field: list(kinds.values()).count(kinds[field]))
+        raise RowError(
+            f"{found}: they must be all text or all lists of messages; where chosen and rejected "
+            "are whole conversations, leave prompt out",
+            odd_one,
+        )
+    return _parse_chat(record, allow_roles) if kinds["chosen"] == "list" else _parse_text(record)
+
+
 def _parse_text(record: dict[str, Any]) -> Row:
     chosen, rejected = record["chosen"], record["rejected"]
     for field in TEXT_FIELDS:
-        _check_unicode(field, record.get(field, ""))
+        check_unicode(field, record.get(field, ""))
     if "prompt" in record:
         if not record["prompt"]:
             raise RowError(EMPTY_PROMPT, "prompt")
@@ -151,77 +185,31 @@ def _parse_text(record: dict[str, Any]) -> Row:
     except RowError as error:
         raise RowError(f"{error}{_rename_hint('prompt', list(record))}") from None
     if parts is None:
-        return _row("hh", "", chosen, rejected, drop=NO_SHARED_PROMPT)
+        # its prompt keeps the row's place in the order of the data
+        prompt = chosen[: chosen.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN)]
+        return _row("hh", prompt, chosen, rejected, drop=NO_SHARED_PROMPT)
     return _row("hh", *parts)
 
 
-def _parse_chat(messages: dict[str, list[Any]], allow_roles: bool) -> Row:
-    for field in messages:
-        _check_messages(field, messages[field])
-    chosen, rejected = messages["chosen"], messages["rejected"]
-    if "prompt" in messages:
-        prompt = messages["prompt"]
-    else:
-        num_shared = _num_shared_messages(chosen, rejected)
-        prompt, chosen, rejected = chosen[:num_shared], chosen[num_shared:], rejected[num_shared:]
-        if not prompt and chosen and rejected:
-            return _chat_row(prompt, chosen, rejected, drop=NO_SHARED_PROMPT)
+def _parse_chat(record: dict[str, Any], allow_roles: bool) -> Row:
+    fields = {
+        field: read_messages(field, record[field]) for field in TEXT_FIELDS if field in record
+    }
+    conversations = divide_conversations(fields)
+    tools = read_tools(record.get("tools"))
+    if conversations is None:
+        return _chat_row([], fields["chosen"], fields["rejected"], tools, NO_SHARED_PROMPT)
+    prompt, chosen, rejected = conversations
     if not allow_roles:
-        _check_roles("prompt", prompt, PROMPT_ROLES)
-        _check_roles("chosen", chosen, RESPONSE_ROLES)
-        _check_roles("rejected", rejected, RESPONSE_ROLES)
-    return _chat_row(prompt, chosen, rejected)
+        check_roles("prompt", prompt, PROMPT_ROLES)
+        check_roles("chosen", chosen, RESPONSE_ROLES)
+        check_roles("rejected", rejected, RESPONSE_ROLES)
+    # what a response comes to is the template's business; here only what no template can mend
+    drop = EMPTY_RESPONSE if is_silent(chosen) or is_silent(rejected) else ""
+    return _chat_row(add_system(prompt, record.get("system")), chosen, rejected, tools, drop)
 
 
-def _num_shared_messages(chosen: list[Any], rejected: list[Any]) -> int:
-    """Messages at the start of both, leaving at least one message to each response."""
-    longest = min(len(chosen), len(rejected)) - 1
-    for index in range(longest):
-        if chosen[index] != rejected[index]:
-            return index
-    return max(longest, 0)
-
-
-def _check_messages(field: str, messages: list[Any]) -> None:
-    for index, message in enumerate(messages):
-        place = f"{field}[{index}]"
-        if not isinstance(message, dict):
-            raise RowError(
-                f"{place} must be a message with role and content, got {kind(message)}", field
-            )
-        for key in ("role", "content"):
-            if key not in message:
-                found = ", ".join(sorted(message)) or "none"
-                raise RowError(f"{place} has no {key}; keys found: {found}", field)
-            if message[key] is None:
-                raise RowError(f"{place}.{key} is null", field)
-            if not isinstance(message[key], str):
-                raise RowError(f"{place}.{key} must be text, got {kind(message[key])}", field)
-            _check_unicode(f"{place}.{key}", message[key])
-
-
-def _check_roles(field: str, messages: list[Any], roles: tuple[str, ...]) -> None:
-    for message in messages:
-        if message["role"] not in roles:
-            raise RowError(
-                f"{field} has a message of role {message['role']!r}; roles allowed there: "
-                f"{', '.join(roles)} (any with data.allow_roles=true)"
-                f"{hint(message['role'], roles)}",
-                field,
-            )
-
-
-def _check_unicode(field: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{field} holds half a surrogate pair at character {error.start}"
-        raise RowError(message, re.split(r"\W", field)[0]) from None
-
-
-def _parse_weights(
-    record: dict[str, Any], zero_weights: bool
-) -> tuple[list[float] | None, list[float] | None]:
+def _parse_weights(record: dict[str, Any]) -> tuple[list[float] | None, list[float] | None]:
     chosen, rejected = (record.get(field) for field in WEIGHT_FIELDS)
     if chosen is None and rejected is None:
         return None, None
@@ -229,12 +217,12 @@ def _parse_weights(
         present, absent = WEIGHT_FIELDS if rejected is None else WEIGHT_FIELDS[::-1]
         raise RowError(f"{present} without {absent}: give both or neither", present)
     return (
-        _checked_weights("chosen_weight", chosen, zero_weights),
-        _checked_weights("rejected_weight", rejected, zero_weights),
+        _checked_weights("chosen_weight", chosen),
+        _checked_weights("rejected_weight", rejected),
     )
 
 
-def _checked_weights(field: str, weights: Any, zero_weights: bool) -> list[float]:
+def _checked_weights(field: str, weights: Any) -> list[float]:
     if not isinstance(weights, list):
         raise RowError(
             f"{field} must be a list of numbers, one per token, got {kind(weights)}", field
@@ -243,8 +231,6 @@ def _checked_weights(field: str, weights: Any, zero_weights: bool) -> list[float
         # type() and not isinstance(): a boolean is no weight; nan fails every comparison
         if type(weight) not in (float, int) or not abs(weight) < MAX_WEIGHT:
             raise RowError(f"{field}[{index}] must be a finite number, got {weight!r:.40}", field)
-    if weights and not any(weights) and not zero_weights:
-        raise RowError(f"{field}: all {len(weights)} weights are zero", field)
     return [float(weight) for weight in weights]
 
 
@@ -258,33 +244,18 @@ def _parse_digest(record: dict[str, Any]) -> str | None:
 def _row(form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "") -> Row:
     if not drop and not (chosen.strip() and rejected.strip()):
         drop = EMPTY_RESPONSE
-    return Row(
-        form=form,
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        chosen_weights=None,
-        rejected_weights=None,
-        weights_digest=None,
-        drop=drop,
-    )
+    return make_row(form=form, prompt=prompt, chosen=chosen, rejected=rejected, drop=drop)
 
 
-def _chat_row(prompt: list[Any], chosen: list[Any], rejected: list[Any], *, drop: str = "") -> Row:
-    if not drop and not (_has_content(chosen) and _has_content(rejected)):
-        drop = EMPTY_RESPONSE
-    texts = [_messages_json(messages) for messages in (prompt, chosen, rejected)]
-    return _row("chat", *texts, drop=drop)
-
-
-def _messages_json(messages: list[Any]) -> str:
-    # parquet fills the keys that a message lacks with null; sorted keys make equal prompts equal
-    present = [{key: value for key, value in m.items() if value is not None} for m in messages]
-    return json.dumps(present, ensure_ascii=False, sort_keys=True, default=str)
-
-
-def _has_content(messages: list[Any]) -> bool:
-    return any(message["content"].strip() for message in messages)
+def _chat_row(
+    prompt: Messages, chosen: Messages, rejected: Messages, tools: Messages | None, drop: str
+) -> Row:
+    parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools}
+    texts = {field: json_text(part) for field, part in parts.items() if part is not None}
+    for field, text in texts.items():
+        # what messages say was looked at before; their keys are left
+        check_unicode(field, text)
+    return make_row(form="chat", drop=drop, **texts)
 
 
 def _rename_hint(wanted: str, columns: list[str]) -> str:

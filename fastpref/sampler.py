@@ -20,10 +20,11 @@ class GlobalOrder:
     The compatible orders shuffle the list of prompts in place before each epoch with Python's
     `random`, so that shuffles compound. `dpo` and `tdpo` seed each shuffle from a numpy stream
     seeded 0, drawn below 2**32 and 2**31; `tisdpo` seeds every shuffle with 71. None of them looks
-    at `seed`, and they count the pairs that an incomplete batch left out towards `n_examples`.
+    at `seed`, and they count the pairs that an incomplete batch left out towards `n_examples`. A
+    prompt without rows is shuffled with the others and then passed over: there it has some.
 
     Args:
-        groups: Prompt id of each row; ids ascend by first appearance. Shape (rows,), int64.
+        groups: Prompt id of each row. Shape (rows,), int64.
         batch_size: Rows of one optimizer step over all ranks, > 0.
         seed: Of the shuffle, >= 0.
         n_epochs, n_examples: Whichever ends first stops; None is no limit, one must be given.
@@ -31,6 +32,8 @@ class GlobalOrder:
         drop_last: Leave out the incomplete last batch of an epoch.
         order: One of `ORDERS`.
         shuffle: False takes the prompts as they come, in every epoch.
+        num_prompts: Prompts there are, those without rows included, ids being below it; None: those
+            that have rows, in the order of their first one.
 
     Attributes:
         num_steps: Optimizer steps in all, > 0.
@@ -52,6 +55,7 @@ class GlobalOrder:
         drop_last: bool = True,
         order: str = "fastpref",
         shuffle: bool = True,
+        num_prompts: int | None = None,
     ) -> None:
         if n_epochs is None and n_examples is None:
             raise ConfigError("n_epochs or n_examples must be given, both are null")
@@ -61,10 +65,13 @@ class GlobalOrder:
         self.seed = seed
         self.order = order
         self.shuffle = shuffle
+        prompts, groups = by_first_row(groups)
         self._rows_by_group = np.argsort(groups, kind="stable")
         _, self._starts, self._counts = np.unique(
             groups[self._rows_by_group], return_index=True, return_counts=True
         )
+        self._prompts = np.arange(len(prompts)) if num_prompts is None else prompts
+        self._num_prompts = len(prompts) if num_prompts is None else num_prompts
         full_batches, remainder = divmod(self.num_rows, batch_size)
         self.steps_per_epoch = full_batches + (not drop_last and remainder > 0)
         self.num_steps = self._count_steps(n_epochs, n_examples, drop_last)
@@ -97,10 +104,13 @@ class GlobalOrder:
             # raw words: numpy promises their stream for ever, not that of Generator.permutation
             bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
             return np.argsort(bits.random_raw(num_groups), kind="stable")
-        group_order = list(range(num_groups))
+        prompt_order = list(range(self._num_prompts))
         for shuffle_seed in compatible_shuffle_seeds(self.order, epoch + 1):
-            random.Random(shuffle_seed).shuffle(group_order)
-        return np.array(group_order)
+            random.Random(shuffle_seed).shuffle(prompt_order)
+        group_of_prompt = np.full(self._num_prompts, -1)
+        group_of_prompt[self._prompts] = np.arange(num_groups)
+        group_order = group_of_prompt[prompt_order]
+        return group_order[group_order >= 0]
 
     def _rows_of_groups(self, group_order: np.ndarray) -> np.ndarray:
         counts = self._counts[group_order]
@@ -148,6 +158,15 @@ class GlobalOrder:
                 "every step is one incomplete batch"
             )
         return None
+
+
+def by_first_row(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids in the order of their first row, and each row's place among them."""
+    ids, first_rows, places = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.argsort(first_rows)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order))
+    return ids[order], ranks[places]
 
 
 def compatible_shuffle_seeds(order: str, num_epochs: int) -> list[int]:

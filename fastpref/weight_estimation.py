@@ -10,36 +10,43 @@ once both are done.
 import hashlib
 import json
 import logging
-import shutil
-from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fastpref_kernels.gemm import cpu_multiplies_bfloat16
-from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
-from fastpref.chat import check_chat_template, read_chat_template, render_chat
-from fastpref.complete_files import complete_file
+from fastpref.chat import (
+    ChatFormat,
+    check_chat_template,
+    prints_date,
+    read_chat_template,
+)
 from fastpref.config import Config, ModelConfig
+from fastpref.counts import log_audit
 from fastpref.datasets import SPLITS, Rows, find_source, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.encode import tokenize, tokenizer_digest
-from fastpref.encode_row import without_final_eos
+from fastpref.encode import TOKENIZING_CODE, log_missing_bos, tokenizer_digest
 from fastpref.errors import CheckpointError, DataError
 from fastpref.model_identity import model_identity, side_model
 from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
-from fastpref.role_templates import apply_to_messages, apply_to_text, template_text
+from fastpref.role_templates import template_text
 from fastpref.row_cache import code_digest
-from fastpref.rows import EMPTY_PROMPT, RowError
 from fastpref.signals import StopRequest
-from fastpref.token_weights import token_digest
+from fastpref.weight_rows import (
+    SourceJob,
+    begin_date,
+    encode_source,
+    shards_folder,
+    write_weights,
+    written_date,
+)
 from fastpref.weight_scoring import Side, score_missing
 from fastpref.weight_shards import Shards
-from fastpref.weights_file import ModelOrigin, WeightsOrigin, read_origin, write_origin
+from fastpref.weights_file import ModelOrigin, WeightsOrigin, read_origin, template_digest
 from fastpref.weights_html import write_html
 from fastpref.weights_plot import plot_weights
 from fastpref.weights_report import WeightsReport, read_report
@@ -47,25 +54,14 @@ from fastpref.weights_report import WeightsReport, read_report
 logger = logging.getLogger("fastpref")
 
 SCORING_CODE = (
+    *TOKENIZING_CODE,
     "packing.py",
     "role_templates.py",
     "weight_estimation.py",
+    "weight_rows.py",
     "weight_scoring.py",
     "weight_shards.py",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceJob:
-    """One file of weights to write."""
-
-    rows: Rows
-    path: Path
-    encoded: Sequence[EncodedRow]
-    """Its rows without a template."""
-    shards: dict[str, Shards]
-    """By label of the side."""
-    origin: WeightsOrigin
 
 
 def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
@@ -92,8 +88,19 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
         return [rows for split in splits for rows in read_rows(config, split, quiet=quiet)]
 
     sources = main_first(world, "rows", read)
-    jobs = [build_job(config, sides, rows, tokenizer) for rows in sources]
-    unfinished = [job for job in jobs if not is_finished(job, world)]
+    jobs = [open_job(config, sides, rows, tokenizer, world) for rows in sources]
+    if world.is_main:
+        for job in jobs:
+            log_audit(job.counts)
+        log_missing_bos(jobs[0].counts, tokenizer)
+    unfinished = []
+    for job in jobs:
+        if not is_finished(job, world):
+            unfinished.append(job)
+        elif world.is_main:
+            logger.info("%s is there already, with these models and settings", job.path)
+    for job in unfinished if world.is_main else []:
+        job.keep_date()
     with StopRequest() as stop:
         # one model at a time: half the memory of the two together
         for side in sides:
@@ -193,24 +200,59 @@ def available_splits(config: Config) -> list[str]:
     return splits
 
 
-def build_job(config: Config, sides: Sequence[Side], rows: Rows, tokenizer: Any) -> SourceJob:
+def open_job(
+    config: Config, sides: Sequence[Side], rows: Rows, tokenizer: Any, world: World
+) -> SourceJob:
+    """What is known of a weights file before a model is loaded, rendered for the day it belongs to.
+
+    Where the chat template prints the date that is the day on which its estimation began: that of
+    the file if it is there already, that of the shards of a run that was stopped, else today.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: see `build_job`.
+    """
+    template = read_chat_template(config.data.chat_template)
+    if rows.has_chats:
+        check_chat_template(tokenizer, template)
+    chat = ChatFormat(tokenizer=tokenizer, template=template)
+    path = output_path(config, rows)
+    if not (rows.has_chats and prints_date(tokenizer, template)):
+        return build_job(config, sides, rows, chat, path)
+    begun = world.share_from_main(begin_date(path, chat) if world.is_main else "")
+    written = world.share_from_main(written_date(path) if world.is_main else "")
+    job = build_job(config, sides, rows, replace(chat, date=written or begun), path)
+    if written in ("", begun) or is_finished(job, world):
+        return job
+    return build_job(config, sides, rows, replace(chat, date=begun), path)
+
+
+def output_path(config: Config, rows: Rows) -> Path:
+    """The weights file of a source."""
+    folder = Path(str(config.weights.output_dir)) / f"{rows.name}{config.weights.suffix}"
+    return folder / f"{rows.counts.split}.jsonl"
+
+
+def build_job(
+    config: Config, sides: Sequence[Side], rows: Rows, chat: ChatFormat, path: Path
+) -> SourceJob:
     """Everything that is known of a weights file before a model is loaded.
 
     Raises:
         DataError: a row has no prompt token, or the chat template refuses it.
+        ConfigError: the chat template cannot render any conversation.
         CheckpointError: a token has no row in a model's embedding.
     """
-    weights = config.weights
-    chat_template = read_chat_template(config.data.chat_template)
-    encoded = {
-        text: encode_source(
-            rows, tokenizer, text, chat_template=chat_template, include_eos=weights.include_eos
-        )
-        for text in {"", *(side.template for side in sides)}
-    }
-    path = Path(str(weights.output_dir)) / f"{rows.name}{weights.suffix}"
-    path = path / f"{rows.counts.split}.jsonl"
-    settings = scoring_settings(config, sides[0].model, rows, tokenizer, chat_template)
+    weights, data = config.weights, config.data
+    rows, encoded, counts = encode_source(
+        rows,
+        list(dict.fromkeys(["", *(side.template for side in sides)])),
+        chat,
+        include_eos=weights.include_eos,
+        on_error=data.on_error,
+        strict=data.strict,
+        max_dropped=data.max_dropped,
+    )
+    settings = scoring_settings(config, sides[0].model, rows, chat)
     prints, shards = {}, {}
     for side in sides:
         check_ids(rows, encoded[side.template], side)
@@ -228,12 +270,16 @@ def build_job(config: Config, sides: Sequence[Side], rows: Rows, tokenizer: Any)
         positive=sides[0].origin,
         negative=sides[1].origin,
         fingerprint=fingerprint([prints, weights.round]),
+        chat_date=chat.date,
+        chat_template=template_digest(chat.template),
     )
-    return SourceJob(rows=rows, path=path, encoded=encoded[""], shards=shards, origin=origin)
+    return SourceJob(
+        rows=rows, path=path, encoded=encoded[""], counts=counts, shards=shards, origin=origin
+    )
 
 
 def scoring_settings(
-    config: Config, model: ModelConfig, rows: Rows, tokenizer: Any, chat_template: str | None
+    config: Config, model: ModelConfig, rows: Rows, chat: ChatFormat
 ) -> dict[str, Any]:
     """All that log-probabilities depend on beside the model: what a shard's folder is named by.
 
@@ -241,8 +287,9 @@ def scoring_settings(
     """
     return {
         "rows": rows.fingerprint,
-        "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": chat_template,
+        "tokenizer": tokenizer_digest(chat.tokenizer),
+        "chat_template": chat.template,
+        "chat_date": chat.date,
         "include_eos": config.weights.include_eos,
         "compute_dtype": model.compute_dtype,
         "attention": model.attention,
@@ -258,13 +305,8 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def shards_folder(path: Path) -> Path:
-    """Where the shards of a weights file lie until it is written."""
-    return path.with_name(f"{path.stem}.shards")
-
-
 def is_finished(job: SourceJob, world: World) -> bool:
-    """Whether the file is there with exactly these weights; said once."""
+    """Whether the file is there with exactly these weights."""
     finished = ""
     if world.is_main and job.path.is_file():
         try:
@@ -278,7 +320,6 @@ def is_finished(job: SourceJob, world: World) -> bool:
             and origin.size_bytes == job.path.stat().st_size
         ):
             finished = "yes"
-            logger.info("%s is there already, with these models and settings", job.path)
     return bool(world.share_from_main(finished))
 
 
@@ -298,85 +339,3 @@ def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
                 f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
                 "another model"
             )
-
-
-def encode_source(
-    rows: Rows, tokenizer: Any, text: str, *, chat_template: str | None, include_eos: bool
-) -> list[EncodedRow]:
-    """Token ids of a source's rows as training sees them, without truncation.
-
-    Args:
-        rows: The source.
-        tokenizer: Of both models.
-        text: Of the template that the model reads beside each prompt.
-        chat_template: Jinja text, None for the tokenizer's own.
-        include_eos: Append EOS to both responses.
-    """
-    texts: list[str] = []
-    for row in rows.dataset:
-        prompt, responses = row["prompt"], [row["chosen"], row["rejected"]]
-        if row["form"] == "chat":
-            check_chat_template(tokenizer, chat_template)
-            messages = json.dumps(apply_to_messages(text, json.loads(prompt)))
-            try:
-                prompt, responses, _ = render_chat(messages, responses, tokenizer, chat_template)
-            except RowError as error:
-                raise DataError(error.at(rows.source, row["row"])) from None
-        else:
-            prompt = apply_to_text(text, prompt)
-        texts += [prompt, *responses]
-    ids = tokenize(tokenizer, texts)
-    eos = [tokenizer.eos_token_id] if include_eos else []
-    encoded = []
-    for number, start in zip(rows.dataset["row"], range(0, len(ids), 3), strict=True):
-        prompt_ids, *responses_ids = ids[start : start + 3]
-        if not prompt_ids:
-            raise DataError(f"{rows.source}:{number}:prompt: {EMPTY_PROMPT}")
-        responses_ids = [
-            without_final_eos(part, tokenizer.eos_token_id) + eos for part in responses_ids
-        ]
-        # arrays: an eighth of the memory of lists
-        encoded.append(EncodedRow(*(array("i", x) for x in (prompt_ids, *responses_ids))))
-    return encoded
-
-
-def write_weights(job: SourceJob, decimals: int | None) -> None:
-    """Write the rows with their weights and the record beside them, then drop the shards.
-
-    The old file goes before the new record comes: no moment has one beside the other's.
-    """
-    good, bad = (job.shards[label].read() for label in ("positive", "negative"))
-    complete = job.path.with_name(f"{job.path.name}.complete")
-    with complete_file(complete) as lines:
-        for i, row in enumerate(job.rows.dataset):
-            chosen, rejected = (weigh(good[i][k], bad[i][k], decimals) for k in range(2))
-            record = restore_row(row)
-            record |= {"rejected_weight": rejected, "chosen_weight": chosen}
-            record["weights_digest"] = digest_of(job.encoded[i], job.origin.includes_eos)
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
-    job.path.unlink(missing_ok=True)
-    write_origin(job.path, replace(job.origin, size_bytes=complete.stat().st_size))
-    complete.replace(job.path)
-    shutil.rmtree(shards_folder(job.path), ignore_errors=True)
-
-
-def digest_of(row: EncodedRow, includes_eos: bool) -> str:
-    """`token_digest` of the tokens that training sees: without template, without EOS."""
-    end = -1 if includes_eos else None
-    return token_digest(row.prompt_ids, row.chosen_ids[:end], row.rejected_ids[:end])
-
-
-def weigh(good: NDArray[np.float32], bad: NDArray[np.float32], decimals: int | None) -> list[float]:
-    """log π⁻ - log π⁺ of each token, subtracted in float64, rounded as Python rounds."""
-    weights = (bad.astype(np.float64) - good.astype(np.float64)).tolist()
-    return weights if decimals is None else [round(weight, decimals) for weight in weights]
-
-
-def restore_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A checked row in the form its file had: texts, whole dialogues, or messages."""
-    fields = {name: row[name] for name in ("prompt", "chosen", "rejected")}
-    if row["form"] == "chat":
-        return {name: json.loads(value) for name, value in fields.items()}
-    if row["form"] == "hh":
-        return {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
-    return fields

@@ -1,5 +1,6 @@
 """A file of estimated token weights and the record beside it that says where they come from."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,21 +44,33 @@ class WeightsOrigin:
     negative: ModelOrigin
     fingerprint: str
     """Changes with all that the weights depend on."""
+    chat_date: str | None = None
+    """The day that a chat template which prints the date was told; None where none does."""
+    chat_template: str | None = None
+    """`template_digest` of data.chat_template."""
     size_bytes: int = 0
     """Of the file."""
 
-    def explain_mismatch(self, tokenizer: str) -> str:
+    def explain_mismatch(self, tokenizer: str, chat_template: str) -> str:
         """Why a row's tokens may be others than the weights were estimated for.
 
         Args:
             tokenizer: `tokenizer_digest` of the run that reads them.
+            chat_template: `template_digest` of its data.chat_template.
         """
         if tokenizer == self.tokenizer:
-            return "the row was changed since they were estimated"
+            if self.chat_template not in (None, chat_template):
+                return "they were estimated with another data.chat_template"
+            return "the row, or how it is rendered, was changed since they were estimated"
         return (
             f"they were estimated with the tokenizer of {self.positive.name_or_path} "
             f"({self.tokenizer[:12]}), this run's is another one ({tokenizer[:12]})"
         )
+
+
+def template_digest(chat_template: str | None) -> str:
+    """Digest of the Jinja text of data.chat_template; "" where there is none."""
+    return "" if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest()
 
 
 def sidecar_path(path: Path) -> Path:

@@ -7,10 +7,11 @@ import pytest
 from small_data import count_calls, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig
-from fastpref.counts import Remark
+from fastpref.counts import Remark, format_audit
 from fastpref.datasets import check_sources, read_rows
 from fastpref.errors import DataError
-from fastpref.weights_file import ModelOrigin, WeightsOrigin, write_origin
+
+SIDES = ("chosen", "rejected")
 
 
 def read(tmp_path, **options):
@@ -55,25 +56,6 @@ def test_jsonl_gzip_and_parquet_give_the_same_rows(tmp_path):
         texts.append([(r["prompt"], r["chosen"], r["rejected"], r["row"]) for r in dataset])
     assert texts[0] == texts[1] == texts[2]
     assert texts[0][3] == ("ü", "é", "漢", 4)
-
-
-def test_conversations_in_parquet_read_like_those_in_json(tmp_path):
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": "Q"}],
-            "chosen": [{"role": "assistant", "content": "yes"}],
-            "rejected": [{"role": "assistant", "content": "no", "name": "b"}],
-        }
-    ]
-    texts = []
-    for form in ("jsonl", "parquet"):
-        path = folder(tmp_path / form) / f"train.{form}"
-        if form == "parquet":
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        else:
-            path.write_bytes(lines(rows))
-        texts.append(read(tmp_path / form).dataset["rejected"][:])
-    assert texts[0] == texts[1]
 
 
 def test_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path):
@@ -203,31 +185,89 @@ def test_rows_of_one_prompt_share_a_group(tmp_path):
     rows = [pair("a", "1", "2"), pair("b"), pair("a", "3", "4"), pair("c", ""), pair("d")]
     write_jsonl(folder(tmp_path), "train", rows)
     read_back = read(tmp_path)
-    assert read_back.dataset["group"][:] == [0, 1, 0, 2]
-    assert read_back.counts.prompts == 3
+    # a prompt whose row is dropped keeps its number: it has a place in the order of the data
+    assert read_back.dataset["group"][:] == [0, 1, 0, 3]
+    assert (read_back.counts.prompts, read_back.num_prompts) == (3, 4)
+
+
+def test_conversations_of_one_prompt_share_a_group_whatever_the_order_of_their_keys(tmp_path):
+    def row(prompt, answer, **fields):
+        sides = {side: [{"role": "assistant", "content": answer + side}] for side in SIDES}
+        return {"prompt": [prompt], **sides, **fields}
+
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    rows = [
+        row({"role": "user", "content": "Q"}, "1"),
+        row({"content": [{"text": "Q", "type": "text"}], "role": "user", "name": None}, "2"),
+        row({"role": "user", "content": "Q"}, "3", tools=tools),
+        row({"role": "user", "content": "Q"}, "4", tools=json.dumps(tools)),
+        row({"role": "user", "content": "Q"}, "5", system="S"),
+        row({"role": "user", "content": "Q"}, "1"),
+    ]
+    write_jsonl(folder(tmp_path), "train", rows)
+    read_back = read(tmp_path)
+    assert read_back.dataset["group"][:] == [0, 0, 1, 1, 2, 0]
+    assert read_back.counts.remarks == {Remark.DUPLICATE: 1}
+
+
+def test_columns_that_nobody_reads_are_told_of_once(tmp_path):
+    extra = {f"column{i}": i for i in range(9)}
+    chat = {
+        "prompt": [{"role": "user", "content": "Q"}],
+        "chosen": [{"role": "assistant", "content": "a"}],
+        "rejected": [{"role": "assistant", "content": "b"}],
+    }
+    weights = {"chosen_weight": [1.0], "rejected_weight": [1.0]}
+    rows = [
+        *pairs(2),
+        pair("a", system="S", id="1") | weights,
+        pair("b", id="2", **extra),
+        chat | {"system": "S", "tools": []},
+    ]
+    path = write_jsonl(folder(tmp_path), "train", rows)
+    unread = {str(path): ["system", "id", "chosen_weight", "rejected_weight", *extra]}
+    assert read(tmp_path).counts.unread == unread
+    facts, _ = format_audit(read(tmp_path).counts)
+    assert facts[-1] == (
+        f"train: columns of {path} that are not read: system, id, chosen_weight, rejected_weight, "
+        "column0, column1, column2, column3, … (13 in all)"
+    )
+    weighted = read(tmp_path, loss=TISDPOConfig()).counts.unread
+    assert weighted == {str(path): ["system", "id", *extra]}
+    write_jsonl(folder(tmp_path), "train", [chat | {"system": "S", "tools": []}])
+    assert not read(tmp_path).counts.unread
+
+
+def test_responses_that_begin_with_the_prompt_are_counted(tmp_path):
+    rows = [*pairs(2), pair("Q", "Q yes", "Q no"), pair("Q", "Q yes", "no"), pair(" ")]
+    write_jsonl(folder(tmp_path), "train", rows)
+    counts = read(tmp_path).counts
+    assert counts.remarks == {Remark.PROMPT_TWICE: 1}
+    assert counts.first_remarks[Remark.PROMPT_TWICE].endswith(":3")
+
+
+def test_the_records_of_rows_are_those_of_the_file_until_it_changes(tmp_path):
+    rows = [*pairs(2), pair("c", ""), pair("d", extra={"a": [None, 1]})]
+    path = write_jsonl(folder(tmp_path), "train", rows)
+    read_back = read(tmp_path)
+    assert list(read_back.records()) == [rows[0], rows[1], rows[3]]
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DataError, match=r"train\.jsonl: the file was changed after its rows"):
+        list(read_back.records())
+    path.unlink()
+    with pytest.raises(DataError, match="was changed"):
+        list(read_back.records())
 
 
 def test_weights_are_checked_only_for_a_loss_that_reads_them(tmp_path):
     write_jsonl(folder(tmp_path), "train", [pair(chosen_weight=[0.0], rejected_weight=[1.0])])
     assert read(tmp_path).dataset["chosen_weights"][:] == [None]
-    message = refusal(tmp_path, loss=TISDPOConfig())
-    assert ":1:chosen_weight: chosen_weight: all 1 weights are zero" in message
-    # the estimator says by a file of its own that two models agreed
-    model = ModelOrigin(name_or_path="m", identity="0", template="")
-    origin = WeightsOrigin(
-        source="set",
-        rows=1,
-        tokens=2,
-        includes_eos=False,
-        round=None,
-        compute_dtype="float32",
-        tokenizer="0",
-        positive=model,
-        negative=model,
-        fingerprint="0",
-    )
-    write_origin(folder(tmp_path) / "train.jsonl", origin)
-    assert read(tmp_path, loss=TISDPOConfig()).dataset["chosen_weights"][:] == [[0.0]]
+    # rounding makes them of short responses on which two models agree
+    weighted = read(tmp_path, loss=TISDPOConfig())
+    assert weighted.dataset["chosen_weights"][:] == [[0.0]]
+    assert weighted.counts.remarks == {Remark.ZERO_WEIGHTS: 1}
+    write_jsonl(folder(tmp_path), "train", [pair(chosen_weight=["0"], rejected_weight=[1.0])])
+    assert ":1:chosen_weight: chosen_weight[0] must be" in refusal(tmp_path, loss=TISDPOConfig())
 
 
 def test_a_second_reading_comes_from_the_cache_until_the_file_changes(tmp_path):

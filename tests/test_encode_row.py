@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastpref.encode_row import EncodeOptions, truncate, without_final_eos
+from fastpref.encode_row import EncodeOptions, truncate
 
 
 def options(**changed):
@@ -72,9 +72,3 @@ def test_nothing_exceeds_max_length_and_nothing_is_cut_to_nothing(
     assert all(part == full[: len(part)] for part, full in zip(kept, responses, strict=True))
     if prompt_length + max(lengths) <= bounds["max_length"]:
         assert (kept_prompt, kept) == (prompt, responses)
-
-
-def test_one_spelled_out_eos_is_taken_off_a_response():
-    assert without_final_eos([5, 2, 2], 2) == [5, 2]
-    assert without_final_eos([2, 5], 2) == [2, 5]
-    assert without_final_eos([], 2) == []

@@ -1,8 +1,10 @@
+import json
 import math
 
 import pytest
 
-from fastpref.rows import NO_SHARED_PROMPT, RowError, parse_row, split_dialogues
+from fastpref.row_values import RowError
+from fastpref.rows import NO_SHARED_PROMPT, comparable, parse_row, split_dialogues
 
 
 def parse(record, *, weighted=False, allow_roles=False):
@@ -36,7 +38,9 @@ CHAT = {
         (CHAT | {"chosen": ["yes"]}, r"chosen\[0\] must be a message .* got text"),
         (CHAT | {"chosen": [{"role": "assistant"}]}, r"chosen\[0\] has no content"),
         (CHAT | {"rejected": [say("assistant", None)]}, r"rejected\[0\].content is null"),
-        (CHAT | {"chosen": [say("assistant", ["x"])]}, r"chosen\[0\].content must be text"),
+        (CHAT | {"chosen": [say("assistant", 3)]}, r"chosen\[0\].content must be text"),
+        ({f"column{i:02}": 1 for i in range(30)}, r"column07, … \(30 in all\); needed"),
+        ({"chosn": 1} | {f"c{i}": 1 for i in range(99)}, "100 in all.*nearest: chosn"),
         (CHAT | {"chosen": [say("user", "x")]}, "chosen has a message of role 'user'"),
         (CHAT | {"chosen": [say("assistannt", "x")]}, "nearest: assistant"),
         (TEXT | {"chosen": "\ud800"}, "chosen holds half a surrogate pair"),
@@ -62,7 +66,6 @@ def test_a_row_that_breaks_a_rule_is_refused_with_its_field(record, named):
         ({"chosen_weight": [math.inf], "rejected_weight": [1]}, r"chosen_weight\[0\] .* inf"),
         ({"chosen_weight": [10**400], "rejected_weight": [1]}, r"chosen_weight\[0\] must be"),
         ({"chosen_weight": [True], "rejected_weight": [1]}, r"chosen_weight\[0\] .* True"),
-        ({"chosen_weight": [0, 0.0], "rejected_weight": [1]}, "all 2 weights are zero"),
     ],
 )
 def test_weights_that_cannot_be_used_are_refused_only_where_the_loss_reads_them(weights, named):
@@ -120,6 +123,27 @@ def test_conversations_that_share_nothing_are_dropped():
     assert row["drop"] == NO_SHARED_PROMPT
 
 
+def test_a_prompt_that_both_conversations_repeat_is_not_doubled():
+    start = [say("system", "s"), say("user", "Q")]
+    yes, no = say("assistant", "yes"), say("assistant", "no")
+    apart = parse({"prompt": start, "chosen": [yes], "rejected": [no]})
+    whole = {"prompt": start, "chosen": [*start, yes], "rejected": [*start, no]}
+    for allow_roles in (False, True):
+        assert parse(whole, allow_roles=allow_roles) == apart
+
+
+@pytest.mark.parametrize("allow_roles", [False, True])
+def test_a_prompt_that_one_conversation_repeats_is_refused_with_both_readings(allow_roles):
+    start = [say("user", "Q")]
+    yes, no = say("assistant", "yes"), say("assistant", "no")
+    record = {"prompt": start, "chosen": [*start, yes], "rejected": [no]}
+    with pytest.raises(RowError, match=r"chosen begins .* rejected does not: as whole .* repeats"):
+        parse(record, allow_roles=allow_roles)
+    record = {"prompt": start, "chosen": [*start, yes], "rejected": start}
+    with pytest.raises(RowError, match="rejected is the messages of prompt and nothing more"):
+        parse(record, allow_roles=allow_roles)
+
+
 def test_any_role_passes_where_roles_are_not_checked():
     record = CHAT | {"chosen": [say("narrator", "x")]}
     assert parse(record, allow_roles=True)["form"] == "chat"
@@ -127,4 +151,26 @@ def test_any_role_passes_where_roles_are_not_checked():
 
 def test_nulls_and_key_order_do_not_make_prompts_differ():
     padded = CHAT | {"prompt": [{"content": "Q", "tool_calls": None, "role": "user"}]}
-    assert parse(padded)["prompt"] == parse(CHAT)["prompt"]
+    assert comparable(parse(padded)) == comparable(parse(CHAT))
+
+
+def test_tools_make_prompts_differ():
+    search, trip = ([{"type": "function", "function": {"name": name}}] for name in ("s", "t"))
+    prompts = [comparable(parse(CHAT | {"tools": tools}))[0] for tools in (None, search, trip)]
+    assert len(set(prompts)) == 3
+    as_text = CHAT | {"tools": json.dumps([{"function": {"name": "s"}, "type": "function"}])}
+    assert comparable(parse(as_text))[0] == prompts[1]
+
+
+def test_messages_are_kept_as_they_came():
+    arguments = {"to": "Zürich", "from": None, "days": [[3, 1.5], []], "b": {"z": 1, "a": True}}
+    answer = {
+        "tool_calls": [{"id": "7", "function": {"name": "trip", "arguments": arguments}}],
+        "reasoning_content": "hm",
+        "role": "assistant",
+        "name": "x",
+    }
+    result = {"role": "tool", "tool_call_id": "7", "content": "ok"}
+    row = parse(CHAT | {"chosen": [answer, result]})
+    assert row["chosen"] == json.dumps([answer, result], ensure_ascii=False)
+    assert not row["drop"]

@@ -168,3 +168,23 @@ def test_a_step_out_of_range_is_refused():
     order = GlobalOrder(np.arange(8), batch_size=4, seed=0, n_epochs=1)
     with pytest.raises(IndexError, match=r"\[0, 2\), got 2"):
         order.batch(2)
+
+
+@pytest.mark.parametrize("repository", ["dpo", "tdpo", "tisdpo"])
+def test_a_prompt_without_rows_keeps_its_place_in_a_compatible_order(repository):
+    limits = {"batch_size": 1, "n_epochs": 3, "n_examples": None}
+    [*expected] = simulate(np.arange(12), repository, **limits)
+    left_out = [0, 5, 11]
+    kept = np.delete(np.arange(12), left_out)
+    order = GlobalOrder(kept, seed=0, order=repository, num_prompts=12, **limits)
+    visited = [kept[row] for step in range(order.num_steps) for row in order.batch(step)]
+    assert visited == [row for [row] in expected if row not in left_out]
+
+
+def test_the_order_by_seed_does_not_know_of_prompts_without_rows():
+    kept = np.array([1, 1, 4, 2, 9, 4])
+    limits = {"batch_size": 2, "seed": 3, "n_epochs": 2}
+    with_gaps = GlobalOrder(kept, num_prompts=20, **limits)
+    compact = GlobalOrder(np.array([0, 0, 1, 2, 3, 1]), **limits)
+    for step in range(compact.num_steps):
+        assert with_gaps.batch(step).tolist() == compact.batch(step).tolist()

@@ -10,27 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from estimation import estimate, load, make_config, output_path, run, written_rows
 from ranks import run_on_ranks
 from tiny_models import save_tiny_model, text_rows, write_rows
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.config import (
-    Config,
-    DataConfig,
-    DPOConfig,
-    ModelConfig,
-    PackingConfig,
-    TISDPOConfig,
-    WeightsConfig,
-)
-from fastpref.distributed import init_world
-from fastpref.encode import load_split
+from fastpref.config import ModelConfig, PackingConfig
 from fastpref.errors import CheckpointError, DataError, InterruptionError
 from fastpref.role_templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
-from fastpref.weight_estimation import estimate_weights
 
 ROWS = text_rows(7)
 DIALOGUES = [
@@ -51,64 +40,6 @@ CHATS = [
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return [str(save_tiny_model(folder / name, seed=i)) for i, name in enumerate(("good", "bad"))]
-
-
-def make_config(models, tmp_path, **weights) -> Config:
-    return Config(
-        task="estimate_weights",
-        model=ModelConfig(name_or_path=models[0], fsdp_policy_mp=None),
-        loss=DPOConfig(),
-        datasets=["rows"],
-        base_data_dir=str(tmp_path / "data"),
-        weights=WeightsConfig(
-            positive=models[0],
-            negative=models[1],
-            output_dir=str(tmp_path / "out"),
-            suffix="-weighted",
-            **{"batch_size": 3, **weights},
-        ),
-    )
-
-
-def run(config) -> None:
-    world = init_world()
-    try:
-        estimate_weights(config, world)
-    finally:
-        dist.destroy_process_group()
-
-
-def written_rows(config) -> list[dict]:
-    path = output_path(config)
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
-
-
-def output_path(config) -> Path:
-    return Path(config.weights.output_dir) / "rows-weighted" / "train.jsonl"
-
-
-def estimate(config) -> list[dict]:
-    run(config)
-    return written_rows(config)
-
-
-def training_config(config, **data) -> Config:
-    """TIS-DPO on what `config` has written, weights as they are."""
-    training = Config(
-        model=config.model,
-        loss=TISDPOConfig(),
-        datasets=["rows-weighted"],
-        base_data_dir=config.weights.output_dir,
-        data=DataConfig(**data),
-    )
-    training.transform.method = "origin"
-    return training
-
-
-def load(config, tokenizer=None, **data):
-    training = training_config(config, **data)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(config.model.name_or_path)
-    return load_split(training, "train", tokenizer, vocab_size=len(tokenizer), quiet=True).dataset
 
 
 def expected_weights(models, prompt, response, prefixes=("", "")) -> torch.Tensor:
@@ -304,6 +235,14 @@ def test_a_template_joins_the_system_message_or_wraps_the_last_question():
     ]
     wrapped = apply_to_messages("<{prompt}>", [first, answer, last])
     assert wrapped == [first, answer, {"role": "user", "content": "<u>"}]
+
+
+def test_a_template_takes_content_that_is_missing_or_a_list_of_parts():
+    parts = {"role": "user", "content": [{"type": "text", "text": "u"}, "v"]}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{}]}
+    assert apply_to_messages("<{prompt}>", [parts, calls]) == [parts | {"content": "<uv>"}, calls]
+    assert apply_to_messages("T", [parts | {"role": "system"}])[0]["content"] == "T\n\nuv"
+    assert apply_to_messages("T", [{"role": "system"}])[0]["content"] == "T"
 
 
 class Interrupter(threading.Thread):
