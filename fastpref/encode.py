@@ -17,7 +17,7 @@ import transformers
 
 from fastpref.chat import check_chat_template, read_chat_template
 from fastpref.counts import AuditCounts, check_counts, format_audit
-from fastpref.datasets import MALFORMED, Rows, count_dataset, read_rows, uses_token_weights
+from fastpref.datasets import MALFORMED, Rows, count_dataset, read_rows
 from fastpref.encode_row import EncodedPair, EncodeOptions, encode_row, row_texts
 from fastpref.errors import ConfigError, DataError
 from fastpref.row_cache import cache_errors, code_digest, progress_bars
@@ -71,8 +71,8 @@ def load_split(
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
     """
     options = EncodeOptions(
-        sft=config.loss.name == "sft",
-        weighted=uses_token_weights(config),
+        sft=not config.loss.needs.pairs,
+        weighted=config.loss.needs.weights,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         truncation=config.data.truncation,
