@@ -35,8 +35,8 @@ from fastpref.pretrained import (
     read_vocab_size,
     resolve_model,
 )
-from fastpref.reference import EvaluateFn, build_evaluate_fn
 from fastpref.sampler import GlobalOrder
+from fastpref.step_loss import StepLoss
 from fastpref.trackers import build_trackers
 
 logger = logging.getLogger("fastpref")
@@ -52,10 +52,9 @@ class Run:
     tokenizer: Any
     train: Split
     eval: Split | None
-    objective: Objective
     policy: TokenScorer
     reference: TokenScorer | None
-    evaluate: EvaluateFn
+    step_loss: StepLoss
     optimizer: Optimizer
     scheduler: LambdaLR
     log: MetricsLog
@@ -74,7 +73,7 @@ def announce(config: Config, world: World, objective: Objective) -> None:
         config.model.compute_dtype,
     )
     transform = config.transform
-    if objective.needs_weights and transform.method == "binary":
+    if objective.needs.weights and transform.method == "binary":
         logger.warning(
             "transform.method=binary at %g percent: %g percent of a response's tokens weigh 1, "
             "the others 0, whatever their estimated weights; transform=paper uses the estimates",
@@ -208,7 +207,7 @@ def build_run(config: Config, world: World) -> Run:
     )
     check_positions(policy, data.longest)
     reference = None
-    if objective.needs_reference:
+    if objective.needs.reference:
         reference = build_scorer(
             load_causal_lm(config.model, world, trainable=False),
             config.model,
@@ -251,10 +250,9 @@ def build_run(config: Config, world: World) -> Run:
         tokenizer=data.tokenizer,
         train=train_split,
         eval=eval_split,
-        objective=objective,
         policy=policy,
         reference=reference,
-        evaluate=build_evaluate_fn(policy, reference, objective),
+        step_loss=StepLoss(objective, policy, reference),
         optimizer=optimizer,
         scheduler=scheduler,
         log=log,

@@ -1,9 +1,22 @@
 """Schemas of the two groups that say what is learnt: `loss` and the token weights' `transform`."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastpref.checks import check_choice, check_number
+
+
+class LossNeeds(NamedTuple):
+    """What a loss is made from, beside the policy's log-probabilities."""
+
+    pairs: bool = True
+    """Chosen and rejected responses; else the one response to imitate."""
+    reference: bool = True
+    """The reference's log-probabilities."""
+    weights: bool = False
+    """Token weights, which multiply log-ratios and KL."""
+    kl: str | None = None
+    """The KL of every token, in the direction that `token_logps_and_kl` names so."""
 
 
 @dataclass(kw_only=True)
@@ -12,6 +25,11 @@ class LossConfig:
 
     name: str
     """Which loss this is: follows from loss=NAME, not an option of its own."""
+
+    @property
+    def needs(self) -> LossNeeds:
+        """What data and models must give."""
+        return LossNeeds()
 
     def __post_init__(self) -> None:
         if LOSSES.get(self.name) is not type(self):
@@ -27,6 +45,10 @@ class SFTConfig(LossConfig):
 
     name: str = "sft"
 
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(pairs=False, reference=False)
+
 
 @dataclass(kw_only=True)
 class DPOConfig(LossConfig):
@@ -41,6 +63,10 @@ class DPOConfig(LossConfig):
     """Leave the reference out of the loss (the logged rewards still use it)."""
     token_level: bool = False
     """Weigh each token's log-probability by the row's token weights."""
+
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(weights=self.token_level)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +88,26 @@ class IPOConfig(LossConfig):
 
 
 @dataclass(kw_only=True)
+class SimPOConfig(LossConfig):
+    """Simple preference optimization (arXiv:2405.14734): means over tokens, no reference."""
+
+    name: str = "simpo"
+    beta: float = 2.0
+    """Scale of the mean log-probability of a response's tokens, > 0; 2 to 10 in the paper."""
+    gamma: float = 1.0
+    """Margin by which the chosen response is to be ahead, >= 0; 0.3 to 5 in the paper."""
+
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(reference=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("loss.beta", self.beta, gt=0)
+        check_number("loss.gamma", self.gamma, ge=0)
+
+
+@dataclass(kw_only=True)
 class TDPOConfig(LossConfig):
     """Token-level DPO with KL(reference || policy) terms (arXiv:2404.11999)."""
 
@@ -75,6 +121,10 @@ class TDPOConfig(LossConfig):
     kl_metrics_every: int = 10
     """TDPO1: optimizer steps between metrics lines with KL and log-probabilities, which the loss
     does not need and which cost it half as many operations again in the head, >= 1."""
+
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(kl="reference_policy")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +145,10 @@ class TISDPOConfig(LossConfig):
     token_level: bool = False
     """Add the weighted KL term. Token weights multiply the log-ratios either way."""
 
+    @property
+    def needs(self) -> LossNeeds:
+        return LossNeeds(weights=True, kl="policy_reference" if self.token_level else None)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number("loss.beta", self.beta, gt=0)
@@ -105,6 +159,7 @@ LOSSES: dict[str, type[LossConfig]] = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
     "ipo": IPOConfig,
+    "simpo": SimPOConfig,
     "tdpo": TDPOConfig,
     "tisdpo": TISDPOConfig,
 }

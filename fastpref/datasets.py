@@ -126,8 +126,8 @@ def read_rows(config: "Config", split: str, *, quiet: bool) -> list[Rows]:
     """
     check_sources(config, [split])
     options = ReadOptions(
-        weighted=uses_token_weights(config),
-        paired=config.loss.name != "sft",
+        weighted=config.loss.needs.weights,
+        paired=config.loss.needs.pairs,
         on_error=config.data.on_error,
         strict=config.data.strict,
         allow_roles=config.data.allow_roles,
@@ -144,13 +144,6 @@ def read_rows(config: "Config", split: str, *, quiet: bool) -> list[Rows]:
         )
         for name in config.datasets
     ]
-
-
-def uses_token_weights(config: "Config") -> bool:
-    """Whether the loss multiplies response tokens by the weights of the data file."""
-    return config.loss.name == "tisdpo" or (
-        config.loss.name == "dpo" and getattr(config.loss, "token_level", False)
-    )
 
 
 def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None:

@@ -24,7 +24,7 @@ from fastpref.chat import (
     read_chat_template,
 )
 from fastpref.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
-from fastpref.datasets import SPLITS, Rows, count_dataset, read_rows, uses_token_weights
+from fastpref.datasets import SPLITS, Rows, count_dataset, read_rows
 from fastpref.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.errors import ConfigError, DataError
 from fastpref.row_cache import cache_errors, code_digest, progress_bars
@@ -94,8 +94,8 @@ def load_split(
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
     """
     options = EncodeOptions(
-        sft=config.loss.name == "sft",
-        weighted=uses_token_weights(config),
+        sft=not config.loss.needs.pairs,
+        weighted=config.loss.needs.weights,
         max_length=config.max_length,
         max_prompt_length=config.max_prompt_length,
         truncation=config.data.truncation,

@@ -86,6 +86,34 @@ def ipo_loss(
     return losses, beta * chosen_log_ratios.detach(), beta * rejected_log_ratios.detach()
 
 
+def simpo_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_num_tokens: Tensor,
+    rejected_num_tokens: Tensor,
+    *,
+    beta: float,
+    gamma: float,
+) -> PairLoss:
+    """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734, eq. 6).
+
+        loss = -log σ(β (log π_w / |y_w| - log π_l / |y_l|) - γ)
+
+    Args:
+        chosen_logps, rejected_logps: log π(response | prompt).
+        chosen_num_tokens, rejected_num_tokens: |y|, tokens of the responses, >= 1.
+        beta: Scale of the mean log-probability, > 0.
+        gamma: Margin by which the chosen response is to be ahead, >= 0.
+
+    Returns:
+        losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β log π / |y|.
+    """
+    chosen_rewards = beta * chosen_logps / chosen_num_tokens
+    rejected_rewards = beta * rejected_logps / rejected_num_tokens
+    losses = -logsigmoid(chosen_rewards - rejected_rewards - gamma)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
 def tdpo_loss(
     chosen_log_ratios: Tensor,
     rejected_log_ratios: Tensor,

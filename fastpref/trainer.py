@@ -118,14 +118,11 @@ def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str
     """
     run.optimizer.zero_grad()
     metrics = []
-    detailed = step % run.objective.detailed_every == 0
     for host_batch in step_batches.batches:
         batch = host_batch.to(run.world.device)
-        losses, values = run.evaluate(batch, detailed)
+        losses, values = run.step_loss.compute(batch, step)
         (losses.sum() / step_batches.num_examples).backward()
-        if run.reference is not None:
-            # its gathered head was needed until here: the backward of the KL reads it
-            run.reference.release()
+        run.step_loss.done()
         metrics.append(values)
     grad_norm = clip_gradients(run, step)
     run.optimizer.step()
@@ -172,7 +169,8 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
                 return
             for host_batch in step_batches.batches:
                 batch = host_batch.to(run.world.device)
-                _, values = run.evaluate(batch, True)
+                _, values = run.step_loss.compute(batch, None)
+                run.step_loss.done()
                 metrics.append(values)
             count += step_batches.num_examples
             num_tokens += step_batches.num_tokens

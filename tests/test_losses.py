@@ -11,6 +11,7 @@ from fastpref.losses import (
     implicit_accuracies,
     ipo_loss,
     sft_loss,
+    simpo_loss,
     tdpo_loss,
     tisdpo_loss,
 )
@@ -98,6 +99,19 @@ def test_rewards_carry_no_gradient():
 def test_sft_loss_is_the_negative_log_likelihood():
     logps = torch.tensor([math.log(0.25), math.log(0.5)])
     torch.testing.assert_close(sft_loss(logps).exp(), torch.tensor([4.0, 2.0]))
+
+
+def test_simpo_compares_means_over_tokens_and_asks_for_a_margin():
+    # 2 (-6 / 3 + 8 / 2) - 1 = 3
+    leaves = [torch.tensor([x], requires_grad=True) for x in (-6.0, -8.0)]
+    lengths = [torch.tensor([n]) for n in (3.0, 2.0)]
+    losses, *rewards = simpo_loss(*leaves, *lengths, beta=2.0, gamma=1.0)
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-3.0)))
+    assert [reward.item() for reward in rewards] == [-4.0, -8.0]
+    slope = 1 / (1 + math.exp(3.0))
+    assert [leaf.grad.item() for leaf in leaves] == pytest.approx([-slope * 2 / 3, slope])
+    assert not any(reward.requires_grad for reward in rewards)
 
 
 def test_a_tie_is_not_an_accuracy():

@@ -12,6 +12,7 @@ from fastpref.config import (
     IPOConfig,
     LossConfig,
     SFTConfig,
+    SimPOConfig,
     TDPOConfig,
     TISDPOConfig,
 )
@@ -29,6 +30,7 @@ CONFIGS = {
     "dpo reference_free": DPOConfig(reference_free=True),
     "dpo weighted": DPOConfig(token_level=True),
     "ipo": IPOConfig(beta=0.3),
+    "simpo": SimPOConfig(beta=1.7, gamma=0.6),
     "tdpo1": TDPOConfig(if_tdpo2=False),
     "tdpo2": TDPOConfig(alpha=0.7),
     "tisdpo": TISDPOConfig(),
@@ -50,7 +52,7 @@ def token_scores(log_p_NV: Tensor, log_q_NV: Tensor, target: Tensor, direction: 
 
 
 def seed_loss(config: LossConfig, log_p: Tensor, log_q: Tensor, batch) -> Tensor:
-    """The seeds' own composition (masked sums over padded rows), in plain terms."""
+    """The seeds' own composition (masked sums over padded rows), SimPO's eq. 6, in plain terms."""
     weighted = isinstance(config, TISDPOConfig) or getattr(config, "token_level", False)
     weights = batch.token_weights.double() if weighted else torch.ones(len(batch.target)).double()
     label_p, label_q = (x.gather(1, batch.target[:, None])[:, 0] for x in (log_p, log_q))
@@ -69,6 +71,9 @@ def seed_loss(config: LossConfig, log_p: Tensor, log_q: Tensor, batch) -> Tensor
         return -(1 - eps) * F.logsigmoid(config.beta * h) - eps * F.logsigmoid(-config.beta * h)
     if isinstance(config, IPOConfig):
         return (M_w - M_l - 1 / (2 * config.beta)) ** 2
+    if isinstance(config, SimPOConfig):
+        P = total(label_p) / torch.tensor([3, 2, 2, 4])
+        return -F.logsigmoid(config.beta * (P[:2] - P[2:]) - config.gamma)
     if isinstance(config, TDPOConfig):
         K = total((log_q.exp() * (log_q - log_p)).sum(-1))
         K_w, K_l = K[:2], K[2:]
@@ -97,8 +102,10 @@ def test_values_and_gradients_are_the_seed_formulas(name):
 
     expected = seed_loss(config, log_p, log_q, batch)
     (expected_grad,) = torch.autograd.grad(expected.sum(), logits, retain_graph=True)
-    scores = token_scores(log_p, log_q, batch.target, objective.kl_direction)
-    losses, metrics = objective.evaluate(
+    scores = token_scores(log_p, log_q, batch.target, objective.needs.kl)
+    if not objective.needs.reference:
+        scores = scores._replace(reference_logps=None)
+    losses, metrics = objective.losses(
         TokenScores(*(None if x is None else x.float() for x in scores)), batch
     )
     (grad,) = torch.autograd.grad(losses.sum(), logits)
@@ -113,12 +120,12 @@ def test_metric_names_are_the_seeds():
     pairs = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
     pairs |= {"logps/chosen", "logps/rejected", "loss"}
     kl = {"kl/chosen", "kl/rejected", "kl/margin"}
-    expected = {"sft": {"logps/chosen", "loss"}, "dpo": pairs, "ipo": pairs}
+    expected = {"sft": {"logps/chosen", "loss"}, "dpo": pairs, "ipo": pairs, "simpo": pairs}
     expected |= {"tdpo2": pairs | kl, "tisdpo": pairs | kl}
     batch = pad_rows(ROWS, pad_token_id=0)
     ones_N = torch.ones(len(batch.target))
     for name, names in expected.items():
-        _, metrics = build_objective(CONFIGS[name]).evaluate(
+        _, metrics = build_objective(CONFIGS[name]).losses(
             TokenScores(ones_N, ones_N, ones_N if names >= kl else None), batch
         )
         assert set(metrics) == names, name
@@ -128,6 +135,6 @@ def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():
     objective = build_objective(TDPOConfig())
     batch = pad_rows([], pad_token_id=0)
     zeros_N = torch.zeros(0, requires_grad=True)
-    losses, metrics = objective.evaluate(TokenScores(zeros_N, zeros_N, zeros_N), batch)
+    losses, metrics = objective.losses(TokenScores(zeros_N, zeros_N, zeros_N), batch)
     assert losses.shape == (0,) and losses.requires_grad
     assert len(metrics) == 10

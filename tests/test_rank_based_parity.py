@@ -12,7 +12,7 @@ from fastpref.config import Config, ModelConfig, TISDPOConfig, TransformConfig
 from fastpref.encode import load_split
 from fastpref.model import TokenScorer
 from fastpref.objectives import build_objective
-from fastpref.reference import build_evaluate_fn
+from fastpref.step_loss import StepLoss
 
 BETA = 0.1
 
@@ -93,7 +93,7 @@ def test_rank_based_training_has_the_seed_loss_and_gradient(case, token_level):
     )
     reference.requires_grad_(False)
     objective = build_objective(config.loss)
-    losses, _ = build_evaluate_fn(policy, reference, objective)(batch, True)
+    losses, _ = StepLoss(objective, policy, reference).compute(batch, None)
     loss = losses.sum() / len(rows)
     loss.backward()
 

@@ -372,8 +372,9 @@ def test_torch_compile_sees_one_call_and_no_tiles(dynamic):
 
 def test_the_registered_ops_keep_the_dispatchers_rules():
     input, weight, bias = random_head(60, 61, 17)
-    arguments = (input, weight, bias, random_target(60, 61), 0.7, 20.0, -100, [True] * 3)
-    torch.library.opcheck(torch.ops.fastpref.token_logps_v1.default, arguments)
+    models = (input, weight, bias, None, None, None)
+    arguments = ("token_logps", *models, random_target(60, 61), "", 0.7, 20.0, -100, [True] * 3)
+    torch.library.opcheck(torch.ops.fastpref.head_v1.default, arguments)
 
 
 def test_arguments_that_do_not_fit_are_named():

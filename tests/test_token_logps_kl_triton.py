@@ -13,6 +13,7 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
 
 from fastpref_kernels import launch, token_logps_kl_triton
 from fastpref_kernels.gemm_tiles import JOINT_TILES
+from fastpref_kernels.head import Head
 
 # the whole file on a GPU, where it is what the kernels are
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
@@ -224,7 +225,7 @@ def test_two_runs_have_the_same_bits(route, mode, direction, monkeypatch):
 def test_the_mode_follows_from_what_is_trained_and_what_fits():
     def mode(dtype=torch.bfloat16, needs_grad=(True, True, False)):
         input, weight, _ = random_head(64, 1000, 16, dtype)
-        head = token_logps_kl_triton.Head(input, weight, None, 1.0, None)
+        head = Head(input, weight, None, 1.0, None)
         return token_logps_kl_triton.choose_mode((head, head), needs_grad)
 
     assert mode(needs_grad=(False, False, False)) == "scores"
@@ -241,7 +242,7 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
 def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, frozen, passes):
     N, V, D = 64, 2048, 96
     heads = tuple(
-        token_logps_kl_triton.Head(input.to(DEVICE), weight.to(DEVICE), None, 1.0, None)
+        Head(input.to(DEVICE), weight.to(DEVICE), None, 1.0, None)
         for input, weight, _ in (random_head(N, V, D, seed=seed) for seed in range(2))
     )
     targets = token_logps_kl_triton.Targets.of(random_target(N, V).to(DEVICE), -100)

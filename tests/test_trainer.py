@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.assembly import build_run
 from fastpref.config import (
     Config,
     DPOConfig,
@@ -23,6 +24,7 @@ from fastpref.config import (
     ModelConfig,
     PackingConfig,
     SFTConfig,
+    SimPOConfig,
     TDPOConfig,
     TISDPOConfig,
 )
@@ -34,6 +36,7 @@ LOSSES = {
     "sft": SFTConfig,
     "dpo": DPOConfig,
     "ipo": IPOConfig,
+    "simpo": SimPOConfig,
     "tdpo1": lambda: TDPOConfig(if_tdpo2=False),
     "tdpo2": TDPOConfig,
     "tisdpo": TISDPOConfig,
@@ -210,7 +213,7 @@ def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path,
     assert [record["examples"] for record in evals] == list(range(0, 193, 16))
     assert train_records[-1]["loss/train"] < train_records[0]["loss/train"]
     assert (run_dir / "curves.png").stat().st_size > 10_000
-    if loss not in ("sft", "ipo"):
+    if loss not in ("sft", "ipo", "simpo"):
         assert train_records[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
         assert train_records[-1]["rewards_train/accuracies"] >= 0.75
     model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
@@ -218,6 +221,17 @@ def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path,
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     ids = tokenizer("the red cat", return_tensors="pt").input_ids
     assert model(input_ids=ids).logits.isfinite().all()
+
+
+def test_a_loss_without_reference_loads_one_model(base, tmp_path):
+    config = make_config(base, tmp_path / "run", loss=SimPOConfig())
+    world = init_world()
+    try:
+        parts = build_run(config, world)
+    finally:
+        dist.destroy_process_group()
+    assert parts.reference is None
+    parts.log.close()
 
 
 OPTIMIZERS = [

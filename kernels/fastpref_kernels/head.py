@@ -102,17 +102,8 @@ class Head(NamedTuple):
         return (logits_RC / self.softcap).square_().neg_().add_(1)
 
 
-def heads_of(
-    of_models: tuple[Tensor | None, ...], scale: float, softcap: float | None
-) -> tuple[Head, Head]:
-    """Heads of policy and reference from input, weight and bias of each."""
-    input, weight, bias, reference_input, reference_weight, reference_bias = of_models
-    assert input is not None and weight is not None
-    assert reference_input is not None and reference_weight is not None
-    return (
-        Head(input, weight, bias, scale, softcap),
-        Head(reference_input, reference_weight, reference_bias, scale, softcap),
-    )
+Heads = tuple[Head, Head]
+"""Policy, reference."""
 
 
 class Targets(NamedTuple):

@@ -10,6 +10,7 @@ from fastpref_kernels.gemm import matmul
 from fastpref_kernels.head import (
     Gradients,
     Head,
+    Heads,
     NeedsGrad,
     Targets,
     head_gradients,
@@ -19,9 +20,6 @@ from fastpref_kernels.head import (
 )
 from fastpref_kernels.row_sums import RowSums, ValueStats
 from fastpref_kernels.workspace import slices, tile_shape
-
-Heads = tuple[Head, Head]
-"""Policy, reference."""
 
 
 class Means(NamedTuple):

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels.gemm import add_matmul
-from fastpref_kernels.head import Gradients, Head, NeedsGrad, Targets
+from fastpref_kernels.head import Gradients, Head, Heads, NeedsGrad, Targets
 from fastpref_kernels.launch import Operands, aligned_columns
 from fastpref_kernels.row_sums import TokenStats, ValueStats
 from fastpref_kernels.tdpo1_token_values_torch import scaled_slopes, values_of
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.token_logps_triton import lean_bwd, store_bwd
 from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
-
-Heads = tuple[Head, Head]
-"""Policy, reference."""
 
 _SWEEP_ROWS = 2048
 """Rows whose exponentials are multiplied with the policy's head at once."""

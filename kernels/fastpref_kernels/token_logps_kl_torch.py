@@ -6,6 +6,7 @@ from torch import Tensor
 from fastpref_kernels.head import (
     Gradients,
     Head,
+    Heads,
     NeedsGrad,
     Targets,
     head_gradients,
@@ -16,9 +17,6 @@ from fastpref_kernels.head import (
 )
 from fastpref_kernels.row_sums import JointStats, JointSums, RowSums
 from fastpref_kernels.workspace import slices, tile_shape
-
-Heads = tuple[Head, Head]
-"""Policy, reference."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:

@@ -18,7 +18,7 @@ from fastpref_kernels.gemm import matmul
 from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE
 from fastpref_kernels.head import (
     Gradients,
-    Head,
+    Heads,
     NeedsGrad,
     Targets,
     head_gradients,
@@ -41,9 +41,6 @@ from fastpref_kernels.launch import (
 from fastpref_kernels.row_sums import JointStats
 from fastpref_kernels.token_logps_kl_sweep import JointSweep, joint_transforms
 from fastpref_kernels.workspace import get_workspace_mib, slices
-
-Heads = tuple[Head, Head]
-"""Policy, reference."""
 
 _SWEEP_ROWS = 4096
 """Rows of a sweep: bounds the sums of its column blocks, five a row and block."""
