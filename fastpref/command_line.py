@@ -1,7 +1,10 @@
 """What train.py does with its arguments: help, the composed options, or the run."""
 
 import atexit
+import contextlib
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -11,9 +14,10 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from fastpref.config import config_to_yaml
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, FastprefError, say_error
 from fastpref.options import format_help
 from fastpref.overrides import read_config
+from fastpref.signals import StopSignal, act_by_default, signals_raise, stop_error
 
 
 def main(
@@ -29,6 +33,27 @@ def main(
     Returns:
         The exit code; 2 for a wrong option, after one message on stderr.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal or file of another encoding gets what it can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    forget_odd_widths()
+    try:
+        with signals_raise():
+            return _run(arguments, compose_choices, config_dir)
+    except StopSignal as stopped:
+        error: FastprefError = stopped.as_error("nothing to save yet")
+    except KeyboardInterrupt:
+        # from a library, or in a thread where no handlers can be installed
+        error = stop_error(signal.SIGINT, "nothing to save yet")
+    except ConfigError as wrong:
+        error = wrong
+    say_error(error)
+    return error.exit_code
+
+
+def _run(
+    arguments: list[str], compose_choices: Callable[[list[str]], DictConfig], config_dir: Path
+) -> int:
     if {"--help", "-h"} & set(arguments):
         _show(format_help(config_dir))
         return 0
@@ -36,13 +61,7 @@ def main(
     if only_print:
         # Hydra's own form is `--cfg job`
         arguments = [argument for argument in arguments if argument not in ("--cfg", "job")]
-    try:
-        config = read_config(arguments, compose_choices, config_dir)
-    except ConfigError as error:
-        # under torchrun every rank finds the same error: one message is enough
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastpref: {error}", file=sys.stderr)
-        return error.exit_code
+    config = read_config(arguments, compose_choices, config_dir)
     if only_print:
         _show(config_to_yaml(config).rstrip())
         return 0
@@ -59,10 +78,22 @@ def leave(exit_code: int) -> NoReturn:
     work is done with SIGABRT: github.com/apache/arrow/issues/45214, seen once in a few hundred
     runs.
     """
+    # the exit code is known: from here on a signal has nothing to tell anybody
+    act_by_default()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed from the start; a reader may have left since (`| head`)
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
     os._exit(exit_code)
+
+
+def forget_odd_widths() -> None:
+    """Take COLUMNS and LINES for unset where they are no widths: libraries stumble over them."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
+            del os.environ[name]
 
 
 def _show(text: str) -> None:

@@ -14,6 +14,7 @@ import shutil
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
 from fastpref.role_templates import apply_to_messages, apply_to_text, template_text
 from fastpref.row_cache import code_digest
 from fastpref.rows import EMPTY_PROMPT, RowError
-from fastpref.signals import StopRequest
+from fastpref.signals import say_if_stopped
 from fastpref.token_weights import token_digest
 from fastpref.weight_scoring import Side, score_missing
 from fastpref.weight_shards import Shards
@@ -83,6 +84,11 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
             gives numbers that are not finite.
         InterruptionError, PreemptionError: a signal came; complete shards stay.
     """
+    with say_if_stopped("shards that are complete are kept; the same command goes on there"):
+        return _estimate(config, world)
+
+
+def _estimate(config: Config, world: World) -> list[WeightsReport]:
     sides = build_sides(config, world)
     tokenizer = shared_tokenizer(config, sides)
     splits = available_splits(config)
@@ -91,22 +97,26 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     def read() -> list[Rows]:
         return [rows for split in splits for rows in read_rows(config, split, quiet=quiet)]
 
-    sources = main_first(world, "rows", read)
+    sources = main_first(world, read)
     jobs = [build_job(config, sides, rows, tokenizer) for rows in sources]
-    unfinished = [job for job in jobs if not is_finished(job, world)]
-    with StopRequest() as stop:
-        # one model at a time: half the memory of the two together
-        for side in sides:
-            shards = [(job.rows, job.shards[side.label]) for job in unfinished]
-            score_missing(config, world, side, tokenizer, shards, stop)
-    if not world.is_main:
-        return []
-    for job in unfinished:
-        write_weights(job, config.weights.round)
-        logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
-    # the first split of each dataset, the one to train on where it is there
-    first_jobs = {job.path.parent: job for job in reversed(jobs)}
-    return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
+    finished = world.on_main(lambda: list(map(is_finished, jobs)))
+    unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
+    # one model at a time: half the memory of the two together
+    for side in sides:
+        shards = [(job.rows, job.shards[side.label]) for job in unfinished]
+        score_missing(config, world, side, tokenizer, shards)
+    reports: list[WeightsReport] = []
+
+    def write() -> None:
+        for job in unfinished:
+            write_weights(job, config.weights.round)
+            logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
+        # the first split of each dataset, the one to train on where it is there
+        first_jobs = {job.path.parent: job for job in reversed(jobs)}
+        reports.extend(report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs))
+
+    world.on_main(write)
+    return reports
 
 
 def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
@@ -134,7 +144,7 @@ def build_sides(config: Config, world: World) -> list[Side]:
         model = side_model(scoring_precision(config.model, world), name)
         resolve_model(model.name_or_path, key=f"weights.{label}")
         # gigabytes are read once, not by every rank
-        identity = world.share_from_main(model_identity(model) if world.is_main else "")
+        identity = world.on_main(partial(model_identity, model))
         text = template_text(template)
         origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
         sides.append(Side(label=label, model=model, template=text, origin=origin))
@@ -143,8 +153,8 @@ def build_sides(config: Config, world: World) -> list[Side]:
 
 def scoring_precision(model: ModelConfig, world: World) -> ModelConfig:
     """The model in float32 where bfloat16 is the slower of the two as well as the less exact."""
-    on_main = world.device.type == "cpu" and not cpu_multiplies_bfloat16()
-    emulated = bool(world.share_from_main("yes" if on_main else ""))
+    on_cpu = world.device.type == "cpu"
+    emulated = world.on_main(lambda: on_cpu and not cpu_multiplies_bfloat16())
     if not emulated or model.compute_dtype != "bfloat16":
         return model
     return replace(model, fsdp_policy_mp="float32")
@@ -263,23 +273,23 @@ def shards_folder(path: Path) -> Path:
     return path.with_name(f"{path.stem}.shards")
 
 
-def is_finished(job: SourceJob, world: World) -> bool:
+def is_finished(job: SourceJob) -> bool:
     """Whether the file is there with exactly these weights; said once."""
-    finished = ""
-    if world.is_main and job.path.is_file():
-        try:
-            origin = read_origin(job.path)
-        except DataError:
-            # a damaged record: the file is estimated anew
-            origin = None
-        if (
-            origin is not None
-            and origin.fingerprint == job.origin.fingerprint
-            and origin.size_bytes == job.path.stat().st_size
-        ):
-            finished = "yes"
-            logger.info("%s is there already, with these models and settings", job.path)
-    return bool(world.share_from_main(finished))
+    if not job.path.is_file():
+        return False
+    try:
+        origin = read_origin(job.path)
+    except DataError:
+        # a damaged record: the file is estimated anew
+        return False
+    finished = (
+        origin is not None
+        and origin.fingerprint == job.origin.fingerprint
+        and origin.size_bytes == job.path.stat().st_size
+    )
+    if finished:
+        logger.info("%s is there already, with these models and settings", job.path)
+    return finished
 
 
 def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
