@@ -9,19 +9,18 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from omegaconf import DictConfig
-
-from fastpref.config import config_to_yaml
 from fastpref.errors import ConfigError, FastprefError, say_error
-from fastpref.options import format_help
-from fastpref.overrides import read_config
-from fastpref.signals import StopSignal, act_by_default, signals_raise, stop_error
+from fastpref.signals import signals_end_the_process, signals_kill, stop_error
+
+# what takes time to import is imported where signals are handled
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main(
-    arguments: list[str], compose_choices: Callable[[list[str]], DictConfig], config_dir: Path
+    arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
 ) -> int:
     """Run `python train.py ARGUMENTS`.
 
@@ -37,23 +36,25 @@ def main(
         # a terminal or file of another encoding gets what it can show
         sys.stdout.reconfigure(errors="backslashreplace")
     forget_odd_widths()
-    try:
-        with signals_raise():
+    with signals_end_the_process():
+        try:
             return _run(arguments, compose_choices, config_dir)
-    except StopSignal as stopped:
-        error: FastprefError = stopped.as_error("nothing to save yet")
-    except KeyboardInterrupt:
-        # from a library, or in a thread where no handlers can be installed
-        error = stop_error(signal.SIGINT, "nothing to save yet")
-    except ConfigError as wrong:
-        error = wrong
-    say_error(error)
-    return error.exit_code
+        except ConfigError as wrong:
+            error: FastprefError = wrong
+        except KeyboardInterrupt:
+            # from a library, or in a thread where no handlers can be installed
+            error = stop_error(signal.SIGINT, "nothing to save yet")
+        say_error(error)
+        return error.exit_code
 
 
 def _run(
-    arguments: list[str], compose_choices: Callable[[list[str]], DictConfig], config_dir: Path
+    arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
 ) -> int:
+    from fastpref.config import config_to_yaml
+    from fastpref.options import format_help
+    from fastpref.overrides import read_config
+
     if {"--help", "-h"} & set(arguments):
         _show(format_help(config_dir))
         return 0
@@ -79,7 +80,7 @@ def leave(exit_code: int) -> NoReturn:
     runs.
     """
     # the exit code is known: from here on a signal has nothing to tell anybody
-    act_by_default()
+    signals_kill()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         # None where it was closed from the start; a reader may have left since (`| head`)

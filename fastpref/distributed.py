@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastpref.errors import DistributedError, FastprefError, first_line
 from fastpref.explanations import explain
-from fastpref.signals import StopSignal
 
 logger = logging.getLogger("fastpref")
 
@@ -91,7 +91,7 @@ class World:
         return result
 
     def _receive(self, key: str) -> Any:
-        self.store.wait([key], PREPARATION_TIMEOUT)
+        self._wait([key], PREPARATION_TIMEOUT)
         # from rank 0 of this run
         result, failure = pickle.loads(self.store.get(key))
         if failure is not None:
@@ -103,15 +103,24 @@ class World:
         """Wait until the others know of a failure: with rank 0 the store may go."""
         others = [f"{key} {rank}" for rank in range(1, self.size)]
         try:
-            self.store.wait(others, FAREWELL_TIMEOUT)
+            self._wait(others, FAREWELL_TIMEOUT)
         except dist.DistError as error:
             logger.error("not every rank heard of the failure: %s", first_line(error))
+
+    def _wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
+        """Until the keys are in the store; a signal's handler runs once a second meanwhile."""
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            try:
+                self.store.wait(keys, datetime.timedelta(seconds=1))
+                return
+            except dist.DistStoreError:
+                if time.monotonic() > deadline:
+                    raise
 
 
 def _failure(error: BaseException) -> FastprefError:
     """What the other ranks raise where rank 0 raised `error`."""
-    if isinstance(error, StopSignal):
-        return error.as_error("rank 0 was stopped")
     known = explain(error)
     if known is None:
         known = DistributedError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}")

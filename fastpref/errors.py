@@ -68,9 +68,15 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def say_error(error: FastprefError) -> None:
-    """The one message of a run that failed, on stderr; if that is closed, the exit code must do."""
+def error_text(error: FastprefError) -> str:
+    """The one message of a run that failed, as a line; "" on every rank but the first."""
     # every rank raises the same user error: one message is enough
-    if os.environ.get("RANK", "0") == "0":
+    return f"fastpref: {error}\n" if os.environ.get("RANK", "0") == "0" else ""
+
+
+def say_error(error: FastprefError) -> None:
+    """`error_text` on stderr; if that is closed, the exit code must do."""
+    if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(f"fastpref: {error}", file=sys.stderr, flush=True)
+            sys.stderr.write(error_text(error))
+            sys.stderr.flush()

@@ -1,19 +1,28 @@
-"""SIGINT and SIGTERM: an error where nothing can be lost, a request where there is a model to save.
+"""SIGINT and SIGTERM: the end where nothing can be lost, a request where there is a model to save.
 
-A handler runs between any two instructions, those of another handler included: all that ours do is
-to set a number or to raise.
+A handler runs between any two instructions, those of libraries, of imports and of other handlers
+included. What it raised could be caught anywhere, and what it changed be half changed already: so
+ours set a number or end the process, and do nothing else.
 """
 
 import logging
+import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastpref.errors import CheckpointError, FastprefError, InterruptionError, PreemptionError
+from fastpref.errors import (
+    CheckpointError,
+    FastprefError,
+    InterruptionError,
+    PreemptionError,
+    error_text,
+)
 
 if TYPE_CHECKING:
     from fastpref.distributed import World
@@ -23,23 +32,13 @@ logger = logging.getLogger("fastpref")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FAILURE = 255
 """What ranks agree on where one of them cannot write; above every signal's number."""
+SHOW_CURSOR = b"\x1b[?25h"
+"""A progress bar hides it."""
 
+_outcomes = ["nothing to save yet"]
+"""What a signal that ends the process says of the run; the last one counts."""
 
-class StopSignal(KeyboardInterrupt):
-    """A signal ends what is running. No library's `except Exception` takes it for an error."""
-
-    def __init__(self, number: int, outcome: str = "") -> None:
-        super().__init__(number, outcome)
-        self.number = number
-        self.outcome = outcome
-
-    def as_error(self, outcome: str) -> FastprefError:
-        """The error with the exit code that tells a scheduler which signal it was.
-
-        Args:
-            outcome: What became of the run, where the signal's handler does not know better.
-        """
-        return stop_error(self.number, self.outcome or outcome)
+Handler = Callable[[int, FrameType | None], Any]
 
 
 def stop_error(number: int, outcome: str) -> FastprefError:
@@ -49,23 +48,13 @@ def stop_error(number: int, outcome: str) -> FastprefError:
     return PreemptionError(f"terminated; {outcome}")
 
 
-def act_by_default() -> None:
-    """From now on a signal just ends the process."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
-
-
 @contextmanager
-def signals_raise() -> Iterator[None]:
-    """While entered, SIGINT and SIGTERM raise where the program stands; the next one kills it.
-
-    Raises:
-        StopSignal: one of them came.
-    """
+def signals_end_the_process() -> Iterator[None]:
+    """While entered, SIGINT and SIGTERM end the process where it stands, with their exit codes and
+    a message."""
 
     def handle(number: int, _: FrameType | None) -> None:
-        act_by_default()
-        raise StopSignal(number)
+        quit_saying(stop_error(number, _outcomes[-1]))
 
     with _handlers(handle):
         yield
@@ -73,20 +62,40 @@ def signals_raise() -> Iterator[None]:
 
 @contextmanager
 def say_if_stopped(outcome: str) -> Iterator[None]:
-    """Let a signal that raises inside say what became of the run.
-
-    Raises:
-        InterruptionError, PreemptionError: one came.
-    """
+    """What a signal that ends the process inside says of the run."""
+    _outcomes.append(outcome)
     try:
         yield
-    except StopSignal as stopped:
-        raise stopped.as_error(outcome) from None
+    finally:
+        _outcomes.pop()
+
+
+def quit_saying(error: FastprefError) -> NoReturn:
+    """End the process at once, from a signal's handler: nothing is buffered, nothing can raise."""
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)
+    text = error_text(error)
+    if text:
+        os.write(2, text.encode(sys.getfilesystemencoding(), "replace"))
+    os._exit(error.exit_code)
+
+
+def die(number: int, _: FrameType | None = None) -> None:
+    """Handle a signal as if there were no handler."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+def signals_kill() -> None:
+    """From now on a signal just ends the process."""
+    # not SIG_DFL itself: Python complains of a signal that it has noted and finds no handler for
+    for number in SIGNALS:
+        signal.signal(number, die)
 
 
 @contextmanager
-def _handlers(handle: Any) -> Iterator[None]:
-    """Install a handler of both signals; at the end those before it, unless it put others."""
+def _handlers(handle: Handler) -> Iterator[None]:
+    """Install a handler of both signals; at the end those before it."""
     # only the main thread may
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,9 +107,8 @@ def _handlers(handle: Any) -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) == handle:
-                # None: not installed from Python
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            # None: not installed from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class StopRequest:
@@ -134,11 +142,11 @@ class StopRequest:
             self._was_told = True
             name = signal.Signals(self._received).name
             logger.warning("%s: saving after this step; once more quits without saving", name)
-        # what this rank received stays apart: its own signal may come after another rank's
         self._agree(world)
         return self._agreed != 0
 
     def _agree(self, world: "World") -> None:
+        # what this rank received stays apart: its own signal may come after another rank's
         self._agreed = world.agree_max(FAILURE if self._failure else self._received)
 
     @contextmanager
@@ -171,8 +179,8 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         if not self._received:
             self._received = number
-            return
-        act_by_default()
-        if number == signal.SIGINT:
-            raise StopSignal(number, "asked for twice, so nothing was saved")
-        signal.raise_signal(number)
+        elif number == signal.SIGINT:
+            quit_saying(stop_error(number, "asked for twice, so nothing was saved"))
+        else:
+            # no exit code of ours: a scheduler would take 75 for a model that was saved
+            die(number)

@@ -54,7 +54,7 @@ def _check_login() -> None:
     # no key, a wrong one, or no network
     except Exception as error:
         raise ConfigError(
-            f"wandb.enabled=true: {first_line(error)}; log in with `wandb login`, set "
+            f"wandb.enabled=true: {first_line(error).rstrip('.')}; log in with `wandb login`, set "
             "WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline"
         ) from None
 
