@@ -2,27 +2,28 @@
 
 import sys
 from pathlib import Path
-
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
-from omegaconf import DictConfig
-from yaml import YAMLError
+from typing import Any
 
 from fastpref.command_line import leave, main
-from fastpref.config import LOSSES, Config
-from fastpref.errors import ConfigError
-from fastpref.overrides import explain_composition
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 
-def compose_choices(choices: list[str]) -> DictConfig:
-    """Compose configs/ for choices such as ["loss=dpo"] under the schemas of fastpref.config.
+def compose_choices(choices: list[str]) -> Any:
+    """The DictConfig of choices such as ["loss=dpo"] under the schemas of fastpref.config.
 
     Raises:
         ConfigError: a file under configs/ has an unknown key or a value of the wrong type.
     """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from yaml import YAMLError
+
+    from fastpref.config import LOSSES, Config
+    from fastpref.errors import ConfigError
+    from fastpref.overrides import explain_composition
+
     store = ConfigStore.instance()
     store.store("config_schema", node=Config)
     for name, schema in LOSSES.items():

@@ -105,7 +105,7 @@ def load_data(config: Config, world: World) -> Data:
     quiet = not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     check_sources(config, splits)
-    main_first(world, "rows", lambda: [read_rows(config, split, quiet=quiet) for split in splits])
+    main_first(world, lambda: [read_rows(config, split, quiet=quiet) for split in splits])
     name = resolve_model(config.model.tokenizer_name_or_path or config.model.name_or_path)
     tokenizer = load_tokenizer(name, config.model.revision)
     vocab_size = read_vocab_size(resolve_model(config.model.name_or_path), config.model.revision)
@@ -116,7 +116,7 @@ def load_data(config: Config, world: World) -> Data:
             for split in splits
         ]
 
-    train, *held_out = main_first(world, "encoded", encode)
+    train, *held_out = main_first(world, encode)
     if world.is_main:
         logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
     train_order = GlobalOrder(
@@ -190,8 +190,7 @@ def build_run(config: Config, world: World) -> Run:
         announce(config, world, objective)
     data = load_data(config, world)
     model = load_causal_lm(config.model, world, trainable=True)
-    if world.is_main:
-        check_head(TokenScorer(model))
+    world.on_main(lambda: check_head(TokenScorer(model)))
     packing = choose_packing(model, config, world, longest=data.longest)
     attention = packing.attention if packing else None
     liger = choose_liger(config.model.liger, model, world, compiled=config.compile)
@@ -284,8 +283,7 @@ def load_frozen_scorer(
     """
     model = load_causal_lm(config.model, world, trainable=False)
     compute_in(model, getattr(torch, config.model.compute_dtype), config.model.block_name)
-    if world.is_main:
-        check_head(TokenScorer(model))
+    world.on_main(lambda: check_head(TokenScorer(model)))
     packing = choose_packing(model, config, world, longest=longest)
     attention = packing.attention if packing else None
     if world.size == 1:
@@ -311,15 +309,15 @@ def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any
     name = resolve_model(config.name_or_path)
     stored = config.policy_dtype
     if not trainable:
-        stored = world.share_from_main(frozen_dtype(config) if world.is_main else "")
+        stored = world.on_main(lambda: frozen_dtype(config))
     options: dict[str, Any] = {
         "dtype": getattr(torch, stored),
         "attention": config.attention,
         "revision": config.revision,
     }
-    if not world.is_main:
-        return build_empty(name, **options)
-    return load_model(name, archive=config.archive, **options)
+    loaded: list[Any] = []
+    world.on_main(lambda: loaded.append(load_model(name, archive=config.archive, **options)))
+    return loaded[0] if world.is_main else build_empty(name, **options)
 
 
 def build_scorer(

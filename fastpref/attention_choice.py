@@ -41,10 +41,13 @@ def choose_packing(model: Any, config: Config, world: World, *, longest: int) ->
     """
     if not config.packing.enabled:
         return None
-    choice = _choose(model, config, world, longest) if world.is_main else None
-    name, share_prompt = (choice.attention.name, choice.share_prompt) if choice else ("", False)
-    name, _, share = world.share_from_main(f"{name}|{share_prompt}").partition("|")
-    return Packing(build_attention(name), share == "True") if name else None
+
+    def choose() -> tuple[str, bool] | None:
+        choice = _choose(model, config, world, longest)
+        return (choice.attention.name, choice.share_prompt) if choice else None
+
+    found = world.on_main(choose)
+    return Packing(build_attention(found[0]), found[1]) if found else None
 
 
 def _choose(model: Any, config: Config, world: World, longest: int) -> Packing | None:

@@ -8,12 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from fastpref.complete_files import writing
 from fastpref.config import Config, computed_exp_name, config_to_yaml
 from fastpref.distributed import World
-from fastpref.errors import ConfigError
+from fastpref.errors import CheckpointError, ConfigError, first_line
 from fastpref.model import TokenScorer
 from fastpref.pretrained import EXPORT_FOLDER
 
@@ -26,11 +27,33 @@ def check_run_root(config: Config) -> None:
     Raises:
         ConfigError: it is a file, is not writable, or the named run folder holds another run.
     """
-    key = "run_dir" if config.run_dir else "output_dir"
-    folder = Path(config.run_dir) if config.run_dir else run_root(config)
-    if config.run_dir and folder.is_dir() and any(folder.iterdir()):
+    if not config.run_dir:
+        check_writable("output_dir", run_root(config))
+        check_writable("exp_name", run_root(config) / run_name(config))
+        return
+    folder = Path(config.run_dir)
+    check_writable("run_dir", folder)
+    if folder.is_dir() and any(folder.iterdir()) and not took_no_step(folder):
         raise ConfigError(f"run_dir: {folder} is not empty; name a new folder")
-    check_writable(key, folder)
+
+
+LEFT_AT_THE_START = (
+    *("config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb"),
+    *(EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial"),
+)
+"""What a run may have written before its first step, by name."""
+
+
+def took_no_step(run_dir: Path) -> bool:
+    """Whether a folder holds what a run leaves that ended before its first step, and no more."""
+    names = {child.name for child in run_dir.iterdir()}
+    if "config.yaml" not in names or not names <= set(LEFT_AT_THE_START):
+        return False
+    if "metrics.jsonl" not in names:
+        # a model without numbers may be one that somebody kept
+        return EXPORT_FOLDER not in names
+    with (run_dir / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
+        return not any('"split": "train"' in line for line in lines)
 
 
 def check_writable(key: str, folder: Path) -> None:
@@ -39,7 +62,11 @@ def check_writable(key: str, folder: Path) -> None:
     Raises:
         ConfigError: naming the option, and the path that stands in the way.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # a name that is too long, a parent that may not be read, a current folder that is gone
+    except OSError as error:
+        raise ConfigError(f"{key}: {folder}: {error.strerror}") from None
     if not existing.is_dir():
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -52,7 +79,22 @@ def run_root(config: Config) -> Path:
     if not config.local_dirs:
         return Path(config.output_dir)
     existing = [name for name in config.local_dirs if Path(name).is_dir()]
-    return Path((existing or config.local_dirs[-1:])[0]) / getpass.getuser()
+    return Path((existing or config.local_dirs[-1:])[0]) / user_name()
+
+
+def user_name() -> str:
+    """Who runs this; the number where a container gives it no name."""
+    try:
+        return getpass.getuser()
+    # KeyError until Python 3.12
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
+def run_name(config: Config) -> str:
+    """The name of a run folder that the user did not name, made of the time of asking."""
+    timestamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return f"{config.exp_name or computed_exp_name(config)}_{timestamp}"
 
 
 def create_run_dir(config: Config, world: World) -> Path:
@@ -60,17 +102,36 @@ def create_run_dir(config: Config, world: World) -> Path:
 
     Two starts in one second get two folders: making a folder is what claims its name.
     """
-    if not world.is_main:
-        return Path(world.share_from_main(""))
-    if config.run_dir:
-        run_dir = Path(config.run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-    else:
-        exp_name = config.exp_name or computed_exp_name(config)
-        timestamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        run_dir = _claim(run_root(config), f"{exp_name}_{timestamp}")
-    (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    return Path(world.share_from_main(str(run_dir)))
+    return world.on_main(lambda: make_run_dir(config))
+
+
+def make_run_dir(config: Config) -> Path:
+    """`create_run_dir` on the rank that writes.
+
+    Raises:
+        CheckpointError: the folder cannot be made.
+    """
+    with writing(Path(config.run_dir) if config.run_dir else run_root(config)):
+        if config.run_dir:
+            run_dir = Path(config.run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if any(run_dir.iterdir()):
+                clear_start(run_dir)
+        else:
+            run_dir = _claim(run_root(config), run_name(config))
+        (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    return run_dir
+
+
+def clear_start(run_dir: Path) -> None:
+    """Remove what a run that ended before its first step has left; its numbers are not ours."""
+    logger.info("%s: what a start without a single step has left there is replaced", run_dir)
+    for name in LEFT_AT_THE_START:
+        path = run_dir / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _claim(root: Path, name: str) -> Path:
@@ -94,11 +155,15 @@ def export_model(scorer: TokenScorer, tokenizer: Any, run_dir: Path, world: Worl
 
     Returns:
         The folder, which `AutoModelForCausalLM.from_pretrained` loads.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     gathered = get_model_state_dict(scorer, options=options)
     folder = run_dir / EXPORT_FOLDER
-    if world.is_main:
+
+    def write() -> None:
         prefix = "model."
         # a tied weight goes out once, under its first name: transformers ties it again on loading
         second_names = _second_names(scorer)
@@ -109,13 +174,22 @@ def export_model(scorer: TokenScorer, tokenizer: Any, run_dir: Path, world: Worl
         }
         partial = run_dir / f"{EXPORT_FOLDER}.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        scorer.model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        try:
+            with writing(partial):
+                scorer.model.save_pretrained(partial, state_dict=weights)
+                tokenizer.save_pretrained(partial)
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+        # no OSError, though the system's reason is in its text
+        except SafetensorError as error:
+            raise CheckpointError(f"{partial}: cannot be written: {first_line(error)}") from error
+        finally:
+            # half a model is of no use, and takes the space that is wanting
+            shutil.rmtree(partial, ignore_errors=True)
         logger.info("wrote %s", folder)
-    if world.size > 1:
-        dist.barrier()
+
+    # the others wait until the model is there
+    world.on_main(write)
     return folder
 
 

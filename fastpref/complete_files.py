@@ -6,6 +6,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from fastpref.errors import CheckpointError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what is being written where the system refuses it: no space left, a folder gone, ….
+
+    Raises:
+        CheckpointError: naming `path` and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+
 
 @contextmanager
 def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
@@ -17,15 +32,19 @@ def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     Args:
         path: The file; its folder is made if need be.
         mode: "w" for text in UTF-8, "wb" for bytes.
+
+    Raises:
+        CheckpointError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,26 +4,31 @@ import datetime
 import itertools
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastpref.errors import DistributedError, FastprefError, first_line
+from fastpref.explanations import explain
 
 logger = logging.getLogger("fastpref")
 
 Result = TypeVar("Result")
 
-# rank 0 may tokenize a large data set while the others wait
-PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
+# what torch.distributed exports without telling type checkers
+stores: Any = dist
 
-_preparations = itertools.count()
+# rank 0 may download a model or tokenize a large data set while the others wait
+PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
+# rank 0 may hold the store that tells the others of its failure, and stays until they know
+FAREWELL_TIMEOUT = datetime.timedelta(seconds=30)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +39,10 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh
+    store: Any
+    """What the ranks share beside collectives."""
+    _turns: Iterator[int] = field(default_factory=itertools.count)
+    """Numbers the calls of `on_main`, which every rank makes in the same order."""
 
     @property
     def is_main(self) -> bool:
@@ -54,81 +63,166 @@ class World:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return int(highest)
 
-    def share_from_main(self, value: str) -> str:
-        """Rank 0's value, on every rank."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
-        return values[0]
+    def on_main(self, compute: Callable[[], Result]) -> Result:
+        """What `compute` returns on rank 0, on every rank; what it raises there is everybody's.
+
+        No collective is open while rank 0 works, so it may take hours.
+
+        Args:
+            compute: Called on rank 0 alone; what it returns is pickled.
+
+        Raises:
+            FastprefError: the same on every rank.
+            DistributedError: with exit code 1, on ranks other than 0, if rank 0 ran into a bug.
+        """
+        if self.size == 1:
+            return compute()
+        key = f"on_main {next(self._turns)}"
+        if not self.is_main:
+            return self._receive(key)
+        try:
+            result = compute()
+            message = pickle.dumps((result, None))
+        except BaseException as error:
+            self.store.set(key, pickle.dumps((None, _failure(error))))
+            self._see_off(key)
+            raise
+        self.store.set(key, message)
+        return result
+
+    def _receive(self, key: str) -> Any:
+        self._wait([key], PREPARATION_TIMEOUT)
+        # from rank 0 of this run
+        result, failure = pickle.loads(self.store.get(key))
+        if failure is not None:
+            self.store.set(f"{key} {self.rank}", "")
+            raise failure
+        return result
+
+    def _see_off(self, key: str) -> None:
+        """Wait until the others know of a failure: with rank 0 the store may go."""
+        others = [f"{key} {rank}" for rank in range(1, self.size)]
+        try:
+            self._wait(others, FAREWELL_TIMEOUT)
+        except dist.DistError as error:
+            logger.error("not every rank heard of the failure: %s", first_line(error))
+
+    def _wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
+        """Until the keys are in the store; a signal's handler runs once a second meanwhile."""
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            try:
+                self.store.wait(keys, datetime.timedelta(seconds=1))
+                return
+            except dist.DistStoreError:
+                if time.monotonic() > deadline:
+                    raise
+
+
+def _failure(error: BaseException) -> FastprefError:
+    """What the other ranks raise where rank 0 raised `error`."""
+    known = explain(error)
+    if known is None:
+        known = DistributedError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}")
+        # whichever rank a launcher sees end first, the exit code is that of the cause
+        known.exit_code = FastprefError.exit_code
+    return known
 
 
 def launched() -> bool:
     """Whether torchrun (or a scheduler that sets its variables) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return "RANK" in os.environ or "WORLD_SIZE" in os.environ
 
 
 def world_size() -> int:
-    """How many ranks this run will have, known before any of them talks to another."""
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+    """How many ranks this run will have, known before any of them talks to another.
+
+    Raises:
+        DistributedError: the variables of torchrun contradict each other.
+    """
+    return read_ranks()[1] if launched() else 1
+
+
+def read_ranks() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
+
+    Raises:
+        DistributedError: one of them is missing, no number or out of range.
+    """
+    required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in required if not os.environ.get(name)]
+    if missing:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in required if name in os.environ)
+        raise DistributedError(
+            f"{' and '.join(missing)} must be set where {given} is; start with torchrun, which "
+            "sets all of them, or unset them for one process"
+        )
+    size = _read_number("WORLD_SIZE", 1, None)
+    rank = _read_number("RANK", 0, size)
+    _read_number("MASTER_PORT", 1, 2**16)
+    local_rank = _read_number("LOCAL_RANK", 0, None) if "LOCAL_RANK" in os.environ else 0
+    return rank, size, local_rank
+
+
+def _read_number(name: str, low: int, below: int | None) -> int:
+    text = os.environ[name]
+    if text.isdecimal() and low <= int(text) and (below is None or int(text) < below):
+        return int(text)
+    rule = f"a number >= {low}" if below is None else f"in [{low}, {below})"
+    raise DistributedError(f"the environment variable {name} must be {rule}, got {text!r}")
 
 
 def init_world() -> World:
-    """Join the process group: NCCL for tensors on GPUs, gloo for tensors on the CPU."""
-    on_gpu = torch.cuda.is_available()
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if on_gpu:
+    """Join the process group: NCCL for tensors on GPUs, gloo for tensors on the CPU.
+
+    Raises:
+        DistributedError: the variables of torchrun are wrong, or the other ranks are not found.
+    """
+    rank, size, local_rank = read_ranks() if launched() else (0, 1, 0)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise DistributedError(
+                f"LOCAL_RANK is {local_rank}, but {torch.cuda.device_count()} GPUs are visible; "
+                "start at most one process a GPU"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    if launched():
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    return World(rank=rank, size=dist.get_world_size(), device=device, mesh=mesh)
+    store = join_store(rank, size) if launched() else stores.HashStore()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    mesh = init_device_mesh(device.type, (size,))
+    shared = stores.PrefixStore("fastpref", store)
+    return World(rank=rank, size=size, device=device, mesh=mesh, store=shared)
 
 
-def main_first(world: World, name: str, prepare: Callable[[], Result]) -> Result:
+def join_store(rank: int, size: int) -> Any:
+    """The store at MASTER_ADDR:MASTER_PORT that the ranks meet in.
+
+    Raises:
+        DistributedError: it cannot be opened, or not every rank came.
+    """
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    logger.info("rank %d of %d, meeting the others at %s", rank, size, place)
+    try:
+        store, _, _ = next(stores.rendezvous("env://", rank, size))
+    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
+        raise DistributedError(
+            f"rank {rank} of {size} cannot meet the others at {place}: {first_line(error)}"
+        ) from None
+    return store
+
+
+def main_first(world: World, prepare: Callable[[], Result]) -> Result:
     """Run `prepare` on rank 0, then on the others, who find its results in the cache.
-
-    No collective is open while rank 0 works, so it may take hours. Its error is everybody's.
 
     Args:
         world: Who we are.
-        name: What is prepared, for the message.
         prepare: Reads, tokenizes; writes nothing but a cache that a second call finds.
+
+    Raises:
+        FastprefError: what `prepare` raised on rank 0, on every rank.
     """
-    if world.size == 1:
-        return prepare()
-    store = dist.distributed_c10d._get_default_store()
-    # every rank prepares the same things in the same order; a task may prepare rows twice
-    key = f"{name} {next(_preparations)}"
-    if world.is_main:
-        try:
-            result = prepare()
-        except BaseException as error:
-            store.set(key, str(getattr(error, "exit_code", 1)))
-            raise
-        store.set(key, "0")
-        return result
-    store.wait([key], PREPARATION_TIMEOUT)
-    exit_code = int(store.get(key))
-    if exit_code:
-        # whichever rank a launcher sees end first, the exit code is that of the cause
-        failure = DistributedError(f"rank 0 failed at: {name}")
-        failure.exit_code = exit_code
-        raise failure
-    return prepare()
-
-
-def explain(error: BaseException) -> FastprefError | None:
-    """What torch's communication errors mean for a user, None if it is not one of them."""
-    if isinstance(error, dist.DistError):
-        return DistributedError(f"a rank died or did not answer: {first_line(error)}")
-    text = str(error)
-    # gloo raises plain RuntimeErrors
-    signs = ("Connection closed by peer", "Connection reset by peer", "gloo", "Timed out waiting")
-    if isinstance(error, RuntimeError) and any(sign in text for sign in signs):
-        return DistributedError(f"a rank died or did not answer: {first_line(error)}")
-    return None
+    prepared: list[Result] = []
+    world.on_main(lambda: prepared.append(prepare()))
+    return prepared[0] if world.is_main else prepare()

@@ -1,5 +1,9 @@
 """The errors a user can cause, each with the exit code that a scheduler sees."""
 
+import contextlib
+import os
+import sys
+
 
 class FastprefError(Exception):
     """One readable message: what was asked, the rule, what came. Printed without a traceback."""
@@ -62,3 +66,17 @@ class InterruptionError(FastprefError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message: those of libraries go on for pages."""
     return str(error).strip().split("\n")[0]
+
+
+def error_text(error: FastprefError) -> str:
+    """The one message of a run that failed, as a line; "" on every rank but the first."""
+    # every rank raises the same user error: one message is enough
+    return f"fastpref: {error}\n" if os.environ.get("RANK", "0") == "0" else ""
+
+
+def say_error(error: FastprefError) -> None:
+    """`error_text` on stderr; if that is closed, the exit code must do."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(error_text(error))
+            sys.stderr.flush()

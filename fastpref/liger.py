@@ -35,7 +35,7 @@ def choose_liger(wish: str, model: Any, world: World, *, compiled: bool) -> bool
     """
     if wish == "false" or (wish == "auto" and (world.device.type != "cuda" or compiled)):
         return False
-    obstacle = world.share_from_main(_obstacle(model, world.device) if world.is_main else "")
+    obstacle = world.on_main(lambda: _obstacle(model, world.device))
     if not obstacle:
         logger.info("RMS norms and SwiGLU layers by liger-kernel")
         return True

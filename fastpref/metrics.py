@@ -5,13 +5,17 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from fastpref.complete_files import writing
+from fastpref.errors import first_line
 
 logger = logging.getLogger("fastpref")
 
@@ -21,6 +25,8 @@ Record = dict[str, Any]
 
 class Tracker(Protocol):
     """Something that follows a run beside metrics.jsonl."""
+
+    name: str
 
     def log(self, record: Record) -> None: ...
 
@@ -68,6 +74,7 @@ class MetricsLog:
     """The first step's loss is that of two equal models: anything but ln 2 is a mistake."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    _is_writable: bool = True
     _pending: list[PendingStep] = field(default_factory=list)
     _last_flush: float = field(default_factory=time.perf_counter)
 
@@ -113,21 +120,46 @@ class MetricsLog:
         self._last_flush = time.perf_counter()
 
     def write(self, record: Record) -> None:
-        """Append one record; a number that is not finite is written as null, as JSON has none."""
+        """Append one record; a number that is not finite is written as null, as JSON has none.
+
+        Raises:
+            CheckpointError: the file cannot be written; said once, then records are kept in
+                memory only.
+        """
         self.records.append(record)
+        for tracker in list(self.trackers):
+            self._try(tracker, partial(tracker.log, record))
+        if not self._is_writable:
+            return
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        with self.path.open("a", encoding="utf-8") as lines:
+        # until it is written
+        self._is_writable = False
+        with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
-        for tracker in self.trackers:
-            tracker.log(record)
+        self._is_writable = True
 
     def close(self) -> None:
+        """Write what waits, and end the trackers."""
         self.flush()
-        for tracker in self.trackers:
-            tracker.close()
+        for tracker in list(self.trackers):
+            self._try(tracker, tracker.close)
+
+    def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
+        """Let a tracker act, and leave it out from then on if it fails: the run goes on."""
+        try:
+            act()
+        # services and libraries fail in any way they like
+        except Exception as error:
+            self.trackers.remove(tracker)
+            logger.warning(
+                "%s failed and follows the run no longer: %s; %s has all numbers",
+                tracker.name,
+                first_line(error),
+                self.path,
+            )
 
 
 def sum_over_examples(metrics: Iterable[Mapping[str, Tensor]]) -> tuple[list[str], Tensor]:

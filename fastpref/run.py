@@ -3,17 +3,16 @@
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastpref.config import Config, check_device, check_world_size
-from fastpref.errors import (
-    NON_FINITE,
-    DistributedError,
-    FastprefError,
-    MemoryExhaustedError,
-    NonFiniteError,
-)
+from fastpref.config import Config, check_device
+from fastpref.errors import ConfigError, DistributedError, first_line, say_error
+
+if TYPE_CHECKING:
+    from fastpref.distributed import World
 
 logger = logging.getLogger("fastpref")
 
@@ -22,21 +21,19 @@ def main(config: Config) -> int:
     """Run the config's task.
 
     Returns:
-        0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises.
+        0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises, and
+        so does a signal where nothing remembers it.
     """
     configure_logging(is_main=os.environ.get("RANK", "0") == "0")
+    from fastpref.explanations import explain
+
     try:
         return dispatch(config)
-    except KeyboardInterrupt:
-        print("fastpref: interrupted; nothing to save yet", file=sys.stderr)
-        return 130
     except Exception as error:
-        known = error if isinstance(error, FastprefError) else explain(error)
+        known = explain(error)
         if known is None:
             raise
-        # every rank raises the same user error: one message is enough
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fastpref: {known}", file=sys.stderr)
+        say_error(known)
         return known.exit_code
 
 
@@ -60,6 +57,7 @@ def dispatch(config: Config) -> int:
         return 0
     num_gpus = torch.cuda.device_count()
     on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
+    num_ranks = num_gpus if on_every_gpu else world_size()
     if config.task in ("train", "tisdpo"):
         if config.task == "train":
             check_run_root(config)
@@ -67,8 +65,6 @@ def dispatch(config: Config) -> int:
             from fastpref.tisdpo_recipe import check_run_folder
 
             check_run_folder(config)
-        num_ranks = num_gpus if on_every_gpu else world_size()
-        check_world_size(config, num_ranks)
         check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
     else:
         assert config.weights.output_dir
@@ -77,21 +73,32 @@ def dispatch(config: Config) -> int:
         return launch_on_every_gpu(config, num_gpus)
     world = init_world()
     try:
-        if config.task == "estimate_weights":
-            from fastpref.weight_estimation import estimate_weights
-
-            estimate_weights(config, world)
-        elif config.task == "tisdpo":
-            from fastpref.tisdpo_recipe import run_tisdpo
-
-            run_tisdpo(config, world)
-        else:
-            from fastpref.trainer import train
-
-            train(config, world)
+        run_task(config, world)
+        # no rank leaves, and takes the others' store along, before all are done
+        world.agree_max(0)
     finally:
         dist.destroy_process_group()
     return 0
+
+
+def run_task(config: Config, world: "World") -> None:
+    """`task=train`, `estimate_weights` or `tisdpo`, on this rank."""
+    if config.task == "estimate_weights":
+        from fastpref.weight_estimation import estimate_weights
+
+        estimate_weights(config, world)
+        return
+    from fastpref.trackers import check_trackers
+
+    world.on_main(lambda: check_trackers(config))
+    if config.task == "tisdpo":
+        from fastpref.tisdpo_recipe import run_tisdpo
+
+        run_tisdpo(config, world)
+    else:
+        from fastpref.trainer import train
+
+        train(config, world)
 
 
 def audit(config: Config) -> None:
@@ -113,11 +120,18 @@ def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
 
     Returns:
         The exit code of the first rank that failed, or 0.
+
+    Raises:
+        ConfigError: the port is taken.
+        DistributedError: the processes do not find each other.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if config.fsdp_port is not None:
+        check_port(config.fsdp_port)
     launch = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -135,26 +149,27 @@ def launch_on_every_gpu(config: Config, num_gpus: int) -> int:
     except SignalException as stopped:
         # the ranks got the signal too; torchrun gives them 30 s to save
         return 130 if stopped.sigval == signal.SIGINT else 75
+    except RendezvousError as error:
+        raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
     return 0
 
 
-def explain(error: Exception) -> FastprefError | None:
-    """What an error of torch means for a user; None for a bug of ours."""
-    import torch
+def check_port(port: int) -> None:
+    """Refuse a port that another program listens on: torchrun would wait for it for minutes.
 
-    from fastpref import distributed
-
-    text = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
-        return MemoryExhaustedError(
-            f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; a smaller "
-            "packing.max_tokens or max_length, more gradient_accumulation_steps, or "
-            "activation_checkpointing=true need less"
-        )
-    if "device-side assert" in text:
-        # CUDA prints the assertion itself to stderr and leaves its text out of the exception
-        return NonFiniteError(f"a check on the GPU failed, most likely: {NON_FINITE} (see above)")
-    return distributed.explain(error)
+    Raises:
+        ConfigError: naming the port.
+    """
+    with socket.socket() as probe:
+        # as torch does: a port of a connection that has just ended can be had
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"fsdp_port={port} cannot be had: {error.strerror}; name another one, or null for "
+                "a free one"
+            ) from None
 
 
 def configure_logging(*, is_main: bool) -> None:

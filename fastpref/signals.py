@@ -1,63 +1,186 @@
-"""SIGINT and SIGTERM as a request that the loop reads between two steps."""
+"""SIGINT and SIGTERM: the end where nothing can be lost, a request where there is a model to save.
+
+A handler runs between any two instructions, those of libraries, of imports and of other handlers
+included. What it raised could be caught anywhere, and what it changed be half changed already: so
+ours set a number or end the process, and do nothing else.
+"""
 
 import logging
+import os
 import signal
+import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastpref.distributed import World
-from fastpref.errors import InterruptionError, PreemptionError
+from fastpref.errors import (
+    CheckpointError,
+    FastprefError,
+    InterruptionError,
+    PreemptionError,
+    error_text,
+)
+
+if TYPE_CHECKING:
+    from fastpref.distributed import World
 
 logger = logging.getLogger("fastpref")
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FAILURE = 255
+"""What ranks agree on where one of them cannot write; above every signal's number."""
+SHOW_CURSOR = b"\x1b[?25h"
+"""A progress bar hides it."""
+
+_outcomes = ["nothing to save yet"]
+"""What a signal that ends the process says of the run; the last one counts."""
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+def stop_error(number: int, outcome: str) -> FastprefError:
+    """InterruptionError for SIGINT, PreemptionError for SIGTERM."""
+    if number == signal.SIGINT:
+        return InterruptionError(f"interrupted; {outcome}")
+    return PreemptionError(f"terminated; {outcome}")
+
+
+@contextmanager
+def signals_end_the_process() -> Iterator[None]:
+    """While entered, SIGINT and SIGTERM end the process where it stands, with their exit codes and
+    a message."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        quit_saying(stop_error(number, _outcomes[-1]))
+
+    with _handlers(handle):
+        yield
+
+
+@contextmanager
+def say_if_stopped(outcome: str) -> Iterator[None]:
+    """What a signal that ends the process inside says of the run."""
+    _outcomes.append(outcome)
+    try:
+        yield
+    finally:
+        _outcomes.pop()
+
+
+def quit_saying(error: FastprefError) -> NoReturn:
+    """End the process at once, from a signal's handler: nothing is buffered, nothing can raise."""
+    if os.isatty(2):
+        os.write(2, SHOW_CURSOR)
+    text = error_text(error)
+    if text:
+        os.write(2, text.encode(sys.getfilesystemencoding(), "replace"))
+    os._exit(error.exit_code)
+
+
+def die(number: int, _: FrameType | None = None) -> None:
+    """Handle a signal as if there were no handler."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+def signals_kill() -> None:
+    """From now on a signal just ends the process."""
+    # not SIG_DFL itself: Python complains of a signal that it has noted and finds no handler for
+    for number in SIGNALS:
+        signal.signal(number, die)
+
+
+@contextmanager
+def _handlers(handle: Handler) -> Iterator[None]:
+    """Install a handler of both signals; at the end those before it."""
+    # only the main thread may
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            # None: not installed from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second one acts at once."""
+    """While entered, the first SIGINT or SIGTERM is remembered; a second one acts at once.
+
+    A file that cannot be written asks for the same: to save the model and end.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
-        self._previous: dict[int, Any] = {}
+        self._received = 0
+        self._agreed = 0
+        self._failure: CheckpointError | None = None
+        self._was_told = False
+        self._installed = _handlers(self._handle)
 
     def __enter__(self) -> "StopRequest":
-        # only the main thread may install handlers
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
+        self._installed.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def __exit__(self, *error: Any) -> None:
+        self._installed.__exit__(*error)
 
-    def agreed(self, world: World) -> bool:
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop; others may not know of it yet."""
+        return bool(self._received or self._agreed or self._failure)
+
+    def agreed(self, world: "World") -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
-        self.signal = world.agree_max(self.signal)
-        return self.signal != 0
+        if self._received and not self._was_told:
+            self._was_told = True
+            name = signal.Signals(self._received).name
+            logger.warning("%s: saving after this step; once more quits without saving", name)
+        self._agree(world)
+        return self._agreed != 0
 
-    def raise_if_requested(self, run_dir: Path) -> None:
-        """`raise_saying` once the model is saved."""
+    def _agree(self, world: "World") -> None:
+        # what this rank received stays apart: its own signal may come after another rank's
+        self._agreed = world.agree_max(FAILURE if self._failure else self._received)
+
+    @contextmanager
+    def if_unwritable(self) -> Iterator[None]:
+        """A file that cannot be written inside ends the run after the model is saved."""
+        try:
+            yield
+        except CheckpointError as error:
+            self._failure = self._failure or error
+
+    def raise_if_requested(self, run_dir: Path, world: "World") -> None:
+        """`raise_saying` once the model is saved; every rank does, or none."""
+        self._agree(world)
         self.raise_saying(f"the model so far is in {run_dir / 'LATEST'}")
 
     def raise_saying(self, what_is_saved: str) -> None:
-        """If a signal came: the exit code that tells a scheduler which, and what was saved.
+        """If the ranks agreed to stop: the exit code that tells why, and what was saved.
 
         Raises:
+            CheckpointError: a file could not be written.
             InterruptionError: it was SIGINT.
             PreemptionError: it was SIGTERM.
         """
-        if self.signal == signal.SIGINT:
-            raise InterruptionError(f"interrupted; {what_is_saved}")
-        if self.signal:
-            raise PreemptionError(f"terminated; {what_is_saved}")
+        if self._failure or self._agreed == FAILURE:
+            cause = self._failure or "rank 0 cannot write to the run folder"
+            raise CheckpointError(f"{cause}; {what_is_saved}")
+        if self._agreed:
+            raise stop_error(self._agreed, what_is_saved)
 
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-        name = signal.Signals(number).name
-        logger.warning("%s: saving after this step; once more quits without saving", name)
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if not self._received:
+            self._received = number
+        elif number == signal.SIGINT:
+            quit_saying(stop_error(number, "asked for twice, so nothing was saved"))
+        else:
+            # no exit code of ours: a scheduler would take 75 for a model that was saved
+            die(number)

@@ -11,13 +11,10 @@ import io
 import json
 import logging
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.checkpoint import check_run_root, create_run_dir
-from fastpref.complete_files import complete_file
+from fastpref.complete_files import complete_file, writing
 from fastpref.config import (
     Config,
     DPOConfig,
@@ -40,6 +37,8 @@ from fastpref.config import (
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, InterruptionError, PreemptionError
 from fastpref.pretrained import EXPORT_FOLDER
+from fastpref.report import by_metric, print_text, render
+from fastpref.signals import say_if_stopped
 from fastpref.trainer import train
 from fastpref.weight_estimation import estimate_weights
 from fastpref.weights_report import WeightsReport
@@ -75,18 +74,27 @@ def run_tisdpo(config: Config, world: World) -> None:
     """
     run_dir = open_run_dir(config, world)
     stages = build_stages(config, run_dir)
-    with signals_as_errors(run_dir):
-        for number, stage in enumerate(stages, start=1):
-            folder = run_dir / stage.name
-            place = f"stage {number} of {len(stages)}, {stage.name}"
-            if is_done(folder, world):
-                logger.info("%s: done already", place)
-                continue
-            logger.info("%s: %s", place, stage.what)
-            run_stage(stage, folder, world)
-        if world.is_main:
-            link_model(run_dir, stages[-1])
-            print_report(run_dir, stages)
+    go_on = f"stages that are done stay done, run_dir={run_dir} goes on with the next one"
+    try:
+        with say_if_stopped(go_on):
+            run_stages(stages, run_dir, world)
+    except (InterruptionError, PreemptionError) as stopped:
+        if go_on in str(stopped):
+            raise
+        raise type(stopped)(f"{stopped}; {go_on}") from None
+
+
+def run_stages(stages: list[Stage], run_dir: Path, world: World) -> None:
+    """What is left to do."""
+    for number, stage in enumerate(stages, start=1):
+        folder = run_dir / stage.name
+        place = f"stage {number} of {len(stages)}, {stage.name}"
+        if world.on_main((folder / MARKER).is_file):
+            logger.info("%s: done already", place)
+            continue
+        logger.info("%s: %s", place, stage.what)
+        run_stage(stage, folder, world)
+    world.on_main(lambda: close_run(run_dir, stages))
 
 
 def check_run_folder(config: Config) -> None:
@@ -127,9 +135,9 @@ def list_changes(before: Any, now: Any, prefix: str = "") -> list[str]:
 
 def open_run_dir(config: Config, world: World) -> Path:
     """The run folder: a new one, or the one that an earlier start has left."""
-    goes_on = bool(config.run_dir) and (Path(str(config.run_dir)) / "config.yaml").is_file()
-    if world.share_from_main("yes" if goes_on else ""):
-        return Path(str(config.run_dir))
+    named = Path(config.run_dir) if config.run_dir else None
+    if named and world.on_main((named / "config.yaml").is_file):
+        return named
     run_dir = create_run_dir(config, world)
     if world.is_main:
         logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
@@ -250,17 +258,11 @@ def trained_model(model: ModelConfig, run_dir: Path) -> ModelConfig:
     return replace(model, name_or_path=str(run_dir), archive=None, revision=None)
 
 
-def is_done(folder: Path, world: World) -> bool:
-    """Whether a stage's folder says that it is done; rank 0 looks."""
-    return bool(world.share_from_main("yes" if (folder / MARKER).is_file() else ""))
-
-
 def run_stage(stage: Stage, folder: Path, world: World) -> None:
     """One stage from its beginning; its own closing table goes to `summary.txt`."""
     is_training = stage.config.task == "train"
-    if world.is_main and is_training and folder.exists():
-        logger.info("%s: what an interrupted start has left is done anew", folder)
-        shutil.rmtree(folder)
+    if is_training:
+        world.on_main(lambda: clear(folder))
     started = time.perf_counter()
     table = io.StringIO()
     reports: list[WeightsReport] = []
@@ -271,16 +273,25 @@ def run_stage(stage: Stage, folder: Path, world: World) -> None:
             else:
                 reports = estimate_weights(stage.config, world)
     finally:
-        if world.is_main and table.getvalue():
-            (folder / "summary.txt").write_text(table.getvalue(), encoding="utf-8")
         free_memory()
-    if world.is_main:
+
+    def mark_done() -> None:
+        if table.getvalue():
+            (folder / "summary.txt").write_text(table.getvalue(), encoding="utf-8")
         result = describe_training(folder) if is_training else describe_weights(reports)
         record = {"what": stage.what, "result": result, "seconds": time.perf_counter() - started}
         with complete_file(folder / MARKER) as file:
             file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
     # no rank starts on a stage whose input rank 0 has not finished
-    world.share_from_main("")
+    world.on_main(mark_done)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an interrupted start of a training stage has left."""
+    if folder.exists():
+        logger.info("%s: what an interrupted start has left is done anew", folder)
+        shutil.rmtree(folder)
 
 
 def free_memory() -> None:
@@ -294,13 +305,13 @@ def describe_training(folder: Path) -> str:
     """The last held-out numbers of a training stage in words, those of training without any."""
     with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
         records = [json.loads(line) for line in lines]
-    evals = [record for record in records if record["split"] == "eval"]
-    kind, where, last = ("eval", "held-out", evals[-1]) if evals else ("train", "", records[-1])
-    parts = [f"{where} loss {last[f'loss/{kind}']:.3f}".strip()]
-    for name, word in (("accuracies", "accuracy"), ("margins", "margin")):
-        key = f"rewards_{kind}/{name}"
-        parts += [f"{word} {last[key]:.3f}"] if key in last else []
-    return ", ".join(parts)
+    evaluated = any(record["split"] == "eval" for record in records)
+    kind, where = ("eval", "held-out ") if evaluated else ("train", "")
+    last = {key: values[-1] for key, values in by_metric(records, kind).items()}
+    words = {"loss/X": f"{where}loss", "rewards_X/accuracies": "accuracy"}
+    words |= {"rewards_X/margins": "margin"}
+    named = {key.replace("X", kind): word for key, word in words.items()}
+    return ", ".join(f"{word} {last[key]:.3f}" for key, word in named.items() if key in last)
 
 
 def describe_weights(reports: list[WeightsReport]) -> str:
@@ -310,6 +321,12 @@ def describe_weights(reports: list[WeightsReport]) -> str:
     if report.auc is not None:
         return f"{words}, planted tokens: ROC-AUC {report.auc:.3f}"
     return f"{words}, mean {report.chosen.mean():+.3f}, {report.rejected.mean():+.3f}"
+
+
+def close_run(run_dir: Path, stages: list[Stage]) -> None:
+    """The model under the run folder's own name, and the closing report."""
+    link_model(run_dir, stages[-1])
+    print_report(run_dir, stages)
 
 
 def link_model(run_dir: Path, last: Stage) -> None:
@@ -336,38 +353,7 @@ def print_report(run_dir: Path, stages: list[Stage]) -> None:
         "curves": run_dir / stages[-1].name / "curves.png",
         "weights": run_dir / "weights" / stages[-1].config.datasets[0] / "weights.html",
     }
-    with (run_dir / "summary.txt").open("w", encoding="utf-8") as file:
-        for console in (Console(), Console(file=file, width=120)):
-            console.print(table)
-            for label, path in paths.items():
-                console.print(f"{label:8}{path}", soft_wrap=True, highlight=False)
-
-
-@contextlib.contextmanager
-def signals_as_errors(run_dir: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run with their exit codes wherever it is, and say how to go on.
-
-    Inside a stage's own loop the stage handles them; this is for all between and around.
-
-    Raises:
-        InterruptionError: Ctrl-C.
-        PreemptionError: SIGTERM.
-    """
-    go_on = f"stages that are done stay done, run_dir={run_dir} goes on with the next one"
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise PreemptionError("terminated")
-
-    previous: Callable[[int, FrameType | None], Any] | int | None = None
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:
-        previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise InterruptionError(f"interrupted; {go_on}") from None
-    except (InterruptionError, PreemptionError) as stopped:
-        raise type(stopped)(f"{stopped}; {go_on}") from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, previous)
+    with writing(run_dir / "summary.txt"):
+        wide = Console(file=io.StringIO(), width=120)
+        (run_dir / "summary.txt").write_text(render(table, paths, wide), encoding="utf-8")
+    print_text(render(table, paths))

@@ -3,6 +3,7 @@
 import logging
 import random
 import time
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,9 @@ from fastpref.metrics import (
     sum_over_examples,
 )
 from fastpref.progress import Progress
-from fastpref.report import plot_curves, print_summary
+from fastpref.report import show_results
 from fastpref.sampling import sample_responses, write_samples
-from fastpref.signals import StopRequest
+from fastpref.signals import StopRequest, say_if_stopped
 
 logger = logging.getLogger("fastpref")
 
@@ -34,22 +35,25 @@ def train(config: Config, world: World) -> None:
     """`task=train`: from rows and a model to a trained model.
 
     Raises:
-        FastprefError: with the exit code of what went wrong; InterruptionError and
-            PreemptionError after the model was saved.
+        FastprefError: with the exit code of what went wrong; InterruptionError, PreemptionError
+            and the CheckpointError of a file that cannot be written after the model was saved.
     """
     seed_everything(config.seed)
     run = build_run(config, world)
     started = time.perf_counter()
-    with StopRequest() as stop:
-        try:
-            run_loop(run, stop)
-        finally:
-            run.log.close()
+    # the log is closed last: a tracker may wait for its service, and a model is not to wait for it
+    with (
+        say_if_stopped(f"what there is lies in {run.run_dir}"),
+        closing(run.log),
+        StopRequest() as stop,
+    ):
+        run_loop(run, stop)
+        with stop.if_unwritable():
+            run.log.flush()
         export_model(run.policy, run.tokenizer, run.run_dir, world)
-    if world.is_main:
-        plot_curves(run.log.records, run.run_dir / "curves.png")
-        print_summary(run.log.records, run.run_dir, time.perf_counter() - started)
-    stop.raise_if_requested(run.run_dir)
+        if world.is_main:
+            show_results(run.log.records, run.run_dir, time.perf_counter() - started)
+        stop.raise_if_requested(run.run_dir, world)
 
 
 def seed_everything(seed: int) -> None:
@@ -88,9 +92,9 @@ def run_loop(run: Run, stop: StopRequest) -> None:
                 )
             )
             if due:
-                progress.show(run.log.flush())
+                with stop.if_unwritable():
+                    progress.show(run.log.flush())
             progress.advance()
-        run.log.flush()
     evaluate(run, order.num_steps, examples, stop)
 
 
@@ -157,7 +161,8 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
     """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl."""
     if run.eval is None:
         return
-    run.log.flush()
+    with stop.if_unwritable():
+        run.log.flush()
     started = time.perf_counter()
     metrics, count, num_tokens = [], 0, 0
     run.policy.eval()
@@ -182,14 +187,15 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
     record |= {name_for_split(name, "eval"): mean for name, mean in zip(names, means, strict=True)}
     record |= {"examples_per_second": count / seconds, "tokens_per_second": num_tokens / seconds}
     if run.world.is_main:
-        run.log.write(record)
+        with stop.if_unwritable():
+            run.log.write(record)
         logger.info("eval after %d: %s", examples, format_metrics(record))
     if run.config.sample_during_eval:
-        sample(run, step, examples)
+        sample(run, step, examples, stop)
     run.log.restart_clock()
 
 
-def sample(run: Run, step: int, examples: int) -> None:
+def sample(run: Run, step: int, examples: int, stop: StopRequest) -> None:
     """Samples of the policy and, before the first update, of the reference, to samples.jsonl."""
     assert run.eval is not None
     config, dataset = run.config, run.eval.data.dataset
@@ -197,8 +203,9 @@ def sample(run: Run, step: int, examples: int) -> None:
     sources = {"policy": run.policy}
     if run.reference is not None and step == 0:
         sources["reference"] = run.reference
-    samples = {
-        name: sample_responses(
+    samples: dict[str, list[str]] = {}
+    for name, scorer in sources.items():
+        responses = sample_responses(
             scorer,
             rows["prompt_ids"],
             run.tokenizer,
@@ -206,9 +213,11 @@ def sample(run: Run, step: int, examples: int) -> None:
             batch_size=config.eval_batch_size,
             seed=config.seed,
             world=run.world,
+            stop=stop,
         )
-        for name, scorer in sources.items()
-    }
+        if responses is None:
+            return
+        samples[name] = responses
     if not run.world.is_main:
         return
     samples["prompt"] = run.tokenizer.batch_decode(rows["prompt_ids"])
@@ -216,5 +225,6 @@ def sample(run: Run, step: int, examples: int) -> None:
     records = [
         dict(zip(samples, values, strict=True)) for values in zip(*samples.values(), strict=True)
     ]
-    write_samples(run.run_dir / "samples.jsonl", step, examples, records)
+    with stop.if_unwritable():
+        write_samples(run.run_dir / "samples.jsonl", step, examples, records)
     logger.info("a sample of the policy: %r -> %r", records[0]["prompt"], records[0]["policy"])

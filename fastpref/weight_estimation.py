@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from fastpref.model_identity import model_identity, side_model
 from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
 from fastpref.role_templates import template_text
 from fastpref.row_cache import code_digest
-from fastpref.signals import StopRequest
+from fastpref.signals import say_if_stopped
 from fastpref.weight_rows import (
     SourceJob,
     begin_date,
@@ -79,6 +80,11 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
             gives numbers that are not finite.
         InterruptionError, PreemptionError: a signal came; complete shards stay.
     """
+    with say_if_stopped("shards that are complete are kept; the same command goes on there"):
+        return _estimate(config, world)
+
+
+def _estimate(config: Config, world: World) -> list[WeightsReport]:
     sides = build_sides(config, world)
     tokenizer = shared_tokenizer(config, sides)
     splits = available_splits(config)
@@ -87,33 +93,38 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     def read() -> list[Rows]:
         return [rows for split in splits for rows in read_rows(config, split, quiet=quiet)]
 
-    sources = main_first(world, "rows", read)
+    sources = main_first(world, read)
     jobs = [open_job(config, sides, rows, tokenizer, world) for rows in sources]
     if world.is_main:
         for job in jobs:
             log_audit(job.counts)
         log_missing_bos(jobs[0].counts, tokenizer)
-    unfinished = []
-    for job in jobs:
-        if not is_finished(job, world):
-            unfinished.append(job)
-        elif world.is_main:
-            logger.info("%s is there already, with these models and settings", job.path)
-    for job in unfinished if world.is_main else []:
-        job.keep_date()
-    with StopRequest() as stop:
-        # one model at a time: half the memory of the two together
-        for side in sides:
-            shards = [(job.rows, job.shards[side.label]) for job in unfinished]
-            score_missing(config, world, side, tokenizer, shards, stop)
-    if not world.is_main:
-        return []
-    for job in unfinished:
-        write_weights(job, config.weights.round)
-        logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
-    # the first split of each dataset, the one to train on where it is there
-    first_jobs = {job.path.parent: job for job in reversed(jobs)}
-    return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
+    finished = world.on_main(lambda: [is_finished(job) for job in jobs])
+    unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
+    reports: list[WeightsReport] = []
+
+    def begin() -> None:
+        for job, is_done in zip(jobs, finished, strict=True):
+            if is_done:
+                logger.info("%s is there already, with these models and settings", job.path)
+            else:
+                job.keep_date()
+
+    def write() -> None:
+        for job in unfinished:
+            write_weights(job, config.weights.round)
+            logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
+        # the first split of each dataset, the one to train on where it is there
+        first_jobs = {job.path.parent: job for job in reversed(jobs)}
+        reports.extend(report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs))
+
+    world.on_main(begin)
+    # one model at a time: half the memory of the two together
+    for side in sides:
+        shards = [(job.rows, job.shards[side.label]) for job in unfinished]
+        score_missing(config, world, side, tokenizer, shards)
+    world.on_main(write)
+    return reports
 
 
 def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
@@ -141,7 +152,7 @@ def build_sides(config: Config, world: World) -> list[Side]:
         model = side_model(scoring_precision(config.model, world), name)
         resolve_model(model.name_or_path, key=f"weights.{label}")
         # gigabytes are read once, not by every rank
-        identity = world.share_from_main(model_identity(model) if world.is_main else "")
+        identity = world.on_main(partial(model_identity, model))
         text = template_text(template)
         origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
         sides.append(Side(label=label, model=model, template=text, origin=origin))
@@ -150,8 +161,8 @@ def build_sides(config: Config, world: World) -> list[Side]:
 
 def scoring_precision(model: ModelConfig, world: World) -> ModelConfig:
     """The model in float32 where bfloat16 is the slower of the two as well as the less exact."""
-    on_main = world.device.type == "cpu" and not cpu_multiplies_bfloat16()
-    emulated = bool(world.share_from_main("yes" if on_main else ""))
+    on_cpu = world.device.type == "cpu"
+    emulated = world.on_main(lambda: on_cpu and not cpu_multiplies_bfloat16())
     if not emulated or model.compute_dtype != "bfloat16":
         return model
     return replace(model, fsdp_policy_mp="float32")
@@ -218,10 +229,10 @@ def open_job(
     path = output_path(config, rows)
     if not (rows.has_chats and prints_date(tokenizer, template)):
         return build_job(config, sides, rows, chat, path)
-    begun = world.share_from_main(begin_date(path, chat) if world.is_main else "")
-    written = world.share_from_main(written_date(path) if world.is_main else "")
+    begun = world.on_main(partial(begin_date, path, chat))
+    written = world.on_main(partial(written_date, path))
     job = build_job(config, sides, rows, replace(chat, date=written or begun), path)
-    if written in ("", begun) or is_finished(job, world):
+    if written in ("", begun) or world.on_main(partial(is_finished, job)):
         return job
     return build_job(config, sides, rows, replace(chat, date=begun), path)
 
@@ -305,22 +316,20 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def is_finished(job: SourceJob, world: World) -> bool:
+def is_finished(job: SourceJob) -> bool:
     """Whether the file is there with exactly these weights."""
-    finished = ""
-    if world.is_main and job.path.is_file():
-        try:
-            origin = read_origin(job.path)
-        except DataError:
-            # a damaged record: the file is estimated anew
-            origin = None
-        if (
-            origin is not None
-            and origin.fingerprint == job.origin.fingerprint
-            and origin.size_bytes == job.path.stat().st_size
-        ):
-            finished = "yes"
-    return bool(world.share_from_main(finished))
+    if not job.path.is_file():
+        return False
+    try:
+        origin = read_origin(job.path)
+    except DataError:
+        # a damaged record: the file is estimated anew
+        return False
+    return (
+        origin is not None
+        and origin.fingerprint == job.origin.fingerprint
+        and origin.size_bytes == job.path.stat().st_size
+    )
 
 
 def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:

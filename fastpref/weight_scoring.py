@@ -2,11 +2,11 @@
 
 import ctypes
 import gc
-import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,6 @@ def score_missing(
     side: Side,
     tokenizer: Any,
     sources: Sequence[tuple[Rows, Shards]],
-    stop: StopRequest,
 ) -> None:
     """Score the shards that one model has not scored yet; it is loaded only if there are any.
 
@@ -69,15 +68,13 @@ def score_missing(
         side: The model.
         tokenizer: For its padding token.
         sources: Rows and the shards of this model for them.
-        stop: Whether a signal came.
 
     Raises:
         CheckpointError: a log-probability is not finite.
         InterruptionError, PreemptionError: a signal came.
     """
     # what rank 0 sees counts: another node may see the folder later
-    found = [shards.missing() for _, shards in sources] if world.is_main else []
-    missing: list[list[int]] = json.loads(world.share_from_main(json.dumps(found)))
+    missing = world.on_main(lambda: [shards.missing() for _, shards in sources])
     num_shards = sum(len(shards) for _, shards in sources)
     num_missing = sum(map(len, missing))
     if world.is_main and num_missing < num_shards:
@@ -92,7 +89,10 @@ def score_missing(
     )
     scorer, packing = load_frozen_scorer(replace(config, model=side.model), world, longest=longest)
     check_positions(scorer, side, sources)
-    with ScoringProgress(side, sources, missing, visible=world.is_main) as progress:
+    with (
+        StopRequest() as stop,
+        ScoringProgress(side, sources, missing, visible=world.is_main) as progress,
+    ):
         for (source, shards), shards_to_score in zip(sources, missing, strict=True):
             for shard in shards_to_score:
                 places = shards.rows_of(shard)
@@ -103,8 +103,8 @@ def score_missing(
                     stop.raise_saying(f"{progress.done} are kept; the same command goes on there")
                     raise AssertionError("scoring ended without a signal")
                 check_finite(parts, places, source, side)
-                if world.is_main:
-                    shards.write(shard, np.concatenate([x for pair in parts for x in pair]))
+                logps = np.concatenate([x for pair in parts for x in pair])
+                world.on_main(partial(shards.write, shard, logps))
                 progress.shard_is_done()
     # before the second model is loaded, not when Python gets to it
     del scorer

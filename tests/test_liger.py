@@ -12,7 +12,7 @@ from fastpref import liger
 from fastpref.errors import ConfigError
 from fastpref.liger import choose_liger, replace_layers
 
-CPU = SimpleNamespace(device=torch.device("cpu"), is_main=True, share_from_main=lambda value: value)
+CPU = SimpleNamespace(device=torch.device("cpu"), is_main=True, on_main=lambda compute: compute())
 
 
 def test_on_a_cpu_auto_and_false_leave_the_layers_and_true_is_refused():
@@ -58,7 +58,7 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch):
 def test_on_a_gpu_auto_takes_what_computes_the_same(family, caplog):
     pytest.importorskip("liger_kernel")
     gpu = SimpleNamespace(
-        device=torch.device("cuda"), is_main=True, share_from_main=lambda value: value
+        device=torch.device("cuda"), is_main=True, on_main=lambda compute: compute()
     )
     with caplog.at_level(logging.INFO, "fastpref"):
         assert choose_liger("auto", build_model(family), gpu, compiled=False), caplog.text

@@ -1,0 +1,60 @@
+"""What errors of torch and of the operating system mean for a user."""
+
+import errno
+import os
+
+import torch
+import torch.distributed as dist
+
+from fastpref.errors import (
+    NON_FINITE,
+    CheckpointError,
+    DistributedError,
+    FastprefError,
+    MemoryExhaustedError,
+    NonFiniteError,
+    first_line,
+)
+
+# gloo raises plain RuntimeErrors
+SIGNS_OF_A_LOST_RANK = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo",
+    "Timed out waiting",
+)
+
+
+def explain(error: BaseException) -> FastprefError | None:
+    """The error with an exit code of its own that another one amounts to; None for a bug of ours.
+
+    Args:
+        error: Whatever ended a task; a `FastprefError` is its own explanation.
+    """
+    if isinstance(error, FastprefError):
+        return error
+    text = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+        return MemoryExhaustedError(
+            f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; a smaller "
+            "packing.max_tokens or max_length, more gradient_accumulation_steps, or "
+            "activation_checkpointing=true need less"
+        )
+    if "device-side assert" in text:
+        # CUDA prints the assertion itself to stderr and leaves its text out of the exception
+        return NonFiniteError(f"a check on the GPU failed, most likely: {NON_FINITE} (see above)")
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_RANK)
+    ):
+        return DistributedError(f"a rank died or did not answer: {first_line(error)}")
+    if isinstance(error, OSError) and error.errno is not None:
+        return _explain_system_error(error)
+    return None
+
+
+def _explain_system_error(error: OSError) -> FastprefError:
+    """A file or folder that the system does not give, or give up, while the program needs it."""
+    if error.errno == errno.ENOMEM:
+        return MemoryExhaustedError(f"out of memory: {error.strerror}")
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    return CheckpointError(f"{name}: {error.strerror}")
