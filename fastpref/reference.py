@@ -29,7 +29,7 @@ def build_evaluate_fn(
 
     evaluate_values = objective.evaluate_values
     # behind a softcap the mean of the logits is not linear in the hidden states
-    if reference is None or evaluate_values is None or policy.logit_transform.softcap is not None:
+    if reference is None or evaluate_values is None or policy.path.softcap is not None:
         return evaluate
 
     def evaluate_or_values(batch: PackedBatch, detailed: bool) -> tuple[Tensor, Metrics]:

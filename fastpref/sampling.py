@@ -40,7 +40,7 @@ def sample_responses(
         The decoded responses, without prompt and special tokens.
     """
     responses: list[str] = []
-    pad = pad_token_id(tokenizer)
+    pad = pad_token_id(tokenizer, scorer.num_embeddings)
     devices = [world.device] if world.device.type == "cuda" else []
     was_training = scorer.training
     scorer.eval()
