@@ -31,12 +31,13 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:
     )
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    data = load_split(config, "train", tokenizer, vocab_size=read_vocab_size(folder), quiet=True)
+    vocab_size = read_vocab_size(folder)
+    data = load_split(config, "train", tokenizer, vocab_size=vocab_size, quiet=True)
     layout = RowLayout(
         packed=True,
         share_prompt=True,
         max_tokens=config.packing.max_tokens,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer, vocab_size),
     )
     order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)
     return Split(data=data, order=order, layout=layout)

@@ -5,37 +5,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.attention_choice import Packing, choose_packing
-from fastpref.attention_kernels import PackedAttention
 from fastpref.audit import describe_example
 from fastpref.checkpoint import create_run_dir
-from fastpref.config import Config, ModelConfig
-from fastpref.config_groups import FLASH_PACKAGES
+from fastpref.config import Config
 from fastpref.datasets import check_sources, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.encode import PreferenceSplit, load_split
-from fastpref.errors import ConfigError
 from fastpref.feed import RowLayout, Split
-from fastpref.frozen_storage import compute_in, frozen_dtype
-from fastpref.liger import choose_liger, replace_layers
-from fastpref.metrics import MetricsLog
-from fastpref.model import TokenScorer, check_head
+from fastpref.liger import choose_liger
+from fastpref.metrics import MetricsLog, first_loss_tolerance
+from fastpref.model import TokenScorer
 from fastpref.objectives import Objective, build_objective
 from fastpref.optim import build_optimizer, build_scheduler
-from fastpref.parallelize import parallelize, send_weights
 from fastpref.pretrained import (
-    build_empty,
-    load_model,
     load_tokenizer,
     pad_token_id,
     read_vocab_size,
     resolve_model,
 )
 from fastpref.sampler import GlobalOrder
+from fastpref.scorers import (
+    build_scorer,
+    check_positions,
+    load_causal_lm,
+    load_reference,
+    starts_exactly_equal,
+    try_model,
+)
 from fastpref.step_loss import StepLoss
 from fastpref.trackers import build_trackers
 
@@ -146,13 +146,15 @@ def load_data(config: Config, world: World) -> Data:
     return Data(train, train_order, held_out[0], eval_order, tokenizer)
 
 
-def build_splits(config: Config, data: Data, packing: Packing | None) -> tuple[Split, Split | None]:
+def build_splits(
+    config: Config, data: Data, policy: TokenScorer, packing: Packing | None
+) -> tuple[Split, Split | None]:
     """The splits with how their rows become batches."""
     layout = RowLayout(
         packed=packing is not None,
         share_prompt=packing is not None and packing.share_prompt,
         max_tokens=config.packing.max_tokens,
-        pad_token_id=pad_token_id(data.tokenizer),
+        pad_token_id=pad_token_id(data.tokenizer, policy.num_embeddings),
     )
     train = Split(
         data=data.train,
@@ -190,33 +192,35 @@ def build_run(config: Config, world: World) -> Run:
         announce(config, world, objective)
     data = load_data(config, world)
     model = load_causal_lm(config.model, world, trainable=True)
-    world.on_main(lambda: check_head(TokenScorer(model)))
-    packing = choose_packing(model, config, world, longest=data.longest)
+    check_positions(model, data.longest)
+    findings = try_model(model, config.model, world, trainable=True)
+    packing = choose_packing(model, config, world, path=findings.path, longest=data.longest)
     attention = packing.attention if packing else None
     liger = choose_liger(config.model.liger, model, world, compiled=config.compile)
     policy = build_scorer(
         model,
         config.model,
         world,
+        path=findings.path,
         trainable=True,
         attention=attention,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
         liger=liger,
     )
-    check_positions(policy, data.longest)
     reference = None
     if objective.needs.reference:
         reference = build_scorer(
-            load_causal_lm(config.model, world, trainable=False),
+            load_reference(config.model, world, findings),
             config.model,
             world,
+            path=findings.path,
             trainable=False,
             attention=attention,
             compile=config.compile,
             liger=liger,
         )
-    train_split, eval_split = build_splits(config, data, packing)
+    train_split, eval_split = build_splits(config, data, policy, packing)
     if world.is_main:
         announce_tokens(train_split, world)
     optimizer = build_optimizer(
@@ -232,6 +236,9 @@ def build_run(config: Config, world: World) -> Run:
         num_steps=train_split.order.num_steps,
         min_lr_ratio=config.optim.min_lr_ratio,
     )
+    tolerance = None
+    if objective.starts_at_log_two:
+        tolerance = first_loss_tolerance(exact=starts_exactly_equal(config, findings))
     # last: what fails until here leaves no folder behind
     run_dir = create_run_dir(config, world)
     log = MetricsLog(
@@ -239,7 +246,7 @@ def build_run(config: Config, world: World) -> Run:
         min_interval_seconds=config.minimum_log_interval_secs,
         device=world.device,
         is_main=world.is_main,
-        starts_at_log_two=objective.starts_at_log_two,
+        first_loss_tolerance=tolerance,
         trackers=build_trackers(config, run_dir) if world.is_main else [],
     )
     return Run(
@@ -256,107 +263,3 @@ def build_run(config: Config, world: World) -> Run:
         scheduler=scheduler,
         log=log,
     )
-
-
-def check_positions(policy: TokenScorer, longest: int) -> None:
-    """Refuse sequences that run off a learned position table.
-
-    Raises:
-        ConfigError: naming the largest max_length that fits.
-    """
-    if policy.num_positions is not None and longest > policy.num_positions:
-        raise ConfigError(
-            f"max_length: the longest sequence has {longest} tokens, the model has positions for "
-            f"{policy.num_positions}; set max_length={policy.num_positions} or less"
-        )
-
-
-def load_frozen_scorer(
-    config: Config, world: World, *, longest: int
-) -> tuple[TokenScorer, Packing | None]:
-    """The config's model without gradients, and how it takes packed rows; None for padded ones.
-
-    Args:
-        config: Of the run.
-        world: Whoever computes.
-        longest: Tokens of the longest sequence that will be scored.
-    """
-    model = load_causal_lm(config.model, world, trainable=False)
-    compute_in(model, getattr(torch, config.model.compute_dtype), config.model.block_name)
-    world.on_main(lambda: check_head(TokenScorer(model)))
-    packing = choose_packing(model, config, world, longest=longest)
-    attention = packing.attention if packing else None
-    if world.size == 1:
-        return build_whole_scorer(model, config.model, world, attention), packing
-    scorer = build_scorer(model, config.model, world, trainable=False, attention=attention)
-    return scorer, packing
-
-
-def build_whole_scorer(
-    model: Any, config: ModelConfig, world: World, attention: PackedAttention | None
-) -> TokenScorer:
-    """A frozen model on one rank without FSDP, which would copy every parameter in each forward."""
-    if attention is None and config.attention in FLASH_PACKAGES:
-        model.set_attn_implementation(config.attention)
-    return TokenScorer(model, attention).requires_grad_(False).eval().to(world.device)
-
-
-def load_causal_lm(config: ModelConfig, world: World, *, trainable: bool) -> Any:
-    """The model on the CPU; without weights on every rank but 0.
-
-    Policy and reference compute in the same dtype through the same code, however each is stored.
-    """
-    name = resolve_model(config.name_or_path)
-    stored = config.policy_dtype
-    if not trainable:
-        stored = world.on_main(lambda: frozen_dtype(config))
-    options: dict[str, Any] = {
-        "dtype": getattr(torch, stored),
-        "attention": config.attention,
-        "revision": config.revision,
-    }
-    loaded: list[Any] = []
-    world.on_main(lambda: loaded.append(load_model(name, archive=config.archive, **options)))
-    return loaded[0] if world.is_main else build_empty(name, **options)
-
-
-def build_scorer(
-    model: Any,
-    config: ModelConfig,
-    world: World,
-    *,
-    trainable: bool,
-    attention: PackedAttention | None = None,
-    activation_checkpointing: bool = False,
-    compile: bool = False,
-    liger: bool = False,
-) -> TokenScorer:
-    """A loaded model as a scorer: sharded, its weights sent to the other ranks.
-
-    Args:
-        model: What `load_causal_lm` returned.
-        config: Its options.
-        world: Whoever computes.
-        trainable: False for a reference.
-        attention: What computes packed rows; None for padded ones.
-        activation_checkpointing: Recompute activations in the backward.
-        compile: Compile each block.
-        liger: Norms and SwiGLU layers by Liger's kernels.
-    """
-    if attention is None and config.attention in FLASH_PACKAGES:
-        model.set_attn_implementation(config.attention)
-    if liger:
-        replace_layers(model)
-    scorer = TokenScorer(model, attention)
-    weights = scorer.state_dict() if world.is_main else {}
-    parallelize(
-        scorer,
-        world.mesh,
-        compute_dtype=getattr(torch, config.compute_dtype),
-        block_name=config.block_name,
-        activation_checkpointing=activation_checkpointing,
-        compile=compile,
-        trainable=trainable,
-    )
-    send_weights(scorer, weights)
-    return scorer

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from fastpref.config import ModelConfig
-from fastpref.parallelize import find_blocks
+from fastpref.exact_arithmetic import cast_in_forward
 from fastpref.pretrained import adapter_base, build_meta, resolve_model
 
 WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]
@@ -22,18 +22,21 @@ HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 """Safetensors' names of the dtypes that float32 contains."""
 
 
-def frozen_dtype(config: ModelConfig) -> str:
+def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
     """How a model that is not trained is stored: `model.reference_dtype`, or where that is null
     the checkpoint's 16 bits if this changes no number, or else the compute dtype.
 
     Args:
         config: Of the model.
+        beside_policy: It is the reference of a policy, which may be stored in 16 bits itself.
 
     Raises:
         CheckpointError: no such model.
     """
     if config.reference_dtype is not None:
         return config.reference_dtype
+    if beside_policy and config.policy_dtype != "float32":
+        return config.policy_dtype
     name = resolve_model(config.name_or_path)
     # an archive brings other weights, and an adapter's are added to the model's
     has_own_weights = config.archive is None and adapter_base(name) is None
@@ -96,31 +99,53 @@ def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) ->
     Args:
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
-        block_name: Class of the transformer blocks, None for the ones the model itself names; one
-            that names none is cast module by module.
+        block_name: Class of the transformer blocks, None: found from the model.
 
     Raises:
         ConfigError: no module of the model is of that class.
     """
-    blocks = find_blocks(model, block_name) if block_name or model._no_split_modules else []
-    inside = {module for block in blocks for module in block.modules()}
-    owners = [module for module in model.modules() if list(module.parameters(recurse=False))]
-    for module in (*blocks, *(owner for owner in owners if owner not in inside)):
-        _cast_during_forward(module, dtype)
+    cast_in_forward(model, dtype, block_name)
 
 
-def _cast_during_forward(module: nn.Module, dtype: torch.dtype) -> None:
-    stored: list[tuple[nn.Parameter, Tensor]] = []
+def rounds_more_than_parameters(name: str, dtype: str, revision: str | None) -> bool:
+    """Whether a model loaded in a dtype differs in more than its parameters' dtype, see
+    `is_stored_exactly`.
 
-    def widen(*_: object) -> None:
-        stored.extend((p, p.data) for p in module.parameters() if p.dtype != dtype)
-        for parameter, narrow in stored:
-            parameter.data = narrow.to(dtype)
+    Args:
+        name: What `resolve_model` returned.
+        dtype: float32, bfloat16 or float16.
+        revision: Hub revision.
+    """
+    if dtype == "float32":
+        return False
+    return not is_stored_exactly(build_meta(name, dtype=getattr(torch, dtype), revision=revision))
 
-    def restore(*_: object) -> None:
-        for parameter, narrow in stored:
-            parameter.data = narrow
-        stored.clear()
 
-    module.register_forward_pre_hook(widen)
-    module.register_forward_hook(restore, always_call=True)
+def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store all of a model's parameters in one dtype, as FSDP2 asks; buffers stay as they are.
+
+    Some families keep parameters in float32 when the others are loaded in 16 bits.
+    """
+    kept = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != dtype
+    ]
+    for name in kept:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
+
+
+def round_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Give a model's buffers the dtypes that they have where the family is loaded in a dtype.
+
+    Args:
+        model: A causal LM of transformers.
+        dtype: That of its arithmetic.
+    """
+    with torch.device("meta"):
+        twin = type(model)._from_config(model.config, dtype=dtype)
+    for name, like in twin.named_buffers():
+        path, _, buffer = name.rpartition(".")
+        module = model.get_submodule(path)
+        module._buffers[buffer] = module._buffers[buffer].to(like.dtype)

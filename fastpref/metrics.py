@@ -70,8 +70,9 @@ class MetricsLog:
     min_interval_seconds: float
     device: torch.device
     is_main: bool = True
-    starts_at_log_two: bool = False
-    """The first step's loss is that of two equal models: anything but ln 2 is a mistake."""
+    first_loss_tolerance: float | None = None
+    """The first step's loss is that of two equal models: what is further from ln 2 is a mistake.
+    None: it may be anything."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     _is_writable: bool = True
@@ -109,8 +110,8 @@ class MetricsLog:
                 "counters/updates": step.step,
             }
             self.write(record)
-            if step.step == 1 and self.starts_at_log_two:
-                check_first_loss(record["loss/train"])
+            if step.step == 1 and self.first_loss_tolerance is not None:
+                check_first_loss(record["loss/train"], self.first_loss_tolerance)
         self._pending.clear()
         self.restart_clock()
         return self.records[-1]
@@ -179,15 +180,28 @@ def sum_over_examples(metrics: Iterable[Mapping[str, Tensor]]) -> tuple[list[str
     return list(totals), torch.stack(list(totals.values()))
 
 
-def check_first_loss(loss: float) -> None:
+def first_loss_tolerance(*, exact: bool) -> float:
+    """How far from ln 2 the first loss of two equal models may be.
+
+    Args:
+        exact: Policy and reference run the same operations, so their log-ratios are exactly zero
+            and ln 2 is rounded by its mean over the step alone; else 16 bits leave 0.01 at most.
+    """
+    return 5e-6 * math.log(2) if exact else 0.02
+
+
+def check_first_loss(loss: float, tolerance: float) -> None:
     """Warn where a run of equal policy and reference does not start at ln 2.
 
-    Rounding leaves 0.01 at most; a wrong mask, wrong positions or two unlike computations leave
-    more, and are seen nowhere else.
+    A wrong mask, wrong positions, random numbers or two unlike computations are seen nowhere else.
+
+    Args:
+        loss: Of the first step.
+        tolerance: What rounding may leave of a difference, see `first_loss_tolerance`.
     """
-    if not abs(loss - math.log(2)) <= 0.02:
+    if not abs(loss - math.log(2)) <= tolerance:
         logger.warning(
-            "THE FIRST LOSS IS %.4f AND SHOULD BE ln 2 = 0.6931: policy and reference have the "
+            "THE FIRST LOSS IS %.6f AND SHOULD BE ln 2 = 0.693147: policy and reference have the "
             "same weights and score the same tokens differently; do not trust this run. "
             "packing.enabled=false tells whether packing is the cause",
             loss,

@@ -17,12 +17,12 @@ from fastpref_kernels import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn import functional as F
 
 from fastpref.attention import IMPLEMENTATION, packed_row
 from fastpref.attention_kernels import PackedAttention
 from fastpref.batch import PackedBatch
-from fastpref.errors import ConfigError
+from fastpref.logit_path import LogitPath, last_hidden_states, measure_logit_path
+from fastpref.positions import position_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,53 +37,53 @@ class HeadStates:
     """(V,) LM-head bias."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitTransform:
-    """What a model does to its logits after the linear head: z = cap · tanh(scale · z / cap)."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, config: Any) -> "LogitTransform":
-        """Read off a transformers config: Cohere multiplies, Granite divides, Gemma caps."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale *= getattr(config, "lm_head_multiplier", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(scale=scale, softcap=getattr(config, "final_logit_softcapping", None))
-
-
 class TokenScorer(nn.Module):
     """Log-probabilities of response tokens under a causal LM, and their KL to a reference.
 
+    Its modules compute in evaluation mode, in training too: a preference loss compares two models
+    token by token, so what draws random numbers in training mode (dropout, router jitter, skipped
+    layers, under whatever name) would be noise in every log-ratio.
+
     Args:
         model: Any causal LM of transformers whose logits are a linear head on the last hidden
-            states, with an optional scale and softcap. `check_head` tells whether that holds.
+            states, with factors, a softcap and a cut. `model_checks` tells whether that holds.
         attention: What computes packed rows; None: every batch must be padded.
             `attention_choice` tells whether the model can.
+        path: From the last hidden states to the logits; None: measured, which takes weights.
     """
 
-    def __init__(self, model: Any, attention: PackedAttention | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        attention: PackedAttention | None = None,
+        path: LogitPath | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.attention = attention
         if attention is not None:
             model.set_attn_implementation(IMPLEMENTATION)
-        self.logit_transform = LogitTransform.of(model.config.get_text_config())
+        self.path = measure_logit_path(model) if path is None else path
+        self.eval()
+
+    def train(self, mode: bool = True) -> "TokenScorer":
+        """Stays in evaluation mode whatever is asked for."""
+        return super().train(False)
 
     @property
-    def head(self) -> nn.Linear:
+    def head(self) -> Any:
+        """The LM head, a module with a weight (rows, D)."""
         return self.model.get_output_embeddings()
 
     @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model can read."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
     def num_positions(self) -> int | None:
-        """Longest sequence a position table allows (GPT-2, GPT-J, OPT); None without a table."""
-        for module in self.model.modules():
-            for name in ("wpe", "embed_positions"):
-                table = getattr(module, name, None)
-                if isinstance(table, nn.Embedding | Tensor):
-                    return self.model.config.max_position_embeddings
-        return None
+        """Longest sequence that a table of positions allows; None without a table."""
+        return position_limit(self.model)
 
     def hidden_states(self, batch: PackedBatch, longest: int = 0) -> Tensor:
         """Last hidden states at the positions that predict `batch.target`, shape (N, D).
@@ -96,15 +96,32 @@ class TokenScorer(nn.Module):
         if batch.layout is not None:
             assert self.attention is not None, "a packed batch needs a packed attention"
             rows = packed_row(batch, self.attention, longest)
-        output = self.model.base_model(input_ids=batch.input_ids, use_cache=False, **rows)
-        return output.last_hidden_state.flatten(0, 1)[batch.score_index]
+        hidden_BLD = last_hidden_states(
+            self.model, self.path.body, input_ids=batch.input_ids, **rows
+        )
+        return hidden_BLD.flatten(0, 1)[batch.score_index]
 
     def states(self, batch: PackedBatch) -> HeadStates:
         """Hidden states and head, for another model's joint sweep.
 
         Under FSDP2 the weight stays gathered until `release()`.
         """
-        return HeadStates(self.hidden_states(batch), self.head.weight, self.head.bias)
+        return self._states(batch)
+
+    def _states(self, batch: PackedBatch) -> HeadStates:
+        hidden_ND = self.hidden_states(batch)
+        head, V = self.head, self.path.vocab_size
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if weight.shape[0] > V:
+            weight, bias = weight[:V], None if bias is None else bias[:V]
+        if bias is not None and self.path.hidden_scale != 1:
+            # the ops scale what the head makes of hidden states and bias together
+            bias = bias / self.path.hidden_scale
+        return HeadStates(hidden_ND, weight, bias)
+
+    @property
+    def _logit_scale(self) -> float:
+        return self.path.hidden_scale * self.path.scale
 
     def release(self) -> None:
         """Free the gathered head; to be called once the backward that used `states` is done."""
@@ -128,29 +145,29 @@ class TokenScorer(nn.Module):
             Per-token log-probabilities (N,), float32, in nats; with a reference, TokenScores of
             log-probabilities, reference log-probabilities and KL.
         """
-        hidden_ND = self.hidden_states(batch)
-        head, logits = self.head, self.logit_transform
+        states = self._states(batch)
+        hidden_ND, weight, bias = states.hidden, states.weight, states.bias
         if reference is None:
             return token_logps(
                 hidden_ND,
                 # of a model that is stored in 16 bits, where it is not under FSDP
-                head.weight.to(hidden_ND.dtype),
+                weight.to(hidden_ND.dtype),
                 batch.target,
-                linear_bias=None if head.bias is None else head.bias.to(hidden_ND.dtype),
-                logit_scale=logits.scale,
-                logit_softcap=logits.softcap,
+                linear_bias=None if bias is None else bias.to(hidden_ND.dtype),
+                logit_scale=self._logit_scale,
+                logit_softcap=self.path.softcap,
             )
         return token_logps_and_kl(
             hidden_ND,
-            head.weight,
+            weight,
             batch.target,
             reference.hidden,
             reference.weight,
             direction=direction,
-            linear_bias=head.bias,
+            linear_bias=bias,
             reference_linear_bias=reference.bias,
-            logit_scale=logits.scale,
-            logit_softcap=logits.softcap,
+            logit_scale=self._logit_scale,
+            logit_softcap=self.path.softcap,
         )
 
     def tdpo1_values(self, batch: PackedBatch, reference: HeadStates) -> Tensor:
@@ -163,16 +180,17 @@ class TokenScorer(nn.Module):
         Returns:
             (N,) float32, in nats.
         """
-        assert self.logit_transform.softcap is None
+        assert self.path.softcap is None
+        states = self._states(batch)
         return tdpo1_token_values(
-            self.hidden_states(batch),
-            self.head.weight,
+            states.hidden,
+            states.weight,
             batch.target,
             reference.hidden,
             reference.weight,
-            linear_bias=self.head.bias,
+            linear_bias=states.bias,
             reference_linear_bias=reference.bias,
-            logit_scale=self.logit_transform.scale,
+            logit_scale=self._logit_scale,
         )
 
     @torch.no_grad()
@@ -188,39 +206,4 @@ class TokenScorer(nn.Module):
         """
         return self.model.generate(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
-        )
-
-
-@torch.no_grad()
-def check_head(scorer: TokenScorer) -> None:
-    """Hold the head's arithmetic to the model's own logits on four tokens.
-
-    A family that treats its logits in a way `LogitTransform` does not know (a scale under another
-    name, say) would train on wrong probabilities without a sign of it.
-
-    Raises:
-        ConfigError: the two differ.
-    """
-    device = scorer.head.weight.device
-    ids = torch.arange(4, device=device)[None] % scorer.head.weight.shape[0]
-    batch = PackedBatch(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        score_index=torch.arange(4, device=device),
-        target=ids[0],
-        token_weights=None,
-        sequence_ids=torch.zeros_like(ids[0]),
-        num_sequences=1,
-    )
-    logps_N = scorer(batch)
-    logits_NV = scorer.model(input_ids=ids, attention_mask=batch.attention_mask).logits[0]
-    expected_N = F.log_softmax(logits_NV.float(), -1).gather(1, batch.target[:, None])[:, 0]
-    # bf16 and fp16 logits are rounded to 3 digits before their softmax
-    tolerance = 1e-3 if logits_NV.dtype == torch.float32 else 0.25
-    if not torch.allclose(logps_N, expected_N, rtol=tolerance, atol=tolerance):
-        worst = (logps_N - expected_N).abs().max().item()
-        raise ConfigError(
-            f"model.name_or_path: {type(scorer.model).__name__} does more to its logits than a "
-            f"linear head, a scale and a softcap (log-probabilities differ by {worst:.3g} nats); "
-            "this family is not supported"
         )

@@ -5,6 +5,7 @@ order of arithmetic do not depend on how many ranks there are.
 """
 
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.utils.checkpoint import checkpoint
 
-from fastpref.errors import ConfigError
+from fastpref.blocks import find_blocks
 from fastpref.model import TokenScorer
 
 
@@ -40,18 +42,12 @@ def parallelize(
         mesh: One dimension, every rank.
         compute_dtype: What parameters are cast to for forward and backward; gradients are
             reduced in float32.
-        block_name: Class of the transformer blocks, None for the ones the model itself names.
+        block_name: Class of the transformer blocks, None: found from the model.
         activation_checkpointing: Recompute each block's activations in the backward.
         compile: Compile each block with torch.compile; attention stays what it is.
         trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
     """
-    scorer.train(trainable)
     scorer.requires_grad_(trainable)
-    if activation_checkpointing and trainable:
-        # the old name goes in transformers 6, the new one is not in 5.17
-        old_name = scorer.model.gradient_checkpointing_enable
-        enable = getattr(scorer.model, "activation_checkpointing_enable", old_name)
-        enable({"use_reentrant": False})
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -60,7 +56,9 @@ def parallelize(
     for block in find_blocks(scorer.model, block_name):
         if compile:
             # of any length at once: packed rows are hardly ever equally long
-            block.compile(dynamic=True)
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if activation_checkpointing and trainable:
+            recompute_in_backward(block)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_block)
     # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
     fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
@@ -74,27 +72,19 @@ def parallelize(
     return scorer
 
 
-def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
-    """The transformer blocks, by class name.
+def recompute_in_backward(block: nn.Module) -> None:
+    """Keep a block's inputs alone for the backward, and compute its activations again there.
 
-    Raises:
-        ConfigError: no module of the model is of that class.
+    Not by transformers' own switch, which asks for training mode, and with it for whatever draws
+    random numbers in that mode. Hooks on the block, FSDP2's, stay outside.
     """
-    names = {block_name} if block_name else set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
-    if not blocks:
-        repeated = {
-            type(layer).__name__
-            for module in model.modules()
-            if isinstance(module, nn.ModuleList)
-            for layer in module
-        }
-        raise ConfigError(
-            f"model.block_name: {type(model).__name__} has no module of class "
-            f"{' or '.join(sorted(names)) or '(none named by the model)'}; "
-            f"its repeated blocks are {', '.join(sorted(repeated)) or 'unknown'}"
-        )
-    return blocks
+    forward = block.forward
+
+    @wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    block.forward = recomputed
 
 
 def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:

@@ -76,19 +76,6 @@ def _nearest_neighbour(path: Path) -> str:
     return hint(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
 
 
-def switch_off_dropout(model: nn.Module) -> None:
-    """Set every dropout probability of a built model to zero; its config keeps what it said.
-
-    Preference losses compare two models token by token: dropout would be noise in every log-ratio
-    (the seed repositories switch it off as well).
-    """
-    for module in model.modules():
-        for name, value in vars(module).items():
-            is_probability = isinstance(value, float) and ("dropout" in name or "pdrop" in name)
-            if is_probability or (isinstance(module, nn.Dropout) and name == "p"):
-                setattr(module, name, 0.0)
-
-
 def load_model(
     name: str,
     *,
@@ -123,7 +110,6 @@ def load_model(
     model = _load_complete(name, revision=revision, dtype=dtype, **options)
     if weights is not None:
         _fill(model, weights, archive)
-    switch_off_dropout(model)
     return model
 
 
@@ -168,7 +154,6 @@ def build_empty(
     # pages that nobody writes cost no memory, so every rank of a node can hold such a model
     model = model.to_empty(device="cpu")
     model.tie_weights()
-    switch_off_dropout(model)
     return model
 
 
@@ -215,9 +200,18 @@ def read_vocab_size(name: str, revision: str | None = None) -> int:
     return load_config(adapter_base(name) or name, revision).get_text_config().vocab_size
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """What fills a row: the tokenizer's padding token, else EOS. Never scored or attended to."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
+    """What fills a row: the tokenizer's padding token, else EOS, else token 0. Never scored or
+    attended to, but looked up all the same, so it has a row in the embedding.
+
+    Args:
+        tokenizer: Its padding token may have been added to it alone.
+        num_embeddings: Rows of the model's embedding.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None and token_id < num_embeddings:
+            return token_id
+    return 0
 
 
 def _from_hub(factory: Any, name: str, **options: Any) -> Any:

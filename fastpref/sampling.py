@@ -47,7 +47,7 @@ def sample_responses(
         The decoded responses, without prompt and special tokens; None if a signal came.
     """
     responses: list[str] = []
-    pad = pad_token_id(tokenizer)
+    pad = pad_token_id(tokenizer, scorer.num_embeddings)
     devices = [world.device] if world.device.type == "cuda" else []
     criteria = StoppingCriteriaList([StopOnSignal(stop)] if world.size == 1 else [])
     was_training = scorer.training

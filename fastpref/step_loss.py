@@ -32,7 +32,7 @@ class StepLoss:
         self._score = _choose_scores(objective, policy, reference)
         # behind a softcap the mean of the logits is not linear in the hidden states
         has_values = objective.losses_of_values is not None
-        self._from_values = has_values and policy.logit_transform.softcap is None
+        self._from_values = has_values and policy.path.softcap is None
 
     def compute(self, batch: PackedBatch, step: int | None) -> tuple[Tensor, Metrics]:
         """Losses and metrics of a micro-batch.

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from fastpref.assembly import load_frozen_scorer
 from fastpref.attention_choice import Packing
 from fastpref.batch import EncodedRow, PackedBatch, pad_rows
 from fastpref.columns import EncodedColumns
@@ -26,6 +25,7 @@ from fastpref.model import TokenScorer
 from fastpref.packing import pack_rows, plan_step
 from fastpref.pretrained import pad_token_id
 from fastpref.progress import Progress
+from fastpref.scorers import load_frozen_scorer
 from fastpref.signals import StopRequest
 from fastpref.weight_shards import PairLogps, Shards
 from fastpref.weights_file import ModelOrigin
@@ -170,7 +170,8 @@ def score_rows(
         dealt = batches[first : first + world.size]
         # a rank without a batch takes part in the collectives of sharded models all the same
         places = dealt[world.rank] if world.rank < len(dealt) else []
-        batch = build_batch([rows[i] for i in places], packing, tokenizer)
+        filler = pad_token_id(tokenizer, scorer.num_embeddings)
+        batch = build_batch([rows[i] for i in places], packing, filler)
         logps_N = scorer(batch.to(world.device)).float().cpu().numpy()
         mine += zip(places, split_sequences(logps_N, batch), strict=True)
         progress.advance([rows[i] for batch_places in dealt for i in batch_places])
@@ -182,9 +183,8 @@ def score_rows(
     return [by_place[i] for i in range(len(rows))]
 
 
-def build_batch(rows: Sequence[EncodedRow], packing: Packing | None, tokenizer: Any) -> PackedBatch:
-    """Rows as one batch for the scorer; none of them is a batch too."""
-    filler = pad_token_id(tokenizer)
+def build_batch(rows: Sequence[EncodedRow], packing: Packing | None, filler: int) -> PackedBatch:
+    """Rows as one batch for the scorer, padded with `filler`; none of them is a batch too."""
     if packing is None:
         return pad_rows(rows, pad_token_id=filler)
     return pack_rows(rows, pad_token_id=filler, share_prompt=packing.share_prompt)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.batch import EncodedRow
-from fastpref.pretrained import resolve_model, switch_off_dropout
+from fastpref.pretrained import resolve_model
 
 WORDS = ["the", "one", "red", "blue", "green", "cat", "dog", "bird", "sees", "finds", "old", "new"]
 
@@ -67,7 +67,6 @@ def build_model(family: str, **overrides):
     # the default initialisation is so small that every logit is nearly equal
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)
-    switch_off_dropout(model)
     return model.train()
 
 

@@ -1,0 +1,90 @@
+"""How long a sequence a model can take: tables of positions, and what it was trained for."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_target_positions",
+    "model_max_length",
+)
+
+
+def config_value(config: Any, name: str) -> Any:
+    """A value of a transformers config; None where it is absent or differs from layer to layer."""
+    try:
+        return getattr(config, name, None)
+    # such a value cannot be read off the whole model's config
+    except RuntimeError:
+        return None
+
+
+def declared_positions(config: Any) -> int | None:
+    """Positions of a model by its config, None if it names none."""
+    config = config.get_text_config()
+    for name in _NAMES:
+        value = config_value(config, name)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None
+
+
+def position_limit(model: Any) -> int | None:
+    """Longest sequence that a table of positions allows (GPT-2, GPT-J, OPT); None without a table.
+
+    Args:
+        model: A causal LM of transformers; weights are not looked at.
+    """
+    declared = declared_positions(model.config)
+    if declared is None:
+        return None
+    embedding = model.get_input_embeddings()
+    for module in model.get_decoder().modules():
+        is_table = isinstance(module, nn.Embedding) and module is not embedding
+        # OPT and BART keep two rows in front of the first position
+        if is_table and declared <= module.num_embeddings <= declared + 2:
+            # RoBERTa counts positions from behind that of its padding
+            return declared - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if any(declared in table.shape[:-1] for table in _tables(module)):
+            return declared
+    return None
+
+
+def _tables(module: nn.Module) -> Iterator[Tensor]:
+    """Tensors of a module that are no parameters and may hold something for every position."""
+    values = {**vars(module), **module._buffers}
+    for name, value in values.items():
+        # caches of rotary angles, which grow
+        if isinstance(value, Tensor) and value.dim() > 1 and not name.startswith(("cos", "sin")):
+            yield value
+
+
+def trained_positions(config: Any) -> int | None:
+    """Tokens that a model without a table was made for, scaling of its rotary angles included.
+
+    Args:
+        config: Of the model, of transformers.
+    """
+    declared = declared_positions(config)
+    if declared is None:
+        return None
+    longest = declared
+    for scaling in _rope_parameters(config.get_text_config()):
+        # YaRN leaves max_position_embeddings at what was trained and multiplies
+        original = scaling.get("original_max_position_embeddings")
+        if original and scaling.get("factor"):
+            longest = max(longest, int(original * scaling["factor"]))
+    return longest
+
+
+def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
+    parameters = config_value(config, "rope_parameters") or config_value(config, "rope_scaling")
+    if not isinstance(parameters, dict):
+        return
+    yield parameters
+    # one set for each kind of layer
+    yield from (value for value in parameters.values() if isinstance(value, dict))
