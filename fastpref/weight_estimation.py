@@ -92,7 +92,7 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     if world.is_main:
         for job in jobs:
             log_audit(job.counts)
-        log_missing_bos(jobs[0].counts, tokenizer)
+        log_missing_bos([job.counts for job in jobs], tokenizer)
     unfinished = []
     for job in jobs:
         if not is_finished(job, world):
