@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, first_line
 from fastpref.messages import Messages
 from fastpref.rendered_parts import field_left_out, prompt_is_left_out
 from fastpref.row_values import RowError
@@ -77,10 +77,11 @@ class ChatFormat:
             raise
         # a template is a program, and whatever Python raises may come out of it
         except Exception as error:
+            reason = first_line(error)
             if type(error) is TemplateError:
-                raise RowError(f"the chat template refuses the messages: {error}") from None
+                raise RowError(f"the chat template refuses the messages: {reason}") from None
             raise RowError(
-                f"the chat template fails on the messages: {type(error).__name__}: {error}"
+                f"the chat template fails on the messages: {type(error).__name__}: {reason}"
             ) from None
         return text
 

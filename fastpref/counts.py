@@ -11,6 +11,7 @@ import numpy as np
 
 from fastpref.checks import listed
 from fastpref.errors import DataError
+from fastpref.rows import MALFORMED
 
 logger = logging.getLogger("fastpref")
 
@@ -165,7 +166,7 @@ def count_rows(
     Args:
         split, source: Their names.
         drop: Reason to leave each row out, "" to keep it. (rows,)
-        note: Message of a malformed row; in a kept one the field that is not rendered. (rows,)
+        note: Message of a malformed row; in others the field that is not rendered, or "". (rows,)
         row: Line in the source. (rows,) int64
         group: Number of the prompt. (rows,) int64
         remarks: A set of `Remark` bits. (rows,) int32
@@ -177,7 +178,11 @@ def count_rows(
     first_dropped = {}
     for reason in dropped:
         index = drop.index(reason)
-        first_dropped[reason] = note[index] or f"{source}:{row[index]}"
+        first_dropped[reason] = f"{source}:{row[index]}"
+        if reason == MALFORMED:
+            first_dropped[reason] = note[index]
+        elif note[index]:
+            first_dropped[reason] += f":{note[index]}, which the chat template leaves out"
     kept = np.flatnonzero([not reason for reason in drop])
     remark_counts, first_remarks = {}, {}
     for remark in Remark:
@@ -220,7 +225,7 @@ def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
     if num_identical > MAX_IDENTICAL * counts.kept:
         raise DataError(
             f"{name}: chosen equals rejected in {_share(num_identical, counts.kept)} pairs, "
-            f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer"
+            f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer{_not_rendered(counts)}"
         )
 
 
@@ -262,6 +267,15 @@ def log_audit(counts: AuditCounts) -> None:
         logger.info(line)
     for line in warnings:
         logger.warning(line)
+
+
+def _not_rendered(counts: AuditCounts) -> str:
+    """What may have made responses equal, to end a message with."""
+    remark = Remark.RESPONSE_NOT_RENDERED
+    if remark not in counts.remarks:
+        return ""
+    rows = _share(counts.remarks[remark], counts.kept)
+    return f"; {REMARK_TEXTS[remark]} in {rows} of them (first: {counts.first_remarks[remark]})"
 
 
 def _dropped_text(counts: AuditCounts) -> str:

@@ -6,6 +6,7 @@ What the tokens of a row are stands in `row_tokens`; here EOS is appended to the
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,7 +120,7 @@ def load_split(
     if not quiet:
         log_audit(joined.audit)
         if split == SPLITS[0]:
-            log_missing_bos(joined.audit, tokenizer)
+            log_missing_bos([joined.audit], tokenizer)
     return joined
 
 
@@ -208,10 +209,11 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def log_missing_bos(counts: AuditCounts, tokenizer: Any) -> None:
+def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
     """Say that texts get no BOS where the tokenizer by itself begins every text with it."""
     [ids] = tokenizer(["a"], verbose=False)["input_ids"]
-    if counts.text_rows and ids and ids[0] == tokenizer.bos_token_id:
+    has_texts = any(counts.text_rows for counts in audits)
+    if has_texts and ids and ids[0] == tokenizer.bos_token_id:
         logger.info(
             "no %s is put before prompts that are texts, though this tokenizer begins every text "
             "with it: the rule of the seed repositories; a prompt may spell it",

@@ -99,7 +99,7 @@ def encode_row(
         RowError: weights that do not fit the tokens.
     """
     if tokens.drop:
-        return EncodedPair(drop=tokens.drop)
+        return EncodedPair(drop=tokens.drop, note=tokens.note)
     prompt, responses = tokens.prompt, list(tokens.responses)
     remarks = Remark(row["remarks"]) | tokens.remarks
     weights: list[list[float]] = []

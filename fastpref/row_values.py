@@ -23,7 +23,8 @@ class RowError(ValueError):
     def at(self, source: str, number: int) -> str:
         """The message behind its place, "train.jsonl:8:chosen: chosen is null"."""
         place = f"{source}:{number}:{self.field}" if self.field else f"{source}:{number}"
-        return f"{place}: {self}"
+        # a message may quote half a surrogate pair, which nothing can print
+        return f"{place}: {self}".encode(errors="backslashreplace").decode()
 
 
 def kind(value: Any) -> str:

@@ -98,7 +98,7 @@ def _estimate(config: Config, world: World) -> list[WeightsReport]:
     if world.is_main:
         for job in jobs:
             log_audit(job.counts)
-        log_missing_bos(jobs[0].counts, tokenizer)
+        log_missing_bos([job.counts for job in jobs], tokenizer)
     finished = world.on_main(lambda: [is_finished(job) for job in jobs])
     unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
     reports: list[WeightsReport] = []

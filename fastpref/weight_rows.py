@@ -221,7 +221,7 @@ def _row_outcome(
             raise RowError(f"{tokens}{beside}", tokens.field)
         assert isinstance(plain, RowTokens)
         if tokens.drop:
-            return _RowOutcome({}, drop=tokens.drop)
+            return _RowOutcome({}, drop=tokens.drop, note=tokens.note)
         if tokens.responses != plain.responses:
             raise RowError(
                 f"beside the template {text!r:.60} the responses are other tokens than without it, "

@@ -93,12 +93,20 @@ def test_what_a_template_leaves_out_is_counted_with_its_first_place(tmp_path, ca
     assert "train.jsonl:2:chosen.content)" in caplog.text
 
 
+def test_responses_that_differ_in_what_is_left_out_alone_are_nothing_to_prefer(tmp_path):
+    rows = [chat("<think>a</think>yes", "<think>b</think>yes", f"Q{i}") for i in range(3)]
+    with pytest.raises(DataError, match=r"equals rejected in 3 of 3 .* leaves out .*:1:chosen\."):
+        encode(tmp_path, rows, byte_level_tokenizer(QWEN3))
+
+
 def test_a_response_that_is_rendered_empty_is_dropped_or_refused_when_strict(tmp_path):
     tokenizer = byte_level_tokenizer(QWEN3)
     rows = [chat(), chat(calling({})), chat("a", say("assistant", "", reasoning_content="b"))]
     split = encode(tmp_path, rows, tokenizer, data={"max_dropped": 0.9})
     assert split.audit.dropped == {"empty response": 2}
-    assert split.audit.first_dropped["empty response"].endswith("train.jsonl:2")
+    assert split.audit.first_dropped["empty response"].endswith(
+        "train.jsonl:2:chosen.tool_calls.function.name, which the chat template leaves out"
+    )
     with pytest.raises(DataError, match=r"train\.jsonl:2: empty response \(data\.strict=true\)"):
         encode(tmp_path, rows, tokenizer, data={"strict": True})
 

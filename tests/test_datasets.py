@@ -89,6 +89,16 @@ def test_a_malformed_line_is_named_by_file_line_and_field(tmp_path, line, named)
     assert len(rows.dataset) == 9
 
 
+def test_a_row_of_half_surrogates_can_be_named_and_skipped(tmp_path):
+    odd = rb'{"prompt": [{"\ud800": 1}], "chosen": [], "rejected": []}'
+    named = rb'{"prompt": "Q", "chosen": "a", "rejected": "b", "\ud800": 1}'
+    write_bytes(tmp_path, lines(pairs(2)) + odd + b"\n" + named + b"\n")
+    assert r"train.jsonl:3:prompt: prompt[0] has no role; keys found: \ud800" in refusal(tmp_path)
+    counts = read(tmp_path, data={"on_error": "skip"}).counts
+    assert counts.dropped == {"malformed row": 1}
+    assert list(counts.unread.values()) == [[r"\ud800"]]
+
+
 def test_invalid_bytes_are_named_by_their_offset_in_the_file(tmp_path):
     start = b"\xef\xbb\xbf" + lines(pairs(2))
     write_bytes(tmp_path, start + b'{"prompt": "\xe9"}')
