@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.attention_kernels import (
     PackedAttention,
-    attend_by_segment,
+    attend_in_groups,
     attend_in_math,
     attend_to_all,
     attend_varlen,
@@ -109,7 +109,7 @@ def build_attention(name: str) -> PackedAttention:
         case "eager":
             return PackedAttention(name=name, attend=attend_in_math)
         case "sdpa":
-            return PackedAttention(name=name, attend=attend_by_segment, prepare=prepare_segments)
+            return PackedAttention(name=name, attend=attend_in_groups, prepare=prepare_segments)
         case "varlen":
             return PackedAttention(name=name, attend=partial(attend_varlen, torch_varlen_kernel()))
         case "flex":

@@ -124,8 +124,9 @@ def choose_attention(
     )
 
 
-ON_GPU = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen", "flex")
-"""Fastest first."""
+ON_GPU = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen")
+"""Fastest first. FlexAttention is compiled, which took three quarters of a minute in float32 (H200,
+torch 2.11): only who asks for it by name waits for that."""
 
 
 def attention_problem(

@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastpref.attention_cpu import GroupedAttention, SegmentGroup, group_segments
+from fastpref.attention_groups import (
+    GroupedAttention,
+    SegmentGroup,
+    group_segments,
+    takes_flash_on_cpu,
+)
 from fastpref.batch import Segment, SegmentLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, float, float | None], Tensor]
@@ -85,20 +89,18 @@ def attend_to_all(
 
 
 class PreparedSegments(NamedTuple):
-    """What `attend_by_segment` takes."""
+    """What `attend_in_groups` takes."""
 
     layout: SegmentLayout
     groups: tuple[SegmentGroup, ...]
-    """On a CPU."""
 
 
 def prepare_segments(layout: SegmentLayout) -> PreparedSegments:
-    """Segments of like length together, where that is how they are computed."""
-    on_cpu = layout.plain_offsets.device.type == "cpu"
-    return PreparedSegments(layout, group_segments(layout) if on_cpu else ())
+    """Segments of like length together."""
+    return PreparedSegments(layout, group_segments(layout))
 
 
-def attend_by_segment(
+def attend_in_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,31 +108,11 @@ def attend_by_segment(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Torch's scaled-dot-product attention, one call a segment, or a group of them on a CPU."""
+    """Torch's scaled-dot-product attention, one call a group of segments of like length."""
     if softcap is not None:
         return attend_in_math(query, key, value, prepared.layout, scale, softcap)
-    if query.device.type == "cpu":
-        return GroupedAttention.apply(query, key, value, prepared.groups, scale)
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    outputs = []
-    for segment, keys in _segments(prepared.layout, key):
-        queries = query[:, :, segment.start : segment.stop]
-        plain = segment.prefix_start == segment.prefix_stop
-        mask = None if plain else _additive_mask(segment, query)
-        output = F.scaled_dot_product_attention(
-            queries, keys, _keys_of(value, segment), mask, is_causal=plain, scale=scale
-        )
-        outputs.append(output.transpose(1, 2))
-    return torch.cat(outputs, dim=1)
-
-
-def _additive_mask(segment: Segment, query: Tensor) -> Tensor:
-    """(R, K): 0 where a branch's query may attend to its prefix's and its own keys, else -inf."""
-    R = segment.stop - segment.start
-    prefix_tokens = segment.prefix_stop - segment.prefix_start
-    mask = query.new_full((R, prefix_tokens + R), float("-inf"))
-    return mask.triu_(prefix_tokens + 1)
+    on_cpu = takes_flash_on_cpu(query, value)
+    return GroupedAttention.apply(query, key, value, prepared.groups, scale, on_cpu)
 
 
 def _segments(layout: SegmentLayout, key: Tensor) -> Iterator[tuple[Segment, Tensor]]:

@@ -1,4 +1,4 @@
-"""Packed attention on a CPU: torch's flash kernels over groups of segments of like length.
+"""Packed attention by torch's own kernels, over groups of segments of like length.
 
 A call for every segment costs more than the attention itself where segments are short, and autograd
 would turn every slice into a tensor as long as the row. Both are avoided here.
@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastpref.batch import SegmentLayout
 
 LONG_KEYS = 128
-"""From this many keys on a segment is computed alone: it keeps the kernel busy by itself."""
+"""From this many keys on a segment is computed alone on a CPU: it keeps the kernel busy by itself.
+A GPU is never busy with one."""
+MAX_SCORES = 2**24
+"""Scores of a group on a GPU, at most: its mask takes 4 bytes for each."""
 MAX_PADDING = 1.5
 """Scores computed for a group, padding included, over those of its segments, at most."""
 
@@ -44,9 +48,16 @@ class SegmentGroup(NamedTuple):
         """As torch's kernels take it."""
         return {"is_causal": self.mask is None, "attn_mask": self.mask}
 
+    def to(self, device: torch.device) -> "SegmentGroup":
+        """The same group on a device."""
+        moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in self]
+        return SegmentGroup(*moved)
+
 
 def group_segments(layout: SegmentLayout) -> tuple[SegmentGroup, ...]:
     """The segments of a packed row in groups: plain ones, then branches."""
+    device = layout.plain_offsets.device
+    long_keys, max_scores = (LONG_KEYS, None) if device.type == "cpu" else (None, MAX_SCORES)
     segments_S4 = np.array(layout.segments, np.int64)
     tokens = segments_S4[:, 1] - segments_S4[:, 0]
     keys = tokens + segments_S4[:, 3] - segments_S4[:, 2]
@@ -55,18 +66,23 @@ def group_segments(layout: SegmentLayout) -> tuple[SegmentGroup, ...]:
         (places,) = np.nonzero((keys == tokens) == is_plain)
         # like beside like
         order = places[np.lexsort((-tokens[places], -keys[places]))]
-        for run in _runs(tokens[order].tolist(), keys[order].tolist()):
-            groups.append(_group(segments_S4[order[run]]))
+        lengths = tokens[order].tolist(), keys[order].tolist()
+        for run in _runs(*lengths, long_keys=long_keys, max_scores=max_scores):
+            groups.append(_group(segments_S4[order[run]]).to(device))
     return tuple(groups)
 
 
-def _runs(tokens: list[int], keys: list[int]) -> Iterator[slice]:
+def _runs(
+    tokens: list[int], keys: list[int], *, long_keys: int | None, max_scores: int | None
+) -> Iterator[slice]:
     """Which neighbours are computed together, from their numbers of queries and of keys."""
     start, longest, scores = 0, 0, 0
     for i, (R, K) in enumerate(zip(tokens, keys, strict=True)):
         longest, scores = max(longest, R), scores + R * K
         padded = (i + 1 - start) * longest * keys[start]
-        if i > start and (keys[start] >= LONG_KEYS or padded > MAX_PADDING * scores):
+        is_long = long_keys is not None and keys[start] >= long_keys
+        is_large = max_scores is not None and padded > max_scores
+        if i > start and (is_long or is_large or padded > MAX_PADDING * scores):
             yield slice(start, i)
             start, longest, scores = i, R, R * K
     if tokens:
@@ -105,8 +121,20 @@ def _places(places_SL: np.ndarray) -> Tensor | slice:
     return torch.from_numpy(places_SL)
 
 
+def takes_flash_on_cpu(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's flash kernel for a CPU can be called: it is no public function, and takes
+    values as wide as the keys."""
+    is_there = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    return is_there and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
+
+
 class GroupedAttention(torch.autograd.Function):
-    """The kernels behind torch's attention on a CPU, group by group, as one node of the graph."""
+    """Torch's attention, group by group, as one node of the graph.
+
+    The backward adds to a key's gradient in a fixed order. On a CPU it is that of the kernel behind
+    torch's attention; elsewhere a group's attention is computed anew and differentiated, as those
+    kernels change from version to version.
+    """
 
     @staticmethod
     def forward(
@@ -116,29 +144,29 @@ class GroupedAttention(torch.autograd.Function):
         value: Tensor,
         groups: tuple[SegmentGroup, ...],
         scale: float,
+        flash_on_cpu: bool,
     ) -> Tensor:
-        _, H, T, E = query.shape
-        output_THE = query.new_empty(T, H, E)
+        _, H, T, _ = query.shape
+        output_THE = query.new_empty(T, H, value.shape[-1])
+        attend = _attend_on_cpu if flash_on_cpu else _attend
         normalizers = []
         for group in groups:
-            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _take(query, group.queries),
-                _take(key, group.keys),
-                _take(value, group.keys),
-                scale=scale,
-                **_in_dtype(group, query.dtype).causality,
-            )
+            query_SHRE, key_SHKE, value_SHKE = _take_all((query, key, value), group)
+            inside = _in_dtype(group, query.dtype)
+            output, lse = attend(query_SHRE, key_SHKE, value_SHKE, inside, scale)
             output_THE.index_copy_(0, group.places, _kept(output, group))
-            normalizers.append(lse)
+            normalizers += [] if lse is None else [lse]
         output = output_THE[None]
         ctx.save_for_backward(query, key, value, output, *normalizers)
-        ctx.groups, ctx.scale = groups, scale
+        ctx.groups, ctx.scale, ctx.flash_on_cpu = groups, scale, flash_on_cpu
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # once: under activation checkpointing the tensors are there for one reading
         tensors = ctx.saved_tensors
+        if not ctx.flash_on_cpu:
+            return (*_gradients(tensors[:3], grads[0], ctx.groups, ctx.scale), None, None, None)
         saved, normalizers = tensors[:4], tensors[4:]
         # in bfloat16 torch's kernel takes up to four times as long as in float32
         at_least = torch.promote_types(saved[0].dtype, torch.float32)
@@ -166,7 +194,51 @@ class GroupedAttention(torch.autograd.Function):
             for total, part in zip(totals[1:], parts[1:], strict=True):
                 _add(total, group.keys, part)
         dtype = saved[0].dtype
-        return (*(total.to(dtype).transpose(0, 1)[None] for total in totals), None, None)
+        return (*(total.to(dtype).transpose(0, 1)[None] for total in totals), None, None, None)
+
+
+def _attend_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, group: SegmentGroup, scale: float
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, scale=scale, **group.causality
+    )
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, group: SegmentGroup, scale: float
+) -> tuple[Tensor, None]:
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    output = F.scaled_dot_product_attention(query, key, value, scale=scale, **group.causality)
+    return output, None
+
+
+def _gradients(
+    inputs: tuple[Tensor, ...], grad: Tensor, groups: tuple[SegmentGroup, ...], scale: float
+) -> tuple[Tensor, ...]:
+    """Those of query, key and value, from each group's attention computed anew."""
+    totals = [x.new_zeros(x.shape[2], x.shape[1], x.shape[3], dtype=torch.float32) for x in inputs]
+    for group in groups:
+        leaves = [x.detach().requires_grad_() for x in _take_all(inputs, group)]
+        upstream = _take(grad.transpose(1, 2), group.queries)
+        if len(group.padding):
+            # a group with padding is a copy
+            _tokens(upstream).index_fill_(0, group.padding, 0)
+        query, key, value = leaves
+        with torch.enable_grad():
+            output, _ = _attend(query, key, value, _in_dtype(group, grad.dtype), scale)
+        parts = torch.autograd.grad(output, leaves, upstream)
+        totals[0].index_copy_(0, group.places, _kept(parts[0], group).float())
+        for total, part in zip(totals[1:], parts[1:], strict=True):
+            _add(total, group.keys, part.float())
+    return tuple(total.to(inputs[0].dtype).transpose(0, 1)[None] for total in totals)
+
+
+def _take_all(inputs: tuple[Tensor, ...], group: SegmentGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a group."""
+    query, key, value = inputs
+    return _take(query, group.queries), _take(key, group.keys), _take(value, group.keys)
 
 
 def _take(x: Tensor, places: Tensor | slice) -> Tensor:
@@ -181,8 +253,11 @@ def _add(total: Tensor, places: Tensor | slice, part: Tensor) -> None:
     """Add (S, heads, L, E) to those places of (T, heads, E)."""
     if isinstance(places, slice):
         total[places] += _tokens(part)
-    else:
+    elif total.device.type == "cpu":
         total.index_add_(0, places.flatten(), _tokens(part))
+    else:
+        # index_add_ adds in any order there
+        total.index_put_((places.flatten(),), _tokens(part), accumulate=True)
 
 
 def _tokens(x: Tensor) -> Tensor:
