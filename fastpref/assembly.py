@@ -24,16 +24,16 @@ from fastpref.frozen_storage import compute_in, frozen_dtype
 from fastpref.liger import choose_liger, replace_layers
 from fastpref.metrics import MetricsLog
 from fastpref.model import TokenScorer, check_head
+from fastpref.model_paths import resolve_model
 from fastpref.objectives import Objective, build_objective
 from fastpref.optim import build_optimizer, build_scheduler
 from fastpref.parallelize import parallelize, send_weights
 from fastpref.pretrained import (
     build_empty,
     load_model,
-    load_tokenizer,
+    load_model_tokenizer,
     pad_token_id,
     read_vocab_size,
-    resolve_model,
 )
 from fastpref.reference import EvaluateFn, build_evaluate_fn
 from fastpref.sampler import GlobalOrder
@@ -107,9 +107,8 @@ def load_data(config: Config, world: World) -> Data:
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     check_sources(config, splits)
     main_first(world, "rows", lambda: [read_rows(config, split, quiet=quiet) for split in splits])
-    name = resolve_model(config.model.tokenizer_name_or_path or config.model.name_or_path)
-    tokenizer = load_tokenizer(name, config.model.revision)
     vocab_size = read_vocab_size(resolve_model(config.model.name_or_path), config.model.revision)
+    tokenizer = load_model_tokenizer(config.model)
 
     def encode() -> list[PreferenceSplit]:
         return [

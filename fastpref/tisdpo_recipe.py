@@ -39,7 +39,7 @@ from fastpref.config import (
 )
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, InterruptionError, PreemptionError
-from fastpref.pretrained import EXPORT_FOLDER
+from fastpref.model_paths import EXPORT_FOLDER
 from fastpref.trainer import train
 from fastpref.weight_estimation import estimate_weights
 from fastpref.weights_report import WeightsReport

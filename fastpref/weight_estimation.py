@@ -31,7 +31,8 @@ from fastpref.encode import tokenize, tokenizer_digest
 from fastpref.encode_row import without_final_eos
 from fastpref.errors import CheckpointError, DataError
 from fastpref.model_identity import model_identity, side_model
-from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
+from fastpref.model_paths import resolve_model
+from fastpref.pretrained import load_model_tokenizer, read_vocab_size
 from fastpref.role_templates import apply_to_messages, apply_to_text, template_text
 from fastpref.row_cache import code_digest
 from fastpref.rows import EMPTY_PROMPT, RowError
@@ -157,14 +158,7 @@ def shared_tokenizer(config: Config, sides: Sequence[Side]) -> Any:
         CheckpointError: their vocabularies differ, so their tokens cannot be compared.
     """
     positive, negative = (
-        load_tokenizer(
-            resolve_model(
-                config.model.tokenizer_name_or_path or side.model.name_or_path,
-                key=f"weights.{side.label}",
-            ),
-            side.model.revision,
-        )
-        for side in sides
+        load_model_tokenizer(side.model, key=f"weights.{side.label}") for side in sides
     )
     if positive.get_vocab() != negative.get_vocab():
         raise CheckpointError(

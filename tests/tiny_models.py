@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.batch import EncodedRow
-from fastpref.pretrained import resolve_model, switch_off_dropout
+from fastpref.model_paths import resolve_model
+from fastpref.pretrained import switch_off_dropout
 
 WORDS = ["the", "one", "red", "blue", "green", "cat", "dog", "bird", "sees", "finds", "old", "new"]
 
