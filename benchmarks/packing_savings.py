@@ -17,7 +17,8 @@ import torch
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.encode import load_split
 from fastpref.feed import RowLayout, Split
-from fastpref.pretrained import load_tokenizer, pad_token_id, read_vocab_size, resolve_model
+from fastpref.model_paths import resolve_model
+from fastpref.pretrained import load_tokenizer, pad_token_id, read_vocab_size
 from fastpref.sampler import GlobalOrder
 
 

@@ -19,13 +19,13 @@ from fastpref.feed import RowLayout, Split
 from fastpref.liger import choose_liger
 from fastpref.metrics import MetricsLog, first_loss_tolerance
 from fastpref.model import TokenScorer
+from fastpref.model_paths import resolve_model
 from fastpref.objectives import Objective, build_objective
 from fastpref.optim import build_optimizer, build_scheduler
 from fastpref.pretrained import (
-    load_tokenizer,
+    load_model_tokenizer,
     pad_token_id,
     read_vocab_size,
-    resolve_model,
 )
 from fastpref.sampler import GlobalOrder
 from fastpref.scorers import (
@@ -106,9 +106,8 @@ def load_data(config: Config, world: World) -> Data:
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     check_sources(config, splits)
     main_first(world, lambda: [read_rows(config, split, quiet=quiet) for split in splits])
-    name = resolve_model(config.model.tokenizer_name_or_path or config.model.name_or_path)
-    tokenizer = load_tokenizer(name, config.model.revision)
     vocab_size = read_vocab_size(resolve_model(config.model.name_or_path), config.model.revision)
+    tokenizer = load_model_tokenizer(config.model)
 
     def encode() -> list[PreferenceSplit]:
         return [

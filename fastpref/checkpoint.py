@@ -16,7 +16,7 @@ from fastpref.config import Config, computed_exp_name, config_to_yaml
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, ConfigError, first_line
 from fastpref.model import TokenScorer
-from fastpref.pretrained import EXPORT_FOLDER
+from fastpref.model_paths import EXPORT_FOLDER
 
 logger = logging.getLogger("fastpref")
 

@@ -4,17 +4,16 @@ Float32 holds every bfloat16 and float16 number, so a block whose parameters are
 runs computes what it would if they had been widened at load, bit for bit, in half the memory.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fastpref.config import ModelConfig
 from fastpref.exact_arithmetic import cast_in_forward
-from fastpref.pretrained import adapter_base, build_meta, resolve_model
+from fastpref.model_paths import find_layers, local_folder, resolve_model
+from fastpref.pretrained import build_meta
 
 WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]
 """What transformers loads; variants such as model.fp16.safetensors are not it."""
@@ -39,7 +38,7 @@ def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
         return config.policy_dtype
     name = resolve_model(config.name_or_path)
     # an archive brings other weights, and an adapter's are added to the model's
-    has_own_weights = config.archive is None and adapter_base(name) is None
+    has_own_weights = config.archive is None and not find_layers(name, config.revision).adapters
     if config.compute_dtype != "float32" or not has_own_weights:
         return config.compute_dtype
     dtypes = checkpoint_dtypes(name, config.revision)
@@ -61,11 +60,9 @@ def checkpoint_dtypes(name: str, revision: str | None) -> set[str]:
         An empty set if there are no such files or one of them is damaged.
     """
     try:
-        folder = name
-        if not Path(name).is_dir():
-            folder = snapshot_download(name, revision=revision, allow_patterns=WEIGHT_FILES)
+        folder = local_folder(name, revision, WEIGHT_FILES)
         dtypes: set[str] = set()
-        for path in (path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)):
+        for path in (path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
             with safe_open(path, "pt") as file:
                 keys = file.keys()
                 dtypes |= {file.get_slice(key).get_dtype() for key in keys}

@@ -4,7 +4,9 @@ import hashlib
 from pathlib import Path
 
 from fastpref.config import ModelConfig
-from fastpref.pretrained import adapter_base, load_config, resolve_model
+from fastpref.model_configs import load_base_config
+from fastpref.model_paths import find_layers, resolve_model
+from fastpref.reading import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
 CONFIG_FILES = ("config.json", "adapter_config.json")
@@ -38,14 +40,16 @@ def model_identity(model: ModelConfig) -> str:
 
 
 def _add_model(digest: "hashlib._Hash", name: str, revision: str | None) -> None:
-    folder = Path(name)
-    if not folder.is_dir():
-        commit = load_config(name, revision)._commit_hash
-        digest.update(f"{name}@{commit}".encode())
-        return
-    base = adapter_base(name)
-    if base is not None:
-        _add_model(digest, base, None)
+    layers = find_layers(name, revision)
+    if not Path(layers.base).is_dir():
+        commit = load_base_config(layers)._commit_hash
+        digest.update(f"{layers.base}@{commit}".encode())
+    for folder in (layers.base, *layers.adapters):
+        if Path(folder).is_dir():
+            _add_folder(digest, Path(folder))
+
+
+def _add_folder(digest: "hashlib._Hash", folder: Path) -> None:
     _add_files(
         digest,
         [
@@ -58,7 +62,7 @@ def _add_model(digest: "hashlib._Hash", name: str, revision: str | None) -> None
 
 def _add_files(digest: "hashlib._Hash", paths: list[Path]) -> None:
     for path in paths:
-        with path.open("rb") as file:
+        with reading(path.name, str(path.parent)), path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").digest()
         digest.update(path.name.encode() + content)
 

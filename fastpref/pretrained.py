@@ -1,79 +1,27 @@
-"""Where models and tokenizers come from: folders, runs, seed-format archives, the hub."""
+"""Models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
 
-import json
 import logging
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fastpref.checks import hint
-from fastpref.errors import CheckpointError, ConfigError, first_line
+from fastpref.adapters import adapt_config, check_adapter, merge_adapter
+from fastpref.archives import read_policy
+from fastpref.config import ModelConfig
+from fastpref.errors import CheckpointError, ConfigError
+from fastpref.full_weights import load_checkpoint, load_weights, named_weights
+from fastpref.model_configs import load_base_config
+from fastpref.model_paths import (
+    find_layers,
+    nearest_neighbour,
+    resolve_model,
+    resolve_tokenizer,
+)
+from fastpref.reading import reading
 
 logger = logging.getLogger("fastpref")
-
-EMBEDDED = "tiny"
-"""The name of the model that ships with the package."""
-
-EXPORT_FOLDER = "LATEST"
-"""The folder of a run that holds the trained model in Hugging Face form."""
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-"""What makes a folder a LoRA adapter of peft: its weights are merged into those of its base."""
-
-
-def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
-    """The folder (or hub name) that a model option means.
-
-    Accepts the embedded model's name, a Hugging Face folder, a peft adapter folder, a run folder
-    (its `LATEST/` is taken), `…/LATEST/policy.pt` of a run that wrote a folder instead, and hub
-    names.
-
-    Args:
-        name_or_path: What the user wrote.
-        key: The option it was written under, for the message.
-
-    Raises:
-        CheckpointError: it looks like a path and nothing usable lies there.
-    """
-    if name_or_path == EMBEDDED and not Path(name_or_path).exists():
-        return str(files("fastpref") / "assets" / EMBEDDED)
-    path = Path(name_or_path).expanduser()
-    if path.name == "policy.pt" and not path.exists():
-        path = path.parent
-    # the TIS-DPO README downloads to models/NAME and trains from models/ORGANISATION/NAME
-    shorter = path.parent.parent / path.name
-    for folder in (path, path / EXPORT_FOLDER, shorter):
-        if (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
-            if folder is shorter:
-                logger.warning("%s: no folder %s, taking %s", key, path, folder)
-            return str(folder)
-    if path.is_dir():
-        raise CheckpointError(
-            f"{key}: {path} holds no model; expected config.json and weights in it or in its "
-            f"{EXPORT_FOLDER}/, found {sorted(child.name for child in path.iterdir())[:8]}"
-        )
-    if _looks_like_a_path(name_or_path):
-        raise CheckpointError(f"{key}: no folder {path}{_nearest_neighbour(path)}")
-    return name_or_path
-
-
-def _looks_like_a_path(name: str) -> bool:
-    # a hub name is NAME or ORGANISATION/NAME; a folder beside us named like the first part is ours
-    starts_like_one = name.startswith(("/", ".", "~")) or name.count("/") > 1
-    return starts_like_one or ("/" in name and Path(name).parent.is_dir())
-
-
-def _nearest_neighbour(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    return hint(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
 
 
 def load_model(
@@ -98,52 +46,58 @@ def load_model(
     Raises:
         CheckpointError: it cannot be found, or its weights do not fill the model.
     """
-    weights = _archive_weights(archive) if archive else None
-    base = adapter_base(name)
-    if base is not None:
-        model = load_model(base, dtype=dtype, attention=attention)
-        merged = merge_adapter(model, name)
-        if weights is not None:
-            _fill(merged, weights, archive)
-        return merged
+    model: Any
     options = _attention_option(attention)
-    model = _load_complete(name, revision=revision, dtype=dtype, **options)
-    if weights is not None:
-        _fill(model, weights, archive)
+    if archive:
+        model = _load_archive(name, archive, dtype=dtype, attention=attention, revision=revision)
+    else:
+        layers = find_layers(name, revision)
+        for adapter in layers.adapters:
+            check_adapter(adapter)
+        # the sum of a base and an adapter is rounded once, whatever it is stored in: policy and
+        # reference are the same model
+        exact = torch.float32 if layers.adapters else dtype
+        model = load_checkpoint(layers, dtype=exact, attention=options)
+        for adapter in layers.adapters:
+            model = merge_adapter(model, adapter)
+        if exact != dtype:
+            model = load_weights(model, named_weights(model), name, dtype=dtype, attention=options)
     return model
 
 
-def _load_complete(name: str, **options: Any) -> Any:
-    """`AutoModelForCausalLM.from_pretrained`, but weights that are missing are an error: it would
-    draw them at random."""
-    model, info = _from_hub(AutoModelForCausalLM, name, output_loading_info=True, **options)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise CheckpointError(f"{name}: weights missing or of the wrong shape: {_some(wrong)}")
+def _load_archive(
+    name: str, archive: str, *, dtype: torch.dtype, attention: str, revision: str | None
+) -> Any:
+    """A model with the weights of an archive; its own are not read."""
+    path = Path(archive).expanduser()
+    if path.is_file():
+        weights = read_policy(path)
+    else:
+        folder = resolve_model(archive, key="model.archive")
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"model.archive: no file or folder {path}{nearest_neighbour(path)}"
+            )
+        weights = named_weights(load_model(folder, dtype=dtype))
+        logger.info("model.archive: weights of %s", folder)
+    empty = build_meta(name, dtype=dtype, attention=attention, revision=revision)
+    options = _attention_option(attention)
+    source = f"model.archive: {archive}"
+    model = load_weights(empty, weights, source, dtype=dtype, attention=options)
+    if path.is_file():
+        # weights of the right dtype are the file's own pages until then
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    layers = find_layers(name, revision)
+    with reading("GenerationConfig", layers.base):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                layers.base, revision=layers.revision or "main"
+            )
+        # without the file it stays what the config says
+        except OSError:
+            logger.debug("%s has no generation_config.json", layers.base)
     return model
-
-
-def adapter_base(name: str) -> str | None:
-    """The base model of a peft adapter folder, None for any other model."""
-    path = Path(name) / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    return resolve_model(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-
-
-def merge_adapter(model: Any, folder: str) -> Any:
-    """The model with an adapter's weights merged into its own.
-
-    Raises:
-        ConfigError: peft is not installed.
-    """
-    if find_spec("peft") is None:
-        raise ConfigError(f"model: {folder} is an adapter, which needs the package peft")
-    from peft import PeftModel
-
-    merged = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    logger.info("merged the adapter %s into its base model", folder)
-    return merged
 
 
 def build_empty(
@@ -161,43 +115,76 @@ def build_meta(
     name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
 ) -> Any:
     """The same model without memory: its modules, shapes and dtypes."""
-    config = _from_hub(AutoConfig, adapter_base(name) or name, revision=revision)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **_attention_option(attention))
+    layers = find_layers(name, revision)
+    config = load_base_config(layers)
+
+    def build() -> Any:
+        options = _attention_option(attention)
+        with reading("ModelForCausalLM", layers.base), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+    model = build()
+    for adapter in layers.adapters:
+        check_adapter(adapter)
+        if adapt_config(config, model, adapter):
+            model = build()
+    return model
 
 
 def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
 
 
+def read_vocab_size(name: str, revision: str | None = None) -> int:
+    """Rows of a model's embedding, without loading weights.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    layers = find_layers(name, revision)
+    if layers.adapters:
+        model = build_meta(name, dtype=torch.float32, revision=revision)
+        return model.get_input_embeddings().weight.shape[0]
+    return load_base_config(layers).get_text_config().vocab_size
+
+
+def load_model_tokenizer(model: ModelConfig, *, key: str = "model.name_or_path") -> Any:
+    """The tokenizer that a run uses: the one it names, else its model's own.
+
+    Args:
+        model: For `tokenizer_name_or_path`, `name_or_path` and `revision`.
+        key: The option that names the model.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it has no end-of-sequence token.
+    """
+    name = model.tokenizer_name_or_path or model.name_or_path
+    if name != model.name_or_path:
+        # a revision names a commit of the model's repository
+        return load_tokenizer(resolve_tokenizer(name))
+    return load_tokenizer(resolve_tokenizer(name, key=key, revision=model.revision), model.revision)
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """The tokenizer of a model.
+    """The tokenizer of a folder or hub name.
+
+    Args:
+        name: What `resolve_tokenizer` returned.
+        revision: Hub revision.
 
     Raises:
         CheckpointError: there is none.
         ConfigError: it has no end-of-sequence token, so no response could ever end.
     """
-    tokenizer = _from_hub(AutoTokenizer, name, revision=revision)
+    with reading("Tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model.tokenizer_name_or_path: the tokenizer of {name} has no end-of-sequence token; "
             "set eos_token in its tokenizer_config.json or name another tokenizer"
         )
     return tokenizer
-
-
-def load_config(name: str, revision: str | None = None) -> Any:
-    """A model's config.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    return _from_hub(AutoConfig, name, revision=revision)
-
-
-def read_vocab_size(name: str, revision: str | None = None) -> int:
-    """Rows of a model's embedding, read off its config without loading weights."""
-    return load_config(adapter_base(name) or name, revision).get_text_config().vocab_size
 
 
 def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
@@ -212,64 +199,3 @@ def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
         if token_id is not None and token_id < num_embeddings:
             return token_id
     return 0
-
-
-def _from_hub(factory: Any, name: str, **options: Any) -> Any:
-    """`factory.from_pretrained` with one readable error."""
-    try:
-        return factory.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
-            raise
-        raise CheckpointError(
-            f"model: cannot load {factory.__name__.removeprefix('Auto')} from {name}: "
-            f"{first_line(error)}"
-        ) from error
-    # of a truncated file; it derives from Exception alone
-    except SafetensorError as error:
-        raise CheckpointError(f"model: the weights in {name} are damaged: {error}") from error
-
-
-def _archive_weights(archive: str) -> dict[str, Tensor]:
-    path = Path(archive).expanduser()
-    if path.is_file():
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:
-            raise CheckpointError(f"model.archive: {path} cannot be read: {error}") from error
-        if not isinstance(saved, dict) or "state" not in saved:
-            raise CheckpointError(
-                f"model.archive: {path} is no policy archive; expected a dict with 'state'"
-            )
-        logger.info("model.archive: step %s of %s", saved.get("step_idx"), path)
-        return saved["state"]
-    folder = resolve_model(archive, key="model.archive")
-    if not Path(folder).is_dir():
-        raise CheckpointError(f"model.archive: no file or folder {path}{_nearest_neighbour(path)}")
-    model = _load_complete(folder, dtype="auto")
-    logger.info("model.archive: weights of %s", folder)
-    return model.state_dict()
-
-
-def _fill(model: nn.Module, weights: dict[str, Tensor], archive: str | None) -> None:
-    """Copy an archive's weights into the model; buffers and the second name of a tied weight may
-    be absent, nothing else."""
-    own = dict(model.named_parameters())
-    wrong_shape = [
-        name for name in own if name in weights and weights[name].shape != own[name].shape
-    ]
-    missing = [name for name in own if name not in weights]
-    if wrong_shape or missing:
-        raise CheckpointError(
-            f"model.archive: {archive} does not fit the model: "
-            f"missing {_some(missing)}, wrong shape {_some(wrong_shape)}"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(weights[name])
-
-
-def _some(names: list[str]) -> str:
-    return (
-        ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") or "none"
-    )

@@ -105,14 +105,15 @@ def audit(config: Config) -> None:
     """`task=audit`: what training would say of the data, without a model's weights."""
     from fastpref.audit import run_audit
     from fastpref.datasets import SPLITS, check_sources, read_rows
-    from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
+    from fastpref.model_paths import resolve_model
+    from fastpref.pretrained import load_model_tokenizer, read_vocab_size
 
     check_sources(config)
     for split in SPLITS:
         read_rows(config, split, quiet=False)
     name = resolve_model(config.model.name_or_path)
-    tokenizer = load_tokenizer(resolve_model(config.model.tokenizer_name_or_path or name))
-    run_audit(config, tokenizer, vocab_size=read_vocab_size(name, config.model.revision))
+    vocab_size = read_vocab_size(name, config.model.revision)
+    run_audit(config, load_model_tokenizer(config.model), vocab_size=vocab_size)
 
 
 def launch_on_every_gpu(config: Config, num_gpus: int) -> int:

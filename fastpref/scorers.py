@@ -22,15 +22,10 @@ from fastpref.liger import replace_layers
 from fastpref.logit_path import LogitPath
 from fastpref.model import TokenScorer
 from fastpref.model_checks import Findings, check_model
+from fastpref.model_paths import resolve_model
 from fastpref.parallelize import parallelize, send_weights
 from fastpref.positions import position_limit, trained_positions
-from fastpref.pretrained import (
-    adapter_base,
-    build_empty,
-    load_config,
-    load_model,
-    resolve_model,
-)
+from fastpref.pretrained import build_empty, load_model
 
 logger = logging.getLogger("fastpref")
 
@@ -49,11 +44,9 @@ def load_causal_lm(
         beside_policy: It is a reference: what of it is no parameter must be the policy's own.
 
     Raises:
-        ConfigError: it is an encoder-decoder model.
         CheckpointError: there is none, or its weights do not fill it.
     """
     name = resolve_model(config.name_or_path)
-    check_is_decoder(name, config.revision)
     stored = loaded = config.policy_dtype
     if not trainable:
         stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
@@ -94,20 +87,6 @@ def starts_exactly_equal(config: Config, findings: Findings) -> bool:
     } == {"float32", model.compute_dtype}
     compiled_apart = config.compile and config.activation_checkpointing
     return findings.repeats_exactly and stored_equal and not compiled_apart
-
-
-def check_is_decoder(name: str, revision: str | None) -> None:
-    """Refuse an encoder-decoder model, of which transformers would load the decoder alone.
-
-    Raises:
-        ConfigError: it is one.
-    """
-    config = load_config(adapter_base(name) or name, revision)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"model.name_or_path: {name} is an encoder-decoder model ({config.model_type}); only "
-            "causal language models, which have no encoder, can be trained"
-        )
 
 
 def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool) -> Findings:

@@ -36,7 +36,7 @@ from fastpref.config import (
 )
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, InterruptionError, PreemptionError
-from fastpref.pretrained import EXPORT_FOLDER
+from fastpref.model_paths import EXPORT_FOLDER
 from fastpref.report import by_metric, print_text, render
 from fastpref.signals import say_if_stopped
 from fastpref.trainer import train

@@ -33,7 +33,8 @@ from fastpref.distributed import World, main_first
 from fastpref.encode import TOKENIZING_CODE, log_missing_bos, tokenizer_digest
 from fastpref.errors import CheckpointError, DataError
 from fastpref.model_identity import model_identity, side_model
-from fastpref.pretrained import load_tokenizer, read_vocab_size, resolve_model
+from fastpref.model_paths import resolve_model
+from fastpref.pretrained import load_model_tokenizer, read_vocab_size
 from fastpref.role_templates import template_text
 from fastpref.row_cache import code_digest
 from fastpref.signals import say_if_stopped
@@ -175,14 +176,7 @@ def shared_tokenizer(config: Config, sides: Sequence[Side]) -> Any:
         CheckpointError: their vocabularies differ, so their tokens cannot be compared.
     """
     positive, negative = (
-        load_tokenizer(
-            resolve_model(
-                config.model.tokenizer_name_or_path or side.model.name_or_path,
-                key=f"weights.{side.label}",
-            ),
-            side.model.revision,
-        )
-        for side in sides
+        load_model_tokenizer(side.model, key=f"weights.{side.label}") for side in sides
     )
     if positive.get_vocab() != negative.get_vocab():
         raise CheckpointError(

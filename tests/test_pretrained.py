@@ -8,12 +8,12 @@ from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.errors import CheckpointError
+from fastpref.model_paths import resolve_model
 from fastpref.pretrained import (
     build_empty,
     load_model,
     load_tokenizer,
     read_vocab_size,
-    resolve_model,
     switch_off_dropout,
 )
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from fastpref.model_paths import resolve_model
 from fastpref.planted import generate_rows
 from fastpref.planted_tokens import planted_masks, roc_auc
-from fastpref.pretrained import resolve_model
 from fastpref.weights_html import write_html
 from fastpref.weights_plot import lay_out, plot_weights
 from fastpref.weights_report import Example, WeighedToken, WeightsReport, histogram, token_texts

@@ -1,0 +1,242 @@
+"""What the options that name a model or a tokenizer mean: folders, runs, adapters, hub names."""
+
+import json
+import logging
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import snapshot_download
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from fastpref.checks import hint
+from fastpref.errors import CheckpointError
+
+logger = logging.getLogger("fastpref")
+
+EMBEDDED = "tiny"
+"""The name of the model that ships with the package."""
+EXPORT_FOLDER = "LATEST"
+"""The folder of a run that holds the trained model in Hugging Face form."""
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder a LoRA adapter of peft: its weights are merged into those of its base."""
+BASE_FIELD = "base_model_name_or_path"
+TOKENIZER_FILES = (
+    *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("*.model", "*.tiktoken", "tekken.json", "*.tokenizer", "bpe.codes"),
+    *("byte_maps.json", "emoji.json", "normalizer.json", "tokenization_*.py"),
+)
+"""Patterns of the files that tokenizers read and write."""
+
+
+def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
+    """The folder (or hub name) that a model option means.
+
+    Accepts the embedded model's name, a Hugging Face folder, a peft adapter folder, a run folder
+    (its `LATEST/` is taken), `…/LATEST/policy.pt` of a run that wrote a folder instead, and hub
+    names.
+
+    Args:
+        name_or_path: What the user wrote.
+        key: The option it was written under, for the message.
+
+    Raises:
+        CheckpointError: it looks like a path and nothing usable lies there.
+    """
+    candidates = _folders(name_or_path)
+    for folder in candidates:
+        if (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file():
+            return _taken(folder, candidates, key)
+    path = candidates[0]
+    if path.is_dir():
+        raise CheckpointError(
+            f"{key}: {path} holds no model; expected config.json and weights in it or in its "
+            f"{EXPORT_FOLDER}/, found {_listing(path)}{_what_it_is(path)}"
+        )
+    _refuse_a_path(name_or_path, path, key)
+    return name_or_path
+
+
+def resolve_tokenizer(
+    name_or_path: str, *, key: str = "model.tokenizer_name_or_path", revision: str | None = None
+) -> str:
+    """The folder (or hub name) that a tokenizer is loaded from; no weights need to lie there.
+
+    Args:
+        name_or_path: All that `resolve_model` accepts, or a folder with a tokenizer alone. An
+            adapter without a tokenizer of its own has its base's.
+        key: The option it was written under, for the message.
+        revision: Hub revision.
+
+    Raises:
+        CheckpointError: no tokenizer lies there.
+    """
+    candidates = _folders(name_or_path)
+    for folder in candidates:
+        if holds_tokenizer(folder):
+            return _taken(folder, candidates, key)
+    path = candidates[0]
+    adapter = next((str(f) for f in candidates if (f / ADAPTER_CONFIG).is_file()), None)
+    if adapter is None and path.is_dir():
+        raise CheckpointError(
+            f"{key}: {path} holds no tokenizer; expected tokenizer.json or tokenizer_config.json "
+            f"in it or in its {EXPORT_FOLDER}/, found {_listing(path)}; "
+            "model.tokenizer_name_or_path names one that lies elsewhere"
+        )
+    if adapter is None:
+        _refuse_a_path(name_or_path, path, key)
+    layers = find_layers(adapter or name_or_path, revision)
+    with_their_own = [name for name in layers.adapters if holds_tokenizer(Path(name))]
+    if with_their_own:
+        return with_their_own[-1]
+    return resolve_tokenizer(layers.base, key=key) if layers.adapters else name_or_path
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether files of a tokenizer lie in a folder."""
+    return any(path.is_file() for path in matching_files(folder, TOKENIZER_FILES))
+
+
+def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Files of a folder whose name matches one of the patterns, by name, each once."""
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(found)
+
+
+class Layers(NamedTuple):
+    """A model as it lies: weights of their own, and the adapters to merge into them."""
+
+    base: str
+    """Folder or hub name with config and weights."""
+    revision: str | None
+    """The base's, on the hub."""
+    adapters: tuple[str, ...]
+    """Folders of peft adapters, in the order in which they are merged; empty for most models."""
+
+
+def find_layers(name: str, revision: str | None = None) -> Layers:
+    """The base of a model, and its adapters.
+
+    Args:
+        name: What `resolve_model` returned.
+        revision: Hub revision.
+
+    Raises:
+        CheckpointError: an adapter's config is damaged, or its base is not there.
+    """
+    adapters: list[str] = []
+    while True:
+        folder = _adapter_folder(name, revision)
+        if folder is None:
+            return Layers(name, revision, tuple(reversed(adapters)))
+        if folder in adapters:
+            raise CheckpointError(f"model: {Path(folder) / ADAPTER_CONFIG} is its own {BASE_FIELD}")
+        adapters.append(folder)
+        name, revision = _base_of(Path(folder))
+
+
+def _adapter_folder(name: str, revision: str | None) -> str | None:
+    if Path(name).is_dir():
+        return name if (Path(name) / ADAPTER_CONFIG).is_file() else None
+    try:
+        if find_adapter_config_file(name, revision=revision) is None:
+            return None
+        patterns = ["*.json", "*.jinja", "adapter_model.*", *TOKENIZER_FILES]
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+    # no such repository, no network, no valid name: the load that follows says so
+    except (OSError, ValueError):
+        return None
+
+
+def _base_of(adapter: Path) -> tuple[str, str | None]:
+    """Base of an adapter folder, relative to the working folder or to its own, and its revision."""
+    fields = read_object(adapter / ADAPTER_CONFIG)
+    name = fields.get(BASE_FIELD)
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(
+            f"model: {adapter / ADAPTER_CONFIG} must name the model that the adapter belongs to in "
+            f"{BASE_FIELD}, got {name!r}"
+        )
+    if not Path(name).expanduser().is_dir() and (adapter / name).is_dir():
+        name = str(adapter / name)
+    key = f"{BASE_FIELD} of {adapter / ADAPTER_CONFIG}"
+    return resolve_model(name, key=key), fields.get("revision")
+
+
+def local_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """A model's folder; of a hub model its copy in the cache, with the files that match.
+
+    Raises:
+        OSError, ValueError: the hub has no such model, or does not answer.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"model: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"model: {path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def nearest_neighbour(path: Path) -> str:
+    """ "; nearest: X" for a folder beside one that is not there, "" if none is like it."""
+    if not path.parent.is_dir():
+        return ""
+    return hint(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
+
+
+def _folders(name_or_path: str) -> list[Path]:
+    """Where a name may point to, the likeliest first."""
+    if name_or_path == EMBEDDED and not Path(name_or_path).exists():
+        return [Path(str(files("fastpref") / "assets" / EMBEDDED))]
+    path = Path(name_or_path).expanduser()
+    if path.name == "policy.pt" and not path.exists():
+        path = path.parent
+    if path.exists():
+        return [path, path / EXPORT_FOLDER]
+    # the TIS-DPO README downloads to models/NAME and trains from models/ORGANISATION/NAME
+    return [path, path.parent.parent / path.name]
+
+
+def _taken(folder: Path, candidates: list[Path], key: str) -> str:
+    if not candidates[0].exists():
+        logger.warning("%s: no folder %s, taking %s", key, candidates[0], folder)
+    return str(folder)
+
+
+def _refuse_a_path(name: str, path: Path, key: str) -> None:
+    if path.is_file():
+        raise CheckpointError(f"{key}: {path} is a file, expected a folder{_what_it_is(path)}")
+    # a hub name is NAME or ORGANISATION/NAME; a folder beside us named like the first part is ours
+    starts_like_one = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if starts_like_one or ("/" in name and Path(name).parent.is_dir()):
+        raise CheckpointError(f"{key}: no folder {path}{nearest_neighbour(path)}")
+
+
+def _listing(folder: Path) -> list[str]:
+    return sorted(child.name for child in folder.iterdir())[:8]
+
+
+def _what_it_is(path: Path) -> str:
+    """What else of a folder or file can be said that is no model."""
+    if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
+        return "; GGUF files are quantized and cannot be trained, name the model they were made of"
+    if path.suffix == ".pt":
+        return "; weights of the seed repositories go to model.archive"
+    if path.is_dir() and holds_tokenizer(path):
+        return "; it holds a tokenizer, which model.tokenizer_name_or_path names"
+    return ""

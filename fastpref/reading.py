@@ -1,0 +1,56 @@
+"""What goes wrong when a library reads a user's files, as one sentence."""
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+from fastpref.errors import CheckpointError, FastprefError
+
+DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
+"""What a file of weights raises that was cut or is none."""
+PLAIN = (OSError, ValueError, RuntimeError)
+"""Errors whose text is a sentence; others, such as KeyError, say little without their name."""
+
+
+@contextmanager
+def reading(what: str, name: str) -> Iterator[None]:
+    """Turn whatever is raised inside into a CheckpointError that names the model.
+
+    A checkpoint's files reach every line of a family's own code: a config with a wrong value may
+    end in an error of any class, and all of them mean that these files cannot be used.
+
+    Args:
+        what: Is being loaded: "Config", "Tokenizer", ….
+        name: Folder or hub name.
+
+    Raises:
+        CheckpointError: anything was raised, but for what is one already or means that memory ran
+            out.
+    """
+    try:
+        yield
+    except (FastprefError, MemoryError):
+        raise
+    except DAMAGED as error:
+        raise CheckpointError(
+            f"model: the weights in {name} are damaged: {reason(error)}"
+        ) from error
+    except Exception as error:
+        if "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error):
+            raise
+        raise CheckpointError(f"model: cannot load {what} from {name}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """The sentence of a library's error: those of libraries go on for pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, pickle.UnpicklingError):
+        return "not a file of tensors alone"
+    # "Validation error for field 'hidden_size':" has the rule on its next line
+    ends = next((i for i, line in enumerate(lines) if not line.endswith(":")), 0)
+    text = " ".join(lines[: ends + 1])
+    if isinstance(error, PLAIN) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
