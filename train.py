@@ -4,13 +4,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastpref.command_line import leave, main
+from fastpref.cli.command_line import leave, main
 
 CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 
 def compose_choices(choices: list[str]) -> Any:
-    """The DictConfig of choices such as ["loss=dpo"] under the schemas of fastpref.config.
+    """The DictConfig of choices such as ["loss=dpo"] under the schemas of fastpref.config.run.
 
     Raises:
         ConfigError: a file under configs/ has an unknown key or a value of the wrong type.
@@ -22,7 +22,7 @@ def compose_choices(choices: list[str]) -> Any:
 
     from fastpref.config import LOSSES, Config
     from fastpref.errors import ConfigError
-    from fastpref.overrides import explain_composition
+    from fastpref.cli.overrides import explain_composition
 
     store = ConfigStore.instance()
     store.store("config_schema", node=Config)

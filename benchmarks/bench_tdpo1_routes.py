@@ -12,9 +12,9 @@ import time
 
 from train_command import read_train_config
 
-from fastpref.assembly import Run, build_run
+from fastpref.train.build import Run, build_run
 from fastpref.distributed import World, init_world
-from fastpref.trainer import train_step
+from fastpref.train.loop import train_step
 
 
 def main() -> None:

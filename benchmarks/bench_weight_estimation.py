@@ -121,8 +121,8 @@ METHODS = {
     "repository": ["transformers.models.llama.modeling_llama"],
     "fastpref": [
         "transformers.models.llama.modeling_llama",
-        "fastpref.run",
-        "fastpref.weight_estimation",
+        "fastpref.cli.run",
+        "fastpref.tisdpo.estimate",
     ],
 }
 """What each imports before the clock starts; their memory counts."""

@@ -12,7 +12,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-from fastpref.metrics import Record, format_metrics
+from fastpref.train.metrics import Record, format_metrics
 
 logger = logging.getLogger("fastpref")
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.checks import check_choice
-from fastpref.config_loss import TIES
+from fastpref.config.loss import TIES
 
 Array = NDArray[np.float64]
 

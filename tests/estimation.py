@@ -15,8 +15,8 @@ from fastpref.config import (
     WeightsConfig,
 )
 from fastpref.distributed import init_world
-from fastpref.encode import load_split
-from fastpref.weight_estimation import estimate_weights
+from fastpref.data.encode import load_split
+from fastpref.tisdpo.estimate import estimate_weights
 
 
 def make_config(models, tmp_path, **weights) -> Config:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
-from fastpref.command_line import leave
+from fastpref.cli.command_line import leave
 
 # many times what any test needs; a deadlock must not hang the suite
 TIMEOUT_SECONDS = 300

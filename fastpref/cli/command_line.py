@@ -1,0 +1,104 @@
+"""What train.py does with its arguments: help, the composed options, or the run."""
+
+import atexit
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fastpref.errors import ConfigError, FastprefError, say_error
+from fastpref.signals import signals_end_the_process, signals_kill, stop_error
+
+# what takes time to import is imported where signals are handled
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def main(
+    arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
+) -> int:
+    """Run `python train.py ARGUMENTS`.
+
+    Args:
+        arguments: KEY=VALUE each, or --help, or --cfg.
+        compose_choices: Composes configs/ for choices such as ["loss=dpo"].
+        config_dir: The folder configs/.
+
+    Returns:
+        The exit code; 2 for a wrong option, after one message on stderr.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a terminal or file of another encoding gets what it can show
+        sys.stdout.reconfigure(errors="backslashreplace")
+    forget_odd_widths()
+    with signals_end_the_process():
+        try:
+            return _run(arguments, compose_choices, config_dir)
+        except ConfigError as wrong:
+            error: FastprefError = wrong
+        except KeyboardInterrupt:
+            # from a library, or in a thread where no handlers can be installed
+            error = stop_error(signal.SIGINT, "nothing to save yet")
+        say_error(error)
+        return error.exit_code
+
+
+def _run(
+    arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
+) -> int:
+    from fastpref.config import config_to_yaml
+    from fastpref.cli.options import format_help
+    from fastpref.cli.overrides import read_config
+
+    if {"--help", "-h"} & set(arguments):
+        _show(format_help(config_dir))
+        return 0
+    only_print = "--cfg" in arguments
+    if only_print:
+        # Hydra's own form is `--cfg job`
+        arguments = [argument for argument in arguments if argument not in ("--cfg", "job")]
+    config = read_config(arguments, compose_choices, config_dir)
+    if only_print:
+        _show(config_to_yaml(config).rstrip())
+        return 0
+    # torch and transformers are imported from here on, a second or more
+    from fastpref.cli.run import main as run
+
+    return run(config)
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End this process without taking the interpreter apart first.
+
+    Arrow's threads may ask for the interpreter's lock while it goes, which ends a process whose
+    work is done with SIGABRT: github.com/apache/arrow/issues/45214, seen once in a few hundred
+    runs.
+    """
+    # the exit code is known: from here on a signal has nothing to tell anybody
+    signals_kill()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # None where it was closed from the start; a reader may have left since (`| head`)
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.flush()
+    os._exit(exit_code)
+
+
+def forget_odd_widths() -> None:
+    """Take COLUMNS and LINES for unset where they are no widths: libraries stumble over them."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
+            del os.environ[name]
+
+
+def _show(text: str) -> None:
+    # `--help | head`: a reader that leaves early is no error
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    print(text)

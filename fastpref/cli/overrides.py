@@ -1,0 +1,272 @@
+"""The command line's KEY=VALUE arguments -> a checked Config, or one message on all that is wrong.
+
+Hydra composes configs/ for the choices (`loss=dpo`); the values (`loss.beta=0.2`) are then set one
+by one, so that every wrong one is named, with the nearest right name, before anything is loaded.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from fastpref.checks import hint, nearest
+from fastpref.config import Config, LossConfig
+from fastpref.errors import ConfigError
+from fastpref.cli.options import (
+    CHOICE_GROUPS,
+    Option,
+    all_options,
+    format_value,
+    list_choices,
+    list_options,
+    losses_with,
+)
+
+# what other trainers call our options
+OTHER_NAMES = {
+    "adam_beta1": "optim.betas",
+    "adam_epsilon": "optim.eps",
+    "attn_implementation": "model.attention",
+    "bf16": "model.fsdp_policy_mp",
+    "dataset": "datasets",
+    "dataset_name": "datasets",
+    "dtype": "model.policy_dtype",
+    "epochs": "n_epochs",
+    "eval_steps": "eval_every",
+    "fp16": "model.fsdp_policy_mp",
+    "gradient_checkpointing": "activation_checkpointing",
+    "hydra.run.dir": "run_dir",
+    "learning_rate": "lr",
+    "logging_steps": "minimum_log_interval_secs",
+    "loss_type": "loss",
+    "lr_scheduler_type": "optim.schedule",
+    "max_seq_length": "max_length",
+    "max_steps": "n_examples",
+    "micro_batch_size": "gradient_accumulation_steps",
+    "model_name_or_path": "model.name_or_path",
+    "num_epochs": "n_epochs",
+    "num_train_epochs": "n_epochs",
+    "optim": "optimizer",
+    "path": "model.name_or_path",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "per_device_train_batch_size": "batch_size",
+    "ref_model_dtype": "model.reference_dtype",
+    "report_to": "wandb.enabled",
+    "tokenizer": "model.tokenizer_name_or_path",
+    "torch_dtype": "model.policy_dtype",
+    "train_batch_size": "batch_size",
+    "warmup_ratio": "warmup_steps",
+}
+# what other trainers call a choice of ours
+OTHER_CHOICES = {
+    "loss=cdpo": "loss=dpo loss.label_smoothing=0.1",
+    "loss=tdpo1": "loss=tdpo loss.if_tdpo2=false",
+    "loss=tdpo2": "loss=tdpo",
+    "loss=tis-dpo": "loss=tisdpo",
+    "loss=tis_dpo": "loss=tisdpo",
+    "loss=sigmoid": "loss=dpo",
+    "model=mistral": "model=mistra",
+}
+# (loss, key) pairs that the configs of the TDPO and TIS-DPO repositories have and nothing reads
+UNREAD = {
+    ("tdpo", "loss.reference_free"),
+    ("tisdpo", "loss.reference_free"),
+    ("tisdpo", "loss.label_smoothing"),
+}
+
+
+def read_config(
+    arguments: list[str], compose_choices: Callable[[list[str]], DictConfig], config_dir: Path
+) -> Config:
+    """The configuration that the arguments ask for; a key given twice has its last value.
+
+    Args:
+        arguments: KEY=VALUE each. `+KEY=VALUE` and `++KEY=VALUE` mean the same.
+        compose_choices: Composes configs/ for choices such as ["loss=dpo"], before any value.
+        config_dir: The folder configs/.
+
+    Raises:
+        ConfigError: one line per wrong argument; the first broken rule if all are well-formed.
+    """
+    pairs, problems = split_arguments(arguments)
+    choices = {key: text for key, text in pairs.items() if key in CHOICE_GROUPS}
+    wrong_groups = set()
+    for group, choice in choices.items():
+        if choice not in list_choices(config_dir, group):
+            problems.append(explain_choice(group, choice, config_dir))
+            wrong_groups.add(group)
+
+    composed = compose_choices([f"{g}={c}" for g, c in choices.items() if g not in wrong_groups])
+    loss = OmegaConf.get_type(composed.loss)
+    assert loss is not None and issubclass(loss, LossConfig)
+    options = list_options(loss)
+    for key, text in pairs.items():
+        # options of a group whose choice is wrong cannot be judged
+        if key not in choices and key.partition(".")[0] not in wrong_groups:
+            problem = set_option(composed, options, key, text)
+            problems += [problem] if problem else []
+    _raise_problems(problems)
+    return build_config(composed)
+
+
+def build_config(composed: DictConfig) -> Config:
+    """The dataclass of a composed configuration, every rule checked.
+
+    Raises:
+        ConfigError: a required option is missing, or a value breaks a rule.
+    """
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        _raise_problems([f"{key} is required: {all_options()[key].doc}" for key in missing])
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def _raise_problems(problems: list[str]) -> None:
+    if len(problems) > 1:
+        raise ConfigError("\n  ".join([f"{len(problems)} wrong options", *problems]))
+    if problems:
+        raise ConfigError(problems[0])
+
+
+def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """KEY=VALUE arguments as {key: text}, and what is wrong with the others."""
+    pairs: dict[str, str] = {}
+    problems = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.lstrip("+").partition("=")
+        if argument.startswith("-"):
+            if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
+                text = rest.pop(0)
+            problems.append(explain_flag(key, text))
+        elif argument.startswith("~"):
+            problems.append(f"{argument}: an option cannot be removed; give it a value")
+        elif not equals or not key:
+            problems.append(f"{argument}: options are written KEY=VALUE")
+        else:
+            pairs[key] = text
+    return pairs, problems
+
+
+def set_option(composed: DictConfig, options: dict[str, Option], key: str, text: str) -> str | None:
+    """Set one option from its text; returns what is wrong with it, or None.
+
+    Text options take the text as it stands (`run_dir=/tmp/a=b` needs no quotes; ${KEY} is another
+    option's value), lists are written [a,b].
+    """
+    option = options.get(key)
+    if option is None:
+        return explain_key(key, text, options, composed.loss.name)
+    try:
+        OmegaConf.update(composed, key, _parse(option, text))
+    except ValidationError:
+        return f"{key} must be {option.kind}, got {text}"
+    except OmegaConfBaseException as error:
+        return f"{key}={text}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _parse(option: Option, text: str) -> str | list[str] | None:
+    """The value before its type is checked: text, list of texts, or None."""
+    if text == "null":
+        return None
+    if option.is_list and re.fullmatch(r"\[.*\]", text.strip()):
+        return [_unquote(item.strip()) for item in text.strip()[1:-1].split(",") if item.strip()]
+    return _unquote(text)
+
+
+def _unquote(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+def explain_choice(group: str, choice: str, config_dir: Path) -> str:
+    """Why `loss=tdpoo` is wrong: the choices, and the nearest."""
+    choices = list_choices(config_dir, group)
+    other = OTHER_CHOICES.get(f"{group}={choice.lower()}")
+    advice = f"; write {other}" if other else hint(choice, choices)
+    if group == "transform" and not other:
+        key = "transform.method"
+        methods = [option for option in all_options() if option.startswith("transform.")]
+        if any(method.startswith(f"transform.{choice}.") for method in methods):
+            advice = f"; write {key}={choice}"
+    if group == "model" and "nearest" not in advice and not other:
+        advice = f"; for any other model write model=blank_model model.name_or_path={choice}"
+    return f"{group}={choice}: there is no such {group}, only {', '.join(choices)}{advice}"
+
+
+def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> str:
+    """Why the option `key` is unknown in a run with `loss`, and what was meant."""
+    group, _, leaf = key.rpartition(".")
+    if (loss, key) in UNREAD:
+        return (
+            f"{key}: loss={loss} has no {leaf}; it had no effect in the repository that listed "
+            "it, leave it out"
+        )
+    if losses_with(key):
+        return f"{key}: loss={loss} has no {leaf}; it belongs to loss={', '.join(losses_with(key))}"
+    members = [name for name in options if name.startswith(key + ".")]
+    if members and key not in OTHER_NAMES:
+        return f"{key}={text}: {key} is a group of options: {', '.join(members)}"
+    meant = guess_option(key, options)
+    advice = f"; nearest: {meant}" if meant else "; `python train.py --help` lists the options"
+    if group == "loss":
+        return f"{key}: loss={loss} has no option {leaf}{advice}"
+    return f"{key}: no such option{advice}"
+
+
+def guess_option(key: str, options: dict[str, Option]) -> str | None:
+    """The option that `key` may have meant.
+
+    By another trainer's name for it, by its last part, by spelling within its group, or by
+    spelling anywhere.
+    """
+    key = key.replace("-", "_")
+    group, _, leaf = key.rpartition(".")
+    siblings = [name for name in options if group and name.rpartition(".")[0] == group]
+    by_leaf = {name.rpartition(".")[2]: name for name in options}
+    names = by_leaf | OTHER_NAMES | {name: name for name in options}
+    spelt = nearest(key, names)
+    return (
+        OTHER_NAMES.get(key)
+        or OTHER_NAMES.get(leaf)
+        or by_leaf.get(leaf)
+        or nearest(key, siblings)
+        or (names[spelt] if spelt else None)
+    )
+
+
+def explain_flag(flag: str, text: str) -> str:
+    """How to write `--learning_rate 0.1` here."""
+    name = flag.lstrip("-").replace("-", "_")
+    options = all_options()
+    meant = name if name in options else guess_option(name, options)
+    if meant is None:
+        return f"{flag}: there are no flags but --help and --cfg; options are written KEY=VALUE"
+    option = options.get(meant)
+    value = text or (format_value(option.default) if option else "VALUE")
+    return f"{flag}: options are written KEY=VALUE; write {meant}={value}"
+
+
+def explain_composition(message: str) -> str:
+    """Hydra's message about a file under configs/, as file, key and nearest key."""
+    where = re.match(r"In '([^']+)': (?:\w+ raised while.*\n)?(.*)", message)
+    if where is None:
+        return " ".join(message.split())
+    file, what = f"configs/{where[1]}.yaml", where[2]
+    key = re.search(r"full_key: (\S+)", message)
+    if key is None:
+        return f"{file}: {what}"
+    if " not in " in what:
+        meant = guess_option(key[1], all_options())
+        what = "no such option" + (f"; nearest: {meant}" if meant else "")
+    return f"{file}: {key[1]}: {what}"

@@ -1,0 +1,308 @@
+"""The configuration of a run: every option's type, default, unit, meaning and check.
+
+`python train.py --help` is made from these classes. They are plain dataclasses that OmegaConf
+composes (no Literal, not frozen); nothing here imports torch, so that a wrong option is refused
+before anything heavy is loaded.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from omegaconf import OmegaConf
+
+from fastpref.checks import check_choice, check_number, nearest_multiples
+from fastpref.config.groups import (
+    CUDA_ATTENTIONS,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    PackingConfig,
+    TensorboardConfig,
+    WandbConfig,
+    WeightsConfig,
+)
+from fastpref.config.loss import (
+    LOSSES,
+    METHODS,
+    DPOConfig,
+    IPOConfig,
+    LossConfig,
+    LossNeeds,
+    SFTConfig,
+    SimPOConfig,
+    TDPOConfig,
+    TISDPOConfig,
+    TransformConfig,
+)
+from fastpref.config.stages import StagesConfig
+from fastpref.errors import ConfigError
+
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "Config",
+    "DPOConfig",
+    "DataConfig",
+    "HeadConfig",
+    "IPOConfig",
+    "LossConfig",
+    "LossNeeds",
+    "ModelConfig",
+    "OptimConfig",
+    "PackingConfig",
+    "SFTConfig",
+    "SimPOConfig",
+    "StagesConfig",
+    "TDPOConfig",
+    "TISDPOConfig",
+    "TensorboardConfig",
+    "TransformConfig",
+    "WandbConfig",
+    "WeightsConfig",
+    "check_device",
+    "check_world_size",
+    "computed_exp_name",
+    "config_to_yaml",
+]
+
+
+@dataclass(kw_only=True)
+class Config:
+    """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
+
+    task: str = "train"
+    """train, audit (the checks of the data alone), estimate_weights (TIS-DPO's second step) or
+    tisdpo (all of its steps, one after the other)."""
+    seed: int = 0
+    """Seeds torch, numpy, random and the order of the data, >= 0."""
+
+    exp_name: str | None = None
+    """First part of the run folder's name; null: made from loss, model and datasets."""
+    output_dir: str = "output"
+    """Run folders are made in here."""
+    run_dir: str | None = None
+    """The run folder itself; null: <output_dir>/<exp_name>_<timestamp>."""
+    local_run_dir: str | None = None
+    """Another name of run_dir."""
+    local_dirs: list[str] | None = None
+    """Instead of output_dir: <dir>/<user> of the first of these that exists, else of the last."""
+    debug: bool = False
+    """A trial run: nothing is sent to wandb."""
+
+    datasets: list[str] = field(default_factory=lambda: ["hh"])
+    """Data to mix: planted (embedded), hh, shp, se (hub), or folders of base_data_dir."""
+    base_data_dir: str | None = None
+    """Holds {name}/{split}.jsonl, .jsonl.gz or .parquet with splits train and test."""
+    reverse_dataset: bool = False
+    """Swap chosen and rejected, token weights included."""
+    max_length: int = 512
+    """Largest length of prompt + response, tokens."""
+    max_prompt_length: int = 256
+    """Length that a prompt is cut to when prompt + response is too long, tokens, < max_length."""
+    n_epochs: int | None = 1
+    """Passes over the data; null: as many as n_examples takes."""
+    n_examples: int | None = None
+    """Examples to train on, rounded up to whole batches; null: as many as n_epochs takes."""
+
+    batch_size: int = 4
+    """Examples per optimizer step, over all processes and accumulation steps."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step, at least; divides batch_size. packing.max_tokens may ask
+    for more."""
+    lr: float = 5e-7
+    """Learning rate after warm-up, > 0."""
+    warmup_steps: int = 150
+    """Optimizer steps of linear warm-up, >= 0."""
+    max_grad_norm: float = 10.0
+    """Gradients are clipped to this norm, > 0."""
+    optimizer: str = "AdamW"
+    """A class of torch.optim."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more computation."""
+
+    compile: bool = False
+    """Compile each block with torch.compile: a minute or more at the start. With
+    activation_checkpointing, policy and reference then start equal up to rounding, not exactly."""
+
+    trainer: str = "BasicTrainer"
+    """BasicTrainer (one process) or FSDPTrainer (every visible GPU, or torchrun's world)."""
+    fsdp_port: int | None = None
+    """Port on which the processes meet; null: a free one."""
+
+    eval_every: int = 20_000
+    """Examples between evaluations, rounded down to whole batches, at least one."""
+    eval_batch_size: int = 16
+    """Examples evaluated, or prompts sampled, at once over all processes."""
+    n_eval_examples: int = 256
+    """Examples of the test split to evaluate on; 0: no evaluation, and no test split needed."""
+    do_first_eval: bool = True
+    """Evaluate before the first update."""
+    sample_during_eval: bool = True
+    """Write sampled responses at each evaluation."""
+    n_eval_model_samples: int = 16
+    """Prompts to sample at each evaluation."""
+    minimum_log_interval_secs: float = 1.0
+    """Least time between two logged training steps, seconds."""
+
+    model: ModelConfig
+    """Which model to train: model=NAME is configs/model/NAME.yaml."""
+    loss: LossConfig
+    """What to minimise: loss=NAME is configs/loss/NAME.yaml."""
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    """What becomes of token weights: transform=NAME is configs/transform/NAME.yaml."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """How rows are laid out for the model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """How rows are read."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Schedule and optimizer arguments."""
+    head: HeadConfig = field(default_factory=HeadConfig)
+    """The fused LM head."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases."""
+    tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
+    """TensorBoard."""
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    """task=estimate_weights."""
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    """task=tisdpo."""
+
+    def __post_init__(self) -> None:
+        check_choice("task", self.task, TASKS)
+        self._check_trainer()
+        self._check_numbers()
+        self._check_run_dir()
+        if not self.datasets or not all(self.datasets):
+            raise ValueError(f"datasets must name at least one dataset, got {list(self.datasets)}")
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length must be < max_length ({self.max_length}), "
+                f"got {self.max_prompt_length}"
+            )
+        if self.n_epochs is None and self.n_examples is None:
+            raise ValueError("n_epochs and n_examples are both null: give at least one of them")
+        _check_divisible(self, self.gradient_accumulation_steps, "gradient_accumulation_steps")
+        # the full check needs torch; a path or a call is refused here
+        if not self.optimizer.isidentifier():
+            raise ValueError(
+                f"optimizer must be the name of a class in torch.optim, got {self.optimizer!r}"
+            )
+        if self.task == "estimate_weights":
+            self.weights.check_task(self.base_data_dir)
+        if self.task == "tisdpo":
+            self.stages.check_task(
+                self.loss.name, self.weights.positive_template, self.weights.negative_template
+            )
+
+    def _check_trainer(self) -> None:
+        if self.trainer == "TensorParallelTrainer":
+            raise ValueError(
+                "trainer=TensorParallelTrainer does not exist here; trainer=FSDPTrainer shards the "
+                "model over the same GPUs"
+            )
+        check_choice("trainer", self.trainer, TRAINERS)
+
+    def _check_numbers(self) -> None:
+        for name in (
+            "batch_size",
+            "eval_batch_size",
+            "gradient_accumulation_steps",
+            "n_epochs",
+            "n_examples",
+            "n_eval_model_samples",
+            "eval_every",
+            "max_prompt_length",
+            "max_length",
+        ):
+            check_number(name, getattr(self, name), ge=1)
+        check_number("n_eval_examples", self.n_eval_examples, ge=0)
+        # numpy takes 32-bit seeds
+        check_number("seed", self.seed, ge=0, lt=2**32)
+        check_number("lr", self.lr, gt=0)
+        check_number("max_grad_norm", self.max_grad_norm, gt=0)
+        check_number("warmup_steps", self.warmup_steps, ge=0)
+        check_number("minimum_log_interval_secs", self.minimum_log_interval_secs, ge=0)
+        check_number("fsdp_port", self.fsdp_port, ge=1, le=65535)
+
+    def _check_run_dir(self) -> None:
+        """Fold local_run_dir into run_dir, which is all that the rest reads."""
+        if self.local_run_dir is not None:
+            if self.run_dir not in (None, self.local_run_dir):
+                raise ValueError(
+                    "local_run_dir is another name of run_dir: give one of them, "
+                    f"got {self.local_run_dir!r} and {self.run_dir!r}"
+                )
+            self.run_dir, self.local_run_dir = self.local_run_dir, None
+
+
+TASKS = ("train", "audit", "estimate_weights", "tisdpo")
+TRAINERS = ("BasicTrainer", "FSDPTrainer")
+
+
+def _check_divisible(config: Config, unit: int, rule: str) -> None:
+    if config.batch_size % unit:
+        legal = ", ".join(map(str, nearest_multiples(config.batch_size, unit)))
+        raise ValueError(
+            f"batch_size must be a multiple of {rule} = {unit}, got {config.batch_size}; "
+            f"nearest: {legal}"
+        )
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Refuse a batch that `world_size` processes cannot share equally.
+
+    Raises:
+        ConfigError: naming the three nearest batch sizes that they can.
+    """
+    steps = config.gradient_accumulation_steps
+    rule = f"processes x gradient_accumulation_steps = {world_size} x {steps}"
+    try:
+        _check_divisible(config, world_size * steps, rule)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_device(config: Config, device_type: str, *, has_bfloat16: bool) -> None:
+    """Refuse what the device cannot do; the caller says what it can, torch is not imported here.
+
+    Args:
+        config: The run.
+        device_type: "cpu", "cuda", ….
+        has_bfloat16: Whether the device computes in bfloat16.
+
+    Raises:
+        ConfigError: naming the option and a value that works.
+    """
+    if config.model.attention in CUDA_ATTENTIONS and device_type != "cuda":
+        raise ConfigError(
+            f"model.attention={config.model.attention} needs a CUDA device, this one is "
+            f"{device_type}; set model.attention=sdpa"
+        )
+    dtypes = (config.model.policy_dtype, config.model.compute_dtype)
+    if "bfloat16" in dtypes and not has_bfloat16:
+        raise ConfigError(
+            f"this {device_type} device does not compute in bfloat16; set "
+            "model.policy_dtype=float32 model.fsdp_policy_mp=null"
+        )
+
+
+def computed_exp_name(config: Config) -> str:
+    """The run's name where exp_name is null, by the rule of the TIS-DPO repository.
+
+    LOSS_MODEL_DATASETS with the last part of the model's path, then `_reverse` for a reversed dpo
+    run and the transform with its parameters for tisdpo.
+    """
+    model = PurePosixPath(config.model.name_or_path).name
+    datasets = "_".join(config.datasets).replace("/", "-")
+    name = f"{config.loss.name}_{model}_{datasets}"
+    if config.loss.name == "dpo" and config.reverse_dataset:
+        return f"{name}_reverse"
+    if config.loss.name == "tisdpo":
+        return f"{name}_{config.transform.label()}"
+    return name
+
+
+def config_to_yaml(config: Config) -> str:
+    """Every option with its value, as `config.yaml` of the run folder holds it."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,0 +1,67 @@
+"""What a user sees of the data before training: the account of each split, one example."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from fastpref.data.source import SPLITS
+from fastpref.data.encode import PreferenceSplit, load_split
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
+
+logger = logging.getLogger("fastpref")
+
+PREVIEW_CHARACTERS = 160
+
+
+def run_audit(
+    config: "Config", tokenizer: Any, *, vocab_size: int, quiet: bool = False
+) -> list[PreferenceSplit]:
+    """`task=audit`: read, check and encode every split; the account and an example go to the log.
+
+    Args:
+        config, tokenizer, vocab_size, quiet: See `load_split`.
+
+    Returns:
+        The encoded splits, train first.
+
+    Raises:
+        FastprefError: as training on this data would.
+    """
+    splits = []
+    for split in SPLITS:
+        encoded = load_split(config, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
+        if not quiet:
+            logger.info("%s, first row:\n%s", split, describe_example(encoded, tokenizer))
+        splits.append(encoded)
+    return splits
+
+
+def describe_example(split: PreferenceSplit, tokenizer: Any) -> str:
+    """The first row of a split as the model sees it: the texts of its ids, what the loss counts.
+
+    Returns:
+        A line per part: its name, tokens, whether they are in the loss, the text (its middle left
+        out where long), and the range of token weights where there are any.
+    """
+    row = split.dataset[0]
+    lines = [_part("prompt", row["prompt_ids"], "not in the loss", tokenizer)]
+    for side in ("chosen", "rejected"):
+        ids = row[f"{side}_ids"]
+        if not ids:
+            continue
+        ending = "in the loss, "
+        ending += "EOS last" if ids[-1] == tokenizer.eos_token_id else "cut, no EOS"
+        weights = row.get(f"{side}_weights")
+        if weights:
+            ending += f", weights {min(weights):.3g} to {max(weights):.3g}, last {weights[-1]:.3g}"
+        lines.append(_part(side, ids, ending, tokenizer))
+    return "\n".join(lines)
+
+
+def _part(name: str, ids: list[int], comment: str, tokenizer: Any) -> str:
+    text = tokenizer.decode(ids)
+    if len(text) > PREVIEW_CHARACTERS:
+        half = PREVIEW_CHARACTERS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return f"  {name} ({len(ids)} tokens, {comment}): {text!r}"

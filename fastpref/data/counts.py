@@ -1,0 +1,295 @@
+"""What became of the rows of a split: kept, dropped and why, cut, suspicious."""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import IntFlag, auto
+from typing import TypeVar
+
+import numpy as np
+
+from fastpref.checks import listed
+from fastpref.errors import DataError
+from fastpref.data.rows import MALFORMED
+
+logger = logging.getLogger("fastpref")
+
+
+class Remark(IntFlag):
+    """What is worth counting about a row that is kept."""
+
+    IDENTICAL = auto()
+    DUPLICATE = auto()
+    CONTRADICTION = auto()
+    PROMPT_CUT = auto()
+    CHOSEN_CUT = auto()
+    REJECTED_CUT = auto()
+    EOS_INSIDE = auto()
+    EOS_AT_END = auto()
+    TEMPLATE_SPLIT = auto()
+    TWO_BOS = auto()
+    NO_WEIGHTS = auto()
+    ZERO_WEIGHTS = auto()
+    PROMPT_TWICE = auto()
+    RESPONSE_NOT_RENDERED = auto()
+    PROMPT_NOT_RENDERED = auto()
+    ARGUMENTS_DECODED = auto()
+    BORDER_TOKEN = auto()
+    TOKENIZED_APART = auto()
+    JOINED_DIFFERS = auto()
+
+
+REMARK_TEXTS = {
+    Remark.IDENTICAL: "chosen equals rejected (no gradient)",
+    Remark.DUPLICATE: "pair seen before",
+    Remark.CONTRADICTION: "pair seen before with chosen and rejected swapped",
+    Remark.PROMPT_CUT: "prompt cut to max_prompt_length",
+    Remark.CHOSEN_CUT: "chosen cut, its EOS lost",
+    Remark.REJECTED_CUT: "rejected cut, its EOS lost",
+    Remark.EOS_INSIDE: "EOS inside a text",
+    Remark.EOS_AT_END: "EOS at the end of a text (not doubled)",
+    Remark.TEMPLATE_SPLIT: "rendered prompt is no prefix of prompt + response",
+    Remark.TWO_BOS: "more than one BOS in the prompt",
+    Remark.NO_WEIGHTS: "no token weights in the file (ones instead)",
+    Remark.ZERO_WEIGHTS: "all token weights of a response are zero",
+    Remark.PROMPT_TWICE: "chosen and rejected begin with the text of prompt, which so stands twice",
+    Remark.RESPONSE_NOT_RENDERED: "the chat template leaves out a part of a response",
+    Remark.PROMPT_NOT_RENDERED: "the chat template leaves out tools or a system message",
+    Remark.ARGUMENTS_DECODED: "arguments of tool calls were decoded, the chat template fails on "
+    "their JSON text",
+    Remark.BORDER_TOKEN: "the last characters of the prompt and the first ones of a response are "
+    "one token, which is taken for the response's",
+    Remark.TOKENIZED_APART: "prompt and response were tokenized one by one: the tokenizer tells no "
+    "offsets, and the prompt's tokens do not begin those of prompt + response",
+    Remark.JOINED_DIFFERS: "prompt + response tokenized as one text are other tokens than one by "
+    "one, which is the rule of the seed repositories",
+}
+SUSPICIOUS = (
+    Remark.IDENTICAL
+    | Remark.CONTRADICTION
+    | Remark.EOS_INSIDE
+    | Remark.TEMPLATE_SPLIT
+    | Remark.TWO_BOS
+    | Remark.NO_WEIGHTS
+    | Remark.ZERO_WEIGHTS
+    | Remark.PROMPT_TWICE
+    | Remark.RESPONSE_NOT_RENDERED
+    | Remark.PROMPT_NOT_RENDERED
+    | Remark.BORDER_TOKEN
+    | Remark.TOKENIZED_APART
+    | Remark.JOINED_DIFFERS
+)
+MAX_IDENTICAL = 0.5
+JOINED_ROWS = 1000
+"""Rows of a source, its first ones, that `Remark.JOINED_DIFFERS` is looked for in."""
+
+Key = TypeVar("Key")
+
+
+@dataclass(kw_only=True)
+class AuditCounts:
+    """The account of one split. Counts are rows unless the name says tokens."""
+
+    split: str
+    sources: list[str]
+    """Files or hub names, in the order of `datasets`."""
+    rows: int
+    """Rows read."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows left out."""
+    first_dropped: dict[str, str] = field(default_factory=dict)
+    """Reason -> where the first such row lies, or its message."""
+    kept: int = 0
+    """Pairs left to train on, or prompts in SFT."""
+    prompts: int = 0
+    """Different prompts among them."""
+    remarks: dict[Remark, int] = field(default_factory=dict)
+    """Remark -> kept rows it holds for."""
+    first_remarks: dict[Remark, str] = field(default_factory=dict)
+    """Remark -> where the first such row lies."""
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    """Sums over kept rows; both responses count."""
+    longest_tokens: int = 0
+    """The longest prompt + response."""
+    text_rows: int = 0
+    """Kept rows whose prompt and responses are texts."""
+    joined_rows: int = 0
+    """Those of them that `Remark.JOINED_DIFFERS` was looked for in."""
+    unread: dict[str, list[str]] = field(default_factory=dict)
+    """Source -> columns of the file that nobody reads, in its order."""
+
+    def then(self, later: "AuditCounts") -> "AuditCounts":
+        """This account of reading, carried on by that of encoding the rows it kept."""
+        return replace(
+            later,
+            rows=self.rows,
+            dropped=_summed(self.dropped, later.dropped),
+            first_dropped=later.first_dropped | self.first_dropped,
+            unread=self.unread,
+        )
+
+    def __add__(self, other: "AuditCounts") -> "AuditCounts":
+        """The account of both together."""
+        return AuditCounts(
+            split=self.split,
+            sources=self.sources + other.sources,
+            rows=self.rows + other.rows,
+            dropped=_summed(self.dropped, other.dropped),
+            first_dropped=other.first_dropped | self.first_dropped,
+            kept=self.kept + other.kept,
+            prompts=self.prompts + other.prompts,
+            remarks=_summed(self.remarks, other.remarks),
+            first_remarks=other.first_remarks | self.first_remarks,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            response_tokens=self.response_tokens + other.response_tokens,
+            longest_tokens=max(self.longest_tokens, other.longest_tokens),
+            text_rows=self.text_rows + other.text_rows,
+            joined_rows=self.joined_rows + other.joined_rows,
+            unread=self.unread | other.unread,
+        )
+
+
+def count_rows(
+    *,
+    split: str,
+    source: str,
+    drop: list[str],
+    note: list[str],
+    row: np.ndarray,
+    group: np.ndarray,
+    remarks: np.ndarray,
+) -> tuple[AuditCounts, np.ndarray]:
+    """Count one source's rows, those to drop included.
+
+    Args:
+        split, source: Their names.
+        drop: Reason to leave each row out, "" to keep it. (rows,)
+        note: Message of a malformed row; in others the field that is not rendered, or "". (rows,)
+        row: Line in the source. (rows,) int64
+        group: Number of the prompt. (rows,) int64
+        remarks: A set of `Remark` bits. (rows,) int32
+
+    Returns:
+        The counts, without tokens, and the indices of the rows to keep.
+    """
+    dropped = Counter(filter(None, drop))
+    first_dropped = {}
+    for reason in dropped:
+        index = drop.index(reason)
+        first_dropped[reason] = f"{source}:{row[index]}"
+        if reason == MALFORMED:
+            first_dropped[reason] = note[index]
+        elif note[index]:
+            first_dropped[reason] += f":{note[index]}, which the chat template leaves out"
+    kept = np.flatnonzero([not reason for reason in drop])
+    remark_counts, first_remarks = {}, {}
+    for remark in Remark:
+        rows = kept[(remarks[kept] & remark) != 0]
+        if len(rows):
+            remark_counts[remark] = len(rows)
+            place = f"{source}:{row[rows[0]]}"
+            names_field = remark is Remark.RESPONSE_NOT_RENDERED
+            first_remarks[remark] = f"{place}:{note[rows[0]]}" if names_field else place
+    counts = AuditCounts(
+        split=split,
+        sources=[source],
+        rows=len(drop),
+        dropped=dict(dropped),
+        first_dropped=first_dropped,
+        kept=len(kept),
+        prompts=len(np.unique(group[kept])),
+        remarks=remark_counts,
+        first_remarks=first_remarks,
+    )
+    return counts, kept
+
+
+def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
+    """Refuse a split that loses too many rows, or all, or has nothing to tell apart.
+
+    Args:
+        counts: Of the whole split.
+        max_dropped: Largest share of rows that may be dropped, in [0, 1].
+
+    Raises:
+        DataError: saying which rule, how many rows and why.
+    """
+    name = f"split {counts.split!r} of {', '.join(counts.sources)}"
+    num_dropped = sum(counts.dropped.values())
+    if counts.kept == 0 or num_dropped > max_dropped * counts.rows:
+        rule = "no row is left" if counts.kept == 0 else f"data.max_dropped={max_dropped:g}"
+        raise DataError(f"{name}: {rule}: {_dropped_text(counts)}")
+    num_identical = counts.remarks.get(Remark.IDENTICAL, 0)
+    if num_identical > MAX_IDENTICAL * counts.kept:
+        raise DataError(
+            f"{name}: chosen equals rejected in {_share(num_identical, counts.kept)} pairs, "
+            f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer{_not_rendered(counts)}"
+        )
+
+
+def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
+    """The account in words, one fact a line.
+
+    Returns:
+        Lines to inform with, and lines to warn with (dropped or suspicious rows).
+    """
+    per_row = f"{counts.prompt_tokens / max(1, counts.kept):.0f} prompt and "
+    per_row += f"{counts.response_tokens / max(1, counts.kept):.0f} response tokens a row"
+    facts = [
+        f"{counts.split}: {counts.rows:,} rows of {', '.join(counts.sources)}; kept "
+        f"{counts.kept:,}, with {counts.prompts:,} different prompts; {per_row}, longest sequence "
+        f"{counts.longest_tokens:,}"
+    ]
+    warnings = []
+    if counts.dropped:
+        warnings.append(f"{counts.split}: {_dropped_text(counts)}")
+    for remark, count in counts.remarks.items():
+        lines = warnings if remark in SUSPICIOUS else facts
+        rows = f"{_share(count, counts.kept)} rows"
+        if remark is Remark.JOINED_DIFFERS:
+            rows = f"{_share(count, counts.joined_rows)} text rows"
+            if counts.joined_rows < counts.text_rows:
+                rows += f", of {counts.text_rows:,} only the first {JOINED_ROWS:,} of each source "
+                rows += "were looked at"
+        first = counts.first_remarks[remark]
+        lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {rows} (first: {first})")
+    for source, columns in counts.unread.items():
+        facts.append(f"{counts.split}: columns of {source} that are not read: {listed(columns)}")
+    return facts, warnings
+
+
+def log_audit(counts: AuditCounts) -> None:
+    """The account in the log, line by line."""
+    facts, warnings = format_audit(counts)
+    for line in facts:
+        logger.info(line)
+    for line in warnings:
+        logger.warning(line)
+
+
+def _not_rendered(counts: AuditCounts) -> str:
+    """What may have made responses equal, to end a message with."""
+    remark = Remark.RESPONSE_NOT_RENDERED
+    if remark not in counts.remarks:
+        return ""
+    rows = _share(counts.remarks[remark], counts.kept)
+    return f"; {REMARK_TEXTS[remark]} in {rows} of them (first: {counts.first_remarks[remark]})"
+
+
+def _dropped_text(counts: AuditCounts) -> str:
+    reasons = ", ".join(
+        f"{reason} {count:,} (first: {counts.first_dropped[reason]})"
+        for reason, count in counts.dropped.items()
+    )
+    share = _share(sum(counts.dropped.values()), counts.rows)
+    return f"dropped {share} rows" + (f": {reasons}" if reasons else "")
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
+
+
+def _summed(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:
+    return {key: one.get(key, 0) + other.get(key, 0) for key in {**one, **other}}

@@ -1,0 +1,341 @@
+"""Checked rows + tokenizer -> token ids, truncated, with token weights and the audit counts.
+
+What the tokens of a row are stands in `row_tokens`; here EOS is appended to the responses.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import jinja2
+import numpy as np
+import pyarrow.compute as pc
+import tokenizers
+import transformers
+
+from fastpref.data.chat import (
+    ChatFormat,
+    check_chat_template,
+    current_date,
+    prints_date,
+    read_chat_template,
+)
+from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
+from fastpref.data.source import SPLITS, Rows, count_dataset, read_rows
+from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
+from fastpref.errors import ConfigError, DataError
+from fastpref.data.cache import cache_errors, code_digest, progress_bars
+from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
+from fastpref.data.row_values import RowError
+from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
+from fastpref.data.weights_file import template_digest
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
+
+logger = logging.getLogger("fastpref")
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
+TOKENIZING_CODE = (
+    "chat.py",
+    "counts.py",
+    "messages.py",
+    "rendered_parts.py",
+    "row_tokens.py",
+    "row_values.py",
+)
+"""What the tokens of a row depend on beside its texts."""
+ENCODING_CODE = (*TOKENIZING_CODE, "encode.py", "encode_row.py", "token_weights.py")
+LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
+BOOKKEEPING = {
+    "row": datasets.Value("int64"),
+    "group": datasets.Value("int64"),
+    "remarks": datasets.Value("int32"),
+    "drop": datasets.Value("string"),
+    "note": datasets.Value("string"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferenceSplit:
+    """An encoded split."""
+
+    name: str
+    dataset: datasets.Dataset
+    """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists; a response ends in EOS unless it
+    was cut; rejected_ids is empty in SFT), and where the loss is weighted chosen_weights,
+    rejected_weights (float32 lists, one per response token)."""
+    groups: np.ndarray
+    """Number of each row's prompt, ascending by first appearance. (rows,) int64."""
+    num_prompts: int
+    """Prompts numbered, those of rows that were left out included: they keep their place in the
+    order of a seed repository."""
+    audit: AuditCounts
+
+
+def load_split(
+    config: "Config", split: str, tokenizer: Any, *, vocab_size: int, quiet: bool
+) -> PreferenceSplit:
+    """Read, check and encode all datasets of a config, one after another.
+
+    Args:
+        config: The run's options.
+        split: train or test.
+        tokenizer: Of transformers.
+        vocab_size: Rows of the model's embedding: no token id may reach it.
+        quiet: Neither progress bars nor log lines.
+
+    Raises:
+        DataError: a source is missing, a row breaks a rule, or too few rows are left.
+        ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
+    """
+    options = EncodeOptions(
+        sft=not config.loss.needs.pairs,
+        weighted=config.loss.needs.weights,
+        max_length=config.max_length,
+        max_prompt_length=config.max_prompt_length,
+        truncation=config.data.truncation,
+        truncation_mode=config.data.truncation_mode,
+        reverse_dataset=config.reverse_dataset,
+        eos_weight=config.data.eos_weight,
+        transform_method=config.transform.method,
+        transform_params=config.transform.params(),
+        seed=config.seed,
+        chat_template=read_chat_template(config.data.chat_template),
+        on_error=config.data.on_error,
+        strict=config.data.strict,
+    )
+    parts = []
+    for rows in read_rows(config, split, quiet=quiet):
+        with progress_bars(quiet), cache_errors(config.data.cache_dir):
+            part = encode_rows(rows, tokenizer, options, vocab_size=vocab_size)
+        check_counts(part.audit, max_dropped=config.data.max_dropped)
+        parts.append(part)
+    joined = join_splits(parts)
+    if not quiet:
+        log_audit(joined.audit)
+        if split == SPLITS[0]:
+            log_missing_bos([joined.audit], tokenizer)
+    return joined
+
+
+def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
+    """Several sources as one split; equal prompts of different sources stay different prompts."""
+    groups, audit, offset = [], parts[0].audit, 0
+    for index, part in enumerate(parts):
+        groups.append(part.groups + offset)
+        offset += part.num_prompts
+        audit = audit + part.audit if index else audit
+    return PreferenceSplit(
+        name=parts[0].name,
+        dataset=datasets.concatenate_datasets([part.dataset for part in parts]),
+        groups=np.concatenate(groups),
+        num_prompts=offset,
+        audit=audit,
+    )
+
+
+def encode_rows(
+    rows: Rows, tokenizer: Any, options: EncodeOptions, *, vocab_size: int
+) -> PreferenceSplit:
+    """Encode one source, or take the result of an earlier run from the cache.
+
+    Raises:
+        DataError: a row breaks a rule (file:row: field), or a token id reaches `vocab_size`.
+        ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
+    """
+    check_tokenizer(tokenizer)
+    if options.truncation_mode == "auto" and rows.name == "hh":
+        options = replace(options, truncation_mode="keep_end")
+    if options.weighted and rows.origin is not None:
+        options = replace(
+            options,
+            weights_have_eos=rows.origin.includes_eos,
+            weights_mismatch=rows.origin.explain_mismatch(
+                tokenizer_digest(tokenizer), template_digest(options.chat_template)
+            ),
+        )
+    dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
+    if rows.has_chats:
+        check_chat_template(tokenizer, options.chat_template)
+        if prints_date(tokenizer, options.chat_template):
+            estimated = rows.origin.chat_date if rows.origin else None
+            options = replace(options, chat_date=estimated or current_date(tokenizer))
+    encoded = dataset.map(
+        encode_batch,
+        batched=True,
+        with_indices=True,
+        fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
+        features=encoded_features(options),
+        remove_columns=dataset.column_names,
+        new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
+        desc=f"tokenizing {rows.name} {rows.counts.split}",
+    )
+    # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
+    check_vocabulary(encoded, vocab_size, tokenizer)
+    counts, kept = count_dataset(encoded, rows.source, rows.counts.split)
+    is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
+    counts = replace(
+        count_tokens(encoded, rows.counts.then(counts)),
+        text_rows=int(is_text[kept].sum()),
+        joined_rows=int(is_text[kept[kept < JOINED_ROWS]].sum()),
+    )
+    if len(kept) < len(encoded):
+        encoded = encoded.select(kept)
+    return PreferenceSplit(
+        name=counts.split,
+        groups=encoded.with_format("numpy")["group"][:],
+        num_prompts=rows.num_prompts,
+        dataset=encoded.remove_columns(list(BOOKKEEPING)),
+        audit=counts,
+    )
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer without an end-of-sequence token: no response could ever end.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "model.tokenizer_name_or_path: the tokenizer has no end-of-sequence token; set "
+            "eos_token in its tokenizer_config.json or name another tokenizer"
+        )
+
+
+def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
+    """Say that texts get no BOS where the tokenizer by itself begins every text with it."""
+    [ids] = tokenizer(["a"], verbose=False)["input_ids"]
+    has_texts = any(counts.text_rows for counts in audits)
+    if has_texts and ids and ids[0] == tokenizer.bos_token_id:
+        logger.info(
+            "no %s is put before prompts that are texts, though this tokenizer begins every text "
+            "with it: the rule of the seed repositories; a prompt may spell it",
+            tokenizer.bos_token,
+        )
+
+
+def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any) -> None:
+    """Refuse token ids that have no row in the embedding.
+
+    Raises:
+        DataError: naming the token.
+    """
+    table = encoded.with_format("arrow")[:]
+    for column in ID_COLUMNS:
+        highest = pc.max(pc.list_flatten(table[column])).as_py()
+        if highest is not None and highest >= vocab_size:
+            raise DataError(
+                f"datasets: token id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is "
+                f"not in the model's embedding of {vocab_size} rows; the tokenizer belongs to "
+                "another model"
+            )
+
+
+def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
+    """`counts` with the tokens of an encoded dataset filled in."""
+    table = encoded.with_format("arrow")[:]
+    prompt, chosen, rejected = (
+        pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS
+    )
+    return replace(
+        counts,
+        prompt_tokens=int(prompt.sum()),
+        response_tokens=int(chosen.sum() + rejected.sum()),
+        longest_tokens=int((prompt + np.maximum(chosen, rejected)).max(initial=0)),
+    )
+
+
+def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The last row of each prompt, in the order in which prompts appear first."""
+    groups = dataset.with_format("numpy")["group"][:]
+    _, first = np.unique(groups, return_index=True)
+    _, last_from_end = np.unique(groups[::-1], return_index=True)
+    return dataset.select((len(groups) - 1 - last_from_end)[np.argsort(first)])
+
+
+def encoded_features(options: EncodeOptions) -> datasets.Features:
+    """Columns of an encoded dataset, those for the audit included."""
+    features: dict[str, Any] = {
+        column: datasets.List(datasets.Value("int32")) for column in ID_COLUMNS
+    }
+    if options.weighted:
+        features |= {column: datasets.List(datasets.Value("float32")) for column in WEIGHT_COLUMNS}
+    return datasets.Features(features | BOOKKEEPING)
+
+
+def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> str:
+    """Name of the cache entry: equal for equal rows, tokenizer, options and code only."""
+    used = asdict(options)
+    if not (options.weighted and options.transform_method == "random"):
+        del used["seed"]
+    if not options.weighted:
+        del used["transform_method"], used["transform_params"], used["eos_weight"]
+    key = [
+        rows.fingerprint,
+        tokenizer_digest(tokenizer),
+        used,
+        code_digest(*ENCODING_CODE),
+        LIBRARIES,
+    ]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of all that a tokenizer's output depends on; calls to it leave no trace in it."""
+    if tokenizer.is_fast:
+        # before it stand truncation and padding, which the last call has set
+        _, _, model = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
+    else:
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        model = json.dumps([type(tokenizer).__name__, tokenizer.name_or_path, vocabulary])
+    facts = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256((model + facts).encode()).hexdigest()
+
+
+def encode_batch(
+    batch: dict[str, list[Any]],
+    indices: list[int],
+    tokenizer: Any,
+    options: EncodeOptions,
+    source: str,
+) -> dict[str, list[Any]]:
+    """Encode a batch of `datasets.map`. Columns in and out: `FEATURES`, `encoded_features`."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    chat = ChatFormat(tokenizer=tokenizer, template=options.chat_template, date=options.chat_date)
+    texts = [
+        row_texts(row, named_responses(row, options), chat, strict=options.strict) for row in rows
+    ]
+    encoded = []
+    tokens_of_rows = tokenize_rows(texts, tokenizer, first=indices[0])
+    for row, tokens in zip(rows, tokens_of_rows, strict=True):
+        outcome = _encode_or_drop(row, tokens, tokenizer.eos_token_id, options, source)
+        encoded.append(outcome.columns() | {"row": row["row"], "group": row["group"]})
+    return {column: [row[column] for row in encoded] for column in encoded_features(options)}
+
+
+def _encode_or_drop(
+    row: dict[str, Any],
+    tokens: RowTokens | RowError,
+    eos_id: int,
+    options: EncodeOptions,
+    source: str,
+) -> EncodedPair:
+    try:
+        if isinstance(tokens, RowError):
+            raise tokens
+        outcome = encode_row(row, tokens, eos_id, options)
+    except RowError as error:
+        message = error.at(source, row["row"])
+        if options.on_error == "raise":
+            raise DataError(message) from None
+        return EncodedPair(drop=MALFORMED, note=message)
+    if options.strict and outcome.drop == EMPTY_RESPONSE:
+        raise DataError(f"{source}:{row['row']}: {outcome.drop} (data.strict=true)")
+    return outcome

@@ -1,0 +1,102 @@
+"""Local data files: one record at a time, with its line; what cannot be read is named exactly."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from fastpref.errors import DataError
+from fastpref.data.row_values import RowError
+from fastpref.data.rows import check_columns
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+"""Forms of a data file, the first one that exists is read."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records of a .jsonl, .jsonl.gz or .parquet file.
+
+    JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
+    passed over. In parquet every struct of a column has the same keys, and those that a message or
+    a tool call lacks are null: such keys are left out, however deep they lie. Maps become objects.
+
+    Yields:
+        The line (in parquet the row), counted from 1, and the record; a `RowError` in its place
+        where the line is no JSON.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    reader = _read_parquet if path.suffix == ".parquet" else _read_json_lines
+    try:
+        yield from reader(path)
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        # a damaged file of either form ends up here
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    offset = 0
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if content.strip():
+                yield number, _parse_line(content, offset + len(line) - len(content), number)
+            offset += len(line)
+
+
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _parse_line(line: bytes, offset: int, number: int) -> Any:
+    try:
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return RowError(
+            f"invalid UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}"
+        )
+    except json.JSONDecodeError as error:
+        if number == 1 and line.lstrip().startswith(b"["):
+            return RowError("invalid JSON lines: an array; write one object per line")
+        return RowError(f"invalid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return RowError(f"invalid JSON: {error}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        try:
+            check_columns(file.schema_arrow.names)
+        except RowError as error:
+            raise DataError(f"{path}: {error}") from None
+        fields = {field.name: field.type for field in file.schema_arrow}
+        number = 0
+        for batch in file.iter_batches(batch_size=1000):
+            for record in batch.to_pylist():
+                number += 1
+                yield number, {name: _given(record[name], fields[name]) for name in record}
+
+
+def _given(value: Any, declared: pyarrow.DataType) -> Any:
+    """A parquet value without the keys of structs that are null, maps as objects."""
+    kinds = pyarrow.types
+    if value is None:
+        return None
+    if kinds.is_struct(declared):
+        inner = {field.name: field.type for field in declared}
+        return {key: _given(item, inner[key]) for key, item in value.items() if item is not None}
+    if kinds.is_map(declared):
+        return {str(key): _given(item, declared.item_type) for key, item in value}
+    # lists of numbers, such as token weights, are long and have nothing to leave out
+    if isinstance(value, list) and kinds.is_nested(declared.value_type):
+        return [_given(item, declared.value_type) for item in value]
+    return value

@@ -1,0 +1,232 @@
+"""Texts of rows and their token ids, for training and for the estimation of token weights alike.
+
+Texts of prompt and response are tokenized one by one, as the DPO, TDPO and TIS-DPO repositories
+do. A conversation is tokenized whole, as the chat template renders it, and then divided: the same
+tokens stand there when the model is used.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastpref.data.chat import ChatFormat, RenderedChat, render_chat
+from fastpref.data.counts import JOINED_ROWS, Remark
+from fastpref.data.row_values import RowError
+from fastpref.data.rows import EMPTY_PROMPT, EMPTY_RESPONSE
+
+Ids = list[int]
+Offsets = Sequence[tuple[int, int]]
+
+TOKENIZE = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+"""Special tokens only where the text spells them."""
+
+
+class RowTexts(NamedTuple):
+    """Prompt and responses of a row as texts."""
+
+    prompt: str = ""
+    responses: Sequence[str] = ()
+    is_chat: bool = False
+    remarks: Remark = Remark(0)
+    note: str = ""
+    """What of a response is not rendered."""
+    error: RowError | None = None
+    """Why there are no texts."""
+
+
+class RowTokens(NamedTuple):
+    """Prompt and responses of a row as token ids, nothing cut."""
+
+    prompt: Ids
+    responses: Sequence[Ids]
+    """Without the EOS that a text may end with: token weights leave it out."""
+    remarks: Remark = Remark(0)
+    note: str = ""
+    drop: str = ""
+    """Why the row is left out, "" for one to keep."""
+
+
+def row_texts(
+    row: dict[str, Any], responses: dict[str, str], chat: ChatFormat, *, strict: bool = False
+) -> RowTexts:
+    """The texts of a checked row, conversations rendered.
+
+    Args:
+        row: Whose prompt, form and tools are read.
+        responses: By name of the side.
+        chat: How conversations are rendered.
+        strict: Refuse a prompt that does not start prompt + response as rendered.
+
+    Returns:
+        Texts, or the error that the template gives.
+
+    Raises:
+        ConfigError: the template cannot render any conversation.
+    """
+    if row["form"] != "chat":
+        return RowTexts(row["prompt"], list(responses.values()))
+    try:
+        rendered = render_chat(
+            row["prompt"],
+            list(responses.values()),
+            chat,
+            tools=row["tools"],
+            fields=tuple(responses),
+        )
+    except RowError as error:
+        # is it the row or the template that is at fault?
+        chat.check()
+        return RowTexts(error=error)
+    if strict and not rendered.is_prefix:
+        message = "the rendered prompt does not start prompt + response (data.strict=true)"
+        return RowTexts(error=RowError(message))
+    return RowTexts(
+        rendered.prompt, rendered.responses, True, _chat_remarks(rendered), rendered.left_out
+    )
+
+
+def tokenize_rows(
+    rows: Sequence[RowTexts], tokenizer: Any, *, first: int = JOINED_ROWS
+) -> list[RowTokens | RowError]:
+    """Token ids of rows; a row that has none is an error in its place.
+
+    Args:
+        rows: Any number; the tokenizer spreads them over its threads.
+        tokenizer: Of transformers.
+        first: Place of the first of these rows in its source: of the first `JOINED_ROWS` rows of
+            text it is noted where the tokens would be others if prompt and response were one text.
+    """
+    texts = [row for row in rows if row.error is None and not row.is_chat]
+    chats = [row for row in rows if row.error is None and row.is_chat]
+    apart = _tokenize_apart(texts, tokenizer)
+    among_first = rows[: max(0, JOINED_ROWS - first)]
+    num_joined = sum(row.error is None and not row.is_chat for row in among_first)
+    joined = iter(_differ_when_joined(texts[:num_joined], apart[:num_joined], tokenizer))
+    divided = iter(apart)
+    whole = iter(
+        _tokenize_by_offsets(chats, tokenizer)
+        if tokenizer.is_fast
+        else _tokenize_without_offsets(chats, tokenizer)
+    )
+    outcomes: list[RowTokens | RowError] = []
+    for row in rows:
+        if row.error is not None:
+            outcomes.append(row.error)
+            continue
+        if row.is_chat:
+            prompt, responses, remarks = next(whole)
+        else:
+            prompt, responses = next(divided)
+            remarks = Remark.JOINED_DIFFERS if next(joined, False) else Remark(0)
+        outcomes.append(_outcome(row, prompt, responses, remarks, tokenizer))
+    return outcomes
+
+
+def tokenize(tokenizer: Any, texts: list[str]) -> list[Ids]:
+    """Ids of each text by itself, special tokens only where the text spells them."""
+    return tokenizer(texts, **TOKENIZE)["input_ids"] if texts else []
+
+
+def without_final_eos(ids: Ids, eos_id: int) -> Ids:
+    """A response's ids without an EOS that its text spelled out: token weights leave it out."""
+    return ids[:-1] if ids and ids[-1] == eos_id else ids
+
+
+def divide_by_offsets(border: int, ids: Sequence[Ids], offsets: Sequence[Offsets]) -> int:
+    """How many tokens of the texts that share a prompt are the prompt's.
+
+    Args:
+        border: Characters of the prompt, with which all texts begin.
+        ids, offsets: Of each text, [start, end) characters of each token.
+
+    Returns:
+        The length of the longest run of tokens that all texts begin with and that end within the
+        prompt: a token over the border is the response's.
+    """
+    runs = [
+        next((i for i, (_, end) in enumerate(spans) if end > border), len(spans))
+        for spans in offsets
+    ]
+    shortest = min(runs)
+    columns = zip(*(part[:shortest] for part in ids), strict=True)
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), shortest)
+
+
+def _tokenize_apart(rows: Sequence[RowTexts], tokenizer: Any) -> list[tuple[Ids, list[Ids]]]:
+    ids = iter(tokenize(tokenizer, [text for row in rows for text in (row.prompt, *row.responses)]))
+    return [(next(ids), [next(ids) for _ in row.responses]) for row in rows]
+
+
+def _tokenize_joined(rows: Sequence[RowTexts], tokenizer: Any) -> list[list[Ids]]:
+    ids = iter(tokenize(tokenizer, [row.prompt + text for row in rows for text in row.responses]))
+    return [[next(ids) for _ in row.responses] for row in rows]
+
+
+def _differ_when_joined(
+    rows: Sequence[RowTexts], apart: Sequence[tuple[Ids, list[Ids]]], tokenizer: Any
+) -> list[bool]:
+    return [
+        whole != [prompt + response for response in responses]
+        for whole, (prompt, responses) in zip(_tokenize_joined(rows, tokenizer), apart, strict=True)
+    ]
+
+
+def _tokenize_by_offsets(
+    rows: Sequence[RowTexts], tokenizer: Any
+) -> list[tuple[Ids, list[Ids], Remark]]:
+    texts = [row.prompt + response for row in rows for response in row.responses]
+    if not texts:
+        return []
+    encoded = tokenizer(texts, return_offsets_mapping=True, **TOKENIZE)
+    all_ids, all_offsets = iter(encoded["input_ids"]), iter(encoded["offset_mapping"])
+    outcomes = []
+    for row in rows:
+        ids = [next(all_ids) for _ in row.responses]
+        offsets = [next(all_offsets) for _ in row.responses]
+        border = len(row.prompt)
+        length = divide_by_offsets(border, ids, offsets)
+        # a prompt that is not covered to its end has left the rest to a token of the response
+        reached = offsets[0][length - 1][1] if length else 0
+        remarks = Remark.BORDER_TOKEN if reached < border else Remark(0)
+        outcomes.append((ids[0][:length], [part[length:] for part in ids], remarks))
+    return outcomes
+
+
+def _tokenize_without_offsets(
+    rows: Sequence[RowTexts], tokenizer: Any
+) -> list[tuple[Ids, list[Ids], Remark]]:
+    outcomes = []
+    for whole, (prompt, responses) in zip(
+        _tokenize_joined(rows, tokenizer), _tokenize_apart(rows, tokenizer), strict=True
+    ):
+        if all(ids[: len(prompt)] == prompt for ids in whole):
+            outcomes.append((prompt, [ids[len(prompt) :] for ids in whole], Remark(0)))
+        else:
+            outcomes.append((prompt, responses, Remark.TOKENIZED_APART))
+    return outcomes
+
+
+def _outcome(
+    row: RowTexts, prompt: Ids, responses: list[Ids], remarks: Remark, tokenizer: Any
+) -> RowTokens | RowError:
+    if not prompt:
+        return RowError(EMPTY_PROMPT, "prompt")
+    eos_id = tokenizer.eos_token_id
+    stripped = [without_final_eos(response, eos_id) for response in responses]
+    is_blank = row.is_chat and not all(text.strip() for text in row.responses)
+    drop = EMPTY_RESPONSE if is_blank or not all(stripped) else ""
+    remarks |= row.remarks
+    remarks |= Remark.EOS_AT_END if stripped != responses else 0
+    # the turns of a conversation may each end in EOS
+    has_eos = not row.is_chat and any(eos_id in part for part in (prompt, *stripped))
+    remarks |= Remark.EOS_INSIDE if has_eos else 0
+    remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
+    return RowTokens(prompt, stripped, remarks, row.note, drop)
+
+
+def _chat_remarks(rendered: RenderedChat) -> Remark:
+    remarks = Remark(0)
+    remarks |= Remark.TEMPLATE_SPLIT if not rendered.is_prefix else 0
+    remarks |= Remark.ARGUMENTS_DECODED if rendered.arguments_decoded else 0
+    remarks |= Remark.RESPONSE_NOT_RENDERED if rendered.left_out else 0
+    remarks |= Remark.PROMPT_NOT_RENDERED if rendered.prompt_left_out else 0
+    return remarks

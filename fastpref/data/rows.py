@@ -1,0 +1,263 @@
+"""The rules a row must keep, and the one form that every kind of row is brought to."""
+
+import json
+from typing import Any, TypedDict
+
+from fastpref.checks import listed, nearest
+from fastpref.data.messages import (
+    PROMPT_ROLES,
+    RESPONSE_ROLES,
+    Messages,
+    add_system,
+    check_roles,
+    divide_conversations,
+    is_silent,
+    read_messages,
+    read_tools,
+)
+from fastpref.data.row_values import RowError, check_unicode, json_text, kind, normal_form
+
+ASSISTANT_TURN = "\n\nAssistant:"
+TEXT_FIELDS = ("prompt", "chosen", "rejected")
+WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
+DIGEST_FIELD = "weights_digest"
+CHAT_FIELDS = ("tools", "system")
+"""What rows of messages may have beside `TEXT_FIELDS`."""
+MAX_WEIGHT = 1e30
+
+EMPTY_RESPONSE = "empty response"
+NO_SHARED_PROMPT = "no shared prompt"
+MALFORMED = "malformed row"
+EMPTY_PROMPT = "prompt is empty: at least one token must come before the response"
+
+
+class Row(TypedDict):
+    """A checked row. In form `chat` the three texts are JSON lists of messages, as they came.
+
+    `drop` is the reason to leave the pair out, empty for a pair to train on.
+    """
+
+    form: str  # text, hh (prompt found in the dialogues), chat
+    prompt: str
+    chosen: str
+    rejected: str
+    tools: str | None  # JSON list of schemas, of a row of messages
+    chosen_weights: list[float] | None
+    rejected_weights: list[float] | None
+    weights_digest: str | None  # `token_digest` of the tokens the weights were estimated for
+    drop: str
+
+
+def make_row(
+    *,
+    form: str = "",
+    prompt: str = "",
+    chosen: str = "",
+    rejected: str = "",
+    tools: str | None = None,
+    drop: str,
+) -> Row:
+    """A row without token weights."""
+    return Row(
+        form=form,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        tools=tools,
+        chosen_weights=None,
+        rejected_weights=None,
+        weights_digest=None,
+        drop=drop,
+    )
+
+
+def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
+    """Check one row as it came from a file and bring it to one form.
+
+    Accepted: texts `prompt`, `chosen`, `rejected`; texts `chosen` and `rejected` that are whole
+    dialogues with "\\n\\nAssistant:" turns (the prompt ends with the last such turn of `chosen`);
+    lists of messages, with `prompt`, with the prompt at the start of both conversations, or with
+    both; beside messages also `tools`, a list of schemas, and `system`, a first message's text.
+
+    Args:
+        record: The row; other fields than the named ones are ignored: see `fields_read`.
+        weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, both or neither. Else
+            they are ignored.
+        allow_roles: Take any role in any place.
+
+    Raises:
+        RowError: the row breaks a rule.
+    """
+    if not isinstance(record, dict):
+        raise RowError(f"a row must be an object with chosen and rejected, got {kind(record)}")
+    try:
+        row = _parse_texts(record, allow_roles)
+    except RecursionError:
+        raise RowError("the row is nested too deeply") from None
+    if weighted and not row["drop"]:
+        row["chosen_weights"], row["rejected_weights"] = _parse_weights(record)
+        row["weights_digest"] = _parse_digest(record)
+    return row
+
+
+def fields_read(row: Row, *, weighted: bool) -> tuple[str, ...]:
+    """The fields of a row's record that `parse_row` reads."""
+    of_form = CHAT_FIELDS if row["form"] == "chat" else ()
+    of_weights = (*WEIGHT_FIELDS, DIGEST_FIELD) if weighted else ()
+    return (*TEXT_FIELDS, *of_form, *of_weights)
+
+
+def comparable(row: Row) -> tuple[str, str, str]:
+    """Prompt, tools included, and responses as texts that are equal for equal rows.
+
+    The order of the keys of messages does not count here.
+    """
+    texts = (row["prompt"], row["chosen"], row["rejected"])
+    if row["form"] != "chat":
+        return texts
+    prompt, chosen, rejected = (normal_form(json.loads(text)) for text in texts)
+    if row["tools"] is not None:
+        prompt += normal_form(json.loads(row["tools"]))
+    return prompt, chosen, rejected
+
+
+def check_columns(columns: list[str]) -> None:
+    """Refuse rows without `chosen` or `rejected`: columns found, needed, nearest name."""
+    missing = [field for field in ("chosen", "rejected") if field not in columns]
+    if missing:
+        raise RowError(
+            f"no column {missing[0]!r}; columns found: {listed(sorted(columns)) or 'none'}; "
+            f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}",
+            missing[0],
+        )
+
+
+def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
+    """Prompt and responses of two HH dialogues; None where rejected does not share the prompt.
+
+    The prompt is `chosen` up to and including its last "\\n\\nAssistant:".
+
+    Raises:
+        RowError: `chosen` has no such turn.
+    """
+    turn = chosen.rfind(ASSISTANT_TURN)
+    if turn < 0:
+        raise RowError(
+            "no prompt: columns found: chosen, rejected; needed: prompt, chosen, rejected, or "
+            r"dialogues in chosen and rejected with '\n\nAssistant:' turns"
+        )
+    prompt = chosen[: turn + len(ASSISTANT_TURN)]
+    if not rejected.startswith(prompt):
+        return None
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
+
+
+def _parse_texts(record: dict[str, Any], allow_roles: bool) -> Row:
+    check_columns(list(record))
+    fields = [field for field in TEXT_FIELDS if field in record]
+    kinds = {field: kind(record[field]) for field in fields}
+    for field in fields:
+        if record[field] is None:
+            raise RowError(f"{field} is null", field)
+        if kinds[field] not in ("text", "list"):
+            raise RowError(f"{field} must be text or a list of messages, got {kinds[field]}", field)
+    if len(set(kinds.values())) > 1:
+        found = ", ".join(f"{field} is {kinds[field]}" for field in fields)
+        odd_one = min(fields, key=lambda field: list(kinds.values()).count(kinds[field]))
+        raise RowError(
+            f"{found}: they must be all text or all lists of messages; where chosen and rejected "
+            "are whole conversations, leave prompt out",
+            odd_one,
+        )
+    return _parse_chat(record, allow_roles) if kinds["chosen"] == "list" else _parse_text(record)
+
+
+def _parse_text(record: dict[str, Any]) -> Row:
+    chosen, rejected = record["chosen"], record["rejected"]
+    for field in TEXT_FIELDS:
+        check_unicode(field, record.get(field, ""))
+    if "prompt" in record:
+        if not record["prompt"]:
+            raise RowError(EMPTY_PROMPT, "prompt")
+        return _row("text", record["prompt"], chosen, rejected)
+    try:
+        parts = split_dialogues(chosen, rejected)
+    except RowError as error:
+        raise RowError(f"{error}{_rename_hint('prompt', list(record))}") from None
+    if parts is None:
+        # its prompt keeps the row's place in the order of the data
+        prompt = chosen[: chosen.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN)]
+        return _row("hh", prompt, chosen, rejected, drop=NO_SHARED_PROMPT)
+    return _row("hh", *parts)
+
+
+def _parse_chat(record: dict[str, Any], allow_roles: bool) -> Row:
+    fields = {
+        field: read_messages(field, record[field]) for field in TEXT_FIELDS if field in record
+    }
+    conversations = divide_conversations(fields)
+    tools = read_tools(record.get("tools"))
+    if conversations is None:
+        return _chat_row([], fields["chosen"], fields["rejected"], tools, NO_SHARED_PROMPT)
+    prompt, chosen, rejected = conversations
+    if not allow_roles:
+        check_roles("prompt", prompt, PROMPT_ROLES)
+        check_roles("chosen", chosen, RESPONSE_ROLES)
+        check_roles("rejected", rejected, RESPONSE_ROLES)
+    # what a response comes to is the template's business; here only what no template can mend
+    drop = EMPTY_RESPONSE if is_silent(chosen) or is_silent(rejected) else ""
+    return _chat_row(add_system(prompt, record.get("system")), chosen, rejected, tools, drop)
+
+
+def _parse_weights(record: dict[str, Any]) -> tuple[list[float] | None, list[float] | None]:
+    chosen, rejected = (record.get(field) for field in WEIGHT_FIELDS)
+    if chosen is None and rejected is None:
+        return None, None
+    if chosen is None or rejected is None:
+        present, absent = WEIGHT_FIELDS if rejected is None else WEIGHT_FIELDS[::-1]
+        raise RowError(f"{present} without {absent}: give both or neither", present)
+    return (
+        _checked_weights("chosen_weight", chosen),
+        _checked_weights("rejected_weight", rejected),
+    )
+
+
+def _checked_weights(field: str, weights: Any) -> list[float]:
+    if not isinstance(weights, list):
+        raise RowError(
+            f"{field} must be a list of numbers, one per token, got {kind(weights)}", field
+        )
+    for index, weight in enumerate(weights):
+        # type() and not isinstance(): a boolean is no weight; nan fails every comparison
+        if type(weight) not in (float, int) or not abs(weight) < MAX_WEIGHT:
+            raise RowError(f"{field}[{index}] must be a finite number, got {weight!r:.40}", field)
+    return [float(weight) for weight in weights]
+
+
+def _parse_digest(record: dict[str, Any]) -> str | None:
+    digest = record.get(DIGEST_FIELD)
+    if digest is not None and not isinstance(digest, str):
+        raise RowError(f"{DIGEST_FIELD} must be text, got {kind(digest)}", DIGEST_FIELD)
+    return digest
+
+
+def _row(form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "") -> Row:
+    if not drop and not (chosen.strip() and rejected.strip()):
+        drop = EMPTY_RESPONSE
+    return make_row(form=form, prompt=prompt, chosen=chosen, rejected=rejected, drop=drop)
+
+
+def _chat_row(
+    prompt: Messages, chosen: Messages, rejected: Messages, tools: Messages | None, drop: str
+) -> Row:
+    parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools}
+    texts = {field: json_text(part) for field, part in parts.items() if part is not None}
+    for field, text in texts.items():
+        # what messages say was looked at before; their keys are left
+        check_unicode(field, text)
+    return make_row(form="chat", drop=drop, **texts)
+
+
+def _rename_hint(wanted: str, columns: list[str]) -> str:
+    near = nearest(wanted, [column for column in columns if column not in TEXT_FIELDS])
+    return f"; nearest: {near}, rename it to {wanted}" if near else ""

@@ -1,0 +1,186 @@
+"""Which attention computes packed rows, and whether a model can be trained on them: by trying."""
+
+import logging
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.batch import SegmentLayout
+from fastpref.config import Config
+from fastpref.distributed import World
+from fastpref.errors import ConfigError, first_line
+from fastpref.model.logit_path import LogitPath
+from fastpref.batches.packed import pack_rows
+from fastpref.model.attention.packing_probe import AttentionCall, probe_packing, probe_rows
+
+logger = logging.getLogger("fastpref")
+
+
+class Packing(NamedTuple):
+    """How a model is trained on packed rows."""
+
+    attention: PackedAttention
+    share_prompt: bool
+
+
+def choose_packing(
+    model: Any, config: Config, world: World, *, path: LogitPath, longest: int
+) -> Packing | None:
+    """How to pack for a model, None for padded rows; rank 0 finds out, and says so in the log.
+
+    Args:
+        model: Of transformers, on the CPU; only rank 0's has weights.
+        config: Of the run.
+        world: Whoever computes.
+        path: From the model's last hidden states to its logits.
+        longest: Tokens of the longest sequence that will be trained on.
+
+    Raises:
+        ConfigError: what was asked for cannot be done.
+    """
+    if not config.packing.enabled:
+        return None
+
+    def choose() -> tuple[str, bool] | None:
+        choice = _choose(model, config, world, path, longest)
+        return (choice.attention.name, choice.share_prompt) if choice else None
+
+    found = world.on_main(choose)
+    return Packing(build_attention(found[0]), found[1]) if found else None
+
+
+def _choose(
+    model: Any, config: Config, world: World, path: LogitPath, longest: int
+) -> Packing | None:
+    wishes = {"auto": (True, False), "true": (True,), "false": (False,)}
+    before = model.config._attn_implementation
+    obstacle: str | None = None
+    for share_prompt in wishes[config.packing.share_prompt]:
+        calls, obstacle = probe_packing(
+            model,
+            path,
+            share_prompt=share_prompt,
+            longest=longest,
+            block_name=config.model.block_name,
+        )
+        if obstacle is not None:
+            continue
+        dtype = getattr(torch, config.model.compute_dtype)
+        attention = choose_attention(config.model.attention, world.device, dtype, calls)
+        if isinstance(attention, PackedAttention):
+            shared = "equal prompts computed once" if share_prompt else "every prompt by itself"
+            logger.info("packed rows, %s, attention by %s", shared, attention.name)
+            return Packing(attention, share_prompt)
+        # no attention here computes the model's packed rows, shared or not
+        model.set_attn_implementation(before)
+        obstacle = attention
+        break
+    name = type(model).__name__
+    if config.packing.share_prompt == "true":
+        raise ConfigError(
+            f"packing.share_prompt=true: {name} cannot share prompts: {obstacle}; "
+            "set packing.share_prompt=auto"
+        )
+    logger.warning("%s cannot be trained on packed rows: %s; taking padded ones", name, obstacle)
+    return None
+
+
+def choose_attention(
+    requested: str, device: torch.device, dtype: torch.dtype, calls: Collection[AttentionCall]
+) -> PackedAttention | str:
+    """The packed attention to use: the one asked for, else the first that computes correctly.
+
+    Args:
+        requested: The option `model.attention`.
+        device, dtype: Where and in what the model computes.
+        calls: What the model's layers ask for.
+
+    Returns:
+        The attention; where "auto" finds none, what is wrong with the last one tried.
+
+    Raises:
+        ConfigError: the one asked for does not.
+    """
+    on_device = [*ON_GPU, "sdpa", "eager"] if device.type == "cuda" else ["sdpa", "eager"]
+    problem = ""
+    for name in on_device if requested == "auto" else [requested]:
+        try:
+            attention = build_attention(name)
+            problem = attention_problem(attention, device, dtype, calls)
+        # a library may fail in any way it likes: the next one is tried
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        if not problem:
+            return attention
+    if requested == "auto":
+        return f"no attention computes them here: {problem}"
+    raise ConfigError(
+        f"model.attention={requested} does not compute packed rows here: {problem}; "
+        "set model.attention=auto or packing.enabled=false"
+    )
+
+
+ON_GPU = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen")
+"""Fastest first. FlexAttention is compiled, which took three quarters of a minute in float32 (H200,
+torch 2.11): only who asks for it by name waits for that."""
+
+
+def attention_problem(
+    attention: PackedAttention,
+    device: torch.device,
+    dtype: torch.dtype,
+    calls: Collection[AttentionCall],
+) -> str:
+    """Hold a packed attention to plain torch in float32, values and gradients, for every layer.
+
+    Libraries differ in how they align causality, in the heads and dtypes they take and in what they
+    are built for, from version to version: trying is surer than knowing.
+
+    Returns:
+        What is wrong, "" if nothing is.
+    """
+    batch = pack_rows(probe_rows(torch.arange(30)), pad_token_id=0).to(device)
+    assert batch.layout is not None
+    T = batch.input_ids.shape[1]
+    tolerance = 2e-3 if dtype == torch.float32 else 3e-2
+    for call in sorted(calls, key=str):
+        generator = torch.Generator().manual_seed(0)
+        heads = call.heads, call.kv_heads, call.kv_heads
+        widths = call.width, call.width, call.value_width
+        inputs = [
+            torch.randn(1, n, T, width, generator=generator).to(device, dtype)
+            for n, width in zip(heads, widths, strict=True)
+        ]
+        upstream = torch.randn(1, T, call.heads, call.value_width, generator=generator)
+        upstream = upstream.to(device, dtype)
+        exact = [x.float() for x in inputs]
+        expected = _with_gradients(
+            build_attention("eager"), exact, upstream.float(), batch.layout, call
+        )
+        found = _with_gradients(attention, inputs, upstream, batch.layout, call)
+        for ours, theirs in zip(found, expected, strict=True):
+            worst = (ours.float() - theirs).abs().max().item() / theirs.abs().max().item()
+            if not worst <= tolerance:
+                return f"its values or gradients are off by {worst:.2g}"
+    return ""
+
+
+def _with_gradients(
+    attention: PackedAttention,
+    inputs: list[Tensor],
+    upstream: Tensor,
+    layout: SegmentLayout,
+    call: AttentionCall,
+) -> list[Tensor]:
+    """Output, and gradients of query, key and value."""
+    query, key, value = (x.detach().requires_grad_() for x in inputs)
+    with torch.enable_grad():
+        output = attention.attend(
+            query, key, value, attention.prepare(layout), call.scale, call.softcap
+        )
+        grads = torch.autograd.grad(output, [query, key, value], upstream)
+    return [output.detach(), *grads]

@@ -1,0 +1,118 @@
+"""Packed, prompt-shared attention behind transformers' `AttentionInterface`.
+
+A model whose attention implementation is `fastpref` computes packed rows where its forward is
+given `packed_row(…)` as further keyword arguments, and ordinary attention (padded rows, sampling)
+where it is not. Keyword arguments, because what activation checkpointing recomputes in a thread of
+autograd gets them again.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from fastpref.model.attention.backends import (
+    PackedAttention,
+    attend_in_groups,
+    attend_in_math,
+    attend_to_all,
+    attend_varlen,
+    flash_kernel,
+    flex_attend,
+    prepare_flex,
+    prepare_segments,
+    torch_varlen_kernel,
+)
+from fastpref.batch import PackedBatch
+
+IMPLEMENTATION = "fastpref"
+"""The name under which transformers finds `attention_forward`."""
+
+
+def packed_row(batch: PackedBatch, attention: PackedAttention, longest: int = 0) -> dict[str, Any]:
+    """What a model's body takes beside `input_ids` to compute a packed row.
+
+    Args:
+        batch: With a layout.
+        attention: What computes it.
+        longest: Tokens of the longest sequence to allow for, if longer than the batch's own.
+    """
+    assert batch.layout is not None
+    longest = max(longest, batch.layout.longest_plain, batch.layout.longest_branch_keys)
+    # four dimensions say that the mask is ready: no model builds one, and none reads this one
+    ready = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
+    return {
+        "position_ids": batch.position_ids,
+        "attention_mask": ready,
+        "fastpref_attention": attention,
+        "fastpref_layout": attention.prepare(batch.layout),
+        "fastpref_longest": longest,
+    }
+
+
+@torch.compiler.disable
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    fastpref_attention: PackedAttention | None = None,
+    fastpref_layout: Any = None,
+    fastpref_longest: int = 0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of transformers' interface: (1, H, T, E) … -> (1, T, H, E).
+
+    Raises:
+        ValueError: the row is packed and the model wants what a packed row cannot have.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if fastpref_attention is not None:
+        for name in ("s_aux", "position_bias"):
+            if options.get(name) is not None:
+                raise ValueError(f"its attention adds {name}")
+        window = options.get("sliding_window")
+        if window is not None and window < fastpref_longest:
+            raise ValueError(
+                f"its attention looks back {window} tokens, the longest sequence has "
+                f"{fastpref_longest}"
+            )
+        output = fastpref_attention.attend(query, key, value, fastpref_layout, scale, softcap)
+        return output, None
+    if softcap is not None:
+        mask = attention_mask
+        return attend_to_all(query, key, value, scale=scale, softcap=softcap, mask=mask), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scale, **options
+    )
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+def build_attention(name: str) -> PackedAttention:
+    """The packed attention that `model.attention` names.
+
+    Raises:
+        ImportError: its package is not installed, or not as expected.
+    """
+    match name:
+        case "eager":
+            return PackedAttention(name=name, attend=attend_in_math)
+        case "sdpa":
+            return PackedAttention(name=name, attend=attend_in_groups, prepare=prepare_segments)
+        case "varlen":
+            return PackedAttention(name=name, attend=partial(attend_varlen, torch_varlen_kernel()))
+        case "flex":
+            return PackedAttention(name=name, attend=flex_attend(), prepare=prepare_flex)
+    kernel = flash_kernel(int(name.removeprefix("flash_attention_")))
+    return PackedAttention(name=name, attend=partial(attend_varlen, kernel))

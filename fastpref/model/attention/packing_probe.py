@@ -1,0 +1,180 @@
+"""Whether a model computes packed rows as it computes padded ones: by doing both."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.model.blocks import find_blocks
+from fastpref.errors import first_line
+from fastpref.model.exact_arithmetic import exact_arithmetic
+from fastpref.model.logit_path import ROUNDING, LogitPath, probe_ids
+from fastpref.model.scorer import TokenScorer
+from fastpref.batches.packed import pack_rows
+from fastpref.model.positions import config_value
+
+# prompt, chosen and rejected tokens of each pair; the first and the last share their prompt
+_LENGTHS = [(5, 3, 5), (1, 6, 2), (5, 2, 1)]
+
+
+def probe_rows(ids: Tensor) -> list[EncodedRow]:
+    """Pairs with a shared prompt, with a prompt of one token and with a response of one.
+
+    Args:
+        ids: At least 30 tokens, (n,) int64.
+    """
+    parts = iter(ids.split([n for lengths in _LENGTHS for n in lengths] + [len(ids) - 30]))
+    rows = [EncodedRow(*(next(parts).tolist() for _ in range(3))) for _ in _LENGTHS]
+    return [*rows[:2], rows[2]._replace(prompt_ids=rows[0].prompt_ids)]
+
+
+class AttentionCall(NamedTuple):
+    """What a layer asks of its attention."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    """Of a query and a key."""
+    value_width: int
+    scale: float
+    softcap: float | None
+
+
+@torch.no_grad()
+def probe_packing(
+    model: Any,
+    path: LogitPath,
+    *,
+    share_prompt: bool,
+    longest: int,
+    block_name: str | None = None,
+) -> tuple[set[AttentionCall], str | None]:
+    """Compute a few rows packed and padded: a family may not hand keyword arguments down to its
+    attention, may not read position ids, or may mix tokens by other means than attention.
+
+    Args:
+        model: On the CPU; its attention implementation is `fastpref` afterwards if it can be
+            packed, and what it was if not.
+        path: From its last hidden states to its logits.
+        share_prompt: Whether prompts are to be shared.
+        longest: Tokens of the longest sequence that will be trained on.
+        block_name: Class of its blocks, None: found from the model.
+
+    Returns:
+        Which attentions its layers ask for, and why it cannot compute packed rows; None if it can.
+    """
+    before = model.config._attn_implementation
+    calls: set[AttentionCall] = set()
+    try:
+        with exact_arithmetic(model, block_name):
+            blocks, padded_ND = _run_padded(model, path, block_name)
+            obstacle = _limited_view(model, longest) or other_mixer(model, blocks)
+            if obstacle is None:
+                scorer = TokenScorer(model, _recording(calls), path)
+                obstacle = _difference(scorer, padded_ND, share_prompt, longest)
+    # whatever goes wrong in a family's own code is the reason why it cannot
+    except Exception as error:
+        obstacle = f"{type(error).__name__}: {first_line(error)}"
+    if obstacle is not None:
+        model.set_attn_implementation(before)
+    return calls, obstacle
+
+
+def _run_padded(
+    model: Any, path: LogitPath, block_name: str | None
+) -> tuple[list[nn.Module], Tensor]:
+    """The blocks that text goes through, and the last hidden states of the probe's padded rows."""
+    ran: list[nn.Module] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda block, _: ran.append(block))
+        for block in find_blocks(model, block_name)
+    ]
+    try:
+        rows = probe_rows(probe_ids(model, 2, 30)[0])
+        padded_ND = TokenScorer(model, path=path).hidden_states(pad_rows(rows, pad_token_id=0))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return ran, padded_ND
+
+
+def _difference(
+    scorer: TokenScorer, padded_ND: Tensor, share_prompt: bool, longest: int
+) -> str | None:
+    ids = probe_ids(scorer.model, 2, 30)
+    rows = probe_rows(ids[0])
+
+    def packed(rows: list[EncodedRow]) -> tuple[Tensor, PackedBatch]:
+        batch = pack_rows(rows, pad_token_id=0, share_prompt=share_prompt)
+        return scorer.hidden_states(batch, longest=longest), batch
+
+    packed_ND, batch = packed(rows)
+    error = ((packed_ND - padded_ND).norm() / padded_ND.norm()).item()
+    if not error <= ROUNDING:
+        return f"its hidden states differ by {error:.2g} between packed and padded rows"
+    # other tokens in one pair must leave the other pairs as they are
+    changed_ND, _ = packed([rows[0], probe_rows(ids[1])[1], rows[2]])
+    others = batch.sequence_ids % len(rows) != 1
+    leak = ((changed_ND - packed_ND)[others].norm() / packed_ND[others].norm()).item()
+    if not leak <= ROUNDING:
+        return f"its hidden states move by {leak:.2g} with the tokens of other packed rows"
+    return None
+
+
+def _recording(calls: set[AttentionCall]) -> PackedAttention:
+    """Packed attention by definition, of any shape, that remembers what it was asked for."""
+    exact = build_attention("eager")
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, layout: Any, scale: float, softcap: float | None
+    ) -> Tensor:
+        shapes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
+        calls.add(AttentionCall(*shapes, scale, softcap))
+        return exact.attend(query, key, value, layout, scale, softcap)
+
+    return PackedAttention(name=exact.name, attend=attend)
+
+
+def _limited_view(model: Any, longest: int) -> str | None:
+    chunk = config_value(model.config.get_text_config(), "attention_chunk_size")
+    if chunk is not None and chunk < longest:
+        return f"its attention looks back {chunk} tokens, the longest sequence has {longest}"
+    return None
+
+
+# of modules: state-space, recurrent and linear attention layers, and what picks keys for sparse one
+_MIXERS = re.compile(
+    "Mamba|SSM|Recurrent|RgLru|RGLRU|R[Ww][Kk][Vv]|LSTM|Retention|DeltaNet|Lightning"
+    "|LinearAttention|ShortConv|K[Dd][Aa]|Indexer"
+)
+# of a config's list of layer types; sliding and chunked attention are attention
+_MIXER_TYPES = re.compile("linear|conv|mamba|recurrent|hybrid|indexed|sparse_attention|compress")
+
+
+def other_mixer(model: Any, blocks: Iterable[nn.Module]) -> str | None:
+    """Which layer of a model mixes tokens by other means than attention; None if none does.
+
+    Known before any number: a convolution over a row's neighbours may leak little enough between
+    packed rows to pass for rounding.
+
+    Args:
+        model: A causal LM of transformers.
+        blocks: The blocks that text goes through.
+    """
+    config = model.config.get_text_config()
+    for name in ("layer_types", "layers_block_type", "block_types"):
+        for kind in config_value(config, name) or ():
+            if isinstance(kind, str) and _MIXER_TYPES.search(kind):
+                return f"a layer of it is {kind}, no attention to all tokens of a row"
+    for block in blocks:
+        for name, module in block.named_modules():
+            kind = type(module).__name__
+            is_convolution = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
+            if is_convolution or isinstance(module, nn.RNNBase) or _MIXERS.search(kind):
+                return f"its {type(block).__name__} mixes tokens by {name or 'itself'}, a {kind}"
+    return None

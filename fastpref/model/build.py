@@ -1,0 +1,217 @@
+"""From a model option to a scorer: loaded, tried, sharded."""
+
+import logging
+from typing import Any
+
+import torch
+
+from fastpref.model.attention.choice import Packing, choose_packing
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.config import Config, ModelConfig
+from fastpref.config.groups import FLASH_PACKAGES
+from fastpref.distributed import World
+from fastpref.errors import ConfigError
+from fastpref.model.frozen import (
+    compute_in,
+    frozen_dtype,
+    round_buffers,
+    rounds_more_than_parameters,
+    store_parameters,
+)
+from fastpref.model.liger import replace_layers
+from fastpref.model.logit_path import LogitPath
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.checks import Findings, check_model
+from fastpref.model.paths import resolve_model
+from fastpref.model.parallelize import parallelize, send_weights
+from fastpref.model.positions import position_limit, trained_positions
+from fastpref.model.source import build_empty, load_model
+
+logger = logging.getLogger("fastpref")
+
+
+def load_causal_lm(
+    config: ModelConfig, world: World, *, trainable: bool, beside_policy: bool = False
+) -> Any:
+    """The model on the CPU; without weights on every rank but 0.
+
+    Policy and reference compute in the same dtype through the same code, however each is stored.
+
+    Args:
+        config: Of the model.
+        world: Whoever computes.
+        trainable: False for a reference, and for a model that scores alone.
+        beside_policy: It is a reference: what of it is no parameter must be the policy's own.
+
+    Raises:
+        CheckpointError: there is none, or its weights do not fill it.
+    """
+    name = resolve_model(config.name_or_path)
+    stored = loaded = config.policy_dtype
+    if not trainable:
+        stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
+        if not (beside_policy and rounds_more_than_parameters(name, stored, config.revision)):
+            loaded = stored
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, loaded),
+        "attention": config.attention,
+        "revision": config.revision,
+    }
+    on_main: list[Any] = []
+    world.on_main(lambda: on_main.append(load_model(name, archive=config.archive, **options)))
+    model = on_main[0] if world.is_main else build_empty(name, **options)
+    store_parameters(model, getattr(torch, stored))
+    return model
+
+
+def load_reference(config: ModelConfig, world: World, findings: Findings) -> Any:
+    """The reference beside a policy of the same config, of which `findings` tell."""
+    model = load_causal_lm(config, world, trainable=False, beside_policy=True)
+    if findings.rounds_buffers:
+        round_buffers(model, getattr(torch, config.compute_dtype))
+    return model
+
+
+def starts_exactly_equal(config: Config, findings: Findings) -> bool:
+    """Whether policy and reference give the same bits before the first update.
+
+    Args:
+        config: Of the run.
+        findings: What was found out about its model.
+    """
+    model = config.model
+    # rounding twice to the same dtype is rounding once, to another one it is not
+    stored_equal = model.reference_dtype in (None, model.policy_dtype) or {
+        model.reference_dtype,
+        model.policy_dtype,
+    } == {"float32", model.compute_dtype}
+    compiled_apart = config.compile and config.activation_checkpointing
+    return findings.repeats_exactly and stored_equal and not compiled_apart
+
+
+def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool) -> Findings:
+    """What rank 0 finds out about a model by computing a few tokens, on every rank.
+
+    Args:
+        model: What `load_causal_lm` returned.
+        config: Its options.
+        world: Whoever computes.
+        trainable: False where it scores only.
+
+    Raises:
+        FastprefError: it cannot be trained, see `check_model`.
+    """
+    dtype = getattr(torch, config.compute_dtype)
+    findings = world.on_main(
+        lambda: check_model(model, dtype, config.block_name, trainable=trainable)
+    )
+    if findings.rounds_buffers:
+        round_buffers(model, getattr(torch, config.compute_dtype))
+    return findings
+
+
+def check_positions(model: Any, longest: int) -> None:
+    """Refuse sequences that run off a table of positions; warn of those a model was not made for.
+
+    Args:
+        model: Of transformers.
+        longest: Tokens of the longest sequence.
+
+    Raises:
+        ConfigError: naming the largest max_length that fits.
+    """
+    limit, trained = position_limit(model), trained_positions(model.config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"max_length: the longest sequence has {longest} tokens, the model has positions for "
+            f"{limit}; set max_length={limit} or less"
+        )
+    if limit is None and trained is not None and longest > trained:
+        logger.warning(
+            "the longest sequence has %d tokens, %s was made for %d (max_position_embeddings): "
+            "what it computes beyond them may be worth little; max_length=%d leaves them out",
+            longest,
+            type(model).__name__,
+            trained,
+            trained,
+        )
+
+
+def load_frozen_scorer(
+    config: Config, world: World, *, longest: int
+) -> tuple[TokenScorer, Packing | None]:
+    """The config's model without gradients, and how it takes packed rows; None for padded ones.
+
+    Args:
+        config: Of the run.
+        world: Whoever computes.
+        longest: Tokens of the longest sequence that will be scored.
+    """
+    model = load_causal_lm(config.model, world, trainable=False)
+    path = try_model(model, config.model, world, trainable=False).path
+    packing = choose_packing(model, config, world, path=path, longest=longest)
+    compute_in(model, getattr(torch, config.model.compute_dtype), config.model.block_name)
+    attention = packing.attention if packing else None
+    if world.size == 1:
+        return build_whole_scorer(model, config.model, world, path, attention), packing
+    scorer = build_scorer(
+        model, config.model, world, path=path, trainable=False, attention=attention
+    )
+    return scorer, packing
+
+
+def build_whole_scorer(
+    model: Any,
+    config: ModelConfig,
+    world: World,
+    path: LogitPath,
+    attention: PackedAttention | None,
+) -> TokenScorer:
+    """A frozen model on one rank without FSDP, which would copy every parameter in each forward."""
+    if attention is None and config.attention in FLASH_PACKAGES:
+        model.set_attn_implementation(config.attention)
+    return TokenScorer(model, attention, path).requires_grad_(False).to(world.device)
+
+
+def build_scorer(
+    model: Any,
+    config: ModelConfig,
+    world: World,
+    *,
+    path: LogitPath,
+    trainable: bool,
+    attention: PackedAttention | None = None,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    liger: bool = False,
+) -> TokenScorer:
+    """A loaded model as a scorer: sharded, its weights sent to the other ranks.
+
+    Args:
+        model: What `load_causal_lm` returned.
+        config: Its options.
+        world: Whoever computes.
+        path: From its last hidden states to its logits.
+        trainable: False for a reference.
+        attention: What computes packed rows; None for padded ones.
+        activation_checkpointing: Recompute activations in the backward.
+        compile: Compile each block.
+        liger: Norms and SwiGLU layers by Liger's kernels.
+    """
+    if attention is None and config.attention in FLASH_PACKAGES:
+        model.set_attn_implementation(config.attention)
+    if liger:
+        replace_layers(model)
+    scorer = TokenScorer(model, attention, path)
+    weights = scorer.state_dict() if world.is_main else {}
+    parallelize(
+        scorer,
+        world.mesh,
+        compute_dtype=getattr(torch, config.compute_dtype),
+        block_name=config.block_name,
+        activation_checkpointing=activation_checkpointing,
+        compile=compile,
+        trainable=trainable,
+    )
+    send_weights(scorer, weights)
+    return scorer

@@ -1,0 +1,148 @@
+"""Frozen models in memory as they are on the disk, in 16 bits, though they compute in float32.
+
+Float32 holds every bfloat16 and float16 number, so a block whose parameters are widened when it
+runs computes what it would if they had been widened at load, bit for bit, in half the memory.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fastpref.config import ModelConfig
+from fastpref.model.exact_arithmetic import cast_in_forward
+from fastpref.model.paths import find_layers, local_folder, resolve_model
+from fastpref.model.source import build_meta
+
+WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]
+"""What transformers loads; variants such as model.fp16.safetensors are not it."""
+HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+"""Safetensors' names of the dtypes that float32 contains."""
+
+
+def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
+    """How a model that is not trained is stored: `model.reference_dtype`, or where that is null
+    the checkpoint's 16 bits if this changes no number, or else the compute dtype.
+
+    Args:
+        config: Of the model.
+        beside_policy: It is the reference of a policy, which may be stored in 16 bits itself.
+
+    Raises:
+        CheckpointError: no such model.
+    """
+    if config.reference_dtype is not None:
+        return config.reference_dtype
+    if beside_policy and config.policy_dtype != "float32":
+        return config.policy_dtype
+    name = resolve_model(config.name_or_path)
+    # an archive brings other weights, and an adapter's are added to the model's
+    has_own_weights = config.archive is None and not find_layers(name, config.revision).adapters
+    if config.compute_dtype != "float32" or not has_own_weights:
+        return config.compute_dtype
+    dtypes = checkpoint_dtypes(name, config.revision)
+    dtype = HALF_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    if dtype is None:
+        return config.compute_dtype
+    model = build_meta(name, dtype=getattr(torch, dtype), revision=config.revision)
+    return dtype if is_stored_exactly(model) else config.compute_dtype
+
+
+def checkpoint_dtypes(name: str, revision: str | None) -> set[str]:
+    """Dtypes of the weights in a model's safetensors files, by safetensors' names.
+
+    Args:
+        name: What `resolve_model` returned; a hub model is downloaded.
+        revision: Hub revision.
+
+    Returns:
+        An empty set if there are no such files or one of them is damaged.
+    """
+    try:
+        folder = local_folder(name, revision, WEIGHT_FILES)
+        dtypes: set[str] = set()
+        for path in (path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+            with safe_open(path, "pt") as file:
+                keys = file.keys()
+                dtypes |= {file.get_slice(key).get_dtype() for key in keys}
+    # what is wrong is said by the load that follows
+    except (OSError, ValueError, SafetensorError):
+        return set()
+    return dtypes
+
+
+def is_stored_exactly(model: Any) -> bool:
+    """Whether a family in 16 bits differs from itself in float32 by nothing but its parameters.
+
+    Gemma rounds its embedding's scale, a buffer, with them; some mixtures of experts keep a few
+    parameters in float32, which FSDP takes for a mistake.
+
+    Args:
+        model: Built in 16 bits; may be on the meta device.
+    """
+    kept = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if any(getattr(module, name, None) for module in model.modules() for name in kept):
+        return False
+    return all(not b.is_floating_point() or b.dtype == torch.float32 for b in model.buffers())
+
+
+def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) -> None:
+    """Let a frozen model compute in a dtype: each block's parameters are cast while it runs.
+
+    The same as FSDP2's mixed precision, without its copies. Under FSDP2 it does nothing, as the
+    parameters have that dtype by then.
+
+    Args:
+        model: A causal LM of transformers.
+        dtype: That of the arithmetic.
+        block_name: Class of the transformer blocks, None: found from the model.
+
+    Raises:
+        ConfigError: no module of the model is of that class.
+    """
+    cast_in_forward(model, dtype, block_name)
+
+
+def rounds_more_than_parameters(name: str, dtype: str, revision: str | None) -> bool:
+    """Whether a model loaded in a dtype differs in more than its parameters' dtype, see
+    `is_stored_exactly`.
+
+    Args:
+        name: What `resolve_model` returned.
+        dtype: float32, bfloat16 or float16.
+        revision: Hub revision.
+    """
+    if dtype == "float32":
+        return False
+    return not is_stored_exactly(build_meta(name, dtype=getattr(torch, dtype), revision=revision))
+
+
+def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store all of a model's parameters in one dtype, as FSDP2 asks; buffers stay as they are.
+
+    Some families keep parameters in float32 when the others are loaded in 16 bits.
+    """
+    kept = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dtype != dtype
+    ]
+    for name in kept:
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
+
+
+def round_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Give a model's buffers the dtypes that they have where the family is loaded in a dtype.
+
+    Args:
+        model: A causal LM of transformers.
+        dtype: That of its arithmetic.
+    """
+    with torch.device("meta"):
+        twin = type(model)._from_config(model.config, dtype=dtype)
+    for name, like in twin.named_buffers():
+        path, _, buffer = name.rpartition(".")
+        module = model.get_submodule(path)
+        module._buffers[buffer] = module._buffers[buffer].to(like.dtype)

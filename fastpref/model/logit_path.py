@@ -1,0 +1,294 @@
+"""From the last hidden state of a model's body to its logits, as the model itself computes it.
+
+Families scale, cap and cut their logits under many names (`logit_scale`, `logits_scaling` that
+divides in one and multiplies in another, `lm_head_multiplier`, `logits_soft_cap`, …), some scale
+what enters the head. So nothing is read off names: it is measured on the model's own forward.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from fastpref.errors import ConfigError, NonFiniteError, first_line
+from fastpref.model.exact_arithmetic import exact_arithmetic
+
+ROUNDING = 1e-4
+"""Relative error that float32 leaves in the hidden states of a deep model, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitPath:
+    """z = softcap · tanh(scale · (W · hidden_scale · h + b) / softcap), the first V rows of W."""
+
+    body: str
+    """Name of the submodule whose `last_hidden_state` is h; "" where no submodule has it, because
+    there are layers between body and head, and h is what enters the head."""
+    vocab_size: int
+    """V: the logits of rows behind it are cut off or masked."""
+    hidden_scale: float = 1.0
+    """What h is multiplied by before it enters the head."""
+    scale: float = 1.0
+    """What the head's output is multiplied by, before the softcap."""
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The logits in plain torch: (…, D), (rows, D), (rows,) -> (…, V)."""
+        bias = None if bias is None else bias[: self.vocab_size]
+        return self.transform(F.linear(hidden * self.hidden_scale, weight[: self.vocab_size], bias))
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """What becomes of the head's output, in any shape."""
+        scaled = self.scale * logits
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+
+class Observation(NamedTuple):
+    """What went through a model's head in one forward."""
+
+    ids: Tensor
+    """(B, L) int64."""
+    head_input: Tensor
+    """(B·L, D) float32."""
+    head_output: Tensor
+    """(B, L, rows) float32."""
+    logits: Tensor
+    """(B, L, V) float32: what the model returned."""
+
+
+def last_hidden_states(model: Any, body: str, **inputs: Any) -> Tensor:
+    """A model's h, see `LogitPath`, for the inputs of its forward: (B, L, D)."""
+    if body:
+        return model.get_submodule(body)(use_cache=False, **inputs).last_hidden_state
+    head, seen = model.get_output_embeddings(), []
+
+    def stop(hidden: Tensor, *_: Any) -> Tensor:
+        seen.append(hidden)
+        # stands for logits, which nobody reads
+        return hidden[..., :1]
+
+    head.forward = stop
+    try:
+        model(use_cache=False, **inputs)
+    finally:
+        del head.forward
+    return seen[0]
+
+
+@torch.no_grad()
+def measure_logit_path(model: Any, block_name: str | None = None) -> LogitPath:
+    """Find a model's body and what lies between it and the logits, and hold it to the logits.
+
+    Args:
+        model: A causal LM of transformers with its weights, on the CPU.
+        block_name: Class of its blocks, None: found from the model.
+
+    Raises:
+        ConfigError: there is more in between than a linear head, a scale and a softcap.
+        NonFiniteError: its arithmetic overflows.
+    """
+    head = linear_head(model)
+    model.eval()
+    with exact_arithmetic(model, block_name):
+        seen = _observe(model, head)
+        body, hidden, hidden_scale = _find_body(model, seen)
+        path = _measure_transform(model, head, seen, body, hidden_scale)
+    weight, bias = head.weight.float(), getattr(head, "bias", None)
+    bias = None if bias is None else bias.float()
+    linear = F.linear(seen.head_input, weight, bias)
+    if not _are_close(linear, seen.head_output.flatten(0, -2)):
+        raise _unfit(model, f"(its LM head, {type(head).__name__}, is more than a linear layer)")
+    ours = path.logits(hidden, weight, bias)
+    theirs = seen.logits.flatten(0, 1)[:, : path.vocab_size]
+    worst = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
+    if not _are_close(ours.log_softmax(-1), theirs.log_softmax(-1), of=theirs):
+        raise _unfit(model, f"(log-probabilities differ by {worst:.3g} nats)")
+    return path
+
+
+def linear_head(model: Any) -> Any:
+    """A model's LM head: a module with a weight (rows, D) and perhaps a bias.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ConfigError(
+            f"model.name_or_path: {type(model).__name__} has no LM head with a weight (V, D), got "
+            f"{type(head).__name__}; only causal language models are supported"
+        )
+    return head
+
+
+def probe_ids(model: Any, num_rows: int, length: int) -> Tensor:
+    """Ordinary tokens to try a model on, (num_rows, length) int64, the same ones every time.
+
+    Ids that stand for an image and the like are left out: what they do is no text model's matter.
+    """
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    special = set(_special_ids(model.config))
+    ordinary = [i for i in range(vocab_size) if i not in special] or list(range(vocab_size))
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(len(ordinary), (num_rows, length), generator=generator)
+    return torch.tensor(ordinary)[places]
+
+
+def _special_ids(config: Any) -> Iterator[int]:
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            yield from _special_ids(value)
+        elif name.endswith(("_token_id", "_token_index", "_token_ids")):
+            for number in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(number, int):
+                    yield number
+
+
+def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
+    """`function(…)` of a family's own code; where that fails, the model is refused for it.
+
+    Raises:
+        ConfigError: naming the error.
+    """
+    try:
+        return function(*args, **inputs)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise
+        raise ConfigError(
+            f"model.name_or_path: {type(model).__name__} does not compute rows of text: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _observe(model: Any, head: nn.Module) -> Observation:
+    ids = probe_ids(model, 2, 12)
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+    try:
+        logits = call_family(model, model, use_cache=False, **_inputs(ids)).logits
+    finally:
+        hook.remove()
+    if len(seen) != 1:
+        raise _unfit(model, f"(its LM head runs {len(seen)} times in one forward)")
+    head_input, head_output = (tensor.float() for tensor in seen[0])
+    if not torch.isfinite(head_input).all() or torch.isnan(logits).any():
+        raise NonFiniteError(
+            f"model.name_or_path: {type(model).__name__} computes hidden states or logits that are "
+            "not finite, in float32 and on finite weights"
+        )
+    return Observation(ids, head_input.flatten(0, -2), head_output, logits.float())
+
+
+def _find_body(model: Any, seen: Observation) -> tuple[str, Tensor, float]:
+    """The submodule whose last hidden state enters the head up to a factor: its name, these states
+    (B·L, D) and the factor."""
+    names = {module: name for name, module in model.named_modules()}
+    candidates = [model.base_model, model.get_decoder()]
+    candidates += [module for module in names if isinstance(module, PreTrainedModel)]
+    for name in dict.fromkeys(names.get(body, "") for body in candidates):
+        # "" is the model itself
+        if name:
+            hidden, factor = _try_body(model, name, seen)
+            if factor is not None:
+                return name, hidden, _round(factor, model.config)
+    hidden = call_family(model, last_hidden_states, model, "", **_inputs(seen.ids))
+    return "", hidden.float().flatten(0, -2), 1.0
+
+
+def _try_body(model: Any, name: str, seen: Observation) -> tuple[Tensor, float | None]:
+    """Last hidden states of a submodule, and what to multiply them by for the head; None where no
+    factor does."""
+    try:
+        hidden = last_hidden_states(model, name, **_inputs(seen.ids)).float().flatten(0, -2)
+    # a vision tower among others
+    except Exception:
+        return seen.head_input, None
+    if hidden.shape != seen.head_input.shape:
+        return hidden, None
+    factor = _ratio(seen.head_input, hidden)
+    error = (seen.head_input - factor * hidden).norm() / seen.head_input.norm()
+    return hidden, factor if error <= ROUNDING else None
+
+
+def _inputs(ids: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def _measure_transform(
+    model: Any, head: nn.Module, seen: Observation, body: str, hidden_scale: float
+) -> LogitPath:
+    """What a model makes of its head's output: by giving it numbers of every size as that output."""
+    B, L, rows = seen.head_output.shape
+    sizes = torch.logspace(-4, 6, B * L).view(B, L, 1)
+    given = sizes * torch.randn(B, L, rows, generator=torch.Generator().manual_seed(0))
+    hook = head.register_forward_hook(lambda *_: given)
+    try:
+        got = call_family(model, model, use_cache=False, **_inputs(seen.ids)).logits.float()
+    finally:
+        hook.remove()
+    masked = (got <= -1e30).flatten(0, 1).all(0)
+    V = int((~masked).nonzero().max()) + 1
+    given, got = given[..., :V], got[..., :V]
+    scale = _ratio(got[0, 0], given[0, 0])
+    highest = got[-1, -1].abs().max().item()
+    capped = highest < 0.5 * abs(scale) * given[-1, -1].abs().max().item()
+    path = LogitPath(
+        body=body,
+        vocab_size=V,
+        hidden_scale=hidden_scale,
+        scale=_round(scale, model.config),
+        softcap=_round(highest, model.config) if capped else None,
+    )
+    expected = path.transform(given)
+    if not torch.allclose(got, expected, rtol=ROUNDING, atol=1e-8):
+        raise _unfit(model, f"({_first_difference(got, expected, given)})")
+    return path
+
+
+def _first_difference(got: Tensor, expected: Tensor, given: Tensor) -> str:
+    wrong = ~torch.isclose(got, expected, rtol=ROUNDING, atol=1e-8)
+    b, p, v = wrong.nonzero()[0].tolist()
+    return f"it makes {got[b, p, v]:.3g} of {given[b, p, v]:.3g}, for token {v}"
+
+
+def _are_close(ours: Tensor, theirs: Tensor, of: Tensor | None = None) -> bool:
+    # sums are rounded by as much as their largest terms are
+    size = (theirs if of is None else of).abs().max().item()
+    return (ours - theirs).abs().max().item() <= ROUNDING * max(1.0, size)
+
+
+def _ratio(a: Tensor, b: Tensor) -> float:
+    """The factor f that brings f·b closest to a."""
+    a, b = a.double(), b.double()
+    return ((a * b).sum() / (b * b).sum()).item()
+
+
+def _round(measured: float, config: Any) -> float:
+    """A measured factor as the model's config has it, or one over that; else to seven digits."""
+    for number in (1.0, *_numbers(config)):
+        for exact in (number, 1.0 / number):
+            if math.isclose(measured, exact, rel_tol=1e-6):
+                return exact
+    return float(f"{measured:.7g}")
+
+
+def _numbers(config: Any) -> Iterator[float]:
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from _numbers(value)
+        elif isinstance(value, int | float) and value and math.isfinite(value):
+            yield float(value)
+
+
+def _unfit(model: Any, detail: str) -> ConfigError:
+    return ConfigError(
+        f"model.name_or_path: {type(model).__name__} does more to its logits than a linear head, a "
+        f"scale and a softcap {detail}; this family is not supported"
+    )

@@ -1,0 +1,112 @@
+"""Activation checkpointing, compilation and FSDP2 from outside the model: blocks, then the root.
+
+A single process is the same code on a mesh of one rank, so master weights, compute dtype and the
+order of arithmetic do not depend on how many ranks there are.
+"""
+
+from collections.abc import Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils.checkpoint import checkpoint
+
+from fastpref.model.blocks import find_blocks
+from fastpref.model.scorer import TokenScorer
+
+
+def parallelize(
+    scorer: TokenScorer,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    block_name: str | None = None,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    trainable: bool = True,
+) -> TokenScorer:
+    """Shard a scorer's parameters over the mesh, in place.
+
+    Args:
+        scorer: On the CPU; its parameters are moved to the mesh's device shard by shard.
+        mesh: One dimension, every rank.
+        compute_dtype: What parameters are cast to for forward and backward; gradients are
+            reduced in float32.
+        block_name: Class of the transformer blocks, None: found from the model.
+        activation_checkpointing: Recompute each block's activations in the backward.
+        compile: Compile each block with torch.compile; attention stays what it is.
+        trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
+    """
+    scorer.requires_grad_(trainable)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # with one rank there is nothing to gain from freeing a block's parameters before its backward
+    reshard_block = not trainable or mesh.size() > 1
+    for block in find_blocks(scorer.model, block_name):
+        if compile:
+            # of any length at once: packed rows are hardly ever equally long
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if activation_checkpointing and trainable:
+            recompute_in_backward(block)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_block)
+    # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
+    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in _fsdp_modules(scorer):
+        # the losses divide by the step's global number of pairs: ranks are summed, not averaged
+        module.set_gradient_divide_factor(1.0)
+        if mesh.device_type == "cpu":
+            module.set_force_sum_reduction_for_comms(True)
+    for method in ("states", "tdpo1_values", "generate"):
+        register_fsdp_forward_method(scorer, method)
+    return scorer
+
+
+def recompute_in_backward(block: nn.Module) -> None:
+    """Keep a block's inputs alone for the backward, and compute its activations again there.
+
+    Not by transformers' own switch, which asks for training mode, and with it for whatever draws
+    random numbers in that mode. Hooks on the block, FSDP2's, stay outside.
+    """
+    forward = block.forward
+
+    @wraps(forward)
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    block.forward = recomputed
+
+
+def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:
+    """Fill every rank's shards and buffers from rank 0.
+
+    Args:
+        scorer: Sharded; empty on every rank but 0.
+        weights: Rank 0's full state dict from before sharding, {} elsewhere.
+    """
+    if dist.get_world_size() == 1:
+        return
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(scorer, weights, options=options)
+    # rotary tables and the like are not in a state dict
+    for buffer in scorer.buffers():
+        dist.broadcast(buffer, src=0)
+
+
+def tied_weights(model: Any) -> bool:
+    """Whether embedding and LM head are one parameter."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def _fsdp_modules(root: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in root.modules() if isinstance(module, FSDPModule))

@@ -1,0 +1,209 @@
+"""A Hugging Face causal LM as a scorer of tokens: body and LM head in one module, one forward.
+
+The vocabulary logits are never built: the body's hidden states at the scored positions go straight
+into the fused ops of `fastpref_kernels` with the head's weight. Body and head live in one module
+because FSDP2 gathers the head's weight only inside the forward of the module that owns it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from fastpref_kernels import (
+    TokenScores,
+    tdpo1_token_values,
+    token_logps,
+    token_logps_and_kl,
+)
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.batch import PackedBatch
+from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
+from fastpref.model.positions import position_limit
+
+
+@dataclass(frozen=True, slots=True)
+class HeadStates:
+    """What a model's LM head is applied to, for the joint sweep over policy and reference."""
+
+    hidden: Tensor
+    """(N, D) last hidden states at the scored positions, compute dtype."""
+    weight: Tensor
+    """(V, D) LM-head weight, gathered, compute dtype."""
+    bias: Tensor | None
+    """(V,) LM-head bias."""
+
+
+class TokenScorer(nn.Module):
+    """Log-probabilities of response tokens under a causal LM, and their KL to a reference.
+
+    Its modules compute in evaluation mode, in training too: a preference loss compares two models
+    token by token, so what draws random numbers in training mode (dropout, router jitter, skipped
+    layers, under whatever name) would be noise in every log-ratio.
+
+    Args:
+        model: Any causal LM of transformers whose logits are a linear head on the last hidden
+            states, with factors, a softcap and a cut. `model_checks` tells whether that holds.
+        attention: What computes packed rows; None: every batch must be padded.
+            `attention_choice` tells whether the model can.
+        path: From the last hidden states to the logits; None: measured, which takes weights.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        attention: PackedAttention | None = None,
+        path: LogitPath | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.attention = attention
+        if attention is not None:
+            model.set_attn_implementation(IMPLEMENTATION)
+        self.path = measure_logit_path(model) if path is None else path
+        self.eval()
+
+    def train(self, mode: bool = True) -> "TokenScorer":
+        """Stays in evaluation mode whatever is asked for."""
+        return super().train(False)
+
+    @property
+    def head(self) -> Any:
+        """The LM head, a module with a weight (rows, D)."""
+        return self.model.get_output_embeddings()
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model can read."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def num_positions(self) -> int | None:
+        """Longest sequence that a table of positions allows; None without a table."""
+        return position_limit(self.model)
+
+    def hidden_states(self, batch: PackedBatch, longest: int = 0) -> Tensor:
+        """Last hidden states at the positions that predict `batch.target`, shape (N, D).
+
+        Args:
+            batch: The micro-batch.
+            longest: Tokens to allow for where the batch's own sequences are shorter.
+        """
+        rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        if batch.layout is not None:
+            assert self.attention is not None, "a packed batch needs a packed attention"
+            rows = packed_row(batch, self.attention, longest)
+        hidden_BLD = last_hidden_states(
+            self.model, self.path.body, input_ids=batch.input_ids, **rows
+        )
+        return hidden_BLD.flatten(0, 1)[batch.score_index]
+
+    def states(self, batch: PackedBatch) -> HeadStates:
+        """Hidden states and head, for another model's joint sweep.
+
+        Under FSDP2 the weight stays gathered until `release()`.
+        """
+        return self._states(batch)
+
+    def _states(self, batch: PackedBatch) -> HeadStates:
+        hidden_ND = self.hidden_states(batch)
+        head, V = self.head, self.path.vocab_size
+        weight, bias = head.weight, getattr(head, "bias", None)
+        if weight.shape[0] > V:
+            weight, bias = weight[:V], None if bias is None else bias[:V]
+        if bias is not None and self.path.hidden_scale != 1:
+            # the ops scale what the head makes of hidden states and bias together
+            bias = bias / self.path.hidden_scale
+        return HeadStates(hidden_ND, weight, bias)
+
+    @property
+    def _logit_scale(self) -> float:
+        return self.path.hidden_scale * self.path.scale
+
+    def release(self) -> None:
+        """Free the gathered head; to be called once the backward that used `states` is done."""
+        if isinstance(self, FSDPModule):
+            self.reshard()
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        reference: HeadStates | None = None,
+        direction: str = "reference_policy",
+    ) -> TokenScores | Tensor:
+        """Score the batch's N response tokens.
+
+        Args:
+            batch: The micro-batch.
+            reference: The reference's states on the same batch; asks for the KL as well.
+            direction: "reference_policy" or "policy_reference", see `token_logps_and_kl`.
+
+        Returns:
+            Per-token log-probabilities (N,), float32, in nats; with a reference, TokenScores of
+            log-probabilities, reference log-probabilities and KL.
+        """
+        states = self._states(batch)
+        hidden_ND, weight, bias = states.hidden, states.weight, states.bias
+        if reference is None:
+            return token_logps(
+                hidden_ND,
+                # of a model that is stored in 16 bits, where it is not under FSDP
+                weight.to(hidden_ND.dtype),
+                batch.target,
+                linear_bias=None if bias is None else bias.to(hidden_ND.dtype),
+                logit_scale=self._logit_scale,
+                logit_softcap=self.path.softcap,
+            )
+        return token_logps_and_kl(
+            hidden_ND,
+            weight,
+            batch.target,
+            reference.hidden,
+            reference.weight,
+            direction=direction,
+            linear_bias=bias,
+            reference_linear_bias=reference.bias,
+            logit_scale=self._logit_scale,
+            logit_softcap=self.path.softcap,
+        )
+
+    def tdpo1_values(self, batch: PackedBatch, reference: HeadStates) -> Tensor:
+        """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
+
+        Args:
+            batch: The micro-batch.
+            reference: The reference's states on the same batch.
+
+        Returns:
+            (N,) float32, in nats.
+        """
+        assert self.path.softcap is None
+        states = self._states(batch)
+        return tdpo1_token_values(
+            states.hidden,
+            states.weight,
+            batch.target,
+            reference.hidden,
+            reference.weight,
+            linear_bias=states.bias,
+            reference_linear_bias=reference.bias,
+            logit_scale=self._logit_scale,
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Sample continuations with transformers' own `generate`; prompts padded on the left.
+
+        Args:
+            input_ids, attention_mask: (B, L) int64.
+            options: Passed on to `generate`.
+
+        Returns:
+            (B, L + new tokens) int64: prompts and continuations.
+        """
+        return self.model.generate(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
+        )

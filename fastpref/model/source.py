@@ -1,0 +1,201 @@
+"""Models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter
+from fastpref.model.archives import read_policy
+from fastpref.config import ModelConfig
+from fastpref.errors import CheckpointError, ConfigError
+from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
+from fastpref.model.configs import load_base_config
+from fastpref.model.paths import (
+    find_layers,
+    nearest_neighbour,
+    resolve_model,
+    resolve_tokenizer,
+)
+from fastpref.model.reading import reading
+
+logger = logging.getLogger("fastpref")
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    revision: str | None = None,
+    archive: str | None = None,
+) -> Any:
+    """A causal LM with weights, on the CPU.
+
+    Args:
+        name: What `resolve_model` returned.
+        dtype: The dtype the weights are stored in.
+        attention: eager or sdpa; any other leaves the choice to transformers, because
+            FlashAttention computes on a GPU alone and the model is checked on the CPU.
+        revision: Hub revision.
+        archive: Weights to load instead of the model's own: a Hugging Face folder, a run folder
+            or a seed-format `policy.pt`.
+
+    Raises:
+        CheckpointError: it cannot be found, or its weights do not fill the model.
+    """
+    model: Any
+    options = _attention_option(attention)
+    if archive:
+        model = _load_archive(name, archive, dtype=dtype, attention=attention, revision=revision)
+    else:
+        layers = find_layers(name, revision)
+        for adapter in layers.adapters:
+            check_adapter(adapter)
+        # the sum of a base and an adapter is rounded once, whatever it is stored in: policy and
+        # reference are the same model
+        exact = torch.float32 if layers.adapters else dtype
+        model = load_checkpoint(layers, dtype=exact, attention=options)
+        for adapter in layers.adapters:
+            model = merge_adapter(model, adapter)
+        if exact != dtype:
+            model = load_weights(model, named_weights(model), name, dtype=dtype, attention=options)
+    return model
+
+
+def _load_archive(
+    name: str, archive: str, *, dtype: torch.dtype, attention: str, revision: str | None
+) -> Any:
+    """A model with the weights of an archive; its own are not read."""
+    path = Path(archive).expanduser()
+    if path.is_file():
+        weights = read_policy(path)
+    else:
+        folder = resolve_model(archive, key="model.archive")
+        if not Path(folder).is_dir():
+            raise CheckpointError(
+                f"model.archive: no file or folder {path}{nearest_neighbour(path)}"
+            )
+        weights = named_weights(load_model(folder, dtype=dtype))
+        logger.info("model.archive: weights of %s", folder)
+    empty = build_meta(name, dtype=dtype, attention=attention, revision=revision)
+    options = _attention_option(attention)
+    source = f"model.archive: {archive}"
+    model = load_weights(empty, weights, source, dtype=dtype, attention=options)
+    if path.is_file():
+        # weights of the right dtype are the file's own pages until then
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+    layers = find_layers(name, revision)
+    with reading("GenerationConfig", layers.base):
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(
+                layers.base, revision=layers.revision or "main"
+            )
+        # without the file it stays what the config says
+        except OSError:
+            logger.debug("%s has no generation_config.json", layers.base)
+    return model
+
+
+def build_empty(
+    name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
+) -> Any:
+    """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
+    model = build_meta(name, dtype=dtype, attention=attention, revision=revision)
+    # pages that nobody writes cost no memory, so every rank of a node can hold such a model
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
+def build_meta(
+    name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
+) -> Any:
+    """The same model without memory: its modules, shapes and dtypes."""
+    layers = find_layers(name, revision)
+    config = load_base_config(layers)
+
+    def build() -> Any:
+        options = _attention_option(attention)
+        with reading("ModelForCausalLM", layers.base), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+
+    model = build()
+    for adapter in layers.adapters:
+        check_adapter(adapter)
+        if adapt_config(config, model, adapter):
+            model = build()
+    return model
+
+
+def _attention_option(attention: str) -> dict[str, str]:
+    return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+
+
+def read_vocab_size(name: str, revision: str | None = None) -> int:
+    """Rows of a model's embedding, without loading weights.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    layers = find_layers(name, revision)
+    if layers.adapters:
+        model = build_meta(name, dtype=torch.float32, revision=revision)
+        return model.get_input_embeddings().weight.shape[0]
+    return load_base_config(layers).get_text_config().vocab_size
+
+
+def load_model_tokenizer(model: ModelConfig, *, key: str = "model.name_or_path") -> Any:
+    """The tokenizer that a run uses: the one it names, else its model's own.
+
+    Args:
+        model: For `tokenizer_name_or_path`, `name_or_path` and `revision`.
+        key: The option that names the model.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it has no end-of-sequence token.
+    """
+    name = model.tokenizer_name_or_path or model.name_or_path
+    if name != model.name_or_path:
+        # a revision names a commit of the model's repository
+        return load_tokenizer(resolve_tokenizer(name))
+    return load_tokenizer(resolve_tokenizer(name, key=key, revision=model.revision), model.revision)
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Args:
+        name: What `resolve_tokenizer` returned.
+        revision: Hub revision.
+
+    Raises:
+        CheckpointError: there is none.
+        ConfigError: it has no end-of-sequence token, so no response could ever end.
+    """
+    with reading("Tokenizer", name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.tokenizer_name_or_path: the tokenizer of {name} has no end-of-sequence token; "
+            "set eos_token in its tokenizer_config.json or name another tokenizer"
+        )
+    return tokenizer
+
+
+def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
+    """What fills a row: the tokenizer's padding token, else EOS, else token 0. Never scored or
+    attended to, but looked up all the same, so it has a row in the embedding.
+
+    Args:
+        tokenizer: Its padding token may have been added to it alone.
+        num_embeddings: Rows of the model's embedding.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None and token_id < num_embeddings:
+            return token_id
+    return 0

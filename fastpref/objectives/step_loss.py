@@ -1,0 +1,81 @@
+"""The loss of a micro-batch, from the models: which scores, by the cheapest way that is valid."""
+
+from collections.abc import Callable
+
+import torch
+from fastpref_kernels import TokenScores
+from torch import Tensor
+
+from fastpref.batch import PackedBatch
+from fastpref.model.scorer import HeadStates, TokenScorer
+from fastpref.objectives.objective import Metrics, Objective
+
+
+class StepLoss:
+    """What the training loop knows of a loss.
+
+    Policy and reference run the same code in the same dtype on the same batch, so two equal models
+    give log-ratios and KL of exactly zero.
+
+    Args:
+        objective: The loss, and what it needs.
+        policy: Gets gradients.
+        reference: Gets none; None where the loss has no reference.
+    """
+
+    def __init__(
+        self, objective: Objective, policy: TokenScorer, reference: TokenScorer | None
+    ) -> None:
+        self.objective = objective
+        self._policy = policy
+        self._reference = reference
+        self._score = _choose_scores(objective, policy, reference)
+        # behind a softcap the mean of the logits is not linear in the hidden states
+        has_values = objective.losses_of_values is not None
+        self._from_values = has_values and policy.path.softcap is None
+
+    def compute(self, batch: PackedBatch, step: int | None) -> tuple[Tensor, Metrics]:
+        """Losses and metrics of a micro-batch.
+
+        Args:
+            batch: On the device.
+            step: Optimizer steps before this one; None on held-out rows, where every metric is due.
+
+        Returns:
+            Losses (P,), with gradients where torch records them, and metrics (P,) by name.
+        """
+        detailed = step is None or step % self.objective.detailed_every == 0
+        if detailed or not self._from_values:
+            return self.objective.losses(self._score(batch), batch)
+        assert self._reference is not None and self.objective.losses_of_values is not None
+        values_N = self._policy.tdpo1_values(batch, _states(self._reference, batch))
+        return self.objective.losses_of_values(values_N, batch)
+
+    def done(self) -> None:
+        """Free what is kept until a micro-batch's backward has read it: the reference's head."""
+        if self._reference is not None:
+            self._reference.release()
+
+
+def _choose_scores(
+    objective: Objective, policy: TokenScorer, reference: TokenScorer | None
+) -> Callable[[PackedBatch], TokenScores]:
+    """Token scores of a micro-batch: policy with gradients, reference without."""
+    if reference is None:
+        return lambda batch: TokenScores(policy(batch), None, None)
+    direction = objective.needs.kl
+
+    def score_log_ratios(batch: PackedBatch) -> TokenScores:
+        with torch.no_grad():
+            reference_logps_N = reference(batch)
+        return TokenScores(policy(batch), reference_logps_N, None)
+
+    def score_with_kl(batch: PackedBatch) -> TokenScores:
+        return policy(batch, _states(reference, batch), direction)
+
+    return score_log_ratios if direction is None else score_with_kl
+
+
+@torch.no_grad()
+def _states(reference: TokenScorer, batch: PackedBatch) -> HeadStates:
+    return reference.states(batch)

@@ -1,0 +1,359 @@
+"""`task=tisdpo`: TIS-DPO from a base or SFT model to the trained policy, stage after stage.
+
+Every stage is one of the tasks that exist by themselves, with a config derived from the run's, in a
+subfolder of the run folder. A stage that is done leaves `stage.json` in its subfolder and is never
+done again; the same command with the same `run_dir` goes on with the first one that is not.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.train.run_folder import check_run_root, create_run_dir
+from fastpref.complete_files import complete_file, writing
+from fastpref.config import (
+    Config,
+    DPOConfig,
+    LossConfig,
+    ModelConfig,
+    SFTConfig,
+    TISDPOConfig,
+    computed_exp_name,
+    config_to_yaml,
+)
+from fastpref.distributed import World
+from fastpref.errors import ConfigError, InterruptionError, PreemptionError
+from fastpref.model.paths import EXPORT_FOLDER
+from fastpref.train.report import by_metric, print_text, render
+from fastpref.signals import say_if_stopped
+from fastpref.train.loop import train
+from fastpref.tisdpo.estimate import estimate_weights
+from fastpref.tisdpo.report import WeightsReport
+
+logger = logging.getLogger("fastpref")
+
+MARKER = "stage.json"
+"""In a stage's folder once it is done: its seconds and its result in words."""
+
+MAY_CHANGE = (
+    *("run_dir", "output_dir", "local_dirs", "exp_name", "trainer", "fsdp_port", "debug"),
+    *("minimum_log_interval_secs", "wandb", "tensorboard"),
+)
+"""Options that may differ between two starts of one run: nothing is computed from them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One task of the run."""
+
+    name: str
+    """Of its subfolder."""
+    what: str
+    """For the log and the closing report."""
+    config: Config
+
+
+def run_tisdpo(config: Config, world: World) -> None:
+    """Every stage that is not done yet, then the closing report.
+
+    Raises:
+        FastprefError: whatever a stage raises; what was done before it stays done.
+    """
+    run_dir = open_run_dir(config, world)
+    stages = build_stages(config, run_dir)
+    go_on = f"stages that are done stay done, run_dir={run_dir} goes on with the next one"
+    try:
+        with say_if_stopped(go_on):
+            run_stages(stages, run_dir, world)
+    except (InterruptionError, PreemptionError) as stopped:
+        if go_on in str(stopped):
+            raise
+        raise type(stopped)(f"{stopped}; {go_on}") from None
+
+
+def run_stages(stages: list[Stage], run_dir: Path, world: World) -> None:
+    """What is left to do."""
+    for number, stage in enumerate(stages, start=1):
+        folder = run_dir / stage.name
+        place = f"stage {number} of {len(stages)}, {stage.name}"
+        if world.on_main((folder / MARKER).is_file):
+            logger.info("%s: done already", place)
+            continue
+        logger.info("%s: %s", place, stage.what)
+        run_stage(stage, folder, world)
+    world.on_main(lambda: close_run(run_dir, stages))
+
+
+def check_run_folder(config: Config) -> None:
+    """Refuse, before anything is loaded, a run folder that is not one of this run's.
+
+    Raises:
+        ConfigError: it cannot be made, holds something else, or was started with other options.
+    """
+    started = config.run_dir and Path(config.run_dir) / "config.yaml"
+    if not started or not started.is_file():
+        check_run_root(config)
+        return
+    before = OmegaConf.to_container(OmegaConf.load(started))
+    if not isinstance(before, dict) or before.get("task") != "tisdpo":
+        raise ConfigError(f"run_dir: {config.run_dir} holds another run; name a new folder")
+    now = OmegaConf.to_container(OmegaConf.create(config_to_yaml(config)))
+    changes = list_changes(before, now)
+    if changes:
+        raise ConfigError(
+            f"run_dir: {config.run_dir} was started with other options: {'; '.join(changes)}; give "
+            "the same ones to go on with it, or name a new folder"
+        )
+
+
+def list_changes(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Options of two nested configs that differ, as "lr was 0.1, is 0.2"."""
+    changes: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new or (not prefix and key in MAY_CHANGE):
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            changes += list_changes(old, new, f"{prefix}{key}.")
+        else:
+            changes.append(f"{prefix}{key} was {old}, is {new}")
+    return changes
+
+
+def open_run_dir(config: Config, world: World) -> Path:
+    """The run folder: a new one, or the one that an earlier start has left."""
+    named = Path(config.run_dir) if config.run_dir else None
+    if named and world.on_main((named / "config.yaml").is_file):
+        return named
+    run_dir = create_run_dir(config, world)
+    if world.is_main:
+        logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
+    return run_dir
+
+
+def build_stages(config: Config, run_dir: Path) -> list[Stage]:
+    """The stages in their order, each with its own checked config.
+
+    Raises:
+        ConfigError: an option of the run makes no sense in a stage.
+    """
+    try:
+        return list(_stages(config, run_dir))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _stages(config: Config, run_dir: Path) -> Iterator[Stage]:
+    stages, model = config.stages, config.model
+    if stages.sft_first:
+        yield training_stage(
+            config,
+            run_dir,
+            "sft",
+            "SFT on the chosen responses",
+            loss=SFTConfig(),
+            lr=stages.sft_lr or config.lr,
+            n_epochs=stages.sft_n_epochs or config.n_epochs,
+        )
+        model = trained_model(config.model, run_dir / "sft")
+    yield from contrast_stages(config, model, run_dir)
+    yield weights_stage(config, model, run_dir)
+    yield training_stage(
+        config,
+        run_dir,
+        "policy",
+        "TIS-DPO on the token weights",
+        model=model,
+        base_data_dir=str(run_dir / "weights"),
+        sample_during_eval=config.sample_during_eval,
+        reverse_dataset=config.reverse_dataset,
+    )
+
+
+def training_stage(config: Config, run_dir: Path, name: str, what: str, **changes: Any) -> Stage:
+    """A run of `task=train` in the subfolder `name`."""
+    options: dict[str, Any] = {
+        "task": "train",
+        "run_dir": str(run_dir / name),
+        "exp_name": f"{config.exp_name or computed_exp_name(config)}_{name}",
+        # only what the last policy says is worth reading
+        "sample_during_eval": False,
+        "reverse_dataset": False,
+    }
+    return Stage(name=name, what=what, config=replace(config, **(options | changes)))
+
+
+def contrast_stages(config: Config, model: ModelConfig, run_dir: Path) -> list[Stage]:
+    """The trainings of the positive and the negative model; none where prompts tell them apart.
+
+    The pairs are taken as the files have them, whatever `reverse_dataset` says: it is the loader
+    that turns weights and texts round together.
+    """
+    stages = config.stages
+    if stages.contrast == "prompt":
+        return []
+    if stages.contrast == "dpo":
+        assert isinstance(config.loss, TISDPOConfig)
+        loss: LossConfig = DPOConfig(beta=stages.contrast_beta or config.loss.beta)
+        what = {"positive": "DPO on the pairs", "negative": "DPO on the reversed pairs"}
+    else:
+        loss = SFTConfig()
+        what = {
+            "positive": "SFT on the chosen responses",
+            "negative": "SFT on the rejected responses",
+        }
+    return [
+        training_stage(
+            config,
+            run_dir,
+            side,
+            what[side],
+            loss=loss,
+            model=model,
+            lr=stages.contrast_lr or config.lr,
+            n_epochs=stages.contrast_n_epochs or config.n_epochs,
+            reverse_dataset=side == "negative",
+        )
+        for side in ("positive", "negative")
+    ]
+
+
+def weights_stage(config: Config, model: ModelConfig, run_dir: Path) -> Stage:
+    """The run of `task=estimate_weights` in the subfolder `weights`."""
+    start = model.archive or model.name_or_path
+    positive, negative = start, start
+    what = "token weights from one model under two prompts"
+    if config.stages.contrast != "prompt":
+        positive, negative = (str(run_dir / side) for side in ("positive", "negative"))
+        what = "token weights from the two models"
+    weights = replace(
+        config.weights,
+        positive=positive,
+        negative=negative,
+        output_dir=str(run_dir / "weights"),
+        suffix="",
+    )
+    # a loss without weights: the rows have none yet
+    changed = replace(
+        config, task="estimate_weights", loss=DPOConfig(), model=model, weights=weights
+    )
+    return Stage(name="weights", what=what, config=changed)
+
+
+def trained_model(model: ModelConfig, run_dir: Path) -> ModelConfig:
+    """The model that a training stage leaves, with the precision of the run's."""
+    return replace(model, name_or_path=str(run_dir), archive=None, revision=None)
+
+
+def run_stage(stage: Stage, folder: Path, world: World) -> None:
+    """One stage from its beginning; its own closing table goes to `summary.txt`."""
+    is_training = stage.config.task == "train"
+    if is_training:
+        world.on_main(lambda: clear(folder))
+    started = time.perf_counter()
+    table = io.StringIO()
+    reports: list[WeightsReport] = []
+    try:
+        with contextlib.redirect_stdout(table):
+            if is_training:
+                train(stage.config, world)
+            else:
+                reports = estimate_weights(stage.config, world)
+    finally:
+        free_memory()
+
+    def mark_done() -> None:
+        if table.getvalue():
+            (folder / "summary.txt").write_text(table.getvalue(), encoding="utf-8")
+        result = describe_training(folder) if is_training else describe_weights(reports)
+        record = {"what": stage.what, "result": result, "seconds": time.perf_counter() - started}
+        with complete_file(folder / MARKER) as file:
+            file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+    # no rank starts on a stage whose input rank 0 has not finished
+    world.on_main(mark_done)
+
+
+def clear(folder: Path) -> None:
+    """Remove what an interrupted start of a training stage has left."""
+    if folder.exists():
+        logger.info("%s: what an interrupted start has left is done anew", folder)
+        shutil.rmtree(folder)
+
+
+def free_memory() -> None:
+    """Give a stage's models back before the next one loads its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe_training(folder: Path) -> str:
+    """The last held-out numbers of a training stage in words, those of training without any."""
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines]
+    evaluated = any(record["split"] == "eval" for record in records)
+    kind, where = ("eval", "held-out ") if evaluated else ("train", "")
+    last = {key: values[-1] for key, values in by_metric(records, kind).items()}
+    words = {"loss/X": f"{where}loss", "rewards_X/accuracies": "accuracy"}
+    words |= {"rewards_X/margins": "margin"}
+    named = {key.replace("X", kind): word for key, word in words.items()}
+    return ", ".join(f"{word} {last[key]:.3f}" for key, word in named.items() if key in last)
+
+
+def describe_weights(reports: list[WeightsReport]) -> str:
+    """The estimated weights in words."""
+    report = reports[0]
+    words = f"{len(report.chosen) + len(report.rejected):,} tokens"
+    if report.auc is not None:
+        return f"{words}, planted tokens: ROC-AUC {report.auc:.3f}"
+    return f"{words}, mean {report.chosen.mean():+.3f}, {report.rejected.mean():+.3f}"
+
+
+def close_run(run_dir: Path, stages: list[Stage]) -> None:
+    """The model under the run folder's own name, and the closing report."""
+    link_model(run_dir, stages[-1])
+    print_report(run_dir, stages)
+
+
+def link_model(run_dir: Path, last: Stage) -> None:
+    """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's."""
+    link = run_dir / EXPORT_FOLDER
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(last.name) / EXPORT_FOLDER)
+
+
+def print_report(run_dir: Path, stages: list[Stage]) -> None:
+    """The closing report, on the screen and in `summary.txt`."""
+    table = Table(title=f"{run_dir.name}", title_justify="left")
+    for column in ("stage", "what", "result", "seconds"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    total = 0.0
+    for stage in stages:
+        record = json.loads((run_dir / stage.name / MARKER).read_text(encoding="utf-8"))
+        total += record["seconds"]
+        table.add_row(stage.name, record["what"], record["result"], f"{record['seconds']:.0f}")
+    table.add_section()
+    table.add_row("all", "", "", f"{total:.0f}")
+    paths = {
+        "model": run_dir / EXPORT_FOLDER,
+        "curves": run_dir / stages[-1].name / "curves.png",
+        "weights": run_dir / "weights" / stages[-1].config.datasets[0] / "weights.html",
+    }
+    with writing(run_dir / "summary.txt"):
+        wide = Console(file=io.StringIO(), width=120)
+        (run_dir / "summary.txt").write_text(render(table, paths, wide), encoding="utf-8")
+    print_text(render(table, paths))

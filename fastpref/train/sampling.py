@@ -1,0 +1,101 @@
+"""Samples of policy and reference on held-out prompts, beside the numbers of an evaluation."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from fastpref.complete_files import writing
+from fastpref.distributed import World
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import pad_token_id
+from fastpref.signals import StopRequest
+
+logger = logging.getLogger("fastpref")
+
+
+def sample_responses(
+    scorer: TokenScorer,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_size: int,
+    seed: int,
+    world: World,
+    stop: StopRequest,
+) -> list[str] | None:
+    """One sampled response a prompt, at temperature 1.
+
+    Every rank samples the same prompts from the same seed, because the blocks of a sharded model
+    are gathered by all ranks together. The training run's random state is left alone.
+
+    Args:
+        prompts: Token ids.
+        max_length: Prompt and response tokens together.
+        batch_size: Prompts at a time.
+        seed: Of the sampling.
+        world: Whoever samples.
+        stop: Whether a signal came: one process stops after a token, ranks after a batch.
+
+    Returns:
+        The decoded responses, without prompt and special tokens; None if a signal came.
+    """
+    responses: list[str] = []
+    pad = pad_token_id(tokenizer, scorer.num_embeddings)
+    devices = [world.device] if world.device.type == "cuda" else []
+    criteria = StoppingCriteriaList([StopOnSignal(stop)] if world.size == 1 else [])
+    was_training = scorer.training
+    scorer.eval()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            if stop.agreed(world):
+                break
+            chunk = prompts[start : start + batch_size]
+            L = max(len(prompt) for prompt in chunk)
+            input_ids = torch.full((len(chunk), L), pad, dtype=torch.int64)
+            attention_mask = torch.zeros_like(input_ids)
+            for row, prompt in enumerate(chunk):
+                input_ids[row, L - len(prompt) :] = torch.tensor(prompt)
+                attention_mask[row, L - len(prompt) :] = 1
+            output = scorer.generate(
+                input_ids.to(world.device),
+                attention_mask.to(world.device),
+                do_sample=True,
+                max_length=max(max_length, L + 1),
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+                synced_gpus=world.size > 1,
+                stopping_criteria=criteria,
+            )
+            responses += tokenizer.batch_decode(output[:, L:], skip_special_tokens=True)
+    scorer.train(was_training)
+    return None if stop.agreed(world) else responses
+
+
+class StopOnSignal(StoppingCriteria):
+    """Ends the sampling of a batch once a signal came."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        return torch.full((len(input_ids),), self._stop.requested, device=input_ids.device)
+
+
+def write_samples(path: Path, step: int, examples: int, samples: Sequence[dict[str, str]]) -> None:
+    """Append samples to `samples.jsonl`: step, examples, prompt, policy, reference, chosen.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with writing(path), path.open("a", encoding="utf-8") as lines:
+        for sample in samples:
+            record = {"step": step, "examples": examples, **sample}
+            lines.write(json.dumps(record, ensure_ascii=False) + "\n")

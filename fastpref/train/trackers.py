@@ -1,0 +1,127 @@
+"""Optional followers of a run, beside metrics.jsonl: Weights & Biases and TensorBoard."""
+
+import dataclasses
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import Config
+from fastpref.errors import ConfigError, first_line
+from fastpref.train.metrics import Record, Tracker
+
+logger = logging.getLogger("fastpref")
+
+WANDB_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
+"""Values of WANDB_MODE that need no account."""
+
+
+def check_trackers(config: Config) -> None:
+    """Refuse, before anything is loaded, a tracker that could not start.
+
+    Raises:
+        ConfigError: its package cannot be imported, or Weights & Biases knows no account.
+    """
+    if config.debug:
+        return
+    if config.tensorboard.enabled:
+        _check_import("tensorboard.enabled", "torch.utils.tensorboard")
+    if config.wandb.enabled:
+        _check_import("wandb.enabled", "wandb")
+        _check_login()
+
+
+def _check_import(key: str, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    # packages that do not go together fail in any way they like
+    except Exception as error:
+        raise ConfigError(
+            f"{key}=true: {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+def _check_login() -> None:
+    """Log in, on a terminal by asking for the key."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in WANDB_WITHOUT_LOGIN:
+        return
+    try:
+        wandb.login()
+    # no key, a wrong one, or no network
+    except Exception as error:
+        raise ConfigError(
+            f"wandb.enabled=true: {first_line(error).rstrip('.')}; log in with `wandb login`, set "
+            "WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline"
+        ) from None
+
+
+def build_trackers(config: Config, run_dir: Path) -> list[Tracker]:
+    """The trackers that the config asks for; none in `debug`.
+
+    One that does not start, though `check_trackers` found nothing, is left out with a warning.
+    """
+    if config.debug:
+        return []
+    wanted: list[tuple[bool, str, Callable[[], Tracker]]] = [
+        (config.wandb.enabled, WandbTracker.name, lambda: WandbTracker(config, run_dir)),
+        (config.tensorboard.enabled, TensorboardTracker.name, lambda: TensorboardTracker(run_dir)),
+    ]
+    trackers = []
+    for enabled, name, build in wanted:
+        if not enabled:
+            continue
+        try:
+            trackers.append(build())
+        # a service that does not answer is no reason to throw loaded models away
+        except Exception as error:
+            logger.warning("%s does not follow this run: %s", name, first_line(error))
+    return trackers
+
+
+class WandbTracker:
+    """Scalars over examples seen, as the seed repositories log them."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            entity=config.wandb.entity,
+            project=config.wandb.project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=dataclasses.asdict(config),
+        )
+
+    def log(self, record: Record) -> None:
+        self._run.log(_scalars(record), step=record["examples"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorboardTracker:
+    """Scalars over examples seen, in the run folder's `tensorboard/`."""
+
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, record: Record) -> None:
+        for name, value in _scalars(record).items():
+            self._writer.add_scalar(name, value, record["examples"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    return {key: value for key, value in record.items() if isinstance(value, int | float)}

@@ -1,0 +1,384 @@
+"""The rules of the configuration, and what the command line makes of KEY=VALUE arguments."""
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+import train
+from fastpref.checks import nearest, nearest_multiples
+from fastpref.config import (
+    LOSSES,
+    METHODS,
+    Config,
+    DPOConfig,
+    ModelConfig,
+    PackingConfig,
+    TDPOConfig,
+    TISDPOConfig,
+    TransformConfig,
+    check_device,
+    check_world_size,
+    computed_exp_name,
+    config_to_yaml,
+)
+from fastpref.errors import ConfigError
+from fastpref.cli.options import all_options, format_help, list_choices
+from fastpref.cli.overrides import build_config, read_config
+from fastpref.token_weights import transform_weights
+
+
+def read(*arguments: str) -> Config:
+    return read_config(list(arguments), train.compose_choices, train.CONFIG_DIR)
+
+
+def tiny_config(**values) -> Config:
+    return Config(**{"model": ModelConfig(name_or_path="tiny"), "loss": TDPOConfig()} | values)
+
+
+def test_default_run_is_tdpo2_of_the_embedded_model_on_the_embedded_data():
+    config = read()
+    assert (config.model.name_or_path, config.datasets) == ("tiny", ["planted"])
+    assert isinstance(config.loss, TDPOConfig) and config.loss.if_tdpo2
+
+
+def test_another_model_inherits_nothing_from_tiny():
+    qwen = ModelConfig(name_or_path="exlaw/Qwen2.5-3B-sft")
+    assert read("model=qwen", "loss=dpo") == Config(model=qwen, loss=DPOConfig())
+
+
+def test_learning_rate_comes_from_base_then_loss_then_model_then_command_line():
+    assert read("model=qwen", "loss=dpo").lr == 5e-7
+    assert read("model=qwen", "loss=tdpo").lr == 5e-6
+    assert read("model=tiny", "loss=tdpo").lr == read("model=tiny", "loss=sft").lr
+    assert read("lr=3e-4", "loss=tdpo", "model=tiny").lr == 3e-4
+
+
+@pytest.mark.parametrize("model", list_choices(train.CONFIG_DIR, "model"))
+def test_every_model_file_names_a_model_that_anyone_can_fetch(model):
+    blank = ["model.name_or_path=gpt2-xl"] if model == "blank_model" else []
+    name = read(f"model={model}", *blank).model.name_or_path
+    assert re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_composes_to_its_schema(loss):
+    assert type(read(f"loss={loss}").loss) is LOSSES[loss]
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "params"),
+    [
+        ("default", "binary", {"top_percent": 100.0}),
+        ("paper", "paper", {"k": 1.0, "L": -0.5, "U": 1.5}),
+        (
+            "aggressive",
+            "threshold_and_scale",
+            {"min_val": -2.0, "max_val": 2.0, "min_scale": 0.5, "max_scale": 1.5},
+        ),
+        (
+            "named_params",
+            "threshold_and_scale",
+            {"min_val": -1.8, "max_val": 1.8, "min_scale": 0.6, "max_scale": 1.4},
+        ),
+    ],
+)
+def test_transform_presets_have_the_seed_values(preset, method, params):
+    transform = read(f"transform={preset}").transform
+    assert (transform.method, transform.params()) == (method, params)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_transform_takes_the_parameters_of_its_block(method):
+    params = TransformConfig(method=method).params()
+    assert len(transform_weights([0.3, -1.0, 2.0], method, **params)) == 3
+
+
+def test_printed_options_compose_to_the_same_config():
+    config = read("loss=tisdpo", "optim.betas=[0.9,0.95]", "transform.binary.top_percent=50")
+    printed = OmegaConf.create(config_to_yaml(config))
+    again = build_config(OmegaConf.merge(train.compose_choices(["loss=tisdpo"]), printed))
+    assert again == config
+
+
+def test_last_value_of_a_key_wins_and_plus_signs_change_nothing():
+    config = read("lr=1", "batch_size=8", "++lr=2", "+batch_size=16", "loss=sft", "loss=dpo")
+    assert (config.lr, config.batch_size, config.loss.name) == (2.0, 16, "dpo")
+
+
+def test_text_options_take_text_as_it_stands():
+    config = read("run_dir=/tmp/a=b (1), c", "exp_name=2024_01", "model.archive='x y'")
+    assert config.run_dir == "/tmp/a=b (1), c"
+    assert config.exp_name == "2024_01"
+    assert config.model.archive == "x y"
+
+
+def test_lists_and_null():
+    config = read("datasets=[hh, 'shp']", "local_dirs=[/scr]", "n_epochs=null", "n_examples=10")
+    assert (config.datasets, config.local_dirs) == (["hh", "shp"], ["/scr"])
+    assert (config.n_epochs, config.n_examples) == (None, 10)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("loss.beta=-1", "loss.beta must be > 0, got -1.0"),
+        ("lr=-1e-6", "lr must be > 0"),
+        ("lr=nan", "lr must be > 0, got nan"),
+        ("lr=inf", "lr must be > 0, got inf"),
+        ("max_grad_norm=-1", "max_grad_norm must be > 0"),
+        ("loss.alpha=-0.1", "loss.alpha must be >= 0"),
+        ("warmup_steps=-1", "warmup_steps must be >= 0"),
+        ("batch_size=0", "batch_size must be >= 1"),
+        ("max_length=0", "max_length must be >= 1"),
+        ("max_prompt_length=9999", r"max_prompt_length must be < max_length \(\d+\), got 9999"),
+        ("seed=-1", r"seed must be >= 0"),
+        ("n_epochs=null", "n_epochs and n_examples are both null"),
+        ("datasets=[]", "datasets must name at least one"),
+        ("task=trian", "task must be one of .*nearest: train"),
+        ("trainer=FSDP", "trainer must be one of .*nearest: FSDPTrainer"),
+        ("trainer=TensorParallelTrainer", "trainer=FSDPTrainer shards"),
+        ("optimizer=torch.optim.Adam", "optimizer must be the name of a class in torch.optim"),
+        ("transform.method=rank", "transform.method must be one of .*nearest: rank_based"),
+        ("model.policy_dtype=bf16", "one of float32, bfloat16, float16, got 'bf16'"),
+        ("model.attention=flash_attention_2", "computes in bfloat16 .* model.attention=sdpa"),
+        ("data.on_error=skp", "data.on_error must be one of raise, skip.*nearest: skip"),
+        ("data.max_dropped=1.5", "data.max_dropped must be >= 0 and <= 1, got 1.5"),
+        ("data.eos_weight=nan", "data.eos_weight must be finite"),
+        ("optim.schedule=cosin", "optim.schedule must be one of .*nearest: cosine"),
+        ("optim.betas=[0.9]", "optim.betas must be two numbers"),
+        ("optim.betas=[0.9,1]", "optim.betas must be >= 0 and < 1"),
+        ("packing.max_tokens=0", "packing.max_tokens must be >= 1, got 0"),
+        ("packing.share_prompt=maybe", "share_prompt must be one of auto, true, false, got 'maybe"),
+        ("head.workspace_mib=0", "head.workspace_mib must be >= 1"),
+        ("transform.binary.top_percent=0", "top_percent must be > 0 and <= 100"),
+        ("transform.paper.U=-0.5", "transform.paper.L must be < transform.paper.U"),
+        ("transform.random.max_val=0.1", "random.min_val must be < transform.random.max_val"),
+        ("task=estimate_weights", "weights.positive is required by task=estimate_weights"),
+        ("loss.name=dpo", "choose the loss by loss=NAME"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_rule(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        read(argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("batch_size=abc", "batch_size must be an integer, got abc"),
+        ("batch_size=4.5", "batch_size must be an integer, got 4.5"),
+        ("batch_size=null", "batch_size must be an integer, got null"),
+        ("n_epochs=x", "n_epochs must be an integer or null, got x"),
+        ("lr=true", "lr must be a number, got true"),
+        ("lr=1e-4,1e-5", "lr must be a number, got 1e-4,1e-5"),
+        ("debug=maybe", "debug must be true or false, got maybe"),
+        ("datasets=hh", r"datasets must be a list such as \[a,b\], got hh"),
+        ("exp_name=${nothing}", "exp_name: Interpolation key 'nothing' not found"),
+        ("exp_name=${", "exp_name="),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        read(argument)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["loss.betta=1"], "loss.betta: loss=tdpo has no option betta; nearest: loss.beta"),
+        (["loss=sft", "loss.beta=0.1"], "loss=sft has no beta; it belongs to loss=dpo, ipo"),
+        (["loss=dpo", "loss.if_tdpo2=false"], "loss=dpo has no if_tdpo2; .* loss=tdpo"),
+        (["loss.reference_free=true"], "loss=tdpo has no reference_free; it had no effect"),
+        (["loss=tisdpo", "loss.label_smoothing=0"], "loss=tisdpo has no label_smoothing; .*effect"),
+        (["model.blok_name=x"], "model.blok_name: no such option; nearest: model.block_name"),
+        (["learning_rate=1"], "learning_rate: no such option; nearest: lr"),
+        (["num_train_epochs=1"], "nearest: n_epochs"),
+        (["per_device_train_batch_size=1"], "nearest: batch_size"),
+        (["gradient_checkpointing=true"], "nearest: activation_checkpointing"),
+        (["beta=0.1"], "nearest: loss.beta"),
+        (["model_name_or_path=x"], "nearest: model.name_or_path"),
+        (["batchsize=1"], "nearest: batch_size"),
+        (["data=hh"], "data is a group of options: data.on_error"),
+        (["hydra.run.dir=x"], "nearest: run_dir"),
+        (["qqqq=1"], "qqqq: no such option; `python train.py --help`"),
+        (["--learning_rat", "0.123"], "options are written KEY=VALUE; write lr=0.123"),
+        (["--learning_rate=0.1"], "write lr=0.1"),
+        (["--batch-size", "8"], "write batch_size=8"),
+        (["--multirun"], "no flags but --help and --cfg"),
+        (["~loss"], "~loss: an option cannot be removed"),
+        (["debug"], "debug: options are written KEY=VALUE"),
+    ],
+)
+def test_unknown_keys_are_refused_with_what_was_meant(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        read(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("loss=tdpoo", "no such loss, only dpo, ipo, sft, simpo, tdpo, tisdpo; nearest: tdpo"),
+        ("loss=tdpo1", "write loss=tdpo loss.if_tdpo2=false"),
+        ("model=pythia", "only blank_model, .*; nearest: pythia28"),
+        ("model=Org/Name-7B", "model=blank_model model.name_or_path=Org/Name-7B"),
+        ("transform=agressive", "nearest: aggressive"),
+        ("transform=rank_based", "write transform.method=rank_based"),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_choices(argument, message):
+    with pytest.raises(ConfigError, match=message):
+        read(argument)
+
+
+def test_every_wrong_argument_is_named_at_once():
+    with pytest.raises(ConfigError) as refused:
+        read("model=pythia", "lr=x", "loss.betta=1", "--beta", "2", "sed=1", "batch_size=8")
+    first, *lines = str(refused.value).splitlines()
+    assert first == "5 wrong options"
+    assert [re.split("[:= ]", line.strip())[0] for line in lines] == [
+        "--beta",
+        "model",
+        "lr",
+        "loss.betta",
+        "sed",
+    ]
+
+
+def test_options_of_a_wrong_choice_are_not_called_wrong():
+    with pytest.raises(ConfigError) as refused:
+        read("loss=dppo", "loss.label_smoothing=0.1")
+    assert "label_smoothing" not in str(refused.value)
+
+
+def test_blank_model_needs_a_name():
+    with pytest.raises(ConfigError, match=r"^model\.name_or_path is required"):
+        read("model=blank_model")
+
+
+def test_other_names_of_one_option_agree_or_are_refused():
+    config = read("model.block=GPT2Block", "local_run_dir=/tmp/x")
+    assert (config.model.block_name, config.run_dir) == ("GPT2Block", "/tmp/x")
+    with pytest.raises(ConfigError, match=r"model\.block is another name of model\.block_name"):
+        read("model.block=A", "model.block_name=B")
+    with pytest.raises(ConfigError, match="local_run_dir is another name of run_dir"):
+        read("local_run_dir=a", "run_dir=b")
+
+
+def test_estimating_weights_refuses_what_gives_nothing_or_overwrites(tmp_path):
+    same = ["task=estimate_weights", "weights.positive=m", "weights.negative=m"]
+    out = f"weights.output_dir={tmp_path}"
+    with pytest.raises(ConfigError, match="every weight would be 0"):
+        read(*same, out)
+    prompts = ["weights.positive_template=harmless", "weights.negative_template=harmful"]
+    assert read(*same, *prompts, out).weights.positive == "m"
+    with pytest.raises(ConfigError, match="would be overwritten"):
+        read(*same, *prompts, out, f"base_data_dir={tmp_path}/")
+    assert read(*same, *prompts, out, f"base_data_dir={tmp_path}/", "weights.suffix=-w").task
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name_or_pth: x", "mine.yaml: model.name_or_pth: no such option; .*model.name_or_path"),
+        ("name_or_path: x\nblock_name: [a]", "mine.yaml: model.block_name: Cannot convert"),
+        ("name_or_path: [", "expected the node content.*mine.yaml.*line"),
+        ("defaults: [nothing]", "mine.yaml: Could not load 'model/nothing'"),
+    ],
+)
+def test_a_wrong_file_under_configs_is_named(tmp_path, monkeypatch, text, message):
+    (tmp_path / "loss").mkdir()
+    for name in ("config.yaml", "loss/tdpo.yaml"):
+        content = (train.CONFIG_DIR / name).read_text().replace("  - transform: default\n", "")
+        (tmp_path / name).write_text(content)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text(text + "\n")
+    monkeypatch.setattr(train, "CONFIG_DIR", tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        read("model=mine")
+
+
+def test_batch_must_divide_over_processes_and_accumulation():
+    config = tiny_config(batch_size=20, gradient_accumulation_steps=2)
+    check_world_size(config, 1)
+    check_world_size(config, 5)
+    with pytest.raises(ConfigError, match=r"3 x 2 = 6, got 20; nearest: 12, 18, 24"):
+        check_world_size(config, 3)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps = 3, got 20"):
+        tiny_config(batch_size=20, gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize("unit", [1, 3, 8])
+@pytest.mark.parametrize("value", [1, 2, 7, 8, 20, 64])
+def test_nearest_multiples_are_the_closest_of_all(value, unit):
+    found = nearest_multiples(value, unit)
+    multiples = range(unit, value + 4 * unit, unit)
+    closest = sorted(abs(multiple - value) for multiple in multiples)[:3]
+    assert sorted(abs(multiple - value) for multiple in found) == closest
+    assert found == sorted(set(found)) and not any(multiple % unit for multiple in found)
+
+
+def test_sharing_prompts_of_padded_rows_is_refused():
+    with pytest.raises(ValueError, match=r"share_prompt=true needs packing\.enabled=true"):
+        PackingConfig(enabled=False, share_prompt="true")
+
+
+def test_device_that_cannot_is_refused_with_what_can():
+    # set after the checks: whether flash-attention is installed differs between machines
+    flash = tiny_config()
+    flash.model.attention = "flash_attention_2"
+    with pytest.raises(ConfigError, match=r"needs a CUDA device, .* set model\.attention=sdpa"):
+        check_device(flash, "cpu", has_bfloat16=True)
+    check_device(flash, "cuda", has_bfloat16=True)
+    for attention in ("varlen", "flex"):
+        with pytest.raises(ConfigError, match=rf"attention={attention} needs a CUDA device"):
+            check_device(
+                tiny_config(model=ModelConfig(name_or_path="tiny", attention=attention)),
+                "cpu",
+                has_bfloat16=True,
+            )
+    with pytest.raises(ConfigError, match=r"does not compute in bfloat16; .*fsdp_policy_mp=null"):
+        check_device(tiny_config(), "cuda", has_bfloat16=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("binary", "binary100"),
+        ("threshold", "threshold1.0_-1.0"),
+        ("threshold_and_scale", "threshold_and_scale0.7_1.3"),
+        ("random", "random0.7_1.3"),
+        ("rank_based", "rank_based0.7_1.3"),
+        ("origin", "origin"),
+    ],
+)
+def test_run_names_of_tisdpo_end_in_the_transform(method, label):
+    config = tiny_config(
+        loss=TISDPOConfig(), transform=TransformConfig(method=method), datasets=["a", "b"]
+    )
+    assert computed_exp_name(config) == f"tisdpo_tiny_a_b_{label}"
+
+
+def test_run_names_follow_model_folder_and_reversal():
+    model = ModelConfig(name_or_path="models/Qwen/Qwen2.5-3B-sft/")
+    names = [
+        computed_exp_name(tiny_config(model=model, loss=loss, reverse_dataset=True))
+        for loss in (DPOConfig(), TDPOConfig())
+    ]
+    assert names == ["dpo_Qwen2.5-3B-sft_hh_reverse", "tdpo_Qwen2.5-3B-sft_hh"]
+
+
+def test_help_names_and_explains_every_option():
+    text = " ".join(format_help(train.CONFIG_DIR).split())
+    for option in all_options().values():
+        assert len(option.doc) > 10, option.key
+        assert option.key == "loss.name" or f"{option.key}=" in text
+        assert option.key == "loss.name" or option.doc in text
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("tdpoo", "tdpo"), ("TDPO", "tdpo"), ("tis", "tisdpo"), ("xyz", None), ("", None)],
+)
+def test_nearest_prefers_what_was_abbreviated(name, meant):
+    assert nearest(name, LOSSES) == meant

@@ -1,0 +1,163 @@
+"""The program as a user meets it: exit codes, one message, no traceback, nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+
+from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.cli.run import launch_on_every_gpu
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("cli")
+    save_dataset(base, "words")
+    save_tiny_model(base / "model", tie_word_embeddings=True)
+    return base
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(cwd: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*options), cwd=cwd, capture_output=True, text=True, env=environment(), timeout=120
+    )
+
+
+def job(base: Path, data: str = "words", **options: object) -> list[str]:
+    values = {
+        "model": "blank_model",
+        "model.name_or_path": base / "model",
+        "model.fsdp_policy_mp": "null",
+        "datasets": f"[{data}]",
+        "base_data_dir": base,
+        "loss": "dpo",
+        "batch_size": 8,
+        "sample_during_eval": "false",
+        "max_length": 64,
+        "max_prompt_length": 32,
+    }
+    return [f"{key}={value}" for key, value in (values | options).items()]
+
+
+def with_row(base: Path, name: str, index: int, row: object) -> str:
+    """A copy of the data whose row `index` (from 1) is another; returns its name."""
+    rows = text_rows(12)
+    lines = [json.dumps(r) for r in rows]
+    lines[index - 1] = row if isinstance(row, str) else json.dumps(row)
+    folder = base / name
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_rows(folder, "test", rows[:4])
+    return name
+
+
+def test_bad_data_is_named_by_file_row_and_field_before_any_model(base, tmp_path):
+    good = text_rows(1)[0]
+    empty = base / "empty_split"
+    write_rows(empty, "train", text_rows(12))
+    write_rows(empty, "test", [])
+    cases = [
+        # data, what the message says
+        (with_row(base, "malformed", 8, '{"prompt": "a", "chosen": '), r"train.jsonl:8"),
+        (with_row(base, "null", 3, good | {"chosen": None}), "train.jsonl:3:chosen: "),
+        ("empty_split", "0 rows"),
+        ("wrods", "words"),
+    ]
+    for name, expected in cases:
+        # the model does not exist: data errors come first
+        result = run(tmp_path, *job(base, name, **{"model.name_or_path": base / "no-model"}))
+        assert result.returncode == 3, result.stderr
+        assert expected in result.stderr and "Traceback" not in result.stderr
+    assert not list(tmp_path.glob("output/*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ({"model.name_or_path": "no/such/model"}, 4, "no folder no/such/model"),
+        ({"model.archive": "gone/policy.pt"}, 4, "model.archive"),
+        ({"optimizer": "AdamV"}, 2, "nearest: Adam"),
+        ({"batch_size": 100}, 2, "data.drop_last=false"),
+        ({"output_dir": "/dev/null/runs"}, 2, "output_dir"),
+        ({"model.block_name": "GPT2Block"}, 2, "LlamaDecoderLayer"),
+        ({"optimizer": "RMSprop", "optim.betas": "[0.9,0.95]"}, 2, "RMSprop takes no betas"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_message(base, tmp_path, options, code, message):
+    result = run(tmp_path, *job(base, **options))
+    assert result.returncode == code, result.stderr
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_diverging_run_stops_before_the_update_with_exit_5(base, tmp_path):
+    options = {"lr": "1e30", "warmup_steps": 0, "max_grad_norm": "1e30", "n_epochs": 8}
+    result = run(tmp_path, *job(base, run_dir=tmp_path / "run", **options))
+    assert result.returncode == 5, result.stderr
+    assert "not finite at step" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "LATEST").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_the_model_and_says_so_in_the_exit_code(base, tmp_path, number, code):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*job(base, run_dir=run_dir, n_epochs=100_000, minimum_log_interval_secs=0)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run_dir / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert str(run_dir / "LATEST") in stderr and "Traceback" not in stderr
+    assert (run_dir / "LATEST" / "model.safetensors").exists()
+    assert (run_dir / "curves.png").exists()
+
+
+def test_under_torchrun_two_ranks_print_one_table_and_one_run(base, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    result = subprocess.run(
+        [*torchrun, *command(*job(base, trainer="FSDPTrainer", n_epochs=1))[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    (run_dir,) = (tmp_path / "output").iterdir()
+    assert run_dir.name.startswith("dpo_model_words_")
+    assert result.stdout.count("optimizer steps") == 1
+    assert len(read_metrics(run_dir, "train")) == 3
+
+
+def test_the_launcher_brings_back_the_exit_code_of_the_ranks(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config(model=ModelConfig(name_or_path=str(base / "model")), loss=DPOConfig())
+    bad = with_row(base, "bad", 3, {"prompt": "a"})
+    for data, code in (("words", 0), (bad, 3)):
+        options = job(base, data, trainer="FSDPTrainer", n_epochs=1, run_dir=tmp_path / data)
+        monkeypatch.setattr(sys, "argv", command(*options)[1:])
+        # what trainer=FSDPTrainer does where two GPUs are visible, here with two CPU ranks
+        assert launch_on_every_gpu(config, 2) == code
+    assert len(read_metrics(tmp_path / "words", "train")) == 3

@@ -1,0 +1,77 @@
+"""What a parquet file holds beside what JSON lines do."""
+
+import datetime
+import json
+
+import pyarrow
+import pyarrow.parquet
+from small_data import make_config, write_jsonl
+
+from fastpref.data.source import read_rows
+from fastpref.data.readers import read_records
+
+
+def read(tmp_path):
+    [rows] = read_rows(make_config(tmp_path), "train", quiet=True)
+    return rows
+
+
+def write_parquet(tmp_path, table):
+    path = tmp_path / "data" / "set" / "train.parquet"
+    path.parent.mkdir(parents=True)
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+def test_conversations_in_parquet_read_like_those_in_json(tmp_path):
+    def call(**arguments):
+        call = {"function": {"name": "f", "arguments": arguments}}
+        return [{"role": "assistant", "tool_calls": [call]}]
+
+    tools = [{"function": {"name": "f"}}, {"function": {"name": "g", "description": "G"}}]
+    asked = [{"role": "user", "content": "Q"}]
+    rows = [
+        {"prompt": asked, "chosen": call(to="Zürich", at=[1.5]), "rejected": call(by="rail")},
+        {"prompt": asked, "chosen": [{"role": "assistant", "content": "a"}], "rejected": call(n=3)},
+    ]
+    rows = [row | {"tools": tools} for row in rows]
+    write_jsonl(tmp_path / "lines" / "data" / "set", "train", rows)
+    write_parquet(tmp_path / "parquet", pyarrow.Table.from_pylist(rows))
+    datasets = [read(tmp_path / form).dataset for form in ("lines", "parquet")]
+    fields = ("prompt", "chosen", "rejected", "tools")
+    texts = [[dataset[field][:] for field in fields] for dataset in datasets]
+    # of keys alone: a struct of parquet has one order of them for all rows
+    loaded = [[[json.loads(text) for text in column] for column in form] for form in texts]
+    assert loaded[0] == loaded[1]
+
+
+def test_maps_of_a_parquet_file_are_objects_and_other_values_are_text(tmp_path):
+    arguments = pyarrow.map_(pyarrow.string(), pyarrow.date32())
+    function = pyarrow.struct([("name", pyarrow.string()), ("arguments", arguments)])
+    message = pyarrow.struct([("role", pyarrow.string()), ("tool_calls", pyarrow.list_(function))])
+    day = datetime.date(2026, 3, 5)
+    answers = [
+        [{"role": "assistant", "tool_calls": [{"name": name, "arguments": [("on", day)]}]}]
+        for name in ("f", "g")
+    ]
+    row = {"prompt": [{"role": "user", "content": "Q"}]}
+    schema = pyarrow.schema(
+        [
+            ("prompt", pyarrow.list_(pyarrow.struct({"role": "string", "content": "string"}))),
+            ("chosen", pyarrow.list_(message)),
+            ("rejected", pyarrow.list_(message)),
+        ]
+    )
+    record = row | {"chosen": answers[0], "rejected": answers[1]}
+    write_parquet(tmp_path, pyarrow.Table.from_pylist([record], schema=schema))
+    [chosen] = read(tmp_path).dataset["chosen"][:]
+    assert json.loads(chosen)[0]["tool_calls"] == [{"name": "f", "arguments": {"on": "2026-03-05"}}]
+
+
+def test_null_columns_of_a_parquet_file_stay_and_null_keys_of_structs_go(tmp_path):
+    records = [
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "meta": None, "list": [1, None]},
+        {"prompt": "R", "chosen": "a", "rejected": "b", "meta": {"x": [{"y": 1}, {"z": 2}]}},
+    ]
+    path = write_parquet(tmp_path, pyarrow.Table.from_pylist(records))
+    assert [record for _, record in read_records(path)] == [records[0], records[1] | {"list": None}]

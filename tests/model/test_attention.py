@@ -1,0 +1,266 @@
+"""Attention over packed segments against attention over each sequence alone, in float64."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from tiny_models import build_model
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.attention.choice import attention_problem, choose_attention, packing_obstacle
+from fastpref.attention_cpu import LONG_KEYS, MAX_PADDING, GroupedAttention, group_segments
+from fastpref.model.attention.backends import PackedAttention, attend_varlen
+from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.errors import ConfigError
+from fastpref.model.scorer import TokenScorer
+from fastpref.batches.packed import pack_rows
+
+CPU = torch.device("cpu")
+ROWS = [
+    EncodedRow(range(40), range(30), range(21)),
+    EncodedRow([1], [1, 2, 3], [5]),
+    EncodedRow(range(40), [1], range(17)),
+]
+
+
+def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_at_end=True):
+    """What variable-length kernels compute, one segment after another."""
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    outputs = []
+    for i in range(len(cu_q) - 1):
+        queries = q[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
+        keys, values = (x[cu_k[i] : cu_k[i + 1]].transpose(0, 1) for x in (k, v))
+        R, K = queries.shape[1], keys.shape[1]
+        mask = torch.ones(R, K, dtype=torch.bool).tril(K - R if aligned_at_end else 0)
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
+        scores = queries @ keys.mT * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        outputs.append((probabilities @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+VARLEN = PackedAttention(name="naive varlen", attend=partial(attend_varlen, naive_varlen))
+
+
+def random_inputs(batch: PackedBatch, dtype=torch.float64) -> list[Tensor]:
+    """Query, key, value of 6 heads over 2, and an upstream gradient."""
+    T = batch.input_ids.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 6, T, 16), (1, 2, T, 16), (1, 2, T, 16), (1, T, 6, 16)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+
+
+def dense_attention(query, key, value, batch: PackedBatch, scale, softcap) -> Tensor:
+    """The definition, from positions alone: a mask over all pairs of tokens."""
+    layout = batch.layout
+    T = query.shape[2]
+    mask = torch.zeros(T, T, dtype=torch.bool)
+    for segment in layout.segments:
+        for q in range(segment.start, segment.stop):
+            mask[q, segment.start : q + 1] = True
+            mask[q, segment.prefix_start : segment.prefix_stop] = True
+    key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
+    scores = query @ key.mT * scale
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+
+
+def values_and_gradients(attend, inputs: list[Tensor]) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+    output = attend(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, inputs[3])]
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("attention", [*map(build_attention, ("eager", "sdpa")), VARLEN])
+def test_every_packed_attention_is_the_masked_one(attention, softcap):
+    for share_prompt in (True, False):
+        batch = pack_rows(ROWS, pad_token_id=0, share_prompt=share_prompt)
+        inputs = random_inputs(batch)
+
+        def packed(query, key, value, batch=batch):
+            layout = attention.prepare(batch.layout)
+            return attention.attend(query, key, value, layout, 0.2, softcap)
+
+        def dense(query, key, value, batch=batch):
+            return dense_attention(query, key, value, batch, 0.2, softcap)
+
+        expected = values_and_gradients(dense, inputs)
+        for ours, theirs in zip(values_and_gradients(packed, inputs), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_short_segments_share_a_call_and_long_ones_do_not():
+    rng = random.Random(0)
+    rows = [
+        EncodedRow(
+            *(range(k, k + rng.randint(1, longest)) for k, longest in enumerate((90, 60, 60)))
+        )
+        for _ in range(28)
+    ]
+    batch = pack_rows(rows, pad_token_id=0)
+    groups = group_segments(batch.layout)
+    places = torch.cat([group.places for group in groups])
+    assert sorted(places.tolist()) == list(range(batch.input_ids.shape[1]))
+    assert len(groups) < len(batch.layout.segments) / 3
+    everywhere = torch.arange(batch.input_ids.shape[1])[None]
+    queries, keys = (
+        [places if isinstance(places, Tensor) else everywhere[:, places] for places in of_groups]
+        for of_groups in zip(*((group.queries, group.keys) for group in groups), strict=True)
+    )
+    alone = [places for places in keys if places.shape[1] >= LONG_KEYS]
+    assert alone and all(len(places) == 1 for places in alone)
+    computed = sum(q.shape[1] * k.numel() for q, k in zip(queries, keys, strict=True))
+    needed = sum(
+        (stop - start) * (stop - start + prefix_stop - prefix_start)
+        for start, stop, prefix_start, prefix_stop in batch.layout.segments
+    )
+    assert computed <= MAX_PADDING * needed
+
+    def grouped(query, key, value):
+        return GroupedAttention.apply(query, key, value, groups, 0.2)
+
+    def dense(query, key, value):
+        return dense_attention(query, key, value, batch, 0.2, None)
+
+    inputs = random_inputs(batch)
+    expected = values_and_gradients(dense, inputs)
+    for ours, theirs in zip(values_and_gradients(grouped, inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():
+    batch = pack_rows(ROWS, pad_token_id=0)
+    exact = random_inputs(batch)
+    inputs = [x.bfloat16() for x in exact]
+    exact = [x.double() for x in inputs]
+
+    def packed(query, key, value):
+        sdpa = build_attention("sdpa")
+        return sdpa.attend(query, key, value, sdpa.prepare(batch.layout), 0.2, None)
+
+    def dense(query, key, value):
+        return dense_attention(query, key, value, batch, 0.2, None)
+
+    float64 = values_and_gradients(dense, exact)
+    in_torch = values_and_gradients(dense, inputs)
+    ours = values_and_gradients(packed, inputs)
+    for found, same_dtype, truth in zip(ours, in_torch, float64, strict=True):
+        error = (found.double() - truth).abs().max()
+        assert error <= 2 * (same_dtype.double() - truth).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_flex_attention_gets_the_same_mask(softcap):
+    batch = pack_rows(ROWS, pad_token_id=0)
+    query, key, value, _ = random_inputs(batch, torch.float32)
+    attention = build_attention("flex")
+    # without a graph: on a CPU it computes forward only
+    with torch.no_grad():
+        ours = attention.attend(query, key, value, attention.prepare(batch.layout), 0.2, softcap)
+        expected = dense_attention(query, key, value, batch, 0.2, softcap)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_attention_that_aligns_causality_at_the_start_is_found_out():
+    config = build_model("llama").config
+    assert attention_problem(VARLEN, CPU, torch.float32, config) is None
+    kernel = partial(naive_varlen, aligned_at_end=False)
+    wrong = PackedAttention(name="wrong", attend=partial(attend_varlen, kernel))
+    assert "off by" in attention_problem(wrong, CPU, torch.float32, config)
+
+
+def test_auto_takes_sdpa_on_a_cpu_and_what_cannot_run_is_refused():
+    config = build_model("llama").config
+    for dtype in (torch.float32, torch.bfloat16):
+        assert choose_attention("auto", CPU, dtype, config).name == "sdpa"
+    with pytest.raises(ConfigError, match=r"model\.attention=varlen does not compute"):
+        choose_attention("varlen", CPU, torch.bfloat16, config)
+
+
+SPECIAL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+CANNOT = {
+    # a state-space model: no attention at all
+    "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+    # distances in the scores, taken from the attention mask and not from position ids
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    # learned sinks beside the keys
+    "gpt_oss": {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "sliding_window": 64,
+    },
+    # every other layer looks back 16 tokens
+    "mistral": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("model_type", CANNOT)
+def test_a_model_that_cannot_pack_is_found_out_and_left_as_it_was(model_type):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(model_type, **(SPECIAL | CANNOT[model_type]))
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    before, implementation = model(input_ids=ids).logits, model.config._attn_implementation
+    for share_prompt in (True, False):
+        obstacle = packing_obstacle(
+            model, build_attention("sdpa"), share_prompt=share_prompt, longest=32
+        )
+        assert obstacle
+        assert model.config._attn_implementation == implementation
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_a_window_that_reaches_over_every_sequence_is_none():
+    model = build_model("mistral", sliding_window=16)
+    attention = build_attention("sdpa")
+    assert packing_obstacle(model, attention, share_prompt=True, longest=16) is None
+    obstacle = packing_obstacle(model, attention, share_prompt=True, longest=17)
+    assert "looks back 16 tokens, the longest sequence has 17" in obstacle
+
+
+def test_rounded_products_do_not_pass_for_an_obstacle():
+    # wide enough for the library to round operands where the CPU has the instructions for it, and
+    # deep enough for the rounding to show
+    model = build_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=12)
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        attention = build_attention("sdpa")
+        assert packing_obstacle(model, attention, share_prompt=True, longest=16) is None
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_sampling_is_what_it_was_before_the_model_learnt_to_pack(family):
+    model = build_model(family).eval()
+    input_ids = torch.tensor([[0, 0, 3, 4], [5, 6, 7, 8]])
+    attention_mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    options = {"do_sample": False, "max_length": 24}
+    expected = TokenScorer(model).generate(input_ids, attention_mask, **options)
+    ours = TokenScorer(model, build_attention("sdpa"))
+    assert model.config._attn_implementation == "fastpref"
+    assert torch.equal(ours.generate(input_ids, attention_mask, **options), expected)

@@ -1,0 +1,140 @@
+"""Objectives against the seed repositories' formulas in float64, on padded full-logits batches."""
+
+import pytest
+import torch
+from fastpref_kernels import TokenScores
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastpref.batch import EncodedRow, pad_rows
+from fastpref.config import (
+    DPOConfig,
+    IPOConfig,
+    LossConfig,
+    SFTConfig,
+    SimPOConfig,
+    TDPOConfig,
+    TISDPOConfig,
+)
+from fastpref.objectives.objective import build_objective
+
+ROWS = [
+    EncodedRow([5, 6], [7, 8, 2], [9, 2], [0.7, 1.3, 0.0], [1.1, 0.0]),
+    EncodedRow([5], [3, 2], [4, 4, 4, 2], [-0.5, 0.0], [1.0, 0.9, 0.8, 0.0]),
+]
+V = 11
+CONFIGS = {
+    "sft": SFTConfig(),
+    "dpo": DPOConfig(),
+    "cdpo": DPOConfig(label_smoothing=0.2),
+    "dpo reference_free": DPOConfig(reference_free=True),
+    "dpo weighted": DPOConfig(token_level=True),
+    "ipo": IPOConfig(beta=0.3),
+    "simpo": SimPOConfig(beta=1.7, gamma=0.6),
+    "tdpo1": TDPOConfig(if_tdpo2=False),
+    "tdpo2": TDPOConfig(alpha=0.7),
+    "tisdpo": TISDPOConfig(),
+    "tisdpo token_level": TISDPOConfig(token_level=True, alpha=0.3),
+}
+
+
+def token_scores(log_p_NV: Tensor, log_q_NV: Tensor, target: Tensor, direction: str | None):
+    log_ratio_NV = log_p_NV - log_q_NV
+    kl_N = None
+    if direction == "reference_policy":
+        kl_N = -(log_q_NV.exp() * log_ratio_NV).sum(-1)
+    elif direction == "policy_reference":
+        kl_N = (log_p_NV.exp() * log_ratio_NV).sum(-1)
+    logps_N, reference_logps_N = (
+        log_NV.gather(1, target[:, None])[:, 0] for log_NV in (log_p_NV, log_q_NV)
+    )
+    return TokenScores(logps_N, reference_logps_N, kl_N)
+
+
+def seed_loss(config: LossConfig, log_p: Tensor, log_q: Tensor, batch) -> Tensor:
+    """The seeds' own composition (masked sums over padded rows), SimPO's eq. 6, in plain terms."""
+    weighted = isinstance(config, TISDPOConfig) or getattr(config, "token_level", False)
+    weights = batch.token_weights.double() if weighted else torch.ones(len(batch.target)).double()
+    label_p, label_q = (x.gather(1, batch.target[:, None])[:, 0] for x in (log_p, log_q))
+
+    def total(values: Tensor) -> Tensor:
+        return torch.stack([(weights * values)[batch.sequence_ids == i].sum() for i in range(4)])
+
+    M = total(label_p - label_q)
+    M_w, M_l = M[:2], M[2:]
+    if isinstance(config, SFTConfig):
+        return -total(label_p)
+    if isinstance(config, DPOConfig):
+        P = total(label_p)
+        h = P[:2] - P[2:] if config.reference_free else M_w - M_l
+        eps = config.label_smoothing
+        return -(1 - eps) * F.logsigmoid(config.beta * h) - eps * F.logsigmoid(-config.beta * h)
+    if isinstance(config, IPOConfig):
+        return (M_w - M_l - 1 / (2 * config.beta)) ** 2
+    if isinstance(config, SimPOConfig):
+        P = total(label_p) / torch.tensor([3, 2, 2, 4])
+        return -F.logsigmoid(config.beta * (P[:2] - P[2:]) - config.gamma)
+    if isinstance(config, TDPOConfig):
+        K = total((log_q.exp() * (log_q - log_p)).sum(-1))
+        K_w, K_l = K[:2], K[2:]
+        z = M_w - M_l - (K_l - K_w)
+        if config.if_tdpo2:
+            z = M_w - M_l - config.alpha * (K_l - K_w.detach())
+        return -F.logsigmoid(config.beta * z)
+    assert isinstance(config, TISDPOConfig)
+    K = total((log_p.exp() * (log_p - log_q)).sum(-1))
+    z = M_w - M_l
+    if config.token_level:
+        z = z - config.alpha * (K[:2] - K[2:])
+    return -F.logsigmoid(config.beta * z)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_and_gradients_are_the_seed_formulas(name):
+    config = CONFIGS[name]
+    objective = build_objective(config)
+    batch = pad_rows(ROWS, pad_token_id=0)
+    generator = torch.Generator().manual_seed(0)
+    N = len(batch.target)
+    logits = torch.randn(N, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference = torch.randn(N, V, generator=generator, dtype=torch.float64)
+    log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
+
+    expected = seed_loss(config, log_p, log_q, batch)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), logits, retain_graph=True)
+    scores = token_scores(log_p, log_q, batch.target, objective.needs.kl)
+    if not objective.needs.reference:
+        scores = scores._replace(reference_logps=None)
+    losses, metrics = objective.losses(
+        TokenScores(*(None if x is None else x.float() for x in scores)), batch
+    )
+    (grad,) = torch.autograd.grad(losses.sum(), logits)
+
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert {len(value) for value in metrics.values()} == {len(losses)}
+
+
+def test_metric_names_are_the_seeds():
+    pairs = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
+    pairs |= {"logps/chosen", "logps/rejected", "loss"}
+    kl = {"kl/chosen", "kl/rejected", "kl/margin"}
+    expected = {"sft": {"logps/chosen", "loss"}, "dpo": pairs, "ipo": pairs, "simpo": pairs}
+    expected |= {"tdpo2": pairs | kl, "tisdpo": pairs | kl}
+    batch = pad_rows(ROWS, pad_token_id=0)
+    ones_N = torch.ones(len(batch.target))
+    for name, names in expected.items():
+        _, metrics = build_objective(CONFIGS[name]).losses(
+            TokenScores(ones_N, ones_N, ones_N if names >= kl else None), batch
+        )
+        assert set(metrics) == names, name
+
+
+def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():
+    objective = build_objective(TDPOConfig())
+    batch = pad_rows([], pad_token_id=0)
+    zeros_N = torch.zeros(0, requires_grad=True)
+    losses, metrics = objective.losses(TokenScores(zeros_N, zeros_N, zeros_N), batch)
+    assert losses.shape == (0,) and losses.requires_grad
+    assert len(metrics) == 10

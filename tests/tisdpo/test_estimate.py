@@ -1,0 +1,377 @@
+"""Estimated token weights are what the two models' own logits say, in every row form."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from estimation import estimate, load, make_config, output_path, run, written_rows
+from ranks import run_on_ranks
+from tiny_models import save_tiny_model, text_rows, write_rows
+from tokenizers import pre_tokenizers
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.config import ModelConfig, PackingConfig
+from fastpref.errors import CheckpointError, DataError, InterruptionError
+from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
+
+ROWS = text_rows(7)
+DIALOGUES = [
+    {
+        side: f"\n\nHuman: {row['prompt']}\n\nAssistant:{row[side]}"
+        for side in ("chosen", "rejected")
+    }
+    for row in ROWS
+]
+CHATS = [
+    {"prompt": [{"role": "user", "content": row["prompt"]}]}
+    | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    for row in ROWS
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return [str(save_tiny_model(folder / name, seed=i)) for i, name in enumerate(("good", "bad"))]
+
+
+def expected_weights(models, prompt, response, prefixes=("", "")) -> torch.Tensor:
+    """log π⁻ - log π⁺ of each response token, in float64, from the models' own logits."""
+    logps = []
+    for name, prefix in zip(models, prefixes, strict=True):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+        prompt_ids, response_ids = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (prefix + prompt, response)
+        )
+        logits = model(input_ids=torch.tensor([prompt_ids + response_ids])).logits[0]
+        log_p = F.log_softmax(logits, -1)[len(prompt_ids) - 1 : -1]
+        logps.append(log_p.gather(1, torch.tensor(response_ids)[:, None])[:, 0])
+    return logps[1] - logps[0]
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("packed", [True, False])
+def test_weights_of_text_rows_equal_the_formula_in_float64(models, tmp_path, batch_size, packed):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path, batch_size=batch_size)
+    config.packing = PackingConfig(enabled=packed, max_tokens=40)
+    written = estimate(config)
+    for row, record in zip(ROWS, written, strict=True):
+        assert {key: record[key] for key in row} == row
+        for side in ("chosen", "rejected"):
+            weights = torch.tensor(record[f"{side}_weight"], dtype=torch.float64)
+            expected = expected_weights(models, row["prompt"], row[side])
+            torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+    origin = json.loads((tmp_path / "out" / "rows-weighted" / "train.weights.json").read_text())
+    assert origin["positive"]["name_or_path"] == models[0]
+
+
+@pytest.mark.parametrize("rows", [DIALOGUES, CHATS], ids=["dialogues", "chats"])
+def test_other_forms_are_written_as_they_came_and_load_for_tisdpo(models, tmp_path, rows):
+    write_rows(tmp_path / "data" / "rows", "train", rows)
+    config = make_config(models, tmp_path)
+    written = estimate(config)
+    assert [{key: record[key] for key in rows[0]} for record in written] == rows
+    for row, record in zip(load(config), written, strict=True):
+        # the chosen list changes its sign, EOS weighs nothing
+        chosen = [-weight for weight in record["chosen_weight"]] + [0.0]
+        assert row["chosen_weights"] == pytest.approx(chosen, abs=1e-6)
+        assert row["rejected_weights"] == pytest.approx([*record["rejected_weight"], 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("has_units", [True, False])
+def test_bfloat16_gives_way_to_float32_on_a_cpu_without_units(
+    models, tmp_path, monkeypatch, has_units
+):
+    name = "fastpref.tisdpo.estimate.cpu_multiplies_bfloat16"
+    monkeypatch.setattr(name, lambda: has_units)
+    write_rows(tmp_path / "data" / "rows", "train", ROWS[:2])
+    config = make_config(models, tmp_path)
+    config.model = ModelConfig(name_or_path=models[0])
+    [record, _] = estimate(config)
+    expected = expected_weights(models, ROWS[0]["prompt"], ROWS[0]["chosen"])
+    weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+    error = (weights - expected).abs().max()
+    assert (error > 1e-5) == has_units
+    origin = json.loads((output_path(config).parent / "train.weights.json").read_text())
+    assert origin["compute_dtype"] == ("bfloat16" if has_units else "float32")
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_two_ranks_write_the_file_of_one(models, tmp_path, batch_size):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path, batch_size=batch_size, shard_rows=5)
+    config.packing.max_tokens = 40
+    alone = estimate(config)
+    output_path(config).unlink()
+    run_on_ranks(run, 2, config)
+    for a, b in zip(written_rows(config), alone, strict=True):
+        assert a["chosen_weight"] == pytest.approx(b["chosen_weight"], abs=1e-5)
+        assert a["rejected_weight"] == pytest.approx(b["rejected_weight"], abs=1e-5)
+
+
+def test_a_template_puts_its_role_sentence_before_the_prompt(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS[:2])
+    config = make_config(
+        [models[0], models[0]], tmp_path, positive_template="harmless", negative_template="harmful"
+    )
+    [record, _] = estimate(config)
+    sentences = [f"{ROLE_SENTENCES[name]}\n\n" for name in ("harmless", "harmful")]
+    expected = expected_weights(
+        [models[0]] * 2, ROWS[0]["prompt"], ROWS[0]["chosen"], prefixes=sentences
+    )
+    weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+
+
+def test_models_of_different_vocabularies_are_refused(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    other = save_tiny_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(CheckpointError, match="another vocabulary"):
+        estimate(make_config([models[0], str(other)], tmp_path))
+
+
+def test_no_split_at_all_is_refused(models, tmp_path):
+    with pytest.raises(DataError, match="rows"):
+        estimate(make_config(models, tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_round_as_the_tisdpo_code_rounds(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    exact = estimate(make_config(models, tmp_path))
+    rounded = estimate(make_config(models, tmp_path, round=2))
+    for a, b in zip(exact, rounded, strict=True):
+        assert [round(weight, 2) for weight in a["chosen_weight"]] == b["chosen_weight"]
+    assert any(len(str(weight)) > 6 for weight in exact[0]["chosen_weight"])
+
+
+def test_eos_gets_a_weight_on_request_and_keeps_it_in_training(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path, include_eos=True)
+    written = estimate(config)
+    without = estimate(make_config(models, tmp_path))
+    for a, b in zip(written, without, strict=True):
+        assert len(a["chosen_weight"]) == len(b["chosen_weight"]) + 1
+        assert a["chosen_weight"][:-1] == pytest.approx(b["chosen_weight"], abs=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    [last] = expected_weights(models, ROWS[0]["prompt"] + ROWS[0]["chosen"], tokenizer.eos_token)
+    assert written[0]["chosen_weight"][-1] == pytest.approx(last.item(), abs=1e-5)
+
+    estimate(config)
+    for row, record in zip(load(config), written, strict=True):
+        expected = [-weight for weight in record["chosen_weight"]]
+        assert row["chosen_weights"] == pytest.approx(expected, abs=1e-6)
+    assert load(config, eos_weight=0.25)[0]["rejected_weights"][-1] == 0.25
+
+
+def test_models_may_be_run_folders_and_archives(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    expected = estimate(make_config(models, tmp_path))
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "LATEST").symlink_to(models[0])
+    state = AutoModelForCausalLM.from_pretrained(models[1]).state_dict()
+    archive = tmp_path / "policy.pt"
+    torch.save({"step_idx": 1, "state": state, "metrics": {}}, archive)
+    config = make_config(models, tmp_path)
+    config.weights.positive, config.weights.negative = str(run_folder), str(archive)
+    output_path(config).unlink()
+    assert estimate(config) == expected
+
+
+def test_a_system_message_holds_the_template_of_a_conversation(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", CHATS[:2])
+    text = "Answer as a liar would."
+    config = make_config([models[0]] * 2, tmp_path, negative_template=text)
+    [record, _] = estimate(config)
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    system = {"role": "system", "content": text}
+    prompts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        for messages in (CHATS[0]["prompt"], [system, *CHATS[0]["prompt"]])
+    ]
+    full = tokenizer.apply_chat_template(
+        CHATS[0]["prompt"] + CHATS[0]["chosen"], tokenize=False
+    ).removeprefix(prompts[0])
+    response = full.rstrip().removesuffix(tokenizer.eos_token)
+    # the two prompts are written out: nothing comes before them
+    expected = expected_weights([models[0]] * 2, "", response, prefixes=prompts)
+    weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "Q"),
+        ("Be good.", "Be good.\n\nQ"),
+        ("Lie! {prompt} Now:", "Lie! Q Now:"),
+    ],
+)
+def test_a_template_goes_before_a_text_prompt_or_around_it(text, expected):
+    assert apply_to_text(text, "Q") == expected
+
+
+def test_a_template_joins_the_system_message_or_wraps_the_last_question():
+    system, first, answer, last = (
+        {"role": role, "content": role[0]} for role in ("system", "user", "assistant", "user")
+    )
+    assert apply_to_messages("T T", [system, first]) == [
+        {"role": "system", "content": "T T\n\ns"},
+        first,
+    ]
+    wrapped = apply_to_messages("<{prompt}>", [first, answer, last])
+    assert wrapped == [first, answer, {"role": "user", "content": "<u>"}]
+
+
+def test_a_template_takes_content_that_is_missing_or_a_list_of_parts():
+    parts = {"role": "user", "content": [{"type": "text", "text": "u"}, "v"]}
+    calls = {"role": "assistant", "content": None, "tool_calls": [{}]}
+    assert apply_to_messages("<{prompt}>", [parts, calls]) == [parts | {"content": "<uv>"}, calls]
+    assert apply_to_messages("T", [parts | {"role": "system"}])[0]["content"] == "T\n\nuv"
+    assert apply_to_messages("T", [{"role": "system"}])[0]["content"] == "T"
+
+
+class Interrupter(threading.Thread):
+    """Sends a signal to this process once so many shards are there."""
+
+    def __init__(self, folder: Path, num_shards: int) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.num_shards = folder, num_shards
+
+    def run(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if len(list(self.folder.glob("*/*.npy"))) >= self.num_shards:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.0005)
+
+
+def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", text_rows(120))
+    config = make_config(models, tmp_path, batch_size=1, shard_rows=6)
+    estimate(config)
+    path = output_path(config)
+    whole = path.read_bytes()
+    path.unlink()
+
+    shards = path.with_name("train.shards")
+    stopper = Interrupter(shards, 3)
+    stopper.start()
+    with pytest.raises(InterruptionError, match="shards of the positive model"):
+        run(config)
+    stopper.join()
+    kept = {file: file.stat().st_mtime_ns for file in shards.glob("*/*.npy")}
+    assert 3 <= len(kept) < 20 and not path.exists()
+
+    # what a power failure may leave: half a shard, and a file that was being written
+    damaged = min(kept)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    (damaged.parent / "000019.npy.partial").write_bytes(b"x")
+    # another model's shards lie in the same place and are not taken for its own
+    other = replace(config, weights=replace(config.weights, negative=models[0], positive=models[1]))
+    stopper = Interrupter(shards, len(kept) + 2)
+    stopper.start()
+    with pytest.raises(InterruptionError):
+        run(other)
+    stopper.join()
+    assert len({file.parent.name for file in shards.glob("*/*.npy")}) == 2
+
+    run(config)
+    assert path.read_bytes() == whole
+    assert not shards.exists()
+
+
+def test_a_finished_file_is_not_estimated_again_until_something_changes(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    estimate(config)
+    path = output_path(config)
+    written = path.stat().st_mtime_ns
+    estimate(config)
+    assert path.stat().st_mtime_ns == written
+    path.write_text(path.read_text(encoding="utf-8")[:-200], encoding="utf-8")
+    assert len(estimate(config)) == len(ROWS)
+    before = estimate(config)
+    config.weights.negative_template = "You lie a lot."
+    assert estimate(config)[0]["chosen_weight"] != before[0]["chosen_weight"]
+
+
+def test_weights_beside_other_tokens_are_refused_by_file_and_row(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    rows = estimate(config)
+    path = output_path(config)
+
+    def refusal(tokenizer=None) -> str:
+        with pytest.raises(DataError) as refused:
+            load(config, tokenizer)
+        assert refused.value.exit_code == 3
+        return str(refused.value)
+
+    tokenizer = AutoTokenizer.from_pretrained(models[0])
+    # one word of text changes places: as many tokens as before
+    changed = [dict(row) for row in rows]
+    changed[3]["chosen"] = " ".join([" ", *reversed(ROWS[3]["chosen"].split())])
+    write_rows(path.parent, "train", changed)
+    assert f"{path}:4" in refusal() and "was changed" in refusal()
+    changed = [dict(row) for row in rows]
+    changed[1]["rejected_weight"] = changed[1]["rejected_weight"][:-1]
+    write_rows(path.parent, "train", changed)
+    assert f"{path}:2:rejected_weight" in refusal() and "expected" in refusal()
+    changed[1]["rejected_weight"] = [float("nan")] * len(rows[1]["rejected_weight"])
+    write_rows(path.parent, "train", changed)
+    assert f"{path}:2:rejected_weight" in refusal() and "nan" in refusal()
+    write_rows(path.parent, "train", rows[:5])
+    assert f"{path}:5: the file ends here, 7 rows were written" in refusal()
+    write_rows(path.parent, "train", rows)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
+    assert f"{path}:1" in refusal(tokenizer) and "another one" in refusal(tokenizer)
+    path.with_name("train.weights.json").write_text('{"rows": 7')
+    assert "train.weights.json: not a record" in refusal()
+
+
+def test_a_model_that_gives_nan_is_named_with_the_row(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    broken = AutoModelForCausalLM.from_pretrained(models[1])
+    tokenizer = AutoTokenizer.from_pretrained(models[1])
+    # one word is poisoned; the prompts have it, the first ids of the vocabulary do not
+    word = tokenizer(ROWS[2]["chosen"], add_special_tokens=False)["input_ids"][1]
+    torch.nn.init.constant_(broken.get_input_embeddings().weight[word], torch.nan)
+    broken.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    config = make_config([models[0], str(tmp_path / "broken")], tmp_path)
+    with pytest.raises(CheckpointError, match=r"negative.*broken gives .* nan at .*train.jsonl:\d"):
+        run(config)
+    assert not output_path(config).exists()
+    # what the sound model said is kept
+    assert list(output_path(config).parent.glob("train.shards/positive-*/*.npy"))
+
+
+@pytest.mark.parametrize("key", ["positive", "negative"])
+def test_a_missing_model_is_named_by_its_option(models, tmp_path, key):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    setattr(config.weights, key, str(tmp_path / "no" / "model"))
+    with pytest.raises(CheckpointError, match=f"weights.{key}: no folder"):
+        run(config)
+
+
+def test_a_source_without_rows_is_refused(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", [])
+    with pytest.raises(DataError, match="0 rows in split 'train'"):
+        run(make_config(models, tmp_path))

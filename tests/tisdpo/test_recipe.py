@@ -1,0 +1,247 @@
+"""All stages of TIS-DPO in one command: killed anywhere, it goes on and loses nothing finished."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import run_on_ranks
+from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
+from transformers import AutoModelForCausalLM
+
+import train
+from fastpref.cli.command_line import main
+from fastpref.config import Config
+from fastpref.errors import ConfigError
+from fastpref.cli.overrides import read_config
+from fastpref.tisdpo.recipe import build_stages, list_changes
+
+STAGES = ["positive", "negative", "weights", "policy"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("recipe")
+    write_rows(base / "words", "train", text_rows(64, seed=1))
+    write_rows(base / "words", "test", text_rows(8, seed=2))
+    save_tiny_model(base / "model")
+    return base
+
+
+def job(base: Path, recipe: str, **options: object) -> list[str]:
+    values = {
+        "recipe": recipe,
+        "model": "blank_model",
+        "model.name_or_path": base / "model",
+        "model.fsdp_policy_mp": "null",
+        "datasets": "[words]",
+        "base_data_dir": base,
+        "batch_size": 4,
+        "lr": 1e-3,
+        "warmup_steps": 2,
+        "max_length": 64,
+        "max_prompt_length": 32,
+        "n_eval_examples": 8,
+        "sample_during_eval": "false",
+        "weights.batch_size": 1,
+        "weights.shard_rows": 4,
+    }
+    return [f"{key}={value}" for key, value in (values | options).items()]
+
+
+def run(arguments: list[str]) -> int:
+    return main(arguments, train.compose_choices, train.CONFIG_DIR)
+
+
+def read(arguments: list[str]) -> Config:
+    return read_config(arguments, train.compose_choices, train.CONFIG_DIR)
+
+
+def _enter(arguments: list[str], cache: str, out: Path) -> None:
+    os.environ["HF_DATASETS_CACHE"] = cache
+    with out.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    raise SystemExit(run(arguments))
+
+
+def start(arguments: list[str], tmp_path: Path) -> multiprocessing.Process:
+    """The command in a process of its own, forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastpref.tisdpo.recipe", "transformers.models.llama"])
+    cache = os.environ["HF_DATASETS_CACHE"]
+    process = context.Process(target=_enter, args=(arguments, cache, tmp_path / "log"))
+    process.start()
+    return process
+
+
+def stop_when(
+    process: multiprocessing.Process, is_time: Callable[[], bool], number: int
+) -> int | None:
+    """Send a signal once it is time; returns the exit code."""
+    deadline = time.monotonic() + 120
+    while not is_time():
+        assert process.is_alive() and time.monotonic() < deadline, "it ended before its time"
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join(120)
+    return process.exitcode
+
+
+def done(run_dir: Path) -> list[str]:
+    return [stage for stage in STAGES if (run_dir / stage / "stage.json").exists()]
+
+
+def stamps(run_dir: Path) -> dict[Path, int]:
+    """Every file of the finished stages with its time."""
+    folders = [run_dir / stage for stage in done(run_dir)]
+    return {
+        path: path.stat().st_mtime_ns
+        for folder in folders
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = job(base, "tisdpo_d", run_dir=run_dir)
+    is_in = {
+        "positive": lambda: (run_dir / "positive" / "metrics.jsonl").exists(),
+        "negative": lambda: (run_dir / "negative" / "metrics.jsonl").exists(),
+        "weights": lambda: any((run_dir / "weights").glob("*/*.shards/*/*.npy")),
+        "policy": lambda: (run_dir / "policy" / "metrics.jsonl").exists(),
+    }
+    for number, stage in enumerate(STAGES):
+        before = stamps(run_dir)
+        assert stop_when(start(arguments, tmp_path), is_in[stage], signal.SIGKILL) == -9
+        assert done(run_dir) == STAGES[:number]
+        assert stamps(run_dir).items() >= before.items()
+    before = stamps(run_dir)
+    assert run(arguments) == 0
+    assert done(run_dir) == STAGES
+    assert stamps(run_dir).items() >= before.items()
+    log = (tmp_path / "log").read_text()
+    assert log.count("stage 1 of 4, positive: DPO on the pairs") == 2
+    assert log.count("stage 1 of 4, positive: done already") == 2
+
+    whole = tmp_path / "whole"
+    assert run(job(base, "tisdpo_d", run_dir=whole)) == 0
+    weights = Path("weights") / "words" / "train.jsonl"
+    assert (run_dir / weights).read_bytes() == (whole / weights).read_bytes()
+    losses = [read_metrics(folder / "policy", "train") for folder in (run_dir, whole)]
+    assert [r["loss/train"] for r in losses[0]] == [r["loss/train"] for r in losses[1]]
+    # the run folder names the trained model as any other run's does
+    AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
+    summary = (run_dir / "summary.txt").read_text()
+    assert all(stage in summary for stage in STAGES) and "LATEST" in summary
+    # again: nothing is left to do
+    before = stamps(run_dir)
+    assert run(arguments) == 0
+    assert stamps(run_dir) == before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_signals_keep_their_exit_codes_and_say_how_to_go_on(base, tmp_path, number, code):
+    run_dir = tmp_path / "run"
+    process = start(job(base, "tisdpo_p", run_dir=run_dir), tmp_path)
+    shards = run_dir / "weights"
+    assert stop_when(process, lambda: any(shards.glob("*/*.shards/*/*.npy")), number) == code
+    log = (tmp_path / "log").read_text()
+    assert f"run_dir={run_dir} goes on" in log and "Traceback" not in log
+    assert any(shards.glob("*/*.shards/*/*.npy"))
+
+
+def test_the_three_estimators_train_what_they_are_named_for(base, tmp_path):
+    losses = {}
+    for recipe, trained in (("d", "dpo"), ("s", "sft"), ("p", None)):
+        config = read(job(base, f"tisdpo_{recipe}"))
+        stages = build_stages(config, tmp_path)
+        assert [s.name for s in stages] == (STAGES if trained else STAGES[2:])
+        losses[recipe] = [s.config.loss.name for s in stages if s.config.task == "train"]
+        *contrast, weights, policy = stages
+        assert [s.config.reverse_dataset for s in contrast] == ([False, True] if trained else [])
+        assert (weights.config.weights.positive == weights.config.weights.negative) == (not trained)
+        assert policy.config.transform.method == "paper"
+        assert policy.config.base_data_dir == weights.config.weights.output_dir
+    assert losses == {"d": ["dpo", "dpo", "tisdpo"], "s": ["sft", "sft", "tisdpo"], "p": ["tisdpo"]}
+
+
+def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base, tmp_path):
+    options = {"stages.sft_first": "true", "stages.sft_lr": 0.5, "stages.contrast_lr": 0.25}
+    config = read(job(base, "tisdpo_d", reverse_dataset="true", **options))
+    sft, positive, negative, weights, policy = build_stages(config, tmp_path)
+    assert (sft.config.loss.name, sft.config.model.name_or_path) == ("sft", str(base / "model"))
+    assert [s.config.lr for s in (sft, positive, negative, policy)] == [0.5, 0.25, 0.25, 1e-3]
+    for stage in (positive, negative, policy):
+        assert stage.config.model.name_or_path == str(tmp_path / "sft")
+    # the files' pairs decide what is positive; the loader turns weights and texts together
+    assert [s.config.reverse_dataset for s in (positive, negative, policy)] == [False, True, True]
+    assert weights.config.weights.positive == str(tmp_path / "positive")
+
+
+def test_the_sft_recipe_runs_to_the_end(base, tmp_path):
+    run_dir = tmp_path / "run"
+    assert run(job(base, "tisdpo_s", run_dir=run_dir, n_examples=8)) == 0
+    rows = (run_dir / "weights" / "words" / "train.jsonl").read_text().splitlines()
+    assert len(rows) == 64 and any(json.loads(rows[0])["chosen_weight"])
+    assert (run_dir / "weights" / "words" / "weights.png").stat().st_size > 10_000
+
+
+def _run_on_rank(arguments: list[str]) -> None:
+    assert run(arguments) == 0
+
+
+def test_two_ranks_share_every_stage(base, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = job(base, "tisdpo_p", run_dir=run_dir, n_examples=8, trainer="FSDPTrainer")
+    run_on_ranks(_run_on_rank, 2, arguments)
+    assert done(run_dir) == ["weights", "policy"]
+    assert len(read_metrics(run_dir / "policy", "train")) == 2
+
+
+def test_other_options_or_another_run_are_refused_in_a_run_folder(base, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    arguments = job(base, "tisdpo_p", run_dir=run_dir, n_examples=4)
+    assert run(arguments) == 0
+    capsys.readouterr()
+    assert run([*arguments, "lr=0.5", "loss.beta=0.2"]) == 2
+    error = capsys.readouterr().err
+    assert "lr was 0.001, is 0.5" in error and "loss.beta was 0.1, is 0.2" in error
+    # what nothing is computed from may change
+    assert run([*arguments, "minimum_log_interval_secs=9", "exp_name=other"]) == 0
+    assert run(job(base, "tisdpo_p", run_dir=run_dir / "policy", n_examples=4)) == 2
+    assert "holds another run" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("")
+    assert run(job(base, "tisdpo_p", run_dir=tmp_path / "full")) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("loss=dpo", "task=tisdpo needs loss=tisdpo"),
+        ("stages.contrast=dop", "stages.contrast must be one of .*nearest: dpo"),
+        ("stages.contrast_lr=0", "stages.contrast_lr must be > 0"),
+        ("weights.positive_template=harmles", "nearest: harmless"),
+        ("weights.positive_template=harmful", "templates? to differ|to differ"),
+    ],
+)
+def test_options_of_the_stages_are_checked_before_anything_runs(base, option, message):
+    with pytest.raises(ConfigError, match=message):
+        read([*job(base, "tisdpo_p"), option])
+
+
+def test_changes_are_listed_by_their_dotted_names():
+    before = {"lr": 1, "run_dir": "a", "loss": {"beta": 1, "run_dir": 2}}
+    now = {"lr": 2, "run_dir": "b", "loss": {"beta": 1, "run_dir": 3}, "new": 0}
+    assert list_changes(before, now) == [
+        "loss.run_dir was 2, is 3",
+        "lr was 1, is 2",
+        "new was None, is 0",
+    ]

@@ -1,0 +1,122 @@
+"""The report of token weights: its numbers, a page without network, a picture."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from fastpref.model.paths import resolve_model
+from fastpref.data.planted import generate_rows
+from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
+from fastpref.tisdpo.report_html import write_html
+from fastpref.tisdpo.report_plot import lay_out, plot_weights
+from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram, token_texts
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(resolve_model("tiny"))
+
+
+def make_report(num_words: int = 3) -> WeightsReport:
+    def tokens(sign: int) -> list[WeighedToken]:
+        words = ["<b>&", *[f" word{i}" for i in range(num_words)], "$x$\n"]
+        return [
+            WeighedToken(text=text, weight=sign * i / 7, raw=-i / 7, is_planted=i == 2)
+            for i, text in enumerate(words)
+        ]
+
+    example = Example(prompt="A <script>?", chosen=tokens(1), rejected=tokens(-1))
+    return WeightsReport(
+        title="set, train",
+        positive="good",
+        negative="bad under “You <lie>”",
+        num_rows=1,
+        chosen=np.array([0.5, 1.0, 0.0]),
+        rejected=np.array([-0.5, 0.25]),
+        examples=[example],
+        auc=0.75,
+    )
+
+
+class Outline(HTMLParser):
+    """Collects the tags of a page and what they refer to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.hovers: list[str] = []
+
+    def handle_starttag(self, tag, attrs) -> None:
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        self.hovers += [value for name, value in attrs if name == "data-w"]
+
+
+def test_the_page_stands_alone_and_shows_every_raw_value(tmp_path):
+    write_html(make_report(), tmp_path / "weights.html")
+    page = (tmp_path / "weights.html").read_text(encoding="utf-8")
+    outline = Outline()
+    outline.feed(page)
+    assert not outline.links and not {"script", "link", "img"} & set(outline.tags)
+    assert not re.search(r"https?:|url\(|@import", page)
+    assert outline.hovers[1] == "weight +0.143   in the file -0.143"
+    assert len(outline.hovers) == 10 and outline.tags.count("svg") == 2
+    # texts of rows are shown, not obeyed
+    assert "A &lt;script&gt;?" in page and "&lt;b&gt;&amp;" in page and "&lt;lie&gt;" in page
+    assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize(("num_words", "num_columns"), [(3, 2), (40, 1)])
+def test_short_pairs_stand_in_two_columns_and_nothing_leaves_the_picture(
+    tmp_path, num_words, num_columns
+):
+    report = make_report(num_words)
+    columns = lay_out(report.examples)
+    assert len(columns) == num_columns
+    for column in columns:
+        for _, content in column:
+            text = content if isinstance(content, str) else "".join(t.text for t in content)
+            assert len(text) <= 104 / num_columns
+    plot_weights(report, tmp_path / "weights.png")
+    assert (tmp_path / "weights.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_bar_that_dwarfs_the_others_is_cut():
+    weights = np.concatenate([np.zeros(90), np.full(5, 0.9), np.full(5, -3.0)])
+    edges, shares, highest = histogram(weights, 1.0)
+    assert shares.sum() == pytest.approx(1) and shares[len(shares) // 2] == 0.9
+    # what lies beyond the limit is in the outer bar
+    assert shares[0] == 0.05 and edges[0] == -1.0
+    assert highest == pytest.approx(0.065)
+
+
+def test_roc_auc_counts_ties_half():
+    is_positive = np.array([True, False, True, False])
+    assert roc_auc(np.array([3.0, 1.0, 2.0, 0.0]), is_positive) == 1.0
+    assert roc_auc(np.array([0.0, 0.0, 0.0, 0.0]), is_positive) == 0.5
+    assert roc_auc(np.array([1.0, 1.0, 2.0, 0.0]), is_positive) == 0.875
+    assert roc_auc(np.array([0.0, 1.0, 2.0, 3.0]), is_positive) == 0.25
+
+
+def test_planted_masks_mark_exactly_the_tokens_that_differ(tokenizer):
+    rows = generate_rows("test", num_rows=64)
+    masks = planted_masks("test", [(row["prompt"], row["rejected"]) for row in rows], tokenizer)
+    for row, mask in zip(rows, masks, strict=True):
+        chosen, rejected = (
+            tokenizer(row[side], add_special_tokens=False)["input_ids"]
+            for side in ("chosen", "rejected")
+        )
+        assert mask.tolist() == [a != b for a, b in zip(chosen, rejected, strict=True)]
+
+
+def test_token_texts_make_up_the_text(tokenizer):
+    text = " In order they are 1245, naïve €5 \N{GRINNING FACE}."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    texts = token_texts(ids, tokenizer)
+    assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
+    # a character that is spread over tokens belongs to the last of them
+    assert not any("\N{REPLACEMENT CHARACTER}" in part for part in texts)

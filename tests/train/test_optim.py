@@ -1,0 +1,79 @@
+"""Optimizers by name and the schedules' shapes."""
+
+import pytest
+import torch
+
+from fastpref.errors import ConfigError
+from fastpref.train.optim import build_optimizer, build_scheduler, check_optimizer
+
+
+def learning_rates(schedule: str, *, warmup_steps: int, num_steps: int, **options) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = build_scheduler(
+        optimizer,
+        schedule=schedule,
+        warmup_steps=warmup_steps,
+        num_steps=num_steps,
+        min_lr_ratio=options.get("min_lr_ratio", 0.0),
+    )
+    rates = []
+    for _ in range(num_steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_warm_up_is_the_seeds_and_then_constant():
+    rates = learning_rates("constant", warmup_steps=150, num_steps=200)
+    assert rates[0] == pytest.approx(1 / 151)
+    assert rates[149] == pytest.approx(150 / 151)
+    assert rates[150:] == [1.0] * 50
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_decay_starts_at_the_peak_and_heads_for_the_floor(schedule):
+    rates = learning_rates(schedule, warmup_steps=10, num_steps=111, min_lr_ratio=0.1)
+    assert rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["AdamW", "RMSprop", "SGD", "Adagrad", "NAdam", "Adafactor", "Rprop"]
+)
+def test_any_torch_optimizer_takes_a_step(name):
+    parameter = torch.nn.Parameter(torch.ones(3, 4))
+    optimizer = build_optimizer(name, [parameter], lr=0.1, options={"weight_decay": None})
+    parameter.square().sum().backward()
+    optimizer.step()
+    assert (parameter < 1).all()
+
+
+def test_options_reach_the_optimizer_and_null_is_torchs_default():
+    parameter = torch.nn.Parameter(torch.ones(1))
+    options = {"weight_decay": 0.5, "eps": None}
+    group = build_optimizer("AdamW", [parameter], lr=0.1, options=options).param_groups[0]
+    assert group["weight_decay"] == 0.5
+    assert group["eps"] == torch.optim.AdamW([parameter]).param_groups[0]["eps"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("AdamX", {}, r"nearest: Adam"),
+        ("adamw", {}, r"nearest: AdamW"),
+        ("LBFGS", {}, r"cannot train a language model"),
+        ("AdamW", {"momentum": 0.9}, r"optim\.momentum: torch\.optim\.AdamW takes no momentum"),
+    ],
+)
+def test_what_torch_cannot_do_is_refused_by_name(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build_optimizer(name, [torch.nn.Parameter(torch.ones(1))], lr=0.1, options=options)
+
+
+def test_an_optimizer_of_whole_matrices_is_refused_on_several_ranks():
+    assert check_optimizer("Adafactor", {}, world_size=1) is torch.optim.Adafactor
+    with pytest.raises(ConfigError, match="whole matrices"):
+        check_optimizer("Adafactor", {}, world_size=2)
