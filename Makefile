@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # the kernels on the CPU, in Triton's interpreter; without Triton these tests skip or take torch's path
-INTERPRETED := $(wildcard tests/test_token_logps*.py tests/test_tdpo1*.py tests/test_sequence_log_ratios.py)
+INTERPRETED := $(wildcard tests/ops/test_token_logps*.py tests/ops/test_tdpo1*.py tests/ops/test_sequence_log_ratios.py)
 
 # one process a core, four at most: each holds a torch
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -1,7 +1,5 @@
 """Progress of a loop: a bar on a terminal, log lines elsewhere."""
 
-import logging
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -11,10 +9,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
-
-from fastpref.train.metrics import Record, format_metrics
-
-logger = logging.getLogger("fastpref")
 
 
 class Progress:
@@ -58,19 +52,8 @@ class Progress:
         """Steps are done; `numbers` are shown beside the bar."""
         self._bar.advance(self._task, steps)
         if numbers is not None:
-            self._bar.update(self._task, numbers=numbers)
+            self.show(numbers)
 
-    def show(self, record: Record | None) -> None:
-        """The latest training record: beside the bar in short, or as a log line in full."""
-        if record is None or not self._visible:
-            return
-        if not self._terminal:
-            logger.info(
-                "train stats after %d examples: %s", record["examples"], format_metrics(record)
-            )
-            return
-        numbers = f"loss {record['loss/train']:.3f}"
-        if "rewards_train/accuracies" in record:
-            numbers += f"  accuracy {record['rewards_train/accuracies']:.2f}"
-        numbers += f"  {record['tokens_per_second']:,.0f} tokens/s"
+    def show(self, numbers: str) -> None:
+        """The latest numbers, beside the bar."""
         self._bar.update(self._task, numbers=numbers)

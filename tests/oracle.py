@@ -106,3 +106,12 @@ def count_gemms() -> FlopCounterMode:
         return 2 * a[0] * a[1] * b[1]
 
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flops})
+
+
+def nearby(head, *, by: float = 0.1) -> tuple[Tensor, ...]:
+    """A reference that has drifted from `head`."""
+    generator = torch.Generator().manual_seed(3)
+    return tuple(
+        (leaf.detach().float() + by * torch.randn(leaf.shape, generator=generator)).to(leaf.dtype)
+        for leaf in head
+    )

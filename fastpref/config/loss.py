@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from fastpref.checks import check_choice, check_number
+from fastpref.token_weights import TIES
 
 
 class LossNeeds(NamedTuple):
@@ -175,10 +176,6 @@ def _check_ordered(block: object, low: str, high: str) -> None:
             f"{prefix}.{low} must be < {prefix}.{high}, "
             f"got {getattr(block, low)} and {getattr(block, high)}"
         )
-
-
-TIES = ("seed", "equal")
-"""What `binary` and `rank_based` do with equal values, see `transform_weights`."""
 
 
 @dataclass(kw_only=True)

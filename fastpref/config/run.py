@@ -23,48 +23,11 @@ from fastpref.config.groups import (
     WeightsConfig,
 )
 from fastpref.config.loss import (
-    LOSSES,
-    METHODS,
-    DPOConfig,
-    IPOConfig,
     LossConfig,
-    LossNeeds,
-    SFTConfig,
-    SimPOConfig,
-    TDPOConfig,
-    TISDPOConfig,
     TransformConfig,
 )
 from fastpref.config.stages import StagesConfig
 from fastpref.errors import ConfigError
-
-__all__ = [
-    "LOSSES",
-    "METHODS",
-    "Config",
-    "DPOConfig",
-    "DataConfig",
-    "HeadConfig",
-    "IPOConfig",
-    "LossConfig",
-    "LossNeeds",
-    "ModelConfig",
-    "OptimConfig",
-    "PackingConfig",
-    "SFTConfig",
-    "SimPOConfig",
-    "StagesConfig",
-    "TDPOConfig",
-    "TISDPOConfig",
-    "TensorboardConfig",
-    "TransformConfig",
-    "WandbConfig",
-    "WeightsConfig",
-    "check_device",
-    "check_world_size",
-    "computed_exp_name",
-    "config_to_yaml",
-]
 
 
 @dataclass(kw_only=True)

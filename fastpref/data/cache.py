@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import datasets
@@ -12,10 +13,18 @@ from datasets.exceptions import DatasetGenerationError
 from fastpref.errors import DataError, FastprefError
 
 
-def code_digest(*names: str) -> str:
-    """Digest of source files of this package: a cache must not outlive the code that filled it."""
-    package = Path(__file__).parent
-    return hashlib.sha256(b"".join((package / name).read_bytes() for name in names)).hexdigest()
+@cache
+def code_digest(*rooms: str) -> str:
+    """Digest of the code of some rooms, and of what all rooms share: what was computed must not
+    outlive the code that computed it.
+
+    Args:
+        rooms: Folders of this package, "data".
+    """
+    package = Path(__file__).parents[1]
+    in_rooms = (path for room in rooms for path in package.glob(f"{room}/**/*.py"))
+    paths = sorted([*package.glob("*.py"), *in_rooms])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def file_state(path: Path) -> str:

@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-TINY_MODEL_DIR = Path(__file__).parent / "assets" / "tiny"
+TINY_MODEL_DIR = Path(__file__).parents[1] / "assets" / "tiny"
 """Hugging Face folder of the shipped model: about one million parameters, instruction-tuned."""
 
 PROMPT_TEMPLATE = "Question: {question}\nAnswer:"

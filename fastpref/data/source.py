@@ -10,31 +10,19 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastpref.checks import hint, listed
+from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
-from fastpref.errors import DataError
 from fastpref.data.hub import HUB_PATHS
 from fastpref.data.readers import SUFFIXES
-from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
+from fastpref.errors import DataError
 
 if TYPE_CHECKING:
     from fastpref.config import Config
 
 BUILT_IN = ("planted", *HUB_PATHS)
 SPLITS = ("train", "test")
-READING_CODE = (
-    "counts.py",
-    "datasets.py",
-    "hub_sources.py",
-    "messages.py",
-    "pair_tracker.py",
-    "planted.py",
-    "readers.py",
-    "row_stream.py",
-    "row_values.py",
-    "rows.py",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +205,7 @@ def load_rows(
                 "split": split,
                 "path": str(path) if path else None,
                 "cache_dir": cache_dir,
-                "state": code_digest(*READING_CODE) + state,
+                "state": code_digest("data") + state,
                 "weighted": options.weighted,
                 "paired": options.paired,
                 "on_error": options.on_error,

@@ -20,24 +20,30 @@ import numpy as np
 from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 
 from fastpref.batch import EncodedRow
+from fastpref.config import Config, ModelConfig
+from fastpref.data.cache import code_digest
 from fastpref.data.chat import (
     ChatFormat,
     check_chat_template,
     prints_date,
     read_chat_template,
 )
-from fastpref.config import Config, ModelConfig
 from fastpref.data.counts import log_audit
+from fastpref.data.encode import log_missing_bos, tokenizer_digest
 from fastpref.data.source import SPLITS, Rows, find_source, read_rows
+from fastpref.data.weights_file import ModelOrigin, WeightsOrigin, read_origin, template_digest
 from fastpref.distributed import World, main_first
-from fastpref.data.encode import TOKENIZING_CODE, log_missing_bos, tokenizer_digest
 from fastpref.errors import CheckpointError, DataError
 from fastpref.model.identity import model_identity, side_model
 from fastpref.model.paths import resolve_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
-from fastpref.tisdpo.templates import template_text
-from fastpref.data.cache import code_digest
+from fastpref.scoring.score import Side, score_missing
+from fastpref.scoring.shards import Shards
 from fastpref.signals import say_if_stopped
+from fastpref.tisdpo.report import WeightsReport, read_report
+from fastpref.tisdpo.report_html import write_html
+from fastpref.tisdpo.report_plot import plot_weights
+from fastpref.tisdpo.templates import template_text
 from fastpref.tisdpo.weight_rows import (
     SourceJob,
     begin_date,
@@ -46,24 +52,8 @@ from fastpref.tisdpo.weight_rows import (
     write_weights,
     written_date,
 )
-from fastpref.scoring.score import Side, score_missing
-from fastpref.scoring.shards import Shards
-from fastpref.data.weights_file import ModelOrigin, WeightsOrigin, read_origin, template_digest
-from fastpref.tisdpo.report_html import write_html
-from fastpref.tisdpo.report_plot import plot_weights
-from fastpref.tisdpo.report import WeightsReport, read_report
 
 logger = logging.getLogger("fastpref")
-
-SCORING_CODE = (
-    *TOKENIZING_CODE,
-    "packing.py",
-    "role_templates.py",
-    "weight_estimation.py",
-    "weight_rows.py",
-    "weight_scoring.py",
-    "weight_shards.py",
-)
 
 
 def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
@@ -301,7 +291,7 @@ def scoring_settings(
         "batch_size": config.weights.batch_size,
         "packing": asdict(config.packing),
         "shard_rows": config.weights.shard_rows,
-        "code": code_digest(*SCORING_CODE),
+        "code": code_digest("data", "batches", "model", "scoring", "tisdpo"),
     }
 
 

@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpref.train.build import Run, build_run
-from fastpref.train.run_folder import export_model
+from fastpref.batches.loader import StepBatches
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import NON_FINITE, NonFiniteError
-from fastpref.batches.loader import StepBatches
+from fastpref.progress import Progress
+from fastpref.signals import StopRequest, say_if_stopped
+from fastpref.train.build import Run, build_run
 from fastpref.train.metrics import (
     PendingStep,
     Record,
@@ -23,10 +24,9 @@ from fastpref.train.metrics import (
     name_for_split,
     sum_over_examples,
 )
-from fastpref.progress import Progress
 from fastpref.train.report import show_results
+from fastpref.train.run_folder import export_model
 from fastpref.train.sampling import sample_responses, write_samples
-from fastpref.signals import StopRequest, say_if_stopped
 
 logger = logging.getLogger("fastpref")
 
@@ -93,9 +93,22 @@ def run_loop(run: Run, stop: StopRequest) -> None:
             )
             if due:
                 with stop.if_unwritable():
-                    progress.show(run.log.flush())
+                    show_step(progress, run.log.flush(), visible=world.is_main)
             progress.advance()
     evaluate(run, order.num_steps, examples, stop)
+
+
+def show_step(progress: Progress, record: Record | None, *, visible: bool) -> None:
+    """The latest training record: beside the bar in short, or as a log line in full."""
+    if record is None or not visible:
+        return
+    if not progress.on_terminal:
+        logger.info("train stats after %d examples: %s", record["examples"], format_metrics(record))
+        return
+    numbers = f"loss {record['loss/train']:.3f}"
+    if "rewards_train/accuracies" in record:
+        numbers += f"  accuracy {record['rewards_train/accuracies']:.2f}"
+    progress.show(f"{numbers}  {record['tokens_per_second']:,.0f} tokens/s")
 
 
 def steps_between_evals(config: Config) -> int:

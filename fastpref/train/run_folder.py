@@ -15,8 +15,8 @@ from fastpref.complete_files import writing
 from fastpref.config import Config, computed_exp_name, config_to_yaml
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, ConfigError, first_line
-from fastpref.model.scorer import TokenScorer
 from fastpref.model.paths import EXPORT_FOLDER
+from fastpref.model.scorer import TokenScorer
 
 logger = logging.getLogger("fastpref")
 

@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from fastpref.batch import pad_rows
 from fastpref.errors import ConfigError
-from fastpref.model.scorer import LogitTransform, TokenScorer, check_head
 from fastpref.model.parallelize import find_blocks
+from fastpref.model.scorer import LogitTransform, TokenScorer, check_head
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,8 +2,7 @@
 
 import torch
 from fastpref_kernels import naive
-from oracle import double, random_head, random_target
-from test_token_logps_kl import nearby
+from oracle import double, nearby, random_head, random_target
 
 
 def test_the_kl_over_one_head_is_the_bregman_divergence_of_its_log_sum_exp():

@@ -12,11 +12,11 @@ from oracle import (
     assert_no_worse_than_torch,
     count_gemms,
     double,
+    nearby,
     random_head,
     random_target,
     workspace,
 )
-from test_token_logps_kl import nearby
 from torch import Tensor
 from torch.nn import functional as F
 

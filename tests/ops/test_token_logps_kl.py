@@ -12,6 +12,7 @@ from oracle import (
     WORKSPACES_MIB,
     assert_no_worse_than_torch,
     double,
+    nearby,
     peak_bytes,
     random_head,
     random_target,
@@ -87,15 +88,6 @@ def assert_matches_float64(policy, reference, target, **options):
     assert [grad.dtype for grad in ours[3:]] == [leaf.dtype for leaf in policy]
     for our, same, true in zip(ours, same_dtype, truth, strict=True):
         assert_no_worse_than_torch(our, same, true)
-
-
-def nearby(head, *, by: float = 0.1) -> tuple[Tensor, ...]:
-    """A reference that has drifted from `head`."""
-    generator = torch.Generator().manual_seed(3)
-    return tuple(
-        (leaf.detach().float() + by * torch.randn(leaf.shape, generator=generator)).to(leaf.dtype)
-        for leaf in head
-    )
 
 
 @both_directions

@@ -1,0 +1,67 @@
+"""The schema of a run: every option's type, default, unit, meaning and check.
+
+Enters: what train.py composed. Leaves: a checked `Config`. To be changed here: an option.
+Nothing here imports torch, so that a wrong option is refused before anything heavy is loaded.
+"""
+
+from fastpref.config.groups import (
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    PackingConfig,
+    TensorboardConfig,
+    WandbConfig,
+    WeightsConfig,
+)
+from fastpref.config.loss import (
+    LOSSES,
+    METHODS,
+    DPOConfig,
+    IPOConfig,
+    LossConfig,
+    LossNeeds,
+    SFTConfig,
+    SimPOConfig,
+    TDPOConfig,
+    TISDPOConfig,
+    TransformConfig,
+)
+from fastpref.config.run import (
+    Config,
+    check_device,
+    check_world_size,
+    computed_exp_name,
+    config_to_yaml,
+)
+from fastpref.config.stages import (
+    StagesConfig,
+)
+
+__all__ = [
+    "LOSSES",
+    "METHODS",
+    "Config",
+    "DPOConfig",
+    "DataConfig",
+    "HeadConfig",
+    "IPOConfig",
+    "LossConfig",
+    "LossNeeds",
+    "ModelConfig",
+    "OptimConfig",
+    "PackingConfig",
+    "SFTConfig",
+    "SimPOConfig",
+    "StagesConfig",
+    "TDPOConfig",
+    "TISDPOConfig",
+    "TensorboardConfig",
+    "TransformConfig",
+    "WandbConfig",
+    "WeightsConfig",
+    "check_device",
+    "check_world_size",
+    "computed_exp_name",
+    "config_to_yaml",
+]

@@ -1,0 +1,80 @@
+"""The rooms of the house: which there are, and that imports between them point one way."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fastpref"
+ROOMS = (
+    "",
+    "config",
+    "data",
+    "batches",
+    "model",
+    "objectives",
+    "scoring",
+    "train",
+    "tisdpo",
+    "cli",
+)
+"""A room may import of itself and of those before it; the first is the package's own files."""
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """The room of a dotted module: "fastpref.data.rows" -> "data", "fastpref.batch" -> ""."""
+    parts = module.split(".")[1:]
+    return parts[0] if parts and (PACKAGE / parts[0]).is_dir() else ""
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, wherever in it, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "fastpref"}
+
+
+def test_every_folder_is_a_room_of_the_table():
+    folders = {path.name for path in PACKAGE.iterdir() if list(path.glob("*.py"))}
+    assert folders == set(ROOMS) - {""}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_to_earlier_rooms(path):
+    own = path.relative_to(PACKAGE).parts
+    room = own[0] if len(own) > 1 else ""
+    for name in imports(path):
+        assert ROOMS.index(room_of(name)) <= ROOMS.index(room), f"{path} imports {name}"
+
+
+def test_no_modules_import_each_other():
+    def name_of(path: Path) -> str:
+        return ".".join(["fastpref", *path.relative_to(PACKAGE).with_suffix("").parts])
+
+    # of "from fastpref.data.rows import Row" both the module and its name are looked up
+    graph = {
+        name_of(path): {
+            known
+            for name in imports(path)
+            for known in (name, name.rpartition(".")[0])
+            if known != "fastpref"
+        }
+        for path in MODULES
+        if path.name != "__init__.py"
+    }
+    graph = {module: found & set(graph) for module, found in graph.items()}
+    # raises CycleError with the modules on the cycle
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("room", ROOMS[1:])
+def test_a_room_says_what_enters_what_leaves_and_what_may_be_changed(room):
+    text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8"))) or ""
+    for word in ("Enters:", "Leaves:", "To be changed here:"):
+        assert word in " ".join(text.split()), f"{room}: {word}"
