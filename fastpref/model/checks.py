@@ -54,13 +54,10 @@ def check_model(
     with exact_arithmetic(model, block_name):
         check_causality(scorer)
         repeats_exactly = check_repeatability(scorer)
+    rounds_buffers = check_arithmetic(scorer, dtype, block_name)
     if trainable:
         check_backward(scorer)
-    return Findings(
-        path=path,
-        repeats_exactly=repeats_exactly,
-        rounds_buffers=check_arithmetic(scorer, dtype, block_name),
-    )
+    return Findings(path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers)
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -142,11 +139,15 @@ def check_backward(scorer: TokenScorer) -> None:
         ConfigError: saying what happens instead.
     """
     model = scorer.model
-    # gradients of norms and biases take no memory, and all layers to compute
-    vectors = [p for p in model.parameters() if p.dim() < 2] or list(model.parameters())
+    embedded: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, output: embedded.append(output)
+    )
     try:
         states = _hidden_states(scorer, probe_ids(model, 2, 12))
-        found = torch.autograd.grad(states.float().sum(), vectors, allow_unused=True)
+        # through every layer, and no memory for the gradient of any weight
+        inputs = embedded or [next(model.parameters())]
+        found = torch.autograd.grad(states.float().sum(), inputs, allow_unused=True)
     # an operation that a CPU does not have in 16 bits tells nothing of a GPU
     except NotImplementedError:
         return
@@ -158,7 +159,9 @@ def check_backward(scorer: TokenScorer) -> None:
     else:
         if any(grad is not None for grad in found):
             return
-        obstacle = "no gradient reaches its weights"
+        obstacle = "no gradient reaches its embedding"
+    finally:
+        hook.remove()
     raise ConfigError(
         f"model.name_or_path: {type(model).__name__} cannot be trained as it computes in "
         f"evaluation mode: {obstacle}"

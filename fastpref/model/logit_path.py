@@ -56,7 +56,7 @@ class Observation(NamedTuple):
     head_input: Tensor
     """(B·L, D) float32."""
     head_output: Tensor
-    """(B, L, rows) float32."""
+    """(B·L, rows) float32."""
     logits: Tensor
     """(B, L, V) float32: what the model returned."""
 
@@ -101,7 +101,7 @@ def measure_logit_path(model: Any, block_name: str | None = None) -> LogitPath:
     weight, bias = head.weight.float(), getattr(head, "bias", None)
     bias = None if bias is None else bias.float()
     linear = F.linear(seen.head_input, weight, bias)
-    if not _are_close(linear, seen.head_output.flatten(0, -2)):
+    if not _are_close(linear, seen.head_output):
         raise _unfit(model, f"(its LM head, {type(head).__name__}, is more than a linear layer)")
     ours = path.logits(hidden, weight, bias)
     theirs = seen.logits.flatten(0, 1)[:, : path.vocab_size]
@@ -177,13 +177,15 @@ def _observe(model: Any, head: nn.Module) -> Observation:
         hook.remove()
     if len(seen) != 1:
         raise _unfit(model, f"(its LM head runs {len(seen)} times in one forward)")
-    head_input, head_output = (tensor.float() for tensor in seen[0])
+    head_input, head_output = (tensor.float().flatten(0, -2) for tensor in seen[0])
+    if len(head_output) != ids.numel():
+        raise _unfit(model, f"(its LM head gives {len(head_output)} rows for {ids.numel()} tokens)")
     if not torch.isfinite(head_input).all() or torch.isnan(logits).any():
         raise NonFiniteError(
             f"model.name_or_path: {type(model).__name__} computes hidden states or logits that are "
             "not finite, in float32 and on finite weights"
         )
-    return Observation(ids, head_input.flatten(0, -2), head_output, logits.float())
+    return Observation(ids, head_input, head_output, logits.float())
 
 
 def _find_body(model: Any, seen: Observation) -> tuple[str, Tensor, float]:
@@ -225,20 +227,19 @@ def _measure_transform(
     model: Any, head: nn.Module, seen: Observation, body: str, hidden_scale: float
 ) -> LogitPath:
     """What a model makes of its head's output: by giving it numbers of every size as that output."""
-    B, L, rows = seen.head_output.shape
-    sizes = torch.logspace(-4, 6, B * L).view(B, L, 1)
-    given = sizes * torch.randn(B, L, rows, generator=torch.Generator().manual_seed(0))
-    hook = head.register_forward_hook(lambda *_: given)
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(seen.head_output.shape, generator=generator)
+    given *= torch.logspace(-4, 6, len(given))[:, None]
+    hook = head.register_forward_hook(lambda _, __, output: given.view(output.shape))
     try:
-        got = call_family(model, model, use_cache=False, **_inputs(seen.ids)).logits.float()
+        got = call_family(model, model, use_cache=False, **_inputs(seen.ids)).logits
     finally:
         hook.remove()
-    masked = (got <= -1e30).flatten(0, 1).all(0)
-    V = int((~masked).nonzero().max()) + 1
-    given, got = given[..., :V], got[..., :V]
-    scale = _ratio(got[0, 0], given[0, 0])
-    highest = got[-1, -1].abs().max().item()
-    capped = highest < 0.5 * abs(scale) * given[-1, -1].abs().max().item()
+    got = got.float().flatten(0, -2)
+    V = int((got > -1e30).any(0).nonzero().max()) + 1
+    given, got = given[:, :V], got[:, :V]
+    scale, highest = _ratio(got[0], given[0]), got[-1].abs().max().item()
+    capped = highest < 0.5 * abs(scale) * given[-1].abs().max().item()
     path = LogitPath(
         body=body,
         vocab_size=V,
@@ -254,8 +255,8 @@ def _measure_transform(
 
 def _first_difference(got: Tensor, expected: Tensor, given: Tensor) -> str:
     wrong = ~torch.isclose(got, expected, rtol=ROUNDING, atol=1e-8)
-    b, p, v = wrong.nonzero()[0].tolist()
-    return f"it makes {got[b, p, v]:.3g} of {given[b, p, v]:.3g}, for token {v}"
+    n, v = wrong.nonzero()[0].tolist()
+    return f"it makes {got[n, v]:.3g} of {given[n, v]:.3g}, for token {v}"
 
 
 def _are_close(ours: Tensor, theirs: Tensor, of: Tensor | None = None) -> bool:

@@ -6,9 +6,7 @@ from tiny_models import FAMILIES, build_model, random_rows
 from torch.nn import functional as F
 
 from fastpref.batch import pad_rows
-from fastpref.errors import ConfigError
-from fastpref.model.parallelize import find_blocks
-from fastpref.model.scorer import LogitTransform, TokenScorer, check_head
+from fastpref.model.scorer import TokenScorer
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,27 +41,6 @@ def test_scores_and_gradients_match_the_models_own_logits(family):
             error = (ours[name] - parameter.grad).abs().max().item()
             # a key bias cancels in the softmax: its gradient is rounding alone
             assert error <= 1e-4 * scale + 1e-7, f"{name}: {error:.2e} of {scale:.2e}"
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_blocks_of_a_family_are_found_and_its_head_is_checked(family):
-    model = build_model(family)
-    blocks = find_blocks(model, None)
-    assert {type(block).__name__ for block in blocks} == {FAMILIES[family][2]}
-    assert blocks == find_blocks(model, FAMILIES[family][2])
-    check_head(TokenScorer(model))
-
-
-def test_an_unknown_block_name_is_refused_with_the_models_own():
-    with pytest.raises(ConfigError, match=r"model\.block_name.*LlamaDecoderLayer"):
-        find_blocks(build_model("llama"), "GPT2Block")
-
-
-def test_a_head_with_arithmetic_of_its_own_is_refused():
-    scorer = TokenScorer(build_model("cohere"))
-    scorer.logit_transform = LogitTransform()
-    with pytest.raises(ConfigError, match="more to its logits"):
-        check_head(scorer)
 
 
 @pytest.mark.parametrize("direction", ["reference_policy", "policy_reference"])
