@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from fastpref.attention_cpu import LONG_KEYS, MAX_PADDING, GroupedAttention, group_segments
 from tiny_models import build_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,7 +13,14 @@ from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.batches.packed import pack_rows
 from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
-from fastpref.model.attention.choice import attention_problem, choose_attention, packing_obstacle
+from fastpref.model.attention.choice import attention_problem, choose_attention
+from fastpref.model.attention.groups import (
+    LONG_KEYS,
+    MAX_PADDING,
+    GroupedAttention,
+    group_segments,
+    runs_of_like_length,
+)
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.scorer import TokenScorer
 
@@ -122,15 +128,27 @@ def test_short_segments_share_a_call_and_long_ones_do_not():
     assert computed <= MAX_PADDING * needed
 
     def grouped(query, key, value):
-        return GroupedAttention.apply(query, key, value, groups, 0.2)
+        return GroupedAttention.apply(query, key, value, groups, 0.2, True)
+
+    def grouped_anywhere(query, key, value):
+        return GroupedAttention.apply(query, key, value, groups, 0.2, False)
 
     def dense(query, key, value):
         return dense_attention(query, key, value, batch, 0.2, None)
 
     inputs = random_inputs(batch)
     expected = values_and_gradients(dense, inputs)
-    for ours, theirs in zip(values_and_gradients(grouped, inputs), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for attend in (grouped, grouped_anywhere):
+        for ours, theirs in zip(values_and_gradients(attend, inputs), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_groups_for_a_gpu_hold_long_segments_too_but_no_endless_masks():
+    lengths = [300, 290, 20, 19]
+    on_gpu = runs_of_like_length(lengths, lengths, long_keys=None, max_scores=2**24)
+    assert list(on_gpu) == [slice(0, 2), slice(2, 4)]
+    bounded = runs_of_like_length(lengths, lengths, long_keys=None, max_scores=300**2)
+    assert list(bounded) == [slice(0, 1), slice(1, 2), slice(2, 4)]
 
 
 def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():

@@ -67,12 +67,12 @@ def group_segments(layout: SegmentLayout) -> tuple[SegmentGroup, ...]:
         # like beside like
         order = places[np.lexsort((-tokens[places], -keys[places]))]
         lengths = tokens[order].tolist(), keys[order].tolist()
-        for run in _runs(*lengths, long_keys=long_keys, max_scores=max_scores):
+        for run in runs_of_like_length(*lengths, long_keys=long_keys, max_scores=max_scores):
             groups.append(_group(segments_S4[order[run]]).to(device))
     return tuple(groups)
 
 
-def _runs(
+def runs_of_like_length(
     tokens: list[int], keys: list[int], *, long_keys: int | None, max_scores: int | None
 ) -> Iterator[slice]:
     """Which neighbours are computed together, from their numbers of queries and of keys."""
@@ -218,7 +218,8 @@ def _gradients(
     inputs: tuple[Tensor, ...], grad: Tensor, groups: tuple[SegmentGroup, ...], scale: float
 ) -> tuple[Tensor, ...]:
     """Those of query, key and value, from each group's attention computed anew."""
-    totals = [x.new_zeros(x.shape[2], x.shape[1], x.shape[3], dtype=torch.float32) for x in inputs]
+    at_least = torch.promote_types(grad.dtype, torch.float32)
+    totals = [x.new_zeros(x.shape[2], x.shape[1], x.shape[3], dtype=at_least) for x in inputs]
     for group in groups:
         leaves = [x.detach().requires_grad_() for x in _take_all(inputs, group)]
         upstream = _take(grad.transpose(1, 2), group.queries)
@@ -229,9 +230,9 @@ def _gradients(
         with torch.enable_grad():
             output, _ = _attend(query, key, value, _in_dtype(group, grad.dtype), scale)
         parts = torch.autograd.grad(output, leaves, upstream)
-        totals[0].index_copy_(0, group.places, _kept(parts[0], group).float())
+        totals[0].index_copy_(0, group.places, _kept(parts[0], group).to(at_least))
         for total, part in zip(totals[1:], parts[1:], strict=True):
-            _add(total, group.keys, part.float())
+            _add(total, group.keys, part.to(at_least))
     return tuple(total.to(inputs[0].dtype).transpose(0, 1)[None] for total in totals)
 
 
