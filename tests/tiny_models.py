@@ -66,9 +66,7 @@ def build_family(model_type: str, **config: Any):
     """A random causal LM of any family that transformers knows, in training mode."""
     special = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **(special | config))
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(special | config)))
     # the default initialisation is so small that every logit is nearly equal
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.25)

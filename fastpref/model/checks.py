@@ -57,9 +57,7 @@ def check_model(
     rounds_buffers = check_arithmetic(scorer, dtype, block_name)
     if trainable:
         check_backward(scorer)
-    return Findings(
-        path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers
-    )
+    return Findings(path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers)
 
 
 def check_finite_weights(model: nn.Module) -> None:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastpref.train.build import Run, build_run
-from fastpref.train.run_folder import export_model
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import NON_FINITE, NonFiniteError
+from fastpref.train.export import export_model
 from fastpref.batches.loader import StepBatches
 from fastpref.train.metrics import (
     PendingStep,
@@ -50,7 +50,7 @@ def train(config: Config, world: World) -> None:
         run_loop(run, stop)
         with stop.if_unwritable():
             run.log.flush()
-        export_model(run.policy, run.tokenizer, run.run_dir, world)
+        export_model(run.policy, run.export, run.run_dir, world)
         if world.is_main:
             show_results(run.log.records, run.run_dir, time.perf_counter() - started)
         stop.raise_if_requested(run.run_dir, world)

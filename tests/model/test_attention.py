@@ -5,13 +5,13 @@ from functools import partial
 
 import pytest
 import torch
+from fastpref.attention_cpu import LONG_KEYS, MAX_PADDING, GroupedAttention, group_segments
 from tiny_models import build_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.attention.choice import attention_problem, choose_attention, packing_obstacle
-from fastpref.attention_cpu import LONG_KEYS, MAX_PADDING, GroupedAttention, group_segments
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
 from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.errors import ConfigError

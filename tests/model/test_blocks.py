@@ -51,4 +51,6 @@ def test_a_layer_without_parameters_is_no_block():
     model._no_split_modules = None
     model.extra = nn.ModuleList([nn.Identity(), nn.ReLU()])
     assert find_blocks(model, None) == list(model.model.layers)
-    assert all(isinstance(p, torch.Tensor) for b in find_blocks(model, None) for p in b.parameters())
+    assert all(
+        isinstance(p, torch.Tensor) for b in find_blocks(model, None) for p in b.parameters()
+    )
