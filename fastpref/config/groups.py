@@ -8,6 +8,7 @@ from typing import Any
 from fastpref.checks import check_choice, check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
+SAVE_DTYPES = ("checkpoint", "float32")
 # attention option -> the package that transformers imports for it
 FLASH_PACKAGES = {
     "flash_attention_2": "flash_attn",
@@ -44,6 +45,9 @@ class ModelConfig:
     reference_dtype: str | None = None
     """How the reference is stored; it always computes as the policy does. null: in the checkpoint's
     16 bits where the arithmetic is in float32, which changes no number, else the compute dtype."""
+    save_dtype: str | None = None
+    """What LATEST is written in: checkpoint, as the weights were loaded; or float32. null: as they
+    were trained, in policy_dtype, which loses nothing."""
     attention: str = "auto"
     """auto, eager, sdpa, varlen (torch's own), flex, flash_attention_2, flash_attention_3 or
     flash_attention_4; auto takes the fastest of them that computes correctly here."""
@@ -70,6 +74,8 @@ class ModelConfig:
             dtype = getattr(self, name)
             if dtype is not None:
                 check_choice(f"model.{name}", dtype, DTYPES)
+        if self.save_dtype is not None:
+            check_choice("model.save_dtype", self.save_dtype, SAVE_DTYPES)
         check_choice("model.attention", self.attention, ATTENTIONS)
         # true and false arrive as booleans
         self.liger = str(self.liger).lower()

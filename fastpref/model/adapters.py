@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fastpref.errors import CheckpointError, ConfigError
+from fastpref.model.archives import load_pickle
 from fastpref.model.paths import ADAPTER_CONFIG, read_object
 from fastpref.model.reading import reading
 
@@ -153,7 +154,7 @@ def _shapes(folder: str) -> dict[str, tuple[int, ...]]:
 
 
 def _pickled(folder: str) -> dict[str, Tensor]:
-    return torch.load(Path(folder) / PICKLED, map_location="cpu", weights_only=True, mmap=True)
+    return load_pickle(Path(folder) / PICKLED)
 
 
 def _table_paths(model: Any) -> list[str]:

@@ -1,8 +1,10 @@
-"""Weights in the seed repositories' format: a `policy.pt` with 'state', by a checkpoint's names."""
+"""Weights in pickles: the seed repositories' `policy.pt`, a dict with 'state'."""
 
 import logging
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +18,13 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 """What FSDP, activation checkpointing and torch.compile put into the names of a model's weights."""
 
 
+def load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, tensors and plain values alone; its pages are read when used."""
+    # the format from before torch 1.6 is none, and is read at once
+    mmap = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
 def read_policy(path: Path) -> dict[str, Tensor]:
     """Weights of a seed-format `policy.pt`, by the names of a checkpoint on the hub.
 
@@ -23,7 +32,7 @@ def read_policy(path: Path) -> dict[str, Tensor]:
         CheckpointError: it cannot be read, or is none.
     """
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = load_pickle(path)
     # zip, pickle and operating system each have their own errors
     except Exception as error:
         raise CheckpointError(f"model.archive: {path} cannot be read: {reason(error)}") from error

@@ -12,11 +12,10 @@ from torch import nn
 
 from fastpref.config import ModelConfig
 from fastpref.model.exact_arithmetic import cast_in_forward
-from fastpref.model.paths import find_layers, local_folder, resolve_model
+from fastpref.model.full_weights import WEIGHT_FILES
+from fastpref.model.paths import find_layers, local_folder, matching_files, resolve_model
 from fastpref.model.source import build_meta
 
-WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors"]
-"""What transformers loads; variants such as model.fp16.safetensors are not it."""
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 """Safetensors' names of the dtypes that float32 contains."""
 
@@ -62,7 +61,7 @@ def checkpoint_dtypes(name: str, revision: str | None) -> set[str]:
     try:
         folder = local_folder(name, revision, WEIGHT_FILES)
         dtypes: set[str] = set()
-        for path in (path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
+        for path in matching_files(folder, WEIGHT_FILES):
             with safe_open(path, "pt") as file:
                 keys = file.keys()
                 dtypes |= {file.get_slice(key).get_dtype() for key in keys}

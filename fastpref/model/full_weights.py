@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from fastpref.errors import CheckpointError
+from fastpref.model.archives import load_pickle
 from fastpref.model.configs import load_base_config, quantization_options
 from fastpref.model.paths import Layers, matching_files, read_object
 from fastpref.model.reading import reading
@@ -21,6 +22,8 @@ logger = logging.getLogger("fastpref")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
+"""What transformers loads; variants such as model.fp16.safetensors are not it."""
 LFS_POINTER = b"version https://git-lfs"
 TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
 """Masks and rotary tables that older versions of transformers saved and newer ones compute."""
@@ -55,10 +58,9 @@ def load_checkpoint(layers: Layers, *, dtype: torch.dtype, attention: dict[str, 
             **attention,
         )
 
+    opening = f"model: the weights in {name} do not fill the model"
     with reading("ModelForCausalLM", name):
-        return _load_full(
-            load, f"model: the weights in {name} do not fill the model", config, _shapes_in(name)
-        )
+        return _load_full(load, opening, config, lambda: shapes_in(Path(name)))
 
 
 def check_files(folder: Path) -> None:
@@ -119,19 +121,21 @@ def load_weights(
         )
 
     opening = f"{source} does not fit the model"
-    return _load_full(load, opening, like.config, lambda: shapes_of(weights))
+    with reading("the weights", source):
+        return _load_full(load, opening, like.config, lambda: shapes_of(weights))
 
 
 def _load_full(
     load: Callable[[], Any], opening: str, config: Any, shapes: Callable[[], Shapes]
 ) -> Any:
+    """What `load` returns, or a message that begins with `opening`."""
     try:
         model, info = load()
     except RuntimeError as error:
-        # of a layer whose experts cannot be joined because one is missing
-        if "conversion" not in str(error):
-            raise
         missing, wrong = find_misfit(config, shapes())
+        # a layer's experts cannot be joined where one is missing
+        if not missing and not wrong:
+            raise
         raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}") from error
     wrong_in_memory = sorted(entry[0] for entry in info["mismatched_keys"])
     if info["missing_keys"] or wrong_in_memory:
@@ -183,21 +187,16 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in weights.items() if isinstance(x, Tensor)}
 
 
-def _shapes_in(name: str) -> Callable[[], Shapes]:
-    """Shapes in the files of a folder; of a hub model nothing."""
-
-    def read() -> Shapes:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in sorted(Path(name).glob("model*.safetensors")):
-            with safe_open(path, "pt") as file:
-                names = file.keys()
-                shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in names}
-        for path in sorted(Path(name).glob("pytorch_model*.bin")) if not shapes else ():
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            shapes |= shapes_of(weights)
-        return shapes
-
-    return read
+def shapes_in(folder: Path) -> Shapes:
+    """Shape of each weight in the files of a folder; of a hub name nothing."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in matching_files(folder, WEIGHT_FILES):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    for path in sorted(folder.glob("pytorch_model*.bin")) if not shapes else ():
+        shapes |= shapes_of(load_pickle(path))
+    return shapes
 
 
 def _misfit_text(missing: list[str], wrong: list[str]) -> str:

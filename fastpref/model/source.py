@@ -159,11 +159,26 @@ def load_model_tokenizer(model: ModelConfig, *, key: str = "model.name_or_path")
         CheckpointError: there is none.
         ConfigError: it has no end-of-sequence token.
     """
-    name = model.tokenizer_name_or_path or model.name_or_path
-    if name != model.name_or_path:
+    return load_tokenizer(*find_tokenizer(model, key=key))
+
+
+def find_tokenizer(
+    model: ModelConfig, *, key: str = "model.name_or_path"
+) -> tuple[str, str | None]:
+    """Folder or hub name of the tokenizer that a run uses, and its hub revision.
+
+    Args:
+        model, key: See `load_model_tokenizer`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = model.tokenizer_name_or_path
+    if name is not None and name != model.name_or_path:
         # a revision names a commit of the model's repository
-        return load_tokenizer(resolve_tokenizer(name))
-    return load_tokenizer(resolve_tokenizer(name, key=key, revision=model.revision), model.revision)
+        return resolve_tokenizer(name), None
+    name = resolve_tokenizer(model.name_or_path, key=key, revision=model.revision)
+    return name, model.revision
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:

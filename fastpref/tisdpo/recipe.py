@@ -157,7 +157,9 @@ def build_stages(config: Config, run_dir: Path) -> list[Stage]:
 
 
 def _stages(config: Config, run_dir: Path) -> Iterator[Stage]:
-    stages, model = config.stages, config.model
+    stages = config.stages
+    # what the next stage reads is not rounded; only the last model is the user's
+    model = replace(config.model, save_dtype=None)
     if stages.sft_first:
         yield training_stage(
             config,
@@ -165,10 +167,11 @@ def _stages(config: Config, run_dir: Path) -> Iterator[Stage]:
             "sft",
             "SFT on the chosen responses",
             loss=SFTConfig(),
+            model=model,
             lr=stages.sft_lr or config.lr,
             n_epochs=stages.sft_n_epochs or config.n_epochs,
         )
-        model = trained_model(config.model, run_dir / "sft")
+        model = trained_model(model, run_dir / "sft")
     yield from contrast_stages(config, model, run_dir)
     yield weights_stage(config, model, run_dir)
     yield training_stage(
@@ -176,7 +179,7 @@ def _stages(config: Config, run_dir: Path) -> Iterator[Stage]:
         run_dir,
         "policy",
         "TIS-DPO on the token weights",
-        model=model,
+        model=replace(model, save_dtype=config.model.save_dtype),
         base_data_dir=str(run_dir / "weights"),
         sample_during_eval=config.sample_during_eval,
         reverse_dataset=config.reverse_dataset,

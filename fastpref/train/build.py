@@ -12,6 +12,7 @@ from fastpref.batches.loader import RowLayout, Split
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config
 from fastpref.data.audit import describe_example
+from fastpref.data.chat import read_chat_template
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.source import check_sources, read_rows
 from fastpref.distributed import World, main_first
@@ -34,6 +35,7 @@ from fastpref.model.source import (
 )
 from fastpref.objectives.objective import Objective, build_objective
 from fastpref.objectives.step_loss import StepLoss
+from fastpref.train.export import ExportPlan, plan_export
 from fastpref.train.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.optim import build_optimizer, build_scheduler
 from fastpref.train.run_folder import create_run_dir
@@ -58,6 +60,8 @@ class Run:
     optimizer: Optimizer
     scheduler: LambdaLR
     log: MetricsLog
+    export: ExportPlan | None
+    """On rank 0."""
 
 
 def announce(config: Config, world: World, objective: Objective) -> None:
@@ -238,6 +242,13 @@ def build_run(config: Config, world: World) -> Run:
     tolerance = None
     if objective.starts_at_log_two:
         tolerance = first_loss_tolerance(exact=starts_exactly_equal(config, findings))
+    export: list[ExportPlan] = []
+    template = read_chat_template(config.data.chat_template)
+    world.on_main(
+        lambda: export.append(
+            plan_export(config.model, policy.model.config, data.tokenizer, template)
+        )
+    )
     # last: what fails until here leaves no folder behind
     run_dir = create_run_dir(config, world)
     log = MetricsLog(
@@ -261,4 +272,5 @@ def build_run(config: Config, world: World) -> Run:
         optimizer=optimizer,
         scheduler=scheduler,
         log=log,
+        export=export[0] if export else None,
     )

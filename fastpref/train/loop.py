@@ -17,6 +17,7 @@ from fastpref.errors import NON_FINITE, NonFiniteError
 from fastpref.progress import Progress
 from fastpref.signals import StopRequest, say_if_stopped
 from fastpref.train.build import Run, build_run
+from fastpref.train.export import export_model
 from fastpref.train.metrics import (
     PendingStep,
     Record,
@@ -25,7 +26,6 @@ from fastpref.train.metrics import (
     sum_over_examples,
 )
 from fastpref.train.report import show_results
-from fastpref.train.run_folder import export_model
 from fastpref.train.sampling import sample_responses, write_samples
 
 logger = logging.getLogger("fastpref")
@@ -50,7 +50,7 @@ def train(config: Config, world: World) -> None:
         run_loop(run, stop)
         with stop.if_unwritable():
             run.log.flush()
-        export_model(run.policy, run.tokenizer, run.run_dir, world)
+        export_model(run.policy, run.export, run.run_dir, world)
         if world.is_main:
             show_results(run.log.records, run.run_dir, time.perf_counter() - started)
         stop.raise_if_requested(run.run_dir, world)

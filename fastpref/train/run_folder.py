@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, and the trained model as a Hugging Face folder."""
+"""The folder of a run: where it may lie, and how it is made."""
 
 import datetime
 import getpass
@@ -6,17 +6,12 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastpref.complete_files import writing
 from fastpref.config import Config, computed_exp_name, config_to_yaml
 from fastpref.distributed import World
-from fastpref.errors import CheckpointError, ConfigError, first_line
+from fastpref.errors import ConfigError
 from fastpref.model.paths import EXPORT_FOLDER
-from fastpref.model.scorer import TokenScorer
 
 logger = logging.getLogger("fastpref")
 
@@ -145,54 +140,3 @@ def _claim(root: Path, name: str) -> Path:
             return run_dir
         except FileExistsError:
             attempt += 1
-
-
-def export_model(scorer: TokenScorer, tokenizer: Any, run_dir: Path, world: World) -> Path:
-    """Write `<run_dir>/LATEST`: safetensors, config and tokenizer, in the master dtype.
-
-    Every rank calls this; rank 0 gathers the weights on the CPU and writes. The folder appears
-    under its name only when it is complete.
-
-    Returns:
-        The folder, which `AutoModelForCausalLM.from_pretrained` loads.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    gathered = get_model_state_dict(scorer, options=options)
-    folder = run_dir / EXPORT_FOLDER
-
-    def write() -> None:
-        prefix = "model."
-        # a tied weight goes out once, under its first name: transformers ties it again on loading
-        second_names = _second_names(scorer)
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in gathered.items()
-            if name not in second_names
-        }
-        partial = run_dir / f"{EXPORT_FOLDER}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with writing(partial):
-                scorer.model.save_pretrained(partial, state_dict=weights)
-                tokenizer.save_pretrained(partial)
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-        # no OSError, though the system's reason is in its text
-        except SafetensorError as error:
-            raise CheckpointError(f"{partial}: cannot be written: {first_line(error)}") from error
-        finally:
-            # half a model is of no use, and takes the space that is wanting
-            shutil.rmtree(partial, ignore_errors=True)
-        logger.info("wrote %s", folder)
-
-    # the others wait until the model is there
-    world.on_main(write)
-    return folder
-
-
-def _second_names(scorer: TokenScorer) -> set[str]:
-    every_name = {name for name, _ in scorer.named_parameters(remove_duplicate=False)}
-    return every_name - {name for name, _ in scorer.named_parameters()}

@@ -1,53 +1,21 @@
-"""What a model option may name, and what is refused."""
+"""Models and tokenizers by name, for every task."""
 
-import json
+import shutil
 
 import pytest
 import torch
-from tiny_models import save_tiny_model
+from tiny_models import save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.cli.run import main
+from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import resolve_model
-from fastpref.model.source import (
-    build_empty,
-    load_model,
-    load_tokenizer,
-    read_vocab_size,
-    switch_off_dropout,
-)
+from fastpref.model.source import build_empty, load_model, switch_off_dropout
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory):
     return save_tiny_model(tmp_path_factory.mktemp("models") / "base", tie_word_embeddings=True)
-
-
-def test_folders_runs_and_archives_of_runs_are_found(model_dir, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "LATEST").symlink_to(model_dir)
-    latest = str(run_dir / "LATEST")
-    assert resolve_model(str(model_dir)) == str(model_dir)
-    assert resolve_model(str(run_dir)) == latest
-    assert resolve_model(f"{latest}/policy.pt") == latest
-
-
-def test_the_readmes_organisation_in_a_path_is_left_out(model_dir):
-    assert resolve_model(str(model_dir.parent / "Qwen" / "base")) == str(model_dir)
-
-
-@pytest.mark.parametrize("name", ["gpt2-large", "EleutherAI/pythia-2.8b"])
-def test_hub_names_pass(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert resolve_model(name) == name
-
-
-def test_a_missing_folder_is_named_with_its_neighbour(model_dir, tmp_path):
-    with pytest.raises(CheckpointError, match="nearest: base"):
-        resolve_model(str(model_dir.parent / "bsae"))
-    with pytest.raises(CheckpointError, match="holds no model"):
-        resolve_model(str(tmp_path))
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(model_dir, tmp_path):
@@ -85,19 +53,48 @@ def test_dropout_is_off_in_training_mode_and_the_config_keeps_it(tmp_path):
     assert torch.equal(noisy(input_ids=ids).logits, noisy(input_ids=ids).logits)
 
 
-def test_an_adapter_folder_is_its_base_with_the_adapter_merged(model_dir, tmp_path):
-    peft = pytest.importorskip("peft")
-    base = AutoModelForCausalLM.from_pretrained(model_dir)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    adapted = peft.get_peft_model(base, config)
-    adapted.save_pretrained(tmp_path / "adapter")
-    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path / "adapter")
-    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert saved["base_model_name_or_path"] == str(model_dir)
+def test_a_tokenizer_of_a_folder_of_its_own_serves_every_task(model_dir, tmp_path):
+    save_dataset(tmp_path, "words", num_train=12, num_test=4)
+    bare = tmp_path / "bare"
+    shutil.copytree(model_dir, bare, ignore=shutil.ignore_patterns("*token*"))
+    (tmp_path / "tokenizer").mkdir()
+    for path in model_dir.glob("*token*"):
+        shutil.copy(path, tmp_path / "tokenizer")
+    options = {
+        "model": ModelConfig(
+            name_or_path=str(bare), tokenizer_name_or_path=str(tmp_path / "tokenizer")
+        ),
+        "loss": SFTConfig(),
+        "datasets": ["words"],
+        "base_data_dir": str(tmp_path),
+        "n_eval_examples": 0,
+    }
+    assert main(Config(task="audit", **options)) == 0
+    assert main(Config(task="train", run_dir=str(tmp_path / "run"), **options)) == 0
+    weights = WeightsConfig(
+        positive=str(tmp_path / "run"), negative=str(bare), output_dir=str(tmp_path / "weights")
+    )
+    assert main(Config(task="estimate_weights", weights=weights, **options)) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "LATEST").eos_token_id is not None
 
-    name = resolve_model(str(tmp_path / "adapter"))
-    model = load_model(name, dtype=torch.float32)
-    ids = torch.arange(12)[None]
-    torch.testing.assert_close(model(input_ids=ids).logits, adapted(input_ids=ids).logits)
-    assert read_vocab_size(name) == base.config.vocab_size
-    assert load_tokenizer(name).eos_token_id == base.config.eos_token_id
+
+@pytest.mark.parametrize("task", ["audit", "train", "estimate_weights"])
+def test_files_that_cannot_be_used_end_every_task_with_exit_4(model_dir, tmp_path, task, capsys):
+    save_dataset(tmp_path, "words", num_train=12, num_test=4)
+    broken = tmp_path / "broken"
+    shutil.copytree(model_dir, broken)
+    (broken / "adapter_config.json").write_text('{"base_model_name_or_path": "/gone"}')
+    weights = WeightsConfig(
+        positive=str(broken), negative=str(model_dir), output_dir=str(tmp_path / "weights")
+    )
+    options = {"datasets": ["words"], "base_data_dir": str(tmp_path), "n_eval_examples": 0}
+    config = Config(
+        task=task,
+        model=ModelConfig(name_or_path=str(broken)),
+        loss=SFTConfig(),
+        weights=weights,
+        **options,
+    )
+    assert main(config) == 4
+    message = "fastpref: base_model_name_or_path of"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)

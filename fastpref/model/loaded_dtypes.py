@@ -1,0 +1,87 @@
+"""The dtypes that a model's weights had where they were loaded from."""
+
+import math
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from fastpref.config import ModelConfig
+from fastpref.model.archives import load_pickle, read_policy
+from fastpref.model.configs import load_base_config
+from fastpref.model.full_weights import WEIGHT_FILES
+from fastpref.model.paths import find_layers, local_folder, matching_files, resolve_model
+from fastpref.model.reading import reading
+
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""Safetensors' names of the dtypes that weights are trained from; others are quantized."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDtypes:
+    """Dtypes of a checkpoint's weights."""
+
+    by_name: Mapping[str, torch.dtype]
+    """By the names of its files."""
+    commonest: torch.dtype | None
+    """Of most of its numbers; None if nothing says so."""
+
+
+def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
+    """Dtypes of the weights that a run starts from, below any adapters.
+
+    Args:
+        model: For `name_or_path`, `archive` and `revision`.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if model.archive and Path(model.archive).expanduser().is_file():
+        weights = read_policy(Path(model.archive).expanduser())
+        return _summary({name: (x.dtype, x.numel()) for name, x in weights.items()})
+    name = model.archive or model.name_or_path
+    layers = find_layers(resolve_model(name), None if model.archive else model.revision)
+    with reading("the weights", layers.base):
+        files = local_folder(layers.base, layers.revision, WEIGHT_FILES)
+        found = _summary(_in_safetensors(files) or _in_pickles(files))
+    if found.commonest is None:
+        return LoadedDtypes({}, getattr(load_base_config(layers), "dtype", None))
+    return found
+
+
+def _in_safetensors(folder: Path) -> dict[str, tuple[torch.dtype, int]]:
+    found: dict[str, tuple[torch.dtype, int]] = {}
+    for path in matching_files(folder, WEIGHT_FILES):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            for name in names:
+                weight = file.get_slice(name)
+                dtype = DTYPES.get(weight.get_dtype())
+                if dtype is not None:
+                    found[name] = (dtype, math.prod(weight.get_shape()))
+    return found
+
+
+def _in_pickles(folder: Path) -> dict[str, tuple[torch.dtype, int]]:
+    found: dict[str, tuple[torch.dtype, int]] = {}
+    for path in filter(zipfile.is_zipfile, sorted(folder.glob("pytorch_model*.bin"))):
+        weights = load_pickle(path)
+        found |= {name: (x.dtype, x.numel()) for name, x in weights.items()}
+    return found
+
+
+def _summary(weights: Mapping[str, tuple[torch.dtype, int]]) -> LoadedDtypes:
+    trainable = set(DTYPES.values())
+    by_name = {name: dtype for name, (dtype, _) in weights.items() if dtype in trainable}
+    sizes: Counter[torch.dtype] = Counter()
+    for name, dtype in by_name.items():
+        sizes[dtype] += weights[name][1]
+    return LoadedDtypes(by_name, max(sizes, key=lambda dtype: sizes[dtype], default=None))

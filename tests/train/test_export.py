@@ -1,0 +1,289 @@
+"""LATEST is what was trained, with what its source has beside the weights."""
+
+import json
+import logging
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny_models import save_dataset, save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
+from fastpref.distributed import init_world
+from fastpref.errors import CheckpointError
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import load_model, load_model_tokenizer
+from fastpref.train.export import export_model, plan_export
+from fastpref.train.loop import train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# two ends of a text, and settings that transformers would not save together
+GENERATION = '{"eos_token_id": [2, 7], "do_sample": false, "temperature": 0.6, "own": 1}\n'
+TEMPLATE = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+BESIDE = {
+    "generation_config.json": GENERATION,
+    "preprocessor_config.json": '{"size": 3}',
+    "processor_config.json": '{"chat_template": "old", "processor_class": "X"}',
+    "video_preprocessor_config.json": "{}",
+    "chat_template.json": '{"chat_template": "old"}',
+    "tokenizer.model": "a vocabulary",
+    "special_tokens_map.json": "{}",
+    "modeling_own.py": "VALUE = 1\n",
+    "LICENSE": "of the model\n",
+}
+NOT_CARRIED = {
+    "README.md": "of the model",
+    "training_args.bin": "x",
+    "pytorch_model.bin": "x",
+    "model.safetensors.index.json": "{}",
+    "trainer_state.json": "{}",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Data, and a bfloat16 model with everything beside it that a folder of the hub may have."""
+    base = tmp_path_factory.mktemp("export")
+    save_dataset(base, "words")
+    source = save_tiny_model(base / "source", tie_word_embeddings=True)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(source)
+    for name, text in (BESIDE | NOT_CARRIED).items():
+        (source / name).write_text(text)
+    (base / "template.jinja").write_text(TEMPLATE)
+    return base
+
+
+def make_config(base: Path, run_dir: Path, **options) -> Config:
+    model = {"name_or_path": str(base / "source"), "fsdp_policy_mp": None}
+    return Config(
+        model=ModelConfig(**(model | options.pop("model", {}))),
+        loss=DPOConfig(),
+        datasets=["words"],
+        base_data_dir=str(base),
+        run_dir=str(run_dir),
+        batch_size=8,
+        n_eval_examples=0,
+        lr=1e-3,
+        warmup_steps=1,
+        max_length=64,
+        max_prompt_length=32,
+        sample_during_eval=False,
+        **options,
+    )
+
+
+def run(config: Config) -> Path:
+    """Train in this process; returns the exported folder."""
+    world = init_world()
+    try:
+        train(config, world)
+    finally:
+        dist.destroy_process_group()
+    return Path(str(config.run_dir)) / "LATEST"
+
+
+def test_a_run_leaves_what_its_source_has_beside_the_weights(base, tmp_path):
+    latest = run(make_config(base, tmp_path / "run"))
+    for name, text in BESIDE.items():
+        assert (latest / name).read_text() == text, name
+    assert not [name for name in NOT_CARRIED if (latest / name).exists()]
+    ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (latest, base / "source"))
+    assert ours.get_vocab() == theirs.get_vocab() and "<extra>" in ours.get_vocab()
+    assert ours.chat_template == theirs.chat_template
+    model = AutoModelForCausalLM.from_pretrained(latest)
+    assert model.generation_config.eos_token_id == [2, 7]
+    assert not (tmp_path / "run" / "LATEST.partial").exists()
+
+
+def test_the_template_that_was_trained_on_is_that_of_every_file(base, tmp_path):
+    template = str(base / "template.jinja")
+    latest = run(make_config(base, tmp_path / "run", data=DataConfig(chat_template=template)))
+    tokenizer = AutoTokenizer.from_pretrained(latest)
+    assert tokenizer.chat_template == TEMPLATE
+    message = [{"role": "user", "content": "hello"}]
+    assert tokenizer.apply_chat_template(message, tokenize=False) == "[hello]"
+    for name in ("processor_config.json", "chat_template.json"):
+        assert json.loads((latest / name).read_text())["chat_template"] == TEMPLATE
+    assert "chat_template" not in json.loads((latest / "tokenizer_config.json").read_text())
+
+
+DTYPES = {
+    # save_dtype, policy_dtype: what is written, what the log says of it
+    (None, "float32"): ("float32", "in float32, as trained; model.save_dtype=checkpoint writes bf"),
+    ("float32", "float32"): ("float32", "in float32, as trained"),
+    ("checkpoint", "float32"): (
+        "bfloat16",
+        "in bfloat16 (model.save_dtype=checkpoint), trained in float32",
+    ),
+    (None, "bfloat16"): ("bfloat16", "LATEST in bfloat16"),
+    ("float32", "bfloat16"): ("float32", "in float32 (model.save_dtype=float32), trained in bf"),
+}
+
+
+@pytest.mark.parametrize(("save_dtype", "policy_dtype"), DTYPES)
+def test_weights_are_written_in_the_dtype_that_the_log_and_the_config_say(
+    base, tmp_path, caplog, save_dtype, policy_dtype
+):
+    written, message = DTYPES[save_dtype, policy_dtype]
+    options = {"save_dtype": save_dtype, "policy_dtype": policy_dtype}
+    with caplog.at_level(logging.INFO, logger="fastpref"):
+        latest = run(make_config(base, tmp_path / "run", model=options))
+    assert message in caplog.text
+    weights = load_file(latest / "model.safetensors")
+    assert {str(weight.dtype) for weight in weights.values()} == {f"torch.{written}"}
+    assert json.loads((latest / "config.json").read_text())["dtype"] == written
+    assert str(AutoModelForCausalLM.from_pretrained(latest).dtype) == f"torch.{written}"
+
+
+def test_a_float32_export_holds_every_bit_and_a_checkpoint_s_is_rounded_once(base, tmp_path):
+    exact = load_file(run(make_config(base, tmp_path / "exact")) / "model.safetensors")
+    options = {"save_dtype": "checkpoint"}
+    rounded = run(make_config(base, tmp_path / "rounded", model=options))
+    source = load_file(base / "source" / "model.safetensors")
+    moved = 0
+    for name, weight in load_file(rounded / "model.safetensors").items():
+        assert torch.equal(weight, exact[name].to(torch.bfloat16)), name
+        moved += (exact[name] != source[name].float()).sum().item()
+    assert moved > 0
+    # what the next stage starts from
+    for name, weight in load_model(
+        str(tmp_path / "exact/LATEST"), dtype=torch.float32
+    ).named_parameters():
+        assert torch.equal(weight, exact[name]), name
+
+
+def export(name, run_dir, **options) -> Path:
+    """A model as a folder, untrained."""
+    model = ModelConfig(name_or_path=str(name), **options)
+    tokenizer = load_model_tokenizer(model)
+    loaded = load_model(str(name), dtype=torch.float32, archive=model.archive)
+    plan = plan_export(model, loaded.config, tokenizer, None)
+    run_dir.mkdir(exist_ok=True)
+    world = init_world()
+    try:
+        return export_model(TokenScorer(loaded), plan, run_dir, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_checkpoint_of_mixed_dtypes_comes_back_mixed(base, tmp_path):
+    source = save_tiny_model(tmp_path / "mixed")
+    weights = {name: x.half() for name, x in load_file(source / "model.safetensors").items()}
+    wide = "model.layers.1.input_layernorm.weight"
+    weights[wide] = weights[wide].float() + 1e-6
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    latest = export(source, tmp_path / "run", save_dtype="checkpoint")
+    for name, weight in load_file(latest / "model.safetensors").items():
+        assert torch.equal(weight, weights[name]) and weight.dtype == weights[name].dtype, name
+    assert json.loads((latest / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_the_parts_of_a_config_have_the_dtype_as_well(tmp_path):
+    text = {"vocab_size": 341, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    vision = text | {"num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    config = AutoConfig.for_model("gemma3", text_config=text | heads, vision_config=vision)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "t")).save_pretrained(
+        tmp_path / "source"
+    )
+    for dtype in ("checkpoint", "float32"):
+        latest = export(tmp_path / "source", tmp_path / dtype, save_dtype=dtype)
+        expected = "bfloat16" if dtype == "checkpoint" else dtype
+        fields = json.loads((latest / "config.json").read_text())
+        found = {fields["dtype"], fields["text_config"]["dtype"], fields["vision_config"]["dtype"]}
+        assert found == {expected}
+
+
+def test_an_archive_s_dtypes_count_and_the_model_s_own_files(base, tmp_path):
+    half = save_tiny_model(tmp_path / "half", seed=3, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(half, dtype=torch.float16)
+    torch.save({"state": model.state_dict()}, tmp_path / "policy.pt")
+    model.save_pretrained(half)
+    for archive in (half, tmp_path / "policy.pt"):
+        options = {"archive": str(archive), "save_dtype": "checkpoint"}
+        latest = export(base / "source", tmp_path / "run", **options)
+        for name, weight in load_file(latest / "model.safetensors").items():
+            assert torch.equal(weight, model.state_dict()[name]), name
+        assert (latest / "generation_config.json").read_text() == GENERATION
+
+
+def test_a_tokenizer_from_elsewhere_brings_its_own_files_alone(base, tmp_path):
+    tokenizer = save_tiny_model(tmp_path / "other")
+    (tokenizer / "tokenizer.model").write_text("another vocabulary")
+    (tokenizer / "preprocessor_config.json").write_text("not the model's")
+    options = {"tokenizer_name_or_path": str(tokenizer)}
+    latest = export(base / "source", tmp_path / "run", **options)
+    assert (latest / "tokenizer.model").read_text() == "another vocabulary"
+    assert not (latest / "special_tokens_map.json").exists()
+    assert (latest / "preprocessor_config.json").read_text() == '{"size": 3}'
+
+
+def test_a_source_that_changes_meanwhile_changes_nothing(base, tmp_path):
+    source = save_tiny_model(tmp_path / "source")
+    (source / "generation_config.json").write_text(GENERATION)
+    model = load_model(str(source), dtype=torch.float32)
+    options = ModelConfig(name_or_path=str(source))
+    plan = plan_export(options, model.config, load_model_tokenizer(options), None)
+    for path in source.iterdir():
+        path.unlink()
+    world = init_world()
+    latest = export_model(TokenScorer(model), plan, tmp_path, world)
+    dist.destroy_process_group()
+    assert (latest / "generation_config.json").read_text() == GENERATION
+    assert AutoTokenizer.from_pretrained(latest).eos_token_id is not None
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(base, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.write_text("a file where the run's folder was")
+    model = load_model(str(base / "source"), dtype=torch.float32)
+    options = ModelConfig(name_or_path=str(base / "source"))
+    plan = plan_export(options, model.config, load_model_tokenizer(options), None)
+    world = init_world()
+    with pytest.raises(CheckpointError, match=r"run/LATEST: cannot be written: Not a directory"):
+        export_model(TokenScorer(model), plan, run_dir, world)
+    # what a killed start has left, whatever it is, does not stand in the way
+    run_dir.unlink()
+    run_dir.mkdir()
+    (run_dir / "LATEST.partial").write_text("half")
+    (run_dir / "LATEST").symlink_to(tmp_path)
+    assert (export_model(TokenScorer(model), plan, run_dir, world) / "model.safetensors").is_file()
+    dist.destroy_process_group()
+    assert not (run_dir / "LATEST").is_symlink()
+
+
+def test_a_full_disk_ends_in_exit_4_without_a_traceback(base, tmp_path):
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    options = [
+        *("model=blank_model", f"model.name_or_path={base / 'source'}", "datasets=[words]"),
+        *(f"base_data_dir={base}", "loss=sft", f"run_dir={tmp_path / 'run'}", "batch_size=8"),
+        *("model.fsdp_policy_mp=null", "n_eval_examples=0", "sample_during_eval=false"),
+        *("max_length=64", "max_prompt_length=32"),
+    ]
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *options],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=no_large_files,
+        timeout=120,
+    )
+    assert result.returncode == 4, result.stderr
+    assert "LATEST: cannot be written" in result.stderr and "Traceback" not in result.stderr
+    assert not list((tmp_path / "run").glob("LATEST*"))
