@@ -20,9 +20,9 @@ def compose_choices(choices: list[str]) -> Any:
     from hydra.errors import HydraException
     from yaml import YAMLError
 
+    from fastpref.cli.overrides import explain_composition
     from fastpref.config import LOSSES, Config
     from fastpref.errors import ConfigError
-    from fastpref.cli.overrides import explain_composition
 
     store = ConfigStore.instance()
     store.store("config_schema", node=Config)

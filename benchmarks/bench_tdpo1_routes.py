@@ -12,8 +12,8 @@ import time
 
 from train_command import read_train_config
 
-from fastpref.train.build import Run, build_run
 from fastpref.distributed import World, init_world
+from fastpref.train.build import Run, build_run
 from fastpref.train.loop import train_step
 
 

@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import torch
 
+from fastpref.batches.loader import RowLayout, Split
+from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
-from fastpref.batches.loader import RowLayout, Split
 from fastpref.model.paths import resolve_model
 from fastpref.model.source import load_tokenizer, pad_token_id, read_vocab_size
-from fastpref.batches.order import GlobalOrder
 
 
 def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.cli.command_line import main
-from fastpref.config import Config
 from fastpref.cli.overrides import read_config
+from fastpref.config import Config
 
 # train.py belongs to no package: it lies beside this folder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -14,8 +14,8 @@ from fastpref.config import (
     TISDPOConfig,
     WeightsConfig,
 )
-from fastpref.distributed import init_world
 from fastpref.data.encode import load_split
+from fastpref.distributed import init_world
 from fastpref.tisdpo.estimate import estimate_weights
 
 

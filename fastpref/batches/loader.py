@@ -13,10 +13,10 @@ import numpy as np
 
 from fastpref.batch import PackedBatch, pad_rows
 from fastpref.batches.columns import EncodedColumns
-from fastpref.distributed import World
-from fastpref.data.encode import PreferenceSplit
-from fastpref.batches.packed import MicroBatch, StepPlan, pack, plan_step
 from fastpref.batches.order import GlobalOrder
+from fastpref.batches.packed import MicroBatch, StepPlan, pack, plan_step
+from fastpref.data.encode import PreferenceSplit
+from fastpref.distributed import World
 
 Item = TypeVar("Item")
 

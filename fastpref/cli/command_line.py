@@ -51,9 +51,9 @@ def main(
 def _run(
     arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
 ) -> int:
-    from fastpref.config import config_to_yaml
     from fastpref.cli.options import format_help
     from fastpref.cli.overrides import read_config
+    from fastpref.config import config_to_yaml
 
     if {"--help", "-h"} & set(arguments):
         _show(format_help(config_dir))

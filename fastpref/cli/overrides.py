@@ -12,8 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from fastpref.checks import hint, nearest
-from fastpref.config import Config, LossConfig
-from fastpref.errors import ConfigError
 from fastpref.cli.options import (
     CHOICE_GROUPS,
     Option,
@@ -23,6 +21,8 @@ from fastpref.cli.options import (
     list_options,
     losses_with,
 )
+from fastpref.config import Config, LossConfig
+from fastpref.errors import ConfigError
 
 # what other trainers call our options
 OTHER_NAMES = {

@@ -43,9 +43,9 @@ def dispatch(config: Config) -> int:
     import torch.distributed as dist
     from fastpref_kernels import set_workspace_mib
 
-    from fastpref.train.run_folder import check_run_root, check_writable
     from fastpref.distributed import init_world, launched, world_size
     from fastpref.train.optim import check_optimizer
+    from fastpref.train.run_folder import check_run_root, check_writable
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     # torch computes bfloat16 on any CPU

@@ -3,8 +3,8 @@
 import logging
 from typing import TYPE_CHECKING, Any
 
-from fastpref.data.source import SPLITS
 from fastpref.data.encode import PreferenceSplit, load_split
+from fastpref.data.source import SPLITS
 
 if TYPE_CHECKING:
     from fastpref.config import Config

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
-from fastpref.errors import ConfigError, first_line
 from fastpref.data.messages import Messages
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out
 from fastpref.data.row_values import RowError
+from fastpref.errors import ConfigError, first_line
 
 PLAIN_EXCHANGE = [
     {"role": "user", "content": "What is 2 + 2?"},

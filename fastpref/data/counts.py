@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 
 from fastpref.checks import listed
-from fastpref.errors import DataError
 from fastpref.data.rows import MALFORMED
+from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
 

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 
+from fastpref.data.cache import cache_errors, code_digest, progress_bars
 from fastpref.data.chat import (
     ChatFormat,
     check_chat_template,
@@ -25,14 +26,13 @@ from fastpref.data.chat import (
     read_chat_template,
 )
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
-from fastpref.data.source import SPLITS, Rows, count_dataset, read_rows
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
-from fastpref.errors import ConfigError, DataError
-from fastpref.data.cache import cache_errors, code_digest, progress_bars
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
+from fastpref.data.source import SPLITS, Rows, count_dataset, read_rows
 from fastpref.data.weights_file import template_digest
+from fastpref.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from fastpref.config import Config

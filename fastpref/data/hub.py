@@ -10,8 +10,8 @@ from typing import Any
 
 import datasets
 
-from fastpref.errors import DataError
 from fastpref.data.rows import ASSISTANT_TURN
+from fastpref.errors import DataError
 
 HUB_PATHS = {
     "hh": "Anthropic/hh-rlhf",

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from fastpref.errors import DataError
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import check_columns
+from fastpref.errors import DataError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 """Forms of a data file, the first one that exists is read."""

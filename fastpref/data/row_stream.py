@@ -6,12 +6,12 @@ from typing import Any
 
 import datasets
 
-from fastpref.errors import DataError
 from fastpref.data.hub import HUB_PATHS, hub_rows
 from fastpref.data.pair_tracker import PairTracker, row_remarks
 from fastpref.data.readers import read_records
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import MALFORMED, fields_read, make_row, parse_row
+from fastpref.errors import DataError
 
 FEATURES = datasets.Features(
     {

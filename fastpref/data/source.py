@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastpref.checks import hint, listed
+from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
-from fastpref.errors import DataError
 from fastpref.data.hub import HUB_PATHS
 from fastpref.data.readers import SUFFIXES
-from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
+from fastpref.errors import DataError
 
 if TYPE_CHECKING:
     from fastpref.config import Config

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fastpref.model.archives import load_pickle
 from fastpref.errors import CheckpointError, ConfigError
+from fastpref.model.archives import load_pickle
 from fastpref.model.paths import ADAPTER_CONFIG, read_object
 from fastpref.model.reading import reading
 

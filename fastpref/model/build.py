@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 
-from fastpref.model.attention.choice import Packing, choose_packing
-from fastpref.model.attention.backends import PackedAttention
 from fastpref.config import Config, ModelConfig
 from fastpref.config.groups import FLASH_PACKAGES
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.choice import Packing, choose_packing
+from fastpref.model.checks import Findings, check_model
 from fastpref.model.frozen import (
     compute_in,
     frozen_dtype,
@@ -20,11 +21,10 @@ from fastpref.model.frozen import (
 )
 from fastpref.model.liger import replace_layers
 from fastpref.model.logit_path import LogitPath
-from fastpref.model.scorer import TokenScorer
-from fastpref.model.checks import Findings, check_model
-from fastpref.model.paths import resolve_model
 from fastpref.model.parallelize import parallelize, send_weights
+from fastpref.model.paths import resolve_model
 from fastpref.model.positions import position_limit, trained_positions
+from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import build_empty, load_model
 
 logger = logging.getLogger("fastpref")

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from fastpref.model.archives import load_pickle
 from fastpref.errors import CheckpointError
+from fastpref.model.archives import load_pickle
 from fastpref.model.configs import load_base_config, quantization_options
 from fastpref.model.paths import Layers, matching_files, read_object
 from fastpref.model.reading import reading

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fastpref.model.archives import load_pickle, read_policy
 from fastpref.config import ModelConfig
-from fastpref.model.full_weights import WEIGHT_FILES
+from fastpref.model.archives import load_pickle, read_policy
 from fastpref.model.configs import load_base_config
+from fastpref.model.full_weights import WEIGHT_FILES
 from fastpref.model.paths import find_layers, local_folder, matching_files, resolve_model
 from fastpref.model.reading import reading
 

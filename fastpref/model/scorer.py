@@ -18,9 +18,9 @@ from fastpref_kernels import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
-from fastpref.model.attention.backends import PackedAttention
 from fastpref.batch import PackedBatch
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
 from fastpref.model.positions import position_limit
 

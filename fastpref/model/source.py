@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter
-from fastpref.model.archives import read_policy
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
+from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter
+from fastpref.model.archives import read_policy
 from fastpref.model.configs import load_base_config
+from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
 from fastpref.model.paths import (
     find_layers,
     nearest_neighbour,

@@ -14,21 +14,21 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from fastpref.model.attention.choice import Packing
 from fastpref.batch import EncodedRow, PackedBatch, pad_rows
 from fastpref.batches.columns import EncodedColumns
+from fastpref.batches.packed import pack_rows, plan_step
 from fastpref.config import Config, ModelConfig
 from fastpref.data.source import Rows
+from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, DataError
+from fastpref.model.attention.choice import Packing
+from fastpref.model.build import load_frozen_scorer
 from fastpref.model.scorer import TokenScorer
-from fastpref.batches.packed import pack_rows, plan_step
 from fastpref.model.source import pad_token_id
 from fastpref.progress import Progress
-from fastpref.model.build import load_frozen_scorer
-from fastpref.signals import StopRequest
 from fastpref.scoring.shards import PairLogps, Shards
-from fastpref.data.weights_file import ModelOrigin
+from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
 

@@ -20,24 +20,30 @@ import numpy as np
 from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 
 from fastpref.batch import EncodedRow
+from fastpref.config import Config, ModelConfig
+from fastpref.data.cache import code_digest
 from fastpref.data.chat import (
     ChatFormat,
     check_chat_template,
     prints_date,
     read_chat_template,
 )
-from fastpref.config import Config, ModelConfig
 from fastpref.data.counts import log_audit
-from fastpref.data.source import SPLITS, Rows, find_source, read_rows
-from fastpref.distributed import World, main_first
 from fastpref.data.encode import TOKENIZING_CODE, log_missing_bos, tokenizer_digest
+from fastpref.data.source import SPLITS, Rows, find_source, read_rows
+from fastpref.data.weights_file import ModelOrigin, WeightsOrigin, read_origin, template_digest
+from fastpref.distributed import World, main_first
 from fastpref.errors import CheckpointError, DataError
 from fastpref.model.identity import model_identity, side_model
 from fastpref.model.paths import resolve_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
-from fastpref.tisdpo.templates import template_text
-from fastpref.data.cache import code_digest
+from fastpref.scoring.score import Side, score_missing
+from fastpref.scoring.shards import Shards
 from fastpref.signals import say_if_stopped
+from fastpref.tisdpo.report import WeightsReport, read_report
+from fastpref.tisdpo.report_html import write_html
+from fastpref.tisdpo.report_plot import plot_weights
+from fastpref.tisdpo.templates import template_text
 from fastpref.tisdpo.weight_rows import (
     SourceJob,
     begin_date,
@@ -46,12 +52,6 @@ from fastpref.tisdpo.weight_rows import (
     write_weights,
     written_date,
 )
-from fastpref.scoring.score import Side, score_missing
-from fastpref.scoring.shards import Shards
-from fastpref.data.weights_file import ModelOrigin, WeightsOrigin, read_origin, template_digest
-from fastpref.tisdpo.report_html import write_html
-from fastpref.tisdpo.report_plot import plot_weights
-from fastpref.tisdpo.report import WeightsReport, read_report
 
 logger = logging.getLogger("fastpref")
 

@@ -22,7 +22,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.train.run_folder import check_run_root, create_run_dir
 from fastpref.complete_files import complete_file, writing
 from fastpref.config import (
     Config,
@@ -37,11 +36,12 @@ from fastpref.config import (
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, InterruptionError, PreemptionError
 from fastpref.model.paths import EXPORT_FOLDER
-from fastpref.train.report import by_metric, print_text, render
 from fastpref.signals import say_if_stopped
-from fastpref.train.loop import train
 from fastpref.tisdpo.estimate import estimate_weights
 from fastpref.tisdpo.report import WeightsReport
+from fastpref.train.loop import train
+from fastpref.train.report import by_metric, print_text, render
+from fastpref.train.run_folder import check_run_root, create_run_dir
 
 logger = logging.getLogger("fastpref")
 

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
-from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
 from fastpref.data.weights_file import WeightsOrigin
+from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
 
 NUM_EXAMPLES = 12
 LONGEST_EXAMPLE = 160

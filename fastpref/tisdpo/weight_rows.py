@@ -12,18 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
-from fastpref.data.chat import ChatFormat, current_date
 from fastpref.complete_files import complete_file
+from fastpref.data.chat import ChatFormat, current_date
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, count_rows
-from fastpref.data.source import Rows
-from fastpref.errors import DataError
-from fastpref.tisdpo.templates import apply_to_messages, apply_to_text
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError, json_text
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
-from fastpref.token_weights import token_digest
-from fastpref.scoring.shards import Shards
+from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, read_origin, write_origin
+from fastpref.errors import DataError
+from fastpref.scoring.shards import Shards
+from fastpref.tisdpo.templates import apply_to_messages, apply_to_text
+from fastpref.token_weights import token_digest
 
 ROWS_AT_ONCE = 1000
 DATE_FILE = "date"

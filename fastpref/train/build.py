@@ -8,28 +8,15 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastpref.model.attention.choice import Packing, choose_packing
+from fastpref.batches.loader import RowLayout, Split
+from fastpref.batches.order import GlobalOrder
+from fastpref.config import Config
 from fastpref.data.audit import describe_example
 from fastpref.data.chat import read_chat_template
-from fastpref.train.run_folder import create_run_dir
-from fastpref.config import Config
+from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.source import check_sources, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.data.encode import PreferenceSplit, load_split
-from fastpref.train.export import ExportPlan, plan_export
-from fastpref.batches.loader import RowLayout, Split
-from fastpref.model.liger import choose_liger
-from fastpref.train.metrics import MetricsLog, first_loss_tolerance
-from fastpref.model.scorer import TokenScorer
-from fastpref.model.paths import resolve_model
-from fastpref.objectives.objective import Objective, build_objective
-from fastpref.train.optim import build_optimizer, build_scheduler
-from fastpref.model.source import (
-    load_model_tokenizer,
-    pad_token_id,
-    read_vocab_size,
-)
-from fastpref.batches.order import GlobalOrder
+from fastpref.model.attention.choice import Packing, choose_packing
 from fastpref.model.build import (
     build_scorer,
     check_positions,
@@ -38,7 +25,20 @@ from fastpref.model.build import (
     starts_exactly_equal,
     try_model,
 )
+from fastpref.model.liger import choose_liger
+from fastpref.model.paths import resolve_model
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import (
+    load_model_tokenizer,
+    pad_token_id,
+    read_vocab_size,
+)
+from fastpref.objectives.objective import Objective, build_objective
 from fastpref.objectives.step_loss import StepLoss
+from fastpref.train.export import ExportPlan, plan_export
+from fastpref.train.metrics import MetricsLog, first_loss_tolerance
+from fastpref.train.optim import build_optimizer, build_scheduler
+from fastpref.train.run_folder import create_run_dir
 from fastpref.train.trackers import build_trackers
 
 logger = logging.getLogger("fastpref")

@@ -29,7 +29,6 @@ from fastpref.complete_files import writing
 from fastpref.config import ModelConfig
 from fastpref.distributed import World
 from fastpref.model.loaded_dtypes import LoadedDtypes, loaded_dtypes
-from fastpref.model.scorer import TokenScorer
 from fastpref.model.paths import (
     CONFIG,
     EXPORT_FOLDER,
@@ -39,8 +38,9 @@ from fastpref.model.paths import (
     matching_files,
     resolve_model,
 )
-from fastpref.model.source import find_tokenizer
 from fastpref.model.reading import reading, reason
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import find_tokenizer
 
 logger = logging.getLogger("fastpref")
 

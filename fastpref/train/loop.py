@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpref.train.build import Run, build_run
+from fastpref.batches.loader import StepBatches
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import NON_FINITE, NonFiniteError
+from fastpref.progress import Progress
+from fastpref.signals import StopRequest, say_if_stopped
+from fastpref.train.build import Run, build_run
 from fastpref.train.export import export_model
-from fastpref.batches.loader import StepBatches
 from fastpref.train.metrics import (
     PendingStep,
     Record,
@@ -23,10 +25,8 @@ from fastpref.train.metrics import (
     name_for_split,
     sum_over_examples,
 )
-from fastpref.progress import Progress
 from fastpref.train.report import show_results
 from fastpref.train.sampling import sample_responses, write_samples
-from fastpref.signals import StopRequest, say_if_stopped
 
 logger = logging.getLogger("fastpref")
 

@@ -2,13 +2,18 @@
 
 import datetime
 import getpass
+import logging
 import os
+import shutil
 from pathlib import Path
 
 from fastpref.complete_files import writing
 from fastpref.config import Config, computed_exp_name, config_to_yaml
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
+from fastpref.model.paths import EXPORT_FOLDER
+
+logger = logging.getLogger("fastpref")
 
 
 def check_run_root(config: Config) -> None:

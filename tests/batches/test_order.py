@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.errors import ConfigError
 from fastpref.batches.order import GlobalOrder
+from fastpref.errors import ConfigError
 
 GROUPS = np.array([0, 1, 0, 2, 3, 3, 3, 4, 5, 1, 6])
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=25)

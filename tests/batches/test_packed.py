@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, build_model
 
-from fastpref.model.attention.interface import build_attention
 from fastpref.batch import EncodedRow, PackedBatch, pad_rows
 from fastpref.batches.columns import EncodedColumns
-from fastpref.model.scorer import TokenScorer
 from fastpref.batches.packed import pack, pack_rows, plan_step
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.scorer import TokenScorer
 
 PAIRS = [
     EncodedRow([5, 6, 7, 8], [9, 10, 11, 2], [12, 2]),

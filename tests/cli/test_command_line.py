@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 import train
 from fastpref.cli.command_line import main
-from fastpref.config import Config, TDPOConfig, computed_exp_name
 from fastpref.cli.overrides import read_config
+from fastpref.config import Config, TDPOConfig, computed_exp_name
 
 ROOT = Path(train.__file__).parent
 

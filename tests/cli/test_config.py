@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 
 import train
 from fastpref.checks import nearest, nearest_multiples
+from fastpref.cli.options import all_options, format_help, list_choices
+from fastpref.cli.overrides import build_config, read_config
 from fastpref.config import (
     LOSSES,
     METHODS,
@@ -23,8 +25,6 @@ from fastpref.config import (
     config_to_yaml,
 )
 from fastpref.errors import ConfigError
-from fastpref.cli.options import all_options, format_help, list_choices
-from fastpref.cli.overrides import build_config, read_config
 from fastpref.token_weights import transform_weights
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
-from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.cli.run import launch_on_every_gpu
+from fastpref.config import Config, DPOConfig, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -3,8 +3,8 @@ import logging
 import pytest
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
-from fastpref.data.audit import describe_example, run_audit
 from fastpref.config import SFTConfig, TISDPOConfig, TransformConfig
+from fastpref.data.audit import describe_example, run_audit
 from fastpref.data.encode import load_split
 from fastpref.errors import DataError
 

@@ -15,8 +15,8 @@ from fastpref.data.chat import (
     render_chat,
     strip_final_eos,
 )
-from fastpref.errors import ConfigError
 from fastpref.data.row_values import RowError
+from fastpref.errors import ConfigError
 
 
 def say(role, content):

@@ -2,9 +2,9 @@ import datasets
 import huggingface_hub
 import pytest
 
-from fastpref.errors import DataError
 from fastpref.data.hub import hh_rows, hub_rows, se_rows, shp_rows, strip_html
 from fastpref.data.rows import parse_row
+from fastpref.errors import DataError
 
 
 def test_hh_records_become_rows_with_the_prompt_of_chosen():

@@ -7,8 +7,8 @@ import pyarrow
 import pyarrow.parquet
 from small_data import make_config, write_jsonl
 
-from fastpref.data.source import read_rows
 from fastpref.data.readers import read_records
+from fastpref.data.source import read_rows
 
 
 def read(tmp_path):

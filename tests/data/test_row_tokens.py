@@ -5,7 +5,6 @@ from transformers import PreTrainedTokenizer
 
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import JOINED_ROWS, Remark
-from fastpref.errors import ConfigError
 from fastpref.data.row_tokens import (
     RowTexts,
     divide_by_offsets,
@@ -15,6 +14,7 @@ from fastpref.data.row_tokens import (
 )
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import EMPTY_RESPONSE, parse_row
+from fastpref.errors import ConfigError
 
 
 class PairsOfCharacters(PreTrainedTokenizer):

@@ -10,13 +10,13 @@ from tiny_models import build_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.choice import attention_problem, choose_attention, packing_obstacle
-from fastpref.model.attention.backends import PackedAttention, attend_varlen
 from fastpref.batch import EncodedRow, PackedBatch
-from fastpref.errors import ConfigError
-from fastpref.model.scorer import TokenScorer
 from fastpref.batches.packed import pack_rows
+from fastpref.errors import ConfigError
+from fastpref.model.attention.backends import PackedAttention, attend_varlen
+from fastpref.model.attention.choice import attention_problem, choose_attention, packing_obstacle
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.scorer import TokenScorer
 
 CPU = torch.device("cpu")
 ROWS = [

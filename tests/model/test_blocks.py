@@ -5,8 +5,8 @@ import torch
 from tiny_models import FAMILIES, build_family, build_model
 from torch import nn
 
-from fastpref.model.blocks import find_blocks
 from fastpref.errors import ConfigError
+from fastpref.model.blocks import find_blocks
 
 
 @pytest.mark.parametrize("family", FAMILIES)

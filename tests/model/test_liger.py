@@ -8,8 +8,8 @@ import torch
 from tiny_models import build_model
 from torch import nn
 
-from fastpref.model import liger
 from fastpref.errors import ConfigError
+from fastpref.model import liger
 from fastpref.model.liger import choose_liger, replace_layers
 
 CPU = SimpleNamespace(device=torch.device("cpu"), is_main=True, on_main=lambda compute: compute())

@@ -7,10 +7,10 @@ import torch
 from tiny_models import save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.cli.run import main
 from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.source import build_empty, load_model, switch_off_dropout
-from fastpref.cli.run import main
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import train
 from fastpref.cli.command_line import main
+from fastpref.cli.overrides import read_config
 from fastpref.config import Config
 from fastpref.errors import ConfigError
-from fastpref.cli.overrides import read_config
 from fastpref.tisdpo.recipe import build_stages, list_changes
 
 STAGES = ["positive", "negative", "weights", "policy"]

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fastpref.model.paths import resolve_model
 from fastpref.data.planted import generate_rows
+from fastpref.model.paths import resolve_model
 from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
+from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram, token_texts
 from fastpref.tisdpo.report_html import write_html
 from fastpref.tisdpo.report_plot import lay_out, plot_weights
-from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram, token_texts
 
 
 @pytest.fixture(scope="module")

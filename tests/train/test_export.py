@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
-from fastpref.train.export import export_model, plan_export
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
+from fastpref.train.export import export_model, plan_export
 from fastpref.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.train.build import build_run
 from fastpref.config import (
     Config,
     DPOConfig,
@@ -30,6 +29,7 @@ from fastpref.config import (
 )
 from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
+from fastpref.train.build import build_run
 from fastpref.train.loop import train
 
 LOSSES = {

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastpref.batch import Segment, SegmentLayout
 from fastpref.model.attention.groups import (
     GroupedAttention,
     SegmentGroup,
     group_segments,
     takes_flash_on_cpu,
 )
-from fastpref.batch import Segment, SegmentLayout
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, float, float | None], Tensor]
 """(query, key, value, prepared layout, scale, softcap) -> attention."""

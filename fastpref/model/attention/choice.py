@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.backends import PackedAttention
 from fastpref.batch import SegmentLayout
+from fastpref.batches.packed import pack_rows
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, first_line
-from fastpref.model.logit_path import LogitPath
-from fastpref.batches.packed import pack_rows
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.interface import build_attention
 from fastpref.model.attention.packing_probe import AttentionCall, probe_packing, probe_rows
+from fastpref.model.logit_path import LogitPath
 
 logger = logging.getLogger("fastpref")
 

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fastpref.batch import PackedBatch
 from fastpref.model.attention.backends import (
     PackedAttention,
     attend_in_groups,
@@ -27,7 +28,6 @@ from fastpref.model.attention.backends import (
     prepare_segments,
     torch_varlen_kernel,
 )
-from fastpref.batch import PackedBatch
 
 IMPLEMENTATION = "fastpref"
 """The name under which transformers finds `attention_forward`."""

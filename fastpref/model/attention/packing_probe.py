@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.backends import PackedAttention
 from fastpref.batch import EncodedRow, PackedBatch, pad_rows
-from fastpref.model.blocks import find_blocks
+from fastpref.batches.packed import pack_rows
 from fastpref.errors import first_line
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.blocks import find_blocks
 from fastpref.model.exact_arithmetic import exact_arithmetic
 from fastpref.model.logit_path import ROUNDING, LogitPath, probe_ids
-from fastpref.model.scorer import TokenScorer
-from fastpref.batches.packed import pack_rows
 from fastpref.model.positions import config_value
+from fastpref.model.scorer import TokenScorer
 
 # prompt, chosen and rejected tokens of each pair; the first and the last share their prompt
 _LENGTHS = [(5, 3, 5), (1, 6, 2), (5, 2, 1)]
