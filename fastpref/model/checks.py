@@ -16,7 +16,13 @@ from fastpref.batch import PackedBatch
 from fastpref.errors import CheckpointError, ConfigError, NonFiniteError, first_line
 from fastpref.model.exact_arithmetic import cast_in_forward, exact_arithmetic
 from fastpref.model.frozen import round_buffers
-from fastpref.model.logit_path import ROUNDING, LogitPath, measure_logit_path, probe_ids
+from fastpref.model.logit_path import (
+    ROUNDING,
+    LogitPath,
+    call_family,
+    measure_logit_path,
+    probe_ids,
+)
 from fastpref.model.scorer import TokenScorer
 
 
@@ -49,11 +55,12 @@ def check_model(
         ConfigError: it is no model that can be trained here.
     """
     check_finite_weights(model)
-    path = measure_logit_path(model, block_name)
-    scorer = TokenScorer(model, path=path)
+    model.eval()
     with exact_arithmetic(model, block_name):
+        repeats_exactly = check_repeatability(model)
+        path = measure_logit_path(model, block_name)
+        scorer = TokenScorer(model, path=path)
         check_causality(scorer)
-        repeats_exactly = check_repeatability(scorer)
     rounds_buffers = check_arithmetic(scorer, dtype, block_name)
     if trainable:
         check_backward(scorer)
@@ -104,31 +111,43 @@ def check_causality(scorer: TokenScorer) -> None:
         )
 
 
-def check_repeatability(scorer: TokenScorer) -> bool:
-    """Refuse a model that draws random numbers as it will be trained, twice the same rows.
+def check_repeatability(model: Any) -> bool:
+    """Refuse a model that draws random numbers as it will be trained, in evaluation mode.
+
+    Args:
+        model: In the mode in which it will be trained.
 
     Returns:
         Whether it computes the same bits with gradients and without.
 
     Raises:
-        ConfigError: naming the module in which two passes part.
+        ConfigError: naming the module in which two passes over the same rows part.
     """
-    ids = probe_ids(scorer.model, 2, 12)
     # the run's random state is left alone
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
-            frozen = _hidden_states(scorer, ids)
-        first, second = (_hidden_states(scorer, ids).detach() for _ in range(2))
+            frozen = _logits(model)
+        with torch.enable_grad():
+            first, second = (_logits(model).detach() for _ in range(2))
         difference = max(
-            ((first - states).norm() / first.norm()).item() for states in (second, frozen)
+            ((first - logits).norm() / first.norm()).item() for logits in (second, frozen)
         )
-        if not difference <= ROUNDING / 10:
+        # NaN is no matter of randomness
+        if difference > ROUNDING / 10:
             raise ConfigError(
-                f"model.name_or_path: {type(scorer.model).__name__} computes the same rows "
-                f"differently each time, by {difference:.2g}, from {_where_passes_part(scorer, ids)} "
-                "on: policy and reference could not be compared"
+                f"model.name_or_path: {type(model).__name__} computes the same rows differently "
+                f"each time, by {difference:.2g}, from {_where_passes_part(model)} on: policy and "
+                "reference could not be compared"
             )
     return torch.equal(first, second) and torch.equal(first, frozen)
+
+
+def _logits(model: Any) -> Tensor:
+    ids = probe_ids(model, 2, 12)
+    mask = torch.ones_like(ids)
+    output = call_family(model, model, use_cache=False, input_ids=ids, attention_mask=mask)
+    # a softmax does not see -inf, nor what stands for it
+    return output.logits.float().clamp(min=-1e30)
 
 
 @torch.enable_grad()
@@ -228,12 +247,13 @@ def _hidden_states(scorer: TokenScorer, ids: Tensor) -> Tensor:
     )
 
 
-def _where_passes_part(scorer: TokenScorer, ids: Tensor) -> str:
-    """The first module, innermost first, whose output differs between two passes."""
+def _where_passes_part(model: Any) -> str:
+    """The first module, innermost first, whose output differs between a pass without gradients
+    and one with them."""
     passes: list[list[tuple[str, float]]] = []
-    for _ in range(2):
-        with _outputs(scorer.model) as outputs:
-            _hidden_states(scorer, ids)
+    for with_gradients in (False, True):
+        with _outputs(model) as outputs, torch.set_grad_enabled(with_gradients):
+            _logits(model)
         passes.append(outputs)
     for (name, ours), (_, theirs) in zip(*passes, strict=False):
         if ours != theirs:

@@ -180,7 +180,7 @@ def _observe(model: Any, head: nn.Module) -> Observation:
     head_input, head_output = (tensor.float().flatten(0, -2) for tensor in seen[0])
     if len(head_output) != ids.numel():
         raise _unfit(model, f"(its LM head gives {len(head_output)} rows for {ids.numel()} tokens)")
-    if not torch.isfinite(head_input).all() or torch.isnan(logits).any():
+    if not torch.isfinite(head_input).all() or not (logits < math.inf).all():
         raise NonFiniteError(
             f"model.name_or_path: {type(model).__name__} computes hidden states or logits that are "
             "not finite, in float32 and on finite weights"
@@ -238,8 +238,10 @@ def _measure_transform(
     got = got.float().flatten(0, -2)
     V = int((got > -1e30).any(0).nonzero().max()) + 1
     given, got = given[:, :V], got[:, :V]
-    scale, highest = _ratio(got[0], given[0]), got[-1].abs().max().item()
-    capped = highest < 0.5 * abs(scale) * given[-1].abs().max().item()
+    # medians: what is done to a few tokens alone shows below
+    scale = (got[0] / given[0]).median().item()
+    size, highest = (row.abs().median().item() for row in (given[-1], got[-1]))
+    capped = highest < 0.5 * abs(scale) * size
     path = LogitPath(
         body=body,
         vocab_size=V,
