@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from fastpref_kernels.launch import COMPILE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -19,6 +20,13 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory a block may have (CUDA C++ programming guide, table of technical
 specifications; 64 KiB of LDS a workgroup on CDNA 3)."""
+FUSIBLE = {
+    # PTX's products and sums whose rounding is not named, which the assembler may fuse
+    "nvidia": r"\b(?:mul|add|sub)(?:\.ftz)?\.f(?:32|64)\b",
+    # two fused ones in an instruction: divisions and logarithms expand to single ones
+    "amd": r"\bv_pk_fma_f32\b",
+}
+"""What is only there where the compiler may make a product and a sum one instruction."""
 MATRIX_INSTRUCTION = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma.mma_async",
@@ -36,6 +44,11 @@ class Compiled:
     spilled_bytes: int
     """Local memory: spills, and arrays that found no register."""
     matrix_instructions: int
+    fusible: int
+    """Instructions of FUSIBLE."""
+    reduced: frozenset[str]
+    """Shape and layout over the threads of every tensor that is reduced, which decide the order of
+    the sums."""
 
 
 def compile_kernel(
@@ -58,16 +71,26 @@ def compile_kernel(
         if (name.endswith("_ptr") and is_type[name]) or name.startswith("stride")
     }
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages} | COMPILE
     binary = triton.compile(source, target=TARGETS[target], options=options)
-    read = _read_amd if target.startswith("gfx") else _read_nvidia
+    vendor = "amd" if target.startswith("gfx") else "nvidia"
+    read = _read_amd if vendor == "amd" else _read_nvidia
     registers, spilled_bytes, assembly = read(binary)
     return Compiled(
         shared_bytes=binary.metadata.shared,
         registers=registers,
         spilled_bytes=spilled_bytes,
         matrix_instructions=assembly.count(MATRIX_INSTRUCTION[target]),
+        fusible=len(re.findall(FUSIBLE[vendor], assembly)),
+        reduced=_read_reductions(binary.asm["ttgir"]),
     )
+
+
+def _read_reductions(ir: str) -> frozenset[str]:
+    """`reduced` from Triton's GPU dialect: tensor<8x1024xf32, #ttg.blocked<{…}>>."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ir, re.MULTILINE))
+    types = re.findall(r'"tt\.reduce"\(.*?\}\) : \((tensor<[^>]*>)\)', ir, re.DOTALL)
+    return frozenset(re.sub(r"#\w+", lambda name: layouts[name[0]], kind) for kind in types)
 
 
 def _read_nvidia(binary: Any) -> tuple[int, int, str]:

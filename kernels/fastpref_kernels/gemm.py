@@ -49,5 +49,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b, out=out)
     elif a.is_cuda and a.dtype != torch.float32 and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
+    elif out.dtype == torch.float32:
+        torch.mm(a.float(), b.float(), out=out)
     else:
         out.copy_(matmul(a, b))

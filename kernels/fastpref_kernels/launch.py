@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref_kernels import token_logps_kernels as kernels
+from fastpref_kernels.gemm import matmul_into
 from fastpref_kernels.gemm_tiles import PRODUCT_TILE, ROW_TILE, GemmTile, RowTile, fused_tile
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
@@ -20,8 +21,13 @@ TRITON_DTYPES = {
     torch.float32: tl.float32,
 }
 
-COMPILE = {"enable_fp_fusion": True}
-"""Of every launch: products and sums in one instruction, whatever the compiler's default is."""
+COMPILE = {"enable_fp_fusion": False}
+"""Of every launch: a product is rounded before it is added to.
+
+Where a compiler may fuse the two, it depends on what stands around them. `a·s - b·s` is then not 0
+where a is b, so that equal models get a KL and a gradient, and a sum has other bits in a kernel
+that stores something beside it. Matrix instructions are what they were.
+"""
 
 _GRADIENT_TILE = (16384, 32768)
 _GRADIENT_BYTES = 128 * 2**20
@@ -177,6 +183,19 @@ def whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
     whole_RD = input_RD.new_zeros(height, D)
     whole_RD[:R] = input_RD[rows]
     return whole_RD
+
+
+def products_of(input_RD: Tensor, weight_CD: Tensor, rows: slice) -> Tensor:
+    """h·Wᵀ of a tile of `product_tiles` that is to be summed over, (rows of `whole_tile`, C).
+
+    Each row begins at a multiple of 256 bytes. Where it did not, at an odd vocabulary, a thread
+    would be given one column after another, and more where something is stored beside the sums.
+    """
+    whole_RD = whole_tile(input_RD, rows)
+    C = len(weight_CD)
+    products_RC = whole_RD.new_empty(len(whole_RD), aligned_columns(C), dtype=torch.float32)[:, :C]
+    matmul_into(products_RC, whole_RD, weight_CD.t())
+    return products_RC
 
 
 def descriptors(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastpref_kernels import sequence_log_ratios_kernels as kernels
 from fastpref_kernels import sequence_log_ratios_torch as portable
+from fastpref_kernels.launch import COMPILE
 
 _BLOCK_N = 1024
 _MOST_READS = 2**30
@@ -36,6 +37,7 @@ def sequence_log_ratios_fwd(
         NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(N, _BLOCK_N)),
         BLOCK_N=_BLOCK_N,
         HAS_WEIGHTS=weights is not None,
+        **COMPILE,
     )
     return sums_S
 
@@ -58,5 +60,6 @@ def sequence_log_ratios_bwd(
         S=len(grad),
         BLOCK_N=_BLOCK_N,
         HAS_WEIGHTS=weights is not None,
+        **COMPILE,
     )
     return grad_N

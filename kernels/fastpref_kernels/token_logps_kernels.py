@@ -8,6 +8,11 @@ keeps all digits of a confident token.
 Logits come from a GEMM fused with the sums (`_sweep_kernel`) where Triton's GEMM is at home, else
 from the library's GEMM a tile at a time (`_sweep_tile_kernel`); what follows is the same.
 
+A row's sums have the same bits whatever else a sweep stores: a policy with gradients and its
+reference without begin at a log-ratio of exactly zero. Every variant of a kernel sums over one
+layout of the tile, which a test reads off the compiled code, and no product is fused with the sum
+behind it (`launch.COMPILE`); everything else in a sweep works element by element.
+
 A sweep may store exp(z - z_y) for the backward to multiply with. An anchor known beforehand makes
 a plain GEMM of it: no block needs a scale of its own. Rows whose likeliest column lies more than
 MAX_DRIFT nats above their target are written again by `_rescue_kernel`.
@@ -20,6 +25,7 @@ from fastpref_kernels.tiles import (
     cap_logits,
     column_parts,
     halves,
+    product_columns,
     product_tile,
     softcap_slope,
     tile_index,
@@ -153,7 +159,7 @@ def _sweep_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n"])
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n", "R"])
 def _sweep_tile_kernel(
     logits_ptr, stored_ptr,            # (R, stop_v - start_v) float32 without bias, EXP
     bias_ptr, target_ptr, anchor_ptr,  # (V,) float; (N,) int64, -1 where ignored; (N,) float32
@@ -165,7 +171,7 @@ def _sweep_tile_kernel(
     """Row sums of a tile of products, rows first_n on; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = product_columns(i_v, BLOCK_V)
     offs_n = first_n + rows
     offs_v = start_v + cols
     mask_n = rows < R

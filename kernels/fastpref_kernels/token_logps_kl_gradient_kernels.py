@@ -13,11 +13,10 @@ from fastpref_kernels.tiles import (
 
 
 @triton.jit
-def _gradient(p, q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE: tl.constexpr):
+def _gradient(p, p_minus_q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE: tl.constexpr):
     """dz of the columns without the target: -g_l · p and the KL's part."""
     if UNDER_REFERENCE:
-        # p - q first: equal models give exactly 0
-        return grad_kl[:, None] * (p - q) - grad_logps[:, None] * p
+        return grad_kl[:, None] * p_minus_q - grad_logps[:, None] * p
     over_kl = tl.where(p > 0, log_ratio - kl[:, None], 0.0)
     return p * (grad_kl[:, None] * over_kl - grad_logps[:, None])
 
@@ -50,10 +49,14 @@ def _stored_gradient_kernel(
     grad_kl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)
     kl = tl.load(kl_ptr + offs_n, mask=mask_n, other=0.0)
     target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
-    p = larger * tl.exp(log_scale[:, None] + tl.minimum(log_ratio, 0.0))
-    q = larger * tl.exp(reference_log_scale[:, None] - tl.maximum(log_ratio, 0.0))
+    of_p = tl.exp(log_scale[:, None] + tl.minimum(log_ratio, 0.0))
+    of_q = tl.exp(reference_log_scale[:, None] - tl.maximum(log_ratio, 0.0))
+    # not a difference of two products: equal models give exactly 0, fused or not
+    p_minus_q = larger * (of_p - of_q)
     log_ratio += (log_scale - reference_log_scale)[:, None]
-    dlogits = _gradient(p, q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE)
+    dlogits = _gradient(
+        larger * of_p, p_minus_q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE
+    )
     is_target = (start_v + cols)[None, :] == target[:, None]
     dlogits = tl.where(is_target, target_grad[:, None], dlogits)
     dlogits = tl.where((target >= 0)[:, None], dlogits, 0.0)
@@ -69,8 +72,9 @@ def _recomputed_gradient(
     """Gradient of a tile of logits from both models' logits."""
     logps = logits - lse[:, None]
     reference_logps = reference_logits - reference_lse[:, None]
+    p = tl.exp(logps)
     dlogits = _gradient(
-        tl.exp(logps), tl.exp(reference_logps), logps - reference_logps,
+        p, p - tl.exp(reference_logps), logps - reference_logps,
         grad_logps, grad_kl, kl, UNDER_REFERENCE,
     )  # fmt: skip
     is_target = offs_v[None, :] == target[:, None]

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastpref_kernels.tiles import (
     eighths,
+    product_columns,
     product_tile,
     softcap_slope,
     tile_index,
@@ -164,7 +165,7 @@ def _joint_sweep_tile_kernel(
     """Row sums of two tiles of products, rows first_n on; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    cols = product_columns(i_v, BLOCK_V)
     offs_n = first_n + rows
     offs_v = start_v + cols
     mask_n = rows < R

@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from fastpref_kernels import token_logps_kl_kernels as kernels
-from fastpref_kernels.gemm import matmul
 from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE, GemmTile
 from fastpref_kernels.launch import (
     COMPILE,
@@ -18,10 +17,10 @@ from fastpref_kernels.launch import (
     fused_blocks,
     fused_grid,
     product_tiles,
+    products_of,
     result_descriptor,
     row_blocks,
     row_grid,
-    whole_tile,
 )
 from fastpref_kernels.row_sums import JointSums, RowSums
 from fastpref_kernels.token_logps_kernels import MAX_DRIFT
@@ -142,7 +141,7 @@ class JointSweep:
         V = heads[0].weight.shape[0]
         for rows, cols in product_tiles(len(self.ids_R), V):
             products = [
-                matmul(whole_tile(input_RD, rows), head.weight[cols].t())
+                products_of(input_RD, head.weight[cols], rows)
                 for input_RD, head in zip(self.inputs, heads, strict=True)
             ]
             kept = [None, None] if kept_RV is None else [part[rows, cols] for part in kept_RV]
@@ -150,7 +149,7 @@ class JointSweep:
             kernels._joint_sweep_tile_kernel[row_grid(R, C, JOINT_ROW_TILE)](
                 *products,
                 *kept,
-                stride_logits=C,
+                stride_logits=products[0].stride(0),
                 stride_stored=0 if kept[0] is None else kept[0].stride(0),
                 first_n=rows.start,
                 R=R,

@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from fastpref_kernels import token_logps_kernels as kernels
-from fastpref_kernels.gemm import matmul
 from fastpref_kernels.gemm_tiles import ROW_TILE, GemmTile
 from fastpref_kernels.launch import (
     COMPILE,
@@ -18,10 +17,10 @@ from fastpref_kernels.launch import (
     fused_blocks,
     fused_grid,
     product_tiles,
+    products_of,
     result_descriptor,
     row_blocks,
     row_grid,
-    whole_tile,
 )
 from fastpref_kernels.row_sums import RowSums
 
@@ -118,14 +117,13 @@ class Sweep:
     def _add_products(self, cols: slice, stored_RC: Tensor | None) -> None:
         weight_CD = self.operands.head.weight[cols]
         for part_rows, part_cols in product_tiles(len(self.ids_R), len(weight_CD)):
-            hidden_RD = whole_tile(self.input_RD, part_rows)
-            products_RC = matmul(hidden_RD, weight_CD[part_cols].t())
+            products_RC = products_of(self.input_RD, weight_CD[part_cols], part_rows)
             part_RC = None if stored_RC is None else stored_RC[part_rows, part_cols]
             R, C = part_rows.stop - part_rows.start, products_RC.shape[1]
             kernels._sweep_tile_kernel[row_grid(R, C)](
                 products_RC,
                 part_RC,
-                stride_logits=C,
+                stride_logits=products_RC.stride(0),
                 stride_stored=0 if part_RC is None else part_RC.stride(0),
                 first_n=part_rows.start,
                 R=R,

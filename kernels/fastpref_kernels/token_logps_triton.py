@@ -32,6 +32,7 @@ from fastpref_kernels.launch import (
     fused_blocks,
     fused_grid,
     gradient_tile,
+    product_tile,
     product_tiles,
     result_descriptor,
     row_blocks,
@@ -300,10 +301,18 @@ def _softcap_slope(head: Head, logits: Tensor) -> Tensor:
 
 
 def _frozen_tile(operands: Operands) -> tuple[int, int]:
+    """Rows, columns of the exponentials; columns in whole tiles of what makes the logits.
+
+    A product of the library has other bits in another width, and half the workspace.
+    """
     rows, cols = _FROZEN_TILE
     budget = get_workspace_mib() * 2**20
     row_bytes = operands.head.input.shape[1] * 4
-    block_v = (operands.tile or ROW_TILE).block_v
+    if operands.tile is not None:
+        block_v = operands.tile.block_v
+    else:
+        _, block_v = product_tile()
+        budget /= 2
     while rows > 32 and rows * (row_bytes + block_v * operands.exp_dtype.itemsize) > budget:
         rows //= 2
     spare = (budget / rows - row_bytes) / operands.exp_dtype.itemsize
