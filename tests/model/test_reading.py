@@ -33,9 +33,9 @@ def test_an_error_is_reduced_to_its_sentence(error, sentence):
 
 
 def test_damaged_files_are_called_damaged():
-    with pytest.raises(CheckpointError, match="^model: the weights in m are damaged"):
-        with reading("Config", "m"):
-            raise SafetensorError("header too large")
+    message = r"^model: the weights in m are damaged"
+    with pytest.raises(CheckpointError, match=message), reading("Config", "m"):
+        raise SafetensorError("header too large")
 
 
 @pytest.mark.parametrize(
