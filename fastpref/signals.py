@@ -141,7 +141,7 @@ class StopRequest:
         if self._received and not self._was_told:
             self._was_told = True
             name = signal.Signals(self._received).name
-            logger.warning("%s: saving after this step; once more quits without saving", name)
+            logger.warning("%s: stopping here; once more ends the process at once", name)
         self._agree(world)
         return self._agreed != 0
 
@@ -180,7 +180,7 @@ class StopRequest:
         if not self._received:
             self._received = number
         elif number == signal.SIGINT:
-            quit_saying(stop_error(number, "asked for twice, so nothing was saved"))
+            quit_saying(stop_error(number, f"asked for twice, so at once; {_outcomes[-1]}"))
         else:
             # no exit code of ours: a scheduler would take 75 for a model that was saved
             die(number)

@@ -50,6 +50,8 @@ class SequenceScores:
     without reference."""
     kl: Tensor | None
     """(S,) sequential KL in the objective's direction."""
+    unweighted_logps: Tensor | None
+    """(S,) log π(response | prompt) as it is, in nats; None where `logps` is just that."""
 
 
 PairObjective = Callable[[SequenceScores, SequenceScores], PairLoss]
@@ -180,6 +182,9 @@ def _pair_objective(
             metrics["kl/rejected"] = rejected.kl
             metrics["kl/margin"] = chosen.kl - rejected.kl
         metrics |= {"logps/chosen": chosen.logps, "logps/rejected": rejected.logps}
+        if chosen.unweighted_logps is not None and rejected.unweighted_logps is not None:
+            metrics["logps/chosen_unweighted"] = chosen.unweighted_logps
+            metrics["logps/rejected_unweighted"] = rejected.unweighted_logps
         metrics["loss"] = losses_P
         return losses_P, {name: value.detach() for name, value in metrics.items()}
 
@@ -229,6 +234,7 @@ def _sum_sequences(
     logps_S = _sum(scores.logps, batch, weights_N)
     num_tokens_S = _sum(torch.ones_like(scores.logps), batch, None)
     kl_S = None if scores.kl is None else _sum(scores.kl, batch, weights_N)
+    unweighted_logps_S = _sum(scores.logps.detach(), batch, None) if weighted else None
     log_ratios_S = None
     if scores.reference_logps is not None:
         log_ratios_S = _sum(scores.logps, batch, weights_N, minus_N=scores.reference_logps)
@@ -239,6 +245,7 @@ def _sum_sequences(
             num_tokens=num_tokens_S[side],
             log_ratios=None if log_ratios_S is None else log_ratios_S[side],
             kl=None if kl_S is None else kl_S[side],
+            unweighted_logps=None if unweighted_logps_S is None else unweighted_logps_S[side],
         )
         for side in (slice(0, P), slice(P, 2 * P))
     )

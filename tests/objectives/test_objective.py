@@ -114,6 +114,14 @@ def test_values_and_gradients_are_the_seed_formulas(name):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
     assert not any(value.requires_grad for value in metrics.values())
     assert {len(value) for value in metrics.values()} == {len(losses)}
+    weights = batch.token_weights.double() if objective.needs_weights else torch.ones(N)
+    for side, first in (("chosen", 0), ("rejected", 2)):
+        for key, of_tokens in (("", weights), ("_unweighted", torch.ones(N))):
+            logps = metrics.get(f"logps/{side}{key}", torch.zeros(0))
+            for i, value in enumerate(logps.tolist()):
+                own = batch.sequence_ids == first + i
+                values = log_p.gather(1, batch.target[:, None])[:, 0].detach()
+                assert value == pytest.approx((of_tokens * values)[own].sum().item(), rel=1e-5)
 
 
 def test_metric_names_are_the_seeds():
@@ -121,7 +129,10 @@ def test_metric_names_are_the_seeds():
     pairs |= {"logps/chosen", "logps/rejected", "loss"}
     kl = {"kl/chosen", "kl/rejected", "kl/margin"}
     expected = {"sft": {"logps/chosen", "loss"}, "dpo": pairs, "ipo": pairs, "simpo": pairs}
-    expected |= {"tdpo2": pairs | kl, "tisdpo": pairs | kl}
+    expected |= {"tdpo2": pairs | kl}
+    unweighted = {"logps/chosen_unweighted", "logps/rejected_unweighted"}
+    expected |= {"tisdpo": pairs | unweighted, "dpo weighted": pairs | unweighted}
+    expected |= {"tisdpo token_level": pairs | unweighted | kl}
     batch = pad_rows(ROWS, pad_token_id=0)
     ones_N = torch.ones(len(batch.target))
     for name, names in expected.items():
