@@ -226,7 +226,7 @@ def _inputs(ids: Tensor) -> dict[str, Tensor]:
 def _measure_transform(
     model: Any, head: nn.Module, seen: Observation, body: str, hidden_scale: float
 ) -> LogitPath:
-    """What a model makes of its head's output: by giving it numbers of every size as that output."""
+    """What a model makes of its head's output: by giving it numbers of every size as that."""
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(seen.head_output.shape, generator=generator)
     given *= torch.logspace(-4, 6, len(given))[:, None]

@@ -22,6 +22,8 @@ from fastpref.model.attention.groups import (
     runs_of_like_length,
 )
 from fastpref.model.attention.interface import build_attention
+from fastpref.model.attention.packing_probe import AttentionCall, probe_packing
+from fastpref.model.logit_path import measure_logit_path
 from fastpref.model.scorer import TokenScorer
 
 CPU = torch.device("cpu")
@@ -49,6 +51,11 @@ def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_a
     return torch.cat(outputs)
 
 
+CALLS = {
+    AttentionCall(heads=6, kv_heads=2, width=16, value_width=16, scale=0.25, softcap=None),
+    # layers may differ, and values may be narrower than keys
+    AttentionCall(heads=6, kv_heads=6, width=24, value_width=8, scale=0.2, softcap=None),
+}
 VARLEN = PackedAttention(name="naive varlen", attend=partial(attend_varlen, naive_varlen))
 
 
@@ -185,19 +192,17 @@ def test_flex_attention_gets_the_same_mask(softcap):
 
 
 def test_an_attention_that_aligns_causality_at_the_start_is_found_out():
-    config = build_model("llama").config
-    assert attention_problem(VARLEN, CPU, torch.float32, config) is None
+    assert attention_problem(VARLEN, CPU, torch.float32, CALLS) == ""
     kernel = partial(naive_varlen, aligned_at_end=False)
     wrong = PackedAttention(name="wrong", attend=partial(attend_varlen, kernel))
-    assert "off by" in attention_problem(wrong, CPU, torch.float32, config)
+    assert "off by" in attention_problem(wrong, CPU, torch.float32, CALLS)
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_what_cannot_run_is_refused():
-    config = build_model("llama").config
     for dtype in (torch.float32, torch.bfloat16):
-        assert choose_attention("auto", CPU, dtype, config).name == "sdpa"
+        assert choose_attention("auto", CPU, dtype, CALLS).name == "sdpa"
     with pytest.raises(ConfigError, match=r"model\.attention=varlen does not compute"):
-        choose_attention("varlen", CPU, torch.bfloat16, config)
+        choose_attention("varlen", CPU, torch.bfloat16, CALLS)
 
 
 SPECIAL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -230,6 +235,11 @@ CANNOT = {
 }
 
 
+def packing_obstacle(model, *, share_prompt: bool = True, longest: int) -> str | None:
+    path = measure_logit_path(model)
+    return probe_packing(model, path, share_prompt=share_prompt, longest=longest)[1]
+
+
 @pytest.mark.parametrize("model_type", CANNOT)
 def test_a_model_that_cannot_pack_is_found_out_and_left_as_it_was(model_type):
     torch.manual_seed(0)
@@ -241,20 +251,35 @@ def test_a_model_that_cannot_pack_is_found_out_and_left_as_it_was(model_type):
     ids = torch.tensor([[3, 4, 5, 6]])
     before, implementation = model(input_ids=ids).logits, model.config._attn_implementation
     for share_prompt in (True, False):
-        obstacle = packing_obstacle(
-            model, build_attention("sdpa"), share_prompt=share_prompt, longest=32
-        )
-        assert obstacle
+        assert packing_obstacle(model, share_prompt=share_prompt, longest=32)
         assert model.config._attn_implementation == implementation
     assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_a_window_that_reaches_over_every_sequence_is_none():
     model = build_model("mistral", sliding_window=16)
-    attention = build_attention("sdpa")
-    assert packing_obstacle(model, attention, share_prompt=True, longest=16) is None
-    obstacle = packing_obstacle(model, attention, share_prompt=True, longest=17)
+    assert packing_obstacle(model, longest=16) is None
+    obstacle = packing_obstacle(model, longest=17)
     assert "looks back 16 tokens, the longest sequence has 17" in obstacle
+
+
+def test_a_convolution_between_tokens_is_found_out_in_16_bits_too():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "lfm2",
+        **SPECIAL,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        full_attn_idxs=[1, 3],
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        obstacle = packing_obstacle(
+            AutoModelForCausalLM.from_config(config, dtype=dtype), longest=16
+        )
+        assert "conv" in obstacle
 
 
 def test_rounded_products_do_not_pass_for_an_obstacle():
@@ -265,8 +290,7 @@ def test_rounded_products_do_not_pass_for_an_obstacle():
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:
-        attention = build_attention("sdpa")
-        assert packing_obstacle(model, attention, share_prompt=True, longest=16) is None
+        assert packing_obstacle(model, longest=16) is None
         assert matmul.fp32_precision == "bf16"
     finally:
         matmul.fp32_precision = before

@@ -114,7 +114,7 @@ def test_values_and_gradients_are_the_seed_formulas(name):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
     assert not any(value.requires_grad for value in metrics.values())
     assert {len(value) for value in metrics.values()} == {len(losses)}
-    weights = batch.token_weights.double() if objective.needs_weights else torch.ones(N)
+    weights = batch.token_weights.double() if objective.needs.weights else torch.ones(N)
     for side, first in (("chosen", 0), ("rejected", 2)):
         for key, of_tokens in (("", weights), ("_unweighted", torch.ones(N))):
             logps = metrics.get(f"logps/{side}{key}", torch.zeros(0))
