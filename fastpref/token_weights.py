@@ -9,11 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.checks import check_choice
+from fastpref.choices import TIES
 
 Array = NDArray[np.float64]
-
-TIES = ("seed", "equal")
-"""What `binary` and `rank_based` do with equal values, see `transform_weights`."""
 
 
 def transform_weights(weights: Sequence[float], method: str, **params: Any) -> list[float]:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from fastpref.checks import check_choice, check_number
-from fastpref.token_weights import TIES
+from fastpref.choices import TIES
 
 
 class LossNeeds(NamedTuple):

@@ -67,7 +67,7 @@ def check_model(
     return Findings(path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers)
 
 
-def check_finite_weights(model: nn.Module) -> None:
+def check_finite_weights(model: Any) -> None:
     """Refuse weights that are NaN or infinite.
 
     Raises:
@@ -76,9 +76,10 @@ def check_finite_weights(model: nn.Module) -> None:
     wrong = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        name = model.config.name_or_path or type(model).__name__
         raise CheckpointError(
-            f"model.name_or_path: weights of {type(model).__name__} are not finite (NaN or "
-            f"infinite): {', '.join(wrong[:4])}{more}"
+            f"model: weights of {name} are not finite (NaN or infinite): "
+            f"{', '.join(wrong[:4])}{more}"
         )
 
 

@@ -173,8 +173,8 @@ def test_a_typo_is_refused_without_a_traceback():
     process = run_train("loss=tdpoo")
     assert process.returncode == 2
     assert process.stderr == (
-        "fastpref: loss=tdpoo: there is no such loss, only dpo, ipo, sft, tdpo, tisdpo; "
-        "nearest: tdpo\n"
+        "fastpref: loss=tdpoo: there is no such loss, only dpo, ipo, sft, simpo, tdpo, "
+        "tisdpo; nearest: tdpo\n"
     )
 
 

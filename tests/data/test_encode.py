@@ -2,6 +2,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,7 +314,10 @@ def test_another_process_finds_the_cache(tmp_path):
         "import pathlib, test_encode as t\n"
         f"t.encode(pathlib.Path({str(tmp_path)!r}), tokenizer=t.byte_tokenizer(t.TEMPLATE))"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "7"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONHASHSEED": "7",
+    }
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
 
     def again():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpref.cli.run import main
 from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.source import build_empty, load_model, switch_off_dropout
+from fastpref.model.source import build_empty, load_model
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +39,6 @@ def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
     assert shapes[0] == shapes[1]
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
-
-
-def test_dropout_is_off_in_training_mode_and_the_config_keeps_it(tmp_path):
-    folder = save_tiny_model(tmp_path / "m", attention_dropout=0.5)
-    model = load_model(str(folder), dtype=torch.float32).train()
-    ids = torch.arange(8)[None]
-    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
-    assert model.config.attention_dropout == 0.5
-    noisy = AutoModelForCausalLM.from_pretrained(folder).train()
-    assert not torch.equal(noisy(input_ids=ids).logits, noisy(input_ids=ids).logits)
-    switch_off_dropout(noisy)
-    assert torch.equal(noisy(input_ids=ids).logits, noisy(input_ids=ids).logits)
 
 
 def test_a_tokenizer_of_a_folder_of_its_own_serves_every_task(model_dir, tmp_path):

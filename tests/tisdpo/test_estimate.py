@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.errors import CheckpointError, DataError, InterruptionError
+from fastpref.model.logit_path import probe_ids
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
 ROWS = text_rows(7)
@@ -347,13 +348,16 @@ def test_weights_beside_other_tokens_are_refused_by_file_and_row(models, tmp_pat
 
 def test_a_model_that_gives_nan_is_named_with_the_row(models, tmp_path):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
-    broken = AutoModelForCausalLM.from_pretrained(models[1])
+    # a family that scales its embeddings
+    save_tiny_model(tmp_path / "broken", model_type="gemma", head_dim=8)
+    broken = AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
     tokenizer = AutoTokenizer.from_pretrained(models[1])
-    # one word is poisoned; the prompts have it, the first ids of the vocabulary do not
-    word = tokenizer(ROWS[2]["chosen"], add_special_tokens=False)["input_ids"][1]
-    torch.nn.init.constant_(broken.get_input_embeddings().weight[word], torch.nan)
+    # one word is finite and too large: a response has it, the rows that a model is tried on do not
+    tried = {*probe_ids(broken, 4, 12).flatten().tolist(), *probe_ids(broken, 2, 30)[0].tolist()}
+    responses = tokenizer([row["chosen"] for row in ROWS], add_special_tokens=False)["input_ids"]
+    word = next(i for ids in responses for i in ids[:-1] if i not in tried)
+    torch.nn.init.constant_(broken.get_input_embeddings().weight[word], 3e38)
     broken.save_pretrained(tmp_path / "broken")
-    tokenizer.save_pretrained(tmp_path / "broken")
     config = make_config([models[0], str(tmp_path / "broken")], tmp_path)
     with pytest.raises(CheckpointError, match=r"negative.*broken gives .* nan at .*train.jsonl:\d"):
         run(config)

@@ -1,0 +1,299 @@
+"""Which families train here, and how: python scripts/support_matrix.py [FAMILY ...].
+
+Every causal LM family of the installed transformers, as a tiny random model in float32, goes
+through what a run goes through: its scores beside plain transformers in float64, the first DPO loss
+beside ln 2, one optimizer step, the export scored by plain transformers. Writes
+`docs/support-matrix.md`; with families named it prints their lines instead.
+"""
+
+import argparse
+import json
+import logging
+import math
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import torch
+import torch.distributed as dist
+import transformers
+from tiny_families import VOCABULARY, build_tiny
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.distributed import World, init_world
+from fastpref.errors import FastprefError, first_line
+from fastpref.model.paths import resolve_model
+from fastpref.model.scorer import TokenScorer
+from fastpref.train.build import Run, build_run
+from fastpref.train.export import export_model
+from fastpref.train.loop import train_step
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
+SCORE_BOUND = 1e-4
+"""Nats between our score of a token and that of plain transformers in float64."""
+LOSS_BOUND = 1e-6
+WORDS = ["the", "one", "red", "cat", "sees", "old"]
+
+Sequences = list[tuple[list[int], list[int]]]
+"""Prompt and response ids."""
+
+
+class Entry(NamedTuple):
+    """What became of one family."""
+
+    family: str
+    """Its model type."""
+    outcome: str
+    """trains, differs, refused, or not built."""
+    layout: str = ""
+    """How its rows lie: packed with shared prompts, packed, padded."""
+    attention: str = ""
+    score_error: float = math.nan
+    loss_error: float = math.nan
+    export_error: float = math.nan
+    remark: str = ""
+
+
+def check_family(family: str, world: World, folder: Path) -> Entry:
+    """Take one family through a run.
+
+    Args:
+        family: Model type of transformers.
+        world: This process alone.
+        folder: To write to.
+    """
+    try:
+        save_model(family, folder / "model")
+    # the family's own code, on sizes that it may not take
+    except Exception as error:
+        return Entry(family, "not built", remark=f"{type(error).__name__}: {first_line(error)}")
+    write_rows(folder / "words")
+    said: list[str] = []
+    handler = _Collector(said)
+    logging.getLogger("fastpref").addHandler(handler)
+    try:
+        return _run_family(family, world, folder, said)
+    except FastprefError as error:
+        return Entry(family, "refused", remark=str(error).replace(str(folder / "model"), family))
+    except Exception as error:
+        return Entry(family, "differs", remark=f"{type(error).__name__}: {first_line(error)}")
+    finally:
+        logging.getLogger("fastpref").removeHandler(handler)
+
+
+def save_model(family: str, folder: Path) -> None:
+    """A tiny random model of the family with the embedded model's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model("tiny"))
+    assert len(tokenizer) <= VOCABULARY
+    model = build_tiny(family)
+    # some families' defaults are refused by transformers' own saving
+    model.generation_config = GenerationConfig()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(folder: Path) -> None:
+    """Eight pairs with two prompts, in both splits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {
+            "prompt": f"Say {i % 2}: {WORDS[i % 2]} {WORDS[2]}.",
+            "chosen": f" {' '.join(WORDS[: 1 + i % 5])}.",
+            "rejected": f" {' '.join(WORDS[::-1][: 2 + i % 4])}!",
+        }
+        for i in range(8)
+    ]
+    for split in ("train", "test"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) -> Entry:
+    config = Config(
+        model=ModelConfig(name_or_path=str(folder / "model"), fsdp_policy_mp=None),
+        loss=DPOConfig(),
+        datasets=["words"],
+        base_data_dir=str(folder),
+        run_dir=str(folder / "run"),
+        batch_size=8,
+        eval_batch_size=8,
+        n_eval_examples=8,
+        max_length=64,
+        max_prompt_length=32,
+        lr=1e-3,
+        warmup_steps=0,
+        sample_during_eval=False,
+    )
+    run = build_run(config, world)
+    try:
+        sequences, ours = score_held_out(run)
+        score_error = largest_difference(ours, plain_scores(folder / "model", sequences))
+        names, values = train_step(run, run.train.step(0, world), 0)
+        first = dict(zip(names, values.tolist(), strict=True))
+        _, trained = score_held_out(run)
+        exported = export_model(run.policy, run.export, run.run_dir, world)
+        export_error = largest_difference(trained, plain_scores(exported, sequences))
+    finally:
+        run.log.close()
+    loss_error = abs(first["loss/train"] - math.log(2))
+    fits = score_error <= SCORE_BOUND and export_error <= SCORE_BOUND and loss_error <= LOSS_BOUND
+    finite = math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
+    layout = run.train.layout
+    packed = "packed, prompts shared" if layout.share_prompt else "packed"
+    attention = run.policy.attention
+    return Entry(
+        family,
+        "trains" if fits and finite else "differs",
+        packed if layout.packed else "padded",
+        attention.name if attention else "its own",
+        score_error,
+        loss_error,
+        export_error,
+        next((_reason(line) for line in said if "cannot be trained on packed rows" in line), ""),
+    )
+
+
+def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
+    """The held-out sequences, and the policy's log-probabilities of their response tokens."""
+    assert run.eval is not None
+    columns, plan = run.eval.plan(0, 1)
+    sequences: Sequences = []
+    scores: list[Tensor] = []
+    for [micro_batch] in plan:
+        rows = [columns.row(int(i)) for i in micro_batch.rows]
+        sequences += [(list(row.prompt_ids), list(row.chosen_ids)) for row in rows]
+        sequences += [(list(row.prompt_ids), list(row.rejected_ids)) for row in rows]
+        batch = run.eval.layout.build(columns, micro_batch)
+        scores += _by_sequence(run.policy, batch)
+    return sequences, scores
+
+
+@torch.no_grad()
+def _by_sequence(policy: TokenScorer, batch: Any) -> list[Tensor]:
+    logps_N = policy(batch).double()
+    return [logps_N[batch.sequence_ids == i] for i in range(batch.num_sequences)]
+
+
+@torch.no_grad()
+def plain_scores(folder: Path, sequences: Sequences) -> list[Tensor]:
+    """The same from transformers' own forward, each sequence alone, in float64 where it can."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        return _plain_scores(model.double(), sequences)
+    # some families compute a part in float32 whatever they are asked for
+    except RuntimeError:
+        return _plain_scores(model.float(), sequences)
+
+
+def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
+    scores = []
+    for prompt, response in sequences:
+        logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+        logps = F.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
+        scores.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])
+    return scores
+
+
+def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Nats of the token that differs most."""
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+class _Collector(logging.Handler):
+    """Keeps what the log says."""
+
+    def __init__(self, said: list[str]) -> None:
+        super().__init__()
+        self._said = said
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._said.append(record.getMessage())
+
+
+def _reason(line: str) -> str:
+    return line.partition("packed rows: ")[2].removesuffix("; taking padded ones")
+
+
+def format_document(entries: Sequence[Entry]) -> str:
+    """The matrix as Markdown."""
+    trained = [entry for entry in entries if entry.outcome == "trains"]
+    packed = [entry for entry in trained if entry.layout.startswith("packed")]
+    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
+    made = f"""
+Written by `python scripts/support_matrix.py`: a tiny random model of every causal LM family of
+{versions}, float32, on a CPU. Of {len(entries)} families {len(trained)} train, {len(packed)} of
+them on packed rows. To train means: every response token scored as plain transformers scores it in
+float64 (within {SCORE_BOUND:g} nats), a first DPO loss of ln 2 (within {LOSS_BOUND:g}), a finite
+gradient, and an export that plain transformers loads and scores as the trained policy does. Windows
+here are longer than the rows: a family whose attention looks back less far than the longest
+sequence trains on padded rows."""
+    lines = [
+        "# Which model families train here",
+        "",
+        textwrap.fill(" ".join(made.split()), 120, break_on_hyphens=False),
+        "",
+        "| family | rows | attention | scores off, nats | loss off | export off, nats | why |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {e.family} | {e.layout} | {e.attention} | {e.score_error:.0e} | {e.loss_error:.0e} | "
+        f"{e.export_error:.0e} | {_cell(e.remark)} |"
+        for e in trained
+    ]
+    for outcome, title in (
+        ("refused", "Refused, and what a user reads"),
+        ("differs", "Let through, and not right"),
+        ("not built", "Not tried: transformers builds no tiny random model of them"),
+    ):
+        found = [entry for entry in entries if entry.outcome == outcome]
+        if found:
+            lines += ["", f"## {title}", "", "| family | |", "|---|---|"]
+            lines += [f"| {entry.family} | {_cell(_said_of(entry))} |" for entry in found]
+    return "\n".join(lines) + "\n"
+
+
+def _said_of(entry: Entry) -> str:
+    if entry.remark and math.isnan(entry.score_error):
+        return entry.remark
+    return (
+        f"scores off by {entry.score_error:.1e} nats, loss by {entry.loss_error:.1e}, export by "
+        f"{entry.export_error:.1e} nats; {entry.layout}"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main() -> None:
+    """Check the families named, or all of them for the document."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", help="model types of transformers")
+    named = parser.parse_args().families
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("fastpref").setLevel(logging.INFO)
+    logging.getLogger("fastpref").propagate = False
+    world = init_world()
+    entries = []
+    for family in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        with tempfile.TemporaryDirectory() as folder:
+            entries.append(check_family(family, world, Path(folder)))
+        print(*(str(value) for value in entries[-1]), sep="  ", flush=True)
+    dist.destroy_process_group()
+    if not named:
+        DOCUMENT.write_text(format_document(entries), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
