@@ -349,11 +349,14 @@ def test_weights_beside_other_tokens_are_refused_by_file_and_row(models, tmp_pat
 def test_a_model_that_gives_nan_is_named_with_the_row(models, tmp_path):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
     # a family that scales its embeddings
-    save_tiny_model(tmp_path / "broken", model_type="gemma", head_dim=8)
+    save_tiny_model(tmp_path / "broken", model_type="gemma", head_dim=8, tie_word_embeddings=False)
     broken = AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
     tokenizer = AutoTokenizer.from_pretrained(models[1])
     # one word is finite and too large: a response has it, the rows that a model is tried on do not
-    tried = {*probe_ids(broken, 4, 12).flatten().tolist(), *probe_ids(broken, 2, 30)[0].tolist()}
+    tried = {
+        *probe_ids(broken, 4, 12).flatten().tolist(),
+        *probe_ids(broken, 2, 30).flatten().tolist(),
+    }
     responses = tokenizer([row["chosen"] for row in ROWS], add_special_tokens=False)["input_ids"]
     word = next(i for ids in responses for i in ids[:-1] if i not in tried)
     torch.nn.init.constant_(broken.get_input_embeddings().weight[word], 3e38)
