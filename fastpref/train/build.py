@@ -1,6 +1,5 @@
 """A run put together: data, models, optimizer and log, everything the loop works on."""
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,14 +7,10 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastpref.batches.loader import RowLayout, Split
-from fastpref.batches.order import GlobalOrder
+from fastpref.batches.loader import Split
 from fastpref.config import Config
-from fastpref.data.audit import describe_example
 from fastpref.data.chat import read_chat_template
-from fastpref.data.encode import PreferenceSplit, load_split
-from fastpref.data.source import check_sources, read_rows
-from fastpref.distributed import World, main_first
+from fastpref.distributed import World
 from fastpref.model.attention.choice import Packing, choose_packing
 from fastpref.model.build import (
     build_scorer,
@@ -25,23 +20,24 @@ from fastpref.model.build import (
     starts_exactly_equal,
     try_model,
 )
+from fastpref.model.checks import Findings
 from fastpref.model.liger import choose_liger
-from fastpref.model.paths import resolve_model
 from fastpref.model.scorer import TokenScorer
-from fastpref.model.source import (
-    load_model_tokenizer,
-    pad_token_id,
-    read_vocab_size,
-)
 from fastpref.objectives.objective import Objective, build_objective
 from fastpref.objectives.step_loss import StepLoss
+from fastpref.train.announce import (
+    announce,
+    announce_tokens,
+    warn_of_held_out,
+    warn_of_rounding,
+    warn_of_warmup,
+)
+from fastpref.train.data import build_splits, load_data
 from fastpref.train.export import ExportPlan, plan_export
 from fastpref.train.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.optim import build_optimizer, build_scheduler
 from fastpref.train.run_folder import create_run_dir
 from fastpref.train.trackers import build_trackers
-
-logger = logging.getLogger("fastpref")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,140 +60,31 @@ class Run:
     """On rank 0."""
 
 
-def announce(config: Config, world: World, objective: Objective) -> None:
-    """Say what is about to happen, and what in it a user may not expect."""
-    logger.info(
-        "%s of %s on %s: %d x %s, weights in %s, arithmetic in %s",
-        objective.title,
-        config.model.name_or_path,
-        ", ".join(config.datasets),
-        world.size,
-        world.device.type,
-        config.model.policy_dtype,
-        config.model.compute_dtype,
-    )
-    transform = config.transform
-    if objective.needs.weights and transform.method == "binary":
-        logger.warning(
-            "transform.method=binary at %g percent: %g percent of a response's tokens weigh 1, "
-            "the others 0, whatever their estimated weights; transform=paper uses the estimates",
-            transform.binary.top_percent,
-            transform.binary.top_percent,
-        )
+class Models(NamedTuple):
+    """What is trained, what it is compared with, and what was found out about them."""
+
+    policy: TokenScorer
+    reference: TokenScorer | None
+    packing: Packing | None
+    """How they take packed rows; None for padded ones."""
+    findings: Findings
 
 
-class Data(NamedTuple):
-    """What is known of the data before there is a model."""
+def build_models(config: Config, world: World, objective: Objective, *, longest: int) -> Models:
+    """Policy and, where the loss has one, reference: loaded, tried, sharded.
 
-    train: PreferenceSplit
-    train_order: GlobalOrder
-    eval: PreferenceSplit | None
-    eval_order: GlobalOrder | None
-    tokenizer: Any
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(split.audit.longest_tokens for split in (self.train, self.eval) if split)
-
-
-def load_data(config: Config, world: World) -> Data:
-    """Read and encode the train and test splits, rank 0 first so that the others find its cache.
-
-    Rows are validated before the tokenizer is loaded, and everything before any model.
+    Args:
+        config: Of the run.
+        world: Whoever computes.
+        objective: The loss.
+        longest: Tokens of the longest sequence.
     """
-    quiet = not world.is_main
-    splits = ["train", "test"] if config.n_eval_examples else ["train"]
-    check_sources(config, splits)
-    main_first(world, lambda: [read_rows(config, split, quiet=quiet) for split in splits])
-    vocab_size = read_vocab_size(resolve_model(config.model.name_or_path), config.model.revision)
-    tokenizer = load_model_tokenizer(config.model)
-
-    def encode() -> list[PreferenceSplit]:
-        return [
-            load_split(config, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
-            for split in splits
-        ]
-
-    train, *held_out = main_first(world, encode)
-    if world.is_main:
-        logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
-    train_order = GlobalOrder(
-        train.groups,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        n_epochs=config.n_epochs,
-        n_examples=config.n_examples,
-        drop_last=config.data.drop_last,
-        order=config.data.order,
-        num_prompts=train.num_prompts,
-    )
-    if world.is_main and train_order.warning:
-        logger.warning(train_order.warning)
-    if not held_out:
-        return Data(train, train_order, None, None, tokenizer)
-    eval_order = GlobalOrder(
-        held_out[0].groups,
-        batch_size=config.eval_batch_size,
-        seed=config.seed,
-        n_epochs=1,
-        n_examples=config.n_eval_examples,
-        drop_last=False,
-        order=config.data.order,
-        num_prompts=held_out[0].num_prompts,
-    )
-    return Data(train, train_order, held_out[0], eval_order, tokenizer)
-
-
-def build_splits(
-    config: Config, data: Data, policy: TokenScorer, packing: Packing | None
-) -> tuple[Split, Split | None]:
-    """The splits with how their rows become batches."""
-    layout = RowLayout(
-        packed=packing is not None,
-        share_prompt=packing is not None and packing.share_prompt,
-        max_tokens=config.packing.max_tokens,
-        pad_token_id=pad_token_id(data.tokenizer, policy.num_embeddings),
-    )
-    train = Split(
-        data=data.train,
-        order=data.train_order,
-        layout=layout,
-        min_micro_batches=config.gradient_accumulation_steps,
-    )
-    if data.eval is None or data.eval_order is None:
-        return train, None
-    return train, Split(data=data.eval, order=data.eval_order, layout=layout)
-
-
-def announce_tokens(split: Split, world: World) -> None:
-    """Say what of the data the model's body will compute, by the first steps."""
-    steps = min(32, split.order.num_steps)
-    in_data, computed = split.savings(world.size, steps)
-    logger.info(
-        "first %d steps: %s tokens in the data, %s computed, %.0f %% %s",
-        steps,
-        f"{in_data:,}",
-        f"{computed:,}",
-        100 * abs(1 - computed / in_data),
-        "saved" if computed <= in_data else "more, for padding",
-    )
-
-
-def build_run(config: Config, world: World) -> Run:
-    """Everything a run needs, in the order in which mistakes are cheap to find: data, then models.
-
-    Raises:
-        FastprefError: whatever is wrong with the config, the data or the model.
-    """
-    objective = build_objective(config.loss)
-    if world.is_main:
-        announce(config, world, objective)
-    data = load_data(config, world)
     model = load_causal_lm(config.model, world, trainable=True)
-    check_positions(model, data.longest)
+    check_positions(model, longest)
+    if world.is_main:
+        warn_of_rounding(model, config.optimizer, config.lr)
     findings = try_model(model, config.model, world, trainable=True)
-    packing = choose_packing(model, config, world, path=findings.path, longest=data.longest)
+    packing = choose_packing(model, config, world, path=findings.path, longest=longest)
     attention = packing.attention if packing else None
     liger = choose_liger(config.model.liger, model, world, compiled=config.compile)
     policy = build_scorer(
@@ -223,7 +110,26 @@ def build_run(config: Config, world: World) -> Run:
             compile=config.compile,
             liger=liger,
         )
-    train_split, eval_split = build_splits(config, data, policy, packing)
+    return Models(policy, reference, packing, findings)
+
+
+def build_run(config: Config, world: World) -> Run:
+    """Everything a run needs, in the order in which mistakes are cheap to find: data, then models.
+
+    Raises:
+        FastprefError: whatever is wrong with the config, the data or the model.
+    """
+    objective = build_objective(config.loss)
+    if world.is_main:
+        announce(config, world, objective)
+    data = load_data(config, world)
+    if world.is_main:
+        warn_of_warmup(config.warmup_steps, data.train_order.num_steps, config.lr)
+        if data.eval is not None:
+            warn_of_held_out(len(data.eval.groups), config.n_eval_examples)
+    models = build_models(config, world, objective, longest=data.longest)
+    policy = models.policy
+    train_split, eval_split = build_splits(config, data, policy, models.packing)
     if world.is_main:
         announce_tokens(train_split, world)
     optimizer = build_optimizer(
@@ -241,7 +147,7 @@ def build_run(config: Config, world: World) -> Run:
     )
     tolerance = None
     if objective.starts_at_log_two:
-        tolerance = first_loss_tolerance(exact=starts_exactly_equal(config, findings))
+        tolerance = first_loss_tolerance(exact=starts_exactly_equal(config, models.findings))
     export: list[ExportPlan] = []
     template = read_chat_template(config.data.chat_template)
     world.on_main(
@@ -267,8 +173,8 @@ def build_run(config: Config, world: World) -> Run:
         train=train_split,
         eval=eval_split,
         policy=policy,
-        reference=reference,
-        step_loss=StepLoss(objective, policy, reference),
+        reference=models.reference,
+        step_loss=StepLoss(objective, policy, models.reference),
         optimizer=optimizer,
         scheduler=scheduler,
         log=log,

@@ -1,0 +1,102 @@
+"""The data of a run: read, encoded, in its order, and how its rows become batches."""
+
+import logging
+from typing import Any, NamedTuple
+
+from fastpref.batches.loader import RowLayout, Split
+from fastpref.batches.order import GlobalOrder
+from fastpref.config import Config
+from fastpref.data.audit import describe_example
+from fastpref.data.encode import PreferenceSplit, load_split
+from fastpref.data.source import check_sources, read_rows
+from fastpref.distributed import World, main_first
+from fastpref.model.attention.choice import Packing
+from fastpref.model.paths import resolve_model
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import load_model_tokenizer, pad_token_id, read_vocab_size
+
+logger = logging.getLogger("fastpref")
+
+
+class Data(NamedTuple):
+    """What is known of the data before there is a model."""
+
+    train: PreferenceSplit
+    train_order: GlobalOrder
+    eval: PreferenceSplit | None
+    eval_order: GlobalOrder | None
+    tokenizer: Any
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(split.audit.longest_tokens for split in (self.train, self.eval) if split)
+
+
+def load_data(config: Config, world: World) -> Data:
+    """Read and encode the train and test splits, rank 0 first so that the others find its cache.
+
+    Rows are validated before the tokenizer is loaded, and everything before any model.
+    """
+    quiet = not world.is_main
+    splits = ["train", "test"] if config.n_eval_examples else ["train"]
+    check_sources(config, splits)
+    main_first(world, lambda: [read_rows(config, split, quiet=quiet) for split in splits])
+    vocab_size = read_vocab_size(resolve_model(config.model.name_or_path), config.model.revision)
+    tokenizer = load_model_tokenizer(config.model)
+
+    def encode() -> list[PreferenceSplit]:
+        return [
+            load_split(config, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
+            for split in splits
+        ]
+
+    train, *held_out = main_first(world, encode)
+    if world.is_main:
+        logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
+    train_order = GlobalOrder(
+        train.groups,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        drop_last=config.data.drop_last,
+        order=config.data.order,
+        num_prompts=train.num_prompts,
+    )
+    if world.is_main and train_order.warning:
+        logger.warning(train_order.warning)
+    if not held_out:
+        return Data(train, train_order, None, None, tokenizer)
+    eval_order = GlobalOrder(
+        held_out[0].groups,
+        batch_size=config.eval_batch_size,
+        seed=config.seed,
+        n_epochs=1,
+        n_examples=config.n_eval_examples,
+        drop_last=False,
+        order=config.data.order,
+        num_prompts=held_out[0].num_prompts,
+    )
+    return Data(train, train_order, held_out[0], eval_order, tokenizer)
+
+
+def build_splits(
+    config: Config, data: Data, policy: TokenScorer, packing: Packing | None
+) -> tuple[Split, Split | None]:
+    """The splits with how their rows become batches."""
+    layout = RowLayout(
+        packed=packing is not None,
+        share_prompt=packing is not None and packing.share_prompt,
+        max_tokens=config.packing.max_tokens,
+        pad_token_id=pad_token_id(data.tokenizer, policy.num_embeddings),
+    )
+    train = Split(
+        data=data.train,
+        order=data.train_order,
+        layout=layout,
+        min_micro_batches=config.gradient_accumulation_steps,
+    )
+    if data.eval is None or data.eval_order is None:
+        return train, None
+    return train, Split(data=data.eval, order=data.eval_order, layout=layout)
