@@ -1,4 +1,4 @@
-"""What a run says before its first step: what is about to happen, and what a user may not expect."""
+"""What a run says before its first step: what will happen, and what a user may not expect."""
 
 import logging
 
@@ -101,7 +101,7 @@ def warn_of_rounding(model: nn.Module, optimizer: str, lr: float) -> None:
 
 @torch.no_grad()
 def share_unmoved(weights: list[Tensor], lr: float) -> float:
-    """Share of the weights that adding `lr` leaves as they are, in [0, 1]; of float32 none count."""
+    """Share of the weights that adding `lr` leaves as they are, in [0, 1]; in float32 none."""
     unmoved, total = 0, 0
     for weight in weights:
         total += weight.numel()
