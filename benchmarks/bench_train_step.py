@@ -167,8 +167,11 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run an arm in a fresh process."""
     path = folder / "job.json"
     path.write_text(json.dumps(job))
+    # the caller's own come last: packages may be found through them alone
+    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]),
+        "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",

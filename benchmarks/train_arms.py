@@ -92,7 +92,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     """Train with TRL on ids; the one method overridden is the tokenization, which is done."""
     import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOTrainer
 
     class Trainer(DPOTrainer):
@@ -117,7 +117,8 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in rows]
     if job["arm"] == "T6":
         rows = [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    # as it is saved: AutoTokenizer makes one of its own of any folder of type qwen2
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     clock = Clock()
     trainer = Trainer(

@@ -14,6 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 SHAPES = [(256, 512, 128), (252, 507, 123), (1, 32000, 64)]
 # several tiles of rows and of columns at every shape above, and the default
 WORKSPACES_MIB = [0.25, 1024]
+ROUNDED_TWICE = 2.0**-8
+"""Relative error of a gradient in bfloat16: that of stored exponentials and that of the gradient
+itself, each rounded to 8 bits, by 2^-9 at most."""
+TIMES_TORCH = 2.0
+"""What a float32 result may be off by, in errors of torch's own: column blocks are as many
+roundings in another order, and no two orders have the same error."""
 
 
 def assert_no_worse_than_torch(

@@ -5,7 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
@@ -22,6 +28,9 @@ from fastpref.model.paths import (
 from fastpref.model.reading import reading
 
 logger = logging.getLogger("fastpref")
+
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes of a tokenizer that is all in its tokenizer.json."""
 
 
 def load_model(
@@ -194,6 +203,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     with reading("Tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        saved_class = get_tokenizer_config(name, revision=revision).get("tokenizer_class")
+        # for a model of type qwen2, say, it makes a tokenizer of that family of whatever lies there
+        if saved_class in GENERIC_TOKENIZERS and type(tokenizer).__name__ not in GENERIC_TOKENIZERS:
+            options = {} if revision is None else {"revision": revision}
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"model.tokenizer_name_or_path: the tokenizer of {name} has no end-of-sequence token; "

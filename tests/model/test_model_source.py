@@ -5,12 +5,13 @@ import shutil
 import pytest
 import torch
 from tiny_models import save_dataset, save_tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastpref.cli.run import main
 from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.source import build_empty, load_model
+from fastpref.model.source import build_empty, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +87,11 @@ def test_files_that_cannot_be_used_end_every_task_with_exit_4(model_dir, tmp_pat
     assert main(config) == 4
     message = "fastpref: base_model_name_or_path of"
     assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+
+
+def test_a_tokenizer_is_the_one_that_was_saved_whatever_the_models_type(tmp_path):
+    save_tiny_model(tmp_path, model_type="qwen2")
+    words = Tokenizer(models.WordLevel({"</s>": 0, "red": 1, "cat": 2}, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("cat red")["input_ids"] == [2, 1]

@@ -5,7 +5,15 @@ import os
 import pytest
 import torch
 from fastpref_kernels import naive, token_logps_and_kl
-from oracle import count_gemms, double, random_head, random_target, workspace
+from oracle import (
+    ROUNDED_TWICE,
+    TIMES_TORCH,
+    count_gemms,
+    double,
+    random_head,
+    random_target,
+    workspace,
+)
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
@@ -24,7 +32,7 @@ DIRECTIONS = ["reference_policy", "policy_reference"]
 TRANSFORMS = {"plain": {}, "softcap": {"logit_scale": 0.7, "logit_softcap": 20.0}}
 
 # the interpreter cuts bfloat16 off where a GPU rounds: twice the error of what is kept
-GRADIENT_BOUND = 3e-3 if torch.cuda.is_available() else 4.5e-3
+GRADIENT_BOUND = ROUNDED_TWICE if torch.cuda.is_available() else 4.5e-3
 
 both_routes = pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
 both_modes = pytest.mark.parametrize("mode", ["store", "lean"])
@@ -91,6 +99,14 @@ def assert_exact(policy, reference, target_N, grads, *, bounds, **options):
     true_scores, true_gradients = run(
         naive.token_logps_and_kl, double(policy), double(reference), target_N, grads, **options
     )
+    if policy[0].dtype == torch.float32:
+        of_torch, _ = run(naive.token_logps_and_kl, policy, reference, target_N, grads, **options)
+        errors = [
+            (ours.double() - true).abs().max().item()
+            for ours, true in zip(of_torch, true_scores, strict=True)
+        ]
+        logp_bound = max(logp_bound, TIMES_TORCH * max(errors[:2]))
+        kl_bound = max(kl_bound, TIMES_TORCH * errors[2])
     assert (scores.logps - true_scores.logps).abs().max() <= logp_bound
     assert (scores.reference_logps - true_scores.reference_logps).abs().max() <= logp_bound
     assert (scores.kl - true_scores.kl).abs().max() <= kl_bound
@@ -240,7 +256,8 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
 )
 @pytest.mark.parametrize("route", ["products"], indirect=True)
 def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, frozen, passes):
-    N, V, D = 64, 2048, 96
+    # a GPU's products are padded to whole tiles of rows
+    N, V, D = launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
     heads = tuple(
         Head(input.to(DEVICE), weight.to(DEVICE), None, 1.0, None)
         for input, weight, _ in (random_head(N, V, D, seed=seed) for seed in range(2))

@@ -5,7 +5,16 @@ import os
 import pytest
 import torch
 from fastpref_kernels import naive, token_logps
-from oracle import count_gemms, double, gradients, random_head, random_target, workspace
+from oracle import (
+    ROUNDED_TWICE,
+    TIMES_TORCH,
+    count_gemms,
+    double,
+    gradients,
+    random_head,
+    random_target,
+    workspace,
+)
 
 pytest.importorskip("triton", reason="Triton is for Linux")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
@@ -65,9 +74,13 @@ def assert_exact(leaves, wanted, target_N, grad_N, *, logp_bound, gradient_bound
         )
 
     logps_N, grads = run(token_logps, leaves, wanted)
+    of_torch_N, _ = run(naive.token_logps, leaves, wanted)
     true_leaves = double(leaves)
     true_wanted = [leaf for leaf in true_leaves if leaf is not None and leaf.requires_grad]
     true_logps_N, true_grads = run(naive.token_logps, true_leaves, true_wanted)
+    if leaves[0].dtype == torch.float32:
+        torch_error = (of_torch_N.double() - true_logps_N).abs().max().item()
+        logp_bound = max(logp_bound, TIMES_TORCH * torch_error)
     assert (logps_N - true_logps_N).abs().max() <= logp_bound
     for leaf, grad, true in zip(wanted, grads, true_grads, strict=True):
         assert grad.dtype == leaf.dtype and grad.isfinite().all()
@@ -96,7 +109,7 @@ def test_every_mode_keeps_the_bounds_of_16_bits(route, mode, transform, monkeypa
     assert_exact(
         *case(*SHAPES[route], dtype=torch.bfloat16, mode=mode),
         logp_bound=5e-5,
-        gradient_bound=3e-3,
+        gradient_bound=ROUNDED_TWICE,
         **TRANSFORMS[transform],
     )
 
@@ -105,7 +118,9 @@ def test_every_mode_keeps_the_bounds_of_16_bits(route, mode, transform, monkeypa
 def test_float16_gradients_do_not_underflow(route):
     leaves, wanted, target_N, grad_N = case(*SHAPES[route], dtype=torch.float16)
     # the gradient of a loss divided by the tokens of a large batch
-    assert_exact(leaves, wanted, target_N, grad_N * 2.0**-10, logp_bound=5e-5, gradient_bound=3e-3)
+    assert_exact(
+        leaves, wanted, target_N, grad_N * 2.0**-10, logp_bound=5e-5, gradient_bound=ROUNDED_TWICE
+    )
 
 
 @pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
@@ -203,7 +218,8 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
 )
 @pytest.mark.parametrize("route", ["products"], indirect=True)
 def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, passes):
-    N, V, D = 64, 2048, 96
+    # a GPU's products are padded to whole tiles of rows
+    N, V, D = launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
     input, weight, _ = (leaf.detach().to(DEVICE) for leaf in random_head(N, V, D))
     head = token_logps_triton.Head(input, weight, None, 1.0, None)
     targets = token_logps_triton.Targets.of(random_target(N, V).to(DEVICE), -100)
@@ -234,4 +250,4 @@ def test_more_than_two_to_the_31_logits_and_65535_rows(mode, monkeypatch):
     true_N = naive.token_logps(*leaves, target_N[last])
     (true_ND,) = torch.autograd.grad(true_N.sum(), leaves[:1])
     assert (logps_N[last] - true_N).abs().max() <= 5e-5
-    assert relative_error(input.grad[last], true_ND) <= 3e-3
+    assert relative_error(input.grad[last], true_ND) <= ROUNDED_TWICE
