@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 
+import hypothesis
 import pytest
 
 # before anything imports torch, datasets or huggingface_hub, which read these once
@@ -13,6 +14,11 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # gone when the process ends
 DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="fastpref-tests-", ignore_cleanup_errors=True)
 os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE.name
+
+
+# how long an example takes is the machine's affair
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -206,7 +206,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
         saved_class = get_tokenizer_config(name, revision=revision).get("tokenizer_class")
         # for a model of type qwen2, say, it makes a tokenizer of that family of whatever lies there
         if saved_class in GENERIC_TOKENIZERS and type(tokenizer).__name__ not in GENERIC_TOKENIZERS:
-            options = {} if revision is None else {"revision": revision}
+            options: dict[str, Any] = {} if revision is None else {"revision": revision}
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
