@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpref_kernels import token_logps_kernels as kernels
 from fastpref_kernels.gemm import add_matmul, matmul, matmul_into
-from fastpref_kernels.gemm_tiles import ROW_TILE, GemmTile
+from fastpref_kernels.gemm_tiles import GemmTile
 from fastpref_kernels.head import (
     Gradients,
     Head,
