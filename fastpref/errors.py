@@ -63,6 +63,11 @@ class InterruptionError(FastprefError):
     exit_code = 130
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that the host has no memory left."""
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message: those of libraries go on for pages."""
     return str(error).strip().split("\n")[0]

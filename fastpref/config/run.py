@@ -85,7 +85,7 @@ class Config:
     """Recompute each block in the backward pass: less memory, about a third more computation."""
 
     compile: bool = False
-    """Compile each block with torch.compile: a minute or more at the start. With
+    """Compile each block with torch.compile: a minute or more at the start. In 16 bits, or with
     activation_checkpointing, policy and reference then start equal up to rounding, not exactly."""
 
     trainer: str = "BasicTrainer"

@@ -22,38 +22,43 @@ def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
     Raises:
         ConfigError: no module of the model is of that class.
     """
-    layers = [
+    layers = {
         layer
         for module in model.modules()
         if isinstance(module, nn.ModuleList)
         for layer in module
         if any(True for _ in layer.parameters())
-    ]
+    }
     names = {block_name} if block_name else set(model._no_split_modules or ())
-    named = [module for module in model.modules() if type(module).__name__ in names]
+    modules = dict(model.named_modules())
+    named = {name: module for name, module in modules.items() if type(module).__name__ in names}
     if block_name and not named:
         repeated = sorted({type(layer).__name__ for layer in layers})
         raise ConfigError(
             f"model.block_name: {type(model).__name__} has no module of class {block_name}; its "
             f"repeated blocks are {', '.join(repeated) or 'unknown'}"
         )
-    owners = _owners(model)
-    return _outermost([m for m in named or layers if _owns_its_parameters(m, owners)])
+    candidates = named or {name: module for name, module in modules.items() if module in layers}
+    places = _places(model)
+    return _outermost(
+        [block for name, block in candidates.items() if _is_alone(block, f"{name}.", places)]
+    )
 
 
-def _owners(model: nn.Module) -> dict[nn.Parameter, set[nn.Module]]:
-    owners = defaultdict(set)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[parameter].add(module)
-    return owners
+def _places(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """All names under which a model has each parameter."""
+    places = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places[parameter].append(name)
+    return places
 
 
-def _owns_its_parameters(block: nn.Module, owners: dict[nn.Parameter, set[nn.Module]]) -> bool:
-    inside = set(block.modules())
-    return all(owners[parameter] <= inside for parameter in block.parameters())
+def _is_alone(block: nn.Module, prefix: str, places: dict[nn.Parameter, list[str]]) -> bool:
+    return all(
+        name.startswith(prefix) for parameter in block.parameters() for name in places[parameter]
+    )
 
 
 def _outermost(modules: list[nn.Module]) -> list[nn.Module]:
     within = {inner for module in modules for inner in module.modules() if inner is not module}
-    return [module for module in dict.fromkeys(modules) if module not in within]
+    return [module for module in modules if module not in within]

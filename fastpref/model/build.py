@@ -1,5 +1,6 @@
 """From a model option to a scorer: loaded, tried, sharded."""
 
+import copy
 import logging
 from typing import Any
 
@@ -61,7 +62,20 @@ def load_causal_lm(
     world.on_main(lambda: on_main.append(load_model(name, archive=config.archive, **options)))
     model = on_main[0] if world.is_main else build_empty(name, **options)
     store_parameters(model, getattr(torch, stored))
+    keep_weights(model)
     return model
+
+
+def keep_weights(model: Any) -> None:
+    """Let RWKV compute without halving weights in place, which it does in evaluation mode alone.
+
+    The halving, for the range of float16, changes no logit. The config that the model is exported
+    with keeps what it said.
+    """
+    body = model.base_model
+    if body is not model and getattr(body.config, "rescale_every", None):
+        body.config = copy.copy(body.config)
+        body.config.rescale_every = 0
 
 
 def load_reference(config: ModelConfig, world: World, findings: Findings) -> Any:
@@ -85,8 +99,11 @@ def starts_exactly_equal(config: Config, findings: Findings) -> bool:
         model.reference_dtype,
         model.policy_dtype,
     } == {"float32", model.compute_dtype}
-    compiled_apart = config.compile and config.activation_checkpointing
-    return findings.repeats_exactly and stored_equal and not compiled_apart
+    # compiled with and without a backward, blocks are fused and so rounded in different places
+    rounds_alike = not config.compile or (
+        model.compute_dtype == "float32" and not config.activation_checkpointing
+    )
+    return findings.repeats_exactly and stored_equal and rounds_alike
 
 
 def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool) -> Findings:
@@ -107,6 +124,15 @@ def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool)
     )
     if findings.rounds_buffers:
         round_buffers(model, getattr(torch, config.compute_dtype))
+    kept = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if kept and trainable and config.compute_dtype != "float32":
+        logger.info(
+            "%s keeps %s in float32 beside 16 bits; here all parameters compute in %s "
+            "(model.fsdp_policy_mp=null computes in model.policy_dtype)",
+            type(model).__name__,
+            ", ".join(kept),
+            config.compute_dtype,
+        )
     return findings
 
 
@@ -120,19 +146,29 @@ def check_positions(model: Any, longest: int) -> None:
     Raises:
         ConfigError: naming the largest max_length that fits.
     """
-    limit, trained = position_limit(model), trained_positions(model.config)
+    limit = position_limit(model)
     if limit is not None and longest > limit:
         raise ConfigError(
             f"max_length: the longest sequence has {longest} tokens, the model has positions for "
             f"{limit}; set max_length={limit} or less"
         )
-    if limit is None and trained is not None and longest > trained:
+    warn_beyond_training(model, longest)
+
+
+def warn_beyond_training(model: Any, longest: int) -> None:
+    """Say where sequences are longer than those that a model without a table was made for.
+
+    Args:
+        model: Of transformers.
+        longest: Tokens of the longest sequence.
+    """
+    trained = trained_positions(model.config)
+    if position_limit(model) is None and trained is not None and longest > trained:
         logger.warning(
-            "the longest sequence has %d tokens, %s was made for %d (max_position_embeddings): "
-            "what it computes beyond them may be worth little; max_length=%d leaves them out",
+            "the longest sequence has %d tokens, %s was made for %d by its config "
+            "(max_position_embeddings): what it computes beyond them may be worth little",
             longest,
             type(model).__name__,
-            trained,
             trained,
         )
 

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.batch import PackedBatch
-from fastpref.errors import CheckpointError, ConfigError, NonFiniteError, first_line
-from fastpref.model.exact_arithmetic import cast_in_forward, exact_arithmetic
+from fastpref.errors import (
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    first_line,
+    is_out_of_memory,
+)
+from fastpref.model.exact_arithmetic import computing_in, exact_arithmetic
 from fastpref.model.frozen import round_buffers
 from fastpref.model.logit_path import (
     ROUNDING,
@@ -22,6 +28,7 @@ from fastpref.model.logit_path import (
     call_family,
     measure_logit_path,
     probe_ids,
+    title,
 )
 from fastpref.model.scorer import TokenScorer
 
@@ -32,7 +39,7 @@ class Findings:
 
     path: LogitPath
     repeats_exactly: bool
-    """It computes the same bits whether gradients are recorded or not, so that policy and reference
+    """It computes the same bits whether gradients are recorded or not, so policy and reference
     start equal to the last bit."""
     rounds_buffers: bool
     """It computes in its dtype only where buffers are rounded to that dtype too."""
@@ -61,7 +68,10 @@ def check_model(
         path = measure_logit_path(model, block_name)
         scorer = TokenScorer(model, path=path)
         check_causality(scorer)
-    rounds_buffers = check_arithmetic(scorer, dtype, block_name)
+    rounds_buffers = False
+    if dtype != torch.float32:
+        rounds_buffers, repeats = check_arithmetic(scorer, dtype, block_name)
+        repeats_exactly = repeats_exactly and repeats
     if trainable:
         check_backward(scorer)
     return Findings(path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers)
@@ -76,10 +86,9 @@ def check_finite_weights(model: Any) -> None:
     wrong = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        name = model.config.name_or_path or type(model).__name__
         raise CheckpointError(
-            f"model: weights of {name} are not finite (NaN or infinite): "
-            f"{', '.join(wrong[:4])}{more}"
+            f"model.name_or_path: weights of {title(model)} are not finite (NaN or "
+            f"infinite): {', '.join(wrong[:4])}{more}"
         )
 
 
@@ -102,18 +111,21 @@ def check_causality(scorer: TokenScorer) -> None:
     first, other = ids[:2], ids[2:].clone()
     # of the first row the beginning stays, of the second one nothing
     other[0, :8] = first[0, :8]
-    before, after = (_hidden_states(scorer, rows).view(2, 12, -1) for rows in (first, other))
+    before, after = (
+        _hidden_states(scorer, rows, torch.ones_like(rows)).view(2, 12, -1)
+        for rows in (first, other)
+    )
     difference = ((after - before)[0, :8].norm() / before[0, :8].norm()).item()
     if not difference <= ROUNDING:
         raise ConfigError(
-            f"model.name_or_path: {type(scorer.model).__name__} is no causal language model: its "
+            f"model.name_or_path: {title(scorer.model)} is no causal language model: its "
             f"hidden states move by {difference:.2g} when later tokens or other rows change; only "
             "models that predict a token from those before it can be trained"
         )
 
 
 def check_repeatability(model: Any) -> bool:
-    """Refuse a model that draws random numbers as it will be trained, in evaluation mode.
+    """Refuse a model that draws random numbers, or changes its weights, as it will be trained.
 
     Args:
         model: In the mode in which it will be trained.
@@ -122,33 +134,47 @@ def check_repeatability(model: Any) -> bool:
         Whether it computes the same bits with gradients and without.
 
     Raises:
-        ConfigError: naming the module in which two passes over the same rows part.
+        ConfigError: it does; naming the module in which two passes over the same rows part.
     """
+    versions = [parameter._version for parameter in model.parameters()]
     # the run's random state is left alone
     with torch.random.fork_rng(devices=[]):
         with torch.no_grad():
             frozen = _logits(model)
         with torch.enable_grad():
             first, second = (_logits(model).detach() for _ in range(2))
+        if versions != [parameter._version for parameter in model.parameters()]:
+            raise ConfigError(
+                f"model.name_or_path: {title(model)} changes its own weights when it computes in "
+                "evaluation mode"
+            )
         difference = max(
             ((first - logits).norm() / first.norm()).item() for logits in (second, frozen)
         )
         # NaN is no matter of randomness
         if difference > ROUNDING / 10:
             raise ConfigError(
-                f"model.name_or_path: {type(model).__name__} computes the same rows differently "
+                f"model.name_or_path: {title(model)} computes the same rows differently "
                 f"each time, by {difference:.2g}, from {_where_passes_part(model)} on: policy and "
                 "reference could not be compared"
             )
     return torch.equal(first, second) and torch.equal(first, frozen)
 
 
-def _logits(model: Any) -> Tensor:
+def _padded_rows(model: Any) -> tuple[Tensor, Tensor]:
+    """Two rows of which one is padded, and their attention mask: torch chooses among kernels by
+    the mask, too."""
     ids = probe_ids(model, 2, 12)
     mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    return ids, mask
+
+
+def _logits(model: Any) -> Tensor:
+    ids, mask = _padded_rows(model)
     output = call_family(model, model, use_cache=False, input_ids=ids, attention_mask=mask)
     # a softmax does not see -inf, nor what stands for it
-    return output.logits.float().clamp(min=-1e30)
+    return output.logits.float().clamp(min=-1e30)[mask.bool()]
 
 
 @torch.enable_grad()
@@ -164,7 +190,7 @@ def check_backward(scorer: TokenScorer) -> None:
         lambda _, __, output: embedded.append(output)
     )
     try:
-        states = _hidden_states(scorer, probe_ids(model, 2, 12))
+        states = _hidden_states(scorer, *_padded_rows(model))
         # through every layer, and no memory for the gradient of any weight
         inputs = embedded or [next(model.parameters())]
         found = torch.autograd.grad(states.float().sum(), inputs, allow_unused=True)
@@ -173,7 +199,7 @@ def check_backward(scorer: TokenScorer) -> None:
         return
     # of a family's own code, whatever it says; memory is no matter of the family
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        if "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise
         obstacle = f"{type(error).__name__}: {first_line(error)}"
     else:
@@ -183,66 +209,69 @@ def check_backward(scorer: TokenScorer) -> None:
     finally:
         hook.remove()
     raise ConfigError(
-        f"model.name_or_path: {type(model).__name__} cannot be trained as it computes in "
+        f"model.name_or_path: {title(model)} cannot be trained as it computes in "
         f"evaluation mode: {obstacle}"
     )
 
 
-@torch.no_grad()
-def check_arithmetic(scorer: TokenScorer, dtype: torch.dtype, block_name: str | None) -> bool:
+def check_arithmetic(
+    scorer: TokenScorer, dtype: torch.dtype, block_name: str | None
+) -> tuple[bool, bool]:
     """Refuse a model that does not compute, or overflows, in the dtype it will compute in.
 
     Returns:
         Whether it computes only if its buffers are rounded to that dtype as well: then they are.
+        And whether it computes the same bits with gradients and without.
 
     Raises:
         ConfigError: it does not compute in that dtype.
         NonFiniteError: its hidden states are not finite.
     """
-    if dtype == torch.float32:
-        return False
     model, name = scorer.model, str(dtype).removeprefix("torch.")
-    ids = probe_ids(model, 2, 12)
+    rows = _padded_rows(model)
     error: Exception | None = None
     for rounded in (False, True):
-        undo = cast_in_forward(model, dtype, block_name)
+        if rounded:
+            round_buffers(model, dtype)
         try:
-            if rounded:
-                round_buffers(model, dtype)
-            states = _hidden_states(scorer, ids)
+            with computing_in(model, dtype, block_name):
+                with torch.no_grad():
+                    frozen = _hidden_states(scorer, *rows)
+                with torch.enable_grad():
+                    states = _hidden_states(scorer, *rows).detach()
         # an operation that a CPU does not have in 16 bits tells nothing of a GPU
         except NotImplementedError:
-            return False
+            return False, True
         # of a family's own code, where float32 buffers meet narrower parameters
         except RuntimeError as mixed:
+            if is_out_of_memory(mixed):
+                raise
             error = mixed
         else:
             if not torch.isfinite(states).all():
                 raise NonFiniteError(
-                    f"model.fsdp_policy_mp: {type(model).__name__} overflows in {name}: its hidden "
+                    f"model.fsdp_policy_mp: {title(model)} overflows in {name}: its hidden "
                     "states are not finite; bfloat16 has the range of float32"
                 )
-            return rounded
-        finally:
-            for function in undo:
-                function()
+            return rounded, torch.equal(frozen, states)
     assert error is not None
     raise ConfigError(
-        f"model.fsdp_policy_mp: {type(model).__name__} does not compute in {name}: "
+        f"model.fsdp_policy_mp: {title(model)} does not compute in {name}: "
         f"{first_line(error)}; set model.fsdp_policy_mp=null model.policy_dtype=float32"
     ) from error
 
 
-def _hidden_states(scorer: TokenScorer, ids: Tensor) -> Tensor:
-    """Of every position: (B, L) -> (B·L, D)."""
+def _hidden_states(scorer: TokenScorer, ids: Tensor, mask: Tensor) -> Tensor:
+    """Of every token that is no padding: (B, L) -> (N, D)."""
+    tokens = mask.flatten().nonzero()[:, 0]
     return scorer.hidden_states(
         PackedBatch(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            score_index=torch.arange(ids.numel()),
-            target=ids.flatten(),
+            attention_mask=mask,
+            score_index=tokens,
+            target=ids.flatten()[tokens],
             token_weights=None,
-            sequence_ids=torch.zeros(ids.numel(), dtype=torch.int64),
+            sequence_ids=torch.zeros_like(tokens),
             num_sequences=1,
         )
     )

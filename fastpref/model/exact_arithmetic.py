@@ -4,7 +4,7 @@ Float32 holds every bfloat16 and float16 number, so a model whose parameters are
 are used computes what it would if it had been loaded in float32.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,15 +22,26 @@ def exact_arithmetic(model: Any, block_name: str | None = None) -> Iterator[None
         model: A causal LM of transformers, on a CPU.
         block_name: Class of the transformer blocks, None: found from the model.
     """
-    remove = cast_in_forward(model, torch.float32, block_name)
-    # some families round what enters the head to the dtype its weight has by then
-    remove.append(cast_during(model, _outside_of_blocks(model, block_name), torch.float32))
+    with computing_in(model, torch.float32, block_name), exact_products():
+        yield
+
+
+@contextmanager
+def computing_in(model: Any, dtype: torch.dtype, block_name: str | None = None) -> Iterator[None]:
+    """A model's forward passes in a dtype, as FSDP2's mixed precision has them: each block's
+    parameters are cast while it runs, all others as long as anything around them does.
+
+    Args:
+        model: A causal LM of transformers.
+        dtype: That of the arithmetic.
+        block_name: Class of the transformer blocks, None: found from the model.
+    """
+    undo = cast_in_forward(model, dtype, block_name, others_at_once=True)
     try:
-        with exact_products():
-            yield
+        yield
     finally:
-        for undo in remove:
-            undo()
+        for function in undo:
+            function()
 
 
 @contextmanager
@@ -47,14 +58,16 @@ def exact_products() -> Iterator[None]:
 
 
 def cast_in_forward(
-    model: Any, dtype: torch.dtype, block_name: str | None
+    model: Any, dtype: torch.dtype, block_name: str | None, *, others_at_once: bool = False
 ) -> list[Callable[[], None]]:
-    """Cast each block's parameters while it runs, and every other module's own while that one does.
+    """Cast each block's parameters while it runs, and all others while their own module does.
 
     Args:
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
         block_name: Class of the transformer blocks, None: found from the model.
+        others_at_once: Cast what is in no block while any module around it runs: more memory, but
+            some families read an embedding's or a head's dtype before these run.
 
     Returns:
         What undoes it, one function a module.
@@ -62,28 +75,24 @@ def cast_in_forward(
     blocks = find_blocks(model, block_name)
     undo = [cast_during(block, list(block.parameters()), dtype) for block in blocks]
     inside = {module for block in blocks for module in block.modules()}
+    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
     for module in model.modules():
-        if module not in inside and any(True for _ in module.parameters(recurse=False)):
-            in_blocks = {p for block in blocks for p in block.parameters()}
-            own = [p for p in module.parameters() if p not in in_blocks]
+        if module in inside:
+            continue
+        own = [p for p in module.parameters(recurse=others_at_once) if p not in in_blocks]
+        if own:
             undo.append(cast_during(module, own, dtype))
     return undo
 
 
-def _outside_of_blocks(model: Any, block_name: str | None) -> list[nn.Parameter]:
-    in_blocks = {p for block in find_blocks(model, block_name) for p in block.parameters()}
-    return [parameter for parameter in model.parameters() if parameter not in in_blocks]
-
-
 def cast_during(
-    module: nn.Module, parameters: Iterable[nn.Parameter], dtype: torch.dtype
+    module: nn.Module, parameters: Sequence[nn.Parameter], dtype: torch.dtype
 ) -> Callable[[], None]:
     """Let parameters have a dtype while a module's forward runs.
 
     Returns:
         What undoes it.
     """
-    parameters = list(parameters)
     stored: list[tuple[nn.Parameter, Tensor]] = []
 
     def widen(*_: object) -> None:

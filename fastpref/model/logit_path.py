@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from fastpref.errors import ConfigError, NonFiniteError, first_line
+from fastpref.errors import ConfigError, NonFiniteError, first_line, is_out_of_memory
 from fastpref.model.exact_arithmetic import exact_arithmetic
 
 ROUNDING = 1e-4
@@ -121,10 +121,16 @@ def linear_head(model: Any) -> Any:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ConfigError(
-            f"model.name_or_path: {type(model).__name__} has no LM head with a weight (V, D), got "
+            f"model.name_or_path: {title(model)} has no LM head with a weight (V, D), got "
             f"{type(head).__name__}; only causal language models are supported"
         )
     return head
+
+
+def title(model: Any) -> str:
+    """A model's class, and where it came from, for messages: two models may be in play."""
+    name = type(model).__name__
+    return f"{name} ({model.name_or_path})" if model.name_or_path else name
 
 
 def probe_ids(model: Any, num_rows: int, length: int) -> Tensor:
@@ -159,10 +165,10 @@ def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
     try:
         return function(*args, **inputs)
     except Exception as error:
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"model.name_or_path: {type(model).__name__} does not compute rows of text: "
+            f"model.name_or_path: {title(model)} does not compute rows of text: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
@@ -182,7 +188,7 @@ def _observe(model: Any, head: nn.Module) -> Observation:
         raise _unfit(model, f"(its LM head gives {len(head_output)} rows for {ids.numel()} tokens)")
     if not torch.isfinite(head_input).all() or not (logits < math.inf).all():
         raise NonFiniteError(
-            f"model.name_or_path: {type(model).__name__} computes hidden states or logits that are "
+            f"model.name_or_path: {title(model)} computes hidden states or logits that are "
             "not finite, in float32 and on finite weights"
         )
     return Observation(ids, head_input, head_output, logits.float())
@@ -210,13 +216,15 @@ def _try_body(model: Any, name: str, seen: Observation) -> tuple[Tensor, float |
     try:
         hidden = last_hidden_states(model, name, **_inputs(seen.ids)).float().flatten(0, -2)
     # a vision tower among others
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         return seen.head_input, None
     if hidden.shape != seen.head_input.shape:
         return hidden, None
     factor = _ratio(seen.head_input, hidden)
-    error = (seen.head_input - factor * hidden).norm() / seen.head_input.norm()
-    return hidden, factor if error <= ROUNDING else None
+    remainder = (seen.head_input - factor * hidden).norm() / seen.head_input.norm()
+    return hidden, factor if remainder <= ROUNDING else None
 
 
 def _inputs(ids: Tensor) -> dict[str, Tensor]:
@@ -226,7 +234,7 @@ def _inputs(ids: Tensor) -> dict[str, Tensor]:
 def _measure_transform(
     model: Any, head: nn.Module, seen: Observation, body: str, hidden_scale: float
 ) -> LogitPath:
-    """What a model makes of its head's output: by giving it numbers of every size as that."""
+    """What a model makes of its head's output: found by giving it numbers of all sizes for that."""
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(seen.head_output.shape, generator=generator)
     given *= torch.logspace(-4, 6, len(given))[:, None]
@@ -292,6 +300,6 @@ def _numbers(config: Any) -> Iterator[float]:
 
 def _unfit(model: Any, detail: str) -> ConfigError:
     return ConfigError(
-        f"model.name_or_path: {type(model).__name__} does more to its logits than a linear head, a "
+        f"model.name_or_path: {title(model)} does more to its logits than a linear head, a "
         f"scale and a softcap {detail}; this family is not supported"
     )

@@ -42,6 +42,9 @@ def position_limit(model: Any) -> int | None:
     declared = declared_positions(model.config)
     if declared is None:
         return None
+    # MPT lays the distances of its ALiBi out for so many positions
+    if config_value(config_value(model.config, "attn_config"), "alibi"):
+        return declared
     embedding = model.get_input_embeddings()
     for module in model.get_decoder().modules():
         is_table = isinstance(module, nn.Embedding) and module is not embedding

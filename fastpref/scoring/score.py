@@ -23,7 +23,7 @@ from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, DataError
 from fastpref.model.attention.choice import Packing
-from fastpref.model.build import load_frozen_scorer
+from fastpref.model.build import load_frozen_scorer, warn_beyond_training
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import pad_token_id
 from fastpref.progress import Progress
@@ -89,6 +89,7 @@ def score_missing(
     )
     scorer, packing = load_frozen_scorer(replace(config, model=side.model), world, longest=longest)
     check_positions(scorer, side, sources)
+    warn_beyond_training(scorer.model, longest)
     with (
         StopRequest() as stop,
         ScoringProgress(side, sources, missing, visible=world.is_main) as progress,
@@ -264,20 +265,21 @@ class ScoringProgress:
 def check_positions(
     scorer: TokenScorer, side: Side, sources: Sequence[tuple[Rows, Shards]]
 ) -> None:
-    """Refuse rows that run off a learned position table.
+    """Refuse rows that run off a table of positions.
 
     Raises:
         DataError: naming the file and the row.
     """
-    if scorer.num_positions is None:
+    limit = scorer.num_positions
+    if limit is None:
         return
     for rows, shards in sources:
         for number, ids in zip(rows.dataset["row"], shards.rows, strict=True):
             length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-            if length > scorer.num_positions:
+            if length > limit:
                 raise DataError(
                     f"{rows.source}:{number}: {length} tokens, {side.origin.name_or_path} has "
-                    f"positions for {scorer.num_positions}; weights are estimated for whole rows, "
+                    f"positions for {limit}; weights are estimated for whole rows, "
                     "so leave this one out"
                 )
 

@@ -7,13 +7,10 @@ import pytest
 import torch
 from tiny_models import build_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.batches.packed import pack_rows
-from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
-from fastpref.model.attention.choice import attention_problem, choose_attention
 from fastpref.model.attention.groups import (
     LONG_KEYS,
     MAX_PADDING,
@@ -22,11 +19,8 @@ from fastpref.model.attention.groups import (
     runs_of_like_length,
 )
 from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.packing_probe import AttentionCall, probe_packing
-from fastpref.model.logit_path import measure_logit_path
 from fastpref.model.scorer import TokenScorer
 
-CPU = torch.device("cpu")
 ROWS = [
     EncodedRow(range(40), range(30), range(21)),
     EncodedRow([1], [1, 2, 3], [5]),
@@ -51,11 +45,6 @@ def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_a
     return torch.cat(outputs)
 
 
-CALLS = {
-    AttentionCall(heads=6, kv_heads=2, width=16, value_width=16, scale=0.25, softcap=None),
-    # layers may differ, and values may be narrower than keys
-    AttentionCall(heads=6, kv_heads=6, width=24, value_width=8, scale=0.2, softcap=None),
-}
 VARLEN = PackedAttention(name="naive varlen", attend=partial(attend_varlen, naive_varlen))
 
 
@@ -189,111 +178,6 @@ def test_flex_attention_gets_the_same_mask(softcap):
         ours = attention.attend(query, key, value, attention.prepare(batch.layout), 0.2, softcap)
         expected = dense_attention(query, key, value, batch, 0.2, softcap)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_an_attention_that_aligns_causality_at_the_start_is_found_out():
-    assert attention_problem(VARLEN, CPU, torch.float32, CALLS) == ""
-    kernel = partial(naive_varlen, aligned_at_end=False)
-    wrong = PackedAttention(name="wrong", attend=partial(attend_varlen, kernel))
-    assert "off by" in attention_problem(wrong, CPU, torch.float32, CALLS)
-
-
-def test_auto_takes_sdpa_on_a_cpu_and_what_cannot_run_is_refused():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert choose_attention("auto", CPU, dtype, CALLS).name == "sdpa"
-    with pytest.raises(ConfigError, match=r"model\.attention=varlen does not compute"):
-        choose_attention("varlen", CPU, torch.bfloat16, CALLS)
-
-
-SPECIAL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-CANNOT = {
-    # a state-space model: no attention at all
-    "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
-    # distances in the scores, taken from the attention mask and not from position ids
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    # learned sinks beside the keys
-    "gpt_oss": {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "num_local_experts": 2,
-        "num_experts_per_tok": 1,
-        "sliding_window": 64,
-    },
-    # every other layer looks back 16 tokens
-    "mistral": {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "sliding_window": 16,
-    },
-}
-
-
-def packing_obstacle(model, *, share_prompt: bool = True, longest: int) -> str | None:
-    path = measure_logit_path(model)
-    return probe_packing(model, path, share_prompt=share_prompt, longest=longest)[1]
-
-
-@pytest.mark.parametrize("model_type", CANNOT)
-def test_a_model_that_cannot_pack_is_found_out_and_left_as_it_was(model_type):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **(SPECIAL | CANNOT[model_type]))
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    ids = torch.tensor([[3, 4, 5, 6]])
-    before, implementation = model(input_ids=ids).logits, model.config._attn_implementation
-    for share_prompt in (True, False):
-        assert packing_obstacle(model, share_prompt=share_prompt, longest=32)
-        assert model.config._attn_implementation == implementation
-    assert torch.equal(model(input_ids=ids).logits, before)
-
-
-def test_a_window_that_reaches_over_every_sequence_is_none():
-    model = build_model("mistral", sliding_window=16)
-    assert packing_obstacle(model, longest=16) is None
-    obstacle = packing_obstacle(model, longest=17)
-    assert "looks back 16 tokens, the longest sequence has 17" in obstacle
-
-
-def test_a_convolution_between_tokens_is_found_out_in_16_bits_too():
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "lfm2",
-        **SPECIAL,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        full_attn_idxs=[1, 3],
-    )
-    for dtype in (torch.float32, torch.bfloat16):
-        obstacle = packing_obstacle(
-            AutoModelForCausalLM.from_config(config, dtype=dtype), longest=16
-        )
-        assert "conv" in obstacle
-
-
-def test_rounded_products_do_not_pass_for_an_obstacle():
-    # wide enough for the library to round operands where the CPU has the instructions for it, and
-    # deep enough for the rounding to show
-    model = build_model("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=12)
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        assert packing_obstacle(model, longest=16) is None
-        assert matmul.fp32_precision == "bf16"
-    finally:
-        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -46,6 +46,13 @@ def test_what_shares_a_parameter_with_the_rest_is_no_block():
     assert find_blocks(model, None) == [layers[0], inner[0], layers[2], inner[1]]
 
 
+def test_blocks_that_have_a_layer_in_common_are_none():
+    model = build_model("llama", num_hidden_layers=4)
+    layers = model.model.layers
+    layers[3].mlp = layers[1].mlp
+    assert find_blocks(model, None) == [layers[0], layers[2]]
+
+
 def test_a_layer_without_parameters_is_no_block():
     model = build_model("llama")
     model._no_split_modules = None

@@ -8,6 +8,7 @@ from tiny_models import FAMILIES, build_family, build_model
 from torch import Tensor, nn
 
 from fastpref.errors import CheckpointError, ConfigError, NonFiniteError
+from fastpref.model.build import keep_weights
 from fastpref.model.checks import check_model, check_repeatability
 from fastpref.model.scorer import TokenScorer
 
@@ -72,6 +73,22 @@ def test_noise_that_is_always_there_is_refused_with_the_layer_it_comes_from(dtyp
     add_noise(model, always=True)
     with pytest.raises(ConfigError, match=r"differently each time.*layers\.1\.mlp\.up_proj"):
         check_model(model, dtype)
+
+
+RWKV = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_a_model_changes_itself_are_not_trained(dtype):
+    model = build_family("rwkv", **RWKV).to(dtype)
+    with pytest.raises(ConfigError, match="changes its own weights"):
+        check_model(model, dtype)
+    model = build_family("rwkv", **RWKV).to(dtype)
+    weight = model.rwkv.blocks[3].attention.output.weight.clone()
+    keep_weights(model)
+    check_model(model, dtype)
+    assert torch.equal(model.rwkv.blocks[3].attention.output.weight, weight)
+    assert model.config.rescale_every == 2
 
 
 class GradModeLayer(nn.Linear):

@@ -1,6 +1,7 @@
 """Models and tokenizers by name, for every task."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastpref.cli.run import main
 from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.source import build_empty, load_model, load_tokenizer
+from fastpref.model.source import build_empty, load_model, load_tokenizer, pad_token_id
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,18 @@ def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
     assert shapes[0] == shapes[1]
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
+
+
+def test_padding_has_a_row_in_the_embedding():
+    def tokenizer(pad, eos):
+        return SimpleNamespace(pad_token_id=pad, eos_token_id=eos)
+
+    assert pad_token_id(tokenizer(7, 2), 8) == 7
+    assert pad_token_id(tokenizer(None, 2), 8) == 2
+    # added to the tokenizer alone
+    assert pad_token_id(tokenizer(8, 2), 8) == 2
+    assert pad_token_id(tokenizer(9, 8), 8) == 0
+    assert pad_token_id(tokenizer(0, 2), 8) == 0
 
 
 def test_a_tokenizer_of_a_folder_of_its_own_serves_every_task(model_dir, tmp_path):

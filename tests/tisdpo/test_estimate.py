@@ -7,7 +7,9 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from estimation import estimate, load, make_config, output_path, run, written_rows
@@ -19,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.errors import CheckpointError, DataError, InterruptionError
-from fastpref.model.logit_path import probe_ids
+from fastpref.scoring.score import check_finite
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
 ROWS = text_rows(7)
@@ -346,27 +348,31 @@ def test_weights_beside_other_tokens_are_refused_by_file_and_row(models, tmp_pat
     assert "train.weights.json: not a record" in refusal()
 
 
-def test_a_model_that_gives_nan_is_named_with_the_row(models, tmp_path):
+def test_a_model_of_nan_is_named_with_its_weights(models, tmp_path):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
-    # a family that scales its embeddings
-    save_tiny_model(tmp_path / "broken", model_type="gemma", head_dim=8, tie_word_embeddings=False)
-    broken = AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
-    tokenizer = AutoTokenizer.from_pretrained(models[1])
-    # one word is finite and too large: a response has it, the rows that a model is tried on do not
-    tried = {
-        *probe_ids(broken, 4, 12).flatten().tolist(),
-        *probe_ids(broken, 2, 30).flatten().tolist(),
-    }
-    responses = tokenizer([row["chosen"] for row in ROWS], add_special_tokens=False)["input_ids"]
-    word = next(i for ids in responses for i in ids[:-1] if i not in tried)
-    torch.nn.init.constant_(broken.get_input_embeddings().weight[word], 3e38)
+    broken = AutoModelForCausalLM.from_pretrained(models[1])
+    # one word is poisoned
+    torch.nn.init.constant_(broken.get_input_embeddings().weight[7], torch.nan)
     broken.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(models[1]).save_pretrained(tmp_path / "broken")
     config = make_config([models[0], str(tmp_path / "broken")], tmp_path)
-    with pytest.raises(CheckpointError, match=r"negative.*broken gives .* nan at .*train.jsonl:\d"):
+    with pytest.raises(CheckpointError, match=r"/broken\) are not finite.*: model\.embed_tokens"):
         run(config)
     assert not output_path(config).exists()
     # what the sound model said is kept
     assert list(output_path(config).parent.glob("train.shards/positive-*/*.npy"))
+
+
+def test_a_log_probability_of_nan_is_named_with_its_row_and_token():
+    rows = SimpleNamespace(source="train.jsonl", dataset={"row": [1, 2]})
+    origin = SimpleNamespace(name_or_path="broken")
+    side = SimpleNamespace(label="negative", origin=origin)
+    sound, broken = np.array([-1.0, -2.0]), np.array([-1.0, np.nan])
+    check_finite([(sound, sound)], [0], rows, side)
+    with pytest.raises(
+        CheckpointError, match=r"broken gives .* nan at .*train.jsonl:2:rejected.* 2"
+    ):
+        check_finite([(sound, sound), (sound, broken)], [0, 1], rows, side)
 
 
 @pytest.mark.parametrize("key", ["positive", "negative"])

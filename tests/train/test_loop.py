@@ -360,3 +360,19 @@ def test_an_archive_gives_policy_and_reference_their_weights(base, tmp_path):
     untrained = run(make_config(base, tmp_path / "untrained", n_epochs=1))
     assert len(set(first.values())) == 1
     assert first["run"] > read_metrics(untrained, "eval")[0]["logps_eval/chosen"] + 1
+
+
+def test_a_padding_token_of_the_tokenizer_alone_is_not_looked_up(base, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == rows
+    tokenizer.save_pretrained(folder)
+    options = {"n_epochs": 1, "sample_during_eval": True, "n_eval_model_samples": 4}
+    runs = [
+        run(make_config(base, tmp_path / name, str(folder), packing=PACKINGS[name], **options))
+        for name in ("shared", "padded")
+    ]
+    assert_same_run(*runs)
+    assert all((run_dir / "samples.jsonl").is_file() for run_dir in runs)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastpref.batch import EncodedRow, PackedBatch, pad_rows
 from fastpref.batches.packed import pack_rows
-from fastpref.errors import first_line
+from fastpref.errors import first_line, is_out_of_memory
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.blocks import find_blocks
@@ -79,6 +79,8 @@ def probe_packing(
                 obstacle = _difference(scorer, padded_ND, share_prompt, longest)
     # whatever goes wrong in a family's own code is the reason why it cannot
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         obstacle = f"{type(error).__name__}: {first_line(error)}"
     if obstacle is not None:
         model.set_attn_implementation(before)
