@@ -67,10 +67,3 @@ def hint(name: str, candidates: Iterable[str]) -> str:
     """ "; nearest: X" to end a message with, or "" where nothing is close."""
     close = nearest(name, candidates)
     return f"; nearest: {close}" if close else ""
-
-
-def nearest_multiples(value: int, unit: int, count: int = 3) -> list[int]:
-    """The `count` positive multiples of `unit` closest to `value`, ascending."""
-    centre = max(1, value // unit)
-    multiples = [unit * k for k in range(max(1, centre - count), centre + count + 1)]
-    return sorted(sorted(multiples, key=lambda multiple: abs(multiple - value))[:count])

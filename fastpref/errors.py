@@ -81,7 +81,6 @@ def error_text(error: FastprefError) -> str:
 
 def say_error(error: FastprefError) -> None:
     """`error_text` on stderr; if that is closed, the exit code must do."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(error_text(error))
-            sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(error_text(error))
+        sys.stderr.flush()

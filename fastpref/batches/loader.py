@@ -152,7 +152,9 @@ class Split:
         """The rows of step `index`, and which of them each rank computes at once."""
         rows = self.order.batch(index)
         columns = EncodedColumns.of_arrow(self._table[rows])
-        return columns, self.layout.plan(columns, num_ranks, self.min_micro_batches)
+        # a micro-batch in which no rank has a row would be computed for nothing
+        most = max(1, -(-len(columns) // num_ranks))
+        return columns, self.layout.plan(columns, num_ranks, min(self.min_micro_batches, most))
 
     def step(self, index: int, world: World) -> StepBatches:
         """What step `index` computes."""

@@ -32,12 +32,14 @@ def main(
     Returns:
         The exit code; 2 for a wrong option, after one message on stderr.
     """
+    fill_standard_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # a terminal or file of another encoding gets what it can show
         sys.stdout.reconfigure(errors="backslashreplace")
     forget_odd_widths()
     with signals_end_the_process():
         try:
+            check_current_folder()
             return _run(arguments, compose_choices, config_dir)
         except ConfigError as wrong:
             error: FastprefError = wrong
@@ -83,11 +85,38 @@ def leave(exit_code: int) -> NoReturn:
     signals_kill()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        # None where it was closed from the start; a reader may have left since (`| head`)
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.flush()
+        # a reader may have left (`| head`)
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(exit_code)
+
+
+def fill_standard_streams() -> None:
+    """Put the null device where stdin, stdout or stderr were closed before the start (`>&-`).
+
+    The first files that a run opens would take their numbers, and get what is printed.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8"))
+
+
+def check_current_folder() -> None:
+    """Refuse a current folder that was deleted: libraries ask for its name.
+
+    Raises:
+        ConfigError: it was.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(
+            f"the current folder cannot be used: {error.strerror}; start from another one"
+        ) from None
 
 
 def forget_odd_widths() -> None:

@@ -5,6 +5,7 @@ by one, so that every wrong one is named, with the nearest right name, before an
 """
 
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -144,7 +145,12 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
     while rest:
         argument = rest.pop(0)
         key, equals, text = argument.lstrip("+").partition("=")
-        if argument.startswith("-"):
+        if not _is_text(argument):
+            problems.append(
+                f"{argument}: has bytes that are no {sys.getfilesystemencoding()}; write it in "
+                "that encoding, or set PYTHONUTF8=1 for one that has all characters"
+            )
+        elif argument.startswith("-"):
             if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
                 text = rest.pop(0)
             problems.append(explain_flag(key, text))
@@ -155,6 +161,15 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         else:
             pairs[key] = text
     return pairs, problems
+
+
+def _is_text(argument: str) -> bool:
+    """False for bytes that the locale's encoding lacks: Python keeps them as lone surrogates."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def set_option(composed: DictConfig, options: dict[str, Option], key: str, text: str) -> str | None:

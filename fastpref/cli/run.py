@@ -44,10 +44,16 @@ def dispatch(config: Config) -> int:
     from fastpref_kernels import set_workspace_mib
 
     from fastpref.distributed import init_world, launched, world_size
+    from fastpref.train.advice import advise_task
     from fastpref.train.optim import check_optimizer
     from fastpref.train.run_folder import check_run_root, check_writable
 
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    asked_for = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if device_type == "cpu" and asked_for not in ("", "-1"):
+        logger.warning(
+            "CUDA_VISIBLE_DEVICES=%s: torch sees no GPU there, taking the CPU", asked_for
+        )
     # torch computes bfloat16 on any CPU
     has_bfloat16 = device_type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     check_device(config, device_type, has_bfloat16=has_bfloat16)
@@ -55,6 +61,8 @@ def dispatch(config: Config) -> int:
     if config.task == "audit":
         audit(config)
         return 0
+    for line in advise_task(config, needs_weights=config.loss.needs.weights):
+        logger.warning(line)
     num_gpus = torch.cuda.device_count()
     on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
     num_ranks = num_gpus if on_every_gpu else world_size()

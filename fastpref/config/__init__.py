@@ -30,7 +30,6 @@ from fastpref.config.loss import (
 from fastpref.config.run import (
     Config,
     check_device,
-    check_world_size,
     computed_exp_name,
     config_to_yaml,
 )
@@ -61,7 +60,6 @@ __all__ = [
     "WandbConfig",
     "WeightsConfig",
     "check_device",
-    "check_world_size",
     "computed_exp_name",
     "config_to_yaml",
 ]

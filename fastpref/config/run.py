@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from omegaconf import OmegaConf
 
-from fastpref.checks import check_choice, check_number, nearest_multiples
+from fastpref.checks import check_choice, check_number
 from fastpref.config.groups import (
     CUDA_ATTENTIONS,
     DataConfig,
@@ -69,10 +69,11 @@ class Config:
     """Examples to train on, rounded up to whole batches; null: as many as n_epochs takes."""
 
     batch_size: int = 4
-    """Examples per optimizer step, over all processes and accumulation steps."""
+    """Examples per optimizer step, over all processes and accumulation steps, which need not share
+    it equally."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step, at least; divides batch_size. packing.max_tokens may ask
-    for more."""
+    """Micro-batches per optimizer step, at least, as long as there are rows for them;
+    packing.max_tokens may ask for more. The update is the same in any number."""
     lr: float = 5e-7
     """Learning rate after warm-up, > 0."""
     warmup_steps: int = 150
@@ -145,7 +146,6 @@ class Config:
             )
         if self.n_epochs is None and self.n_examples is None:
             raise ValueError("n_epochs and n_examples are both null: give at least one of them")
-        _check_divisible(self, self.gradient_accumulation_steps, "gradient_accumulation_steps")
         # the full check needs torch; a path or a call is refused here
         if not self.optimizer.isidentifier():
             raise ValueError(
@@ -201,29 +201,6 @@ class Config:
 
 TASKS = ("train", "audit", "estimate_weights", "tisdpo")
 TRAINERS = ("BasicTrainer", "FSDPTrainer")
-
-
-def _check_divisible(config: Config, unit: int, rule: str) -> None:
-    if config.batch_size % unit:
-        legal = ", ".join(map(str, nearest_multiples(config.batch_size, unit)))
-        raise ValueError(
-            f"batch_size must be a multiple of {rule} = {unit}, got {config.batch_size}; "
-            f"nearest: {legal}"
-        )
-
-
-def check_world_size(config: Config, world_size: int) -> None:
-    """Refuse a batch that `world_size` processes cannot share equally.
-
-    Raises:
-        ConfigError: naming the three nearest batch sizes that they can.
-    """
-    steps = config.gradient_accumulation_steps
-    rule = f"processes x gradient_accumulation_steps = {world_size} x {steps}"
-    try:
-        _check_divisible(config, world_size * steps, rule)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def check_device(config: Config, device_type: str, *, has_bfloat16: bool) -> None:

@@ -12,36 +12,27 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
+from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
+from yaml import YAMLError
 
 from fastpref.complete_files import complete_file, writing
-from fastpref.config import (
-    Config,
-    DPOConfig,
-    LossConfig,
-    ModelConfig,
-    SFTConfig,
-    TISDPOConfig,
-    computed_exp_name,
-    config_to_yaml,
-)
+from fastpref.config import Config, config_to_yaml
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, InterruptionError, PreemptionError
 from fastpref.model.paths import EXPORT_FOLDER
 from fastpref.signals import say_if_stopped
 from fastpref.tisdpo.estimate import estimate_weights
 from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.stages import Stage, build_stages
 from fastpref.train.loop import train
 from fastpref.train.report import by_metric, print_text, render
-from fastpref.train.run_folder import check_run_root, create_run_dir
+from fastpref.train.run_folder import check_run_root, create_run_dir, took_no_step
 
 logger = logging.getLogger("fastpref")
 
@@ -53,17 +44,6 @@ MAY_CHANGE = (
     *("minimum_log_interval_secs", "wandb", "tensorboard"),
 )
 """Options that may differ between two starts of one run: nothing is computed from them."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One task of the run."""
-
-    name: str
-    """Of its subfolder."""
-    what: str
-    """For the log and the closing report."""
-    config: Config
 
 
 def run_tisdpo(config: Config, world: World) -> None:
@@ -103,20 +83,39 @@ def check_run_folder(config: Config) -> None:
     Raises:
         ConfigError: it cannot be made, holds something else, or was started with other options.
     """
-    started = config.run_dir and Path(config.run_dir) / "config.yaml"
-    if not started or not started.is_file():
+    if not config.run_dir or not (Path(config.run_dir) / "config.yaml").is_file():
         check_run_root(config)
         return
-    before = OmegaConf.to_container(OmegaConf.load(started))
-    if not isinstance(before, dict) or before.get("task") != "tisdpo":
-        raise ConfigError(f"run_dir: {config.run_dir} holds another run; name a new folder")
+    run_dir = Path(config.run_dir)
+    before = read_options(run_dir)
+    if before.get("task") != "tisdpo":
+        if not took_no_step(run_dir):
+            raise ConfigError(f"run_dir: {run_dir} holds another run; name a new folder")
+        return
     now = OmegaConf.to_container(OmegaConf.create(config_to_yaml(config)))
     changes = list_changes(before, now)
-    if changes:
+    if changes and has_begun(run_dir):
         raise ConfigError(
             f"run_dir: {config.run_dir} was started with other options: {'; '.join(changes)}; give "
             "the same ones to go on with it, or name a new folder"
         )
+
+
+def read_options(run_dir: Path) -> dict[Any, Any]:
+    """The options that a run folder was started with; {} if its config.yaml cannot be read."""
+    try:
+        options = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
+    except (YAMLError, OmegaConfBaseException):
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether an earlier start has got as far as a training step or a row's weights."""
+    return any(
+        not took_no_step(child) if child.is_dir() else child.name != "config.yaml"
+        for child in run_dir.iterdir()
+    )
 
 
 def list_changes(before: Any, now: Any, prefix: str = "") -> list[str]:
@@ -136,7 +135,7 @@ def list_changes(before: Any, now: Any, prefix: str = "") -> list[str]:
 def open_run_dir(config: Config, world: World) -> Path:
     """The run folder: a new one, or the one that an earlier start has left."""
     named = Path(config.run_dir) if config.run_dir else None
-    if named and world.on_main((named / "config.yaml").is_file):
+    if named and world.on_main(lambda: go_on_in(named, config)):
         return named
     run_dir = create_run_dir(config, world)
     if world.is_main:
@@ -144,121 +143,16 @@ def open_run_dir(config: Config, world: World) -> Path:
     return run_dir
 
 
-def build_stages(config: Config, run_dir: Path) -> list[Stage]:
-    """The stages in their order, each with its own checked config.
-
-    Raises:
-        ConfigError: an option of the run makes no sense in a stage.
-    """
-    try:
-        return list(_stages(config, run_dir))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _stages(config: Config, run_dir: Path) -> Iterator[Stage]:
-    stages = config.stages
-    # what the next stage reads is not rounded; only the last model is the user's
-    model = replace(config.model, save_dtype=None)
-    if stages.sft_first:
-        yield training_stage(
-            config,
-            run_dir,
-            "sft",
-            "SFT on the chosen responses",
-            loss=SFTConfig(),
-            model=model,
-            lr=stages.sft_lr or config.lr,
-            n_epochs=stages.sft_n_epochs or config.n_epochs,
-        )
-        model = trained_model(model, run_dir / "sft")
-    yield from contrast_stages(config, model, run_dir)
-    yield weights_stage(config, model, run_dir)
-    yield training_stage(
-        config,
-        run_dir,
-        "policy",
-        "TIS-DPO on the token weights",
-        model=replace(model, save_dtype=config.model.save_dtype),
-        base_data_dir=str(run_dir / "weights"),
-        sample_during_eval=config.sample_during_eval,
-        reverse_dataset=config.reverse_dataset,
-    )
-
-
-def training_stage(config: Config, run_dir: Path, name: str, what: str, **changes: Any) -> Stage:
-    """A run of `task=train` in the subfolder `name`."""
-    options: dict[str, Any] = {
-        "task": "train",
-        "run_dir": str(run_dir / name),
-        "exp_name": f"{config.exp_name or computed_exp_name(config)}_{name}",
-        # only what the last policy says is worth reading
-        "sample_during_eval": False,
-        "reverse_dataset": False,
-    }
-    return Stage(name=name, what=what, config=replace(config, **(options | changes)))
-
-
-def contrast_stages(config: Config, model: ModelConfig, run_dir: Path) -> list[Stage]:
-    """The trainings of the positive and the negative model; none where prompts tell them apart.
-
-    The pairs are taken as the files have them, whatever `reverse_dataset` says: it is the loader
-    that turns weights and texts round together.
-    """
-    stages = config.stages
-    if stages.contrast == "prompt":
-        return []
-    if stages.contrast == "dpo":
-        assert isinstance(config.loss, TISDPOConfig)
-        loss: LossConfig = DPOConfig(beta=stages.contrast_beta or config.loss.beta)
-        what = {"positive": "DPO on the pairs", "negative": "DPO on the reversed pairs"}
-    else:
-        loss = SFTConfig()
-        what = {
-            "positive": "SFT on the chosen responses",
-            "negative": "SFT on the rejected responses",
-        }
-    return [
-        training_stage(
-            config,
-            run_dir,
-            side,
-            what[side],
-            loss=loss,
-            model=model,
-            lr=stages.contrast_lr or config.lr,
-            n_epochs=stages.contrast_n_epochs or config.n_epochs,
-            reverse_dataset=side == "negative",
-        )
-        for side in ("positive", "negative")
-    ]
-
-
-def weights_stage(config: Config, model: ModelConfig, run_dir: Path) -> Stage:
-    """The run of `task=estimate_weights` in the subfolder `weights`."""
-    start = model.archive or model.name_or_path
-    positive, negative = start, start
-    what = "token weights from one model under two prompts"
-    if config.stages.contrast != "prompt":
-        positive, negative = (str(run_dir / side) for side in ("positive", "negative"))
-        what = "token weights from the two models"
-    weights = replace(
-        config.weights,
-        positive=positive,
-        negative=negative,
-        output_dir=str(run_dir / "weights"),
-        suffix="",
-    )
-    # a loss without weights: the rows have none yet
-    changed = replace(
-        config, task="estimate_weights", loss=DPOConfig(), model=model, weights=weights
-    )
-    return Stage(name="weights", what=what, config=changed)
-
-
-def trained_model(model: ModelConfig, run_dir: Path) -> ModelConfig:
-    """The model that a training stage leaves, with the precision of the run's."""
-    return replace(model, name_or_path=str(run_dir), archive=None, revision=None)
+def go_on_in(run_dir: Path, config: Config) -> bool:
+    """Whether a folder is that of an earlier start of this run; it then has the options of this
+    one where nothing had been computed from the others."""
+    path = run_dir / "config.yaml"
+    if not path.is_file() or read_options(run_dir).get("task") != "tisdpo":
+        return False
+    if not has_begun(run_dir):
+        with complete_file(path) as file:
+            file.write(config_to_yaml(config))
+    return True
 
 
 def run_stage(stage: Stage, folder: Path, world: World) -> None:
@@ -357,6 +251,5 @@ def print_report(run_dir: Path, stages: list[Stage]) -> None:
         "weights": run_dir / "weights" / stages[-1].config.datasets[0] / "weights.html",
     }
     with writing(run_dir / "summary.txt"):
-        wide = Console(file=io.StringIO(), width=120)
-        (run_dir / "summary.txt").write_text(render(table, paths, wide), encoding="utf-8")
+        (run_dir / "summary.txt").write_text(render(table, paths, width=120), encoding="utf-8")
     print_text(render(table, paths))

@@ -28,9 +28,6 @@ from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.announce import (
     announce,
     announce_tokens,
-    warn_of_held_out,
-    warn_of_rounding,
-    warn_of_warmup,
 )
 from fastpref.train.data import build_splits, load_data
 from fastpref.train.export import ExportPlan, plan_export
@@ -81,8 +78,6 @@ def build_models(config: Config, world: World, objective: Objective, *, longest:
     """
     model = load_causal_lm(config.model, world, trainable=True)
     check_positions(model, longest)
-    if world.is_main:
-        warn_of_rounding(model, config.optimizer, config.lr)
     findings = try_model(model, config.model, world, trainable=True)
     packing = choose_packing(model, config, world, path=findings.path, longest=longest)
     attention = packing.attention if packing else None
@@ -123,10 +118,6 @@ def build_run(config: Config, world: World) -> Run:
     if world.is_main:
         announce(config, world, objective)
     data = load_data(config, world)
-    if world.is_main:
-        warn_of_warmup(config.warmup_steps, data.train_order.num_steps, config.lr)
-        if data.eval is not None:
-            warn_of_held_out(len(data.eval.groups), config.n_eval_examples)
     models = build_models(config, world, objective, longest=data.longest)
     policy = models.policy
     train_split, eval_split = build_splits(config, data, policy, models.packing)

@@ -16,6 +16,7 @@ from fastpref.distributed import World
 from fastpref.errors import NON_FINITE, NonFiniteError
 from fastpref.progress import Progress
 from fastpref.signals import StopRequest, say_if_stopped
+from fastpref.train.advice import advise
 from fastpref.train.build import Run, build_run
 from fastpref.train.export import export_model
 from fastpref.train.metrics import (
@@ -40,6 +41,8 @@ def train(config: Config, world: World) -> None:
     """
     seed_everything(config.seed)
     run = build_run(config, world)
+    for line in advise(run):
+        logger.warning(line)
     started = time.perf_counter()
     # the log is closed last: a tracker may wait for its service, and a model is not to wait for it
     with (

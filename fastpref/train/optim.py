@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -46,22 +47,63 @@ def build_optimizer(
 def _on_local_shards(
     optimizer_class: Any, parameters: list[Parameter], **options: Any
 ) -> Optimizer:
-    """An optimizer of each rank's own shards, for classes whose operations DTensor lacks."""
-    shards = [Parameter(p.to_local() if isinstance(p, DTensor) else p) for p in parameters]
-    optimizer = optimizer_class(shards, **options)
+    """An optimizer whose step sees each rank's own shards, for classes whose operations DTensor
+    lacks. Outside of its step it has the model's parameters, and its state is sharded as they are.
+    """
+    optimizer: Optimizer = optimizer_class(parameters, **options)
+    lent: list[tuple[Parameter, Tensor]] = []
 
-    def lend_gradients(*_: Any) -> None:
-        for shard, parameter in zip(shards, parameters, strict=True):
-            grad = parameter.grad
-            shard.grad = grad.to_local() if isinstance(grad, DTensor) else grad
+    def lend(*_: Any) -> None:
+        for group in optimizer.param_groups:
+            owners = group["params"]
+            group["params"] = [_shard_of(parameter) for parameter in owners]
+            lent.extend(zip(owners, group["params"], strict=True))
+        for parameter, shard in lent:
+            if parameter in optimizer.state:
+                state = optimizer.state.pop(parameter)
+                optimizer.state[shard] = {name: _local(value) for name, value in state.items()}
 
-    def drop_gradients(*_: Any) -> None:
-        for parameter in parameters:
-            parameter.grad = None
+    def give_back(*_: Any) -> None:
+        owners = {shard: parameter for parameter, shard in lent}
+        for group in optimizer.param_groups:
+            group["params"] = [owners[shard] for shard in group["params"]]
+        for parameter, shard in lent:
+            if shard in optimizer.state:
+                state = optimizer.state.pop(shard)
+                optimizer.state[parameter] = {
+                    name: _sharded_like(parameter, value) for name, value in state.items()
+                }
+        lent.clear()
 
-    optimizer.register_step_pre_hook(lend_gradients)
-    optimizer.register_step_post_hook(drop_gradients)
+    optimizer.register_step_pre_hook(lend)
+    optimizer.register_step_post_hook(give_back)
     return optimizer
+
+
+def _local(value: Any) -> Any:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _shard_of(parameter: Parameter) -> Tensor:
+    """This rank's part of a parameter, in the same memory, with its part of the gradient."""
+    shard = _local(parameter).detach()
+    if parameter.grad is not None:
+        shard.grad = _local(parameter.grad)
+    return shard
+
+
+def _sharded_like(parameter: Parameter, value: Any) -> Any:
+    """A state of a shard as a state of the parameter; other shapes exist on one rank only."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.to_local().shape:
+        return value
+    return DTensor.from_local(
+        value,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def check_optimizer(name: str, options: dict[str, Any], world_size: int = 1) -> type[Optimizer]:

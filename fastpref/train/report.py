@@ -1,6 +1,6 @@
 """What a person sees: the closing table and `curves.png`."""
 
-import contextlib
+import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -45,10 +45,14 @@ def show_results(records: Sequence[Record], run_dir: Path, seconds: float) -> No
 
 
 def print_text(text: str) -> None:
-    """Print to stdout, whose reader may have left (`| head`)."""
-    # BrokenPipeError comes with the first write or with the last flush
-    with contextlib.suppress(OSError):
+    """Print to stdout; that it takes no more is no reason for a finished run to fail."""
+    try:
         print(text, end="", flush=True)
+    except BrokenPipeError:
+        # `| head`: whoever reads has read enough
+        pass
+    except OSError as error:
+        logger.warning("the closing table could not be printed: %s", error.strerror)
 
 
 def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
@@ -91,24 +95,33 @@ def by_metric(records: Sequence[Record], split: str) -> dict[str, list[float]]:
     return found
 
 
-def render(table: Table, paths: Mapping[str, Path], console: Console | None = None) -> str:
+class Lines(io.StringIO):
+    """Text in memory that is meant for a file of some encoding: ASCII has no lines for boxes."""
+
+    encoding = "utf-8"
+
+
+def render(table: Table, paths: Mapping[str, Path], *, width: int | None = None) -> str:
     """A closing table and below it the files that are there, as text.
 
     Args:
         table: The table.
         paths: By label.
-        console: What it is for; None: stdout, but never so narrow that there is nothing to read.
+        width: Columns of a text file; None: as stdout shows it, but never too narrow to read.
     """
-    if console is None:
-        console = Console()
-        console.width = max(console.width, MIN_WIDTH)
+    lines, stdout = Lines(), Console()
+    if width is None:
+        lines.encoding = stdout.encoding
+        shown_width = max(stdout.width, MIN_WIDTH)
+        console = Console(file=lines, width=shown_width, force_terminal=stdout.is_terminal)
+    else:
+        console = Console(file=lines, width=width)
+    console.print(table)
     length = max(map(len, paths))
-    with console.capture() as captured:
-        console.print(table)
-        for label, path in paths.items():
-            if path.exists():
-                console.print(f"{label:{length}}  {path}", soft_wrap=True, highlight=False)
-    return captured.get()
+    for label, path in paths.items():
+        if path.exists():
+            console.print(f"{label:{length}}  {path}", soft_wrap=True, highlight=False)
+    return lines.getvalue()
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:

@@ -5,6 +5,7 @@ import getpass
 import logging
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from fastpref.complete_files import writing
@@ -64,8 +65,11 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {folder}: {error.strerror}") from None
     if not existing.is_dir():
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {existing} is not writable")
+    try:
+        # permissions do not tell: the disk may be mounted read-only, or full, or belong to others
+        os.rmdir(tempfile.mkdtemp(prefix=".fastpref-", dir=existing))
+    except OSError as error:
+        raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
 def run_root(config: Config) -> Path:

@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
-from fastpref.checks import nearest, nearest_multiples
+from fastpref.checks import nearest
 from fastpref.cli.options import all_options, format_help, list_choices
 from fastpref.cli.overrides import build_config, read_config
 from fastpref.config import (
@@ -20,7 +20,6 @@ from fastpref.config import (
     TISDPOConfig,
     TransformConfig,
     check_device,
-    check_world_size,
     computed_exp_name,
     config_to_yaml,
 )
@@ -296,26 +295,6 @@ def test_a_wrong_file_under_configs_is_named(tmp_path, monkeypatch, text, messag
     monkeypatch.setattr(train, "CONFIG_DIR", tmp_path)
     with pytest.raises(ConfigError, match=message):
         read("model=mine")
-
-
-def test_batch_must_divide_over_processes_and_accumulation():
-    config = tiny_config(batch_size=20, gradient_accumulation_steps=2)
-    check_world_size(config, 1)
-    check_world_size(config, 5)
-    with pytest.raises(ConfigError, match=r"3 x 2 = 6, got 20; nearest: 12, 18, 24"):
-        check_world_size(config, 3)
-    with pytest.raises(ValueError, match="gradient_accumulation_steps = 3, got 20"):
-        tiny_config(batch_size=20, gradient_accumulation_steps=3)
-
-
-@pytest.mark.parametrize("unit", [1, 3, 8])
-@pytest.mark.parametrize("value", [1, 2, 7, 8, 20, 64])
-def test_nearest_multiples_are_the_closest_of_all(value, unit):
-    found = nearest_multiples(value, unit)
-    multiples = range(unit, value + 4 * unit, unit)
-    closest = sorted(abs(multiple - value) for multiple in multiples)[:3]
-    assert sorted(abs(multiple - value) for multiple in found) == closest
-    assert found == sorted(set(found)) and not any(multiple % unit for multiple in found)
 
 
 def test_sharing_prompts_of_padded_rows_is_refused():

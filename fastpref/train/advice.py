@@ -1,0 +1,189 @@
+"""What in a run's options will not do what it seems to: said once, before training.
+
+None of it is an error. Each function looks at one matter and says it with its numbers and with what
+would help, or says nothing.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from fastpref.batches.loader import Split
+from fastpref.batches.order import GlobalOrder
+from fastpref.config import Config, StagesConfig, TransformConfig, WeightsConfig
+from fastpref.distributed import World
+from fastpref.train.build import Run
+
+STEPS_OF_LR = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
+"""Optimizers whose update of a weight is about the learning rate, whatever the gradient."""
+
+WORTH_SAYING = 0.1
+"""Share of the weights that must stand still for that to be said."""
+
+
+def advise(run: Run) -> list[str]:
+    """What to say of a run that has been put together; every rank calls this."""
+    config, order = run.config, run.train.order
+    share = unmoved_share(run.policy.parameters(), config.lr, run.world)
+    return [
+        *advise_schedule(config, order.num_steps),
+        *advise_examples(config, order),
+        *(advise_held_out(config, run.eval.order) if run.eval else ()),
+        *advise_micro_batches(config, run.train, run.world.size),
+        *advise_precision(config, share),
+    ]
+
+
+def advise_schedule(config: Config, num_steps: int) -> Iterator[str]:
+    """A warm-up that takes the whole run, and a decay that never begins."""
+    warmup, schedule = config.warmup_steps, config.optim.schedule
+    if warmup >= num_steps:
+        yield (
+            f"warmup_steps={warmup}, but the run has {num_steps} optimizer steps: the learning "
+            f"rate ends at {100 * num_steps / (warmup + 1):.3g} % of lr={config.lr:g}; set "
+            f"warmup_steps below {num_steps}"
+        )
+    if schedule == "constant":
+        if config.optim.min_lr_ratio:
+            yield (
+                f"optim.min_lr_ratio={config.optim.min_lr_ratio:g} has no effect with "
+                "optim.schedule=constant; cosine and linear end there"
+            )
+    elif warmup >= num_steps - 1:
+        yield (
+            f"optim.schedule={schedule} has no effect: warmup_steps={warmup} of {num_steps} "
+            "optimizer steps leave none to decay in"
+        )
+
+
+def advise_examples(config: Config, order: GlobalOrder) -> Iterator[str]:
+    """Where a run ends that was given a number of examples."""
+    wanted = config.n_examples
+    if wanted is None:
+        return
+    whole_batches = order.num_steps * order.batch_size
+    if config.n_epochs is not None and config.n_epochs * order.num_rows < wanted:
+        yield (
+            f"n_examples={wanted}, but n_epochs={config.n_epochs} ends the run after "
+            f"{min(whole_batches, config.n_epochs * order.num_rows)}; n_epochs=null takes as many "
+            "passes as n_examples needs"
+        )
+    elif wanted < whole_batches and config.data.drop_last:
+        yield (
+            f"n_examples={wanted} is rounded up to {whole_batches}, whole batches of "
+            f"batch_size={order.batch_size}"
+        )
+
+
+def advise_held_out(config: Config, order: GlobalOrder) -> Iterator[str]:
+    """How many rows are really evaluated and sampled from."""
+    wanted = config.n_eval_examples
+    evaluated = min(order.num_rows, order.num_steps * order.batch_size)
+    if evaluated < wanted:
+        yield f"n_eval_examples={wanted}, but the test split has {evaluated} rows: taking them all"
+    elif evaluated > wanted:
+        yield (
+            f"n_eval_examples={wanted} is rounded up to {evaluated}, whole batches of "
+            f"eval_batch_size={order.batch_size}"
+        )
+    if config.sample_during_eval and config.n_eval_model_samples > order.num_rows:
+        yield (
+            f"n_eval_model_samples={config.n_eval_model_samples}, but the test split has "
+            f"{order.num_rows} rows: one sample for each"
+        )
+
+
+def advise_micro_batches(config: Config, split: Split, num_ranks: int) -> Iterator[str]:
+    """Processes and micro-batches that there are no rows for, or that others decide on."""
+    rows, asked = config.batch_size, config.gradient_accumulation_steps
+    if rows < num_ranks:
+        yield (
+            f"batch_size={rows}: {num_ranks - rows} of {num_ranks} processes have nothing to "
+            f"compute; from batch_size={num_ranks} on all have"
+        )
+    if asked == 1:
+        return
+    steps = range(min(32, split.order.num_steps))
+    counts = [len(split.plan(step, num_ranks)[1]) for step in steps]
+    if max(counts) < asked:
+        yield (
+            f"gradient_accumulation_steps={asked}, but batch_size={rows} in a world of {num_ranks} "
+            f"is enough for {max(counts)} micro-batches"
+        )
+    elif min(counts) > asked:
+        yield (
+            f"gradient_accumulation_steps={asked} has no effect: packing.max_tokens="
+            f"{config.packing.max_tokens} takes at least {min(counts)} micro-batches a step"
+        )
+
+
+def advise_precision(config: Config, share: float) -> Iterator[str]:
+    """Updates and gradients that the dtypes cannot hold.
+
+    Args:
+        config: Of the run.
+        share: See `unmoved_share`.
+    """
+    model = config.model
+    if share >= WORTH_SAYING:
+        optimizer = config.optimizer
+        taken = f", about what {optimizer} takes" if optimizer in STEPS_OF_LR else ""
+        way_out = "a larger lr moves more of them"
+        if model.policy_dtype != "float32":
+            way_out = (
+                "model.policy_dtype=float32 keeps such steps, "
+                f"model.fsdp_policy_mp={model.compute_dtype} the arithmetic"
+            )
+        yield (
+            f"{100 * share:.3g} % of the weights stand still under a step as large as "
+            f"lr={config.lr:g}{taken}: it is less than half a unit in the last place of their "
+            f"{model.policy_dtype}; {way_out}"
+        )
+    if model.compute_dtype == "float16":
+        yield (
+            "arithmetic in float16: gradients below 6e-8 become zero, as losses are not scaled; "
+            "model.fsdp_policy_mp=bfloat16 has the range of float32"
+        )
+
+
+@torch.no_grad()
+def unmoved_share(parameters: Iterable[Parameter], lr: float, world: World) -> float:
+    """Share of all weights that stay what they are when lr is added or subtracted, in [0, 1].
+
+    Args:
+        parameters: Sharded or not, in their master dtype.
+        lr: The peak learning rate.
+        world: Whoever holds the shards.
+    """
+    counts = torch.zeros(2, dtype=torch.float64, device=world.device)
+    for parameter in parameters:
+        weights: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        still = (weights + lr == weights) & (weights - lr == weights)
+        counts[0] += still.sum()
+        counts[1] += still.numel()
+    unmoved, total = world.sum(counts).tolist()
+    return unmoved / total
+
+
+def advise_task(config: Config, *, needs_weights: bool) -> Iterator[str]:
+    """Groups of options that were set and that the task does not read.
+
+    Args:
+        config: As the user gave it.
+        needs_weights: Whether the loss takes token weights.
+    """
+    if config.task == "train" and config.weights != WeightsConfig():
+        yield (
+            "the options weights.* have no effect with task=train; task=estimate_weights or a "
+            "recipe of TIS-DPO reads them"
+        )
+    if config.task != "tisdpo" and config.stages != StagesConfig():
+        yield f"the options stages.* have no effect with task={config.task}; task=tisdpo reads them"
+    if config.task == "train" and not needs_weights and config.transform != TransformConfig():
+        yield (
+            f"the options transform.* have no effect with loss={config.loss.name}, which takes no "
+            "token weights"
+        )
