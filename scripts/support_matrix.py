@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import math
+import multiprocessing
 import tempfile
 import textwrap
 import warnings
@@ -29,8 +30,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.distributed import World, init_world
-from fastpref.errors import FastprefError, first_line
+from fastpref.errors import FastprefError
 from fastpref.model.paths import resolve_model
+from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.build import Run, build_run
 from fastpref.train.export import export_model
@@ -40,6 +42,8 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
 SCORE_BOUND = 1e-4
 """Nats between our score of a token and that of plain transformers in float64."""
 LOSS_BOUND = 1e-6
+SECONDS = 300
+"""For one family: most take two."""
 WORDS = ["the", "one", "red", "cat", "sees", "old"]
 
 Sequences = list[tuple[list[int], list[int]]]
@@ -53,6 +57,7 @@ class Entry(NamedTuple):
     """Its model type."""
     outcome: str
     """trains, differs, refused, or not built."""
+    model_class: str = ""
     layout: str = ""
     """How its rows lie: packed with shared prompts, packed, padded."""
     attention: str = ""
@@ -74,7 +79,7 @@ def check_family(family: str, world: World, folder: Path) -> Entry:
         save_model(family, folder / "model")
     # the family's own code, on sizes that it may not take
     except Exception as error:
-        return Entry(family, "not built", remark=f"{type(error).__name__}: {first_line(error)}")
+        return Entry(family, "not built", remark=reason(error))
     write_rows(folder / "words")
     said: list[str] = []
     handler = _Collector(said)
@@ -84,9 +89,34 @@ def check_family(family: str, world: World, folder: Path) -> Entry:
     except FastprefError as error:
         return Entry(family, "refused", remark=str(error).replace(str(folder / "model"), family))
     except Exception as error:
-        return Entry(family, "differs", remark=f"{type(error).__name__}: {first_line(error)}")
+        return Entry(family, "differs", remark=reason(error))
     finally:
         logging.getLogger("fastpref").removeHandler(handler)
+
+
+def check_apart(family: str) -> Entry:
+    """`check_family` in a process of its own, whose crash is a line of the matrix and no more."""
+    # a child starts with everything imported
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=_check_and_send, args=(family, theirs))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(SECONDS) else Entry(family, "differs", remark="no end")
+    except EOFError:
+        child.join()
+        return Entry(family, "differs", remark=f"the process ended with {child.exitcode}")
+    finally:
+        child.kill()
+        child.join()
+
+
+def _check_and_send(family: str, connection: Any) -> None:
+    world = init_world()
+    with tempfile.TemporaryDirectory() as folder:
+        connection.send(check_family(family, world, Path(folder)))
+    dist.destroy_process_group()
 
 
 def save_model(family: str, folder: Path) -> None:
@@ -152,6 +182,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
     return Entry(
         family,
         "trains" if fits and finite else "differs",
+        type(run.policy.model).__name__.removeprefix("FSDP"),
         packed if layout.packed else "padded",
         attention.name if attention else "its own",
         score_error,
@@ -240,12 +271,13 @@ sequence trains on padded rows."""
         "",
         textwrap.fill(" ".join(made.split()), 120, break_on_hyphens=False),
         "",
-        "| family | rows | attention | scores off, nats | loss off | export off, nats | why |",
-        "|---|---|---|---|---|---|---|",
+        "| family | class | rows | attention | scores off, nats | loss off | export off, nats "
+        "| why |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {e.family} | {e.layout} | {e.attention} | {e.score_error:.0e} | {e.loss_error:.0e} | "
-        f"{e.export_error:.0e} | {_cell(e.remark)} |"
+        f"| {e.family} | {e.model_class} | {e.layout} | {e.attention} | {e.score_error:.0e} "
+        f"| {e.loss_error:.0e} | {e.export_error:.0e} | {_cell(e.remark)} |"
         for e in trained
     ]
     for outcome, title in (
@@ -284,13 +316,10 @@ def main() -> None:
     datasets.disable_progress_bars()
     logging.getLogger("fastpref").setLevel(logging.INFO)
     logging.getLogger("fastpref").propagate = False
-    world = init_world()
     entries = []
     for family in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        with tempfile.TemporaryDirectory() as folder:
-            entries.append(check_family(family, world, Path(folder)))
+        entries.append(check_apart(family))
         print(*(str(value) for value in entries[-1]), sep="  ", flush=True)
-    dist.destroy_process_group()
     if not named:
         DOCUMENT.write_text(format_document(entries), encoding="utf-8")
 

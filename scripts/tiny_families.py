@@ -114,9 +114,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": {"full_attn_idxs": [1]},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1},
     "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 3.0},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    **_every({"unpadded_vocab_size": VOCABULARY}, "inkling2_text inkling2_loop_text"),
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_hashes": 1},
+    # one hybrid layer alone has nobody to share its attention with
     "zamba": {
-        "num_hidden_layers": 3,
-        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"],
+        "num_hidden_layers": 6,
+        "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
     },

@@ -23,11 +23,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import GenerationConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
 from fastpref.complete_files import writing
 from fastpref.config import ModelConfig
 from fastpref.distributed import World
+from fastpref.errors import CheckpointError
 from fastpref.model.loaded_dtypes import LoadedDtypes, loaded_dtypes
 from fastpref.model.paths import (
     CONFIG,
@@ -88,8 +89,15 @@ def plan_export(
         chat_template: Jinja text that replaced the tokenizer's own, None if none did.
 
     Raises:
-        CheckpointError: transformers cannot save config or tokenizer, or a file cannot be read.
+        CheckpointError: transformers cannot save config or tokenizer or load what was saved, or a
+            file cannot be read.
     """
+    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # the text part of some models that see, which transformers loads with the rest alone
+        raise CheckpointError(
+            f"model: what is trained of {model.name_or_path}, {model_config.model_type}, is no "
+            f"causal language model by itself, so nothing could load {EXPORT_FOLDER}"
+        )
     layers = find_layers(resolve_model(model.name_or_path), model.revision)
     files = _read_files(layers.base, layers.revision, MODEL_FILES)
     for adapter in layers.adapters:

@@ -231,6 +231,13 @@ def test_a_tokenizer_from_elsewhere_brings_its_own_files_alone(base, tmp_path):
     assert (latest / "preprocessor_config.json").read_text() == '{"size": 3}'
 
 
+def test_a_part_of_a_model_that_nothing_could_load_is_refused_before_training(base):
+    config = AutoConfig.for_model("mllama").text_config
+    options = ModelConfig(name_or_path=str(base / "source"))
+    with pytest.raises(CheckpointError, match="mllama_text_model, is no causal language model"):
+        plan_export(options, config, load_model_tokenizer(options), None)
+
+
 def test_a_source_that_changes_meanwhile_changes_nothing(base, tmp_path):
     source = save_tiny_model(tmp_path / "source")
     (source / "generation_config.json").write_text(GENERATION)
