@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
 import train
@@ -21,11 +22,13 @@ from fastpref.distributed import World, init_world, read_ranks
 from fastpref.errors import RankError
 from fastpref.explanations import explain
 from fastpref.model.attention.choice import choose_packing
+from fastpref.model.build import build_scorer, load_causal_lm, load_frozen_scorer, try_model
 from fastpref.model.liger import choose_liger
 from fastpref.model.source import load_tokenizer
 from fastpref.tisdpo.estimate import build_sides
-from fastpref.train.build import build_scorer, load_causal_lm, load_data, load_frozen_scorer
-from fastpref.train.run_folder import create_run_dir, export_model
+from fastpref.train.data import load_data
+from fastpref.train.export import export_model, plan_export
+from fastpref.train.run_folder import create_run_dir
 
 UNWRITABLE = "/proc/no-such-folder"
 """The kernel lets nobody make a folder there."""
@@ -37,9 +40,10 @@ def save_broken_models(base: Path) -> None:
     damaged = save_tiny_model(base / "damaged") / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     save_tiny_model(base / "windows", model_type="mistral", sliding_window=16)
-    # its head is a layer, a norm and the linear one
-    bert = {"is_decoder": True, "num_key_value_heads": None, "vocab_size": 2048}
-    save_tiny_model(base / "bert", model_type="bert", **bert)
+    not_finite = save_tiny_model(base / "not finite") / "model.safetensors"
+    weights = load_file(not_finite)
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, not_finite, metadata={"format": "pt"})
     gone = save_tiny_model(base / "gone")
     (gone / "model.safetensors").unlink()
     (gone / "model.safetensors").symlink_to(base / "nothing")
@@ -79,16 +83,25 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
     def load(model: str, *, trainable: bool = True) -> Any:
         return load_causal_lm(make_config(base, model).model, world, trainable=trainable)
 
+    def pack() -> None:
+        model = load("windows")
+        path = try_model(model, packed.model, world, trainable=True).path
+        choose_packing(model, packed, world, path=path, longest=64)
+
     def export() -> None:
-        scorer = build_scorer(load("model"), whole.model, world, trainable=True)
-        export_model(scorer, load_tokenizer(str(base / "model")), Path(UNWRITABLE), world)
+        model = load("model")
+        path = try_model(model, whole.model, world, trainable=True).path
+        scorer = build_scorer(model, whole.model, world, path=path, trainable=True)
+        tokenizer = load_tokenizer(str(base / "model"))
+        plan = plan_export(whole.model, model.config, tokenizer, None) if world.is_main else None
+        export_model(scorer, plan, Path(UNWRITABLE), world)
 
     return {
         "3 rows": lambda: load_data(make_config(base, datasets=["bad"]), world),
         "4 weights": lambda: load("damaged"),
         "4 stored dtype": lambda: load("unknown", trainable=False),
-        "2 head": lambda: load_frozen_scorer(make_config(base, "bert"), world, longest=8),
-        "2 packing": lambda: choose_packing(load("windows"), packed, world, longest=64),
+        "4 model": lambda: load_frozen_scorer(make_config(base, "not finite"), world, longest=8),
+        "2 packing": pack,
         "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
         "4 identity": lambda: build_sides(make_config(base, weights=weights), world),
         "4 run folder": lambda: create_run_dir(make_config(base, run_dir=UNWRITABLE), world),
