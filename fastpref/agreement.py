@@ -101,13 +101,14 @@ class Agreement:
 
 def name_ranks(reasons: dict[int, str], world_size: int) -> str:
     """Reasons by rank in one line; one that all ranks share stands there once."""
-    if len(reasons) == world_size and len(set(reasons.values())) == 1:
-        return reasons[0]
+    shared = set(reasons.values())
+    if len(reasons) == world_size and len(shared) == 1:
+        return shared.pop()
     return "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(reasons.items()))
 
 
 def describe(error: BaseException) -> str:
     """An error in one line: its class too, where the message was not written for a user."""
-    if isinstance(error, FastprefError | OSError):
+    if isinstance(error, FastprefError | OSError | AgreedError):
         return str(error)
     return f"{type(error).__name__}: {first_line(error)}"

@@ -21,7 +21,7 @@ logger = logging.getLogger("fastpref")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Of the manifest and of the files beside it."""
+"""Of the manifest and of the files beside it; another `PIECE_BYTES` would be another format."""
 
 PIECE_BYTES = 256 * 2**20
 """Files are digested in pieces of this size, so that threads share a large one."""
@@ -147,25 +147,24 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> No
         raise CheckpointError("; ".join(problems))
 
 
-def digest_files(paths: Iterable[Path]) -> dict[str, FileEntry]:
+def digest_files(paths: Iterable[Path], piece_bytes: int = PIECE_BYTES) -> dict[str, FileEntry]:
     """Sizes and digests by file name, computed by several threads."""
     sizes = {path: path.stat().st_size for path in paths}
     pieces = [
-        (path, start) for path, size in sizes.items() for start in range(0, size, PIECE_BYTES)
+        (path, start) for path, size in sizes.items() for start in range(0, size, piece_bytes)
     ]
     digests: dict[Path, list[str]] = {path: [] for path in sizes}
     with ThreadPoolExecutor(min(DIGEST_THREADS, os.cpu_count() or 1)) as threads:
-        for (path, _), digest in zip(pieces, threads.map(_digest_piece, pieces), strict=True):
-            digests[path].append(digest)
+        computed = [threads.submit(_digest_piece, *piece, piece_bytes) for piece in pieces]
+        for (path, _), digest in zip(pieces, computed, strict=True):
+            digests[path].append(digest.result())
     return {path.name: FileEntry(size, tuple(digests[path])) for path, size in sizes.items()}
 
 
-def _digest_piece(piece: tuple[Path, int]) -> str:
-    path, start = piece
+def _digest_piece(path: Path, start: int, remaining: int) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)
-        remaining = PIECE_BYTES
         while remaining and (block := file.read(min(BLOCK_BYTES, remaining))):
             digest.update(block)
             remaining -= len(block)

@@ -79,7 +79,7 @@ def restore_state(
             process_group=agreement.group,
         )
     except (AgreedError, CheckpointException) as error:
-        reason = reasons_of(error) if isinstance(error, CheckpointException) else str(error)
+        reason = reasons_of(error, agreement.size)
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
     if optimizer is not None:
         optimizer.state.clear()
@@ -90,10 +90,12 @@ def restore_state(
         _restore_scheduler(scheduler, description["scheduler"], take_options=take_options)
 
 
-def reasons_of(error: CheckpointException) -> str:
-    """What went wrong in a save or load of torch's, rank by rank, in one line."""
+def reasons_of(error: BaseException, world_size: int) -> str:
+    """What went wrong in a save or load by all ranks, torch's part included, in one line."""
+    if not isinstance(error, CheckpointException):
+        return describe(error)
     reasons = {rank: describe(failure) for rank, (failure, _) in error.failures.items()}
-    return name_ranks(reasons, world_size=len(reasons))
+    return name_ranks(reasons, world_size)
 
 
 def _read_metadata(folder: Path) -> SavedTensors:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fastpref.agreement import AgreedError, Agreement, describe
+from fastpref.agreement import AgreedError, Agreement
 from fastpref.checkpoint_folders import LATEST, PARTIAL, folder_name, set_aside
 from fastpref.checkpoint_manifest import (
     Checkpoint,
@@ -66,7 +66,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
         )
         agreement.each(lambda: _publish(partial, manifest) if is_main else None)
     except (AgreedError, CheckpointException, RuntimeError) as error:
-        reason = reasons_of(error) if isinstance(error, CheckpointException) else describe(error)
+        reason = reasons_of(error, agreement.size)
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             if partial.exists():

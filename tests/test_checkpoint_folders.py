@@ -1,5 +1,6 @@
 """The newest whole checkpoint is found whatever happened to the others; what is kept is kept."""
 
+import hashlib
 import logging
 import os
 import random
@@ -20,7 +21,6 @@ from fastpref.checkpoint_folders import (
 )
 from fastpref.checkpoint_manifest import (
     MANIFEST,
-    PIECE_BYTES,
     Manifest,
     digest_files,
     read_manifest,
@@ -111,10 +111,12 @@ def test_every_byte_of_a_checkpoint_counts(folder):
 
 
 def test_a_large_file_is_digested_in_pieces(tmp_path):
-    path = tmp_path / "large"
-    with path.open("wb") as file:
-        file.truncate(2 * PIECE_BYTES + 1)
-    assert len(digest_files([path])["large"].digests) == 3
+    data = random.Random(0).randbytes(2_100_001)
+    (tmp_path / "large").write_bytes(data)
+    entry = digest_files([tmp_path / "large"], piece_bytes=1_050_000)["large"]
+    assert entry.num_bytes == len(data)
+    pieces = (data[:1_050_000], data[1_050_000:2_100_000], data[2_100_000:])
+    assert entry.digests == tuple(hashlib.sha256(piece).hexdigest() for piece in pieces)
 
 
 def test_sizes_alone_can_be_checked(folder):
