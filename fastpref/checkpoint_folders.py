@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastpref.checkpoint_manifest import Checkpoint, check_files, read_manifest
+from fastpref.checkpoint_manifest import MANIFEST, Checkpoint, check_files, read_manifest
 from fastpref.complete_files import sync_folder
 from fastpref.errors import CheckpointError
 
@@ -44,16 +44,18 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step that a path's name says; None if it is not named like a checkpoint."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def step_folders(folder: Path) -> list[Path]:
     """What is named like a checkpoint in `checkpoints/`, newest first; whole or not."""
     if not folder.is_dir():
         return []
-    steps = {
-        path: int(match[1])
-        for path in folder.iterdir()
-        if (match := _NAME.fullmatch(path.name)) and path.is_dir()
-    }
-    return sorted(steps, key=steps.__getitem__, reverse=True)
+    steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
+    return [path for path in sorted(steps, key=steps.__getitem__, reverse=True) if path.is_dir()]
 
 
 def open_checkpoint(folder: Path, *, digests: bool = True) -> Checkpoint:
@@ -67,8 +69,7 @@ def open_checkpoint(folder: Path, *, digests: bool = True) -> Checkpoint:
         CheckpointError: which file is missing, cut short or altered.
     """
     manifest = read_manifest(folder)
-    match = _NAME.fullmatch(folder.name)
-    if match and int(match[1]) != manifest.step:
+    if step_of(folder) not in (None, manifest.step):
         raise CheckpointError(f"its manifest is that of step {manifest.step}")
     check_files(folder, manifest, digests=digests)
     return Checkpoint(folder, manifest)
@@ -105,17 +106,19 @@ def find_named(path: Path, *, digests: bool = True) -> Checkpoint:
     """The checkpoint that a user means by a path.
 
     Args:
-        path: One checkpoint, a run folder, or its `checkpoints/`; in the latter two the newest
-            whole one counts. A checkpoint that is named itself has no substitute.
+        path: One checkpoint, a run folder, its `checkpoints/` or the `latest` in there; the newest
+            whole one counts, but a checkpoint that is named itself has no substitute.
         digests: Also read every byte; without it, sizes are compared.
 
     Raises:
         CheckpointError: there is none, or none is whole; the message says what was looked at.
     """
+    if path.name == LATEST and path.is_file():
+        path = path.parent
     if not path.is_dir():
         what = "a file" if path.exists() else "not there"
         raise CheckpointError(f"resume: {path} is {what}, expected a run folder or a checkpoint")
-    if (path / "manifest.json").exists() or path.name.startswith("step-"):
+    if (path / MANIFEST).exists() or path.name.startswith("step-"):
         try:
             return open_checkpoint(path, digests=digests)
         except CheckpointError as error:

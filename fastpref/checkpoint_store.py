@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fastpref.checkpoint_folders import (
     retain,
     set_aside,
     step_folders,
+    step_of,
 )
 from fastpref.checkpoint_manifest import Checkpoint
 from fastpref.checkpoint_snapshot import HostCopies, Snapshot, take_snapshot
@@ -73,8 +75,8 @@ class CheckpointStore:
             on; False: write before `save` returns, without the copy.
         keep: How many of the newest checkpoints stay, > 0.
         best: Which checkpoint stays besides; None: none does.
-        resumed_from: What the run starts from. It is never deleted; checkpoints of this folder
-            that are newer are of another history and set aside.
+        resumed_from: What the run starts from; it is never deleted. Checkpoints in this folder
+            that it does not go on from are of another history, and set aside.
         max_failures: How many saves in a row may fail before it is an error, > 0.
 
     Raises:
@@ -103,15 +105,12 @@ class CheckpointStore:
         self.max_failures = max_failures
         self._copies = HostCopies()
         self._writer: threading.Thread | None = None
-        self._reports: list[SaveReport] = []
+        self._reports: SimpleQueue[SaveReport] = SimpleQueue()
         self._bug: BaseException | None = None
         self._failures: list[str] = []
         # steps that need not be saved again
-        self._saved = set()
-        if (
-            resumed_from is not None
-            and resumed_from.folder.resolve().parent == self.folder.resolve()
-        ):
+        self._saved: set[int] = set()
+        if resumed_from and resumed_from.folder.resolve().parent == self.folder.resolve():
             self._saved.add(resumed_from.step)
         agreement.on_main(self._open)
 
@@ -144,7 +143,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: `max_failures` saves in a row failed, this one included if it is
-                written before this returns; or the optimizer's state cannot be saved.
+                written before this returns.
         """
         started = time.perf_counter()
         self._join()
@@ -175,7 +174,9 @@ class CheckpointStore:
         """Saves that ended since the last call, without waiting for any; ranks may see them at
         different calls."""
         self._raise_bug()
-        reports, self._reports = self._reports, []
+        reports = []
+        while not self._reports.empty():
+            reports.append(self._reports.get())
         return reports
 
     def wait(self) -> list[SaveReport]:
@@ -193,9 +194,9 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
+            newest = max(self._saved, default=-1)
             for path in step_folders(self.folder):
-                start = self.resumed_from
-                if start is None or int(path.name.removeprefix("step-")) > start.step:
+                if (step_of(path) or 0) > newest:
                     aside = set_aside(path)
                     logger.warning("%s is not what this run goes on from: now %s", path, aside.name)
         except OSError as error:
@@ -245,7 +246,7 @@ class CheckpointStore:
     ) -> None:
         self._failures = [*self._failures, error] if error else []
         now = time.perf_counter()
-        self._reports.append(
+        self._reports.put(
             SaveReport(
                 step=step,
                 folder=self.folder / folder_name(step),

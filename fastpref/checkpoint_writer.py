@@ -22,6 +22,7 @@ from fastpref.checkpoint_manifest import (
     write_manifest,
 )
 from fastpref.checkpoint_restore import reasons_of
+from fastpref.checkpoint_size import free_bytes
 from fastpref.checkpoint_snapshot import Snapshot
 from fastpref.complete_files import complete_file, sync_folder
 from fastpref.errors import CheckpointError
@@ -43,8 +44,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
         agreement: Of the ranks.
 
     Raises:
-        CheckpointError: it could not be written, on every rank; nothing is left of it, unless the
-            message says so.
+        CheckpointError: on every rank, it could not be written; nothing of it is left, or else a
+            warning says so.
     """
     partial = folder / (folder_name(snapshot.step) + PARTIAL)
     is_main = agreement.rank == 0
@@ -70,7 +71,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
         if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             if partial.exists():
-                reason += f"; {partial} could not be removed"
+                logger.warning("%s could not be removed", partial)
         raise CheckpointError(f"step {snapshot.step} was not saved: {reason}") from error
     return Checkpoint(folder / folder_name(snapshot.step), manifest)
 
@@ -91,7 +92,7 @@ def _prepare(partial: Path, num_bytes: int) -> None:
     partial.parent.mkdir(exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)
-    free = shutil.disk_usage(partial.parent).free
+    free = free_bytes(partial.parent)
     if num_bytes > free:
         raise CheckpointError(
             f"{partial.parent} has {free / 2**30:.2f} GiB free, "
@@ -126,8 +127,12 @@ def _publish(partial: Path, manifest: Manifest) -> None:
         logger.warning("%s was there already; it is now %s", final, set_aside(final).name)
     partial.rename(final)
     sync_folder(final.parent)
-    with complete_file(final.parent / LATEST) as file:
-        file.write(f"{final.name}\n")
+    try:
+        with complete_file(final.parent / LATEST) as file:
+            file.write(f"{final.name}\n")
+    except OSError as error:
+        # it only tells people what finding finds out for itself
+        logger.warning("%s does not name %s: %s", final.parent / LATEST, final.name, error)
 
 
 def random_states_file(rank: int) -> str:

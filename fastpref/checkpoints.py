@@ -95,8 +95,8 @@ def load_checkpoint(
         set_random_states(json.loads(file.read_text(encoding="utf-8")), device)
     else:
         logger.warning(
-            "saved by %d ranks, loaded by %d: generators start anew, so dropout and the like "
-            "differ from an uninterrupted run",
+            "saved by %d ranks, loaded by %d: random numbers (dropout, sampling) are not those of "
+            "an uninterrupted run",
             checkpoint.manifest.world_size,
             agreement.size,
         )

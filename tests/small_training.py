@@ -52,7 +52,7 @@ class SmallTraining:
         for module in self.policy.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+                module.set_force_sum_reduction_for_comms(world.device.type == "cpu")
         self.optimizer = build_optimizer(optimizer, self.policy.parameters(), lr=lr, options={})
         self.scheduler = build_scheduler(
             self.optimizer, schedule="cosine", warmup_steps=2, num_steps=12, min_lr_ratio=0.1
@@ -68,7 +68,8 @@ class SmallTraining:
         for step in range(start, end):
             generator = torch.Generator().manual_seed(step)
             ids = torch.randint(7, (NUM_ROWS,), generator=generator)
-            logits = self.policy(ids[self.world.rank :: self.world.size])
+            own_ids = ids[self.world.rank :: self.world.size].to(self.world.device)
+            logits = self.policy(own_ids)
             self.optimizer.zero_grad()
             (logits.square().sum() / NUM_ROWS).backward()
             self.optimizer.step()

@@ -301,3 +301,13 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_save(world, agreement
         assert [report.error for report in store.wait()] == [None, None]
     assert "an old checkpoint could not be deleted" in caplog.text
     assert find_newest(tmp_path / "checkpoints").step == 2
+
+
+def test_a_pointer_that_cannot_be_written_costs_no_save(world, agreement, tmp_path, caplog):
+    training = SmallTraining(world)
+    with store_in(tmp_path, agreement) as store, caplog.at_level(logging.WARNING):
+        (tmp_path / "checkpoints" / "latest.partial").mkdir()
+        store.save(1, *training.parts, record={})
+        assert store.wait()[0].error is None
+    assert "latest does not name step-00000001" in caplog.text
+    assert find_newest(tmp_path / "checkpoints").step == 1

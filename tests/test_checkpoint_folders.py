@@ -145,6 +145,8 @@ def test_a_path_may_name_a_run_its_checkpoints_or_one_of_them(folder):
     run_dir = folder.parent
     assert find_named(run_dir).step == 100
     assert find_named(folder).step == 100
+    (folder / "latest").write_text("step-00000010\n")
+    assert find_named(folder / "latest").step == 100
     assert find_named(folder / "step-00000005").step == 5
     copy = shutil.copytree(folder / "step-00000010", run_dir.parent / "best of all")
     assert find_named(copy).step == 10

@@ -12,12 +12,18 @@ from small_training import SmallTraining, assert_same_state
 from fastpref.agreement import Agreement
 from fastpref.checkpoint_folders import Best
 from fastpref.checkpoint_size import estimate_bytes
+from fastpref.checkpoint_snapshot import HostCopies
 from fastpref.checkpoint_store import CheckpointStore
 from fastpref.checkpoints import find_checkpoint, load_checkpoint, read_record
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
 
-pytestmark = pytest.mark.filterwarnings("error")
+# the whole file on a GPU, where copies are pinned and there is one more generator
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    *([pytest.mark.gpu] if torch.cuda.is_available() else []),
+]
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def agreement(world):
 
 def store_in(run_dir: Path, agreement: Agreement, **options) -> CheckpointStore:
     defaults = {"asynchronous": False, "keep": 3}
-    return CheckpointStore(run_dir, agreement, torch.device("cpu"), **(defaults | options))
+    return CheckpointStore(run_dir, agreement, DEVICE, **(defaults | options))
 
 
 def save_once(run_dir, agreement, training, step, **options) -> None:
@@ -47,9 +53,8 @@ def save_once(run_dir, agreement, training, step, **options) -> None:
 
 def load_newest(run_dir, agreement, training, **options) -> dict:
     checkpoint = find_checkpoint("auto", run_dir, agreement)
-    device = torch.device("cpu")
     return load_checkpoint(
-        checkpoint, *training.parts, agreement=agreement, device=device, **options
+        checkpoint, *training.parts, agreement=agreement, device=DEVICE, **options
     )
 
 
@@ -101,7 +106,7 @@ def test_a_forward_without_backward_leaves_nothing_gathered_in_the_checkpoint(
     training = SmallTraining(world)
     training.train(0, 2)
     with torch.no_grad():
-        training.policy(torch.zeros(1, dtype=torch.int64))
+        training.policy(torch.zeros(1, dtype=torch.int64, device=DEVICE))
     save_once(tmp_path, agreement, training, 2)
     resumed = SmallTraining(world)
     load_newest(tmp_path, agreement, resumed)
@@ -168,6 +173,19 @@ def test_checkpoints_of_an_abandoned_history_are_set_aside(world, agreement, tmp
     assert find_checkpoint("auto", tmp_path, agreement).step == 1
 
 
+def test_a_start_from_elsewhere_sets_everything_aside(world, agreement, tmp_path):
+    training = SmallTraining(world)
+    for name, step in (("here", 1), ("elsewhere", 2)):
+        save_once(tmp_path / name, agreement, training, step)
+    elsewhere = find_checkpoint(str(tmp_path / "elsewhere"), tmp_path / "here", agreement)
+    save_once(tmp_path / "here", agreement, training, 2, resumed_from=elsewhere)
+    assert sorted(os.listdir(tmp_path / "here" / "checkpoints")) == [
+        "latest",
+        "step-00000001.abandoned",
+        "step-00000002",
+    ]
+
+
 def test_the_best_checkpoint_is_kept_by_the_metric_of_its_weights(world, agreement, tmp_path):
     training = SmallTraining(world)
     best = Best("loss", higher_is_better=False)
@@ -230,13 +248,13 @@ def test_weights_alone_are_saved_and_loaded_without_an_optimizer(world, agreemen
     with store_in(tmp_path, agreement) as store:
         store.save(2, training.policy, None, None, record={})
     checkpoint = find_checkpoint("auto", tmp_path, agreement)
-    fresh, cpu = SmallTraining(world), torch.device("cpu")
-    load_checkpoint(checkpoint, fresh.policy, None, None, agreement=agreement, device=cpu)
+    fresh = SmallTraining(world)
+    load_checkpoint(checkpoint, fresh.policy, None, None, agreement=agreement, device=DEVICE)
     for name, weight in fresh.whole_state().items():
         if name.startswith("weights."):
             assert torch.equal(weight, expected[name])
     with pytest.raises(CheckpointError, match="holds weights alone"):
-        load_checkpoint(checkpoint, *fresh.parts, agreement=agreement, device=cpu)
+        load_checkpoint(checkpoint, *fresh.parts, agreement=agreement, device=DEVICE)
 
 
 def test_an_optimizer_that_keeps_lists_is_refused_by_name(world, agreement, tmp_path):
@@ -260,3 +278,12 @@ def test_the_size_is_known_before_the_first_step(world, agreement, tmp_path, opt
     save_once(tmp_path, agreement, training, 1)
     actual = find_checkpoint("auto", tmp_path, agreement).manifest.num_bytes
     assert actual <= estimated <= 1.1 * actual
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_of_what_is_on_a_gpu_are_pinned_and_used_again():
+    copies, tensor = HostCopies(), torch.randn(1000, device=DEVICE)
+    copy = copies.fill({"weight": tensor})["weight"]
+    assert copy.is_pinned() and torch.equal(copy, tensor.cpu())
+    assert copies.fill({"weight": 2 * tensor})["weight"] is copy
+    assert torch.equal(copy, 2 * tensor.cpu())
