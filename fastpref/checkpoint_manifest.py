@@ -6,7 +6,6 @@ digest of itself, so a file that is missing, cut short or altered is found and n
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +15,6 @@ from typing import Any
 
 from fastpref.complete_files import complete_file
 from fastpref.errors import CheckpointError, first_line
-
-logger = logging.getLogger("fastpref")
 
 MANIFEST = "manifest.json"
 FORMAT = 1
