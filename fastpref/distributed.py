@@ -5,6 +5,8 @@ import itertools
 import logging
 import os
 import pickle
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastpref.errors import DistributedError, FastprefError, first_line
+from fastpref.errors import DistributedError, FastprefError, RankError, first_line
 from fastpref.explanations import explain
 
 logger = logging.getLogger("fastpref")
@@ -138,7 +140,7 @@ def world_size() -> int:
     """How many ranks this run will have, known before any of them talks to another.
 
     Raises:
-        DistributedError: the variables of torchrun contradict each other.
+        RankError: the variables of torchrun contradict each other.
     """
     return read_ranks()[1] if launched() else 1
 
@@ -147,13 +149,13 @@ def read_ranks() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
 
     Raises:
-        DistributedError: one of them is missing, no number or out of range.
+        RankError: one of them is missing, no number or out of range.
     """
     required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in required if not os.environ.get(name)]
     if missing:
         given = ", ".join(f"{name}={os.environ[name]}" for name in required if name in os.environ)
-        raise DistributedError(
+        raise RankError(
             f"{' and '.join(missing)} must be set where {given} is; start with torchrun, which "
             "sets all of them, or unset them for one process"
         )
@@ -169,20 +171,20 @@ def _read_number(name: str, low: int, below: int | None) -> int:
     if text.isdecimal() and low <= int(text) and (below is None or int(text) < below):
         return int(text)
     rule = f"a number >= {low}" if below is None else f"in [{low}, {below})"
-    raise DistributedError(f"the environment variable {name} must be {rule}, got {text!r}")
+    raise RankError(f"the environment variable {name} must be {rule}, got {text!r}")
 
 
 def init_world() -> World:
     """Join the process group: NCCL for tensors on GPUs, gloo for tensors on the CPU.
 
     Raises:
-        DistributedError: the variables of torchrun are wrong, or the other ranks are not found.
+        RankError: the variables of torchrun are wrong, or the other ranks are not found.
     """
     rank, size, local_rank = read_ranks() if launched() else (0, 1, 0)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise DistributedError(
+            raise RankError(
                 f"LOCAL_RANK is {local_rank}, but {torch.cuda.device_count()} GPUs are visible; "
                 "start at most one process a GPU"
             )
@@ -200,16 +202,26 @@ def join_store(rank: int, size: int) -> Any:
     """The store at MASTER_ADDR:MASTER_PORT that the ranks meet in.
 
     Raises:
-        DistributedError: it cannot be opened, or not every rank came.
+        RankError: it cannot be opened, or not every rank came.
     """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     logger.info("rank %d of %d, meeting the others at %s", rank, size, place)
-    try:
-        store, _, _ = next(stores.rendezvous("env://", rank, size))
-    except (dist.DistError, RuntimeError, ValueError, OSError) as error:
-        raise DistributedError(
+    found: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def meet() -> None:
+        try:
+            store, _, _ = next(stores.rendezvous("env://", rank, size))
+            found.put((store, None))
+        except Exception as error:
+            found.put((None, error))
+
+    # in a thread: torch waits for half an hour without letting a signal's handler run
+    threading.Thread(target=meet, daemon=True).start()
+    store, error = found.get()
+    if error is not None:
+        raise RankError(
             f"rank {rank} of {size} cannot meet the others at {place}: {first_line(error)}"
-        ) from None
+        )
     return store
 
 

@@ -51,6 +51,10 @@ class DistributedError(FastprefError):
     exit_code = 7
 
 
+class RankError(DistributedError):
+    """This rank cannot join the others: it alone knows why, and says so whatever its number."""
+
+
 class PreemptionError(FastprefError):
     """SIGTERM arrived; the model was saved."""
 
@@ -74,9 +78,10 @@ def first_line(error: BaseException) -> str:
 
 
 def error_text(error: FastprefError) -> str:
-    """The one message of a run that failed, as a line; "" on every rank but the first."""
+    """The one message of a run that failed, as a line; "" where another rank says it."""
     # every rank raises the same user error: one message is enough
-    return f"fastpref: {error}\n" if os.environ.get("RANK", "0") == "0" else ""
+    is_ours = os.environ.get("RANK", "0") == "0" or isinstance(error, RankError)
+    return f"fastpref: {error}\n" if is_ours else ""
 
 
 def say_error(error: FastprefError) -> None:

@@ -53,7 +53,12 @@ def signals_end_the_process() -> Iterator[None]:
     """While entered, SIGINT and SIGTERM end the process where it stands, with their exit codes and
     a message."""
 
+    owner = os.getpid()
+
     def handle(number: int, _: FrameType | None) -> None:
+        if os.getpid() != owner:
+            # a process that a library forked off
+            die(number)
         quit_saying(stop_error(number, _outcomes[-1]))
 
     with _handlers(handle):

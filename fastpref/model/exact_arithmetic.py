@@ -36,7 +36,7 @@ def computing_in(model: Any, dtype: torch.dtype, block_name: str | None = None) 
         dtype: That of the arithmetic.
         block_name: Class of the transformer blocks, None: found from the model.
     """
-    undo = cast_in_forward(model, dtype, block_name, others_at_once=True)
+    undo = cast_in_forward(model, dtype, block_name, tables_at_once=True)
     try:
         yield
     finally:
@@ -58,16 +58,17 @@ def exact_products() -> Iterator[None]:
 
 
 def cast_in_forward(
-    model: Any, dtype: torch.dtype, block_name: str | None, *, others_at_once: bool = False
+    model: Any, dtype: torch.dtype, block_name: str | None, *, tables_at_once: bool = False
 ) -> list[Callable[[], None]]:
-    """Cast each block's parameters while it runs, and all others while their own module does.
+    """Cast each block's parameters while it runs, and all others while anything around them does:
+    some families read the dtype of a norm or a head before it runs.
 
     Args:
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
         block_name: Class of the transformer blocks, None: found from the model.
-        others_at_once: Cast what is in no block while any module around it runs: more memory, but
-            some families read an embedding's or a head's dtype before these run.
+        tables_at_once: Embeddings and head as well, at the cost of their memory; else each of
+            them while it runs itself.
 
     Returns:
         What undoes it, one function a module.
@@ -75,11 +76,16 @@ def cast_in_forward(
     blocks = find_blocks(model, block_name)
     undo = [cast_during(block, list(block.parameters()), dtype) for block in blocks]
     inside = {module for block in blocks for module in block.modules()}
-    in_blocks = {parameter for block in blocks for parameter in block.parameters()}
+    apart = {parameter for block in blocks for parameter in block.parameters()}
+    tables = [model.get_output_embeddings()]
+    tables += [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if not tables_at_once:
+        apart |= {table.weight for table in tables}
     for module in model.modules():
         if module in inside:
             continue
-        own = [p for p in module.parameters(recurse=others_at_once) if p not in in_blocks]
+        own = list(module.parameters(recurse=False)) if module in tables else []
+        own += [p for p in module.parameters() if p not in apart]
         if own:
             undo.append(cast_during(module, own, dtype))
     return undo

@@ -149,3 +149,32 @@ def test_a_damaged_checkpoint_is_left_to_the_load(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
     assert frozen_dtype(in_float32(name)) == "float32"
+
+
+def test_a_norm_whose_dtype_is_read_before_it_runs_rounds_nothing(tmp_path):
+    name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
+    models = [load_model(name, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    for model in models:
+        # as Zaya does before its final norm
+        norm = model.model.norm
+        model.model.layers[1].register_forward_hook(
+            lambda _, __, output, norm=norm: output.to(norm.weight.dtype)
+        )
+    compute_in(models[1].requires_grad_(False), torch.float32)
+    batch = pad_rows(random_rows(), pad_token_id=0)
+    with torch.no_grad():
+        expected_N, logps_N = (TokenScorer(model)(batch) for model in models)
+    assert torch.equal(logps_N, expected_N)
+
+
+def test_an_embedding_is_wide_no_longer_than_it_runs(tmp_path):
+    name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
+    model = load_model(name, dtype=torch.bfloat16).requires_grad_(False)
+    compute_in(model, torch.float32)
+    dtypes = []
+    embedding = model.model.embed_tokens
+    embedding.register_forward_pre_hook(lambda *_: dtypes.append(embedding.weight.dtype))
+    model.model.norm.register_forward_hook(lambda *_: dtypes.append(embedding.weight.dtype))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 5]]))
+    assert dtypes == [torch.float32, torch.bfloat16]

@@ -117,7 +117,8 @@ def test_a_window_that_reaches_over_every_sequence_is_none():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+# GPT-J can in newer versions of transformers only
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "gpt-j"])
 def test_every_family_that_can_pack_says_what_its_layers_ask_for(family, dtype):
     model = build_model(family, **({"sliding_window": 32} if family == "gemma2" else {})).to(dtype)
     path = measure_logit_path(model)

@@ -133,7 +133,8 @@ def test_parameters_that_a_family_keeps_in_float32_are_said_to_compute_in_16_bit
     model = load_causal_lm(config, world, trainable=True)
     with caplog.at_level(logging.INFO, "fastpref"):
         try_model(model, config, world, trainable=True)
-    assert "gate.weight in float32 beside 16 bits; here all parameters compute in" in caplog.text
+    kept = ", ".join(sorted(model._keep_in_fp32_modules_strict))
+    assert f"keeps {kept} in float32 beside 16 bits; here all parameters compute" in caplog.text
 
 
 def test_sequences_beyond_a_table_are_refused_and_beyond_the_training_warned_of(caplog):

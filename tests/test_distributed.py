@@ -1,0 +1,209 @@
+"""Ranks share rank 0's errors, and say what is wrong with the world they were started in."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
+from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+
+import train
+from fastpref.cli.command_line import main
+from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
+from fastpref.distributed import World, init_world, read_ranks
+from fastpref.errors import RankError
+from fastpref.explanations import explain
+from fastpref.model.attention.choice import choose_packing
+from fastpref.model.build import build_scorer, load_causal_lm, load_frozen_scorer, try_model
+from fastpref.model.liger import choose_liger
+from fastpref.model.source import load_tokenizer
+from fastpref.tisdpo.estimate import build_sides
+from fastpref.train.data import load_data
+from fastpref.train.export import export_model, plan_export
+from fastpref.train.run_folder import create_run_dir
+
+UNWRITABLE = "/proc/no-such-folder"
+"""The kernel lets nobody make a folder there."""
+
+
+def save_broken_models(base: Path) -> None:
+    """Models that look well until rank 0 reads them."""
+    save_tiny_model(base / "model")
+    damaged = save_tiny_model(base / "damaged") / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    save_tiny_model(base / "windows", model_type="mistral", sliding_window=16)
+    not_finite = save_tiny_model(base / "not finite") / "model.safetensors"
+    weights = load_file(not_finite)
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, not_finite, metadata={"format": "pt"})
+    gone = save_tiny_model(base / "gone")
+    (gone / "model.safetensors").unlink()
+    (gone / "model.safetensors").symlink_to(base / "nothing")
+    unknown = save_tiny_model(base / "unknown", dtype=torch.bfloat16)
+    config = json.loads((unknown / "config.json").read_text())
+    (unknown / "config.json").write_text(json.dumps(config | {"model_type": "no-such-family"}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("ranks")
+    save_broken_models(base)
+    save_dataset(base, "words")
+    write_rows(base / "bad", "train", [*text_rows(3), {"prompt": "a"}])
+    write_rows(base / "bad", "test", text_rows(3))
+    return base
+
+
+def make_config(base: Path, model: str = "model", **options: Any) -> Config:
+    values: dict[str, Any] = {
+        "model": ModelConfig(name_or_path=str(base / model), fsdp_policy_mp=None),
+        "loss": DPOConfig(),
+        "datasets": ["words"],
+        "base_data_dir": str(base),
+        "max_length": 64,
+        "max_prompt_length": 32,
+    }
+    return Config(**(values | options))
+
+
+def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
+    """What rank 0 finds out for all, in a world where it fails, with its exit code."""
+    whole = make_config(base)
+    packed = make_config(base, "windows", packing=PackingConfig(share_prompt="true"))
+    weights = WeightsConfig(positive=str(base / "gone"), negative="tiny", output_dir="out")
+
+    def load(model: str, *, trainable: bool = True) -> Any:
+        return load_causal_lm(make_config(base, model).model, world, trainable=trainable)
+
+    def pack() -> None:
+        model = load("windows")
+        path = try_model(model, packed.model, world, trainable=True).path
+        choose_packing(model, packed, world, path=path, longest=64)
+
+    def export() -> None:
+        model = load("model")
+        path = try_model(model, whole.model, world, trainable=True).path
+        scorer = build_scorer(model, whole.model, world, path=path, trainable=True)
+        tokenizer = load_tokenizer(str(base / "model"))
+        plan = plan_export(whole.model, model.config, tokenizer, None) if world.is_main else None
+        export_model(scorer, plan, Path(UNWRITABLE), world)
+
+    return {
+        "3 rows": lambda: load_data(make_config(base, datasets=["bad"]), world),
+        "4 weights": lambda: load("damaged"),
+        "4 stored dtype": lambda: load("unknown", trainable=False),
+        "4 model": lambda: load_frozen_scorer(make_config(base, "not finite"), world, longest=8),
+        "2 packing": pack,
+        "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
+        "4 identity": lambda: build_sides(make_config(base, weights=weights), world),
+        "4 run folder": lambda: create_run_dir(make_config(base, run_dir=UNWRITABLE), world),
+        "4 export": export,
+        "1 bug": lambda: world.on_main(lambda: 1 // 0),
+    }
+
+
+def fail_on_this_rank(base: Path, out: Path) -> None:
+    world = init_world()
+    found = {}
+    for name, fail in failures(base, world).items():
+        started = time.monotonic()
+        try:
+            fail()
+        except Exception as error:
+            known = explain(error)
+            code, text = (known.exit_code, str(known)) if known else (1, type(error).__name__)
+            found[name] = [code, text, time.monotonic() - started]
+    (out / str(world.rank)).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_what_fails_on_rank_0_ends_every_rank_with_the_same_error_at_once(base, tmp_path):
+    run_on_ranks(fail_on_this_rank, 2, base, tmp_path)
+    first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
+    assert len(first) == 10 and first.keys() == second.keys()
+    for name, (code, text, _) in first.items():
+        assert code == int(name[0]), f"{name}: {text}"
+        assert second[name][0] == code, f"{name}: {second[name]}"
+        if code != 1:
+            assert second[name][1] == text
+        # a rank that was left alone would wait for half an hour
+        assert second[name][2] < 10, name
+    assert "rank 0 failed: ZeroDivisionError" in second["1 bug"][1]
+
+
+def run_main(commands: list[list[str]], out: Path, spoil: Path) -> None:
+    """The program on this rank, once for each command; a file is replaced by a folder on rank 0
+    as soon as it is there."""
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=replace_by_folder, args=(spoil,), daemon=True).start()
+    codes = [main(command, train.compose_choices, train.CONFIG_DIR) for command in commands]
+    (out / os.environ["RANK"]).write_text(json.dumps(codes))
+
+
+def replace_by_folder(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)
+    path.rename(path.with_name("before"))
+    path.mkdir()
+
+
+def arguments(base: Path, model: str, run_dir: Path) -> list[str]:
+    return [
+        *("model=blank_model", f"model.name_or_path={base / model}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", f"run_dir={run_dir}", "loss=dpo"),
+        *("max_length=64", "max_prompt_length=32", "batch_size=8", "n_epochs=100000"),
+        *("sample_during_eval=false", "minimum_log_interval_secs=0"),
+    ]
+
+
+def test_processes_end_with_the_exit_code_of_rank_0_and_the_model_is_saved(base, tmp_path):
+    run_dir = tmp_path / "run"
+    metrics = run_dir / "metrics.jsonl"
+    commands = [arguments(base, model, run_dir) for model in ("damaged", "model")]
+    run_on_ranks(run_main, 2, commands, tmp_path, metrics)
+    assert [json.loads((tmp_path / rank).read_text()) for rank in "01"] == [[4, 4]] * 2
+    # the second one's numbers could not be written from some step on
+    assert (run_dir / "LATEST" / "model.safetensors").exists()
+    metrics.rmdir()
+    (run_dir / "before").rename(metrics)
+    assert read_metrics(run_dir, "eval")
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": None}, "RANK must be set where WORLD_SIZE=2, MASTER_ADDR=localhost"),
+        ({"WORLD_SIZE": None, "MASTER_PORT": ""}, "WORLD_SIZE and MASTER_PORT must be set"),
+        ({"RANK": "2"}, r"RANK must be in \[0, 2\), got '2'"),
+        ({"RANK": "first"}, "RANK must be .* got 'first'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a number >= 1, got '0'"),
+        ({"MASTER_PORT": "http"}, r"MASTER_PORT must be in \[1, 65536\), got 'http'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a number >= 0, got '-1'"),
+    ],
+)
+def test_variables_that_make_no_world_are_refused_by_name(monkeypatch, variables, message):
+    for name, value in (TORCHRUN | variables).items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match=message):
+        read_ranks()
+
+
+def test_a_rank_that_cannot_join_says_so_whatever_its_number(base, tmp_path, monkeypatch, capsys):
+    for name, value in (TORCHRUN | {"RANK": "7"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments(base, "model", tmp_path), train.compose_choices, train.CONFIG_DIR) == 7
+    assert "RANK must be in [0, 2), got '7'" in capsys.readouterr().err

@@ -1,0 +1,183 @@
+"""Signals in bursts, at any moment: a documented exit code, one message, no traceback."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpref.errors import CheckpointError, InterruptionError, PreemptionError
+from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
+from fastpref.train.sampling import StopOnSignal
+
+ROOT = Path(__file__).resolve().parents[2]
+BURSTS = 12
+
+# imports, exceptions that are swallowed, output and handlers of its own: what a run consists of
+BUSY = """
+import importlib, json, os, sys
+from fastpref.signals import *
+
+def work():
+    try:
+        importlib.reload(json)
+        sys.stderr.write("working\\n")
+        sys.stderr.flush()
+    except BaseException:
+        pass
+
+class Alone:
+    def agree_max(self, value):
+        return value
+"""
+LOADING = (
+    BUSY
+    + """
+with signals_end_the_process():
+    print("ready", flush=True)
+    while True:
+        work()
+"""
+)
+TRAINING = (
+    BUSY
+    + """
+with signals_end_the_process(), say_if_stopped("what there is lies in run"):
+    with StopRequest() as stop:
+        print("ready", flush=True)
+        while not stop.agreed(Alone()):
+            work()
+        os._exit(0)
+"""
+)
+
+
+def burst(program: str, numbers: list[int], gap: float) -> tuple[int, str]:
+    """Run a program, send it signals, and return its exit code and what it said beside working."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(gap)
+    _, stderr = process.communicate(timeout=60)
+    return process.returncode, stderr.replace("working\n", "")
+
+
+def random_bursts(seed: int) -> list[tuple[list[int], float]]:
+    rng = random.Random(seed)
+    kinds = [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]]
+    return [
+        (rng.choices(kinds[i % 3], k=rng.randint(2, 8)), rng.choice([0, 1e-4, 1e-3]))
+        for i in range(BURSTS)
+    ]
+
+
+def test_where_nothing_is_to_be_saved_the_first_signal_of_a_burst_ends_the_process():
+    said = {130: "fastpref: interrupted; nothing to save yet\n"}
+    said[75] = "fastpref: terminated; nothing to save yet\n"
+    for numbers, gap in random_bursts(seed=0):
+        code, stderr = burst(LOADING, numbers, gap)
+        assert code in {130 if number == signal.SIGINT else 75 for number in numbers}, stderr
+        assert stderr == said[code]
+
+
+def test_in_training_the_first_is_remembered_and_the_second_acts_at_once():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        code, stderr = burst(TRAINING, [number], 0)
+        name = signal.Signals(number).name
+        assert (code, stderr) == (0, f"{name}: stopping here; once more ends the process at once\n")
+    for numbers, gap in random_bursts(seed=1):
+        # 0: the loop was faster than the second signal
+        code, stderr = burst(TRAINING, numbers, gap)
+        assert code in (0, 130, -signal.SIGTERM)
+        assert code != 130 or "interrupted; asked for twice, so at once; what there is" in stderr
+        assert "Traceback" not in stderr and "Error" not in stderr
+
+
+class World:
+    """One process, or one of two whose other rank is asked to stop as well."""
+
+    def __init__(self, other: int = 0, arriving: int = 0) -> None:
+        self.other, self.arriving = other, arriving
+
+    def agree_max(self, value: int) -> int:
+        if self.arriving:
+            number, self.arriving = self.arriving, 0
+            signal.raise_signal(number)
+        return max(value, self.other)
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost():
+    with StopRequest() as stop:
+        world = World(arriving=signal.SIGTERM)
+        assert not stop.agreed(world)
+        assert stop.requested and stop.agreed(world)
+        with pytest.raises(PreemptionError, match="terminated; saved"):
+            stop.raise_saying("saved")
+
+
+def test_a_ranks_own_signal_after_another_ranks_is_its_first():
+    with StopRequest() as stop:
+        assert stop.agreed(World(other=signal.SIGTERM))
+        # a second one would end this process
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(World(other=signal.SIGTERM))
+
+
+def test_what_cannot_be_written_asks_to_stop_before_any_signal():
+    with StopRequest() as stop:
+        with stop.if_unwritable():
+            raise CheckpointError("metrics.jsonl: cannot be written")
+        signal.raise_signal(signal.SIGINT)
+        assert stop.agreed(World())
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written; saved"):
+            stop.raise_saying("saved")
+    with StopRequest() as stop, pytest.raises(CheckpointError, match="rank 0 cannot write"):
+        assert stop.agreed(World(other=255))
+        stop.raise_saying("saved")
+
+
+def test_handlers_are_put_back_even_those_that_python_does_not_know():
+    seen = []
+    before = [signal.signal(number, lambda n, _: seen.append(n)) for number in (2, 15)]
+    try:
+        with signals_end_the_process(), say_if_stopped("nothing"), StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(InterruptionError):
+            stop.raise_if_requested(Path("run"), World())
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in zip((2, 15), before, strict=True):
+            signal.signal(number, handler)
+    assert seen == [2, 15]
+
+
+def test_a_process_that_was_forked_off_dies_by_the_signal_itself():
+    with signals_end_the_process():
+        child = os.fork()
+        if child == 0:
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
+def test_sampling_ends_with_the_token_at_which_a_signal_comes():
+    ids = torch.zeros(3, 5, dtype=torch.int64)
+    with StopRequest() as stop:
+        criterion = StopOnSignal(stop)
+        assert not criterion(ids, None).any()
+        signal.raise_signal(signal.SIGINT)
+        assert criterion(ids, None).tolist() == [True] * 3
