@@ -1,16 +1,15 @@
 """Attention over packed segments against attention over each sequence alone, in float64."""
 
 import random
-from functools import partial
 
 import pytest
 import torch
+from naive_attention import VARLEN
 from tiny_models import build_model
 from torch import Tensor
 
 from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.batches.packed import pack_rows
-from fastpref.model.attention.backends import PackedAttention, attend_varlen
 from fastpref.model.attention.groups import (
     LONG_KEYS,
     MAX_PADDING,
@@ -26,26 +25,6 @@ ROWS = [
     EncodedRow([1], [1, 2, 3], [5]),
     EncodedRow(range(40), [1], range(17)),
 ]
-
-
-def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_at_end=True):
-    """What variable-length kernels compute, one segment after another."""
-    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
-    outputs = []
-    for i in range(len(cu_q) - 1):
-        queries = q[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
-        keys, values = (x[cu_k[i] : cu_k[i + 1]].transpose(0, 1) for x in (k, v))
-        R, K = queries.shape[1], keys.shape[1]
-        mask = torch.ones(R, K, dtype=torch.bool).tril(K - R if aligned_at_end else 0)
-        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
-        scores = queries @ keys.mT * scale
-        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-        probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        outputs.append((probabilities @ values).transpose(0, 1))
-    return torch.cat(outputs)
-
-
-VARLEN = PackedAttention(name="naive varlen", attend=partial(attend_varlen, naive_varlen))
 
 
 def random_inputs(batch: PackedBatch, dtype=torch.float64) -> list[Tensor]:

@@ -2,16 +2,16 @@
 
 import logging
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
-from test_attention import VARLEN, naive_varlen
+from naive_attention import VARLEN, naive_varlen
 from tiny_models import build_family, build_model, random_rows
 
 from fastpref.batch import pad_rows
 from fastpref.batches.packed import pack_rows
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig
+from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
 from fastpref.model.attention.choice import attention_problem, choose_attention, choose_packing
@@ -20,7 +20,7 @@ from fastpref.model.logit_path import measure_logit_path
 from fastpref.model.scorer import TokenScorer
 
 CPU = torch.device("cpu")
-WORLD = SimpleNamespace(device=CPU, is_main=True, size=1, share_from_main=lambda value: value)
+WORLD = World(rank=0, size=1, device=CPU, mesh=None, store=None)
 PLAIN = AttentionCall(4, 2, 8, 8, 8**-0.5, None)
 
 
@@ -57,7 +57,7 @@ def test_auto_takes_sdpa_on_a_cpu_and_what_cannot_run_is_refused():
         assert choose_attention("auto", CPU, dtype, {PLAIN}).name == "sdpa"
     # keys wider than values, as multi-head latent attention has them
     latent = PLAIN._replace(value_width=6)
-    assert choose_attention("auto", CPU, torch.float32, {PLAIN, latent}).name == "eager"
+    assert choose_attention("auto", CPU, torch.float32, {PLAIN, latent}).name == "sdpa"
     with pytest.raises(ConfigError, match=r"model\.attention=varlen does not compute.*set model\."):
         choose_attention("varlen", CPU, torch.bfloat16, {PLAIN})
 

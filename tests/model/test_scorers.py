@@ -122,7 +122,7 @@ def test_an_encoder_decoder_model_is_refused(tmp_path, world):
     model.config.is_encoder_decoder = True
     model.config.save_pretrained(tmp_path)
     config = ModelConfig(name_or_path=str(tmp_path))
-    with pytest.raises(ConfigError, match="is an encoder-decoder model"):
+    with pytest.raises(CheckpointError, match="is an encoder-decoder model"):
         load_causal_lm(config, world, trainable=True)
 
 

@@ -1,0 +1,27 @@
+"""Variable-length attention in plain torch, as its kernels are called."""
+
+from functools import partial
+
+import torch
+
+from fastpref.model.attention.backends import PackedAttention, attend_varlen
+
+
+def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_at_end=True):
+    """What variable-length kernels compute, one segment after another."""
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    outputs = []
+    for i in range(len(cu_q) - 1):
+        queries = q[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
+        keys, values = (x[cu_k[i] : cu_k[i + 1]].transpose(0, 1) for x in (k, v))
+        R, K = queries.shape[1], keys.shape[1]
+        mask = torch.ones(R, K, dtype=torch.bool).tril(K - R if aligned_at_end else 0)
+        keys, values = (x.repeat_interleave(q.shape[1] // k.shape[1], 0) for x in (keys, values))
+        scores = queries @ keys.mT * scale
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        probabilities = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        outputs.append((probabilities @ values).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+VARLEN = PackedAttention(name="naive varlen", attend=partial(attend_varlen, naive_varlen))
