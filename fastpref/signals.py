@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from fastpref.errors import (
     CheckpointError,
@@ -37,6 +37,9 @@ SHOW_CURSOR = b"\x1b[?25h"
 
 _outcomes = ["nothing to save yet"]
 """What a signal that ends the process says of the run; the last one counts."""
+
+_ending: list[FastprefError] = []
+"""Why the process is about to end; appended to in one instruction."""
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -75,8 +78,15 @@ def say_if_stopped(outcome: str) -> Iterator[None]:
         _outcomes.pop()
 
 
-def quit_saying(error: FastprefError) -> NoReturn:
-    """End the process at once, from a signal's handler: nothing is buffered, nothing can raise."""
+def quit_saying(error: FastprefError) -> None:
+    """End the process at once, from a signal's handler: nothing is buffered, nothing can raise.
+
+    Another signal's handler may run inside this one's: the first one goes on, and its exit code and
+    its message belong together.
+    """
+    _ending.append(error)
+    if _ending[0] is not error:
+        return
     if os.isatty(2):
         os.write(2, SHOW_CURSOR)
     text = error_text(error)

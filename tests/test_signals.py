@@ -15,8 +15,8 @@ from fastpref.errors import CheckpointError, InterruptionError, PreemptionError
 from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
 from fastpref.train.sampling import StopOnSignal
 
-ROOT = Path(__file__).resolve().parents[2]
-BURSTS = 12
+ROOT = Path(__file__).resolve().parents[1]
+BURSTS = 6
 
 # imports, exceptions that are swallowed, output and handlers of its own: what a run consists of
 BUSY = """
