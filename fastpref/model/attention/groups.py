@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastpref.batch import SegmentLayout
 
 LONG_KEYS = 128
 """From this many keys on a segment is computed alone on a CPU: it keeps the kernel busy by itself.
 A GPU is never busy with one."""
-MAX_SCORES = 2**24
-"""Scores of a group on a GPU, at most: its mask takes 4 bytes for each."""
+MAX_SCORES = 2**22
+"""Scores of a group and head on a GPU, at most: they are in memory, 16 MiB of float32 a head. A
+segment alone may have more."""
 MAX_PADDING = 1.5
 """Scores computed for a group, padding included, over those of its segments, at most."""
 
@@ -131,9 +133,9 @@ def takes_flash_on_cpu(query: Tensor, value: Tensor) -> bool:
 class GroupedAttention(torch.autograd.Function):
     """Torch's attention, group by group, as one node of the graph.
 
-    The backward adds to a key's gradient in a fixed order. On a CPU it is that of the kernel behind
-    torch's attention; elsewhere a group's attention is computed anew and differentiated, as those
-    kernels change from version to version.
+    The backward adds up in a fixed order. On a CPU it is that of the kernel behind torch's
+    attention; elsewhere a group's attention is computed anew in its plain form and differentiated,
+    with one group's scores in memory at a time.
     """
 
     @staticmethod
@@ -210,7 +212,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    output = F.scaled_dot_product_attention(query, key, value, scale=scale, **group.causality)
+    # the others of a GPU add to a query's gradient in any order, or build a plan for every shape
+    with sdpa_kernel(SDPBackend.MATH):
+        output = F.scaled_dot_product_attention(query, key, value, scale=scale, **group.causality)
     return output, None
 
 
