@@ -79,6 +79,27 @@ def gradients(
     return value.detach(), torch.autograd.grad(value, leaves, grad.to(value))
 
 
+def values_and_gradients(
+    op: Callable[..., Tensor], policy: Any, reference: Any, target: Tensor, **options: Any
+) -> list[Tensor]:
+    """TDPO1's values, and gradients of the leaves that want one; upstream's differ per token."""
+    input, weight, bias = policy
+    values_N = op(
+        input,
+        weight,
+        target,
+        reference[0],
+        reference[1],
+        linear_bias=bias,
+        reference_linear_bias=reference[2],
+        **options,
+    )
+    grad_N = torch.randn(len(target), generator=torch.Generator().manual_seed(1))
+    leaves = [leaf for leaf in policy if leaf is not None and leaf.requires_grad]
+    grads = torch.autograd.grad(values_N, leaves, grad_N.to(values_N))
+    return [values_N.detach(), *grads]
+
+
 @contextmanager
 def workspace(mib: float) -> Iterator[None]:
     before = get_workspace_mib()

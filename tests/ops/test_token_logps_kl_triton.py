@@ -164,14 +164,19 @@ def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
 @both_routes
 @both_modes
 @both_directions
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_identical_models_differ_by_exactly_nothing(route, mode, direction, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "transform"),
+    [(torch.float32, "softcap"), (torch.bfloat16, "plain"), (torch.bfloat16, "softcap")],
+)
+def test_identical_models_differ_by_exactly_nothing(
+    route, mode, direction, dtype, transform, monkeypatch
+):
     force(mode, monkeypatch)
     policy, _, target_N = models(route, dtype=dtype)
     reference = [leaf.detach().clone() for leaf in policy]
     scores, gradients = run(
         token_logps_and_kl, policy, reference, target_N,
-        upstream(len(target_N), logps=0.0), direction=direction,
+        upstream(len(target_N), logps=0.0), direction=direction, **TRANSFORMS[transform],
     )  # fmt: skip
     assert torch.equal(scores.logps, scores.reference_logps)
     assert not scores.kl.any() and not any(gradient.any() for gradient in gradients)
@@ -220,6 +225,26 @@ def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, mon
         assert_exact(
             policy, reference, target_N, upstream(len(target_N)), bounds=(1e-5, 1e-5, 3e-6)
         )
+
+
+@both_routes
+@both_directions
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
+    policy, reference, target_N = models(route, dtype=torch.bfloat16, near=0.02)
+    options = TRANSFORMS[transform]
+    transform = options.get("logit_scale", 1.0), options.get("logit_softcap")
+    heads = tuple(
+        Head(input.detach()[:60], weight.detach(), bias.detach(), *transform)
+        for input, weight, bias in (policy, reference)
+    )
+    targets = token_logps_kl_triton.Targets.of(target_N[:60], -100)
+    scores, *others = (
+        token_logps_kl_triton.token_logps_kl_fwd(heads, targets, direction, mode)[:5]
+        for mode in ("scores", "store", "lean")
+    )
+    for stats in others:
+        assert all(map(torch.equal, stats, scores))
 
 
 @both_routes

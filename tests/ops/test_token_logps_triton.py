@@ -176,6 +176,37 @@ def test_a_row_alone_is_the_same_row_among_4096(route, monkeypatch):
 
 
 @pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+@pytest.mark.parametrize("transform", ["plain", "softcap"])
+def test_a_row_has_the_same_bits_in_every_mode(route, transform, monkeypatch):
+    """A policy with gradients and its reference without begin at a log-ratio of exactly zero."""
+    (input, weight, bias), _, target_N, _ = case(*SHAPES[route], dtype=torch.bfloat16)
+    head = token_logps_triton.Head(
+        input.detach(),
+        weight.detach(),
+        bias.detach(),
+        TRANSFORMS[transform].get("logit_scale", 1.0),
+        TRANSFORMS[transform].get("logit_softcap"),
+    )
+    targets = token_logps_triton.Targets.of(target_N, -100)
+    scores_N = token_logps_triton.token_logps_fwd(head, targets, "scores").logps
+    for mode in MODES:
+        stats = token_logps_triton.token_logps_fwd(head, targets, mode)
+        assert torch.equal(stats.logps, scores_N), mode
+
+
+@pytest.mark.parametrize("mib", [0.1, 2, 64, 300, 1024, 16_384])
+def test_exponentials_are_made_of_the_products_of_every_other_mode(mib):
+    # a product of the library in another width may have other bits
+    input, weight, _ = random_head(8, 16, 2304)
+    head = token_logps_triton.Head(input, weight, None, 1.0, None)
+    targets = token_logps_triton.Targets.of(random_target(8, 16), -100)
+    operands = launch.Operands.of(head, targets)._replace(tile=None)
+    with workspace(mib):
+        _, cols = token_logps_triton._frozen_tile(operands)
+        assert cols % launch.product_tile()[1] == 0
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_have_the_same_bits(route, mode, monkeypatch):
     force(mode, monkeypatch)
