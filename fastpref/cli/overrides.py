@@ -146,8 +146,9 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         argument = rest.pop(0)
         key, equals, text = argument.lstrip("+").partition("=")
         if not _is_text(argument):
+            shown = argument.encode("utf-8", "backslashreplace").decode()
             problems.append(
-                f"{argument}: has bytes that are no {sys.getfilesystemencoding()}; write it in "
+                f"{shown}: has bytes that are no {sys.getfilesystemencoding()}; write it in "
                 "that encoding, or set PYTHONUTF8=1 for one that has all characters"
             )
         elif argument.startswith("-"):

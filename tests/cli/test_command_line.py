@@ -163,6 +163,18 @@ def test_wrong_options_exit_2_with_one_message(arguments, capsys):
     assert output.err.startswith("fastpref: ") and output.err.count("fastpref:") == 1
 
 
+def test_bytes_that_the_encoding_does_not_have_are_refused(capsys):
+    assert main(["exp_name=gr\udcf6sse"], train.compose_choices, train.CONFIG_DIR) == 2
+    assert "has bytes that are no utf-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", ["0", "-1", "wide", "²", "9" * 5000])
+def test_a_width_that_is_none_counts_for_unset(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", width)
+    assert main(["--cfg"], train.compose_choices, train.CONFIG_DIR) == 0
+    assert "COLUMNS" not in os.environ
+
+
 def test_only_the_first_rank_prints(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert main(["loss=tdpoo"], train.compose_choices, train.CONFIG_DIR) == 2

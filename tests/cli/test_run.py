@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, 
 
 from fastpref.cli.run import launch_on_every_gpu
 from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,6 +134,77 @@ def test_a_signal_saves_the_model_and_says_so_in_the_exit_code(base, tmp_path, n
     assert str(run_dir / "LATEST") in stderr and "Traceback" not in stderr
     assert (run_dir / "LATEST" / "model.safetensors").exists()
     assert (run_dir / "curves.png").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_a_model_to_save_ends_the_process_at_once(base, tmp_path, number):
+    run_dir = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*job(base, run_dir=run_dir)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment(),
+    )
+    assert process.stderr is not None
+    # torch is imported, models are not loaded yet
+    assert "DPO of" in process.stderr.readline()
+    for _ in range(5):
+        process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    code, word = (130, "interrupted") if number == signal.SIGINT else (75, "terminated")
+    assert process.returncode == code, stderr
+    assert stderr.endswith(f"fastpref: {word}; nothing to save yet\n") and "Traceback" not in stderr
+    assert not run_dir.exists()
+
+
+def test_a_finished_run_does_not_fail_for_a_reader_that_left_or_a_poor_terminal(base, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "0"}
+    result = subprocess.run(
+        command(*job(base, run_dir=tmp_path / "run", n_epochs=1)),
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        env=environment() | poor,
+        timeout=120,
+    )
+    os.close(writing)
+    assert result.returncode == 0, result.stderr
+    assert b"Traceback" not in result.stderr
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_streams_that_are_closed_take_nothing_from_the_files_of_a_run(base, tmp_path):
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    options = job(base, run_dir=tmp_path / "run", n_epochs=1)
+    result = subprocess.run([*closed, *command(*options)], env=environment(), timeout=120)
+    assert result.returncode == 0
+    assert len(read_metrics(tmp_path / "run", "train")) == 3
+
+
+def test_a_current_folder_that_is_gone_is_refused(base, tmp_path):
+    gone = ["sh", "-c", 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"', str(tmp_path / "gone")]
+    result = subprocess.run(
+        [*gone, *command(*job(base))],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=60,
+    )
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("fastpref: the current folder cannot be used: No such file")
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(base):
+    model = ModelConfig(name_or_path=str(base / "model"))
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config = Config(model=model, loss=DPOConfig(), fsdp_port=port)
+        with pytest.raises(ConfigError, match=f"fsdp_port={port} cannot be had: Address already"):
+            launch_on_every_gpu(config, 2)
 
 
 def test_under_torchrun_two_ranks_print_one_table_and_one_run(base, tmp_path):

@@ -222,6 +222,19 @@ def test_other_options_or_another_run_are_refused_in_a_run_folder(base, tmp_path
     assert "not empty" in capsys.readouterr().err
 
 
+def test_where_nothing_was_computed_yet_other_options_are_taken(base, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    arguments = job(base, "tisdpo_p", run_dir=run_dir, n_examples=4)
+    # the folder is there, and the first stage fails before its first row
+    assert run([*arguments, "loss.beta=0.3", f"model.name_or_path={base / 'no-model'}"]) == 4
+    assert [path.name for path in run_dir.iterdir()] == ["config.yaml"]
+    assert run(arguments) == 0
+    assert "beta: 0.1" in (run_dir / "config.yaml").read_text()
+    capsys.readouterr()
+    assert run([*arguments, "loss.beta=0.3"]) == 2
+    assert "loss.beta was 0.1, is 0.3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -117,6 +117,26 @@ def test_accumulation_in_any_split_gives_the_same_run(base, tmp_path):
     assert_same_run(runs[8], runs[1])
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_batch_need_not_be_a_multiple_of_its_micro_batches(base, tmp_path, packed):
+    # 24 rows: batches of 5 and a last one of 4, in 3 micro-batches or in more than there are rows
+    runs = []
+    for steps in (1, 3, 8):
+        config = make_config(
+            base,
+            tmp_path / str(steps),
+            loss=TDPOConfig(),
+            batch_size=5,
+            n_epochs=1,
+            gradient_accumulation_steps=steps,
+            packing=PackingConfig(enabled=packed),
+        )
+        config.data.drop_last = False
+        runs.append(run(config))
+    assert_same_run(runs[1], runs[0])
+    assert_same_run(runs[2], runs[0])
+
+
 PACKINGS = {
     "shared": PackingConfig(),
     "unshared": PackingConfig(share_prompt="false"),
@@ -180,23 +200,35 @@ def test_compiled_blocks_give_the_same_step(base, tmp_path, loss, recompute):
         assert records[1][key] == pytest.approx(records[0][key], rel=1e-5), key
 
 
+def run_each(configs: list[Config]) -> None:
+    """On each rank: one run after the other, in the same world."""
+    world = init_world()
+    for config in configs:
+        train(config, world)
+    dist.destroy_process_group()
+
+
 def test_two_ranks_give_the_single_process_run(base, tmp_path):
     cases = {
         "tied tdpo2": {"model": "tied", "loss": TDPOConfig(), "sample_during_eval": True},
         "untied tisdpo": {"model": "untied", "loss": TISDPOConfig(token_level=True)},
-        # 24 rows and batches of 10: ranks get 3 and 2 of a micro-batch, and at the end 2 and 0
-        "tied sft uneven": {
-            "model": "tied",
-            "loss": SFTConfig(),
-            "batch_size": 20,
-            "gradient_accumulation_steps": 4,
-        },
+        # 24 rows and batches of 20: ranks get 3 and 2 of a micro-batch, at the end 1 and 1
+        "sft uneven": {"loss": SFTConfig(), "batch_size": 20, "gradient_accumulation_steps": 4},
+        # 5 rows, 3 micro-batches: the last one, and those of the last batch, leave ranks without
+        "tdpo2 odd": {"loss": TDPOConfig(), "batch_size": 5, "gradient_accumulation_steps": 3},
+        # one rank never has a row
+        "tdpo2 single": {"loss": TDPOConfig(), "batch_size": 1, "n_examples": 4, "n_epochs": 1},
+        "dpo single padded": {"batch_size": 1, "n_examples": 4, "n_epochs": 1},
     }
+    configs = {}
     for name, options in cases.items():
-        config = make_config(base, tmp_path / name, **options)
-        config.data.drop_last = not name.endswith("uneven")
+        config = make_config(base, tmp_path / name, **{"model": "tied", **options})
+        config.data.drop_last = config.batch_size == 8
+        config.packing.enabled = not name.endswith("padded")
         run(config)
-        run_on_ranks(run, 2, dataclasses.replace(config, run_dir=str(tmp_path / f"{name} x2")))
+        configs[name] = dataclasses.replace(config, run_dir=str(tmp_path / f"{name} x2"))
+    run_on_ranks(run_each, 2, list(configs.values()))
+    for name in cases:
         assert_same_run(tmp_path / f"{name} x2", tmp_path / name)
     # ranks sample together, from the same seed as one process
     samples = [(tmp_path / f"tied tdpo2{x2}" / "samples.jsonl").read_text() for x2 in ("", " x2")]
@@ -274,6 +306,8 @@ def test_tdpo1_without_the_policys_softmax_is_the_same_run(base, tmp_path, model
                 tmp_path / str(every),
                 model,
                 loss=TDPOConfig(if_tdpo2=False, kl_metrics_every=every),
+                # the closing table is then made of lines of which some have no KL
+                n_eval_examples=0,
             )
         )
         for every in (1, 4)

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_on_ranks
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
 
+from fastpref.distributed import World, init_world
 from fastpref.errors import ConfigError
 from fastpref.train.optim import build_optimizer, build_scheduler, check_optimizer
 
@@ -71,6 +81,62 @@ def test_options_reach_the_optimizer_and_null_is_torchs_default():
 def test_what_torch_cannot_do_is_refused_by_name(name, options, message):
     with pytest.raises(ConfigError, match=message):
         build_optimizer(name, [torch.nn.Parameter(torch.ones(1))], lr=0.1, options=options)
+
+
+def build_sharded(world: World) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 5, bias=False))
+    fully_shard(model, mesh=world.mesh)
+    return model
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        optimizer.zero_grad()
+        model(torch.randn(7, 5, generator=generator)).square().sum().backward()
+        optimizer.step()
+
+
+def go_on_from_saved_state(names: list[str]) -> None:
+    """On each rank: a sharded optimizer is saved, loaded and goes on as torch's own on one."""
+    world = init_world()
+    options = StateDictOptions(full_state_dict=True)
+    for name in names:
+        torch.manual_seed(0)
+        whole = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 5, bias=False))
+        own = getattr(torch.optim, name)(whole.parameters(), lr=0.05)
+        take_steps(whole, own, range(8))
+
+        first, second = build_sharded(world), build_sharded(world)
+        optimizers = [
+            build_optimizer(name, model.parameters(), lr=0.05, options={})
+            for model in (first, second)
+        ]
+        # each rank sees all gradients, which are summed
+        for model in (first, second):
+            model.set_gradient_divide_factor(float(world.size))
+            model.set_force_sum_reduction_for_comms(True)
+        take_steps(first, optimizers[0], range(4))
+        held = [p for group in optimizers[0].param_groups for p in group["params"]]
+        assert all(a is b for a, b in zip(held, first.parameters(), strict=True))
+        weights, state = get_state_dict(first, optimizers[0], options=options)
+        set_state_dict(
+            second,
+            optimizers[1],
+            model_state_dict=weights,
+            optim_state_dict=state,
+            options=options,
+        )
+        take_steps(second, optimizers[1], range(4, 8))
+        for ours, theirs in zip(second.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, rtol=1e-6, atol=1e-7)
+    dist.destroy_process_group()
+
+
+def test_optimizers_of_local_shards_have_the_models_parameters_and_a_state_to_save():
+    go_on_from_saved_state(["Adafactor", "Rprop"])
+    run_on_ranks(go_on_from_saved_state, 2, ["Rprop"])
 
 
 def test_an_optimizer_of_whole_matrices_is_refused_on_several_ranks():

@@ -1,51 +1,92 @@
-"""The closing table and the curves, of whatever lines a run has left."""
+"""The closing table and the curves take what a run may leave: every metric in every line or not."""
 
+import logging
 import math
+import sys
 
 import pytest
+from rich.table import Table
 
-from fastpref.train.report import by_metric, plot_curves, show_results, summarize
-
-STEP = {"split": "train", "tokens_per_second": 100.0, "peak_memory_gib": 1.0}
-
-
-def step(number, **metrics):
-    return STEP | {"step": number, "examples": 8 * number} | metrics
+from fastpref.train.report import MIN_WIDTH, by_metric, plot_curves, render, show_results, summarize
 
 
-# TDPO1: what the loss does not need stands in every tenth line
-SPARSE = [
-    step(1, **{"loss/train": 0.7, "kl_train/chosen": 0.0}),
-    step(2, **{"loss/train": 0.6}),
-    step(3, **{"loss/train": 0.5}),
-]
+def line(split: str, step: int, **metrics: object) -> dict[str, object]:
+    names = {"loss": f"loss/{split}", "kl": f"kl_{split}/chosen"}
+    record = {"step": step, "examples": 8 * step, "split": split, "lr": 1e-6}
+    record |= {"tokens_per_second": 1000.0, "peak_memory_gib": 0.5}
+    return record | {names[name]: value for name, value in metrics.items()}
 
 
-def test_a_metric_of_some_lines_has_its_first_and_its_last_value(tmp_path):
-    assert by_metric(SPARSE, "train") == {"loss/train": [0.7, 0.6, 0.5], "kl_train/chosen": [0.0]}
-    text = summarize(SPARSE, tmp_path, 1.0)
-    assert "0.7000" in text and "0.5000" in text and "kl_train/chosen" in text
+# as TDPO1 writes them: the KL stands in the first line and in every tenth one
+SPARSE = [line("train", 1, loss=0.7, kl=0.0), line("train", 2, loss=0.6)]
+SPARSE += [line("train", 11, loss=0.5, kl=2.0), line("train", 12, loss=0.4)]
+
+
+def row(table: str, name: str) -> list[str]:
+    """Cells of a table's row."""
+    (found,) = [line for line in table.splitlines() if name in line]
+    return [cell.strip() for cell in found.strip("│|").replace("|", "│").split("│")]
+
+
+def test_a_metric_goes_from_the_first_to_the_last_line_that_has_it(tmp_path):
+    table = summarize(SPARSE, tmp_path, 1.0)
+    assert row(table, "loss/train") == ["loss/train", "0.7000", "0.4000"]
+    assert row(table, "kl_train/chosen") == ["kl_train/chosen", "0.0000", "2.0000"]
+    # held-out lines, where there are any, are what is shown; one of them has no before
+    table = summarize([*SPARSE, line("eval", 12, loss=0.3)], tmp_path, 1.0)
+    assert row(table, "loss/eval") == ["loss/eval", "", "0.3000"]
+    assert "loss/train" not in table and row(table, "optimizer steps")[-1] == "12"
 
 
 @pytest.mark.parametrize(
-    "records",
+    ("records", "shown"),
     [
-        [],
-        SPARSE,
-        [{"split": "eval", "step": 0, "examples": 0, "loss/eval": math.nan}],
-        [step(1, **{"loss/train": None}), step(2, **{"loss/train": 0.5})],
+        ([], "wall time"),
+        ([line("eval", 0, loss=0.7)], "loss/eval"),
+        ([line("train", 1, loss=math.nan), line("train", 2, loss=None)], "nan"),
+        ([line("train", 1, loss=math.inf), line("train", 2, loss=0.1)], "inf"),
     ],
-    ids=["no step", "sparse", "not finite", "null"],
 )
-def test_no_run_ends_at_its_closing_table(tmp_path, capsys, caplog, records):
-    show_results(records, tmp_path, 1.0)
-    assert "wall time" in capsys.readouterr().out
-    assert not caplog.messages
+def test_a_run_that_was_stopped_early_or_diverged_has_a_table_and_curves(tmp_path, records, shown):
+    assert shown in summarize(records, tmp_path, 1.0)
+    plot_curves(records, tmp_path / "curves.png")
+    # a picture of nothing is none
+    is_drawn = any(isinstance(r.get(f"loss/{r['split']}"), float) for r in records)
+    is_finite = is_drawn and not math.isnan(by_metric(records, records[0]["split"]).popitem()[1][0])
+    assert (tmp_path / "curves.png").exists() == is_finite
 
 
-def test_curves_that_cannot_be_drawn_are_a_warning(tmp_path, capsys, caplog):
+def test_the_table_names_the_files_that_are_there(tmp_path):
+    (tmp_path / "LATEST").mkdir()
+    table = summarize(SPARSE, tmp_path, 1.0)
+    assert str(tmp_path / "LATEST") in table and "curves.png" not in table
+
+
+def test_neither_a_plot_nor_a_table_that_fails_ends_a_run(tmp_path, monkeypatch, caplog):
     (tmp_path / "curves.png").mkdir()
-    show_results(SPARSE, tmp_path, 1.0)
-    assert "no curves.png" in caplog.text and "wall time" in capsys.readouterr().out
-    with pytest.raises(OSError):
-        plot_curves(SPARSE, tmp_path / "curves.png")
+    caplog.set_level(logging.WARNING)
+    with open("/dev/full", "w", encoding="ascii") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        show_results(SPARSE, tmp_path, 1.0)
+        monkeypatch.undo()
+        # what is still buffered cannot be written on closing either
+        with pytest.raises(OSError, match="No space left"):
+            full.close()
+    no_curves, no_table = caplog.messages
+    assert no_curves.startswith("no curves.png: IsADirectoryError")
+    assert no_table == "the closing table could not be printed: No space left on device"
+
+
+@pytest.mark.parametrize("columns", ["1", "10", "200"])
+def test_no_terminal_is_too_narrow_and_no_encoding_too_poor_for_the_table(
+    tmp_path, monkeypatch, columns
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    table = Table()
+    table.add_column("metric", no_wrap=False)
+    table.add_row("x" * (MIN_WIDTH - 10))
+    with (tmp_path / "out").open("w", encoding="ascii") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        text = render(table, {"model": tmp_path})
+        monkeypatch.undo()
+    assert text.isascii() and "x" * (MIN_WIDTH - 10) in text

@@ -1,57 +1,127 @@
-"""Trackers are looked at before anything is made, and cost no run once it goes."""
+"""Trackers are checked before anything is loaded, and may fail later without ending the run."""
 
-import sys
+import logging
+from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import read_metrics
 
-from fastpref.cli.run import main
-from fastpref.config import Config, DPOConfig, ModelConfig
+import train
+from fastpref.cli.command_line import main
+from fastpref.errors import CheckpointError
 from fastpref.train.metrics import MetricsLog
+
+# stands in for the service's package, which tests neither install nor reach
+WANDB = """
+class UsageError(Exception):
+    pass
+
+def login():
+    raise UsageError("No API key configured.")
+
+class Run:
+    lines = 0
+
+    def log(self, values, step):
+        self.lines += 1
+        if self.lines == 3:
+            raise ConnectionError("the service does not answer")
+
+    def finish(self):
+        raise AssertionError("one that failed is not asked again")
+
+def init(**options):
+    return Run()
+"""
 
 
 @pytest.fixture
-def config(tmp_path, monkeypatch):
-    # torch finds no tensorboard, whatever is installed
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    config = Config(
-        model=ModelConfig(name_or_path="tiny"),
-        loss=DPOConfig(),
-        datasets=["planted"],
-        run_dir=str(tmp_path / "run"),
-    )
-    config.tensorboard.enabled = True
-    return config
+def packages(tmp_path, monkeypatch) -> Path:
+    """A folder of packages that come before all others; gone with the test."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        monkeypatch.delitem(train.sys.modules, name, raising=False)
+    yield folder
+    for name in ("wandb", "tensorboard", "torch.utils.tensorboard"):
+        train.sys.modules.pop(name, None)
 
 
-def test_a_tracker_that_cannot_start_is_refused_and_leaves_no_folder(config, tmp_path, capsys):
-    assert main(config) == 2
-    message = capsys.readouterr().err
-    assert "tensorboard.enabled=true: torch.utils.tensorboard cannot be imported" in message
-    assert not (tmp_path / "run").exists()
+def run(run_dir: Path, *options: str) -> int:
+    arguments = ["n_examples=96", "n_eval_examples=8", "eval_batch_size=8", "warmup_steps=0"]
+    arguments += ["sample_during_eval=false", "minimum_log_interval_secs=0", f"run_dir={run_dir}"]
+    return main([*arguments, *options], train.compose_choices, train.CONFIG_DIR)
 
 
-class Failing:
-    """A service that is gone."""
+def test_without_a_login_nothing_is_loaded_and_the_same_command_works_later(
+    tmp_path, packages, monkeypatch, capsys
+):
+    (packages / "wandb.py").write_text(WANDB)
+    run_dir = tmp_path / "run"
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert run(run_dir, "wandb.enabled=true") == 2
+    error = capsys.readouterr().err
+    assert "wandb.enabled=true: No API key configured; log in with `wandb login`" in error
+    assert "WANDB_MODE=offline" in error and "TDPO2 of tiny" not in error
+    assert not run_dir.exists()
+    # in a trial run nothing is sent, so nobody has to be logged in
+    assert run(run_dir, "wandb.enabled=true", "debug=true") == 0
 
-    name = "the service"
+    run_dir = tmp_path / "later"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert run(run_dir, "wandb.enabled=true") == 0
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if "follows the run no longer" in line]
+    assert line.startswith("Weights & Biases failed") and "the service does not answer" in line
+    assert len(read_metrics(run_dir, "train")) == 3 and (run_dir / "LATEST").exists()
 
-    def log(self, record):
-        raise ConnectionError("network is unreachable")
 
-    def close(self):
-        raise ConnectionError("network is unreachable")
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_package_that_cannot_be_imported_is_refused_first(tmp_path, packages, capsys, tracker):
+    (packages / f"{tracker}.py").write_text("import a_package_that_is_missing\n")
+    assert run(tmp_path / "run", f"{tracker}.enabled=true") == 2
+    error = capsys.readouterr().err
+    assert f"{tracker}.enabled=true" in error and "a_package_that_is_missing" in error
+    assert "TDPO2 of tiny" not in error and not (tmp_path / "run").exists()
 
 
-def test_a_tracker_that_fails_later_is_said_once_and_the_lines_go_on(tmp_path, caplog):
+def test_a_tracker_that_does_not_start_is_left_out_with_a_warning(
+    tmp_path, packages, monkeypatch, capsys
+):
+    (packages / "wandb.py").write_text("def init(**options):\n    raise TimeoutError('busy')\n")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert run(tmp_path / "run", "wandb.enabled=true") == 0
+    assert "Weights & Biases does not follow this run: busy" in capsys.readouterr().err
+
+
+def test_a_file_of_numbers_that_cannot_be_written_is_said_once(caplog):
+    class Follower:
+        name = "follower"
+
+        def __init__(self) -> None:
+            self.steps: list[int] = []
+
+        def log(self, record: dict[str, int]) -> None:
+            self.steps.append(record["step"])
+
+        def close(self) -> None:
+            raise OSError("gone")
+
+    follower = Follower()
     log = MetricsLog(
-        path=tmp_path / "metrics.jsonl",
+        path=Path("/dev/full"),
         min_interval_seconds=0,
         device=torch.device("cpu"),
-        trackers=[Failing()],
+        trackers=[follower],
     )
-    for step in range(3):
-        log.write({"step": step, "split": "train", "loss/train": 0.5})
-    log.close()
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    assert len([m for m in caplog.messages if "the service" in m]) == 1
+    with pytest.raises(CheckpointError, match="/dev/full: cannot be written: No space left"):
+        log.write({"step": 1, "examples": 8, "split": "train"})
+    log.write({"step": 2, "examples": 16, "split": "train"})
+    assert follower.steps == [1, 2] and [record["step"] for record in log.records] == [1, 2]
+    with caplog.at_level(logging.WARNING):
+        log.close()
+    assert caplog.messages == [
+        "follower failed and follows the run no longer: gone; /dev/full has all numbers"
+    ]
