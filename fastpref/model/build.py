@@ -22,7 +22,7 @@ from fastpref.model.frozen import (
 )
 from fastpref.model.liger import replace_layers
 from fastpref.model.logit_path import LogitPath
-from fastpref.model.parallelize import parallelize, send_weights
+from fastpref.model.parallelize import parallelize, send_weights, wrap_blocks
 from fastpref.model.paths import resolve_model
 from fastpref.model.positions import position_limit, trained_positions
 from fastpref.model.scorer import TokenScorer
@@ -186,27 +186,11 @@ def load_frozen_scorer(
     model = load_causal_lm(config.model, world, trainable=False)
     path = try_model(model, config.model, world, trainable=False).path
     packing = choose_packing(model, config, world, path=path, longest=longest)
-    compute_in(model, getattr(torch, config.model.compute_dtype), config.model.block_name)
     attention = packing.attention if packing else None
-    if world.size == 1:
-        return build_whole_scorer(model, config.model, world, path, attention), packing
     scorer = build_scorer(
         model, config.model, world, path=path, trainable=False, attention=attention
     )
     return scorer, packing
-
-
-def build_whole_scorer(
-    model: Any,
-    config: ModelConfig,
-    world: World,
-    path: LogitPath,
-    attention: PackedAttention | None,
-) -> TokenScorer:
-    """A frozen model on one rank without FSDP, which would copy every parameter in each forward."""
-    if attention is None and config.attention in FLASH_PACKAGES:
-        model.set_attn_implementation(config.attention)
-    return TokenScorer(model, attention, path).requires_grad_(False).to(world.device)
 
 
 def build_scorer(
@@ -221,7 +205,7 @@ def build_scorer(
     compile: bool = False,
     liger: bool = False,
 ) -> TokenScorer:
-    """A loaded model as a scorer: sharded, its weights sent to the other ranks.
+    """A loaded model as a scorer: on one rank as a whole on its device, on several sharded.
 
     Args:
         model: What `load_causal_lm` returned.
@@ -238,16 +222,43 @@ def build_scorer(
         model.set_attn_implementation(config.attention)
     if liger:
         replace_layers(model)
+    wrap_blocks(
+        model,
+        config.block_name,
+        activation_checkpointing=activation_checkpointing and trainable,
+        compile=compile,
+    )
     scorer = TokenScorer(model, attention, path)
+    compute_dtype = getattr(torch, config.compute_dtype)
+    if world.size > 1:
+        shard(scorer, config, world, trainable=trainable)
+    elif trainable:
+        scorer.to(world.device).keep_masters(compute_dtype)
+    else:
+        freeze(scorer, compute_dtype, config.block_name)
+        scorer.to(world.device)
+    return scorer
+
+
+def shard(scorer: TokenScorer, config: ModelConfig, world: World, *, trainable: bool) -> None:
+    """Shard a scorer, whose weights rank 0 alone has, over all ranks."""
     weights = scorer.state_dict() if world.is_main else {}
     parallelize(
         scorer,
         world.mesh,
         compute_dtype=getattr(torch, config.compute_dtype),
         block_name=config.block_name,
-        activation_checkpointing=activation_checkpointing,
-        compile=compile,
         trainable=trainable,
     )
     send_weights(scorer, weights)
-    return scorer
+
+
+def freeze(scorer: TokenScorer, dtype: torch.dtype, block_name: str | None) -> None:
+    """Let a scorer compute in a dtype without gradients, and without FSDP, on one rank."""
+    scorer.requires_grad_(False)
+    stored = next(scorer.parameters()).dtype
+    if torch.promote_types(stored, dtype) == stored:
+        # cast once what would be cast in every forward
+        store_parameters(scorer.model, dtype)
+    else:
+        compute_in(scorer.model, dtype, block_name)

@@ -1,7 +1,7 @@
 """Activation checkpointing, compilation and FSDP2 from outside the model: blocks, then the root.
 
-A single process is the same code on a mesh of one rank, so master weights, compute dtype and the
-order of arithmetic do not depend on how many ranks there are.
+One rank alone is not sharded (`masters`, `frozen`): master weights, compute dtype and the order of
+arithmetic are the same.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,37 @@ from fastpref.model.blocks import find_blocks
 from fastpref.model.scorer import TokenScorer
 
 
+def wrap_blocks(
+    model: Any,
+    block_name: str | None = None,
+    *,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> None:
+    """Let each transformer block be compiled, or computed again in the backward, in place.
+
+    Args:
+        model: Of transformers.
+        block_name: Class of the blocks, None: found from the model.
+        activation_checkpointing: Recompute each block's activations in the backward.
+        compile: Compile each block with torch.compile; attention stays what it is.
+    """
+    if not (activation_checkpointing or compile):
+        return
+    for block in find_blocks(model, block_name):
+        if compile:
+            # of any length at once: packed rows are hardly ever equally long
+            block.forward = torch.compile(block.forward, dynamic=True)
+        if activation_checkpointing:
+            recompute_in_backward(block)
+
+
 def parallelize(
     scorer: TokenScorer,
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
     block_name: str | None = None,
-    activation_checkpointing: bool = False,
-    compile: bool = False,
     trainable: bool = True,
 ) -> TokenScorer:
     """Shard a scorer's parameters over the mesh, in place.
@@ -43,23 +66,14 @@ def parallelize(
         compute_dtype: What parameters are cast to for forward and backward; gradients are
             reduced in float32.
         block_name: Class of the transformer blocks, None: found from the model.
-        activation_checkpointing: Recompute each block's activations in the backward.
-        compile: Compile each block with torch.compile; attention stays what it is.
         trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
     """
     scorer.requires_grad_(trainable)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # with one rank there is nothing to gain from freeing a block's parameters before its backward
-    reshard_block = not trainable or mesh.size() > 1
     for block in find_blocks(scorer.model, block_name):
-        if compile:
-            # of any length at once: packed rows are hardly ever equally long
-            block.forward = torch.compile(block.forward, dynamic=True)
-        if activation_checkpointing and trainable:
-            recompute_in_backward(block)
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_block)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
     fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in _fsdp_modules(scorer):
@@ -101,11 +115,6 @@ def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:
     # rotary tables and the like are not in a state dict
     for buffer in scorer.buffers():
         dist.broadcast(buffer, src=0)
-
-
-def tied_weights(model: Any) -> bool:
-    """Whether embedding and LM head are one parameter."""
-    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def _fsdp_modules(root: nn.Module) -> Iterator[FSDPModule]:

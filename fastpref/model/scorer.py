@@ -17,11 +17,13 @@ from fastpref_kernels import (
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 from fastpref.batch import PackedBatch
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
+from fastpref.model.masters import MasterWeights
 from fastpref.model.positions import position_limit
 
 
@@ -64,7 +66,20 @@ class TokenScorer(nn.Module):
         if attention is not None:
             model.set_attn_implementation(IMPLEMENTATION)
         self.path = measure_logit_path(model) if path is None else path
+        self._masters: MasterWeights | None = None
         self.eval()
+
+    def keep_masters(self, dtype: torch.dtype) -> None:
+        """Compute in another dtype than the parameters are stored in; on one rank, on its device.
+
+        From a forward to `release()` the model then holds a copy of its parameters.
+        """
+        self._masters = MasterWeights(self.model, dtype)
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Compute with what an optimizer makes of the parameters; to be called once."""
+        if self._masters is not None:
+            self._masters.follow(optimizer)
 
     def train(self, mode: bool = True) -> "TokenScorer":
         """Stays in evaluation mode whatever is asked for."""
@@ -109,6 +124,7 @@ class TokenScorer(nn.Module):
         return self._states(batch)
 
     def _states(self, batch: PackedBatch) -> HeadStates:
+        self._lend_masters()
         hidden_ND = self.hidden_states(batch)
         head, V = self.head, self.path.vocab_size
         weight, bias = head.weight, getattr(head, "bias", None)
@@ -117,16 +133,25 @@ class TokenScorer(nn.Module):
         if bias is not None and self.path.hidden_scale != 1:
             # the ops scale what the head makes of hidden states and bias together
             bias = bias / self.path.hidden_scale
-        return HeadStates(hidden_ND, weight, bias)
+        # of a frozen model that is stored in 16 bits
+        dtype = hidden_ND.dtype
+        return HeadStates(hidden_ND, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @property
     def _logit_scale(self) -> float:
         return self.path.hidden_scale * self.path.scale
 
     def release(self) -> None:
-        """Free the gathered head; to be called once the backward that used `states` is done."""
+        """Free the gathered head, put master weights back: to be called once the backward of what
+        was computed is done, or where none follows."""
         if isinstance(self, FSDPModule):
             self.reshard()
+        if self._masters is not None:
+            self._masters.take_back()
+
+    def _lend_masters(self) -> None:
+        if self._masters is not None:
+            self._masters.lend()
 
     def forward(
         self,
@@ -150,10 +175,9 @@ class TokenScorer(nn.Module):
         if reference is None:
             return token_logps(
                 hidden_ND,
-                # of a model that is stored in 16 bits, where it is not under FSDP
-                weight.to(hidden_ND.dtype),
+                weight,
                 batch.target,
-                linear_bias=None if bias is None else bias.to(hidden_ND.dtype),
+                linear_bias=bias,
                 logit_scale=self._logit_scale,
                 logit_softcap=self.path.softcap,
             )
@@ -204,6 +228,10 @@ class TokenScorer(nn.Module):
         Returns:
             (B, L + new tokens) int64: prompts and continuations.
         """
-        return self.model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
-        )
+        self._lend_masters()
+        try:
+            return self.model.generate(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
+            )
+        finally:
+            self.release()

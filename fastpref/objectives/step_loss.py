@@ -52,7 +52,8 @@ class StepLoss:
         return self.objective.losses_of_values(values_N, batch)
 
     def done(self) -> None:
-        """Free what is kept until a micro-batch's backward has read it: the reference's head."""
+        """Free what is kept until a micro-batch's backward has read it."""
+        self._policy.release()
         if self._reference is not None:
             self._reference.release()
 

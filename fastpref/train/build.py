@@ -129,6 +129,7 @@ def build_run(config: Config, world: World) -> Run:
         lr=config.lr,
         options=config.optim.arguments(),
     )
+    policy.follow(optimizer)
     scheduler = build_scheduler(
         optimizer,
         schedule=config.optim.schedule,

@@ -4,11 +4,11 @@ import logging
 import random
 import time
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastpref.batches.loader import StepBatches
 from fastpref.config import Config
@@ -161,9 +161,9 @@ def clip_gradients(run: Run, step: int) -> Tensor:
         The norm before clipping, a float32 scalar on the device.
     """
     parameters = list(run.policy.parameters())
-    # of sharded gradients the norm is sharded too: Any, because torch declares a plain tensor
-    sharded_norm: Any = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm)
-    norm = sharded_norm.full_tensor()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     if run.world.device.type == "cuda":
         torch._assert_async(torch.isfinite(norm), f"{NON_FINITE} {step + 1}")
     elif not torch.isfinite(norm):

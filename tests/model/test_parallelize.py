@@ -7,7 +7,7 @@ from tiny_models import build_family, build_model, random_rows
 
 from fastpref.batch import pad_rows
 from fastpref.distributed import init_world
-from fastpref.model.parallelize import parallelize
+from fastpref.model.parallelize import parallelize, wrap_blocks
 from fastpref.model.scorer import TokenScorer
 
 
@@ -54,7 +54,8 @@ def test_recomputed_blocks_give_the_same_bits_and_keep_less(name, mesh):
     kept = {}
     for recompute in (False, True):
         scorer = TokenScorer(MODELS[name]())
-        parallelize(scorer, mesh, compute_dtype=torch.float32, activation_checkpointing=recompute)
+        wrap_blocks(scorer.model, activation_checkpointing=recompute)
+        parallelize(scorer, mesh, compute_dtype=torch.float32)
         scores_N, grads, kept[recompute] = scored(scorer, batch)
         assert torch.equal(scores_N, plain[0])
         for key, grad in plain[1].items():
@@ -67,7 +68,8 @@ def test_a_block_is_computed_twice_in_evaluation_mode(mesh):
     modes = []
     for layer in scorer.model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    parallelize(scorer, mesh, compute_dtype=torch.float32, activation_checkpointing=True)
+    wrap_blocks(scorer.model, activation_checkpointing=True)
+    parallelize(scorer, mesh, compute_dtype=torch.float32)
     # what others call before they train
     scorer.train()
     scorer(pad_rows(random_rows(), pad_token_id=0)).sum().backward()

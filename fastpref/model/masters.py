@@ -1,0 +1,83 @@
+"""Mixed precision on one rank: master weights that are trained, a copy of them that computes.
+
+What FSDP2's mixed precision does on several ranks, bit for bit, without its copy of every parameter
+in every micro-batch: parameters are cast once an optimizer step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class _Place(NamedTuple):
+    """Where a module holds a parameter."""
+
+    holder: dict[str, nn.Parameter | None]
+    name: str
+    master: nn.Parameter
+    working: nn.Parameter
+
+
+class MasterWeights:
+    """A model's parameters, and their copy in the dtype of the arithmetic.
+
+    The model holds its masters, so optimizer, export and checkpoints see nothing else; from
+    `lend()` to `take_back()`, from a forward to the end of its backward, it holds the copy. A
+    gradient of the copy is added to its master's and freed as soon as it is complete.
+
+    Args:
+        model: On its device.
+        dtype: Of the arithmetic; parameters that have it already are left alone.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        copies: dict[nn.Parameter, nn.Parameter] = {}
+        self._places: list[_Place] = []
+        for module in model.modules():
+            for name, master in module._parameters.items():
+                if master is None or not master.is_floating_point() or master.dtype == dtype:
+                    continue
+                if master not in copies:
+                    copies[master] = _working_copy(master, dtype)
+                self._places.append(_Place(module._parameters, name, master, copies[master]))
+        self._masters: list[Tensor] = list(copies)
+        self._copies: list[Tensor] = list(copies.values())
+        model.register_load_state_dict_post_hook(lambda *_: self.refresh())
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Make the copy again after each of the optimizer's steps."""
+        optimizer.register_step_post_hook(lambda *_: self.refresh())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Make the copy again: masters have changed."""
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._masters)
+
+    def lend(self) -> None:
+        """Let the model compute with the copy."""
+        for place in self._places:
+            place.holder[place.name] = place.working
+
+    def take_back(self) -> None:
+        """Let the model hold its masters again."""
+        for place in self._places:
+            place.holder[place.name] = place.master
+
+
+def _working_copy(master: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    working = nn.Parameter(master.detach().to(dtype), requires_grad=master.requires_grad)
+
+    def hand_over(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.to(master.dtype)
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    if master.requires_grad:
+        working.register_post_accumulate_grad_hook(hand_over)
+    return working
