@@ -34,6 +34,23 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeyUses:
+    """Where each of a row's T tokens stands among the keys of its segments: at least once.
+
+    Round by round, so that a token is there once a round and additions have an order.
+    """
+
+    first: Tensor
+    """(T,) int64: places in the keys, one a token."""
+    tokens: Tensor
+    """(uses beyond the first,) int64: tokens that have a second one, then a third one, …"""
+    places: Tensor
+    """(uses beyond the first,) int64: these uses' places in the keys."""
+    rounds: tuple[int, ...]
+    """How many tokens have a second use, a third one, …"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentLayout:
     """Who attends to whom in a packed row of T tokens.
 
@@ -45,27 +62,24 @@ class SegmentLayout:
 
     segments: tuple[Segment, ...]
     """Plain ones, then branches, in the order of the row; none is empty."""
-    num_plain: int
-    """Tokens of the plain segments: the row's first ones."""
-    plain_offsets: Tensor
-    """(plain segments + 1,) int32."""
-    longest_plain: int
-    """Tokens of the longest plain segment."""
-    branch_query_offsets: Tensor
-    """(branches + 1,) int32, counted from `num_plain`."""
-    branch_key_offsets: Tensor
-    """(branches + 1,) int32, into `branch_keys`."""
-    branch_keys: Tensor
-    """(keys,) int64: positions in the row of each branch's prefix and of the branch itself."""
-    longest_branch: int
-    """Queries of the longest branch, 0 without branches."""
-    longest_branch_keys: int
-    """Keys of the branch that has most."""
+    query_offsets: Tensor
+    """(segments + 1,) int32, into the row."""
+    key_offsets: Tensor
+    """(segments + 1,) int32, into `keys`; into the row without branches."""
+    longest: int
+    """Queries of the longest segment."""
+    longest_keys: int
+    """Keys of the segment that has most."""
+    keys: Tensor | None
+    """(K,) int64: positions in the row of every segment's keys, its prefix's and then its own;
+    None without branches, where they are the row as it lies."""
+    uses: KeyUses | None
+    """Where the row's tokens stand in `keys`; None without branches."""
 
     @property
     def has_branches(self) -> bool:
         """Whether any prompt is shared."""
-        return self.longest_branch > 0
+        return self.keys is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +128,7 @@ def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
         value = getattr(record, field.name)
         if isinstance(value, Tensor):
             changed[field.name] = function(value)
-        elif isinstance(value, SegmentLayout):
+        elif isinstance(value, SegmentLayout | KeyUses):
             changed[field.name] = _map_tensors(value, function)
     return replace(record, **changed)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastpref.batch import EncodedRow, PackedBatch, Segment, SegmentLayout
+from fastpref.batch import EncodedRow, KeyUses, PackedBatch, Segment, SegmentLayout
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate, concatenate, offsets_of
 
 
@@ -274,24 +274,36 @@ def _layout(*, plain: np.ndarray, branches: np.ndarray, prefixes: np.ndarray) ->
     # of a response of one token, or that ends as another one does, nothing is computed
     kept = branches[:, 1] > branches[:, 0]
     branches, prefixes = branches[kept], prefixes[kept]
-    branch_lengths = branches[:, 1] - branches[:, 0]
-    prefix_lengths = prefixes[:, 1] - prefixes[:, 0]
-    plain_lengths = plain[:, 1] - plain[:, 0]
-    keys = alternate(Ranges(prefixes[:, 0], prefix_lengths), Ranges(branches[:, 0], branch_lengths))
-    segments = [Segment(start, stop, 0, 0) for start, stop in plain.tolist()]
-    segments += [
-        Segment(*own, *of) for own, of in zip(branches.tolist(), prefixes.tolist(), strict=True)
-    ]
+    own = np.concatenate([plain, branches])
+    of = np.concatenate([np.zeros_like(plain), prefixes])
+    lengths, prefix_lengths = own[:, 1] - own[:, 0], of[:, 1] - of[:, 0]
+    keys = uses = None
+    if len(branches):
+        places = alternate(Ranges(of[:, 0], prefix_lengths), Ranges(own[:, 0], lengths)).flat()
+        keys, uses = torch.from_numpy(places), _key_uses(places)
     return SegmentLayout(
-        segments=tuple(segments),
-        num_plain=int(plain[-1, 1]),
-        plain_offsets=_cu_seqlens(plain_lengths),
-        longest_plain=int(plain_lengths.max()),
-        branch_query_offsets=_cu_seqlens(branch_lengths),
-        branch_key_offsets=_cu_seqlens(branch_lengths + prefix_lengths),
-        branch_keys=torch.from_numpy(keys.flat()),
-        longest_branch=int(branch_lengths.max(initial=0)),
-        longest_branch_keys=int((branch_lengths + prefix_lengths).max(initial=0)),
+        segments=tuple(Segment(*row) for row in np.concatenate([own, of], axis=1).tolist()),
+        query_offsets=_cu_seqlens(lengths),
+        key_offsets=_cu_seqlens(lengths + prefix_lengths),
+        longest=int(lengths.max()),
+        longest_keys=int((lengths + prefix_lengths).max()),
+        keys=keys,
+        uses=uses,
+    )
+
+
+def _key_uses(keys: np.ndarray) -> KeyUses:
+    """Where each token of the row stands in `keys`, (K,) positions that name each at least once."""
+    order = np.argsort(keys, kind="stable")
+    counts = np.bincount(keys)
+    rounds = np.arange(len(keys)) - np.repeat(offsets_of(counts)[:-1], counts)
+    by_round = order[np.argsort(rounds, kind="stable")]
+    first, places = np.split(by_round, [len(counts)])
+    return KeyUses(
+        first=torch.from_numpy(first),
+        tokens=torch.from_numpy(keys[places]),
+        places=torch.from_numpy(places),
+        rounds=tuple(np.bincount(rounds)[1:].tolist()),
     )
 
 

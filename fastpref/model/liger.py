@@ -1,7 +1,12 @@
-"""Liger's kernels for what a block computes beside attention: RMS norms and SwiGLU layers."""
+"""Fused kernels for what a block computes beside products and attention, where they compute the
+same: RMS norms by torch's own, rotary embeddings and SwiGLU layers by Liger's.
+
+Torch's norm costs the host less than Liger's, and small micro-batches wait for the host.
+"""
 
 import copy
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -9,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, first_line
@@ -16,7 +22,10 @@ from fastpref.errors import ConfigError, first_line
 logger = logging.getLogger("fastpref")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose norms multiply by a weight around 1 and whose MLPs are SwiGLU."""
+"""Model types whose norms multiply by a weight around 1, whose MLPs are SwiGLU and whose heads are
+rotated as a whole, one half by the other."""
+ROTATION = "apply_rotary_pos_emb"
+"""What transformers calls the function that rotates queries and keys."""
 _TOLERANCE = 1e-4
 
 
@@ -37,7 +46,7 @@ def choose_liger(wish: str, model: Any, world: World, *, compiled: bool) -> bool
         return False
     obstacle = world.on_main(lambda: _obstacle(model, world.device))
     if not obstacle:
-        logger.info("RMS norms and SwiGLU layers by liger-kernel")
+        logger.info("fused RMS norms; rotary embeddings and SwiGLU layers by liger-kernel")
         return True
     if wish == "true":
         raise ConfigError(f"model.liger=true: {obstacle}; set model.liger=auto")
@@ -46,11 +55,19 @@ def choose_liger(wish: str, model: Any, world: World, *, compiled: bool) -> bool
 
 
 def replace_layers(model: nn.Module) -> None:
-    """Let every RMS norm and SwiGLU layer of a model compute with Liger's kernels, in place."""
+    """Let a model's norms, SwiGLU layers and rotary embeddings be fused kernels, in place.
+
+    The rotation is a function of the family's module, so other models of the family that compute
+    on a GPU have it too.
+    """
     for module in model.modules():
-        forward = _liger_forward(module)
+        forward = _fused_forward(module)
         if forward is not None:
             module.forward = forward
+    family: Any = sys.modules[type(model).__module__]
+    plain = getattr(family, ROTATION, None)
+    if plain is not None and not isinstance(plain, _Rotation):
+        setattr(family, ROTATION, _Rotation(plain))
 
 
 def _obstacle(model: Any, device: torch.device) -> str:
@@ -68,7 +85,12 @@ def _obstacle(model: Any, device: torch.device) -> str:
             return f"{type(layer).__name__} failed: {first_line(error)}"
         if not difference <= _TOLERANCE:
             return f"{type(layer).__name__} is off by {difference:.1e}"
-    return ""
+    plain = getattr(sys.modules[type(model).__module__], ROTATION, None)
+    try:
+        difference = _difference_of_rotation(getattr(plain, "plain", plain), device)
+    except Exception as error:
+        return f"{ROTATION} failed: {first_line(error)}"
+    return "" if difference <= _TOLERANCE else f"{ROTATION} is off by {difference:.1e}"
 
 
 def _one_of_each(model: nn.Module) -> list[Any]:
@@ -84,11 +106,31 @@ def _difference(layer: Any, device: torch.device) -> float:
     replace_layers(replaced)
     generator = torch.Generator().manual_seed(0)
     hidden_BLD = torch.randn(2, 5, width, generator=generator).to(device)
-    results = [_value_and_gradients(module, hidden_BLD) for module in (plain, replaced)]
-    differences = [
-        (ours - theirs).norm() / theirs.norm() for theirs, ours in zip(*results, strict=True)
-    ]
-    return torch.stack(differences).max().item()
+    return _largest_difference(
+        *(_value_and_gradients(module, hidden_BLD) for module in (plain, replaced))
+    )
+
+
+def _difference_of_rotation(plain: Any, device: torch.device) -> float:
+    """Largest relative difference of rotated queries and keys and of their gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 5, 16), (1, 2, 5, 16), (1, 5, 8)
+    query, key, angles = (torch.randn(s, generator=generator).to(device) for s in shapes)
+    angles = torch.cat([angles, angles], dim=-1)
+    results = []
+    rotations: tuple[Callable[..., Any], ...] = (plain, _rotate)
+    for rotate in rotations:
+        # what rotates in place must not find a leaf
+        leaves = query.clone().requires_grad_(), key.clone().requires_grad_()
+        rotated = rotate(*(leaf * 1 for leaf in leaves), angles.cos(), angles.sin())
+        grads = torch.autograd.grad(rotated, leaves, [torch.ones_like(x) for x in rotated])
+        results.append([*rotated, *grads])
+    return _largest_difference(*results)
+
+
+def _largest_difference(theirs: list[Tensor], ours: list[Tensor]) -> float:
+    pairs = zip(theirs, ours, strict=True)
+    return torch.stack([(our - their).norm() / their.norm() for their, our in pairs]).max().item()
 
 
 def _value_and_gradients(layer: nn.Module, hidden_BLD: Tensor) -> list[Tensor]:
@@ -98,7 +140,28 @@ def _value_and_gradients(layer: nn.Module, hidden_BLD: Tensor) -> list[Tensor]:
     return [value, *torch.autograd.grad(value, [leaf, *layer.parameters()], upstream)]
 
 
-def _liger_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+class _Rotation:
+    """A family's rotation of queries and keys, on a GPU by Liger's kernel."""
+
+    def __init__(self, plain: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self.plain = plain
+
+    def __call__(
+        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if query.is_cuda and not args and not options:
+            return _rotate(query, key, cos, sin)
+        return self.plain(query, key, cos, sin, *args, **options)
+
+
+def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates in place what is laid out token by token."""
+    from liger_kernel.ops import LigerRopeFunction
+
+    return LigerRopeFunction.apply(query, key, cos, sin)
+
+
+def _fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     if _is_norm(module):
         return partial(_rms_norm, module)
     return partial(_swiglu, module) if _is_swiglu(module) else None
@@ -115,12 +178,11 @@ def _is_swiglu(module: nn.Module) -> bool:
 
 
 def _rms_norm(module: Any, hidden: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_rms_norm
-
-    return liger_rms_norm(hidden, module.weight, module.variance_epsilon, 0.0, "llama", False)
+    return F.rms_norm(hidden, module.weight.shape, module.weight, module.variance_epsilon)
 
 
 def _swiglu(module: Any, hidden: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_swiglu
+    from liger_kernel.ops import LigerSiLUMulFunction
 
-    return module.down_proj(liger_swiglu(module.gate_proj(hidden), module.up_proj(hidden)))
+    gated = LigerSiLUMulFunction.apply(module.gate_proj(hidden), module.up_proj(hidden))
+    return module.down_proj(gated)

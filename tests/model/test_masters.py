@@ -14,14 +14,13 @@ from fastpref.train.optim import build_optimizer
 
 @pytest.fixture(scope="module")
 def mesh():
-    world = init_world()
-    yield world.mesh
+    yield init_world().mesh
     dist.destroy_process_group()
 
 
 def train_steps(scorer, optimizer, *, num_steps=3, num_micro_batches=2):
     """Scores of every step; each step's gradient is a sum over micro-batches."""
-    batch = pad_rows(random_rows(), pad_token_id=0)
+    batch = pad_rows(random_rows(), pad_token_id=0).to(next(scorer.parameters()).device)
     scorer.follow(optimizer)
     seen = []
     for _ in range(num_steps):
@@ -48,7 +47,7 @@ def test_training_has_the_bits_of_fsdp_on_one_rank(mesh, family, stored, compute
         return TokenScorer(model)
 
     whole, sharded = build(), build()
-    whole.keep_masters(getattr(torch, computed))
+    whole.to(mesh.device_type).keep_masters(getattr(torch, computed))
     parallelize(sharded, mesh, compute_dtype=getattr(torch, computed))
     runs = [
         train_steps(scorer, build_optimizer("SGD", scorer.parameters(), lr=0.5, options={}))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpref.batch import Segment, SegmentLayout
+from fastpref.batch import KeyUses, Segment, SegmentLayout
 from fastpref.model.attention.groups import (
     GroupedAttention,
     SegmentGroup,
@@ -141,36 +141,47 @@ def attend_varlen(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """Variable-length attention in two calls: plain segments as they lie, branches gathered."""
+    """Variable-length attention in one call; keys that branches share are gathered for each."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    plain = slice(0, layout.num_plain)
-    offsets, longest = layout.plain_offsets, layout.longest_plain
+    if layout.keys is not None:
+        key, value = (GatheredKeys.apply(x, layout.keys, layout.uses) for x in (key, value))
     output = kernel(
-        query[plain],
-        key[plain],
-        value[plain],
-        offsets,
-        offsets,
-        longest,
-        longest,
+        query,
+        key,
+        value,
+        layout.query_offsets,
+        layout.key_offsets,
+        layout.longest,
+        layout.longest_keys,
         scale,
         softcap,
     )
-    if not layout.has_branches:
-        return output[None]
-    # indexing, not index_select: its backward adds in a fixed order
-    of_branches = kernel(
-        query[layout.num_plain :],
-        key[layout.branch_keys],
-        value[layout.branch_keys],
-        layout.branch_query_offsets,
-        layout.branch_key_offsets,
-        layout.longest_branch,
-        layout.longest_branch_keys,
-        scale,
-        softcap,
-    )
-    return torch.cat([output, of_branches])[None]
+    return output[None]
+
+
+class GatheredKeys(torch.autograd.Function):
+    """Keys (or values) of every segment, (K, heads, E), from the row's, (T, heads, E).
+
+    Torch's own indexing would sort the places in every layer's backward to add in a fixed order;
+    the layout knows the order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, keys: Tensor, uses: KeyUses) -> Tensor:
+        ctx.uses = uses
+        return row.index_select(0, keys)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        uses, (grad,) = ctx.uses, grads
+        total = grad.index_select(0, uses.first)
+        if len(uses.rounds) > 1:
+            # one addition is rounded once in any dtype
+            total = total.float() if grad.dtype != torch.float64 else total
+        rounds = zip(uses.tokens.split(uses.rounds), uses.places.split(uses.rounds), strict=True)
+        for tokens, places in rounds:
+            total.index_add_(0, tokens, grad.index_select(0, places).to(total.dtype))
+        return total.to(grad.dtype), None, None
 
 
 def flash_kernel(version: int) -> VarlenKernel:
@@ -243,7 +254,7 @@ def torch_varlen_kernel() -> VarlenKernel:
 def prepare_flex(layout: SegmentLayout) -> Any:
     """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prefix."""
     flex = import_module("torch.nn.attention.flex_attention")
-    device = layout.plain_offsets.device
+    device = layout.query_offsets.device
     table = torch.tensor(layout.segments, device=device)
     T = layout.segments[-1].stop
     segment_of = torch.repeat_interleave(table[:, 1] - table[:, 0], output_size=T)

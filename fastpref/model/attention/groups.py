@@ -58,7 +58,7 @@ class SegmentGroup(NamedTuple):
 
 def group_segments(layout: SegmentLayout) -> tuple[SegmentGroup, ...]:
     """The segments of a packed row in groups: plain ones, then branches."""
-    device = layout.plain_offsets.device
+    device = layout.query_offsets.device
     long_keys, max_scores = (LONG_KEYS, None) if device.type == "cpu" else (None, MAX_SCORES)
     segments_S4 = np.array(layout.segments, np.int64)
     tokens = segments_S4[:, 1] - segments_S4[:, 0]

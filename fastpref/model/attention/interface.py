@@ -42,7 +42,7 @@ def packed_row(batch: PackedBatch, attention: PackedAttention, longest: int = 0)
         longest: Tokens of the longest sequence to allow for, if longer than the batch's own.
     """
     assert batch.layout is not None
-    longest = max(longest, batch.layout.longest_plain, batch.layout.longest_branch_keys)
+    longest = max(longest, batch.layout.longest_keys)
     # four dimensions say that the mask is ready: no model builds one, and none reads this one
     ready = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     return {
