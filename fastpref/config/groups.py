@@ -52,8 +52,9 @@ class ModelConfig:
     """auto, eager, sdpa, varlen (torch's own), flex, flash_attention_2, flash_attention_3 or
     flash_attention_4; auto takes the fastest of them that computes correctly here."""
     liger: str = "auto"
-    """auto, true or false: RMS norms and SwiGLU layers by the package liger-kernel, on a GPU; auto
-    takes them where they compute what the model's own layers do and compile is false."""
+    """auto, true or false: on a GPU, rotary embeddings and SwiGLU layers by the package
+    liger-kernel and RMS norms by torch's fused one; auto takes them where they compute what the
+    model's own layers do and compile is false."""
 
     @property
     def compute_dtype(self) -> str:
