@@ -18,6 +18,7 @@ from fastpref.batches.loader import RowLayout, Split
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
+from fastpref.data.options import data_options
 from fastpref.model.paths import resolve_model
 from fastpref.model.source import load_tokenizer, pad_token_id, read_vocab_size
 
@@ -33,7 +34,7 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
     vocab_size = read_vocab_size(folder)
-    data = load_split(config, "train", tokenizer, vocab_size=vocab_size, quiet=True)
+    data = load_split(data_options(config), "train", tokenizer, vocab_size=vocab_size, quiet=True)
     layout = RowLayout(
         packed=True,
         share_prompt=True,

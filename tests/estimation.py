@@ -15,6 +15,7 @@ from fastpref.config import (
     WeightsConfig,
 )
 from fastpref.data.encode import load_split
+from fastpref.data.options import data_options
 from fastpref.distributed import init_world
 from fastpref.tisdpo.estimate import estimate_weights
 
@@ -74,4 +75,6 @@ def training_config(config, **data) -> Config:
 def load(config, tokenizer=None, **data):
     training = training_config(config, **data)
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(config.model.name_or_path)
-    return load_split(training, "train", tokenizer, vocab_size=len(tokenizer), quiet=True).dataset
+    return load_split(
+        data_options(training), "train", tokenizer, vocab_size=len(tokenizer), quiet=True
+    ).dataset

@@ -112,16 +112,18 @@ def run_task(config: Config, world: "World") -> None:
 def audit(config: Config) -> None:
     """`task=audit`: what training would say of the data, without a model's weights."""
     from fastpref.data.audit import run_audit
+    from fastpref.data.options import data_options
     from fastpref.data.source import SPLITS, check_sources, read_rows
     from fastpref.model.paths import resolve_model
     from fastpref.model.source import load_model_tokenizer, read_vocab_size
 
-    check_sources(config)
+    options = data_options(config)
+    check_sources(options)
     for split in SPLITS:
-        read_rows(config, split, quiet=False)
+        read_rows(options, split, quiet=False)
     name = resolve_model(config.model.name_or_path)
     vocab_size = read_vocab_size(name, config.model.revision)
-    run_audit(config, load_model_tokenizer(config.model), vocab_size=vocab_size)
+    run_audit(options, load_model_tokenizer(config.model), vocab_size=vocab_size)
 
 
 def launch_on_every_gpu(config: Config, num_gpus: int) -> int:

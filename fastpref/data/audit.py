@@ -1,13 +1,11 @@
 """What a user sees of the data before training: the account of each split, one example."""
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastpref.data.encode import PreferenceSplit, load_split
+from fastpref.data.options import DataOptions
 from fastpref.data.source import SPLITS
-
-if TYPE_CHECKING:
-    from fastpref.config import Config
 
 logger = logging.getLogger("fastpref")
 
@@ -15,12 +13,12 @@ PREVIEW_CHARACTERS = 160
 
 
 def run_audit(
-    config: "Config", tokenizer: Any, *, vocab_size: int, quiet: bool = False
+    options: DataOptions, tokenizer: Any, *, vocab_size: int, quiet: bool = False
 ) -> list[PreferenceSplit]:
     """`task=audit`: read, check and encode every split; the account and an example go to the log.
 
     Args:
-        config, tokenizer, vocab_size, quiet: See `load_split`.
+        options, tokenizer, vocab_size, quiet: See `load_split`.
 
     Returns:
         The encoded splits, train first.
@@ -30,7 +28,7 @@ def run_audit(
     """
     splits = []
     for split in SPLITS:
-        encoded = load_split(config, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
+        encoded = load_split(options, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
         if not quiet:
             logger.info("%s, first row:\n%s", split, describe_example(encoded, tokenizer))
         splits.append(encoded)

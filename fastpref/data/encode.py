@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import jinja2
@@ -23,19 +23,16 @@ from fastpref.data.chat import (
     check_chat_template,
     current_date,
     prints_date,
-    read_chat_template,
 )
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
+from fastpref.data.options import DataOptions
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
 from fastpref.data.source import SPLITS, Rows, count_dataset, read_rows
 from fastpref.data.weights_file import template_digest
 from fastpref.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from fastpref.config import Config
 
 logger = logging.getLogger("fastpref")
 
@@ -69,12 +66,12 @@ class PreferenceSplit:
 
 
 def load_split(
-    config: "Config", split: str, tokenizer: Any, *, vocab_size: int, quiet: bool
+    options: DataOptions, split: str, tokenizer: Any, *, vocab_size: int, quiet: bool
 ) -> PreferenceSplit:
-    """Read, check and encode all datasets of a config, one after another.
+    """Read, check and encode all datasets, one after another.
 
     Args:
-        config: The run's options.
+        options: What the data depends on.
         split: train or test.
         tokenizer: Of transformers.
         vocab_size: Rows of the model's embedding: no token id may reach it.
@@ -84,27 +81,11 @@ def load_split(
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
     """
-    options = EncodeOptions(
-        sft=not config.loss.needs.pairs,
-        weighted=config.loss.needs.weights,
-        max_length=config.max_length,
-        max_prompt_length=config.max_prompt_length,
-        truncation=config.data.truncation,
-        truncation_mode=config.data.truncation_mode,
-        reverse_dataset=config.reverse_dataset,
-        eos_weight=config.data.eos_weight,
-        transform_method=config.transform.method,
-        transform_params=config.transform.params(),
-        seed=config.seed,
-        chat_template=read_chat_template(config.data.chat_template),
-        on_error=config.data.on_error,
-        strict=config.data.strict,
-    )
     parts = []
-    for rows in read_rows(config, split, quiet=quiet):
-        with progress_bars(quiet), cache_errors(config.data.cache_dir):
-            part = encode_rows(rows, tokenizer, options, vocab_size=vocab_size)
-        check_counts(part.audit, max_dropped=config.data.max_dropped)
+    for rows in read_rows(options, split, quiet=quiet):
+        with progress_bars(quiet), cache_errors(options.cache_dir):
+            part = encode_rows(rows, tokenizer, options.encode, vocab_size=vocab_size)
+        check_counts(part.audit, max_dropped=options.read.max_dropped)
         parts.append(part)
     joined = join_splits(parts)
     if not quiet:

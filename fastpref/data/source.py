@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
@@ -13,32 +13,14 @@ from fastpref.checks import hint, listed
 from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
 from fastpref.data.hub import HUB_PATHS
+from fastpref.data.options import DataOptions, ReadOptions
 from fastpref.data.readers import SUFFIXES
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
 from fastpref.errors import DataError
 
-if TYPE_CHECKING:
-    from fastpref.config import Config
-
 BUILT_IN = ("planted", *HUB_PATHS)
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReadOptions:
-    """What decides how rows are read."""
-
-    weighted: bool
-    """Read token weights; without it those columns are ignored."""
-    paired: bool
-    """False in SFT, where a pair of equal responses is nothing to worry about."""
-    on_error: str
-    """raise or skip: what a malformed row does."""
-    strict: bool
-    """Make an error of a pair that would be dropped."""
-    allow_roles: bool
-    max_dropped: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,42 +77,34 @@ class Rows:
             )
 
 
-def check_sources(config: "Config", splits: Sequence[str] = SPLITS) -> None:
+def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
     """See that every dataset has its files, before anything heavy is loaded.
 
     Raises:
         DataError: the path, what was expected, what lies there.
     """
-    for name in config.datasets:
+    for name in options.names:
         for split in splits:
-            find_source(name, split, config.base_data_dir)
+            find_source(name, split, options.base_data_dir)
 
 
-def read_rows(config: "Config", split: str, *, quiet: bool) -> list[Rows]:
-    """Read and check the rows of all of a config's datasets; needs neither tokenizer nor model.
+def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
+    """Read and check the rows of all datasets; needs neither tokenizer nor model.
 
     Raises:
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
     """
-    check_sources(config, [split])
-    options = ReadOptions(
-        weighted=config.loss.needs.weights,
-        paired=config.loss.needs.pairs,
-        on_error=config.data.on_error,
-        strict=config.data.strict,
-        allow_roles=config.data.allow_roles,
-        max_dropped=config.data.max_dropped,
-    )
+    check_sources(options, [split])
     return [
         load_rows(
             name,
             split,
-            options,
-            base_data_dir=config.base_data_dir,
-            cache_dir=config.data.cache_dir,
+            options.read,
+            base_data_dir=options.base_data_dir,
+            cache_dir=options.cache_dir,
             quiet=quiet,
         )
-        for name in config.datasets
+        for name in options.names
     ]
 
 

@@ -8,6 +8,7 @@ from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config
 from fastpref.data.audit import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
+from fastpref.data.options import data_options
 from fastpref.data.source import check_sources, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.model.attention.choice import Packing
@@ -40,14 +41,15 @@ def load_data(config: Config, world: World) -> Data:
     """
     quiet = not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
-    check_sources(config, splits)
-    main_first(world, lambda: [read_rows(config, split, quiet=quiet) for split in splits])
+    options = data_options(config)
+    check_sources(options, splits)
+    main_first(world, lambda: [read_rows(options, split, quiet=quiet) for split in splits])
     vocab_size = read_vocab_size(resolve_model(config.model.name_or_path), config.model.revision)
     tokenizer = load_model_tokenizer(config.model)
 
     def encode() -> list[PreferenceSplit]:
         return [
-            load_split(config, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
+            load_split(options, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
             for split in splits
         ]
 

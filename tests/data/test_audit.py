@@ -6,6 +6,7 @@ from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 from fastpref.config import SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data.audit import describe_example, run_audit
 from fastpref.data.encode import load_split
+from fastpref.data.options import data_options
 from fastpref.errors import DataError
 
 
@@ -17,7 +18,7 @@ def write_splits(tmp_path, train, test):
 def test_the_audit_accounts_for_both_splits_and_shows_a_row(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="fastpref")
     write_splits(tmp_path, [*pairs(3), pair("Q0:", " no 0", " yes 0")], pairs(2))
-    splits = run_audit(make_config(tmp_path), byte_tokenizer(), vocab_size=258)
+    splits = run_audit(data_options(make_config(tmp_path)), byte_tokenizer(), vocab_size=258)
     assert [(split.name, split.audit.kept) for split in splits] == [("train", 4), ("test", 2)]
     assert "swapped: 1 of 4 (25 %) rows" in caplog.text
     assert "' yes 0</s>'" in caplog.text
@@ -26,13 +27,13 @@ def test_the_audit_accounts_for_both_splits_and_shows_a_row(tmp_path, caplog):
 def test_the_audit_refuses_what_training_would(tmp_path):
     write_splits(tmp_path, pairs(2), [pair("Q", "same", "same")])
     with pytest.raises(DataError, match=r"split 'test'.*chosen equals rejected"):
-        run_audit(make_config(tmp_path), byte_tokenizer(), vocab_size=258)
+        run_audit(data_options(make_config(tmp_path)), byte_tokenizer(), vocab_size=258)
 
 
 def example(tmp_path, row, **options):
     write_splits(tmp_path, [row], [row])
     config = make_config(tmp_path, **options)
-    split = load_split(config, "train", byte_tokenizer(), vocab_size=258, quiet=True)
+    split = load_split(data_options(config), "train", byte_tokenizer(), vocab_size=258, quiet=True)
     return describe_example(split, byte_tokenizer()).splitlines()
 
 

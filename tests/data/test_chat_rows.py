@@ -20,6 +20,7 @@ from transformers.utils import chat_template_utils
 from fastpref.config import SFTConfig
 from fastpref.data.counts import Remark
 from fastpref.data.encode import load_split
+from fastpref.data.options import data_options
 from fastpref.errors import ConfigError, DataError
 
 
@@ -44,7 +45,9 @@ def chat(chosen="yes", rejected="no", question="Q", **fields):
 def encode(tmp_path, rows, tokenizer, *, quiet=True, **options):
     write_jsonl(tmp_path / "data" / "set", "train", rows)
     config = make_config(tmp_path, **options)
-    return load_split(config, "train", tokenizer, vocab_size=len(tokenizer), quiet=quiet)
+    return load_split(
+        data_options(config), "train", tokenizer, vocab_size=len(tokenizer), quiet=quiet
+    )
 
 
 def texts(split, tokenizer, row=0):
@@ -155,7 +158,9 @@ def test_the_cache_knows_the_date_if_the_template_does(
 
     def encode_again():
         config = make_config(tmp_path)
-        return load_split(config, "train", tokenizer, vocab_size=len(tokenizer), quiet=True)
+        return load_split(
+            data_options(config), "train", tokenizer, vocab_size=len(tokenizer), quiet=True
+        )
 
     assert count_calls(encode_again, "encode_row") == 0
     monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)

@@ -19,6 +19,7 @@ from small_data import (
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data.counts import Remark
 from fastpref.data.encode import load_split, tokenizer_digest
+from fastpref.data.options import data_options
 from fastpref.errors import ConfigError, DataError
 
 EOS = "</s>"
@@ -34,7 +35,7 @@ def encode(tmp_path, rows=None, *, tokenizer=None, vocab_size=VOCABULARY, quiet=
         write(tmp_path, rows)
     config = make_config(tmp_path, **options)
     tokenizer = tokenizer or byte_tokenizer()
-    return load_split(config, "train", tokenizer, vocab_size=vocab_size, quiet=quiet)
+    return load_split(data_options(config), "train", tokenizer, vocab_size=vocab_size, quiet=quiet)
 
 
 def texts(split, row=0):

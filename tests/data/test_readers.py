@@ -7,12 +7,13 @@ import pyarrow
 import pyarrow.parquet
 from small_data import make_config, write_jsonl
 
+from fastpref.data.options import data_options
 from fastpref.data.readers import read_records
 from fastpref.data.source import read_rows
 
 
 def read(tmp_path):
-    [rows] = read_rows(make_config(tmp_path), "train", quiet=True)
+    [rows] = read_rows(data_options(make_config(tmp_path)), "train", quiet=True)
     return rows
 
 

@@ -8,6 +8,7 @@ from small_data import count_calls, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.data.counts import Remark, format_audit
+from fastpref.data.options import data_options
 from fastpref.data.source import check_sources, read_rows
 from fastpref.errors import DataError
 
@@ -15,7 +16,7 @@ SIDES = ("chosen", "rejected")
 
 
 def read(tmp_path, **options):
-    [rows] = read_rows(make_config(tmp_path, **options), "train", quiet=True)
+    [rows] = read_rows(data_options(make_config(tmp_path, **options)), "train", quiet=True)
     return rows
 
 
@@ -133,16 +134,16 @@ def test_an_empty_split_is_refused(tmp_path, content):
 def test_missing_sources_are_named_with_what_lies_there(tmp_path):
     write_jsonl(tmp_path / "data" / "ultra-feedback", "train", pairs(1))
     with pytest.raises(DataError, match=r"no file .*test\.jsonl .*found train\.jsonl"):
-        check_sources(make_config(tmp_path, names=["ultra-feedback"]))
+        check_sources(data_options(make_config(tmp_path, names=["ultra-feedback"])))
     with pytest.raises(DataError, match="nearest: ultra-feedback"):
-        check_sources(make_config(tmp_path, names=["ultra_feedback"]))
+        check_sources(data_options(make_config(tmp_path, names=["ultra_feedback"])))
     config = make_config(tmp_path, names=["plantd"])
     config.base_data_dir = None
     with pytest.raises(DataError, match="base_data_dir=DIR; nearest: planted"):
-        check_sources(config)
+        check_sources(data_options(config))
     config.base_data_dir = str(tmp_path / "dta")
     with pytest.raises(DataError, match="base_data_dir: no folder"):
-        check_sources(config)
+        check_sources(data_options(config))
 
 
 def test_a_local_folder_comes_before_a_built_in_dataset(tmp_path):
@@ -309,10 +310,10 @@ def test_a_damaged_cache_is_named(tmp_path):
 def test_quiet_shows_no_progress_and_leaves_the_bars_as_they_were(tmp_path, capsys):
     write_jsonl(folder(tmp_path), "train", pairs(3))
     config = make_config(tmp_path)
-    read_rows(config, "train", quiet=True)
+    read_rows(data_options(config), "train", quiet=True)
     assert capsys.readouterr().err == ""
     write_jsonl(folder(tmp_path), "train", pairs(4))
-    read_rows(config, "train", quiet=False)
+    read_rows(data_options(config), "train", quiet=False)
     assert "train" in capsys.readouterr().err
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastpref.batch import EncodedRow, pad_rows
 from fastpref.config import Config, ModelConfig, TISDPOConfig, TransformConfig
 from fastpref.data.encode import load_split
+from fastpref.data.options import data_options
 from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
@@ -83,7 +84,9 @@ def test_rank_based_training_has_the_seed_loss_and_gradient(case, token_level):
         datasets=["set"],
         base_data_dir=str(folder / "data"),
     )
-    split = load_split(config, "train", tokenizer, vocab_size=len(tokenizer), quiet=True)
+    split = load_split(
+        data_options(config), "train", tokenizer, vocab_size=len(tokenizer), quiet=True
+    )
     batch = pad_rows(
         [EncodedRow(*row.values()) for row in split.dataset], pad_token_id=tokenizer.pad_token_id
     )

@@ -1,0 +1,78 @@
+"""What decides which rows a run has, how they are read and how they become token ids."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastpref.data.chat import read_chat_template
+from fastpref.data.encode_row import EncodeOptions
+
+if TYPE_CHECKING:
+    from fastpref.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What decides how rows are read."""
+
+    weighted: bool
+    """Read token weights; without it those columns are ignored."""
+    paired: bool
+    """False in SFT, where a pair of equal responses is nothing to worry about."""
+    on_error: str
+    """raise or skip: what a malformed row does."""
+    strict: bool
+    """Make an error of a pair that would be dropped."""
+    allow_roles: bool
+    max_dropped: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """All that a run's data depends on, beside tokenizer and files."""
+
+    names: tuple[str, ...]
+    """Datasets, read one after another."""
+    base_data_dir: str | None
+    """Where local ones lie."""
+    cache_dir: str | None
+    """Of `datasets`; None for its default."""
+    read: ReadOptions
+    encode: EncodeOptions
+
+
+def data_options(config: "Config") -> DataOptions:
+    """The options of a config that its data depends on.
+
+    Raises:
+        ConfigError: the chat template cannot be read.
+    """
+    needs, data = config.loss.needs, config.data
+    return DataOptions(
+        names=tuple(config.datasets),
+        base_data_dir=config.base_data_dir,
+        cache_dir=data.cache_dir,
+        read=ReadOptions(
+            weighted=needs.weights,
+            paired=needs.pairs,
+            on_error=data.on_error,
+            strict=data.strict,
+            allow_roles=data.allow_roles,
+            max_dropped=data.max_dropped,
+        ),
+        encode=EncodeOptions(
+            sft=not needs.pairs,
+            weighted=needs.weights,
+            max_length=config.max_length,
+            max_prompt_length=config.max_prompt_length,
+            truncation=data.truncation,
+            truncation_mode=data.truncation_mode,
+            reverse_dataset=config.reverse_dataset,
+            eos_weight=data.eos_weight,
+            transform_method=config.transform.method,
+            transform_params=config.transform.params(),
+            seed=config.seed,
+            chat_template=read_chat_template(data.chat_template),
+            on_error=data.on_error,
+            strict=data.strict,
+        ),
+    )
