@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from fastpref.batches.loader import RowLayout, Split
+from fastpref.batches.layouts import PackedRows
+from fastpref.batches.loader import Split
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
@@ -35,14 +36,10 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:
     tokenizer = load_tokenizer(folder)
     vocab_size = read_vocab_size(folder)
     data = load_split(data_options(config), "train", tokenizer, vocab_size=vocab_size, quiet=True)
-    layout = RowLayout(
-        packed=True,
-        share_prompt=True,
-        max_tokens=config.packing.max_tokens,
-        pad_token_id=pad_token_id(tokenizer, vocab_size),
-    )
+    layout = PackedRows(share_prompt=True, max_tokens=config.packing.max_tokens)
     order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)
-    return Split(data=data, order=order, layout=layout)
+    filler = pad_token_id(tokenizer, vocab_size)
+    return Split(data=data, order=order, layout=layout, pad_token_id=filler)
 
 
 def count(split: Split) -> tuple[int, int]:
@@ -57,7 +54,7 @@ def rows_per_second(split: Split, seconds: float = 3.0) -> float:
         for index in range(split.order.num_steps):
             columns, plan = split.plan(index, 1)
             for (micro_batch,) in plan:
-                split.layout.build(columns, micro_batch)
+                split.layout.build(columns, micro_batch, pad_token_id=split.pad_token_id)
             done += len(columns)
     return done / (time.process_time() - start)
 

@@ -21,11 +21,11 @@ from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, Weigh
 from fastpref.distributed import World, init_world, read_ranks
 from fastpref.errors import RankError
 from fastpref.explanations import explain
-from fastpref.model.attention.choice import choose_packing
+from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer, load_causal_lm, load_frozen_scorer, try_model
 from fastpref.model.liger import choose_liger
 from fastpref.model.source import load_tokenizer
-from fastpref.tisdpo.estimate import build_sides
+from fastpref.tisdpo.sides import build_sides
 from fastpref.train.data import load_data
 from fastpref.train.export import export_model, plan_export
 from fastpref.train.run_folder import create_run_dir
@@ -86,7 +86,7 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
     def pack() -> None:
         model = load("windows")
         path = try_model(model, packed.model, world, trainable=True).path
-        choose_packing(model, packed, world, path=path, longest=64)
+        choose_rows(model, packed.model, packed.packing, world, path=path, longest=64)
 
     def export() -> None:
         model = load("model")
@@ -100,10 +100,12 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
         "3 rows": lambda: load_data(make_config(base, datasets=["bad"]), world),
         "4 weights": lambda: load("damaged"),
         "4 stored dtype": lambda: load("unknown", trainable=False),
-        "4 model": lambda: load_frozen_scorer(make_config(base, "not finite"), world, longest=8),
+        "4 model": lambda: load_frozen_scorer(
+            make_config(base, "not finite").model, whole.packing, world, longest=8
+        ),
         "2 packing": pack,
         "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
-        "4 identity": lambda: build_sides(make_config(base, weights=weights), world),
+        "4 identity": lambda: build_sides(weights, whole.model, world),
         "4 run folder": lambda: create_run_dir(make_config(base, run_dir=UNWRITABLE), world),
         "4 export": export,
         "1 bug": lambda: world.on_main(lambda: 1 // 0),

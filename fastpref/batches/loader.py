@@ -1,77 +1,19 @@
 """From rows to batches: what each step computes, made ahead of the loop in a thread."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from types import TracebackType
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import datasets
-import numpy as np
 
-from fastpref.batch import PackedBatch, pad_rows
+from fastpref.batch import PackedBatch
 from fastpref.batches.columns import EncodedColumns
+from fastpref.batches.layouts import RowLayout
 from fastpref.batches.order import GlobalOrder
-from fastpref.batches.packed import MicroBatch, StepPlan, pack, plan_step
+from fastpref.batches.plan import StepPlan
+from fastpref.batches.prefetch import Prefetch
 from fastpref.data.encode import PreferenceSplit
 from fastpref.distributed import World
-
-Item = TypeVar("Item")
-
-
-class Prefetch(Generic[Item]):
-    """Results of `make`, computed in a thread up to `depth` ahead of whoever iterates.
-
-    To be entered; leaving ends the thread, wherever the iteration stands and whatever was raised.
-    An error in the thread is raised where its result was due.
-    """
-
-    def __init__(
-        self, make: Callable[[int], Item], indices: Iterable[int], *, depth: int = 2
-    ) -> None:
-        self._make = make
-        self._indices = indices
-        self._results: queue.Queue[tuple[Item | None, BaseException | None]] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="fastpref-feed", daemon=True)
-
-    def __enter__(self) -> Iterator[Item]:
-        self._thread.start()
-        return self._iterate()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._stopped.set()
-        self._thread.join()
-
-    def _iterate(self) -> Iterator[Item]:
-        for _ in self._indices:
-            result, error = self._results.get()
-            if error is not None:
-                raise error
-            assert result is not None
-            yield result
-
-    def _work(self) -> None:
-        for index in self._indices:
-            try:
-                result: tuple[Item | None, BaseException | None] = (self._make(index), None)
-            except BaseException as error:
-                result = (None, error)
-            while not self._stopped.is_set():
-                try:
-                    self._results.put(result, timeout=0.1)
-                    break
-                except queue.Full:
-                    pass
-            if self._stopped.is_set() or result[1] is not None:
-                return
 
 
 class StepBatches(NamedTuple):
@@ -87,54 +29,6 @@ class StepBatches(NamedTuple):
     """That the model's body computes, over all ranks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowLayout:
-    """How rows become batches."""
-
-    packed: bool
-    """False: right-padded rows, divided by number alone."""
-    share_prompt: bool
-    """Compute what sequences of a micro-batch have in common once; of packed rows."""
-    max_tokens: int
-    """Most tokens of a micro-batch; of packed rows."""
-    pad_token_id: int
-
-    def plan(self, columns: EncodedColumns, num_ranks: int, min_micro_batches: int) -> StepPlan:
-        """Which rows of a step each rank computes at once."""
-        if self.packed:
-            return plan_step(
-                columns,
-                max_tokens=self.max_tokens,
-                num_ranks=num_ranks,
-                min_micro_batches=min_micro_batches,
-                share_prompt=self.share_prompt,
-            )
-        longest = columns.prompt.lengths + np.maximum(
-            columns.chosen.lengths, columns.rejected.lengths
-        )
-
-        def padded(rows: np.ndarray) -> MicroBatch:
-            num_tokens = columns.num_sides * len(rows) * int(longest[rows].max(initial=0))
-            return MicroBatch(rows, rows, np.zeros_like(rows), num_tokens)
-
-        return [
-            [padded(rows) for rows in np.array_split(of_ranks, num_ranks)]
-            for of_ranks in np.array_split(np.arange(len(columns)), min_micro_batches)
-        ]
-
-    def build(self, columns: EncodedColumns, micro_batch: MicroBatch) -> PackedBatch:
-        """The batch of a micro-batch of the plan."""
-        if self.packed:
-            return pack(
-                columns,
-                micro_batch,
-                pad_token_id=self.pad_token_id,
-                share_prompt=self.share_prompt,
-            )
-        rows = [columns.row(row) for row in micro_batch.rows.tolist()]
-        return pad_rows(rows, pad_token_id=self.pad_token_id)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """A data split, the order it is visited in, and how its rows become batches."""
@@ -142,6 +36,7 @@ class Split:
     data: PreferenceSplit
     order: GlobalOrder
     layout: RowLayout
+    pad_token_id: int
     min_micro_batches: int = 1
 
     @cached_property
@@ -154,12 +49,20 @@ class Split:
         columns = EncodedColumns.of_arrow(self._table[rows])
         # a micro-batch in which no rank has a row would be computed for nothing
         most = max(1, -(-len(columns) // num_ranks))
-        return columns, self.layout.plan(columns, num_ranks, min(self.min_micro_batches, most))
+        plan = self.layout.plan(
+            columns,
+            num_ranks=num_ranks,
+            min_micro_batches=min(self.min_micro_batches, most),
+        )
+        return columns, plan
 
     def step(self, index: int, world: World) -> StepBatches:
         """What step `index` computes."""
         columns, plan = self.plan(index, world.size)
-        batches = [self.layout.build(columns, of_ranks[world.rank]) for of_ranks in plan]
+        batches = [
+            self.layout.build(columns, of_ranks[world.rank], pad_token_id=self.pad_token_id)
+            for of_ranks in plan
+        ]
         if world.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
         return StepBatches(

@@ -15,23 +15,7 @@ import torch
 
 from fastpref.batch import EncodedRow, KeyUses, PackedBatch, Segment, SegmentLayout
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate, concatenate, offsets_of
-
-
-class MicroBatch(NamedTuple):
-    """What one rank computes at once."""
-
-    rows: np.ndarray
-    """(P,) int64: which rows of the step."""
-    prompts: np.ndarray
-    """(P,) int64: equal for rows that share a prompt; ascending."""
-    num_shared: np.ndarray
-    """(P,) int64: response tokens computed with the row's prompt, for all responses to it."""
-    num_tokens: int
-    """Tokens that the model's body computes."""
-
-
-StepPlan = list[list[MicroBatch]]
-"""[micro-batch][rank]; every rank has as many, some may be without rows."""
+from fastpref.batches.plan import MicroBatch, StepPlan
 
 
 def plan_step(

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from fastpref.config import Config, ModelConfig
+from fastpref.batches.layouts import RowLayout
+from fastpref.config import ModelConfig, PackingConfig
 from fastpref.config.groups import FLASH_PACKAGES
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention
-from fastpref.model.attention.choice import Packing, choose_packing
+from fastpref.model.attention.choice import choose_rows
 from fastpref.model.checks import Findings, check_model
 from fastpref.model.frozen import (
     compute_in,
@@ -86,22 +87,24 @@ def load_reference(config: ModelConfig, world: World, findings: Findings) -> Any
     return model
 
 
-def starts_exactly_equal(config: Config, findings: Findings) -> bool:
+def starts_exactly_equal(
+    model: ModelConfig, findings: Findings, *, compile: bool, activation_checkpointing: bool
+) -> bool:
     """Whether policy and reference give the same bits before the first update.
 
     Args:
-        config: Of the run.
-        findings: What was found out about its model.
+        model: Options of both.
+        findings: What was found out about them.
+        compile, activation_checkpointing: How blocks are computed.
     """
-    model = config.model
     # rounding twice to the same dtype is rounding once, to another one it is not
     stored_equal = model.reference_dtype in (None, model.policy_dtype) or {
         model.reference_dtype,
         model.policy_dtype,
     } == {"float32", model.compute_dtype}
     # compiled with and without a backward, blocks are fused and so rounded in different places
-    rounds_alike = not config.compile or (
-        model.compute_dtype == "float32" and not config.activation_checkpointing
+    rounds_alike = not compile or (
+        model.compute_dtype == "float32" and not activation_checkpointing
     )
     return findings.repeats_exactly and stored_equal and rounds_alike
 
@@ -174,23 +177,23 @@ def warn_beyond_training(model: Any, longest: int) -> None:
 
 
 def load_frozen_scorer(
-    config: Config, world: World, *, longest: int
-) -> tuple[TokenScorer, Packing | None]:
-    """The config's model without gradients, and how it takes packed rows; None for padded ones.
+    options: ModelConfig, packing: PackingConfig, world: World, *, longest: int
+) -> tuple[TokenScorer, RowLayout]:
+    """A model without gradients, and how it takes rows.
 
     Args:
-        config: Of the run.
+        options: Of the model.
+        packing: Whether rows are to be packed.
         world: Whoever computes.
         longest: Tokens of the longest sequence that will be scored.
     """
-    model = load_causal_lm(config.model, world, trainable=False)
-    path = try_model(model, config.model, world, trainable=False).path
-    packing = choose_packing(model, config, world, path=path, longest=longest)
-    attention = packing.attention if packing else None
+    model = load_causal_lm(options, world, trainable=False)
+    path = try_model(model, options, world, trainable=False).path
+    rows = choose_rows(model, options, packing, world, path=path, longest=longest)
     scorer = build_scorer(
-        model, config.model, world, path=path, trainable=False, attention=attention
+        model, options, world, path=path, trainable=False, attention=rows.attention
     )
-    return scorer, packing
+    return scorer, rows.layout
 
 
 def build_scorer(

@@ -5,7 +5,7 @@ import gc
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,15 +14,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.batches.columns import EncodedColumns
-from fastpref.batches.packed import pack_rows, plan_step
-from fastpref.config import Config, ModelConfig
+from fastpref.batches.layouts import RowLayout, in_groups
+from fastpref.config import ModelConfig, PackingConfig
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, DataError
-from fastpref.model.attention.choice import Packing
 from fastpref.model.build import load_frozen_scorer, warn_beyond_training
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import pad_token_id
@@ -36,8 +35,6 @@ LOG_SECONDS = 10.0
 """Time between two log lines where there is no terminal for a progress bar."""
 CPU_TOKENS = 2048
 """Tokens scored at once on a CPU, at most: more take memory and are not faster."""
-PADDED_ROWS = 4
-"""Rows of a padded batch where weights.batch_size is null, as in the TIS-DPO code."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,20 +51,23 @@ class Side:
 
 @torch.no_grad()
 def score_missing(
-    config: Config,
-    world: World,
     side: Side,
-    tokenizer: Any,
     sources: Sequence[tuple[Rows, Shards]],
+    world: World,
+    *,
+    tokenizer: Any,
+    packing: PackingConfig,
+    batch_size: int | None,
 ) -> None:
     """Score the shards that one model has not scored yet; it is loaded only if there are any.
 
     Args:
-        config: Of the run; its model is not read.
-        world: Who we are.
         side: The model.
-        tokenizer: For its padding token.
         sources: Rows and the shards of this model for them.
+        world: Who we are.
+        tokenizer: For its padding token.
+        packing: Whether rows are to be packed.
+        batch_size: Rows scored at once; None leaves that to how rows are laid out.
 
     Raises:
         CheckpointError: a log-probability is not finite.
@@ -87,28 +87,32 @@ def score_missing(
         for _, shards in sources
         for ids in shards.rows
     )
-    scorer, packing = load_frozen_scorer(replace(config, model=side.model), world, longest=longest)
+    scorer, layout = load_frozen_scorer(side.model, packing, world, longest=longest)
     check_positions(scorer, side, sources)
     warn_beyond_training(scorer.model, longest)
     with (
         StopRequest() as stop,
         ScoringProgress(side, sources, missing, visible=world.is_main) as progress,
     ):
+        ranks = Ranks(
+            scorer=scorer,
+            layout=layout,
+            pad_token_id=pad_token_id(tokenizer, scorer.num_embeddings),
+            world=world,
+            stop=stop,
+            progress=progress,
+        )
         for (source, shards), shards_to_score in zip(sources, missing, strict=True):
             for shard in shards_to_score:
                 places = shards.rows_of(shard)
                 rows = [shards.rows[i] for i in places]
-                batches = divide_rows(rows, config, packing, world)
-                parts = score_rows(scorer, packing, rows, batches, tokenizer, world, stop, progress)
-                if parts is None:
-                    stop.raise_saying(f"{progress.done} are kept; the same command goes on there")
-                    raise AssertionError("scoring ended without a signal")
+                parts = ranks.score_rows(rows, divide_rows(rows, layout, world.device, batch_size))
                 check_finite(parts, places, source, side)
                 logps = np.concatenate([x for pair in parts for x in pair])
                 world.on_main(partial(shards.write, shard, logps))
                 progress.shard_is_done()
     # before the second model is loaded, not when Python gets to it
-    del scorer
+    del scorer, ranks
     release_memory()
 
 
@@ -122,73 +126,65 @@ def release_memory() -> None:
 
 
 def divide_rows(
-    rows: Sequence[EncodedRow], config: Config, packing: Packing | None, world: World
+    rows: Sequence[EncodedRow], layout: RowLayout, device: torch.device, batch_size: int | None
 ) -> list[list[int]]:
-    """Which rows of a shard are scored at once: by their number, or by their tokens if packed."""
-    batch_size = config.weights.batch_size
-    if batch_size is None and packing is not None:
-        max_tokens = config.packing.max_tokens
-        if world.device.type == "cpu":
-            max_tokens = min(max_tokens, CPU_TOKENS)
-        columns = EncodedColumns.of_rows(rows)
-        # as for one rank, so that what stands in a batch does not depend on their number
-        plan = plan_step(columns, max_tokens=max_tokens, share_prompt=packing.share_prompt)
-        return [batch.rows.tolist() for [batch] in plan]
-    size = batch_size or PADDED_ROWS
-    places = list(range(len(rows)))
-    return [places[i : i + size] for i in range(0, len(rows), size)]
+    """Which rows of a shard are scored at once; the same for any number of ranks."""
+    if batch_size is not None:
+        return in_groups(len(rows), batch_size)
+    most_tokens = CPU_TOKENS if device.type == "cpu" else None
+    return layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
 
 
-def score_rows(
-    scorer: TokenScorer,
-    packing: Packing | None,
-    rows: Sequence[EncodedRow],
-    batches: Sequence[Sequence[int]],
-    tokenizer: Any,
-    world: World,
-    stop: StopRequest,
-    progress: "ScoringProgress",
-) -> list[PairLogps] | None:
-    """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """A model on every rank, among which batches are dealt in turn."""
 
-    Args:
-        scorer: The model.
-        packing: How it takes packed rows; None for padded ones.
-        rows: Of a shard.
-        batches: Which of them are scored at once; dealt to the ranks in turn.
-        tokenizer: For its padding token.
-        world: Who we are.
-        stop: Whether a signal came.
-        progress: Told of every batch.
+    scorer: TokenScorer
+    layout: RowLayout
+    """How it takes rows."""
+    pad_token_id: int
+    world: World
+    stop: StopRequest
+    progress: "ScoringProgress"
+    """Told of every batch."""
 
-    Returns:
-        On every rank those of all rows, in their order; None if a signal came.
-    """
-    mine: list[tuple[int, PairLogps]] = []
-    for first in range(0, len(batches), world.size):
-        if stop.agreed(world):
-            return None
-        dealt = batches[first : first + world.size]
-        # a rank without a batch takes part in the collectives of sharded models all the same
-        places = dealt[world.rank] if world.rank < len(dealt) else []
-        filler = pad_token_id(tokenizer, scorer.num_embeddings)
-        batch = build_batch([rows[i] for i in places], packing, filler)
-        logps_N = scorer(batch.to(world.device)).float().cpu().numpy()
-        mine += zip(places, split_sequences(logps_N, batch), strict=True)
-        progress.advance([rows[i] for batch_places in dealt for i in batch_places])
-    gathered = [mine]
-    if world.size > 1:
-        gathered = [[] for _ in range(world.size)]
-        dist.all_gather_object(gathered, mine)
-    by_place = dict(pair for of_rank in gathered for pair in of_rank)
-    return [by_place[i] for i in range(len(rows))]
+    def score_rows(
+        self, rows: Sequence[EncodedRow], batches: Sequence[Sequence[int]]
+    ) -> list[PairLogps]:
+        """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
 
+        Args:
+            rows: Of a shard.
+            batches: Which of them are scored at once.
 
-def build_batch(rows: Sequence[EncodedRow], packing: Packing | None, filler: int) -> PackedBatch:
-    """Rows as one batch for the scorer, padded with `filler`; none of them is a batch too."""
-    if packing is None:
-        return pad_rows(rows, pad_token_id=filler)
-    return pack_rows(rows, pad_token_id=filler, share_prompt=packing.share_prompt)
+        Returns:
+            On every rank those of all rows, in their order.
+
+        Raises:
+            InterruptionError, PreemptionError: a signal came.
+        """
+        world = self.world
+        mine: list[tuple[int, PairLogps]] = []
+        for first in range(0, len(batches), world.size):
+            if self.stop.agreed(world):
+                self.stop.raise_saying(
+                    f"{self.progress.done} are kept; the same command goes on there"
+                )
+            dealt = batches[first : first + world.size]
+            # a rank without a batch takes part in the collectives of sharded models all the same
+            places = dealt[world.rank] if world.rank < len(dealt) else []
+            batch = self.layout.build_rows(
+                [rows[i] for i in places], pad_token_id=self.pad_token_id
+            )
+            logps_N = self.scorer(batch.to(world.device)).float().cpu().numpy()
+            mine += zip(places, split_sequences(logps_N, batch), strict=True)
+            self.progress.advance([rows[i] for batch_places in dealt for i in batch_places])
+        gathered = [mine]
+        if world.size > 1:
+            gathered = [[] for _ in range(world.size)]
+            dist.all_gather_object(gathered, mine)
+        by_place = dict(pair for of_rank in gathered for pair in of_rank)
+        return [by_place[i] for i in range(len(rows))]
 
 
 def split_sequences(logps_N: NDArray[np.float32], batch: PackedBatch) -> list[PairLogps]:

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastpref.batches.layouts import RowLayout
 from fastpref.batches.loader import Split
 from fastpref.config import Config
 from fastpref.data.chat import read_chat_template
 from fastpref.distributed import World
-from fastpref.model.attention.choice import Packing, choose_packing
+from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import (
     build_scorer,
     check_positions,
@@ -62,8 +63,8 @@ class Models(NamedTuple):
 
     policy: TokenScorer
     reference: TokenScorer | None
-    packing: Packing | None
-    """How they take packed rows; None for padded ones."""
+    layout: RowLayout
+    """How they take rows."""
     findings: Findings
 
 
@@ -79,8 +80,9 @@ def build_models(config: Config, world: World, objective: Objective, *, longest:
     model = load_causal_lm(config.model, world, trainable=True)
     check_positions(model, longest)
     findings = try_model(model, config.model, world, trainable=True)
-    packing = choose_packing(model, config, world, path=findings.path, longest=longest)
-    attention = packing.attention if packing else None
+    rows = choose_rows(
+        model, config.model, config.packing, world, path=findings.path, longest=longest
+    )
     liger = choose_liger(config.model.liger, model, world, compiled=config.compile)
     policy = build_scorer(
         model,
@@ -88,7 +90,7 @@ def build_models(config: Config, world: World, objective: Objective, *, longest:
         world,
         path=findings.path,
         trainable=True,
-        attention=attention,
+        attention=rows.attention,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
         liger=liger,
@@ -101,11 +103,11 @@ def build_models(config: Config, world: World, objective: Objective, *, longest:
             world,
             path=findings.path,
             trainable=False,
-            attention=attention,
+            attention=rows.attention,
             compile=config.compile,
             liger=liger,
         )
-    return Models(policy, reference, packing, findings)
+    return Models(policy, reference, rows.layout, findings)
 
 
 def build_run(config: Config, world: World) -> Run:
@@ -120,7 +122,12 @@ def build_run(config: Config, world: World) -> Run:
     data = load_data(config, world)
     models = build_models(config, world, objective, longest=data.longest)
     policy = models.policy
-    train_split, eval_split = build_splits(config, data, policy, models.packing)
+    train_split, eval_split = build_splits(
+        data,
+        models.layout,
+        num_embeddings=policy.num_embeddings,
+        min_micro_batches=config.gradient_accumulation_steps,
+    )
     if world.is_main:
         announce_tokens(train_split, world)
     optimizer = build_optimizer(
@@ -139,7 +146,13 @@ def build_run(config: Config, world: World) -> Run:
     )
     tolerance = None
     if objective.starts_at_log_two:
-        tolerance = first_loss_tolerance(exact=starts_exactly_equal(config, models.findings))
+        exact = starts_exactly_equal(
+            config.model,
+            models.findings,
+            compile=config.compile,
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        tolerance = first_loss_tolerance(exact=exact)
     export: list[ExportPlan] = []
     template = read_chat_template(config.data.chat_template)
     world.on_main(

@@ -3,7 +3,8 @@
 import logging
 from typing import Any, NamedTuple
 
-from fastpref.batches.loader import RowLayout, Split
+from fastpref.batches.layouts import RowLayout
+from fastpref.batches.loader import Split
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config
 from fastpref.data.audit import describe_example
@@ -11,9 +12,7 @@ from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.data.source import check_sources, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.model.attention.choice import Packing
 from fastpref.model.paths import resolve_model
-from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model_tokenizer, pad_token_id, read_vocab_size
 
 logger = logging.getLogger("fastpref")
@@ -84,21 +83,25 @@ def load_data(config: Config, world: World) -> Data:
 
 
 def build_splits(
-    config: Config, data: Data, policy: TokenScorer, packing: Packing | None
+    data: Data, layout: RowLayout, *, num_embeddings: int, min_micro_batches: int
 ) -> tuple[Split, Split | None]:
-    """The splits with how their rows become batches."""
-    layout = RowLayout(
-        packed=packing is not None,
-        share_prompt=packing is not None and packing.share_prompt,
-        max_tokens=config.packing.max_tokens,
-        pad_token_id=pad_token_id(data.tokenizer, policy.num_embeddings),
-    )
+    """The splits with how their rows become batches.
+
+    Args:
+        data: What was read.
+        layout: How the model takes rows.
+        num_embeddings: Tokens that it can read.
+        min_micro_batches: Of an optimizer step, at least.
+    """
+    filler = pad_token_id(data.tokenizer, num_embeddings)
     train = Split(
         data=data.train,
         order=data.train_order,
         layout=layout,
-        min_micro_batches=config.gradient_accumulation_steps,
+        pad_token_id=filler,
+        min_micro_batches=min_micro_batches,
     )
     if data.eval is None or data.eval_order is None:
         return train, None
-    return train, Split(data=data.eval, order=data.eval_order, layout=layout)
+    held_out = Split(data=data.eval, order=data.eval_order, layout=layout, pad_token_id=filler)
+    return train, held_out

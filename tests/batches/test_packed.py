@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, build_model
 
-from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.packed import pack, pack_rows, plan_step
+from fastpref.batches.padded import pad_rows
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.scorer import TokenScorer
 

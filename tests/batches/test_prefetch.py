@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fastpref.batches.loader import Prefetch
+from fastpref.batches.prefetch import Prefetch
 
 
 def feeding() -> bool:

@@ -8,13 +8,14 @@ import torch
 from naive_attention import VARLEN, naive_varlen
 from tiny_models import build_family, build_model, random_rows
 
-from fastpref.batch import pad_rows
+from fastpref.batches.layouts import PaddedRows
 from fastpref.batches.packed import pack_rows
-from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig
+from fastpref.batches.padded import pad_rows
+from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
-from fastpref.model.attention.choice import attention_problem, choose_attention, choose_packing
+from fastpref.model.attention.choice import attention_problem, choose_attention, choose_rows
 from fastpref.model.attention.packing_probe import AttentionCall
 from fastpref.model.logit_path import measure_logit_path
 from fastpref.model.scorer import TokenScorer
@@ -24,12 +25,10 @@ WORLD = World(rank=0, size=1, device=CPU, mesh=None, store=None)
 PLAIN = AttentionCall(4, 2, 8, 8, 8**-0.5, None)
 
 
-def config_with(**model) -> Config:
-    return Config(
-        model=ModelConfig(name_or_path="tiny", fsdp_policy_mp=None, **model),
-        loss=DPOConfig(),
-        datasets=["planted"],
-    )
+def choose(model, path, *, attention="auto", share_prompt="auto"):
+    options = ModelConfig(name_or_path="tiny", fsdp_policy_mp=None, attention=attention)
+    packing = PackingConfig(share_prompt=share_prompt)
+    return choose_rows(model, options, packing, WORLD, path=path, longest=32)
 
 
 def test_an_attention_that_aligns_causality_at_the_start_is_found_out():
@@ -75,12 +74,12 @@ def test_heads_of_another_width_in_every_layer_are_packed(caplog):
     model = widths_that_differ()
     path = measure_logit_path(model)
     with caplog.at_level(logging.INFO, "fastpref"):
-        packing = choose_packing(model, config_with(), WORLD, path=path, longest=32)
-    assert packing.attention.name == "sdpa" and packing.share_prompt, caplog.text
-    rows = random_rows()
+        rows = choose(model, path)
+    assert rows.attention.name == "sdpa" and rows.layout.share_prompt, caplog.text
+    encoded = random_rows()
     with torch.no_grad():
-        packed_N = TokenScorer(model, packing.attention, path)(pack_rows(rows, pad_token_id=0))
-        padded_N = TokenScorer(widths_that_differ())(pad_rows(rows, pad_token_id=0))
+        packed_N = TokenScorer(model, rows.attention, path)(pack_rows(encoded, pad_token_id=0))
+        padded_N = TokenScorer(widths_that_differ())(pad_rows(encoded, pad_token_id=0))
     torch.testing.assert_close(packed_N.sum(), padded_N.sum(), rtol=1e-5, atol=1e-5)
 
 
@@ -103,7 +102,7 @@ def test_gemma_4_is_packed():
     }
     model = build_family("gemma4_text", **sizes)
     path = measure_logit_path(model)
-    assert choose_packing(model, config_with(), WORLD, path=path, longest=32).share_prompt
+    assert choose(model, path).layout.share_prompt
 
 
 def test_auto_without_an_attention_falls_back_to_padded_rows_and_says_why(caplog, monkeypatch):
@@ -113,20 +112,18 @@ def test_auto_without_an_attention_falls_back_to_padded_rows_and_says_why(caplog
     monkeypatch.setattr("fastpref.model.attention.choice.attention_problem", fail)
     model = widths_that_differ()
     path = measure_logit_path(model)
-    assert choose_packing(model, config_with(), WORLD, path=path, longest=32) is None
+    assert choose(model, path) == (PaddedRows(), None)
     (message,) = caplog.messages
     assert "no kernel for 2 shapes; taking padded ones" in message
     assert model.config._attn_implementation != "fastpref"
     # what was asked for by name is refused, with advice that is not what is set
     for name, advice in (("eager", "set model.attention=auto or packing.enabled=false"),):
         with pytest.raises(ConfigError, match=rf"model\.attention={name}.*{advice}"):
-            choose_packing(model, config_with(attention=name), WORLD, path=path, longest=32)
+            choose(model, path, attention=name)
 
 
 def test_a_shared_prompt_that_was_asked_for_is_refused_where_it_cannot_be():
     model = build_family("bloom", hidden_size=32, n_layer=2, n_head=4)
     path = measure_logit_path(model)
-    config = config_with()
-    config.packing = PackingConfig(share_prompt="true")
     with pytest.raises(ConfigError, match=r"packing\.share_prompt=true: Bloom.*share_prompt=auto"):
-        choose_packing(model, config, WORLD, path=path, longest=32)
+        choose(model, path, share_prompt="true")

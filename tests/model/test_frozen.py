@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_model, random_rows
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref.batch import pad_rows
+from fastpref.batches.padded import pad_rows
 from fastpref.config import ModelConfig
 from fastpref.errors import ConfigError
 from fastpref.model.frozen import (

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fastpref.batch import pad_rows
+from fastpref.batches.padded import pad_rows
 from fastpref.errors import ConfigError, NonFiniteError
 from fastpref.model.exact_arithmetic import exact_arithmetic
 from fastpref.model.logit_path import measure_logit_path

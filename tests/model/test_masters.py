@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from tiny_models import build_model, random_rows
 
-from fastpref.batch import pad_rows
+from fastpref.batches.padded import pad_rows
 from fastpref.distributed import init_world
 from fastpref.model.parallelize import parallelize, wrap_blocks
 from fastpref.model.scorer import TokenScorer

@@ -5,7 +5,7 @@ import torch
 from tiny_models import FAMILIES, build_model, random_rows
 from torch.nn import functional as F
 
-from fastpref.batch import pad_rows
+from fastpref.batches.padded import pad_rows
 from fastpref.model.scorer import TokenScorer
 
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from tiny_models import build_family, build_model, random_rows, save_tiny_model
 
-from fastpref.batch import pad_rows
-from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.batches.padded import pad_rows
+from fastpref.config import ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.build import (
@@ -88,32 +88,29 @@ def test_a_reference_scores_as_its_policy_to_the_last_bit(
     with torch.no_grad():
         assert torch.equal(logps_N, reference(batch))
     logps_N.sum().backward()
-    whole = Config(model=config, loss=DPOConfig(), datasets=["planted"])
-    assert starts_exactly_equal(whole, findings)
+    assert starts_exactly_equal(config, findings, compile=False, activation_checkpointing=False)
 
 
 def test_equality_is_not_expected_of_what_rounds_differently(folders, world):
-    def config_of(**model) -> Config:
-        values = {"name_or_path": str(folders / "llama")} | model
-        return Config(model=ModelConfig(**values), loss=DPOConfig(), datasets=["planted"])
+    def options(**changes) -> ModelConfig:
+        return ModelConfig(**({"name_or_path": str(folders / "llama")} | changes))
 
-    plain = config_of()
-    findings = try_model(
-        load_causal_lm(plain.model, world, trainable=True), plain.model, world, trainable=True
-    )
-    assert starts_exactly_equal(config_of(), findings)
-    assert starts_exactly_equal(config_of(reference_dtype="float32"), findings)
-    assert starts_exactly_equal(config_of(reference_dtype="bfloat16"), findings)
-    assert not starts_exactly_equal(config_of(reference_dtype="float16"), findings)
-    assert not starts_exactly_equal(
-        config_of(reference_dtype="bfloat16", fsdp_policy_mp=None), findings
-    )
-    plain.compile = True
-    assert not starts_exactly_equal(plain, findings)
-    plain.model.fsdp_policy_mp = None
-    assert starts_exactly_equal(plain, findings)
-    plain.activation_checkpointing = True
-    assert not starts_exactly_equal(plain, findings)
+    plain = options()
+    findings = try_model(load_causal_lm(plain, world, trainable=True), plain, world, trainable=True)
+
+    def equal(compile: bool = False, recompute: bool = False, **changes) -> bool:
+        return starts_exactly_equal(
+            options(**changes), findings, compile=compile, activation_checkpointing=recompute
+        )
+
+    assert equal()
+    assert equal(reference_dtype="float32")
+    assert equal(reference_dtype="bfloat16")
+    assert not equal(reference_dtype="float16")
+    assert not equal(reference_dtype="bfloat16", fsdp_policy_mp=None)
+    assert not equal(compile=True)
+    assert equal(compile=True, fsdp_policy_mp=None)
+    assert not equal(compile=True, recompute=True, fsdp_policy_mp=None)
 
 
 def test_an_encoder_decoder_model_is_refused(tmp_path, world):

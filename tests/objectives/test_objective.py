@@ -6,7 +6,8 @@ from fastpref_kernels import TokenScores
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpref.batch import EncodedRow, pad_rows
+from fastpref.batch import EncodedRow
+from fastpref.batches.padded import pad_rows
 from fastpref.config import (
     DPOConfig,
     IPOConfig,

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.batch import EncodedRow, pad_rows
+from fastpref.batch import EncodedRow
+from fastpref.batches.padded import pad_rows
 from fastpref.config import Config, ModelConfig, TISDPOConfig, TransformConfig
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options

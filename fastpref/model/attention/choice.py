@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastpref.batch import SegmentLayout
+from fastpref.batches.layouts import PackedRows, PaddedRows, RowLayout
 from fastpref.batches.packed import pack_rows
-from fastpref.config import Config
+from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, first_line
 from fastpref.model.attention.backends import PackedAttention
@@ -20,21 +21,31 @@ from fastpref.model.logit_path import LogitPath
 logger = logging.getLogger("fastpref")
 
 
-class Packing(NamedTuple):
-    """How a model is trained on packed rows."""
+class ChosenRows(NamedTuple):
+    """How a model takes rows."""
 
-    attention: PackedAttention
-    share_prompt: bool
+    layout: RowLayout
+    attention: PackedAttention | None
+    """What computes packed rows; None for padded ones, which the model computes by itself."""
 
 
-def choose_packing(
-    model: Any, config: Config, world: World, *, path: LogitPath, longest: int
-) -> Packing | None:
-    """How to pack for a model, None for padded rows; rank 0 finds out, and says so in the log.
+def choose_rows(
+    model: Any,
+    options: ModelConfig,
+    packing: PackingConfig,
+    world: World,
+    *,
+    path: LogitPath,
+    longest: int,
+) -> ChosenRows:
+    """Packed rows where a model computes them as it does padded ones, else padded ones.
+
+    Rank 0 finds out, and says so in the log.
 
     Args:
         model: Of transformers, on the CPU; only rank 0's has weights.
-        config: Of the run.
+        options: Of the model: its attention, its compute dtype, its blocks.
+        packing: What was asked for.
         world: Whoever computes.
         path: From the model's last hidden states to its logits.
         longest: Tokens of the longest sequence that will be trained on.
@@ -42,45 +53,48 @@ def choose_packing(
     Raises:
         ConfigError: what was asked for cannot be done.
     """
-    if not config.packing.enabled:
-        return None
+    found = None
+    if packing.enabled:
+        found = world.on_main(
+            lambda: _find_packing(model, options, packing, world.device, path, longest)
+        )
+    if found is None:
+        return ChosenRows(PaddedRows(), None)
+    name, share_prompt = found
+    layout = PackedRows(share_prompt=share_prompt, max_tokens=packing.max_tokens)
+    return ChosenRows(layout, build_attention(name))
 
-    def choose() -> tuple[str, bool] | None:
-        choice = _choose(model, config, world, path, longest)
-        return (choice.attention.name, choice.share_prompt) if choice else None
 
-    found = world.on_main(choose)
-    return Packing(build_attention(found[0]), found[1]) if found else None
-
-
-def _choose(
-    model: Any, config: Config, world: World, path: LogitPath, longest: int
-) -> Packing | None:
+def _find_packing(
+    model: Any,
+    options: ModelConfig,
+    packing: PackingConfig,
+    device: torch.device,
+    path: LogitPath,
+    longest: int,
+) -> tuple[str, bool] | None:
+    """The name of a packed attention, and whether prompts are shared; None: rows are padded."""
     wishes = {"auto": (True, False), "true": (True,), "false": (False,)}
     before = model.config._attn_implementation
     obstacle: str | None = None
-    for share_prompt in wishes[config.packing.share_prompt]:
+    for share_prompt in wishes[packing.share_prompt]:
         calls, obstacle = probe_packing(
-            model,
-            path,
-            share_prompt=share_prompt,
-            longest=longest,
-            block_name=config.model.block_name,
+            model, path, share_prompt=share_prompt, longest=longest, block_name=options.block_name
         )
         if obstacle is not None:
             continue
-        dtype = getattr(torch, config.model.compute_dtype)
-        attention = choose_attention(config.model.attention, world.device, dtype, calls)
+        dtype = getattr(torch, options.compute_dtype)
+        attention = choose_attention(options.attention, device, dtype, calls)
         if isinstance(attention, PackedAttention):
             shared = "equal prompts computed once" if share_prompt else "every prompt by itself"
             logger.info("packed rows, %s, attention by %s", shared, attention.name)
-            return Packing(attention, share_prompt)
+            return attention.name, share_prompt
         # no attention here computes the model's packed rows, shared or not
         model.set_attn_implementation(before)
         obstacle = attention
         break
     name = type(model).__name__
-    if config.packing.share_prompt == "true":
+    if packing.share_prompt == "true":
         raise ConfigError(
             f"packing.share_prompt=true: {name} cannot share prompts: {obstacle}; "
             "set packing.share_prompt=auto"

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref.batch import EncodedRow, PackedBatch, pad_rows
+from fastpref.batch import EncodedRow, PackedBatch
 from fastpref.batches.packed import pack_rows
+from fastpref.batches.padded import pad_rows
 from fastpref.errors import first_line, is_out_of_memory
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import build_attention

@@ -1,0 +1,122 @@
+"""The two ways in which rows lie in a batch; a run chooses one, and nothing else asks which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batches.columns import EncodedColumns
+from fastpref.batches.packed import pack, pack_rows, plan_step
+from fastpref.batches.padded import pad_rows
+from fastpref.batches.plan import MicroBatch, StepPlan
+
+
+class RowLayout(Protocol):
+    """How rows become batches. Pure functions of the rows, so every rank makes the same plan."""
+
+    def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
+        """Which of a step's rows each rank computes at once.
+
+        Args:
+            columns: The step's rows.
+            num_ranks: Ranks that share the step.
+            min_micro_batches: Micro-batches of a rank, at least.
+        """
+
+    def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
+        """Which rows are computed at once where nobody says how many: for one rank.
+
+        Args:
+            columns: All rows.
+            most_tokens: Of a batch, where the layout's own limit is higher; None for that limit.
+        """
+
+    def build(
+        self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
+    ) -> PackedBatch:
+        """The batch of a micro-batch of the plan."""
+
+    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+        """Rows as one batch, in their order; none of them is a batch too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedRows:
+    """One after another in one row, without padding."""
+
+    share_prompt: bool
+    """Compute what sequences of a micro-batch have in common once."""
+    max_tokens: int
+    """Most tokens of a micro-batch."""
+
+    def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
+        """As few micro-batches as the tokens allow, see `plan_step`."""
+        return plan_step(
+            columns,
+            max_tokens=self.max_tokens,
+            num_ranks=num_ranks,
+            min_micro_batches=min_micro_batches,
+            share_prompt=self.share_prompt,
+        )
+
+    def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
+        """By their tokens."""
+        plan = plan_step(
+            columns,
+            max_tokens=min(self.max_tokens, most_tokens or self.max_tokens),
+            share_prompt=self.share_prompt,
+        )
+        return [batch.rows.tolist() for [batch] in plan]
+
+    def build(
+        self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
+    ) -> PackedBatch:
+        """One packed row, see `pack`."""
+        return pack(columns, micro_batch, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
+
+    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+        """One packed row."""
+        return pack_rows(rows, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedRows:
+    """Beside each other, padded on the right."""
+
+    batch_size: int = 4
+    """Rows computed at once where nobody says how many, as in the TIS-DPO code."""
+
+    def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
+        """By their number alone: `min_micro_batches` of them."""
+        return [
+            [_padded(columns, rows) for rows in np.array_split(of_ranks, num_ranks)]
+            for of_ranks in np.array_split(np.arange(len(columns)), min_micro_batches)
+        ]
+
+    def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
+        """By their number."""
+        return in_groups(len(columns), self.batch_size)
+
+    def build(
+        self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
+    ) -> PackedBatch:
+        """Right-padded rows, see `pad_rows`."""
+        rows = [columns.row(row) for row in micro_batch.rows.tolist()]
+        return pad_rows(rows, pad_token_id=pad_token_id)
+
+    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+        """Right-padded rows."""
+        return pad_rows(rows, pad_token_id=pad_token_id)
+
+
+def in_groups(num_rows: int, size: int) -> list[list[int]]:
+    """The numbers below `num_rows` in groups of `size`, the last of them as large as is left."""
+    return [list(range(i, min(i + size, num_rows))) for i in range(0, num_rows, size)]
+
+
+def _padded(columns: EncodedColumns, rows: np.ndarray) -> MicroBatch:
+    longest = columns.prompt.lengths + np.maximum(columns.chosen.lengths, columns.rejected.lengths)
+    num_tokens = columns.num_sides * len(rows) * int(longest[rows].max(initial=0))
+    return MicroBatch(rows, rows, np.zeros_like(rows), num_tokens)

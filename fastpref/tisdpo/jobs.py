@@ -1,0 +1,157 @@
+"""A file of weights before a model is loaded: its tokens, its shards, what it will be known by."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import DataConfig, ModelConfig, PackingConfig, WeightsConfig
+from fastpref.data.cache import code_digest
+from fastpref.data.chat import ChatFormat, check_chat_template, prints_date, read_chat_template
+from fastpref.data.encode import tokenizer_digest
+from fastpref.data.source import Rows
+from fastpref.data.weights_file import WeightsOrigin, read_origin, template_digest
+from fastpref.distributed import World
+from fastpref.errors import DataError
+from fastpref.scoring.score import Side
+from fastpref.scoring.shards import Shards
+from fastpref.tisdpo.sides import check_ids
+from fastpref.tisdpo.weight_rows import (
+    SourceJob,
+    begin_date,
+    encode_source,
+    shards_folder,
+    written_date,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """What an estimation depends on beside its models and its rows."""
+
+    weights: WeightsConfig
+    data: DataConfig
+    packing: PackingConfig
+
+    def path_of(self, rows: Rows) -> Path:
+        """The weights file of a source."""
+        folder = Path(str(self.weights.output_dir)) / f"{rows.name}{self.weights.suffix}"
+        return folder / f"{rows.counts.split}.jsonl"
+
+
+def open_job(
+    options: JobOptions, sides: Sequence[Side], rows: Rows, tokenizer: Any, world: World
+) -> SourceJob:
+    """What is known of a weights file before a model is loaded, rendered for the day it belongs to.
+
+    Where the chat template prints the date that is the day on which its estimation began: that of
+    the file if it is there already, that of the shards of a run that was stopped, else today.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: see `build_job`.
+    """
+    template = read_chat_template(options.data.chat_template)
+    if rows.has_chats:
+        check_chat_template(tokenizer, template)
+    chat = ChatFormat(tokenizer=tokenizer, template=template)
+    path = options.path_of(rows)
+    if not (rows.has_chats and prints_date(tokenizer, template)):
+        return build_job(options, sides, rows, chat, path)
+    begun = world.on_main(partial(begin_date, path, chat))
+    written = world.on_main(partial(written_date, path))
+    job = build_job(options, sides, rows, replace(chat, date=written or begun), path)
+    if written in ("", begun) or world.on_main(partial(is_finished, job)):
+        return job
+    return build_job(options, sides, rows, replace(chat, date=begun), path)
+
+
+def build_job(
+    options: JobOptions, sides: Sequence[Side], rows: Rows, chat: ChatFormat, path: Path
+) -> SourceJob:
+    """Everything that is known of a weights file before a model is loaded.
+
+    Raises:
+        DataError: a row has no prompt token, or the chat template refuses it.
+        ConfigError: the chat template cannot render any conversation.
+        CheckpointError: a token has no row in a model's embedding.
+    """
+    weights, data = options.weights, options.data
+    rows, encoded, counts = encode_source(
+        rows,
+        list(dict.fromkeys(["", *(side.template for side in sides)])),
+        chat,
+        include_eos=weights.include_eos,
+        on_error=data.on_error,
+        strict=data.strict,
+        max_dropped=data.max_dropped,
+    )
+    settings = scoring_settings(options, sides[0].model, rows, chat)
+    prints, shards = {}, {}
+    for side in sides:
+        check_ids(rows, encoded[side.template], side)
+        prints[side.label] = fingerprint([settings, side.origin.identity, side.template])
+        folder = shards_folder(path) / f"{side.label}-{prints[side.label][:16]}"
+        shards[side.label] = Shards.of(folder, encoded[side.template], weights.shard_rows)
+    origin = WeightsOrigin(
+        source=rows.source,
+        rows=len(rows.dataset),
+        tokens=sum(len(row.chosen_ids) + len(row.rejected_ids) for row in encoded[""]),
+        includes_eos=weights.include_eos,
+        round=weights.round,
+        compute_dtype=sides[0].model.compute_dtype,
+        tokenizer=settings["tokenizer"],
+        positive=sides[0].origin,
+        negative=sides[1].origin,
+        fingerprint=fingerprint([prints, weights.round]),
+        chat_date=chat.date,
+        chat_template=template_digest(chat.template),
+    )
+    return SourceJob(
+        rows=rows, path=path, encoded=encoded[""], counts=counts, shards=shards, origin=origin
+    )
+
+
+def scoring_settings(
+    options: JobOptions, model: ModelConfig, rows: Rows, chat: ChatFormat
+) -> dict[str, Any]:
+    """All that log-probabilities depend on beside the model: what a shard's folder is named by.
+
+    Batches belong to it: another padding rounds differently, and one file has one rounding.
+    """
+    return {
+        "rows": rows.fingerprint,
+        "tokenizer": tokenizer_digest(chat.tokenizer),
+        "chat_template": chat.template,
+        "chat_date": chat.date,
+        "include_eos": options.weights.include_eos,
+        "compute_dtype": model.compute_dtype,
+        "attention": model.attention,
+        "batch_size": options.weights.batch_size,
+        "packing": asdict(options.packing),
+        "shard_rows": options.weights.shard_rows,
+        "code": code_digest("data", "batches", "model", "scoring", "tisdpo"),
+    }
+
+
+def fingerprint(value: Any) -> str:
+    """Digest of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def is_finished(job: SourceJob) -> bool:
+    """Whether the file is there with exactly these weights."""
+    if not job.path.is_file():
+        return False
+    try:
+        origin = read_origin(job.path)
+    except DataError:
+        # a damaged record: the file is estimated anew
+        return False
+    return (
+        origin is not None
+        and origin.fingerprint == job.origin.fingerprint
+        and origin.size_bytes == job.path.stat().st_size
+    )

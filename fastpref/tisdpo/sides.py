@@ -1,0 +1,92 @@
+"""The two models of an estimation: what they are, and that they speak of the same tokens."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from fastpref_kernels.gemm import cpu_multiplies_bfloat16
+
+from fastpref.batch import EncodedRow
+from fastpref.config import ModelConfig, WeightsConfig
+from fastpref.data.source import Rows
+from fastpref.data.weights_file import ModelOrigin
+from fastpref.distributed import World
+from fastpref.errors import CheckpointError
+from fastpref.model.identity import model_identity, side_model
+from fastpref.model.paths import resolve_model
+from fastpref.model.source import load_model_tokenizer, read_vocab_size
+from fastpref.scoring.score import Side
+from fastpref.tisdpo.templates import template_text
+
+
+def build_sides(weights: WeightsConfig, model: ModelConfig, world: World) -> list[Side]:
+    """The positive and the negative model.
+
+    Args:
+        weights: Names of both, and what stands beside their prompts.
+        model: The run's: precision and attention of both.
+        world: Whoever computes.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    assert weights.positive and weights.negative and weights.output_dir
+    sides = []
+    for label, name, template in (
+        ("positive", weights.positive, weights.positive_template),
+        ("negative", weights.negative, weights.negative_template),
+    ):
+        own = side_model(scoring_precision(model, world), name)
+        resolve_model(own.name_or_path, key=f"weights.{label}")
+        # gigabytes are read once, not by every rank
+        identity = world.on_main(partial(model_identity, own))
+        text = template_text(template)
+        origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
+        sides.append(Side(label=label, model=own, template=text, origin=origin))
+    return sides
+
+
+def scoring_precision(model: ModelConfig, world: World) -> ModelConfig:
+    """The model in float32 where bfloat16 is the slower of the two as well as the less exact."""
+    on_cpu = world.device.type == "cpu"
+    emulated = world.on_main(lambda: on_cpu and not cpu_multiplies_bfloat16())
+    if not emulated or model.compute_dtype != "bfloat16":
+        return model
+    return replace(model, fsdp_policy_mp="float32")
+
+
+def shared_tokenizer(sides: Sequence[Side]) -> Any:
+    """The tokenizer of both models.
+
+    Raises:
+        CheckpointError: their vocabularies differ, so their tokens cannot be compared.
+    """
+    positive, negative = (
+        load_model_tokenizer(side.model, key=f"weights.{side.label}") for side in sides
+    )
+    if positive.get_vocab() != negative.get_vocab():
+        raise CheckpointError(
+            f"weights.negative: the tokenizer of {sides[1].origin.name_or_path} has another "
+            f"vocabulary than that of weights.positive ({sides[0].origin.name_or_path})"
+        )
+    return positive
+
+
+def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
+    """Refuse tokens that have no row in a model's embedding, before it is loaded.
+
+    Raises:
+        CheckpointError: naming the file, the row and the token.
+    """
+    name = resolve_model(side.model.name_or_path, key=f"weights.{side.label}")
+    vocab_size = read_vocab_size(name, side.model.revision)
+    for row, ids in zip(rows.dataset["row"], encoded, strict=True):
+        highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
+        if highest >= vocab_size:
+            raise CheckpointError(
+                f"weights.{side.label}: {rows.source}:{row} has token id {highest}, the embedding "
+                f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
+                "another model"
+            )
