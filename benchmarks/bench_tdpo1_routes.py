@@ -13,8 +13,9 @@ import time
 from train_command import read_train_config
 
 from fastpref.distributed import World, init_world
-from fastpref.train.build import Run, build_run
+from fastpref.train.build import build_run
 from fastpref.train.loop import train_step
+from fastpref.train.run import Run
 
 
 def main() -> None:

@@ -101,7 +101,7 @@ def write_random_rows(law: str, vocab: int, num_rows: int, folder: Path) -> None
 
 def write_ids(config: Any, world: Any, num_steps: int, path: Path) -> None:
     """The ids of the pairs of the first steps, in the order in which fastpref trains on them."""
-    from fastpref.train.build import load_data
+    from fastpref.train.data import load_data
 
     data = load_data(config, world)
     rows = np.concatenate([data.train_order.batch(step) for step in range(num_steps)])

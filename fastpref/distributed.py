@@ -92,6 +92,18 @@ class World:
         self.store.set(key, message)
         return result
 
+    def only_on_main(self, compute: Callable[[], Result]) -> Result | None:
+        """What `compute` returns on rank 0, there alone; what it raises there is everybody's.
+
+        For what cannot be pickled, or is too large to be.
+
+        Raises:
+            FastprefError, DistributedError: see `on_main`.
+        """
+        kept: list[Result] = []
+        self.on_main(lambda: kept.append(compute()))
+        return kept[0] if kept else None
+
     def _receive(self, key: str) -> Any:
         self._wait([key], PREPARATION_TIMEOUT)
         # from rank 0 of this run

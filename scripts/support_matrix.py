@@ -34,9 +34,10 @@ from fastpref.errors import FastprefError
 from fastpref.model.paths import resolve_model
 from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
-from fastpref.train.build import Run, build_run
+from fastpref.train.build import build_run
 from fastpref.train.export import export_model
 from fastpref.train.loop import train_step
+from fastpref.train.run import Run
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
 SCORE_BOUND = 1e-4

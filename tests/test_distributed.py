@@ -28,7 +28,7 @@ from fastpref.model.source import load_tokenizer
 from fastpref.tisdpo.sides import build_sides
 from fastpref.train.data import load_data
 from fastpref.train.export import export_model, plan_export
-from fastpref.train.run_folder import create_run_dir
+from fastpref.train.run_folder import run_place
 
 UNWRITABLE = "/proc/no-such-folder"
 """The kernel lets nobody make a folder there."""
@@ -106,7 +106,7 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
         "2 packing": pack,
         "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
         "4 identity": lambda: build_sides(weights, whole.model, world),
-        "4 run folder": lambda: create_run_dir(make_config(base, run_dir=UNWRITABLE), world),
+        "4 run folder": lambda: run_place(make_config(base, run_dir=UNWRITABLE)).create("", world),
         "4 export": export,
         "1 bug": lambda: world.on_main(lambda: 1 // 0),
     }

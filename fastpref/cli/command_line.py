@@ -55,7 +55,6 @@ def _run(
 ) -> int:
     from fastpref.cli.options import format_help
     from fastpref.cli.overrides import read_config
-    from fastpref.config import config_to_yaml
 
     if {"--help", "-h"} & set(arguments):
         _show(format_help(config_dir))
@@ -66,7 +65,7 @@ def _run(
         arguments = [argument for argument in arguments if argument not in ("--cfg", "job")]
     config = read_config(arguments, compose_choices, config_dir)
     if only_print:
-        _show(config_to_yaml(config).rstrip())
+        _show(config.to_yaml().rstrip())
         return 0
     # torch and transformers are imported from here on, a second or more
     from fastpref.cli.run import main as run

@@ -29,9 +29,6 @@ from fastpref.config.loss import (
 )
 from fastpref.config.run import (
     Config,
-    check_device,
-    computed_exp_name,
-    config_to_yaml,
 )
 from fastpref.config.stages import (
     StagesConfig,
@@ -59,7 +56,4 @@ __all__ = [
     "TransformConfig",
     "WandbConfig",
     "WeightsConfig",
-    "check_device",
-    "computed_exp_name",
-    "config_to_yaml",
 ]

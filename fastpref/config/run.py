@@ -198,51 +198,47 @@ class Config:
                 )
             self.run_dir, self.local_run_dir = self.local_run_dir, None
 
+    def check_device(self, device_type: str, has_bfloat16: bool) -> None:
+        """Refuse what the device cannot do; the caller says what it can: no torch is imported.
+
+        Args:
+            device_type: "cpu", "cuda", ….
+            has_bfloat16: Whether the device computes in bfloat16.
+
+        Raises:
+            ConfigError: naming the option and a value that works.
+        """
+        if self.model.attention in CUDA_ATTENTIONS and device_type != "cuda":
+            raise ConfigError(
+                f"model.attention={self.model.attention} needs a CUDA device, this one is "
+                f"{device_type}; set model.attention=sdpa"
+            )
+        dtypes = (self.model.policy_dtype, self.model.compute_dtype)
+        if "bfloat16" in dtypes and not has_bfloat16:
+            raise ConfigError(
+                f"this {device_type} device does not compute in bfloat16; set "
+                "model.policy_dtype=float32 model.fsdp_policy_mp=null"
+            )
+
+    def computed_exp_name(self) -> str:
+        """The run's name where exp_name is null, by the rule of the TIS-DPO repository.
+
+        LOSS_MODEL_DATASETS with the last part of the model's path, then `_reverse` for a reversed
+        dpo run and the transform with its parameters for tisdpo.
+        """
+        model = PurePosixPath(self.model.name_or_path).name
+        datasets = "_".join(self.datasets).replace("/", "-")
+        name = f"{self.loss.name}_{model}_{datasets}"
+        if self.loss.name == "dpo" and self.reverse_dataset:
+            return f"{name}_reverse"
+        if self.loss.name == "tisdpo":
+            return f"{name}_{self.transform.label()}"
+        return name
+
+    def to_yaml(self) -> str:
+        """Every option with its value, as `config.yaml` of the run folder holds it."""
+        return OmegaConf.to_yaml(OmegaConf.structured(self))
+
 
 TASKS = ("train", "audit", "estimate_weights", "tisdpo")
 TRAINERS = ("BasicTrainer", "FSDPTrainer")
-
-
-def check_device(config: Config, device_type: str, *, has_bfloat16: bool) -> None:
-    """Refuse what the device cannot do; the caller says what it can, torch is not imported here.
-
-    Args:
-        config: The run.
-        device_type: "cpu", "cuda", ….
-        has_bfloat16: Whether the device computes in bfloat16.
-
-    Raises:
-        ConfigError: naming the option and a value that works.
-    """
-    if config.model.attention in CUDA_ATTENTIONS and device_type != "cuda":
-        raise ConfigError(
-            f"model.attention={config.model.attention} needs a CUDA device, this one is "
-            f"{device_type}; set model.attention=sdpa"
-        )
-    dtypes = (config.model.policy_dtype, config.model.compute_dtype)
-    if "bfloat16" in dtypes and not has_bfloat16:
-        raise ConfigError(
-            f"this {device_type} device does not compute in bfloat16; set "
-            "model.policy_dtype=float32 model.fsdp_policy_mp=null"
-        )
-
-
-def computed_exp_name(config: Config) -> str:
-    """The run's name where exp_name is null, by the rule of the TIS-DPO repository.
-
-    LOSS_MODEL_DATASETS with the last part of the model's path, then `_reverse` for a reversed dpo
-    run and the transform with its parameters for tisdpo.
-    """
-    model = PurePosixPath(config.model.name_or_path).name
-    datasets = "_".join(config.datasets).replace("/", "-")
-    name = f"{config.loss.name}_{model}_{datasets}"
-    if config.loss.name == "dpo" and config.reverse_dataset:
-        return f"{name}_reverse"
-    if config.loss.name == "tisdpo":
-        return f"{name}_{config.transform.label()}"
-    return name
-
-
-def config_to_yaml(config: Config) -> str:
-    """Every option with its value, as `config.yaml` of the run folder holds it."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -59,9 +59,8 @@ def load_causal_lm(
         "attention": config.attention,
         "revision": config.revision,
     }
-    on_main: list[Any] = []
-    world.on_main(lambda: on_main.append(load_model(name, archive=config.archive, **options)))
-    model = on_main[0] if world.is_main else build_empty(name, **options)
+    loaded_model = world.only_on_main(lambda: load_model(name, archive=config.archive, **options))
+    model: Any = loaded_model if world.is_main else build_empty(name, **options)
     store_parameters(model, getattr(torch, stored))
     keep_weights(model)
     return model

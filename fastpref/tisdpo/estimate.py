@@ -29,6 +29,7 @@ from fastpref.tisdpo.weight_rows import SourceJob, write_weights
 logger = logging.getLogger("fastpref")
 
 
+@say_if_stopped("shards that are complete are kept; the same command goes on there")
 def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     """Score every split of every dataset and write `<output_dir>/<name><suffix>/<split>.jsonl`.
 
@@ -44,11 +45,6 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
             gives numbers that are not finite.
         InterruptionError, PreemptionError: a signal came; complete shards stay.
     """
-    with say_if_stopped("shards that are complete are kept; the same command goes on there"):
-        return _estimate(config, world)
-
-
-def _estimate(config: Config, world: World) -> list[WeightsReport]:
     sides = build_sides(config.weights, config.model, world)
     tokenizer = shared_tokenizer(sides)
     sources = data_options(config)

@@ -22,7 +22,7 @@ from rich.table import Table
 from yaml import YAMLError
 
 from fastpref.complete_files import complete_file, writing
-from fastpref.config import Config, config_to_yaml
+from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, InterruptionError, PreemptionError
 from fastpref.model.paths import EXPORT_FOLDER
@@ -32,7 +32,7 @@ from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stages import Stage, build_stages
 from fastpref.train.loop import train
 from fastpref.train.report import by_metric, print_text, render
-from fastpref.train.run_folder import check_run_root, create_run_dir, took_no_step
+from fastpref.train.run_folder import RunPlace, run_place, took_no_step
 
 logger = logging.getLogger("fastpref")
 
@@ -52,7 +52,7 @@ def run_tisdpo(config: Config, world: World) -> None:
     Raises:
         FastprefError: whatever a stage raises; what was done before it stays done.
     """
-    run_dir = open_run_dir(config, world)
+    run_dir = open_run_dir(run_place(config), config.to_yaml(), world)
     stages = build_stages(config, run_dir)
     go_on = f"stages that are done stay done, run_dir={run_dir} goes on with the next one"
     try:
@@ -77,26 +77,30 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World) -> None:
     world.on_main(lambda: close_run(run_dir, stages))
 
 
-def check_run_folder(config: Config) -> None:
+def check_run_folder(place: RunPlace, options: str) -> None:
     """Refuse, before anything is loaded, a run folder that is not one of this run's.
+
+    Args:
+        place: Where it is to be.
+        options: The text of its `config.yaml`.
 
     Raises:
         ConfigError: it cannot be made, holds something else, or was started with other options.
     """
-    if not config.run_dir or not (Path(config.run_dir) / "config.yaml").is_file():
-        check_run_root(config)
+    run_dir = place.run_dir
+    if run_dir is None or not (run_dir / "config.yaml").is_file():
+        place.check()
         return
-    run_dir = Path(config.run_dir)
     before = read_options(run_dir)
     if before.get("task") != "tisdpo":
         if not took_no_step(run_dir):
             raise ConfigError(f"run_dir: {run_dir} holds another run; name a new folder")
         return
-    now = OmegaConf.to_container(OmegaConf.create(config_to_yaml(config)))
+    now = OmegaConf.to_container(OmegaConf.create(options))
     changes = list_changes(before, now)
     if changes and has_begun(run_dir):
         raise ConfigError(
-            f"run_dir: {config.run_dir} was started with other options: {'; '.join(changes)}; give "
+            f"run_dir: {run_dir} was started with other options: {'; '.join(changes)}; give "
             "the same ones to go on with it, or name a new folder"
         )
 
@@ -132,18 +136,24 @@ def list_changes(before: Any, now: Any, prefix: str = "") -> list[str]:
     return changes
 
 
-def open_run_dir(config: Config, world: World) -> Path:
-    """The run folder: a new one, or the one that an earlier start has left."""
-    named = Path(config.run_dir) if config.run_dir else None
-    if named and world.on_main(lambda: go_on_in(named, config)):
+def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
+    """The run folder: a new one, or the one that an earlier start has left.
+
+    Args:
+        place: Where it is to be.
+        options: The text of its `config.yaml`.
+        world: Whoever runs.
+    """
+    named = place.run_dir
+    if named and world.on_main(lambda: go_on_in(named, options)):
         return named
-    run_dir = create_run_dir(config, world)
+    run_dir = place.create(options, world)
     if world.is_main:
         logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
     return run_dir
 
 
-def go_on_in(run_dir: Path, config: Config) -> bool:
+def go_on_in(run_dir: Path, options: str) -> bool:
     """Whether a folder is that of an earlier start of this run; it then has the options of this
     one where nothing had been computed from the others."""
     path = run_dir / "config.yaml"
@@ -151,7 +161,7 @@ def go_on_in(run_dir: Path, config: Config) -> bool:
         return False
     if not has_begun(run_dir):
         with complete_file(path) as file:
-            file.write(config_to_yaml(config))
+            file.write(options)
     return True
 
 

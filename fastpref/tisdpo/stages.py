@@ -12,7 +12,6 @@ from fastpref.config import (
     ModelConfig,
     SFTConfig,
     TISDPOConfig,
-    computed_exp_name,
 )
 from fastpref.errors import ConfigError
 
@@ -77,7 +76,7 @@ class _Recipe(NamedTuple):
         options: dict[str, Any] = {
             "task": "train",
             "run_dir": str(self.run_dir / name),
-            "exp_name": f"{config.exp_name or computed_exp_name(config)}_{name}",
+            "exp_name": f"{config.exp_name or config.computed_exp_name()}_{name}",
             # only what the last policy says is worth reading
             "sample_during_eval": False,
             "reverse_dataset": False,

@@ -1,10 +1,11 @@
 """What in a run's options will not do what it seems to: said once, before training.
 
-None of it is an error. Each function looks at one matter and says it with its numbers and with what
+None of it is an error. Each method looks at one matter and says it with its numbers and with what
 would help, or says nothing.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fastpref.batches.loader import Split
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, StagesConfig, TransformConfig, WeightsConfig
 from fastpref.distributed import World
-from fastpref.train.build import Run
+from fastpref.train.run import Run
 
 STEPS_OF_LR = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
 """Optimizers whose update of a weight is about the learning rate, whatever the gradient."""
@@ -26,127 +27,161 @@ WORTH_SAYING = 0.1
 
 def advise(run: Run) -> list[str]:
     """What to say of a run that has been put together; every rank calls this."""
-    config, order = run.config, run.train.order
-    share = unmoved_share(run.policy.parameters(), config.lr, run.world)
+    order, advice = run.train.order, Advice(run.config)
+    share = unmoved_share(run.policy.parameters(), run.config.lr, run.world)
     return [
-        *advise_schedule(config, order.num_steps),
-        *advise_examples(config, order),
-        *(advise_held_out(config, run.eval.order) if run.eval else ()),
-        *advise_micro_batches(config, run.train, run.world.size),
-        *advise_precision(config, share),
+        *advice.on_schedule(order.num_steps),
+        *advice.on_examples(order),
+        *(advice.on_held_out(run.eval.order) if run.eval else ()),
+        *advice.on_micro_batches(run.train, run.world.size),
+        *advice.on_precision(share),
     ]
 
 
-def advise_schedule(config: Config, num_steps: int) -> Iterator[str]:
-    """A warm-up that takes the whole run, and a decay that never begins."""
-    warmup, schedule = config.warmup_steps, config.optim.schedule
-    if warmup >= num_steps:
-        yield (
-            f"warmup_steps={warmup}, but the run has {num_steps} optimizer steps: the learning "
-            f"rate ends at {100 * num_steps / (warmup + 1):.3g} % of lr={config.lr:g}; set "
-            f"warmup_steps below {num_steps}"
-        )
-    if schedule == "constant":
-        if config.optim.min_lr_ratio:
+class Advice(NamedTuple):
+    """What there is to say of options, by the matter that they are about."""
+
+    config: Config
+
+    def on_schedule(self, num_steps: int) -> Iterator[str]:
+        """A warm-up that takes the whole run, and a decay that never begins."""
+        config = self.config
+        warmup, schedule = config.warmup_steps, config.optim.schedule
+        if warmup >= num_steps:
             yield (
-                f"optim.min_lr_ratio={config.optim.min_lr_ratio:g} has no effect with "
-                "optim.schedule=constant; cosine and linear end there"
+                f"warmup_steps={warmup}, but the run has {num_steps} optimizer steps: the learning "
+                f"rate ends at {100 * num_steps / (warmup + 1):.3g} % of lr={config.lr:g}; "
+                f"set warmup_steps below {num_steps}"
             )
-    elif warmup >= num_steps - 1:
-        yield (
-            f"optim.schedule={schedule} has no effect: warmup_steps={warmup} of {num_steps} "
-            "optimizer steps leave none to decay in"
-        )
-
-
-def advise_examples(config: Config, order: GlobalOrder) -> Iterator[str]:
-    """Where a run ends that was given a number of examples."""
-    wanted = config.n_examples
-    if wanted is None:
-        return
-    whole_batches = order.num_steps * order.batch_size
-    if config.n_epochs is not None and config.n_epochs * order.num_rows < wanted:
-        yield (
-            f"n_examples={wanted}, but n_epochs={config.n_epochs} ends the run after "
-            f"{min(whole_batches, config.n_epochs * order.num_rows)}; n_epochs=null takes as many "
-            "passes as n_examples needs"
-        )
-    elif wanted < whole_batches and config.data.drop_last:
-        yield (
-            f"n_examples={wanted} is rounded up to {whole_batches}, whole batches of "
-            f"batch_size={order.batch_size}"
-        )
-
-
-def advise_held_out(config: Config, order: GlobalOrder) -> Iterator[str]:
-    """How many rows are really evaluated and sampled from."""
-    wanted = config.n_eval_examples
-    evaluated = min(order.num_rows, order.num_steps * order.batch_size)
-    if evaluated < wanted:
-        yield f"n_eval_examples={wanted}, but the test split has {evaluated} rows: taking them all"
-    elif evaluated > wanted:
-        yield (
-            f"n_eval_examples={wanted} is rounded up to {evaluated}, whole batches of "
-            f"eval_batch_size={order.batch_size}"
-        )
-    if config.sample_during_eval and config.n_eval_model_samples > order.num_rows:
-        yield (
-            f"n_eval_model_samples={config.n_eval_model_samples}, but the test split has "
-            f"{order.num_rows} rows: one sample for each"
-        )
-
-
-def advise_micro_batches(config: Config, split: Split, num_ranks: int) -> Iterator[str]:
-    """Processes and micro-batches that there are no rows for, or that others decide on."""
-    rows, asked = config.batch_size, config.gradient_accumulation_steps
-    if rows < num_ranks:
-        yield (
-            f"batch_size={rows}: {num_ranks - rows} of {num_ranks} processes have nothing to "
-            f"compute; from batch_size={num_ranks} on all have"
-        )
-    if asked == 1:
-        return
-    steps = range(min(32, split.order.num_steps))
-    counts = [len(split.plan(step, num_ranks)[1]) for step in steps]
-    if max(counts) < asked:
-        yield (
-            f"gradient_accumulation_steps={asked}, but batch_size={rows} in a world of {num_ranks} "
-            f"is enough for {max(counts)} micro-batches"
-        )
-    elif min(counts) > asked:
-        yield (
-            f"gradient_accumulation_steps={asked} has no effect: packing.max_tokens="
-            f"{config.packing.max_tokens} takes at least {min(counts)} micro-batches a step"
-        )
-
-
-def advise_precision(config: Config, share: float) -> Iterator[str]:
-    """Updates and gradients that the dtypes cannot hold.
-
-    Args:
-        config: Of the run.
-        share: See `unmoved_share`.
-    """
-    model = config.model
-    if share >= WORTH_SAYING:
-        optimizer = config.optimizer
-        taken = f", about what {optimizer} takes" if optimizer in STEPS_OF_LR else ""
-        way_out = "a larger lr moves more of them"
-        if model.policy_dtype != "float32":
-            way_out = (
-                "model.policy_dtype=float32 keeps such steps, "
-                f"model.fsdp_policy_mp={model.compute_dtype} the arithmetic"
+        if schedule == "constant":
+            if config.optim.min_lr_ratio:
+                yield (
+                    f"optim.min_lr_ratio={config.optim.min_lr_ratio:g} has no effect with "
+                    "optim.schedule=constant; cosine and linear end there"
+                )
+        elif warmup >= num_steps - 1:
+            yield (
+                f"optim.schedule={schedule} has no effect: warmup_steps={warmup} of {num_steps} "
+                "optimizer steps leave none to decay in"
             )
-        yield (
-            f"{100 * share:.3g} % of the weights stand still under a step as large as "
-            f"lr={config.lr:g}{taken}: it is less than half a unit in the last place of their "
-            f"{model.policy_dtype}; {way_out}"
-        )
-    if model.compute_dtype == "float16":
-        yield (
-            "arithmetic in float16: gradients below 6e-8 become zero, as losses are not scaled; "
-            "model.fsdp_policy_mp=bfloat16 has the range of float32"
-        )
+
+    def on_examples(self, order: GlobalOrder) -> Iterator[str]:
+        """Where a run ends that was given a number of examples."""
+        config = self.config
+        wanted = config.n_examples
+        if wanted is None:
+            return
+        whole_batches = order.num_steps * order.batch_size
+        if config.n_epochs is not None and config.n_epochs * order.num_rows < wanted:
+            yield (
+                f"n_examples={wanted}, but n_epochs={config.n_epochs} ends the run after "
+                f"{min(whole_batches, config.n_epochs * order.num_rows)}; n_epochs=null takes as "
+                "many passes as n_examples needs"
+            )
+        elif wanted < whole_batches and config.data.drop_last:
+            yield (
+                f"n_examples={wanted} is rounded up to {whole_batches}, whole batches of "
+                f"batch_size={order.batch_size}"
+            )
+
+    def on_held_out(self, order: GlobalOrder) -> Iterator[str]:
+        """How many rows are really evaluated and sampled from."""
+        config = self.config
+        wanted = config.n_eval_examples
+        evaluated = min(order.num_rows, order.num_steps * order.batch_size)
+        if evaluated < wanted:
+            yield (
+                f"n_eval_examples={wanted}, but the test split has {evaluated} rows: taking them "
+                "all"
+            )
+        elif evaluated > wanted:
+            yield (
+                f"n_eval_examples={wanted} is rounded up to {evaluated}, whole batches of "
+                f"eval_batch_size={order.batch_size}"
+            )
+        if config.sample_during_eval and config.n_eval_model_samples > order.num_rows:
+            yield (
+                f"n_eval_model_samples={config.n_eval_model_samples}, but the test split has "
+                f"{order.num_rows} rows: one sample for each"
+            )
+
+    def on_micro_batches(self, split: Split, num_ranks: int) -> Iterator[str]:
+        """Processes and micro-batches that there are no rows for, or that others decide on."""
+        config = self.config
+        rows, asked = config.batch_size, config.gradient_accumulation_steps
+        if rows < num_ranks:
+            yield (
+                f"batch_size={rows}: {num_ranks - rows} of {num_ranks} processes have nothing to "
+                f"compute; from batch_size={num_ranks} on all have"
+            )
+        if asked == 1:
+            return
+        steps = range(min(32, split.order.num_steps))
+        counts = [len(split.plan(step, num_ranks)[1]) for step in steps]
+        if max(counts) < asked:
+            yield (
+                f"gradient_accumulation_steps={asked}, but batch_size={rows} in a world of "
+                f"{num_ranks} is enough for {max(counts)} micro-batches"
+            )
+        elif min(counts) > asked:
+            yield (
+                f"gradient_accumulation_steps={asked} has no effect: packing.max_tokens="
+                f"{config.packing.max_tokens} takes at least {min(counts)} micro-batches a step"
+            )
+
+    def on_precision(self, share: float) -> Iterator[str]:
+        """Updates and gradients that the dtypes cannot hold.
+
+        Args:
+            share: See `unmoved_share`.
+        """
+        config = self.config
+        model = config.model
+        if share >= WORTH_SAYING:
+            optimizer = config.optimizer
+            taken = f", about what {optimizer} takes" if optimizer in STEPS_OF_LR else ""
+            way_out = "a larger lr moves more of them"
+            if model.policy_dtype != "float32":
+                way_out = (
+                    "model.policy_dtype=float32 keeps such steps, "
+                    f"model.fsdp_policy_mp={model.compute_dtype} the arithmetic"
+                )
+            yield (
+                f"{100 * share:.3g} % of the weights stand still under a step as large as "
+                f"lr={config.lr:g}{taken}: it is less than half a unit in the last place of "
+                f"their {model.policy_dtype}; {way_out}"
+            )
+        if model.compute_dtype == "float16":
+            yield (
+                "arithmetic in float16: gradients below 6e-8 become zero, as losses are not "
+                "scaled; model.fsdp_policy_mp=bfloat16 has the range of float32"
+            )
+
+    def on_task(self) -> Iterator[str]:
+        """Groups of options that were set and that the task does not read.
+
+        To be asked of the config as the user gave it.
+        """
+        config = self.config
+        if config.task == "train" and config.weights != WeightsConfig():
+            yield (
+                "the options weights.* have no effect with task=train; task=estimate_weights or a "
+                "recipe of TIS-DPO reads them"
+            )
+        if config.task != "tisdpo" and config.stages != StagesConfig():
+            yield (
+                f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "
+                "them"
+            )
+        if (
+            config.task == "train"
+            and not config.loss.needs.weights
+            and config.transform != TransformConfig()
+        ):
+            yield (
+                f"the options transform.* have no effect with loss={config.loss.name}, which takes "
+                "no token weights"
+            )
 
 
 @torch.no_grad()
@@ -166,24 +201,3 @@ def unmoved_share(parameters: Iterable[Parameter], lr: float, world: World) -> f
         counts[1] += still.numel()
     unmoved, total = world.sum(counts).tolist()
     return unmoved / total
-
-
-def advise_task(config: Config, *, needs_weights: bool) -> Iterator[str]:
-    """Groups of options that were set and that the task does not read.
-
-    Args:
-        config: As the user gave it.
-        needs_weights: Whether the loss takes token weights.
-    """
-    if config.task == "train" and config.weights != WeightsConfig():
-        yield (
-            "the options weights.* have no effect with task=train; task=estimate_weights or a "
-            "recipe of TIS-DPO reads them"
-        )
-    if config.task != "tisdpo" and config.stages != StagesConfig():
-        yield f"the options stages.* have no effect with task={config.task}; task=tisdpo reads them"
-    if config.task == "train" and not needs_weights and config.transform != TransformConfig():
-        yield (
-            f"the options transform.* have no effect with loss={config.loss.name}, which takes no "
-            "token weights"
-        )

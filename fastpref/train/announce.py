@@ -1,29 +1,35 @@
 """What a run says before its first step: what will happen, and what a user may not expect."""
 
 import logging
+from collections.abc import Sequence
 
 from fastpref.batches.loader import Split
-from fastpref.config import Config
+from fastpref.config import ModelConfig, TransformConfig
 from fastpref.distributed import World
 from fastpref.objectives.objective import Objective
 
 logger = logging.getLogger("fastpref")
 
 
-def announce(config: Config, world: World, objective: Objective) -> None:
-    """Say what is about to happen, and what in it a user may not expect."""
+def announce(
+    model: ModelConfig, datasets: Sequence[str], world: World, objective: Objective
+) -> None:
+    """Say what is about to happen."""
     logger.info(
         "%s of %s on %s: %d x %s, weights in %s, arithmetic in %s",
         objective.title,
-        config.model.name_or_path,
-        ", ".join(config.datasets),
+        model.name_or_path,
+        ", ".join(datasets),
         world.size,
         world.device.type,
-        config.model.policy_dtype,
-        config.model.compute_dtype,
+        model.policy_dtype,
+        model.compute_dtype,
     )
-    transform = config.transform
-    if objective.needs.weights and transform.method == "binary":
+
+
+def announce_weights(transform: TransformConfig) -> None:
+    """Say what of a transform of token weights a user may not expect."""
+    if transform.method == "binary":
         logger.warning(
             "transform.method=binary at %g percent: %g percent of a response's tokens weigh 1, "
             "the others 0, whatever their estimated weights; transform=paper uses the estimates",

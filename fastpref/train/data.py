@@ -26,6 +26,8 @@ class Data(NamedTuple):
     eval: PreferenceSplit | None
     eval_order: GlobalOrder | None
     tokenizer: Any
+    chat_template: str | None
+    """Jinja text that replaces the tokenizer's own; None if none does."""
 
     @property
     def longest(self) -> int:
@@ -65,10 +67,11 @@ def load_data(config: Config, world: World) -> Data:
         order=config.data.order,
         num_prompts=train.num_prompts,
     )
+    template = options.encode.chat_template
     if world.is_main and train_order.warning:
         logger.warning(train_order.warning)
     if not held_out:
-        return Data(train, train_order, None, None, tokenizer)
+        return Data(train, train_order, None, None, tokenizer, template)
     eval_order = GlobalOrder(
         held_out[0].groups,
         batch_size=config.eval_batch_size,
@@ -79,7 +82,7 @@ def load_data(config: Config, world: World) -> Data:
         order=config.data.order,
         num_prompts=held_out[0].num_prompts,
     )
-    return Data(train, train_order, held_out[0], eval_order, tokenizer)
+    return Data(train, train_order, held_out[0], eval_order, tokenizer, template)
 
 
 def build_splits(

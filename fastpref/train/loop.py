@@ -17,7 +17,7 @@ from fastpref.errors import NON_FINITE, NonFiniteError
 from fastpref.progress import Progress
 from fastpref.signals import StopRequest, say_if_stopped
 from fastpref.train.advice import advise
-from fastpref.train.build import Run, build_run
+from fastpref.train.build import build_run
 from fastpref.train.export import export_model
 from fastpref.train.metrics import (
     PendingStep,
@@ -27,6 +27,7 @@ from fastpref.train.metrics import (
     sum_over_examples,
 )
 from fastpref.train.report import show_results
+from fastpref.train.run import Run
 from fastpref.train.sampling import sample_responses, write_samples
 
 logger = logging.getLogger("fastpref")
@@ -69,7 +70,7 @@ def seed_everything(seed: int) -> None:
 def run_loop(run: Run, stop: StopRequest) -> None:
     """Every optimizer step, with evaluations before, between and after; ends early on a signal."""
     config, world, order = run.config, run.world, run.train.order
-    eval_steps = steps_between_evals(config)
+    eval_steps = steps_between_evals(config.eval_every, config.batch_size)
     examples = 0
     progress = Progress(total=order.num_steps, visible=world.is_main)
     with progress, run.train.steps(world) as steps:
@@ -114,15 +115,15 @@ def show_step(progress: Progress, record: Record | None, *, visible: bool) -> No
     progress.show(f"{numbers}  {record['tokens_per_second']:,.0f} tokens/s")
 
 
-def steps_between_evals(config: Config) -> int:
+def steps_between_evals(eval_every: int, batch_size: int) -> int:
     """`eval_every` examples as whole optimizer steps, at least one; says so where it rounds."""
-    steps = max(1, config.eval_every // config.batch_size)
-    if steps * config.batch_size != config.eval_every:
+    steps = max(1, eval_every // batch_size)
+    if steps * batch_size != eval_every:
         logger.warning(
             "eval_every=%d is no multiple of batch_size=%d: evaluating every %d examples",
-            config.eval_every,
-            config.batch_size,
-            steps * config.batch_size,
+            eval_every,
+            batch_size,
+            steps * batch_size,
         )
     return steps
 

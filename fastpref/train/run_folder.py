@@ -6,10 +6,12 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastpref.complete_files import writing
-from fastpref.config import Config, computed_exp_name, config_to_yaml
+from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.model.paths import EXPORT_FOLDER
@@ -17,20 +19,69 @@ from fastpref.model.paths import EXPORT_FOLDER
 logger = logging.getLogger("fastpref")
 
 
-def check_run_root(config: Config) -> None:
-    """Refuse, before anything is loaded, a place where no run folder can be made.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlace:
+    """Where a run's folder is, or will be."""
 
-    Raises:
-        ConfigError: it is a file, is not writable, or the named run folder holds another run.
-    """
-    if not config.run_dir:
-        check_writable("output_dir", run_root(config))
-        check_writable("exp_name", run_root(config) / run_name(config))
-        return
-    folder = Path(config.run_dir)
-    check_writable("run_dir", folder)
-    if folder.is_dir() and any(folder.iterdir()) and not took_no_step(folder):
-        raise ConfigError(f"run_dir: {folder} is not empty; name a new folder")
+    run_dir: Path | None
+    """The folder that the user named."""
+    root: Path
+    """Else: the folder that holds the run folders."""
+    name: str
+    """And the run's own name there, to which the time is added."""
+
+    def check(self) -> None:
+        """Refuse, before anything is loaded, a place where no run folder can be made.
+
+        Raises:
+            ConfigError: it is a file, is not writable, or the named run folder holds another run.
+        """
+        folder = self.run_dir
+        if folder is None:
+            check_writable("output_dir", self.root)
+            check_writable("exp_name", self.root / self._timed_name())
+            return
+        check_writable("run_dir", folder)
+        if folder.is_dir() and any(folder.iterdir()) and not took_no_step(folder):
+            raise ConfigError(f"run_dir: {folder} is not empty; name a new folder")
+
+    def create(self, options: str, world: World) -> Path:
+        """A new run folder with the options in it as `config.yaml`, on every rank the same one.
+
+        Two starts in one second get two folders: making a folder is what claims its name.
+
+        Raises:
+            CheckpointError: the folder cannot be made.
+        """
+
+        def make() -> Path:
+            with writing(self.run_dir or self.root):
+                run_dir = self._claim()
+                (run_dir / "config.yaml").write_text(options, encoding="utf-8")
+            return run_dir
+
+        return world.on_main(make)
+
+    def _claim(self) -> Path:
+        if self.run_dir is None:
+            return _claim(self.root, self._timed_name())
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        if any(self.run_dir.iterdir()):
+            clear_start(self.run_dir)
+        return self.run_dir
+
+    def _timed_name(self) -> str:
+        timestamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        return f"{self.name}_{timestamp}"
+
+
+def run_place(config: Config) -> RunPlace:
+    """Where the folder of a config's run is to be."""
+    return RunPlace(
+        run_dir=Path(config.run_dir) if config.run_dir else None,
+        root=run_root(config.output_dir, config.local_dirs),
+        name=config.exp_name or config.computed_exp_name(),
+    )
 
 
 LEFT_AT_THE_START = (
@@ -72,13 +123,13 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
-def run_root(config: Config) -> Path:
+def run_root(output_dir: str, local_dirs: Sequence[str] | None) -> Path:
     """The folder that holds the run folders: `output_dir`, or `<local dir>/<user>` as the DPO
     repository has it: the first of `local_dirs` that exists, else the last."""
-    if not config.local_dirs:
-        return Path(config.output_dir)
-    existing = [name for name in config.local_dirs if Path(name).is_dir()]
-    return Path((existing or config.local_dirs[-1:])[0]) / user_name()
+    if not local_dirs:
+        return Path(output_dir)
+    existing = [name for name in local_dirs if Path(name).is_dir()]
+    return Path((existing or local_dirs[-1:])[0]) / user_name()
 
 
 def user_name() -> str:
@@ -88,38 +139,6 @@ def user_name() -> str:
     # KeyError until Python 3.12
     except (KeyError, OSError):
         return str(os.getuid())
-
-
-def run_name(config: Config) -> str:
-    """The name of a run folder that the user did not name, made of the time of asking."""
-    timestamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return f"{config.exp_name or computed_exp_name(config)}_{timestamp}"
-
-
-def create_run_dir(config: Config, world: World) -> Path:
-    """A new run folder with the config in it, on every rank the same one.
-
-    Two starts in one second get two folders: making a folder is what claims its name.
-    """
-    return world.on_main(lambda: make_run_dir(config))
-
-
-def make_run_dir(config: Config) -> Path:
-    """`create_run_dir` on the rank that writes.
-
-    Raises:
-        CheckpointError: the folder cannot be made.
-    """
-    with writing(Path(config.run_dir) if config.run_dir else run_root(config)):
-        if config.run_dir:
-            run_dir = Path(config.run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-            if any(run_dir.iterdir()):
-                clear_start(run_dir)
-        else:
-            run_dir = _claim(run_root(config), run_name(config))
-        (run_dir / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
-    return run_dir
 
 
 def clear_start(run_dir: Path) -> None:

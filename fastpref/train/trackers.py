@@ -1,14 +1,13 @@
 """Optional followers of a run, beside metrics.jsonl: Weights & Biases and TensorBoard."""
 
-import dataclasses
 import importlib
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from fastpref.config import Config
+from fastpref.config import TensorboardConfig, WandbConfig
 from fastpref.errors import ConfigError, first_line
 from fastpref.train.metrics import Record, Tracker
 
@@ -18,17 +17,26 @@ WANDB_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 """Values of WANDB_MODE that need no account."""
 
 
-def check_trackers(config: Config) -> None:
+class TrackerOptions(NamedTuple):
+    """Which trackers follow a run."""
+
+    wandb: WandbConfig
+    tensorboard: TensorboardConfig
+    debug: bool
+    """None of them."""
+
+
+def check_trackers(options: TrackerOptions) -> None:
     """Refuse, before anything is loaded, a tracker that could not start.
 
     Raises:
         ConfigError: its package cannot be imported, or Weights & Biases knows no account.
     """
-    if config.debug:
+    if options.debug:
         return
-    if config.tensorboard.enabled:
+    if options.tensorboard.enabled:
         _check_import("tensorboard.enabled", "torch.utils.tensorboard")
-    if config.wandb.enabled:
+    if options.wandb.enabled:
         _check_import("wandb.enabled", "wandb")
         _check_login()
 
@@ -59,16 +67,27 @@ def _check_login() -> None:
         ) from None
 
 
-def build_trackers(config: Config, run_dir: Path) -> list[Tracker]:
-    """The trackers that the config asks for; none in `debug`.
+def build_trackers(
+    options: TrackerOptions, run_dir: Path, run_options: dict[str, Any]
+) -> list[Tracker]:
+    """The trackers that are asked for.
 
     One that does not start, though `check_trackers` found nothing, is left out with a warning.
+
+    Args:
+        options: Which.
+        run_dir: Of the run.
+        run_options: All options of the run, for those that keep them.
     """
-    if config.debug:
+    if options.debug:
         return []
     wanted: list[tuple[bool, str, Callable[[], Tracker]]] = [
-        (config.wandb.enabled, WandbTracker.name, lambda: WandbTracker(config, run_dir)),
-        (config.tensorboard.enabled, TensorboardTracker.name, lambda: TensorboardTracker(run_dir)),
+        (
+            options.wandb.enabled,
+            WandbTracker.name,
+            lambda: WandbTracker(options.wandb, run_dir, run_options),
+        ),
+        (options.tensorboard.enabled, TensorboardTracker.name, lambda: TensorboardTracker(run_dir)),
     ]
     trackers = []
     for enabled, name, build in wanted:
@@ -87,15 +106,15 @@ class WandbTracker:
 
     name = "Weights & Biases"
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
+    def __init__(self, options: WandbConfig, run_dir: Path, run_options: dict[str, Any]) -> None:
         import wandb
 
         self._run = wandb.init(
-            entity=config.wandb.entity,
-            project=config.wandb.project,
+            entity=options.entity,
+            project=options.project,
             name=run_dir.name,
             dir=str(run_dir),
-            config=dataclasses.asdict(config),
+            config=run_options,
         )
 
     def log(self, record: Record) -> None:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import train
 from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
-from fastpref.config import Config, TDPOConfig, computed_exp_name
+from fastpref.config import Config, TDPOConfig
 
 ROOT = Path(train.__file__).parent
 
@@ -120,7 +120,7 @@ def test_dpo_readme_commands_compose(arguments, loss, model):
 def test_tisdpo_readme_first_step_names_its_runs(reverse, name):
     command = QWEN.format(data="ultra-feedback", loss="dpo", folder="datasets/", reverse=reverse)
     config = read_command(command)
-    assert computed_exp_name(config) == name
+    assert config.computed_exp_name() == name
     assert config.reverse_dataset is (reverse == "true")
     assert (config.base_data_dir, config.lr) == ("datasets/", 5e-7)
 
@@ -141,7 +141,7 @@ def test_tisdpo_readme_last_step_names_its_run(method, label):
         data="ultra-feedback-tisdpo", loss="tisdpo", folder="generated-data/", reverse="false"
     )
     config = read_command(f"{command} \\\n  transform.method={method}")
-    assert computed_exp_name(config) == f"tisdpo_Qwen2.5-3B-sft_ultra-feedback-tisdpo_{label}"
+    assert config.computed_exp_name() == f"tisdpo_Qwen2.5-3B-sft_ultra-feedback-tisdpo_{label}"
     assert config.transform.method == method
     assert not config.loss.token_level
 

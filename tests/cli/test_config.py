@@ -19,9 +19,6 @@ from fastpref.config import (
     TDPOConfig,
     TISDPOConfig,
     TransformConfig,
-    check_device,
-    computed_exp_name,
-    config_to_yaml,
 )
 from fastpref.errors import ConfigError
 from fastpref.token_weights import transform_weights
@@ -95,7 +92,7 @@ def test_every_transform_takes_the_parameters_of_its_block(method):
 
 def test_printed_options_compose_to_the_same_config():
     config = read("loss=tisdpo", "optim.betas=[0.9,0.95]", "transform.binary.top_percent=50")
-    printed = OmegaConf.create(config_to_yaml(config))
+    printed = OmegaConf.create(config.to_yaml())
     again = build_config(OmegaConf.merge(train.compose_choices(["loss=tisdpo"]), printed))
     assert again == config
 
@@ -307,17 +304,14 @@ def test_device_that_cannot_is_refused_with_what_can():
     flash = tiny_config()
     flash.model.attention = "flash_attention_2"
     with pytest.raises(ConfigError, match=r"needs a CUDA device, .* set model\.attention=sdpa"):
-        check_device(flash, "cpu", has_bfloat16=True)
-    check_device(flash, "cuda", has_bfloat16=True)
+        flash.check_device("cpu", has_bfloat16=True)
+    flash.check_device("cuda", has_bfloat16=True)
     for attention in ("varlen", "flex"):
         with pytest.raises(ConfigError, match=rf"attention={attention} needs a CUDA device"):
-            check_device(
-                tiny_config(model=ModelConfig(name_or_path="tiny", attention=attention)),
-                "cpu",
-                has_bfloat16=True,
-            )
+            model = ModelConfig(name_or_path="tiny", attention=attention)
+            tiny_config(model=model).check_device("cpu", has_bfloat16=True)
     with pytest.raises(ConfigError, match=r"does not compute in bfloat16; .*fsdp_policy_mp=null"):
-        check_device(tiny_config(), "cuda", has_bfloat16=False)
+        tiny_config().check_device("cuda", has_bfloat16=False)
 
 
 @pytest.mark.parametrize(
@@ -335,13 +329,13 @@ def test_run_names_of_tisdpo_end_in_the_transform(method, label):
     config = tiny_config(
         loss=TISDPOConfig(), transform=TransformConfig(method=method), datasets=["a", "b"]
     )
-    assert computed_exp_name(config) == f"tisdpo_tiny_a_b_{label}"
+    assert config.computed_exp_name() == f"tisdpo_tiny_a_b_{label}"
 
 
 def test_run_names_follow_model_folder_and_reversal():
     model = ModelConfig(name_or_path="models/Qwen/Qwen2.5-3B-sft/")
     names = [
-        computed_exp_name(tiny_config(model=model, loss=loss, reverse_dataset=True))
+        tiny_config(model=model, loss=loss, reverse_dataset=True).computed_exp_name()
         for loss in (DPOConfig(), TDPOConfig())
     ]
     assert names == ["dpo_Qwen2.5-3B-sft_hh_reverse", "tdpo_Qwen2.5-3B-sft_hh"]

@@ -19,11 +19,7 @@ from fastpref.config import (
 from fastpref.config.stages import StagesConfig
 from fastpref.distributed import World
 from fastpref.train.advice import (
-    advise_examples,
-    advise_held_out,
-    advise_precision,
-    advise_schedule,
-    advise_task,
+    Advice,
     unmoved_share,
 )
 
@@ -53,7 +49,7 @@ def order(config: Config, num_rows: int, **limits: Any) -> GlobalOrder:
 def test_a_warm_up_that_takes_the_whole_run_is_said(schedule, min_lr_ratio, warmup_steps, messages):
     optim = OptimConfig(schedule=schedule, min_lr_ratio=min_lr_ratio)
     config = make_config(warmup_steps=warmup_steps, lr=1e-6, optim=optim)
-    assert_messages(advise_schedule(config, num_steps=100), messages)
+    assert_messages(Advice(config).on_schedule(num_steps=100), messages)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +65,7 @@ def test_a_warm_up_that_takes_the_whole_run_is_said(schedule, min_lr_ratio, warm
 )
 def test_where_a_run_ends_is_said_if_it_is_not_where_it_was_asked_to(options, messages):
     config = make_config(**options)
-    assert_messages(advise_examples(config, order(config, num_rows=100)), messages)
+    assert_messages(Advice(config).on_examples(order(config, num_rows=100)), messages)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +80,7 @@ def test_where_a_run_ends_is_said_if_it_is_not_where_it_was_asked_to(options, me
 def test_what_is_evaluated_is_said_if_it_is_not_what_was_asked_for(num_rows, wanted, messages):
     config = make_config(n_eval_examples=wanted)
     limits = {"n_epochs": 1, "n_examples": wanted, "drop_last": False, "batch_size": 16}
-    assert_messages(advise_held_out(config, order(config, num_rows, **limits)), messages)
+    assert_messages(Advice(config).on_held_out(order(config, num_rows, **limits)), messages)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -125,7 +121,7 @@ def test_the_weights_that_stand_still_are_those_that_adamw_does_not_move(dtype, 
 def test_steps_and_gradients_that_a_dtype_cannot_hold_are_said(model, optimizer, share, messages):
     model = ModelConfig(name_or_path="tiny", **model)
     config = make_config(model=model, optimizer=optimizer, lr=1e-6)
-    assert_messages(advise_precision(config, share), messages)
+    assert_messages(Advice(config).on_precision(share), messages)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +134,7 @@ def test_steps_and_gradients_that_a_dtype_cannot_hold_are_said(model, optimizer,
     ],
 )
 def test_groups_of_options_that_the_task_does_not_read_are_said(options, messages):
-    assert_messages(advise_task(make_config(**options), needs_weights=False), messages)
+    assert_messages(Advice(make_config(**options)).on_task(), messages)
 
 
 def assert_messages(found: Any, patterns: list[str]) -> None:

@@ -11,7 +11,7 @@ import train
 from fastpref.cli.command_line import main
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.errors import ConfigError
-from fastpref.train.run_folder import check_run_root, took_no_step
+from fastpref.train.run_folder import run_place, took_no_step
 
 EVAL, TRAIN = ({"step": 0, "examples": 0, "split": split} for split in ("eval", "train"))
 
@@ -52,10 +52,10 @@ def test_only_what_a_run_leaves_before_its_first_step_may_be_replaced(
     assert took_no_step(run_dir) == (may_be_replaced and bool(names))
     config = make_config(run_dir=str(run_dir))
     if may_be_replaced:
-        check_run_root(config)
+        run_place(config).check()
         return
     with pytest.raises(ConfigError, match=r"run_dir: .* is not empty; name a new folder"):
-        check_run_root(config)
+        run_place(config).check()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
     tmp_path, options, message
 ):
     with pytest.raises(ConfigError, match=message):
-        check_run_root(make_config(output_dir=str(tmp_path), **options))
+        run_place(make_config(output_dir=str(tmp_path), **options)).check()
     assert not list(tmp_path.iterdir())
 
 

@@ -1,0 +1,68 @@
+"""One command, a process for every GPU."""
+
+import signal
+import socket
+import sys
+
+from fastpref.errors import ConfigError, DistributedError, first_line
+
+
+def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
+    """Run this same command under torchrun, one process a GPU.
+
+    Args:
+        num_gpus: Processes.
+        port: Where they meet; None: a free one.
+
+    Returns:
+        The exit code of the first rank that failed, or 0.
+
+    Raises:
+        ConfigError: the port is taken.
+        DistributedError: the processes do not find each other.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if port is not None:
+        check_port(port)
+    launch = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_gpus,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port or 0}",
+        run_id="fastpref",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(launch, sys.executable)("-u", *sys.argv)
+    except ChildFailedError as failed:
+        _, failure = failed.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
+    except SignalException as stopped:
+        # the ranks got the signal too; torchrun gives them 30 s to save
+        return 130 if stopped.sigval == signal.SIGINT else 75
+    except RendezvousError as error:
+        raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
+    return 0
+
+
+def check_port(port: int) -> None:
+    """Refuse a port that another program listens on: torchrun would wait for it for minutes.
+
+    Raises:
+        ConfigError: naming the port.
+    """
+    with socket.socket() as probe:
+        # as torch does: a port of a connection that has just ended can be had
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ConfigError(
+                f"fsdp_port={port} cannot be had: {error.strerror}; name another one, or null for "
+                "a free one"
+            ) from None

@@ -1,0 +1,52 @@
+"""The tasks: what is checked before anything is loaded, and what is run on every rank."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastpref.config import Config
+
+if TYPE_CHECKING:
+    from fastpref.distributed import World
+
+
+def check_task(config: Config, num_ranks: int) -> None:
+    """Refuse, before anything is loaded, what this machine cannot do of a task.
+
+    Raises:
+        ConfigError: the place for its results, or the optimizer.
+    """
+    from fastpref.train.optim import check_optimizer
+    from fastpref.train.run_folder import check_writable, run_place
+
+    if config.task == "estimate_weights":
+        assert config.weights.output_dir
+        check_writable("weights.output_dir", Path(config.weights.output_dir))
+        return
+    if config.task == "train":
+        run_place(config).check()
+    else:
+        from fastpref.tisdpo.recipe import check_run_folder
+
+        check_run_folder(run_place(config), config.to_yaml())
+    check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
+
+
+def run_task(config: Config, world: "World") -> None:
+    """`task=train`, `estimate_weights` or `tisdpo`, on this rank."""
+    if config.task == "estimate_weights":
+        from fastpref.tisdpo.estimate import estimate_weights
+
+        estimate_weights(config, world)
+        return
+    from fastpref.train.trackers import TrackerOptions, check_trackers
+
+    followers = TrackerOptions(config.wandb, config.tensorboard, config.debug)
+    world.on_main(lambda: check_trackers(followers))
+    if config.task == "tisdpo":
+        from fastpref.tisdpo.recipe import run_tisdpo
+
+        run_tisdpo(config, world)
+    else:
+        from fastpref.train.loop import train
+
+        train(config, world)
