@@ -83,8 +83,8 @@ def num_positional(function: Function) -> int:
 def has_fixed_places(function: Function) -> bool:
     """Whether somebody else's interface leaves no choice but arguments by place.
 
-    Triton 3.6, which torch 2.11 brings, compiles no keyword-only parameters: a kernel's launch gives
-    names all the same. An autograd node gets what `apply` was given, behind its context.
+    Triton 3.6, which torch 2.11 brings, compiles no keyword-only parameters: a kernel's launch
+    gives names all the same. An autograd node gets what `apply` was given, behind its context.
     """
     decorators = " ".join(map(ast.unparse, function.decorator_list))
     first = next(iter(function.args.args), None)
