@@ -124,7 +124,7 @@ def transform_both(
     logits, reference_logits, bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`transform_logits` of policy and reference, tiles of the same columns."""
+    """`transform_logits` of policy and reference, products of the same rows and columns."""
     return (
         transform_logits(logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP),
         transform_logits(

@@ -9,6 +9,7 @@ from fastpref_kernels.tiles import (
     softcap_slope,
     tile_index,
     transform_both,
+    transform_logits,
 )
 
 
@@ -161,11 +162,13 @@ def _joint_dlogits_tile_kernel(
     grad_kl = tl.load(grad_kl_ptr + offs_n, mask=mask_n, other=0.0)
     kl = tl.load(kl_ptr + offs_n, mask=mask_n, other=0.0)
     target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
-    logits, reference_logits = transform_both(
+    logits = transform_logits(
         tl.load(logits_ptr + offs, mask=mask, other=0.0),
+        bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    reference_logits = transform_logits(
         tl.load(reference_logits_ptr + offs, mask=mask, other=0.0),
-        bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
-        HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
     dlogits = _recomputed_gradient(
         logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad,

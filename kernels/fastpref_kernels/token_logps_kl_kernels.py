@@ -21,6 +21,7 @@ from fastpref_kernels.tiles import (
     softcap_slope,
     tile_index,
     transform_both,
+    transform_logits,
 )
 from fastpref_kernels.token_logps_kernels import LOWEST, MAX_DRIFT
 
@@ -198,11 +199,13 @@ def _joint_sweep_tile_kernel(
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
     reference_anchor = tl.load(reference_anchor_ptr + offs_n, mask=mask_n, other=0.0)
-    logits, reference_logits = transform_both(
+    logits = transform_logits(
         tl.load(logits_ptr + offs_logits, mask=mask, other=0.0),
+        bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    reference_logits = transform_logits(
         tl.load(reference_logits_ptr + offs_logits, mask=mask, other=0.0),
-        bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
-        HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
     )  # fmt: skip
     keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
     if EXP is not None:
@@ -252,15 +255,22 @@ def _joint_rescue_kernel(
             offs_v = start_v + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
             weight = head_rows(weight_ptr, offs_v, mask_v, offs_d, offs_d < D, stride_v)
-            reference_weight = head_rows(
-                reference_weight_ptr, offs_v, mask_v, offs_d, offs_d < D_REFERENCE,
-                stride_reference_v,
-            )  # fmt: skip
-            logits, reference_logits = transform_both(
+            logits = transform_logits(
                 tl.sum(weight * hidden.to(tl.float32)[None, :], 1)[None, :],
-                tl.sum(reference_weight * reference_hidden.to(tl.float32)[None, :], 1)[None, :],
-                bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
-                HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+                bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+            weight = head_rows(
+                reference_weight_ptr,
+                offs_v,
+                mask_v,
+                offs_d,
+                offs_d < D_REFERENCE,
+                stride_reference_v,
+            )
+            reference_logits = transform_logits(
+                tl.sum(weight * reference_hidden.to(tl.float32)[None, :], 1)[None, :],
+                reference_bias_ptr, offs_v, mask_v,
+                scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
             )  # fmt: skip
             keep = (mask_v & (offs_v != target))[None, :]
             larger, log_ratio = _larger_and_log_ratio(
