@@ -80,8 +80,12 @@ def num_positional(function: Function) -> int:
     return len([name for name in names if name not in ("self", "cls")])
 
 
-def is_kernel(function: Function) -> bool:
-    """A Triton kernel takes pointers and strides by place, and an autograd node its context."""
+def has_fixed_places(function: Function) -> bool:
+    """Whether somebody else's interface leaves no choice but arguments by place.
+
+    Triton 3.6, which torch 2.11 brings, compiles no keyword-only parameters: a kernel's launch
+    gives names all the same. An autograd node gets what `apply` was given, behind its context.
+    """
     decorators = " ".join(map(ast.unparse, function.decorator_list))
     first = next(iter(function.args.args), None)
     return "jit" in decorators or (first is not None and first.arg == "ctx")
@@ -101,7 +105,7 @@ def internal_imports(module: Module) -> set[str]:
 def measure(modules: list[Module]) -> dict[str, Measure]:
     """The numbers, by name."""
     every = list(functions(modules))
-    plain = [(place, function) for place, function in every if not is_kernel(function)]
+    free = [(place, function) for place, function in every if not has_fixed_places(function)]
     taking = [place for place, function in every if takes_config(function)]
 
     def largest(values: list[tuple[int, str]]) -> Measure:
@@ -110,14 +114,14 @@ def measure(modules: list[Module]) -> dict[str, Measure]:
     return {
         "files": Measure(len(modules)),
         "lines": Measure(sum(module.lines for module in modules)),
-        "lines of the longest function": largest([(length(f), place) for place, f in plain]),
+        "lines of the longest function": largest([(length(f), place) for place, f in every]),
         "lines of the longest file": largest([(m.lines, m.name) for m in modules]),
         "signatures that take config": Measure(len(taking)),
         "internal imports of one module": largest(
             [(len(internal_imports(m)), m.name) for m in modules]
         ),
         "positional arguments of one function": largest(
-            [(num_positional(f), place) for place, f in plain]
+            [(num_positional(f), place) for place, f in free]
         ),
     }
 

@@ -135,6 +135,46 @@ def put_target(values_RC: Tensor, target_R: Tensor, cols: slice, value_R: Tensor
     values_RC.scatter_(1, index_R1, torch.where(inside_R1, value_R[:, None], kept_R1))
 
 
+class _Totals(NamedTuple):
+    """Gradients of a head in the making; None for what wants none."""
+
+    input: Tensor | None
+    """(N, D) float32, summed over slices of the vocabulary."""
+    weight: Tensor | None
+    """(V, D) in the weight's dtype, written a slice at a time."""
+    bias: Tensor | None
+    """(V,) float32."""
+    unit: Tensor | None
+    """What is added is too large by, (1,); None for 1."""
+
+    @classmethod
+    def empty(cls, head: Head, needs_grad: NeedsGrad, unit: Tensor | None) -> "_Totals":
+        """Zeros where sums begin; the weight's is uninitialised."""
+        needs_input, needs_weight, needs_bias = needs_grad
+        (N, D), V = head.input.shape, head.weight.shape[0]
+        zeros = partial(head.input.new_zeros, dtype=torch.float32)
+        return cls(
+            zeros(N, D) if needs_input else None,
+            head.weight.new_empty(V, D) if needs_weight else None,
+            zeros(V) if needs_bias else None,
+            unit,
+        )
+
+    def in_units(self, total: Tensor) -> Tensor:
+        """A total divided by what it is too large by, in place."""
+        return total if self.unit is None else total.div_(self.unit)
+
+    def finish(self, head: Head) -> Gradients:
+        """The gradients, each in the dtype of what it is of."""
+        return (
+            None if self.input is None else self.in_units(self.input).to(head.input.dtype),
+            self.weight,
+            None
+            if self.bias is None or head.bias is None
+            else self.in_units(self.bias).to(head.bias.dtype),
+        )
+
+
 def head_gradients(
     head: Head,
     needs_grad: NeedsGrad,
@@ -159,50 +199,39 @@ def head_gradients(
             the GEMMs' dtype.
         unit: What `dlogits` is too large by, (1,); None for 1.
     """
-    needs_input, needs_weight, needs_bias = needs_grad
-    (N, D), V = head.input.shape, head.weight.shape[0]
-    tile_rows, tile_cols = tile
-    zeros = partial(head.input.new_zeros, dtype=torch.float32)
-    input_ND = zeros(N, D) if needs_input else None
-    weight_VD = head.weight.new_empty(V, D) if needs_weight else None
-    bias_V = zeros(V) if needs_bias else None
+    N, (tile_rows, tile_cols) = len(head.input), tile
+    totals = _Totals.empty(head, needs_grad, unit)
     # with all rows in one tile a slice is one product, rounded as it is written
     one_product = 0 < N <= tile_rows and unit is None and head.weight.dtype == head.gemm_dtype
+    sums_slices = totals.weight is not None and not one_product
 
     # functions, so that a tile is gone before the next one is made
     def add_slice(cols: slice) -> None:
         head_CD = head.weight_tile(cols)
-        total_CD = zeros(head_CD.shape) if needs_weight and not one_product else None
+        total_CD = head_CD.new_zeros(head_CD.shape, dtype=torch.float32) if sums_slices else None
         for rows in slices(N, tile_rows):
             add_tile(rows, cols, head_CD, total_CD)
-        if weight_VD is not None and total_CD is not None:
-            weight_VD[cols] = in_units(total_CD)
+        if totals.weight is not None and total_CD is not None:
+            totals.weight[cols] = totals.in_units(total_CD)
 
     def add_tile(rows: slice, cols: slice, head_CD: Tensor, total_CD: Tensor | None) -> None:
         hidden_RD = hidden_tile(rows)
         dlogits_RC = dlogits(rows, cols, hidden_RD, head_CD)
-        if bias_V is not None:
-            bias_V[cols] += dlogits_RC.sum(0, dtype=torch.float32)
+        if totals.bias is not None:
+            totals.bias[cols] += dlogits_RC.sum(0, dtype=torch.float32)
         dlogits_RC = dlogits_RC.to(head.gemm_dtype)
         hidden_RD = hidden_RD[: len(dlogits_RC)]
         if total_CD is not None:
             add_matmul(total_CD, dlogits_RC.t(), hidden_RD)
-        elif weight_VD is not None:
-            torch.mm(dlogits_RC.t(), hidden_RD, out=weight_VD[cols])
-        if input_ND is not None:
-            add_matmul(input_ND[rows], dlogits_RC, head_CD)
+        elif totals.weight is not None:
+            torch.mm(dlogits_RC.t(), hidden_RD, out=totals.weight[cols])
+        if totals.input is not None:
+            add_matmul(totals.input[rows], dlogits_RC, head_CD)
 
-    def in_units(total: Tensor) -> Tensor:
-        return total if unit is None else total.div_(unit)
-
-    for cols in slices(V, tile_cols):
+    for cols in slices(len(head.weight), tile_cols):
         with matrix_units(head.on_matrix_units):
             add_slice(cols)
-    return (
-        None if input_ND is None else in_units(input_ND).to(head.input.dtype),
-        weight_VD,
-        None if bias_V is None or head.bias is None else in_units(bias_V).to(head.bias.dtype),
-    )
+    return totals.finish(head)
 
 
 def logit_gradients(

@@ -2,10 +2,14 @@
 
 Registered, so that torch.compile sees one call and never the tiles behind it. The version in an
 op's name is raised with its meaning: compiled code is cached under it.
+
+A model is handed over as its hidden states (N, D), its head's weight (V, D) and, where the head has
+one, its bias (V,); an op without a reference gets an empty one.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -63,29 +67,33 @@ def sweep_heads(
     Returns:
         The op's stats; gradients of the differentiable ones flow to the policy's head.
     """
-    policy, reference = heads[0], heads[-1]
+    policy, *references = heads
+    frozen = [x.detach() for reference in references for x in _tensors(reference)]
     leaves = (policy.input, policy.weight, policy.bias)
-    frozen: tuple[Tensor | None, ...] = (None,) * 3
-    if len(heads) == 2:
-        of_reference = (reference.input, reference.weight, reference.bias)
-        frozen = tuple(x if x is None else x.detach() for x in of_reference)
     needs_grad = [
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
     ]
-    options = (direction, policy.scale, policy.softcap, ignore_index, needs_grad)
-    return OPS[op].stats(*head_fwd(op, *leaves, *frozen, target, *options))
+    stats = head_fwd(
+        _tensors(policy),
+        frozen,
+        target,
+        op=op,
+        direction=direction,
+        scale=policy.scale,
+        softcap=policy.softcap,
+        ignore_index=ignore_index,
+        needs_grad=needs_grad,
+    )
+    return OPS[op].stats(*stats)
 
 
-@custom_op("fastpref::head_v1", mutates_args=())
+@custom_op("fastpref::head_v2", mutates_args=())
 def head_fwd(
-    op: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference_input: Tensor | None,
-    reference_weight: Tensor | None,
-    reference_bias: Tensor | None,
+    policy: list[Tensor],
+    reference: list[Tensor],
     target: Tensor,
+    *,
+    op: str,
     direction: str,
     scale: float,
     softcap: float | None,
@@ -93,71 +101,74 @@ def head_fwd(
     needs_grad: list[bool],
 ) -> list[Tensor]:
     """The op's stats."""
-    check_target_range(target, ignore_index, weight.shape[0])
+    check_target_range(target, ignore_index, len(policy[1]))
     call = _Call.of(
-        op,
-        (input, weight, bias, reference_input, reference_weight, reference_bias),
-        (direction, scale, softcap, needs_grad),
+        policy,
+        reference,
+        op=op,
+        direction=direction,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        needs_grad=needs_grad,
     )
-    with inside_op(input.device):
-        return list(call.forward(Targets.of(target, ignore_index)))
+    with inside_op(target.device):
+        return list(call.forward(target))
 
 
 @head_fwd.register_fake
 def _(
-    op: str,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
+    policy: list[Tensor], reference: list[Tensor], target: Tensor, **options: Any
 ) -> list[Tensor]:
-    *of_reference, _, direction, scale, softcap, _, needs_grad = rest
-    options = (direction, scale, softcap, needs_grad)
-    return list(_Call.of(op, (input, weight, bias, *of_reference), options).empty_stats())
+    return list(_Call.of(policy, reference, **options).empty_stats())
 
 
-@custom_op("fastpref::head_bwd_v1", mutates_args=())
+@custom_op("fastpref::head_bwd_v2", mutates_args=())
 def head_bwd(
-    op: str,
     grads: list[Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    reference_input: Tensor | None,
-    reference_weight: Tensor | None,
-    reference_bias: Tensor | None,
+    policy: list[Tensor],
+    reference: list[Tensor],
     target: Tensor,
     stats: list[Tensor],
+    *,
+    op: str,
     direction: str,
     scale: float,
     softcap: float | None,
     ignore_index: int,
-    mode: str,
     needs_grad: list[bool],
+    mode: str,
 ) -> list[Tensor]:
     """Those gradients of the policy's input, weight and bias that are needed."""
     call = _Call.of(
-        op,
-        (input, weight, bias, reference_input, reference_weight, reference_bias),
-        (direction, scale, softcap, needs_grad),
-        mode,
+        policy,
+        reference,
+        op=op,
+        direction=direction,
+        scale=scale,
+        softcap=softcap,
+        ignore_index=ignore_index,
+        needs_grad=needs_grad,
+        mode=mode,
     )
-    with inside_op(input.device):
-        gradients = call.backward(grads, Targets.of(target, ignore_index), stats)
+    with inside_op(target.device):
+        gradients = call.backward(grads, target, stats)
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @head_bwd.register_fake
 def _(
-    op: str,
     grads: list[Tensor],
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
+    policy: list[Tensor],
+    reference: list[Tensor],
+    target: Tensor,
+    stats: list[Tensor],
+    *,
+    needs_grad: list[bool],
+    **options: Any,
 ) -> list[Tensor]:
-    leaves = zip((input, weight, bias), rest[-1], strict=True)
-    return [leaf.new_empty(leaf.shape) for leaf, needed in leaves if needed and leaf is not None]
+    leaves = zip(policy, needs_grad[: len(policy)], strict=True)
+    return [leaf.new_empty(leaf.shape) for leaf, needed in leaves if needed]
 
 
 class _Call(NamedTuple):
@@ -166,22 +177,28 @@ class _Call(NamedTuple):
     op: str
     heads: tuple[Head, ...]
     direction: str
-    mode: str
+    ignore_index: int
     needs_grad: tuple[bool, ...]
+    mode: str
 
     @classmethod
     def of(
         cls,
+        policy: list[Tensor],
+        reference: list[Tensor],
+        *,
         op: str,
-        of_models: Sequence[Tensor | None],
-        options: tuple[str, float, float | None, list[bool]],
+        direction: str,
+        scale: float,
+        softcap: float | None,
+        ignore_index: int,
+        needs_grad: list[bool],
         mode: str | None = None,
     ) -> "_Call":
-        """From the flat arguments of a registered op; `mode` is chosen where it is not given."""
-        direction, scale, softcap, needs_grad = options
-        starts = range(0, 3 * OPS[op].num_models, 3)
-        heads = tuple(_head(of_models[i : i + 3], scale, softcap) for i in starts)
-        call = cls(op, heads, direction, mode or "", tuple(needs_grad))
+        """From the arguments of a registered op; `mode` is chosen where it is not given."""
+        models = (policy, reference)[: OPS[op].num_models]
+        heads = tuple(_head(tensors, scale, softcap) for tensors in models)
+        call = cls(op, heads, direction, ignore_index, tuple(needs_grad), mode or "")
         return call if mode else call._replace(mode=call._impl.choose_mode(*call._who))
 
     @property
@@ -203,18 +220,19 @@ class _Call(NamedTuple):
     def empty_stats(self) -> Sequence[Tensor]:
         return self._impl.empty_stats(self._models, self.mode)
 
-    def forward(self, targets: Targets) -> Sequence[Tensor]:
+    def forward(self, target: Tensor) -> Sequence[Tensor]:
         function = getattr(self._impl, f"{self.op}_fwd")
+        targets = Targets.of(target, self.ignore_index)
         return function(self._models, targets, mode=self.mode, **self._options)
 
     def backward(
-        self, grads: list[Tensor], targets: Targets, stats: list[Tensor]
+        self, grads: list[Tensor], target: Tensor, stats: list[Tensor]
     ) -> Sequence[Tensor | None]:
         function = getattr(self._impl, f"{self.op}_bwd")
         return function(
             tuple(grads) if len(grads) > 1 else grads[0],
             self._models,
-            targets,
+            Targets.of(target, self.ignore_index),
             OPS[self.op].stats(*stats),
             mode=self.mode,
             needs_grad=self.needs_grad,
@@ -222,45 +240,55 @@ class _Call(NamedTuple):
         )
 
 
-def _head(of_model: Sequence[Tensor | None], scale: float, softcap: float | None) -> Head:
-    input, weight, bias = of_model
-    assert input is not None and weight is not None
-    return Head(input, weight, bias, scale, softcap)
+def _tensors(head: Head) -> list[Tensor]:
+    """A model as it is handed over to a registered op."""
+    return [head.input, head.weight] if head.bias is None else [head.input, head.weight, head.bias]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    op, *of_models, target, direction, scale, softcap, ignore_index, needs_grad = inputs
-    ctx.op, ctx.options = op, (direction, scale, softcap, ignore_index)
-    ctx.mode = _Call.of(op, of_models, (direction, scale, softcap, needs_grad)).mode
-    ctx.needs_grad = needs_grad
-    ctx.save_for_backward(*of_models, target, *output)
-    stats = OPS[op].stats(*output)
-    flowing = [getattr(stats, name) for name in OPS[op].differentiable]
+def _head(tensors: list[Tensor], scale: float, softcap: float | None) -> Head:
+    """The inverse of `_tensors`."""
+    input, weight, *biases = tensors
+    return Head(input, weight, biases[0] if biases else None, scale, softcap)
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]
+) -> None:
+    policy, reference, target = inputs
+    call = _Call.of(policy, reference, **keyword_only_inputs)
+    ctx.options = keyword_only_inputs | {"mode": call.mode}
+    ctx.num_tensors = (len(policy), len(reference))
+    ctx.save_for_backward(*policy, *reference, target, *output)
+    stats = OPS[call.op].stats(*output)
+    flowing = [getattr(stats, name) for name in OPS[call.op].differentiable]
     ctx.mark_non_differentiable(*(x for x in stats if all(x is not y for y in flowing)))
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, grads: list[Tensor | None]
+) -> tuple[list[Tensor | None], list[None], None]:
     # read once: activation checkpointing recomputes them once
-    saved = ctx.saved_tensors
-    of_models, target, stats = saved[:6], saved[6], list(saved[7:])
-    op, mode = ctx.op, ctx.mode
-    of_stats = dict(zip(OPS[op].stats._fields, grads, strict=True))
-    upstream = [of_stats[name] for name in OPS[op].differentiable]
-    nothing: tuple[None, ...] = (None,) * 13
+    saved = iter(ctx.saved_tensors)
+    policy, reference = (list(islice(saved, num)) for num in ctx.num_tensors)
+    target, *stats = saved
+    options = ctx.options
+    op = OPS[options["op"]]
+    of_stats = dict(zip(op.stats._fields, grads, strict=True))
+    upstream = [of_stats[name] for name in op.differentiable]
     if all(grad is None for grad in upstream):
-        return nothing
-    if op == "token_logps_kl" and of_stats["kl"] is None:
+        return [None] * len(policy), [None] * len(reference), None
+    if options["op"] == "token_logps_kl" and of_stats["kl"] is None:
         # the KL was only looked at: the reference's logits are not needed again
-        op, mode, upstream = "token_logps", "lean", upstream[:1]
+        options = options | {"op": "token_logps", "mode": "lean"}
+        upstream = upstream[:1]
         stats = [*stats[:2], stats[0].new_empty(0), stats[0].new_empty(0)]
     present = [grad for grad in upstream if grad is not None]
     filled = [torch.zeros_like(present[0]) if grad is None else grad for grad in upstream]
-    gradients = iter(
-        head_bwd(op, filled, *of_models, target, stats, *ctx.options, mode, ctx.needs_grad)
-    )
-    leaves = [next(gradients) if needed else None for needed in ctx.needs_grad]
-    return (None, *leaves, *nothing[4:])
+    gradients = iter(head_bwd(filled, policy, reference, target, stats, **options))
+    needs_grad = options["needs_grad"][: len(policy)]
+    leaves = [next(gradients) if needed else None for needed in needs_grad]
+    return leaves, [None] * len(reference), None
 
 
-register_autograd("fastpref::head_v1", _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::head_v2", _differentiate, setup_context=_setup_context)

@@ -41,12 +41,19 @@ def sequence_log_ratios(
     """
     _check(logps, reference_logps, sequence_ids, num_sequences, token_weights)
     weights = None if token_weights is None else token_weights.detach()
-    return fwd_op(logps, reference_logps.detach(), weights, sequence_ids, num_sequences)
+    return fwd_op(
+        logps, reference_logps.detach(), weights, sequence_ids, num_sequences=num_sequences
+    )
 
 
-@custom_op("fastpref::sequence_log_ratios_v1", mutates_args=())
+@custom_op("fastpref::sequence_log_ratios_v2", mutates_args=())
 def fwd_op(
-    logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
+    logps: Tensor,
+    reference_logps: Tensor,
+    weights: Tensor | None,
+    ids: Tensor,
+    *,
+    num_sequences: int,
 ) -> Tensor:
     """Sums of each sequence, (S,) float32."""
     check_range("sequence_ids", ids, num_sequences)
@@ -59,7 +66,12 @@ def fwd_op(
 
 @fwd_op.register_fake
 def _(
-    logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
+    logps: Tensor,
+    reference_logps: Tensor,
+    weights: Tensor | None,
+    ids: Tensor,
+    *,
+    num_sequences: int,
 ) -> Tensor:
     return logps.new_empty(num_sequences, dtype=torch.float32)
 
@@ -79,17 +91,19 @@ def _(grad: Tensor, weights: Tensor | None, ids: Tensor, logps: Tensor) -> Tenso
     return logps.new_empty(logps.shape)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logps, _, weights, ids, _ = inputs
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    logps, _, weights, ids = inputs
     ctx.save_for_backward(weights, ids, logps)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     weights, ids, logps = ctx.saved_tensors
-    return bwd_op(grad, weights, ids, logps), None, None, None, None
+    return bwd_op(grad, weights, ids, logps), None, None, None
 
 
-register_autograd("fastpref::sequence_log_ratios_v1", _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::sequence_log_ratios_v2", _differentiate, setup_context=_setup_context)
 
 
 def _check(

@@ -50,6 +50,18 @@ def product_tile(
 
 
 @triton.jit
+def head_rows(weight_ptr, offs_v, mask_v, offs_d, mask_d, stride_v):
+    """Rows offs_v of a head's weight (V, D), (BLOCK_V, BLOCK_D) float32, zeros where masked."""
+    # int64: a head of 256k rows of D = 8,192 has 2^31 elements
+    weight = tl.load(
+        weight_ptr + offs_v.to(tl.int64)[:, None] * stride_v + offs_d[None, :],
+        mask=mask_v[:, None] & mask_d[None, :],
+        other=0.0,
+    )
+    return weight.to(tl.float32)
+
+
+@triton.jit
 def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Left and right half of a tile's columns.
 
@@ -105,6 +117,21 @@ def transform_logits(
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
         logits += bias[None, :]
     return cap_logits(logits, scale, softcap, HAS_SOFTCAP)
+
+
+@triton.jit
+def transform_both(
+    logits, reference_logits, bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`transform_logits` of policy and reference, products of the same rows and columns."""
+    return (
+        transform_logits(logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP),
+        transform_logits(
+            reference_logits, reference_bias_ptr,
+            offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        ),
+    )  # fmt: skip
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from fastpref_kernels.tiles import (
     product_tile,
     softcap_slope,
     tile_index,
+    transform_both,
     transform_logits,
 )
 
@@ -122,13 +123,10 @@ def _joint_dlogits_kernel(
         part_v = first_v + i_part * PART_V
         offs_v = part_v + tl.arange(0, PART_V)
         mask_v = offs_v < stop_v
-        logits = transform_logits(
-            parts[i_part],
-            bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
-        )  # fmt: skip
-        reference_logits = transform_logits(
-            reference_parts[i_part],
-            reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        logits, reference_logits = transform_both(
+            parts[i_part], reference_parts[i_part],
+            bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
+            HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
         )  # fmt: skip
         dlogits = _recomputed_gradient(
             logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad,

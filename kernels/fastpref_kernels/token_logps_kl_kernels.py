@@ -15,10 +15,12 @@ import triton.language as tl
 
 from fastpref_kernels.tiles import (
     eighths,
+    head_rows,
     product_columns,
     product_tile,
     softcap_slope,
     tile_index,
+    transform_both,
     transform_logits,
 )
 from fastpref_kernels.token_logps_kernels import LOWEST, MAX_DRIFT
@@ -56,6 +58,41 @@ def _add_sums(
     scale_a = tl.exp(max_a - new_max)
     scale_b = tl.exp(max_b - new_max)
     return new_max, sum_a * scale_a + sum_b * scale_b, gap_a * scale_a + gap_b * scale_b
+
+
+@triton.jit
+def _add_columns(
+    row_max, row_sum, reference_max, reference_sum, gap,
+    logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr,
+):  # fmt: skip
+    """Row sums so far and those of a tile together; the gap goes with the sums of the first."""
+    part_max, part_sum, reference_part_max, reference_part_sum, part_gap = _sum_columns(
+        logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
+    )
+    if UNDER_REFERENCE:
+        row_max, row_sum, _ = _add_sums(row_max, row_sum, gap, part_max, part_sum, part_gap)
+        reference_max, reference_sum, gap = _add_sums(
+            reference_max, reference_sum, gap, reference_part_max, reference_part_sum, part_gap
+        )
+    else:
+        reference_max, reference_sum, _ = _add_sums(
+            reference_max, reference_sum, gap, reference_part_max, reference_part_sum, part_gap
+        )
+        row_max, row_sum, gap = _add_sums(row_max, row_sum, gap, part_max, part_sum, part_gap)
+    return row_max, row_sum, reference_max, reference_sum, gap
+
+
+@triton.jit
+def _store_joint_sums(
+    max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,  # (blocks, N) float32
+    row_max, row_sum, reference_max, reference_sum, gap, i_block, offs_n, mask_n, N,
+):  # fmt: skip
+    offs = i_block.to(tl.int64) * N + offs_n
+    tl.store(max_ptr + offs, row_max, mask=mask_n)
+    tl.store(sum_ptr + offs, row_sum, mask=mask_n)
+    tl.store(reference_max_ptr + offs, reference_max, mask=mask_n)
+    tl.store(reference_sum_ptr + offs, reference_sum, mask=mask_n)
+    tl.store(gap_ptr + offs, gap, mask=mask_n)
 
 
 @triton.jit
@@ -114,13 +151,10 @@ def _joint_sweep_kernel(
         part_v = first_v + i_part * PART_V
         offs_v = part_v + tl.arange(0, PART_V)
         mask_v = offs_v < stop_v
-        logits = transform_logits(
-            parts[i_part],
-            bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
-        )  # fmt: skip
-        reference_logits = transform_logits(
-            reference_parts[i_part],
-            reference_bias_ptr, offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        logits, reference_logits = transform_both(
+            parts[i_part], reference_parts[i_part],
+            bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
+            HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
         )  # fmt: skip
         keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
         if EXP is not None:
@@ -129,25 +163,14 @@ def _joint_sweep_kernel(
             )
             larger_desc.store([start_n, part_v - start_v], larger.to(EXP))
             log_ratio_desc.store([start_n, part_v - start_v], log_ratio.to(RATIO))
-        part_max, part_sum, reference_part_max, reference_part_sum, part_gap = _sum_columns(
-            logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
-        )
-        if UNDER_REFERENCE:
-            row_max, row_sum, _ = _add_sums(row_max, row_sum, gap, part_max, part_sum, part_gap)
-            reference_max, reference_sum, gap = _add_sums(
-                reference_max, reference_sum, gap, reference_part_max, reference_part_sum, part_gap
-            )
-        else:
-            reference_max, reference_sum, _ = _add_sums(
-                reference_max, reference_sum, gap, reference_part_max, reference_part_sum, part_gap
-            )
-            row_max, row_sum, gap = _add_sums(row_max, row_sum, gap, part_max, part_sum, part_gap)
-    offs = (first_v // BLOCK_V).to(tl.int64) * N + offs_n
-    tl.store(max_ptr + offs, row_max, mask=mask_n)
-    tl.store(sum_ptr + offs, row_sum, mask=mask_n)
-    tl.store(reference_max_ptr + offs, reference_max, mask=mask_n)
-    tl.store(reference_sum_ptr + offs, reference_sum, mask=mask_n)
-    tl.store(gap_ptr + offs, gap, mask=mask_n)
+        row_max, row_sum, reference_max, reference_sum, gap = _add_columns(
+            row_max, row_sum, reference_max, reference_sum, gap,
+            logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE,
+        )  # fmt: skip
+    _store_joint_sums(
+        max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,
+        row_max, row_sum, reference_max, reference_sum, gap, first_v // BLOCK_V, offs_n, mask_n, N,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n", "R"])
@@ -195,12 +218,11 @@ def _joint_sweep_tile_kernel(
     row_max, row_sum, reference_max, reference_sum, gap = _sum_columns(
         logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
     )
-    offs = (start_v // BLOCK_V + i_v).to(tl.int64) * N + offs_n
-    tl.store(max_ptr + offs, row_max, mask=mask_n)
-    tl.store(sum_ptr + offs, row_sum, mask=mask_n)
-    tl.store(reference_max_ptr + offs, reference_max, mask=mask_n)
-    tl.store(reference_sum_ptr + offs, reference_sum, mask=mask_n)
-    tl.store(gap_ptr + offs, gap, mask=mask_n)
+    _store_joint_sums(
+        max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,
+        row_max, row_sum, reference_max, reference_sum, gap,
+        start_v // BLOCK_V + i_v, offs_n, mask_n, N,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -232,24 +254,22 @@ def _joint_rescue_kernel(
         for start_v in range(0, V, BLOCK_V):
             offs_v = start_v + tl.arange(0, BLOCK_V)
             mask_v = offs_v < V
-            rows = offs_v.to(tl.int64)[:, None]
-            weight = tl.load(
-                weight_ptr + rows * stride_v + offs_d[None, :],
-                mask=mask_v[:, None] & (offs_d < D)[None, :],
-                other=0.0,
-            )
-            logits = tl.sum(weight.to(tl.float32) * hidden.to(tl.float32)[None, :], 1)[None, :]
+            weight = head_rows(weight_ptr, offs_v, mask_v, offs_d, offs_d < D, stride_v)
             logits = transform_logits(
-                logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
+                tl.sum(weight * hidden.to(tl.float32)[None, :], 1)[None, :],
+                bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+            weight = head_rows(
+                reference_weight_ptr,
+                offs_v,
+                mask_v,
+                offs_d,
+                offs_d < D_REFERENCE,
+                stride_reference_v,
             )
-            weight = tl.load(
-                reference_weight_ptr + rows * stride_reference_v + offs_d[None, :],
-                mask=mask_v[:, None] & (offs_d < D_REFERENCE)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            reference_logits = tl.sum(weight * reference_hidden.to(tl.float32)[None, :], 1)[None, :]
             reference_logits = transform_logits(
-                reference_logits, reference_bias_ptr, offs_v, mask_v,
+                tl.sum(weight * reference_hidden.to(tl.float32)[None, :], 1)[None, :],
+                reference_bias_ptr, offs_v, mask_v,
                 scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
             )  # fmt: skip
             keep = (mask_v & (offs_v != target))[None, :]

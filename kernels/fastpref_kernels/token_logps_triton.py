@@ -13,7 +13,7 @@ A pass is 2·N·D·V floating-point operations. The mode follows from shapes, dt
 import torch
 from torch import Tensor
 
-from fastpref_kernels import token_logps_kernels as kernels
+from fastpref_kernels import token_logps_gradient_kernels as kernels
 from fastpref_kernels.gemm import add_matmul, matmul, matmul_into
 from fastpref_kernels.gemm_tiles import GemmTile
 from fastpref_kernels.head import (

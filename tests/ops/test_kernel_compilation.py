@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET"):
 import triton.language as tl
 from compilation import SHARED_LIMIT, TARGETS, compile_kernel
 from fastpref_kernels import sequence_log_ratios_kernels as sequence_kernels
+from fastpref_kernels import token_logps_gradient_kernels as gradient_kernels
 from fastpref_kernels import token_logps_kernels as kernels
 from fastpref_kernels import token_logps_kl_gradient_kernels as joint_gradient_kernels
 from fastpref_kernels import token_logps_kl_kernels as joint_kernels
@@ -101,7 +102,12 @@ def fused_cases(target):
                             launch,
                         )
                 types = gemm | {"OUT": out, "dlogits_desc": result}
-                yield f"dlogits {dtype} D {D} {transform}", kernels._dlogits_kernel, types, launch
+                yield (
+                    f"dlogits {dtype} D {D} {transform}",
+                    gradient_kernels._dlogits_kernel,
+                    types,
+                    launch,
+                )
 
 
 def fused_gap_cases(target):
@@ -143,7 +149,7 @@ def row_cases():
             types = blocks | options | {"dlogits_ptr": f"*{dtype}"}
             yield (
                 f"dlogits of products {dtype} {transform}",
-                kernels._dlogits_tile_kernel,
+                gradient_kernels._dlogits_tile_kernel,
                 types,
                 launch,
             )
@@ -327,6 +333,12 @@ def test_every_variant_of_a_sweep_sums_in_one_order(target, cases):
 
 def test_no_kernel_is_tuned_while_it_runs():
     # an autotuner runs a kernel several times: what it writes in place would be wrong
-    for module in (kernels, joint_kernels, joint_gradient_kernels, sequence_kernels):
+    for module in (
+        kernels,
+        gradient_kernels,
+        joint_kernels,
+        joint_gradient_kernels,
+        sequence_kernels,
+    ):
         tuned = [name for name, value in vars(module).items() if isinstance(value, Autotuner)]
         assert not tuned

@@ -370,11 +370,21 @@ def test_torch_compile_sees_one_call_and_no_tiles(dynamic):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_the_registered_ops_keep_the_dispatchers_rules():
-    input, weight, bias = random_head(60, 61, 17)
-    models = (input, weight, bias, None, None, None)
-    arguments = ("token_logps", *models, random_target(60, 61), "", 0.7, 20.0, -100, [True] * 3)
-    torch.library.opcheck(torch.ops.fastpref.head_v1.default, arguments)
+@pytest.mark.parametrize("op", ["token_logps", "token_logps_kl"])
+def test_the_registered_ops_keep_the_dispatchers_rules(op):
+    policy = list(random_head(60, 61, 17))
+    # without a bias
+    reference = [x.detach() for x in random_head(60, 61, 9)[:2]] if op == "token_logps_kl" else []
+    arguments = (policy, reference, random_target(60, 61))
+    options = {
+        "op": op,
+        "direction": "reference_policy",
+        "scale": 0.7,
+        "softcap": 20.0,
+        "ignore_index": -100,
+        "needs_grad": [True] * 3,
+    }
+    torch.library.opcheck(torch.ops.fastpref.head_v2.default, arguments, options)
 
 
 def test_arguments_that_do_not_fit_are_named():

@@ -1,0 +1,45 @@
+"""The bounds of scripts/structure.py, and what it counts."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import structure
+
+ROOT = Path(__file__).parents[1]
+KERNEL = """
+@triton.jit
+def kernel(a, b, c, d, e, f, g):
+    pass
+"""
+
+
+def measures_of(source: str) -> dict[str, structure.Measure]:
+    module = structure.Module("example.py", len(source.splitlines()), ast.parse(source))
+    return structure.measure([module])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lines of the longest function",
+        "lines of the longest file",
+        "positional arguments of one function",
+    ],
+)
+def test_the_kernels_keep_the_bounds(name):
+    modules = [m for m in structure.read_modules(ROOT) if m.name.startswith("kernels/")]
+    value, where = structure.measure(modules)[name]
+    assert 0 < value <= structure.BOUNDS[name], where
+
+
+def test_a_triton_kernel_has_places_but_no_more_lines_than_others():
+    source = KERNEL + "    pass\n" * 70 + "def plain(a, b): ...\n"
+    measures = measures_of(source)
+    assert measures["positional arguments of one function"] == (2, "example.py:75 plain")
+    assert measures["lines of the longest function"] == (72, "example.py:3 kernel")
+
+
+def test_what_may_only_be_given_by_name_has_no_place():
+    measures = measures_of("class A:\n    def f(self, a, /, b, *, c, d): ...\n")
+    assert measures["positional arguments of one function"].value == 2
