@@ -14,8 +14,8 @@ from train_command import read_train_config
 
 from fastpref.distributed import World, init_world
 from fastpref.train.build import build_run
-from fastpref.train.loop import train_step
 from fastpref.train.run import Run
+from fastpref.train.step import train_step
 
 
 def main() -> None:

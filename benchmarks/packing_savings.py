@@ -54,7 +54,7 @@ def rows_per_second(split: Split, seconds: float = 3.0) -> float:
         for index in range(split.order.num_steps):
             columns, plan = split.plan(index, 1)
             for (micro_batch,) in plan:
-                split.layout.build(columns, micro_batch, pad_token_id=split.pad_token_id)
+                split.build(columns, micro_batch)
             done += len(columns)
     return done / (time.process_time() - start)
 

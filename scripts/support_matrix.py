@@ -36,8 +36,8 @@ from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.build import build_run
 from fastpref.train.export import export_model
-from fastpref.train.loop import train_step
 from fastpref.train.run import Run
+from fastpref.train.step import train_step
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
 SCORE_BOUND = 1e-4
@@ -203,7 +203,7 @@ def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
         rows = [columns.row(int(i)) for i in micro_batch.rows]
         sequences += [(list(row.prompt_ids), list(row.chosen_ids)) for row in rows]
         sequences += [(list(row.prompt_ids), list(row.rejected_ids)) for row in rows]
-        batch = run.eval.layout.build(columns, micro_batch)
+        batch = run.eval.build(columns, micro_batch)
         scores += _by_sequence(run.policy, batch)
     return sequences, scores
 

@@ -22,8 +22,9 @@ from fastpref.distributed import World, init_world, read_ranks
 from fastpref.errors import RankError
 from fastpref.explanations import explain
 from fastpref.model.attention.choice import choose_rows
-from fastpref.model.build import build_scorer, load_causal_lm, load_frozen_scorer, try_model
+from fastpref.model.build import build_scorer, load_frozen_scorer
 from fastpref.model.liger import choose_liger
+from fastpref.model.loading import load_causal_lm, try_model
 from fastpref.model.source import load_tokenizer
 from fastpref.tisdpo.sides import build_sides
 from fastpref.train.data import load_data

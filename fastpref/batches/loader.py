@@ -10,7 +10,7 @@ from fastpref.batch import PackedBatch
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout
 from fastpref.batches.order import GlobalOrder
-from fastpref.batches.plan import StepPlan
+from fastpref.batches.plan import MicroBatch, StepPlan
 from fastpref.batches.prefetch import Prefetch
 from fastpref.data.encode import PreferenceSplit
 from fastpref.distributed import World
@@ -56,13 +56,14 @@ class Split:
         )
         return columns, plan
 
+    def build(self, columns: EncodedColumns, micro_batch: MicroBatch) -> PackedBatch:
+        """The batch of a micro-batch of a plan."""
+        return self.layout.build(columns, micro_batch, pad_token_id=self.pad_token_id)
+
     def step(self, index: int, world: World) -> StepBatches:
         """What step `index` computes."""
         columns, plan = self.plan(index, world.size)
-        batches = [
-            self.layout.build(columns, of_ranks[world.rank], pad_token_id=self.pad_token_id)
-            for of_ranks in plan
-        ]
+        batches = [self.build(columns, of_ranks[world.rank]) for of_ranks in plan]
         if world.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
         return StepBatches(

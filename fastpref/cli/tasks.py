@@ -38,10 +38,9 @@ def run_task(config: Config, world: "World") -> None:
 
         estimate_weights(config, world)
         return
-    from fastpref.train.trackers import TrackerOptions, check_trackers
+    from fastpref.train.trackers import check_trackers
 
-    followers = TrackerOptions(config.wandb, config.tensorboard, config.debug)
-    world.on_main(lambda: check_trackers(followers))
+    world.on_main(lambda: check_trackers(config.trackers))
     if config.task == "tisdpo":
         from fastpref.tisdpo.recipe import run_tisdpo
 

@@ -11,6 +11,7 @@ from fastpref.config.groups import (
     OptimConfig,
     PackingConfig,
     TensorboardConfig,
+    TrackerOptions,
     WandbConfig,
     WeightsConfig,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "TDPOConfig",
     "TISDPOConfig",
     "TensorboardConfig",
+    "TrackerOptions",
     "TransformConfig",
     "WandbConfig",
     "WeightsConfig",

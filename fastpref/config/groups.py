@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastpref.checks import check_choice, check_number
 
@@ -250,6 +250,15 @@ class TensorboardConfig:
 
     def __post_init__(self) -> None:
         _check_installed("tensorboard.enabled", self.enabled, "tensorboard")
+
+
+class TrackerOptions(NamedTuple):
+    """Which trackers follow a run."""
+
+    wandb: WandbConfig
+    tensorboard: TensorboardConfig
+    debug: bool
+    """None of them."""
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from fastpref.config.groups import (
     OptimConfig,
     PackingConfig,
     TensorboardConfig,
+    TrackerOptions,
     WandbConfig,
     WeightsConfig,
 )
@@ -197,6 +198,11 @@ class Config:
                     f"got {self.local_run_dir!r} and {self.run_dir!r}"
                 )
             self.run_dir, self.local_run_dir = self.local_run_dir, None
+
+    @property
+    def trackers(self) -> TrackerOptions:
+        """Which trackers follow the run."""
+        return TrackerOptions(self.wandb, self.tensorboard, self.debug)
 
     def check_device(self, device_type: str, has_bfloat16: bool) -> None:
         """Refuse what the device cannot do; the caller says what it can: no torch is imported.

@@ -89,9 +89,7 @@ def load_split(
         parts.append(part)
     joined = join_splits(parts)
     if not quiet:
-        log_audit(joined.audit)
-        if split == SPLITS[0]:
-            log_missing_bos([joined.audit], tokenizer)
+        log_counts([joined.audit], tokenizer, about_texts=split == SPLITS[0])
     return joined
 
 
@@ -178,6 +176,14 @@ def check_tokenizer(tokenizer: Any) -> None:
             "model.tokenizer_name_or_path: the tokenizer has no end-of-sequence token; set "
             "eos_token in its tokenizer_config.json or name another tokenizer"
         )
+
+
+def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bool = True) -> None:
+    """The account of each split, and once what a user may not expect of prompts that are texts."""
+    for audit in audits:
+        log_audit(audit)
+    if about_texts:
+        log_missing_bos(audits, tokenizer)
 
 
 def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:

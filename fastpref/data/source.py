@@ -88,6 +88,25 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
             find_source(name, split, options.base_data_dir)
 
 
+def available_splits(options: DataOptions) -> list[str]:
+    """The splits that every dataset has.
+
+    Raises:
+        DataError: none.
+    """
+    splits, errors = [], []
+    for split in SPLITS:
+        try:
+            for name in options.names:
+                find_source(name, split, options.base_data_dir)
+            splits.append(split)
+        except DataError as error:
+            errors.append(error)
+    if not splits:
+        raise errors[0]
+    return splits
+
+
 def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
     """Read and check the rows of all datasets; needs neither tokenizer nor model.
 

@@ -1,9 +1,14 @@
 """How long a sequence a model can take: tables of positions, and what it was trained for."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from fastpref.errors import ConfigError
+
+logger = logging.getLogger("fastpref")
 
 _NAMES = (
     "max_position_embeddings",
@@ -91,3 +96,40 @@ def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
     yield parameters
     # one set for each kind of layer
     yield from (value for value in parameters.values() if isinstance(value, dict))
+
+
+def check_positions(model: Any, longest: int) -> None:
+    """Refuse sequences that run off a table of positions; warn of those a model was not made for.
+
+    Args:
+        model: Of transformers.
+        longest: Tokens of the longest sequence.
+
+    Raises:
+        ConfigError: naming the largest max_length that fits.
+    """
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"max_length: the longest sequence has {longest} tokens, the model has positions for "
+            f"{limit}; set max_length={limit} or less"
+        )
+    warn_beyond_training(model, longest)
+
+
+def warn_beyond_training(model: Any, longest: int) -> None:
+    """Say where sequences are longer than those that a model without a table was made for.
+
+    Args:
+        model: Of transformers.
+        longest: Tokens of the longest sequence.
+    """
+    trained = trained_positions(model.config)
+    if position_limit(model) is None and trained is not None and longest > trained:
+        logger.warning(
+            "the longest sequence has %d tokens, %s was made for %d by its config "
+            "(max_position_embeddings): what it computes beyond them may be worth little",
+            longest,
+            type(model).__name__,
+            trained,
+        )

@@ -8,23 +8,19 @@ once both are done.
 """
 
 import logging
-from typing import Any
 
 from fastpref.config import Config
-from fastpref.data.counts import log_audit
-from fastpref.data.encode import log_missing_bos
-from fastpref.data.options import DataOptions, data_options
-from fastpref.data.source import SPLITS, Rows, find_source, read_rows
+from fastpref.data.encode import log_counts
+from fastpref.data.options import data_options
+from fastpref.data.source import Rows, available_splits, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.errors import DataError
 from fastpref.scoring.score import score_missing
 from fastpref.signals import say_if_stopped
-from fastpref.tisdpo.jobs import JobOptions, is_finished, open_job
-from fastpref.tisdpo.report import WeightsReport, read_report
-from fastpref.tisdpo.report_html import write_html
-from fastpref.tisdpo.report_plot import plot_weights
+from fastpref.tisdpo.jobs import JobOptions, open_job
+from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.report_files import report_on
 from fastpref.tisdpo.sides import build_sides, shared_tokenizer
-from fastpref.tisdpo.weight_rows import SourceJob, write_weights
+from fastpref.tisdpo.weight_rows import write_weights
 
 logger = logging.getLogger("fastpref")
 
@@ -57,10 +53,8 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
 
     jobs = [open_job(options, sides, rows, tokenizer, world) for rows in main_first(world, read)]
     if world.is_main:
-        for job in jobs:
-            log_audit(job.counts)
-        log_missing_bos([job.counts for job in jobs], tokenizer)
-    finished = world.on_main(lambda: [is_finished(job) for job in jobs])
+        log_counts([job.counts for job in jobs], tokenizer)
+    finished = world.on_main(lambda: [job.is_finished() for job in jobs])
     unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
     reports: list[WeightsReport] = []
 
@@ -93,31 +87,3 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
         )
     world.on_main(write)
     return reports
-
-
-def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
-    """Read a weights file back and write its two pictures."""
-    report = read_report(job.path, job.encoded, job.origin, tokenizer)
-    write_html(report, job.path.with_name("weights.html"))
-    plot_weights(report, job.path.with_name("weights.png"))
-    logger.info("wrote %s and weights.png", job.path.with_name("weights.html"))
-    return report
-
-
-def available_splits(options: DataOptions) -> list[str]:
-    """The splits that every dataset has.
-
-    Raises:
-        DataError: none.
-    """
-    splits, errors = [], []
-    for split in SPLITS:
-        try:
-            for name in options.names:
-                find_source(name, split, options.base_data_dir)
-            splits.append(split)
-        except DataError as error:
-            errors.append(error)
-    if not splits:
-        raise errors[0]
-    return splits

@@ -13,16 +13,15 @@ from fastpref.data.cache import code_digest
 from fastpref.data.chat import ChatFormat, check_chat_template, prints_date, read_chat_template
 from fastpref.data.encode import tokenizer_digest
 from fastpref.data.source import Rows
-from fastpref.data.weights_file import WeightsOrigin, read_origin, template_digest
+from fastpref.data.weights_file import WeightsOrigin, template_digest
 from fastpref.distributed import World
-from fastpref.errors import DataError
-from fastpref.scoring.score import Side
 from fastpref.scoring.shards import Shards
+from fastpref.scoring.side import Side
 from fastpref.tisdpo.sides import check_ids
+from fastpref.tisdpo.source_tokens import encode_source
 from fastpref.tisdpo.weight_rows import (
     SourceJob,
     begin_date,
-    encode_source,
     shards_folder,
     written_date,
 )
@@ -63,7 +62,7 @@ def open_job(
     begun = world.on_main(partial(begin_date, path, chat))
     written = world.on_main(partial(written_date, path))
     job = build_job(options, sides, rows, replace(chat, date=written or begun), path)
-    if written in ("", begun) or world.on_main(partial(is_finished, job)):
+    if written in ("", begun) or world.on_main(job.is_finished):
         return job
     return build_job(options, sides, rows, replace(chat, date=begun), path)
 
@@ -139,19 +138,3 @@ def scoring_settings(
 def fingerprint(value: Any) -> str:
     """Digest of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def is_finished(job: SourceJob) -> bool:
-    """Whether the file is there with exactly these weights."""
-    if not job.path.is_file():
-        return False
-    try:
-        origin = read_origin(job.path)
-    except DataError:
-        # a damaged record: the file is estimated anew
-        return False
-    return (
-        origin is not None
-        and origin.fingerprint == job.origin.fingerprint
-        and origin.size_bytes == job.path.stat().st_size
-    )

@@ -17,7 +17,7 @@ from fastpref.errors import CheckpointError
 from fastpref.model.identity import model_identity, side_model
 from fastpref.model.paths import resolve_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
-from fastpref.scoring.score import Side
+from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text
 
 

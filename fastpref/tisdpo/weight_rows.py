@@ -1,12 +1,11 @@
-"""Rows of a source as the two models read them, and the file of weights that they become."""
+"""A file of weights: what is known of it before it is written, and how it is."""
 
 import json
 import shutil
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,18 +13,14 @@ from numpy.typing import NDArray
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file
 from fastpref.data.chat import ChatFormat, current_date
-from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, count_rows
-from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
-from fastpref.data.row_values import RowError, json_text
-from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
+from fastpref.data.counts import AuditCounts
+from fastpref.data.row_values import json_text
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, read_origin, write_origin
 from fastpref.errors import DataError
 from fastpref.scoring.shards import Shards
-from fastpref.tisdpo.templates import apply_to_messages, apply_to_text
 from fastpref.token_weights import token_digest
 
-ROWS_AT_ONCE = 1000
 DATE_FILE = "date"
 """Beside a source's shards: the day that the chat template is told."""
 
@@ -43,28 +38,26 @@ class SourceJob:
     """By label of the side."""
     origin: WeightsOrigin
 
+    def is_finished(self) -> bool:
+        """Whether the file is there with exactly these weights."""
+        if not self.path.is_file():
+            return False
+        try:
+            origin = read_origin(self.path)
+        except DataError:
+            # a damaged record: the file is estimated anew
+            return False
+        return (
+            origin is not None
+            and origin.fingerprint == self.origin.fingerprint
+            and origin.size_bytes == self.path.stat().st_size
+        )
+
     def keep_date(self) -> None:
         """Note the day, so that a run which goes on tomorrow renders the same prompts."""
         if self.origin.chat_date is not None:
             with complete_file(shards_folder(self.path) / DATE_FILE) as file:
                 file.write(self.origin.chat_date)
-
-
-class SourceTokens(NamedTuple):
-    """The tokens of a source under every template."""
-
-    rows: Rows
-    """Those that there are tokens of."""
-    by_template: dict[str, list[EncodedRow]]
-    counts: AuditCounts
-
-
-class _RowOutcome(NamedTuple):
-    tokens: dict[str, EncodedRow]
-    """By text of the template; without any the row is left out."""
-    remarks: int = 0
-    drop: str = ""
-    note: str = ""
 
 
 def shards_folder(path: Path) -> Path:
@@ -86,51 +79,6 @@ def begin_date(path: Path, chat: ChatFormat) -> str:
     """The day on which the estimation of a weights file began: today, or that of its shards."""
     noted = shards_folder(path) / DATE_FILE
     return noted.read_text(encoding="utf-8") if noted.is_file() else current_date(chat.tokenizer)
-
-
-def encode_source(
-    rows: Rows,
-    templates: Sequence[str],
-    chat: ChatFormat,
-    *,
-    include_eos: bool,
-    on_error: str,
-    strict: bool,
-    max_dropped: float,
-) -> SourceTokens:
-    """Token ids of a source's rows as training sees them, without truncation.
-
-    Args:
-        rows: The source.
-        templates: Texts that stand beside each prompt, the first of them "" for none.
-        chat: How conversations are rendered; its tokenizer is that of both models.
-        include_eos: Append EOS to both responses.
-        on_error, strict, max_dropped: Of the options of these names.
-
-    Raises:
-        DataError: a row has no tokens under a template, or too many are left out.
-        ConfigError: the chat template cannot render any conversation.
-    """
-    assert templates[0] == ""
-    eos = [chat.tokenizer.eos_token_id] if include_eos else []
-    outcomes: list[_RowOutcome] = []
-    for start in range(0, len(rows.dataset), ROWS_AT_ONCE):
-        for row, tokens in _tokenize_batch(rows, start, templates, chat, strict=strict):
-            try:
-                outcomes.append(_row_outcome(row, tokens, eos))
-            except RowError as error:
-                message = error.at(rows.source, row["row"])
-                if on_error == "raise":
-                    raise DataError(message) from None
-                outcomes.append(_RowOutcome({}, drop=MALFORMED, note=message))
-            if strict and outcomes[-1].drop == EMPTY_RESPONSE:
-                raise DataError(f"{rows.source}:{row['row']}: {EMPTY_RESPONSE} (data.strict=true)")
-    counts, kept = _count_outcomes(rows, outcomes)
-    check_counts(counts, max_dropped=max_dropped)
-    if len(kept) < len(outcomes):
-        rows = replace(rows, dataset=rows.dataset.select(kept))
-    by_template = {text: [outcomes[i].tokens[text] for i in kept] for text in templates}
-    return SourceTokens(rows, by_template, counts)
 
 
 def write_weights(job: SourceJob, decimals: int | None) -> None:
@@ -176,87 +124,3 @@ def weigh(good: NDArray[np.float32], bad: NDArray[np.float32], decimals: int | N
     """log π⁻ - log π⁺ of each token, subtracted in float64, rounded as Python rounds."""
     weights = (bad.astype(np.float64) - good.astype(np.float64)).tolist()
     return weights if decimals is None else [round(weight, decimals) for weight in weights]
-
-
-def _tokenize_batch(
-    rows: Rows, start: int, templates: Sequence[str], chat: ChatFormat, *, strict: bool
-) -> Iterator[tuple[dict[str, Any], dict[str, RowTokens | RowError]]]:
-    """Rows from `start` on, each with its tokens by text of the template."""
-    batch = rows.dataset[start : start + ROWS_AT_ONCE]
-    records = [
-        dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-    ]
-    by_template = {}
-    for text in templates:
-        texts = [
-            row_texts(
-                row | {"prompt": prompt_under(text, row)},
-                {"chosen": row["chosen"], "rejected": row["rejected"]},
-                chat,
-                strict=strict,
-            )
-            for row in records
-        ]
-        first = JOINED_ROWS if text else start
-        by_template[text] = tokenize_rows(texts, chat.tokenizer, first=first)
-    for i, row in enumerate(records):
-        yield row, {text: tokens[i] for text, tokens in by_template.items()}
-
-
-def prompt_under(text: str, row: dict[str, Any]) -> str:
-    """The prompt of a checked row under a template's text."""
-    if row["form"] != "chat":
-        return apply_to_text(text, row["prompt"])
-    return json_text(apply_to_messages(text, json.loads(row["prompt"])))
-
-
-def _row_outcome(
-    row: dict[str, Any], by_template: dict[str, RowTokens | RowError], eos: list[int]
-) -> _RowOutcome:
-    plain = by_template[""]
-    encoded = {}
-    for text, tokens in by_template.items():
-        if isinstance(tokens, RowError):
-            beside = f" (beside the template {text!r:.60})" if text else ""
-            raise RowError(f"{tokens}{beside}", tokens.field)
-        assert isinstance(plain, RowTokens)
-        if tokens.drop:
-            return _RowOutcome({}, drop=tokens.drop, note=tokens.note)
-        if tokens.responses != plain.responses:
-            raise RowError(
-                f"beside the template {text!r:.60} the responses are other tokens than without it, "
-                "so there is no weight for each of them"
-            )
-        parts = (tokens.prompt, *(response + eos for response in tokens.responses))
-        # arrays: an eighth of the memory of lists
-        encoded[text] = EncodedRow(*(array("i", part) for part in parts))
-    assert isinstance(plain, RowTokens)
-    return _RowOutcome(encoded, int(row["remarks"] | plain.remarks), note=plain.note)
-
-
-def _count_outcomes(
-    rows: Rows, outcomes: Sequence[_RowOutcome]
-) -> tuple[AuditCounts, NDArray[np.int64]]:
-    columns = rows.dataset.with_format("numpy")
-    counts, kept = count_rows(
-        split=rows.counts.split,
-        source=rows.source,
-        drop=[outcome.drop for outcome in outcomes],
-        note=[outcome.note for outcome in outcomes],
-        row=columns["row"][:],
-        group=columns["group"][:],
-        remarks=np.array([outcome.remarks for outcome in outcomes], dtype=np.int64),
-    )
-    lengths = np.array(
-        [[len(part) for part in outcomes[i].tokens[""][:3]] for i in kept], dtype=np.int64
-    ).reshape(-1, 3)
-    is_text = columns["form"][:] != "chat"
-    counts = replace(
-        rows.counts.then(counts),
-        prompt_tokens=int(lengths[:, 0].sum()),
-        response_tokens=int(lengths[:, 1:].sum()),
-        longest_tokens=int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max(initial=0)),
-        text_rows=int(is_text[kept].sum()),
-        joined_rows=int(is_text[kept[kept < JOINED_ROWS]].sum()),
-    )
-    return counts, kept

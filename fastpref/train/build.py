@@ -15,7 +15,6 @@ from fastpref.train.models import build_models
 from fastpref.train.optim import build_optimizer, build_scheduler
 from fastpref.train.run import Run
 from fastpref.train.run_folder import run_place
-from fastpref.train.trackers import TrackerOptions
 
 
 def build_run(config: Config, world: World) -> Run:
@@ -77,7 +76,7 @@ def build_run(config: Config, world: World) -> Run:
         log=open_log(
             run_dir,
             world,
-            followers=TrackerOptions(config.wandb, config.tensorboard, config.debug),
+            followers=config.trackers,
             options=asdict(config),
             min_interval_seconds=config.minimum_log_interval_secs,
             starts_at_log_two=objective.starts_at_log_two,

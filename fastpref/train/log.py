@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from fastpref.config import TrackerOptions
 from fastpref.distributed import World
 from fastpref.train.metrics import MetricsLog, first_loss_tolerance
-from fastpref.train.trackers import TrackerOptions, build_trackers
+from fastpref.train.trackers import build_trackers
 
 
 def open_log(

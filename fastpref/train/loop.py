@@ -7,28 +7,23 @@ from contextlib import closing
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from fastpref.batches.loader import StepBatches
 from fastpref.config import Config
 from fastpref.distributed import World
-from fastpref.errors import NON_FINITE, NonFiniteError
 from fastpref.progress import Progress
 from fastpref.signals import StopRequest, say_if_stopped
 from fastpref.train.advice import advise
 from fastpref.train.build import build_run
+from fastpref.train.evaluation import evaluate
 from fastpref.train.export import export_model
 from fastpref.train.metrics import (
     PendingStep,
     Record,
     format_metrics,
-    name_for_split,
-    sum_over_examples,
 )
 from fastpref.train.report import show_results
 from fastpref.train.run import Run
-from fastpref.train.sampling import sample_responses, write_samples
+from fastpref.train.step import train_step
 
 logger = logging.getLogger("fastpref")
 
@@ -126,122 +121,3 @@ def steps_between_evals(eval_every: int, batch_size: int) -> int:
             steps * batch_size,
         )
     return steps
-
-
-def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str], Tensor]:
-    """One optimizer step on a global batch.
-
-    The loss is summed over pairs and divided by their global number, whatever the split into
-    micro-batches and ranks; gradients are summed over ranks.
-
-    Returns:
-        Metric names, and their means over the batch before the update (K,), on the device.
-    """
-    run.optimizer.zero_grad()
-    metrics = []
-    for host_batch in step_batches.batches:
-        batch = host_batch.to(run.world.device)
-        losses, values = run.step_loss.compute(batch, step)
-        (losses.sum() / step_batches.num_examples).backward()
-        run.step_loss.done()
-        metrics.append(values)
-    grad_norm = clip_gradients(run, step)
-    run.optimizer.step()
-    names, sums = sum_over_examples(metrics)
-    means = run.world.sum(sums) / step_batches.num_examples
-    names = [name_for_split(name, "train") for name in names]
-    return [*names, "grad_norm"], torch.cat([means, grad_norm[None]])
-
-
-def clip_gradients(run: Run, step: int) -> Tensor:
-    """Clip the global gradient norm; a norm that is not finite stops the run before the update.
-
-    On a GPU the check runs on the device, so nothing waits for it.
-
-    Returns:
-        The norm before clipping, a float32 scalar on the device.
-    """
-    parameters = list(run.policy.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.config.max_grad_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if run.world.device.type == "cuda":
-        torch._assert_async(torch.isfinite(norm), f"{NON_FINITE} {step + 1}")
-    elif not torch.isfinite(norm):
-        raise NonFiniteError(
-            f"{NON_FINITE} {step + 1}: {norm.item()}; the weights are those after step {step}"
-        )
-    return norm.float()
-
-
-def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
-    """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl."""
-    if run.eval is None:
-        return
-    with stop.if_unwritable():
-        run.log.flush()
-    started = time.perf_counter()
-    metrics, count, num_tokens = [], 0, 0
-    run.policy.eval()
-    with torch.no_grad(), run.eval.steps(run.world) as steps:
-        for step_batches in steps:
-            if stop.agreed(run.world):
-                # a mean over part of the split would look like one over all of it
-                run.policy.train()
-                return
-            for host_batch in step_batches.batches:
-                batch = host_batch.to(run.world.device)
-                _, values = run.step_loss.compute(batch, None)
-                run.step_loss.done()
-                metrics.append(values)
-            count += step_batches.num_examples
-            num_tokens += step_batches.num_tokens
-    run.policy.train()
-    names, sums = sum_over_examples(metrics)
-    means = (run.world.sum(sums) / count).tolist()
-    seconds = time.perf_counter() - started
-    record: Record = {"step": step, "examples": examples, "split": "eval"}
-    record |= {name_for_split(name, "eval"): mean for name, mean in zip(names, means, strict=True)}
-    record |= {"examples_per_second": count / seconds, "tokens_per_second": num_tokens / seconds}
-    if run.world.is_main:
-        with stop.if_unwritable():
-            run.log.write(record)
-        logger.info("eval after %d: %s", examples, format_metrics(record))
-    if run.config.sample_during_eval:
-        sample(run, step, examples, stop)
-    run.log.restart_clock()
-
-
-def sample(run: Run, step: int, examples: int, stop: StopRequest) -> None:
-    """Samples of the policy and, before the first update, of the reference, to samples.jsonl."""
-    assert run.eval is not None
-    config, dataset = run.config, run.eval.data.dataset
-    rows = dataset[run.eval.order.epoch_rows(0)[: config.n_eval_model_samples].tolist()]
-    sources = {"policy": run.policy}
-    if run.reference is not None and step == 0:
-        sources["reference"] = run.reference
-    samples: dict[str, list[str]] = {}
-    for name, scorer in sources.items():
-        responses = sample_responses(
-            scorer,
-            rows["prompt_ids"],
-            run.tokenizer,
-            max_length=min(config.max_length, scorer.num_positions or config.max_length),
-            batch_size=config.eval_batch_size,
-            seed=config.seed,
-            world=run.world,
-            stop=stop,
-        )
-        if responses is None:
-            return
-        samples[name] = responses
-    if not run.world.is_main:
-        return
-    samples["prompt"] = run.tokenizer.batch_decode(rows["prompt_ids"])
-    samples["chosen"] = run.tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
-    records = [
-        dict(zip(samples, values, strict=True)) for values in zip(*samples.values(), strict=True)
-    ]
-    with stop.if_unwritable():
-        write_samples(run.run_dir / "samples.jsonl", step, examples, records)
-    logger.info("a sample of the policy: %r -> %r", records[0]["prompt"], records[0]["policy"])

@@ -6,15 +6,15 @@ from fastpref.batches.layouts import RowLayout
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.attention.choice import choose_rows
-from fastpref.model.build import (
-    build_scorer,
-    check_positions,
+from fastpref.model.build import build_scorer
+from fastpref.model.liger import choose_liger
+from fastpref.model.loading import (
     load_causal_lm,
     load_reference,
     starts_exactly_equal,
     try_model,
 )
-from fastpref.model.liger import choose_liger
+from fastpref.model.positions import check_positions
 from fastpref.model.scorer import TokenScorer
 
 

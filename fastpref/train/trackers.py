@@ -5,9 +5,9 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastpref.config import TensorboardConfig, WandbConfig
+from fastpref.config import TrackerOptions, WandbConfig
 from fastpref.errors import ConfigError, first_line
 from fastpref.train.metrics import Record, Tracker
 
@@ -15,15 +15,6 @@ logger = logging.getLogger("fastpref")
 
 WANDB_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 """Values of WANDB_MODE that need no account."""
-
-
-class TrackerOptions(NamedTuple):
-    """Which trackers follow a run."""
-
-    wandb: WandbConfig
-    tensorboard: TensorboardConfig
-    debug: bool
-    """None of them."""
 
 
 def check_trackers(options: TrackerOptions) -> None:

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
-from fastpref.cli.run import launch_on_every_gpu
-from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.cli.launch import launch_on_every_gpu
 from fastpref.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,15 +195,13 @@ def test_a_current_folder_that_is_gone_is_refused(base, tmp_path):
     assert result.stderr.startswith("fastpref: the current folder cannot be used: No such file")
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts(base):
-    model = ModelConfig(name_or_path=str(base / "model"))
+def test_a_port_that_is_taken_is_refused_before_anything_starts():
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        config = Config(model=model, loss=DPOConfig(), fsdp_port=port)
         with pytest.raises(ConfigError, match=f"fsdp_port={port} cannot be had: Address already"):
-            launch_on_every_gpu(config, 2)
+            launch_on_every_gpu(2, port)
 
 
 def test_under_torchrun_two_ranks_print_one_table_and_one_run(base, tmp_path):
@@ -226,11 +223,10 @@ def test_under_torchrun_two_ranks_print_one_table_and_one_run(base, tmp_path):
 
 def test_the_launcher_brings_back_the_exit_code_of_the_ranks(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = Config(model=ModelConfig(name_or_path=str(base / "model")), loss=DPOConfig())
     bad = with_row(base, "bad", 3, {"prompt": "a"})
     for data, code in (("words", 0), (bad, 3)):
         options = job(base, data, trainer="FSDPTrainer", n_epochs=1, run_dir=tmp_path / data)
         monkeypatch.setattr(sys, "argv", command(*options)[1:])
         # what trainer=FSDPTrainer does where two GPUs are visible, here with two CPU ranks
-        assert launch_on_every_gpu(config, 2) == code
+        assert launch_on_every_gpu(2, None) == code
     assert len(read_metrics(tmp_path / "words", "train")) == 3

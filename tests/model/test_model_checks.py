@@ -8,8 +8,8 @@ from tiny_models import FAMILIES, build_family, build_model
 from torch import Tensor, nn
 
 from fastpref.errors import CheckpointError, ConfigError, NonFiniteError
-from fastpref.model.build import keep_weights
 from fastpref.model.checks import check_model, check_repeatability
+from fastpref.model.loading import keep_weights
 from fastpref.model.scorer import TokenScorer
 
 DTYPES = [torch.float32, torch.bfloat16]

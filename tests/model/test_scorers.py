@@ -11,14 +11,14 @@ from fastpref.batches.padded import pad_rows
 from fastpref.config import ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.build import (
-    build_scorer,
-    check_positions,
+from fastpref.model.build import build_scorer
+from fastpref.model.loading import (
     load_causal_lm,
     load_reference,
     starts_exactly_equal,
     try_model,
 )
+from fastpref.model.positions import check_positions
 
 SIZES = {
     "hidden_size": 32,

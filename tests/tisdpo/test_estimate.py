@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.errors import CheckpointError, DataError, InterruptionError
-from fastpref.scoring.score import check_finite
+from fastpref.scoring.side import check_finite
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
 ROWS = text_rows(7)

@@ -1,0 +1,76 @@
+"""How far the scoring of a model has come."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+from fastpref.batch import EncodedRow
+from fastpref.data.source import Rows
+from fastpref.progress import Progress
+from fastpref.scoring.shards import Shards
+
+logger = logging.getLogger("fastpref")
+
+LOG_SECONDS = 10.0
+"""Time between two log lines where there is no terminal for a progress bar."""
+
+
+class ScoringProgress:
+    """Tokens done, speed and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(
+        self,
+        label: str,
+        sources: Sequence[tuple[Rows, Shards]],
+        missing: Sequence[Sequence[int]],
+        *,
+        visible: bool,
+    ) -> None:
+        self._num_shards = sum(map(len, missing))
+        self._num_done = 0
+        self._label = f"{label} model"
+        self._total = sum(
+            part.num_tokens(shard)
+            for (_, part), wanted in zip(sources, missing, strict=True)
+            for shard in wanted
+        )
+        self._tokens = 0
+        self._visible = visible
+        self._started = self._told = time.perf_counter()
+        self._bar = Progress(total=self._total, visible=visible, label=f"{self._label}, tokens")
+
+    def __enter__(self) -> "ScoringProgress":
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.__exit__(*error)
+
+    @property
+    def done(self) -> str:
+        """How many shards of this start are on the disk, in words."""
+        return f"{self._num_done} of {self._num_shards} shards of the {self._label}"
+
+    def advance(self, rows: Sequence[EncodedRow]) -> None:
+        """These rows are scored."""
+        tokens = sum(
+            2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows
+        )
+        self._tokens += tokens
+        now = time.perf_counter()
+        rate = self._tokens / (now - self._started)
+        self._bar.advance(tokens, f"{rate:,.0f} tokens/s")
+        if self._visible and not self._bar.on_terminal and now - self._told > LOG_SECONDS:
+            self._told = now
+            logger.info(
+                "%s: %d %% of %s tokens, %s tokens/s, %.0f s left",
+                self._label,
+                100 * self._tokens // self._total,
+                f"{self._total:,}",
+                f"{rate:,.0f}",
+                (self._total - self._tokens) / rate,
+            )
+
+    def shard_is_done(self) -> None:
+        """A shard is on the disk."""
+        self._num_done += 1

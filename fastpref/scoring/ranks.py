@@ -1,0 +1,93 @@
+"""A model on every rank, and the batches that it scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batches.columns import EncodedColumns
+from fastpref.batches.layouts import RowLayout, in_groups
+from fastpref.distributed import World
+from fastpref.model.scorer import TokenScorer
+from fastpref.scoring.progress import ScoringProgress
+from fastpref.scoring.shards import PairLogps
+from fastpref.signals import StopRequest
+
+CPU_TOKENS = 2048
+"""Tokens scored at once on a CPU, at most: more take memory and are not faster."""
+
+
+def divide_rows(
+    rows: Sequence[EncodedRow], layout: RowLayout, device: torch.device, batch_size: int | None
+) -> list[list[int]]:
+    """Which rows of a shard are scored at once; the same for any number of ranks."""
+    if batch_size is not None:
+        return in_groups(len(rows), batch_size)
+    most_tokens = CPU_TOKENS if device.type == "cpu" else None
+    return layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """A model on every rank, among which batches are dealt in turn."""
+
+    scorer: TokenScorer
+    layout: RowLayout
+    """How it takes rows."""
+    pad_token_id: int
+    world: World
+    stop: StopRequest
+    progress: ScoringProgress
+    """Told of every batch."""
+
+    def score_rows(
+        self, rows: Sequence[EncodedRow], batches: Sequence[Sequence[int]]
+    ) -> list[PairLogps]:
+        """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
+
+        Args:
+            rows: Of a shard.
+            batches: Which of them are scored at once.
+
+        Returns:
+            On every rank those of all rows, in their order.
+
+        Raises:
+            InterruptionError, PreemptionError: a signal came.
+        """
+        world = self.world
+        mine: list[tuple[int, PairLogps]] = []
+        for first in range(0, len(batches), world.size):
+            if self.stop.agreed(world):
+                self.stop.raise_saying(
+                    f"{self.progress.done} are kept; the same command goes on there"
+                )
+            dealt = batches[first : first + world.size]
+            # a rank without a batch takes part in the collectives of sharded models all the same
+            places = dealt[world.rank] if world.rank < len(dealt) else []
+            batch = self.layout.build_rows(
+                [rows[i] for i in places], pad_token_id=self.pad_token_id
+            )
+            logps_N = self.scorer(batch.to(world.device)).float().cpu().numpy()
+            mine += zip(places, split_sequences(logps_N, batch), strict=True)
+            self.progress.advance([rows[i] for batch_places in dealt for i in batch_places])
+        gathered = [mine]
+        if world.size > 1:
+            gathered = [[] for _ in range(world.size)]
+            dist.all_gather_object(gathered, mine)
+        by_place = dict(pair for of_rank in gathered for pair in of_rank)
+        return [by_place[i] for i in range(len(rows))]
+
+
+def split_sequences(logps_N: NDArray[np.float32], batch: PackedBatch) -> list[PairLogps]:
+    """Token scores of a batch as a pair of arrays per row: sequence p and P + p are one pair."""
+    sequence_ids_N = batch.sequence_ids.cpu().numpy()
+    in_order_N = logps_N[np.argsort(sequence_ids_N, kind="stable")]
+    lengths = np.bincount(sequence_ids_N, minlength=batch.num_sequences)
+    sequences = np.split(in_order_N, np.cumsum(lengths)[:-1])
+    P = batch.num_sequences // 2
+    return list(zip(sequences[:P], sequences[P : 2 * P], strict=True))

@@ -1,0 +1,75 @@
+"""A model that scores, and what its numbers must be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastpref.config import ModelConfig
+from fastpref.data.source import Rows
+from fastpref.data.weights_file import ModelOrigin
+from fastpref.errors import CheckpointError, DataError
+from fastpref.model.scorer import TokenScorer
+from fastpref.scoring.shards import PairLogps, Shards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One of the two models."""
+
+    label: str
+    """positive or negative."""
+    model: ModelConfig
+    template: str
+    """Text of its template, "" for none."""
+    origin: ModelOrigin
+
+
+def check_positions(
+    scorer: TokenScorer, side: Side, sources: Sequence[tuple[Rows, Shards]]
+) -> None:
+    """Refuse rows that run off a table of positions.
+
+    Raises:
+        DataError: naming the file and the row.
+    """
+    limit = scorer.num_positions
+    if limit is None:
+        return
+    for rows, shards in sources:
+        for number, ids in zip(rows.dataset["row"], shards.rows, strict=True):
+            length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+            if length > limit:
+                raise DataError(
+                    f"{rows.source}:{number}: {length} tokens, {side.origin.name_or_path} has "
+                    f"positions for {limit}; weights are estimated for whole rows, "
+                    "so leave this one out"
+                )
+
+
+def check_finite(
+    parts: Sequence[PairLogps],
+    places: Sequence[int],
+    rows: Rows,
+    side: Side,
+) -> None:
+    """Refuse a model that gives NaN or infinity; runs on every rank with the same outcome.
+
+    Args:
+        parts: Of each row: chosen, rejected.
+        places: Where these rows stand among the source's.
+        rows: The source.
+        side: The model.
+
+    Raises:
+        CheckpointError: naming the file, the row and the token.
+    """
+    for i, pair in zip(places, parts, strict=True):
+        for field, logps in zip(("chosen", "rejected"), pair, strict=True):
+            wrong = np.flatnonzero(~np.isfinite(logps))
+            if len(wrong):
+                raise CheckpointError(
+                    f"weights.{side.label}: {side.origin.name_or_path} gives a log-probability of "
+                    f"{logps[wrong[0]]} at {rows.source}:{rows.dataset['row'][i]}:{field}, token "
+                    f"{wrong[0] + 1}; shards that were complete before are kept"
+                )
