@@ -177,14 +177,12 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
     loss_error = abs(first["loss/train"] - math.log(2))
     fits = score_error <= SCORE_BOUND and export_error <= SCORE_BOUND and loss_error <= LOSS_BOUND
     finite = math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
-    layout = run.train.layout
-    packed = "packed, prompts shared" if layout.share_prompt else "packed"
     attention = run.policy.attention
     return Entry(
         family,
         "trains" if fits and finite else "differs",
         type(run.policy.model).__name__.removeprefix("FSDP"),
-        packed if layout.packed else "padded",
+        run.train.layout.name,
         attention.name if attention else "its own",
         score_error,
         loss_error,

@@ -1,15 +1,14 @@
 """Variable-length attention in plain torch, as its kernels are called."""
 
-from functools import partial
-
 import torch
 
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
 
 
-def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_at_end=True):
+def naive_varlen(q, k, v, layout, scale, softcap, *, aligned_at_end=True):
     """What variable-length kernels compute, one segment after another."""
-    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    cu_q, cu_k = layout.query_offsets, layout.key_offsets
+    assert layout.longest == cu_q.diff().max() and layout.longest_keys == cu_k.diff().max()
     outputs = []
     for i in range(len(cu_q) - 1):
         queries = q[cu_q[i] : cu_q[i + 1]].transpose(0, 1)
@@ -24,4 +23,4 @@ def naive_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, softcap, *, aligned_a
     return torch.cat(outputs)
 
 
-VARLEN = PackedAttention(name="naive varlen", attend=partial(attend_varlen, naive_varlen))
+VARLEN = PackedAttention(name="naive varlen", attend=attend_varlen(naive_varlen))

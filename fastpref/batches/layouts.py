@@ -16,6 +16,10 @@ from fastpref.batches.plan import MicroBatch, StepPlan
 class RowLayout(Protocol):
     """How rows become batches. Pure functions of the rows, so every rank makes the same plan."""
 
+    @property
+    def name(self) -> str:
+        """In words."""
+
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """Which of a step's rows each rank computes at once.
 
@@ -50,6 +54,11 @@ class PackedRows:
     """Compute what sequences of a micro-batch have in common once."""
     max_tokens: int
     """Most tokens of a micro-batch."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return "packed, prompts shared" if self.share_prompt else "packed"
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As few micro-batches as the tokens allow, see `plan_step`."""
@@ -87,6 +96,11 @@ class PaddedRows:
 
     batch_size: int = 4
     """Rows computed at once where nobody says how many, as in the TIS-DPO code."""
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return "padded"
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """By their number alone: `min_micro_batches` of them."""

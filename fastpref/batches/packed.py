@@ -205,7 +205,6 @@ def pack(
     num_shared = np.tile(micro_batch.num_shared, columns.num_sides)
     num_skipped = num_shared.copy()
     num_skipped[leaders] = 0
-
     # pieces of the row: prompt, first branch, prompt, first branch, …, then the other branches;
     # the last token of a response predicts nothing and is left out
     branches = Ranges(responses.starts + num_skipped, responses.lengths - 1 - num_skipped)
@@ -213,20 +212,16 @@ def pack(
     offsets = offsets_of(sources.lengths)
     of_plain = 2 * len(leaders)
     prompt_starts, prompt_stops = offsets[0:of_plain:2], offsets[1:of_plain:2]
-    positions = np.concatenate(
-        [
-            np.stack([np.zeros_like(prompt_starts), of_prompts.lengths], axis=1).ravel(),
-            of_prompts.lengths[groups[others]] + num_shared[others],
-        ]
-    )
+    of_pieces = np.stack([np.zeros_like(prompt_starts), of_prompts.lengths], axis=1).ravel()
+    of_others = of_prompts.lengths[groups[others]] + num_shared[others]
+    positions = np.concatenate([of_pieces, of_others])
     branch_starts = np.empty(S, np.int64)
     branch_starts[leaders], branch_starts[others] = prompt_stops, offsets[of_plain:-1]
     score_index = Ranges(branch_starts - 1 - num_skipped, responses.lengths).flat()
     # up to a branch's first token the predicting ones lie in the prompt and in the first branch
     of_trunks = Ranges(prompt_stops[groups] - 1, num_shared + 1)
-    score_index[of_trunks._replace(starts=offsets_of(responses.lengths)[:-1]).flat()] = (
-        of_trunks.flat()
-    )
+    places = of_trunks._replace(starts=offsets_of(responses.lengths)[:-1])
+    score_index[places.flat()] = of_trunks.flat()
     trunks = np.stack([prompt_starts[groups], prompt_stops[groups] + num_shared], axis=1)
     return PackedBatch(
         input_ids=torch.from_numpy(columns.ids[sources.flat()])[None],

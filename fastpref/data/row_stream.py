@@ -39,6 +39,7 @@ FEATURES = datasets.Features(
 
 
 def generate_rows(
+    *,
     name: str,
     split: str,
     path: str | None,

@@ -44,14 +44,12 @@ class Ranks:
     progress: ScoringProgress
     """Told of every batch."""
 
-    def score_rows(
-        self, rows: Sequence[EncodedRow], batches: Sequence[Sequence[int]]
-    ) -> list[PairLogps]:
+    def score_rows(self, rows: Sequence[EncodedRow], batch_size: int | None) -> list[PairLogps]:
         """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
 
         Args:
             rows: Of a shard.
-            batches: Which of them are scored at once.
+            batch_size: Of them scored at once; None leaves that to the layout.
 
         Returns:
             On every rank those of all rows, in their order.
@@ -60,6 +58,7 @@ class Ranks:
             InterruptionError, PreemptionError: a signal came.
         """
         world = self.world
+        batches = divide_rows(rows, self.layout, world.device, batch_size)
         mine: list[tuple[int, PairLogps]] = []
         for first in range(0, len(batches), world.size):
             if self.stop.agreed(world):

@@ -17,7 +17,7 @@ from fastpref.model.build import load_frozen_scorer
 from fastpref.model.positions import warn_beyond_training
 from fastpref.model.source import pad_token_id
 from fastpref.scoring.progress import ScoringProgress
-from fastpref.scoring.ranks import Ranks, divide_rows
+from fastpref.scoring.ranks import Ranks
 from fastpref.scoring.shards import Shards
 from fastpref.scoring.side import Side, check_finite, check_positions
 from fastpref.signals import StopRequest
@@ -58,11 +58,7 @@ def score_missing(
         logger.info("%s model: %d of %d shards are there already", side.label, done, num_shards)
     if num_missing == 0:
         return
-    longest = max(
-        len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-        for _, shards in sources
-        for ids in shards.rows
-    )
+    longest = max(shards.longest for _, shards in sources)
     scorer, layout = load_frozen_scorer(side.model, packing, world, longest=longest)
     check_positions(scorer, side, sources)
     warn_beyond_training(scorer.model, longest)
@@ -81,8 +77,7 @@ def score_missing(
         for (source, shards), shards_to_score in zip(sources, missing, strict=True):
             for shard in shards_to_score:
                 places = shards.rows_of(shard)
-                rows = [shards.rows[i] for i in places]
-                parts = ranks.score_rows(rows, divide_rows(rows, layout, world.device, batch_size))
+                parts = ranks.score_rows([shards.rows[i] for i in places], batch_size)
                 check_finite(parts, places, source, side)
                 logps = np.concatenate([x for pair in parts for x in pair])
                 world.on_main(partial(shards.write, shard, logps))

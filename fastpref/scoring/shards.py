@@ -42,6 +42,14 @@ class Shards:
     def __len__(self) -> int:
         return -(-len(self.rows) // self.rows_per_shard)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(
+            len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+            for ids in self.rows
+        )
+
     def rows_of(self, shard: int) -> list[int]:
         """Places in file order of a shard's rows, in the order in which they are scored."""
         start = shard * self.rows_per_shard

@@ -56,7 +56,6 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
         log_counts([job.counts for job in jobs], tokenizer)
     finished = world.on_main(lambda: [job.is_finished() for job in jobs])
     unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
-    reports: list[WeightsReport] = []
 
     def begin() -> None:
         for job, is_done in zip(jobs, finished, strict=True):
@@ -65,13 +64,13 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
             else:
                 job.keep_date()
 
-    def write() -> None:
+    def write() -> list[WeightsReport]:
         for job in unfinished:
             write_weights(job, config.weights.round)
             logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
         # the first split of each dataset, the one to train on where it is there
         first_jobs = {job.path.parent: job for job in reversed(jobs)}
-        reports.extend(report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs))
+        return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
 
     world.on_main(begin)
     # one model at a time: half the memory of the two together
@@ -85,5 +84,4 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
             packing=config.packing,
             batch_size=config.weights.batch_size,
         )
-    world.on_main(write)
-    return reports
+    return world.only_on_main(write) or []

@@ -12,9 +12,15 @@ logger = logging.getLogger("fastpref")
 
 
 def announce(
-    model: ModelConfig, datasets: Sequence[str], world: World, objective: Objective
+    objective: Objective,
+    world: World,
+    model: ModelConfig,
+    datasets: Sequence[str],
+    transform: TransformConfig,
 ) -> None:
-    """Say what is about to happen."""
+    """Say what is about to happen, and what in it a user may not expect."""
+    if not world.is_main:
+        return
     logger.info(
         "%s of %s on %s: %d x %s, weights in %s, arithmetic in %s",
         objective.title,
@@ -25,11 +31,7 @@ def announce(
         model.policy_dtype,
         model.compute_dtype,
     )
-
-
-def announce_weights(transform: TransformConfig) -> None:
-    """Say what of a transform of token weights a user may not expect."""
-    if transform.method == "binary":
+    if objective.needs.weights and transform.method == "binary":
         logger.warning(
             "transform.method=binary at %g percent: %g percent of a response's tokens weigh 1, "
             "the others 0, whatever their estimated weights; transform=paper uses the estimates",
@@ -40,6 +42,8 @@ def announce_weights(transform: TransformConfig) -> None:
 
 def announce_tokens(split: Split, world: World) -> None:
     """Say what of the data the model's body will compute, by the first steps."""
+    if not world.is_main:
+        return
     steps = min(32, split.order.num_steps)
     in_data, computed = split.savings(world.size, steps)
     logger.info(

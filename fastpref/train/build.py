@@ -7,7 +7,7 @@ from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
-from fastpref.train.announce import announce, announce_tokens, announce_weights
+from fastpref.train.announce import announce, announce_tokens
 from fastpref.train.data import build_splits, load_data
 from fastpref.train.export import plan_export
 from fastpref.train.log import open_log
@@ -24,10 +24,7 @@ def build_run(config: Config, world: World) -> Run:
         FastprefError: whatever is wrong with the config, the data or the model.
     """
     objective = build_objective(config.loss)
-    if world.is_main:
-        announce(config.model, config.datasets, world, objective)
-        if objective.needs.weights:
-            announce_weights(config.transform)
+    announce(objective, world, config.model, config.datasets, config.transform)
     data = load_data(config, world)
     models = build_models(
         config, world, with_reference=objective.needs.reference, longest=data.longest
@@ -39,22 +36,30 @@ def build_run(config: Config, world: World) -> Run:
         num_embeddings=policy.num_embeddings,
         min_micro_batches=config.gradient_accumulation_steps,
     )
-    if world.is_main:
-        announce_tokens(train_split, world)
+    announce_tokens(train_split, world)
     optimizer = build_optimizer(
         config.optimizer, policy.parameters(), lr=config.lr, options=config.optim.arguments()
     )
     policy.follow(optimizer)
-    export = partial(
-        plan_export,
-        config.model,
-        policy.model.config,
-        data.tokenizer,
-        data.chat_template,
+    scheduler = build_scheduler(
+        optimizer,
+        schedule=config.optim.schedule,
+        warmup_steps=config.warmup_steps,
+        num_steps=train_split.order.num_steps,
+        min_lr_ratio=config.optim.min_lr_ratio,
     )
-    plan = world.only_on_main(export)
+    plan = world.only_on_main(partial(plan_export, config.model, policy.model.config, *data.texts))
     # last: what fails until here leaves no folder behind
     run_dir = run_place(config).create(config.to_yaml(), world)
+    log = open_log(
+        run_dir,
+        world,
+        followers=config.trackers,
+        options=asdict(config),
+        min_interval_seconds=config.minimum_log_interval_secs,
+        starts_at_log_two=objective.starts_at_log_two,
+        exactly=models.starts_equal,
+    )
     return Run(
         config=config,
         world=world,
@@ -66,21 +71,7 @@ def build_run(config: Config, world: World) -> Run:
         reference=models.reference,
         step_loss=StepLoss(objective, policy, models.reference),
         optimizer=optimizer,
-        scheduler=build_scheduler(
-            optimizer,
-            schedule=config.optim.schedule,
-            warmup_steps=config.warmup_steps,
-            num_steps=train_split.order.num_steps,
-            min_lr_ratio=config.optim.min_lr_ratio,
-        ),
-        log=open_log(
-            run_dir,
-            world,
-            followers=config.trackers,
-            options=asdict(config),
-            min_interval_seconds=config.minimum_log_interval_secs,
-            starts_at_log_two=objective.starts_at_log_two,
-            exactly=models.starts_equal,
-        ),
+        scheduler=scheduler,
+        log=log,
         export=plan,
     )

@@ -30,6 +30,11 @@ class Data(NamedTuple):
     """Jinja text that replaces the tokenizer's own; None if none does."""
 
     @property
+    def texts(self) -> tuple[Any, str | None]:
+        """What turns texts into tokens: tokenizer and chat template."""
+        return self.tokenizer, self.chat_template
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
         return max(split.audit.longest_tokens for split in (self.train, self.eval) if split)

@@ -34,7 +34,7 @@ def choose(model, path, *, attention="auto", share_prompt="auto"):
 def test_an_attention_that_aligns_causality_at_the_start_is_found_out():
     assert attention_problem(VARLEN, CPU, torch.float32, {PLAIN}) == ""
     kernel = partial(naive_varlen, aligned_at_end=False)
-    wrong = PackedAttention(name="wrong", attend=partial(attend_varlen, kernel))
+    wrong = PackedAttention(name="wrong", attend=attend_varlen(kernel))
     assert "off by" in attention_problem(wrong, CPU, torch.float32, {PLAIN})
 
 

@@ -127,36 +127,28 @@ def _keys_of(key: Tensor, segment: Segment) -> Tensor:
     return torch.cat([key[:, :, segment.prefix_start : segment.prefix_stop], own], dim=2)
 
 
-VarlenKernel = Callable[..., Tensor]
-"""(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, scale, softcap) -> output, (tokens, H, E);
-causal, aligned at the end of the keys."""
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, float, float | None], Tensor]
+"""(queries, keys, values, layout, scale, softcap) -> output, (tokens, H, E), of every segment, whose
+offsets and lengths the layout has; causal, aligned at the end of the keys."""
 
 
-def attend_varlen(
-    kernel: VarlenKernel,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: SegmentLayout,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
+def attend_varlen(kernel: VarlenKernel) -> Attend:
     """Variable-length attention in one call; keys that branches share are gathered for each."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    if layout.keys is not None:
-        key, value = (GatheredKeys.apply(x, layout.keys, layout.uses) for x in (key, value))
-    output = kernel(
-        query,
-        key,
-        value,
-        layout.query_offsets,
-        layout.key_offsets,
-        layout.longest,
-        layout.longest_keys,
-        scale,
-        softcap,
-    )
-    return output[None]
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: SegmentLayout,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        if layout.keys is not None:
+            key, value = (GatheredKeys.apply(x, layout.keys, layout.uses) for x in (key, value))
+        return kernel(query, key, value, layout, scale, softcap)[None]
+
+    return attend
 
 
 class GatheredKeys(torch.autograd.Function):
@@ -194,10 +186,7 @@ def flash_kernel(version: int) -> VarlenKernel:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
+        layout: SegmentLayout,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
@@ -205,10 +194,10 @@ def flash_kernel(version: int) -> VarlenKernel:
             q,
             k,
             v,
-            cu_seqlens_q=cu_q,
-            cu_seqlens_k=cu_k,
-            max_seqlen_q=max_q,
-            max_seqlen_k=max_k,
+            cu_seqlens_q=layout.query_offsets,
+            cu_seqlens_k=layout.key_offsets,
+            max_seqlen_q=layout.longest,
+            max_seqlen_k=layout.longest_keys,
             softmax_scale=scale,
             causal=True,
             softcap=softcap or 0.0,
@@ -232,10 +221,7 @@ def torch_varlen_kernel() -> VarlenKernel:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu_q: Tensor,
-        cu_k: Tensor,
-        max_q: int,
-        max_k: int,
+        layout: SegmentLayout,
         scale: float,
         softcap: float | None,
     ) -> Tensor:
@@ -246,7 +232,8 @@ def torch_varlen_kernel() -> VarlenKernel:
             options["enable_gqa"] = True
         elif q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return function(q, k, v, cu_q, cu_k, max_q, max_k, **options)
+        offsets = layout.query_offsets, layout.key_offsets
+        return function(q, k, v, *offsets, layout.longest, layout.longest_keys, **options)
 
     return kernel
 

@@ -6,7 +6,6 @@ where it is not. Keyword arguments, because what activation checkpointing recomp
 autograd gets them again.
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -111,8 +110,8 @@ def build_attention(name: str) -> PackedAttention:
         case "sdpa":
             return PackedAttention(name=name, attend=attend_in_groups, prepare=prepare_segments)
         case "varlen":
-            return PackedAttention(name=name, attend=partial(attend_varlen, torch_varlen_kernel()))
+            return PackedAttention(name=name, attend=attend_varlen(torch_varlen_kernel()))
         case "flex":
             return PackedAttention(name=name, attend=flex_attend(), prepare=prepare_flex)
     kernel = flash_kernel(int(name.removeprefix("flash_attention_")))
-    return PackedAttention(name=name, attend=partial(attend_varlen, kernel))
+    return PackedAttention(name=name, attend=attend_varlen(kernel))
