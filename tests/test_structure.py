@@ -19,17 +19,9 @@ def measures_of(source: str) -> dict[str, structure.Measure]:
     return structure.measure([module])
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "lines of the longest function",
-        "lines of the longest file",
-        "positional arguments of one function",
-    ],
-)
-def test_the_kernels_keep_the_bounds(name):
-    modules = [m for m in structure.read_modules(ROOT) if m.name.startswith("kernels/")]
-    value, where = structure.measure(modules)[name]
+@pytest.mark.parametrize("name", structure.BOUNDS)
+def test_the_code_keeps_the_bounds(name):
+    value, where = structure.measure(structure.read_modules(ROOT))[name]
     assert 0 < value <= structure.BOUNDS[name], where
 
 

@@ -128,8 +128,8 @@ def _keys_of(key: Tensor, segment: Segment) -> Tensor:
 
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, float, float | None], Tensor]
-"""(queries, keys, values, layout, scale, softcap) -> output, (tokens, H, E), of every segment, whose
-offsets and lengths the layout has; causal, aligned at the end of the keys."""
+"""(queries, keys, values, layout, scale, softcap) -> output, (tokens, H, E), segment by segment as
+the layout's offsets say; causal, aligned at the end of the keys."""
 
 
 def attend_varlen(kernel: VarlenKernel) -> Attend:
