@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 
-from fastpref.data.hub import HUB_PATHS, hub_rows
+from fastpref.data.built_in import SOURCES
 from fastpref.data.pair_tracker import PairTracker, row_remarks
 from fastpref.data.readers import read_records
 from fastpref.data.row_values import RowError
@@ -56,7 +56,7 @@ def generate_rows(
     All arguments are plain values, because the cache is found by them; `state` is there for
     nothing else.
     """
-    source = path or HUB_PATHS.get(name, name)
+    source = path or SOURCES[name].origin
     tracker = PairTracker()
     known: set[str] = set()
     number = 0
@@ -106,12 +106,8 @@ def source_records(
     """
     if path is not None:
         yield from read_records(path)
-    elif name == "planted":
-        from fastpref.data.planted import generate_rows as planted_rows
-
-        yield from enumerate(planted_rows(split), start=1)
     else:
-        yield from enumerate(hub_rows(name, split, cache_dir), start=1)
+        yield from enumerate(SOURCES[name].rows(split, cache_dir), start=1)
 
 
 def _nonblank(text: str | None) -> str | None:

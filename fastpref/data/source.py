@@ -10,16 +10,15 @@ import numpy as np
 import pyarrow.compute as pc
 
 from fastpref.checks import hint, listed
+from fastpref.data.built_in import SOURCES
 from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
-from fastpref.data.hub import HUB_PATHS
 from fastpref.data.options import DataOptions, ReadOptions
 from fastpref.data.readers import SUFFIXES
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
 from fastpref.errors import DataError
 
-BUILT_IN = ("planted", *HUB_PATHS)
 SPLITS = ("train", "test")
 
 
@@ -145,13 +144,13 @@ def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None
             f"datasets: no file {folder / split}.jsonl (or .jsonl.gz, .parquet); found "
             f"{listed(found) or 'an empty folder'}{hint(f'{split}.jsonl', found)}"
         )
-    if name in BUILT_IN:
+    if name in SOURCES:
         return None
-    built_in = f"built in: {', '.join(BUILT_IN)}"
+    built_in = f"built in: {', '.join(SOURCES)}"
     if folder is None:
         raise DataError(
             f"datasets: no dataset {name!r}; {built_in}; a local folder DIR/{name} needs "
-            f"base_data_dir=DIR{hint(name, BUILT_IN)}"
+            f"base_data_dir=DIR{hint(name, SOURCES)}"
         )
     if not folder.parent.is_dir():
         raise DataError(f"base_data_dir: no folder {folder.parent}; expected it to hold {name}/")
@@ -159,7 +158,7 @@ def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None
     raise DataError(
         f"datasets: no folder {folder}; expected {split}.jsonl, .jsonl.gz or .parquet in it; "
         f"folders there: {listed(found) or 'none'}; {built_in}"
-        f"{hint(name, [*found, *BUILT_IN])}"
+        f"{hint(name, [*found, *SOURCES])}"
     )
 
 
@@ -184,7 +183,7 @@ def load_rows(
             are left.
     """
     path = find_source(name, split, base_data_dir)
-    source = str(path) if path else HUB_PATHS.get(name, name)
+    source = str(path) if path else SOURCES[name].origin
     origin = read_origin(path) if path and options.weighted else None
     state = file_state(path) if path else ""
     with progress_bars(quiet), cache_errors(cache_dir):

@@ -1,5 +1,6 @@
 import gzip
 import json
+from dataclasses import replace
 
 import pyarrow
 import pyarrow.parquet
@@ -7,6 +8,7 @@ import pytest
 from small_data import count_calls, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig
+from fastpref.data.built_in import SOURCES, BuiltIn
 from fastpref.data.counts import Remark, format_audit
 from fastpref.data.options import data_options
 from fastpref.data.source import check_sources, read_rows
@@ -321,3 +323,18 @@ def test_an_error_while_reading_leaves_nothing_in_the_cache(tmp_path):
     write_bytes(tmp_path, lines(pairs(3)) + b"{}\n")
     first = refusal(tmp_path)
     assert refusal(tmp_path) == first
+
+
+def test_a_data_set_is_one_entry(tmp_path, monkeypatch):
+    def rows(split, cache_dir):
+        for i in range(3):
+            yield {"prompt": f"{split} {i}", "chosen": " yes", "rejected": " no"}
+
+    monkeypatch.setitem(SOURCES, "answers", BuiltIn("a list of answers", rows))
+    options = data_options(make_config(tmp_path, names=["answers"]))
+    [read] = read_rows(options, "test", quiet=True)
+    assert read.dataset["prompt"] == ["test 0", "test 1", "test 2"]
+    assert (read.name, read.source, read.path) == ("answers", "a list of answers", None)
+    wrong = replace(options, names=("answer",), base_data_dir=None)
+    with pytest.raises(DataError, match=r"no dataset 'answer'; built in: .*nearest: answers"):
+        check_sources(wrong)
