@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from fastpref.batches.layouts import PackedRows
-from fastpref.batches.loader import Split
+from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
@@ -24,7 +24,7 @@ from fastpref.model.paths import resolve_model
 from fastpref.model.source import load_tokenizer, pad_token_id, read_vocab_size
 
 
-def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:
+def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Loader:
     """The train split in the order of an epoch, packed with shared prompts."""
     config = Config(
         model=ModelConfig(name_or_path=model),
@@ -39,22 +39,22 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Split:
     layout = PackedRows(share_prompt=True, max_tokens=config.packing.max_tokens)
     order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)
     filler = pad_token_id(tokenizer, vocab_size)
-    return Split(data=data, order=order, layout=layout, pad_token_id=filler)
+    return Loader(data=data, order=order, layout=layout, pad_token_id=filler)
 
 
-def count(split: Split) -> tuple[int, int]:
+def count(loader: Loader) -> tuple[int, int]:
     """Tokens in the data and tokens computed, over an epoch."""
-    return split.savings(1, split.order.num_steps)
+    return loader.savings(1, loader.order.num_steps)
 
 
-def rows_per_second(split: Split, seconds: float = 3.0) -> float:
+def rows_per_second(loader: Loader, seconds: float = 3.0) -> float:
     """Rows read, planned and built in a second of one core's time."""
     done, start = 0, time.process_time()
     while time.process_time() - start < seconds:
-        for index in range(split.order.num_steps):
-            columns, plan = split.plan(index, 1)
+        for index in range(loader.order.num_steps):
+            columns, plan = loader.plan(index, 1)
             for (micro_batch,) in plan:
-                split.build(columns, micro_batch)
+                loader.build(columns, micro_batch)
             done += len(columns)
     return done / (time.process_time() - start)
 
@@ -63,20 +63,20 @@ def main(model: str, base_data_dir: str, name: str, batch_size: int = 8) -> None
     torch.set_num_threads(1)
     split = load(model, base_data_dir, name, batch_size)
     layouts = {
-        "packed, prompts shared": split.layout,
-        "packed, prompts apart": replace(split.layout, share_prompt=False),
-        "padded": replace(split.layout, packed=False),
+        "packed, prompts shared": loader.layout,
+        "packed, prompts apart": replace(loader.layout, share_prompt=False),
+        "padded": replace(loader.layout, packed=False),
     }
     counts = {title: count(replace(split, layout=layout)) for title, layout in layouts.items()}
     padded = counts["padded"][1]
-    print(f"{split.order.num_steps} steps of {batch_size} pairs of {name}")
+    print(f"{loader.order.num_steps} steps of {batch_size} pairs of {name}")
     for title, (in_data, computed) in counts.items():
         print(
             f"{title:24} {computed:>10,} tokens   {computed / in_data:.3f} of the two sequences"
             f"   {computed / padded:.3f} of padded rows"
         )
     for rows in (batch_size, 64):
-        order = GlobalOrder(split.data.groups, batch_size=rows, seed=0, n_epochs=1)
+        order = GlobalOrder(loader.data.groups, batch_size=rows, seed=0, n_epochs=1)
         rate = rows_per_second(replace(split, order=order))
         print(f"{rate:,.0f} rows/s planned and built, {rows} a step, one core")
 

@@ -83,7 +83,7 @@ class SegmentLayout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedBatch:
+class Batch:
     """A micro-batch: tokens for the model's body, and the N response tokens that they score.
 
     Either one packed row, with `position_ids` and a `layout`, or B right-padded rows with an
@@ -112,11 +112,11 @@ class PackedBatch:
     num_sequences: int
     """2P for P pairs, P in SFT; 0 for a rank without work, which then scores nothing."""
 
-    def to(self, device: torch.device) -> "PackedBatch":
+    def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; from pinned memory the copies do not wait for the host."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> "PackedBatch":
+    def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""
         return _map_tensors(self, Tensor.pin_memory)
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.packed import pack, pack_rows, plan_step
 from fastpref.batches.padded import pad_rows
@@ -39,10 +39,10 @@ class RowLayout(Protocol):
 
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
-    ) -> PackedBatch:
+    ) -> Batch:
         """The batch of a micro-batch of the plan."""
 
-    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
         """Rows as one batch, in their order; none of them is a batch too."""
 
 
@@ -81,11 +81,11 @@ class PackedRows:
 
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
-    ) -> PackedBatch:
+    ) -> Batch:
         """One packed row, see `pack`."""
         return pack(columns, micro_batch, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
 
-    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
         """One packed row."""
         return pack_rows(rows, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
 
@@ -115,12 +115,12 @@ class PaddedRows:
 
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
-    ) -> PackedBatch:
+    ) -> Batch:
         """Right-padded rows, see `pad_rows`."""
         rows = [columns.row(row) for row in micro_batch.rows.tolist()]
         return pad_rows(rows, pad_token_id=pad_token_id)
 
-    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+    def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
         """Right-padded rows."""
         return pad_rows(rows, pad_token_id=pad_token_id)
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import datasets
 
-from fastpref.batch import PackedBatch
+from fastpref.batch import Batch
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout
 from fastpref.batches.order import GlobalOrder
@@ -21,7 +21,7 @@ class StepBatches(NamedTuple):
 
     num_examples: int
     """Over all ranks."""
-    batches: list[PackedBatch]
+    batches: list[Batch]
     """One a micro-batch, on the host; as many on every rank."""
     num_tokens: int
     """In the data, over all ranks: prompt + response of every sequence."""
@@ -30,7 +30,7 @@ class StepBatches(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class Loader:
     """A data split, the order it is visited in, and how its rows become batches."""
 
     data: PreferenceSplit
@@ -56,7 +56,7 @@ class Split:
         )
         return columns, plan
 
-    def build(self, columns: EncodedColumns, micro_batch: MicroBatch) -> PackedBatch:
+    def build(self, columns: EncodedColumns, micro_batch: MicroBatch) -> Batch:
         """The batch of a micro-batch of a plan."""
         return self.layout.build(columns, micro_batch, pad_token_id=self.pad_token_id)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from fastpref.batch import EncodedRow, KeyUses, PackedBatch, Segment, SegmentLayout
+from fastpref.batch import Batch, EncodedRow, KeyUses, Segment, SegmentLayout
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate, concatenate, offsets_of
 from fastpref.batches.plan import MicroBatch, StepPlan
 
@@ -162,9 +162,7 @@ def _micro_batch(pieces: list[_Piece], num_shared: np.ndarray) -> MicroBatch:
     return MicroBatch(rows, prompts, num_shared[rows], num_tokens)
 
 
-def pack_rows(
-    rows: Sequence[EncodedRow], *, pad_token_id: int, share_prompt: bool = True
-) -> PackedBatch:
+def pack_rows(rows: Sequence[EncodedRow], *, pad_token_id: int, share_prompt: bool = True) -> Batch:
     """Lay P rows out as one packed row, in their order.
 
     Args:
@@ -181,7 +179,7 @@ def pack_rows(
 
 def pack(
     columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int, share_prompt: bool
-) -> PackedBatch:
+) -> Batch:
     """Lay the rows of a micro-batch out as one packed row.
 
     Args:
@@ -223,7 +221,7 @@ def pack(
     places = of_trunks._replace(starts=offsets_of(responses.lengths)[:-1])
     score_index[places.flat()] = of_trunks.flat()
     trunks = np.stack([prompt_starts[groups], prompt_stops[groups] + num_shared], axis=1)
-    return PackedBatch(
+    return Batch(
         input_ids=torch.from_numpy(columns.ids[sources.flat()])[None],
         position_ids=torch.from_numpy(Ranges(positions, sources.lengths).flat())[None],
         layout=_layout(
@@ -286,11 +284,11 @@ def _key_uses(keys: np.ndarray) -> KeyUses:
     )
 
 
-def _empty_batch(pad_token_id: int) -> PackedBatch:
+def _empty_batch(pad_token_id: int) -> Batch:
     """One token that attends to itself and scores nothing."""
     nothing = np.zeros((0, 2), np.int64)
     empty = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(
+    return Batch(
         input_ids=torch.tensor([[pad_token_id]]),
         position_ids=torch.zeros((1, 1), dtype=torch.int64),
         layout=_layout(plain=np.array([[0, 1]]), branches=nothing, prefixes=nothing),

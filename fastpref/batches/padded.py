@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 
-from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batch import Batch, EncodedRow
 
 
-def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
+def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
     """Lay P rows out as one padded batch: chosen sequences first, then rejected ones.
 
     Args:
@@ -41,7 +41,7 @@ def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> PackedBatch:
         if weights is not None:
             token_weights.append(torch.tensor(weights, dtype=torch.float32))
     empty = torch.zeros(0, dtype=torch.int64)
-    return PackedBatch(
+    return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         score_index=torch.cat(score_index or [empty]),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpref.batch import PackedBatch
+from fastpref.batch import Batch
 from fastpref.errors import (
     CheckpointError,
     ConfigError,
@@ -265,7 +265,7 @@ def _hidden_states(scorer: TokenScorer, ids: Tensor, mask: Tensor) -> Tensor:
     """Of every token that is no padding: (B, L) -> (N, D)."""
     tokens = mask.flatten().nonzero()[:, 0]
     return scorer.hidden_states(
-        PackedBatch(
+        Batch(
             input_ids=ids,
             attention_mask=mask,
             score_index=tokens,

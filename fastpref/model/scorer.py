@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
-from fastpref.batch import PackedBatch
+from fastpref.batch import Batch
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
@@ -100,7 +100,7 @@ class TokenScorer(nn.Module):
         """Longest sequence that a table of positions allows; None without a table."""
         return position_limit(self.model)
 
-    def hidden_states(self, batch: PackedBatch, longest: int = 0) -> Tensor:
+    def hidden_states(self, batch: Batch, longest: int = 0) -> Tensor:
         """Last hidden states at the positions that predict `batch.target`, shape (N, D).
 
         Args:
@@ -116,14 +116,14 @@ class TokenScorer(nn.Module):
         )
         return hidden_BLD.flatten(0, 1)[batch.score_index]
 
-    def states(self, batch: PackedBatch) -> HeadStates:
+    def states(self, batch: Batch) -> HeadStates:
         """Hidden states and head, for another model's joint sweep.
 
         Under FSDP2 the weight stays gathered until `release()`.
         """
         return self._states(batch)
 
-    def _states(self, batch: PackedBatch) -> HeadStates:
+    def _states(self, batch: Batch) -> HeadStates:
         self._lend_masters()
         hidden_ND = self.hidden_states(batch)
         head, V = self.head, self.path.vocab_size
@@ -155,7 +155,7 @@ class TokenScorer(nn.Module):
 
     def forward(
         self,
-        batch: PackedBatch,
+        batch: Batch,
         reference: HeadStates | None = None,
         direction: str = "reference_policy",
     ) -> TokenScores | Tensor:
@@ -194,7 +194,7 @@ class TokenScorer(nn.Module):
             logit_softcap=self.path.softcap,
         )
 
-    def tdpo1_values(self, batch: PackedBatch, reference: HeadStates) -> Tensor:
+    def tdpo1_values(self, batch: Batch, reference: HeadStates) -> Tensor:
         """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
 
         Args:

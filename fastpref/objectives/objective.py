@@ -11,7 +11,7 @@ import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
 from torch import Tensor
 
-from fastpref.batch import PackedBatch
+from fastpref.batch import Batch
 from fastpref.config import (
     DPOConfig,
     IPOConfig,
@@ -74,8 +74,8 @@ class Objective:
     """The method's usual name, with its variant: TDPO2, not TDPO."""
     needs: LossNeeds
     """What data and models must give."""
-    losses: Callable[[TokenScores, PackedBatch], tuple[Tensor, Metrics]]
-    losses_of_values: Callable[[Tensor, PackedBatch], tuple[Tensor, Metrics]] | None = None
+    losses: Callable[[TokenScores, Batch], tuple[Tensor, Metrics]]
+    losses_of_values: Callable[[Tensor, Batch], tuple[Tensor, Metrics]] | None = None
     """The same losses from `tdpo1_token_values` (N,), and those metrics that these tell."""
     detailed_every: int = 1
     """Optimizer steps between those that ask for every metric, where some cost more."""
@@ -173,7 +173,7 @@ def _pair_objective(
     detailed_every: int = 1,
     starts_at_log_two: bool = False,
 ) -> Objective:
-    def losses(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+    def losses(scores: TokenScores, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=config.needs.weights)
         losses_P, *rewards = loss(chosen, rejected)
         metrics = _reward_metrics(*rewards)
@@ -200,10 +200,10 @@ def _pair_objective(
 
 def _losses_of_values(
     loss: FourSumsLoss,
-) -> Callable[[Tensor, PackedBatch], tuple[Tensor, Metrics]]:
+) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:
     """TDPO1's loss from the sum of log-ratio and KL, all that it and its rewards depend on."""
 
-    def losses(values_N: Tensor, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+    def losses(values_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen_P, rejected_P = _sum(values_N, batch, None).chunk(2)
         zeros_P = torch.zeros_like(chosen_P)
         losses_P, *rewards = loss(chosen_P, rejected_P, zeros_P, zeros_P)
@@ -221,14 +221,14 @@ def _reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Metrics
     }
 
 
-def _sft_losses(scores: TokenScores, batch: PackedBatch) -> tuple[Tensor, Metrics]:
+def _sft_losses(scores: TokenScores, batch: Batch) -> tuple[Tensor, Metrics]:
     logps_S = _sum(scores.logps, batch, None)
     losses = sft_loss(logps_S)
     return losses, {"logps/chosen": logps_S.detach(), "loss": losses.detach()}
 
 
 def _sum_sequences(
-    scores: TokenScores, batch: PackedBatch, *, weighted: bool
+    scores: TokenScores, batch: Batch, *, weighted: bool
 ) -> tuple[SequenceScores, SequenceScores]:
     weights_N = batch.token_weights if weighted else None
     logps_S = _sum(scores.logps, batch, weights_N)
@@ -253,7 +253,7 @@ def _sum_sequences(
 
 
 def _sum(
-    values_N: Tensor, batch: PackedBatch, weights_N: Tensor | None, minus_N: Tensor | None = None
+    values_N: Tensor, batch: Batch, weights_N: Tensor | None, minus_N: Tensor | None = None
 ) -> Tensor:
     """Sum of token values, or of their differences from others, over each sequence, (S,)."""
     return sequence_log_ratios(

@@ -6,7 +6,7 @@ import torch
 from fastpref_kernels import TokenScores
 from torch import Tensor
 
-from fastpref.batch import PackedBatch
+from fastpref.batch import Batch
 from fastpref.model.scorer import HeadStates, TokenScorer
 from fastpref.objectives.objective import Metrics, Objective
 
@@ -34,7 +34,7 @@ class StepLoss:
         has_values = objective.losses_of_values is not None
         self._from_values = has_values and policy.path.softcap is None
 
-    def compute(self, batch: PackedBatch, step: int | None) -> tuple[Tensor, Metrics]:
+    def compute(self, batch: Batch, step: int | None) -> tuple[Tensor, Metrics]:
         """Losses and metrics of a micro-batch.
 
         Args:
@@ -60,23 +60,23 @@ class StepLoss:
 
 def _choose_scores(
     objective: Objective, policy: TokenScorer, reference: TokenScorer | None
-) -> Callable[[PackedBatch], TokenScores]:
+) -> Callable[[Batch], TokenScores]:
     """Token scores of a micro-batch: policy with gradients, reference without."""
     if reference is None:
         return lambda batch: TokenScores(policy(batch), None, None)
     direction = objective.needs.kl
 
-    def score_log_ratios(batch: PackedBatch) -> TokenScores:
+    def score_log_ratios(batch: Batch) -> TokenScores:
         with torch.no_grad():
             reference_logps_N = reference(batch)
         return TokenScores(policy(batch), reference_logps_N, None)
 
-    def score_with_kl(batch: PackedBatch) -> TokenScores:
+    def score_with_kl(batch: Batch) -> TokenScores:
         return policy(batch, _states(reference, batch), direction)
 
     return score_log_ratios if direction is None else score_with_kl
 
 
 @torch.no_grad()
-def _states(reference: TokenScorer, batch: PackedBatch) -> HeadStates:
+def _states(reference: TokenScorer, batch: Batch) -> HeadStates:
     return reference.states(batch)

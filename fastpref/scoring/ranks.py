@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout, in_groups
 from fastpref.distributed import World
@@ -82,7 +82,7 @@ class Ranks:
         return [by_place[i] for i in range(len(rows))]
 
 
-def split_sequences(logps_N: NDArray[np.float32], batch: PackedBatch) -> list[PairLogps]:
+def split_sequences(logps_N: NDArray[np.float32], batch: Batch) -> list[PairLogps]:
     """Token scores of a batch as a pair of arrays per row: sequence p and P + p are one pair."""
     sequence_ids_N = batch.sequence_ids.cpu().numpy()
     in_order_N = logps_N[np.argsort(sequence_ids_N, kind="stable")]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from fastpref.batches.loader import Split
+from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, StagesConfig, TransformConfig, WeightsConfig
 from fastpref.distributed import World
@@ -105,7 +105,7 @@ class Advice(NamedTuple):
                 f"{order.num_rows} rows: one sample for each"
             )
 
-    def on_micro_batches(self, split: Split, num_ranks: int) -> Iterator[str]:
+    def on_micro_batches(self, loader: Loader, num_ranks: int) -> Iterator[str]:
         """Processes and micro-batches that there are no rows for, or that others decide on."""
         config = self.config
         rows, asked = config.batch_size, config.gradient_accumulation_steps
@@ -116,8 +116,8 @@ class Advice(NamedTuple):
             )
         if asked == 1:
             return
-        steps = range(min(32, split.order.num_steps))
-        counts = [len(split.plan(step, num_ranks)[1]) for step in steps]
+        steps = range(min(32, loader.order.num_steps))
+        counts = [len(loader.plan(step, num_ranks)[1]) for step in steps]
         if max(counts) < asked:
             yield (
                 f"gradient_accumulation_steps={asked}, but batch_size={rows} in a world of "

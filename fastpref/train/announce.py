@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 
-from fastpref.batches.loader import Split
+from fastpref.batches.loader import Loader
 from fastpref.config import ModelConfig, TransformConfig
 from fastpref.distributed import World
 from fastpref.objectives.objective import Objective
@@ -40,12 +40,12 @@ def announce(
         )
 
 
-def announce_tokens(split: Split, world: World) -> None:
+def announce_tokens(loader: Loader, world: World) -> None:
     """Say what of the data the model's body will compute, by the first steps."""
     if not world.is_main:
         return
-    steps = min(32, split.order.num_steps)
-    in_data, computed = split.savings(world.size, steps)
+    steps = min(32, loader.order.num_steps)
+    in_data, computed = loader.savings(world.size, steps)
     logger.info(
         "first %d steps: %s tokens in the data, %s computed, %.0f %% %s",
         steps,

@@ -8,7 +8,7 @@ from fastpref.distributed import World
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.announce import announce, announce_tokens
-from fastpref.train.data import build_splits, load_data
+from fastpref.train.data import build_loaders, load_data
 from fastpref.train.export import plan_export
 from fastpref.train.log import open_log
 from fastpref.train.models import build_models
@@ -30,13 +30,13 @@ def build_run(config: Config, world: World) -> Run:
         config, world, with_reference=objective.needs.reference, longest=data.longest
     )
     policy = models.policy
-    train_split, eval_split = build_splits(
+    train_loader, eval_loader = build_loaders(
         data,
         models.layout,
         num_embeddings=policy.num_embeddings,
         min_micro_batches=config.gradient_accumulation_steps,
     )
-    announce_tokens(train_split, world)
+    announce_tokens(train_loader, world)
     optimizer = build_optimizer(
         config.optimizer, policy.parameters(), lr=config.lr, options=config.optim.arguments()
     )
@@ -45,7 +45,7 @@ def build_run(config: Config, world: World) -> Run:
         optimizer,
         schedule=config.optim.schedule,
         warmup_steps=config.warmup_steps,
-        num_steps=train_split.order.num_steps,
+        num_steps=train_loader.order.num_steps,
         min_lr_ratio=config.optim.min_lr_ratio,
     )
     plan = world.only_on_main(partial(plan_export, config.model, policy.model.config, *data.texts))
@@ -65,8 +65,8 @@ def build_run(config: Config, world: World) -> Run:
         world=world,
         run_dir=run_dir,
         tokenizer=data.tokenizer,
-        train=train_split,
-        eval=eval_split,
+        train=train_loader,
+        eval=eval_loader,
         policy=policy,
         reference=models.reference,
         step_loss=StepLoss(objective, policy, models.reference),

@@ -4,7 +4,7 @@ import logging
 from typing import Any, NamedTuple
 
 from fastpref.batches.layouts import RowLayout
-from fastpref.batches.loader import Split
+from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config
 from fastpref.data.audit import describe_example
@@ -90,10 +90,10 @@ def load_data(config: Config, world: World) -> Data:
     return Data(train, train_order, held_out[0], eval_order, tokenizer, template)
 
 
-def build_splits(
+def build_loaders(
     data: Data, layout: RowLayout, *, num_embeddings: int, min_micro_batches: int
-) -> tuple[Split, Split | None]:
-    """The splits with how their rows become batches.
+) -> tuple[Loader, Loader | None]:
+    """How the rows of each split become batches.
 
     Args:
         data: What was read.
@@ -102,7 +102,7 @@ def build_splits(
         min_micro_batches: Of an optimizer step, at least.
     """
     filler = pad_token_id(data.tokenizer, num_embeddings)
-    train = Split(
+    train = Loader(
         data=data.train,
         order=data.train_order,
         layout=layout,
@@ -111,5 +111,5 @@ def build_splits(
     )
     if data.eval is None or data.eval_order is None:
         return train, None
-    held_out = Split(data=data.eval, order=data.eval_order, layout=layout, pad_token_id=filler)
+    held_out = Loader(data=data.eval, order=data.eval_order, layout=layout, pad_token_id=filler)
     return train, held_out

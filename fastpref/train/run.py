@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastpref.batches.loader import Split
+from fastpref.batches.loader import Loader
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.scorer import TokenScorer
@@ -24,8 +24,8 @@ class Run:
     world: World
     run_dir: Path
     tokenizer: Any
-    train: Split
-    eval: Split | None
+    train: Loader
+    eval: Loader | None
     policy: TokenScorer
     reference: TokenScorer | None
     step_loss: StepLoss

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, build_model
 
-from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.packed import pack, pack_rows, plan_step
 from fastpref.batches.padded import pad_rows
@@ -26,7 +26,7 @@ PAIRS = [
 ]
 
 
-def scores_and_gradients(model, batch: PackedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def scores_and_gradients(model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probabilities in the order of (sequence, token), and gradients of a weighted sum."""
     model.zero_grad()
     logps_N = TokenScorer(model, build_attention("sdpa"))(batch)

@@ -8,7 +8,7 @@ from naive_attention import VARLEN
 from tiny_models import build_model
 from torch import Tensor
 
-from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.model.attention.groups import (
     LONG_KEYS,
@@ -27,7 +27,7 @@ ROWS = [
 ]
 
 
-def random_inputs(batch: PackedBatch, dtype=torch.float64) -> list[Tensor]:
+def random_inputs(batch: Batch, dtype=torch.float64) -> list[Tensor]:
     """Query, key, value of 6 heads over 2, and an upstream gradient."""
     T = batch.input_ids.shape[1]
     generator = torch.Generator().manual_seed(0)
@@ -35,7 +35,7 @@ def random_inputs(batch: PackedBatch, dtype=torch.float64) -> list[Tensor]:
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-def dense_attention(query, key, value, batch: PackedBatch, scale, softcap) -> Tensor:
+def dense_attention(query, key, value, batch: Batch, scale, softcap) -> Tensor:
     """The definition, from positions alone: a mask over all pairs of tokens."""
     layout = batch.layout
     T = query.shape[2]

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from fastpref.batch import PackedBatch
+from fastpref.batch import Batch
 from fastpref.model.attention.backends import (
     PackedAttention,
     attend_in_groups,
@@ -32,7 +32,7 @@ IMPLEMENTATION = "fastpref"
 """The name under which transformers finds `attention_forward`."""
 
 
-def packed_row(batch: PackedBatch, attention: PackedAttention, longest: int = 0) -> dict[str, Any]:
+def packed_row(batch: Batch, attention: PackedAttention, longest: int = 0) -> dict[str, Any]:
     """What a model's body takes beside `input_ids` to compute a packed row.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastpref.batch import EncodedRow, PackedBatch
+from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.errors import first_line, is_out_of_memory
@@ -112,7 +112,7 @@ def _difference(
     ids = probe_ids(scorer.model, 2, 30)
     rows = probe_rows(ids[0])
 
-    def packed(rows: list[EncodedRow]) -> tuple[Tensor, PackedBatch]:
+    def packed(rows: list[EncodedRow]) -> tuple[Tensor, Batch]:
         batch = pack_rows(rows, pad_token_id=0, share_prompt=share_prompt)
         return scorer.hidden_states(batch, longest=longest), batch
 
