@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from fastpref.batches.layouts import PackedRows
+from fastpref.batches.layouts import PackedRows, PaddedRows
 from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
@@ -61,13 +61,13 @@ def rows_per_second(loader: Loader, seconds: float = 3.0) -> float:
 
 def main(model: str, base_data_dir: str, name: str, batch_size: int = 8) -> None:
     torch.set_num_threads(1)
-    split = load(model, base_data_dir, name, batch_size)
+    loader = load(model, base_data_dir, name, batch_size)
     layouts = {
         "packed, prompts shared": loader.layout,
         "packed, prompts apart": replace(loader.layout, share_prompt=False),
-        "padded": replace(loader.layout, packed=False),
+        "padded": PaddedRows(),
     }
-    counts = {title: count(replace(split, layout=layout)) for title, layout in layouts.items()}
+    counts = {title: count(replace(loader, layout=layout)) for title, layout in layouts.items()}
     padded = counts["padded"][1]
     print(f"{loader.order.num_steps} steps of {batch_size} pairs of {name}")
     for title, (in_data, computed) in counts.items():
@@ -77,7 +77,7 @@ def main(model: str, base_data_dir: str, name: str, batch_size: int = 8) -> None
         )
     for rows in (batch_size, 64):
         order = GlobalOrder(loader.data.groups, batch_size=rows, seed=0, n_epochs=1)
-        rate = rows_per_second(replace(split, order=order))
+        rate = rows_per_second(replace(loader, order=order))
         print(f"{rate:,.0f} rows/s planned and built, {rows} a step, one core")
 
 
