@@ -27,6 +27,8 @@ Result = TypeVar("Result")
 # what torch.distributed exports without telling type checkers
 stores: Any = dist
 
+DATA = "data"
+"""The dimension of the mesh along which rows are divided."""
 # rank 0 may download a model or tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
 # rank 0 may hold the store that tells the others of its failure, and stays until they know
@@ -50,6 +52,16 @@ class World:
     def is_main(self) -> bool:
         """Rank 0: the one that prints and writes."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of a step's rows this rank computes, in [0, data_size)."""
+        return self.mesh.get_local_rank(DATA)
+
+    @property
+    def data_size(self) -> int:
+        """Shares that a step's rows are divided into."""
+        return self.mesh[DATA].size()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place, on the device: nothing waits for the host on a GPU."""
@@ -205,7 +217,7 @@ def init_world() -> World:
     store = join_store(rank, size) if launched() else stores.HashStore()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    mesh = init_device_mesh(device.type, (size,))
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=(DATA,))
     shared = stores.PrefixStore("fastpref", store)
     return World(rank=rank, size=size, device=device, mesh=mesh, store=shared)
 

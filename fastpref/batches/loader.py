@@ -62,8 +62,8 @@ class Loader:
 
     def step(self, index: int, world: World) -> StepBatches:
         """What step `index` computes."""
-        columns, plan = self.plan(index, world.size)
-        batches = [self.build(columns, of_ranks[world.rank]) for of_ranks in plan]
+        columns, plan = self.plan(index, world.data_size)
+        batches = [self.build(columns, of_ranks[world.data_rank]) for of_ranks in plan]
         if world.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
         return StepBatches(

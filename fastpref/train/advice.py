@@ -33,7 +33,7 @@ def advise(run: Run) -> list[str]:
         *advice.on_schedule(order.num_steps),
         *advice.on_examples(order),
         *(advice.on_held_out(run.eval.order) if run.eval else ()),
-        *advice.on_micro_batches(run.train, run.world.size),
+        *advice.on_micro_batches(run.train, run.world.data_size),
         *advice.on_precision(share),
     ]
 

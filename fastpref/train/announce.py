@@ -45,7 +45,7 @@ def announce_tokens(loader: Loader, world: World) -> None:
     if not world.is_main:
         return
     steps = min(32, loader.order.num_steps)
-    in_data, computed = loader.savings(world.size, steps)
+    in_data, computed = loader.savings(world.data_size, steps)
     logger.info(
         "first %d steps: %s tokens in the data, %s computed, %.0f %% %s",
         steps,
