@@ -20,7 +20,7 @@ from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
-from fastpref.model.paths import resolve_model
+from fastpref.model.paths import find_model, resolve_model
 from fastpref.model.source import load_tokenizer, pad_token_id, read_vocab_size
 
 
@@ -34,7 +34,7 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Loader:
     )
     folder = resolve_model(model)
     tokenizer = load_tokenizer(folder)
-    vocab_size = read_vocab_size(folder)
+    vocab_size = read_vocab_size(find_model(folder))
     data = load_split(data_options(config), "train", tokenizer, vocab_size=vocab_size, quiet=True)
     layout = PackedRows(share_prompt=True, max_tokens=config.packing.max_tokens)
     order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)

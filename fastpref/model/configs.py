@@ -12,7 +12,7 @@ from transformers import (
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import ADAPTER_CONFIG, BASE_FIELD, CONFIG, Layers, read_object
+from fastpref.model.paths import ADAPTER_CONFIG, BASE_FIELD, CONFIG, ModelSource, read_object
 from fastpref.model.reading import reading
 
 DEQUANTIZED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
@@ -42,18 +42,18 @@ def load_config(name: str, revision: str | None = None) -> Any:
     return config
 
 
-def load_base_config(layers: Layers) -> Any:
+def load_base_config(source: ModelSource) -> Any:
     """The config of the model below a model's adapters.
 
     Raises:
         CheckpointError: as `load_config`, naming the adapter that asks for this base.
     """
     try:
-        return load_config(layers.base, layers.revision)
+        return load_config(source.base, source.revision)
     except CheckpointError as error:
-        if not layers.adapters:
+        if not source.adapters:
             raise
-        adapter = Path(layers.adapters[0]) / ADAPTER_CONFIG
+        adapter = Path(source.adapters[0]) / ADAPTER_CONFIG
         reason = str(error).rstrip(".")
         raise CheckpointError(f"{reason} ({BASE_FIELD} of {adapter})") from error
 

@@ -13,7 +13,7 @@ from torch import nn
 from fastpref.config import ModelConfig
 from fastpref.model.exact_arithmetic import cast_in_forward
 from fastpref.model.full_weights import WEIGHT_FILES
-from fastpref.model.paths import find_layers, local_folder, matching_files, resolve_model
+from fastpref.model.paths import ModelSource, find_model, local_folder, matching_files
 from fastpref.model.source import build_meta
 
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
@@ -35,31 +35,30 @@ def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
         return config.reference_dtype
     if beside_policy and config.policy_dtype != "float32":
         return config.policy_dtype
-    name = resolve_model(config.name_or_path)
+    source = find_model(config.name_or_path, config.revision)
     # an archive brings other weights, and an adapter's are added to the model's
-    has_own_weights = config.archive is None and not find_layers(name, config.revision).adapters
+    has_own_weights = config.archive is None and not source.adapters
     if config.compute_dtype != "float32" or not has_own_weights:
         return config.compute_dtype
-    dtypes = checkpoint_dtypes(name, config.revision)
+    dtypes = checkpoint_dtypes(source)
     dtype = HALF_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
     if dtype is None:
         return config.compute_dtype
-    model = build_meta(name, dtype=getattr(torch, dtype), revision=config.revision)
+    model = build_meta(source, dtype=getattr(torch, dtype))
     return dtype if is_stored_exactly(model) else config.compute_dtype
 
 
-def checkpoint_dtypes(name: str, revision: str | None) -> set[str]:
+def checkpoint_dtypes(source: ModelSource) -> set[str]:
     """Dtypes of the weights in a model's safetensors files, by safetensors' names.
 
     Args:
-        name: What `resolve_model` returned; a hub model is downloaded.
-        revision: Hub revision.
+        source: Where it lies; a hub model is downloaded.
 
     Returns:
         An empty set if there are no such files or one of them is damaged.
     """
     try:
-        folder = local_folder(name, revision, WEIGHT_FILES)
+        folder = local_folder(source.name, source.revision, WEIGHT_FILES)
         dtypes: set[str] = set()
         for path in matching_files(folder, WEIGHT_FILES):
             with safe_open(path, "pt") as file:
@@ -103,18 +102,17 @@ def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) ->
     cast_in_forward(model, dtype, block_name)
 
 
-def rounds_more_than_parameters(name: str, dtype: str, revision: str | None) -> bool:
+def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:
     """Whether a model loaded in a dtype differs in more than its parameters' dtype, see
     `is_stored_exactly`.
 
     Args:
-        name: What `resolve_model` returned.
+        source: Where it lies.
         dtype: float32, bfloat16 or float16.
-        revision: Hub revision.
     """
     if dtype == "float32":
         return False
-    return not is_stored_exactly(build_meta(name, dtype=getattr(torch, dtype), revision=revision))
+    return not is_stored_exactly(build_meta(source, dtype=getattr(torch, dtype)))
 
 
 def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from fastpref.errors import CheckpointError
 from fastpref.model.archives import load_pickle
 from fastpref.model.configs import load_base_config, quantization_options
-from fastpref.model.paths import Layers, matching_files, read_object
+from fastpref.model.paths import ModelSource, matching_files, read_object
 from fastpref.model.reading import reading
 
 logger = logging.getLogger("fastpref")
@@ -29,26 +29,26 @@ TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
 """Masks and rotary tables that older versions of transformers saved and newer ones compute."""
 
 
-def load_checkpoint(layers: Layers, *, dtype: torch.dtype, attention: dict[str, str]) -> Any:
+def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[str, str]) -> Any:
     """The model below a model's adapters, with the weights of its folder or from the hub.
 
     Args:
-        layers: Of the model; its adapters are left out.
+        source: Of the model; its adapters are left out.
         dtype: Of the weights in memory.
         attention: Options for transformers' choice of an attention.
 
     Raises:
         CheckpointError: it cannot be found or trained, or its weights do not fill the model.
     """
-    name = layers.base
-    config = load_base_config(layers)
+    name = source.base
+    config = load_base_config(source)
     if Path(name).is_dir():
         check_files(Path(name))
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(
             name,
-            revision=layers.revision,
+            revision=source.revision,
             config=config,
             dtype=dtype,
             trust_remote_code=False,

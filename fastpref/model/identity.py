@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastpref.config import ModelConfig
 from fastpref.model.configs import load_base_config
-from fastpref.model.paths import find_layers, resolve_model
+from fastpref.model.paths import ModelSource, find_model
 from fastpref.model.reading import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -29,22 +29,21 @@ def model_identity(model: ModelConfig) -> str:
         CheckpointError: no such model.
     """
     digest = hashlib.sha256()
-    _add_model(digest, resolve_model(model.name_or_path), model.revision)
+    _add_model(digest, find_model(model.name_or_path, model.revision))
     if model.archive:
         path = Path(model.archive).expanduser()
         if path.is_file():
             _add_files(digest, [path])
         else:
-            _add_model(digest, resolve_model(model.archive, key="model.archive"), None)
+            _add_model(digest, find_model(model.archive, key="model.archive"))
     return digest.hexdigest()
 
 
-def _add_model(digest: "hashlib._Hash", name: str, revision: str | None) -> None:
-    layers = find_layers(name, revision)
-    if not Path(layers.base).is_dir():
-        commit = load_base_config(layers)._commit_hash
-        digest.update(f"{layers.base}@{commit}".encode())
-    for folder in (layers.base, *layers.adapters):
+def _add_model(digest: "hashlib._Hash", source: ModelSource) -> None:
+    if not Path(source.base).is_dir():
+        commit = load_base_config(source)._commit_hash
+        digest.update(f"{source.base}@{commit}".encode())
+    for folder in (source.base, *source.adapters):
         if Path(folder).is_dir():
             _add_folder(digest, Path(folder))
 

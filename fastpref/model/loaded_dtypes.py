@@ -14,7 +14,7 @@ from fastpref.config import ModelConfig
 from fastpref.model.archives import load_pickle, read_policy
 from fastpref.model.configs import load_base_config
 from fastpref.model.full_weights import WEIGHT_FILES
-from fastpref.model.paths import find_layers, local_folder, matching_files, resolve_model
+from fastpref.model.paths import find_model, local_folder, matching_files
 from fastpref.model.reading import reading
 
 DTYPES = {
@@ -48,12 +48,12 @@ def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
         weights = read_policy(Path(model.archive).expanduser())
         return _summary({name: (x.dtype, x.numel()) for name, x in weights.items()})
     name = model.archive or model.name_or_path
-    layers = find_layers(resolve_model(name), None if model.archive else model.revision)
-    with reading("the weights", layers.base):
-        files = local_folder(layers.base, layers.revision, WEIGHT_FILES)
+    source = find_model(name, None if model.archive else model.revision)
+    with reading("the weights", source.base):
+        files = local_folder(source.base, source.revision, WEIGHT_FILES)
         found = _summary(_in_safetensors(files) or _in_pickles(files))
     if found.commonest is None:
-        return LoadedDtypes({}, getattr(load_base_config(layers), "dtype", None))
+        return LoadedDtypes({}, getattr(load_base_config(source), "dtype", None))
     return found
 
 

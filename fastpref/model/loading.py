@@ -15,7 +15,7 @@ from fastpref.model.frozen import (
     rounds_more_than_parameters,
     store_parameters,
 )
-from fastpref.model.paths import resolve_model
+from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, load_model
 
 logger = logging.getLogger("fastpref")
@@ -37,19 +37,18 @@ def load_causal_lm(
     Raises:
         CheckpointError: there is none, or its weights do not fill it.
     """
-    name = resolve_model(config.name_or_path)
+    source = find_model(config.name_or_path, config.revision)
     stored = loaded = config.policy_dtype
     if not trainable:
         stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
-        if not (beside_policy and rounds_more_than_parameters(name, stored, config.revision)):
+        if not (beside_policy and rounds_more_than_parameters(source, stored)):
             loaded = stored
     options: dict[str, Any] = {
         "dtype": getattr(torch, loaded),
         "attention": config.attention,
-        "revision": config.revision,
     }
-    loaded_model = world.only_on_main(lambda: load_model(name, archive=config.archive, **options))
-    model: Any = loaded_model if world.is_main else build_empty(name, **options)
+    loaded_model = world.only_on_main(lambda: load_model(source, archive=config.archive, **options))
+    model: Any = loaded_model if world.is_main else build_empty(source, **options)
     store_parameters(model, getattr(torch, stored))
     keep_weights(model)
     return model

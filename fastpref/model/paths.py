@@ -87,11 +87,11 @@ def resolve_tokenizer(
         )
     if adapter is None:
         _refuse_a_path(name_or_path, path, key)
-    layers = find_layers(adapter or name_or_path, revision)
-    with_their_own = [name for name in layers.adapters if holds_tokenizer(Path(name))]
+    source = find_model(adapter or name_or_path, revision, key=key)
+    with_their_own = [name for name in source.adapters if holds_tokenizer(Path(name))]
     if with_their_own:
         return with_their_own[-1]
-    return resolve_tokenizer(layers.base, key=key) if layers.adapters else name_or_path
+    return resolve_tokenizer(source.base, key=key) if source.adapters else name_or_path
 
 
 def holds_tokenizer(folder: Path) -> bool:
@@ -105,9 +105,11 @@ def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     return sorted(found)
 
 
-class Layers(NamedTuple):
+class ModelSource(NamedTuple):
     """A model as it lies: weights of their own, and the adapters to merge into them."""
 
+    name: str
+    """Folder or hub name that was asked for."""
     base: str
     """Folder or hub name with config and weights."""
     revision: str | None
@@ -116,21 +118,26 @@ class Layers(NamedTuple):
     """Folders of peft adapters, in the order in which they are merged; empty for most models."""
 
 
-def find_layers(name: str, revision: str | None = None) -> Layers:
-    """The base of a model, and its adapters.
+def find_model(
+    name_or_path: str, revision: str | None = None, *, key: str = "model.name_or_path"
+) -> ModelSource:
+    """What a model option names: the base of the model, and its adapters.
 
     Args:
-        name: What `resolve_model` returned.
+        name_or_path: What the user wrote, see `resolve_model`.
         revision: Hub revision.
+        key: The option it was written under, for the message.
 
     Raises:
-        CheckpointError: an adapter's config is damaged, or its base is not there.
+        CheckpointError: nothing usable lies there, an adapter's config is damaged, or its base is
+            not there.
     """
+    asked = name = resolve_model(name_or_path, key=key)
     adapters: list[str] = []
     while True:
         folder = _adapter_folder(name, revision)
         if folder is None:
-            return Layers(name, revision, tuple(reversed(adapters)))
+            return ModelSource(asked, name, revision, tuple(reversed(adapters)))
         if folder in adapters:
             raise CheckpointError(f"model: {Path(folder) / ADAPTER_CONFIG} is its own {BASE_FIELD}")
         adapters.append(folder)

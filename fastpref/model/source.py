@@ -20,9 +20,9 @@ from fastpref.model.archives import read_policy
 from fastpref.model.configs import load_base_config
 from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
 from fastpref.model.paths import (
-    find_layers,
+    ModelSource,
+    find_model,
     nearest_neighbour,
-    resolve_model,
     resolve_tokenizer,
 )
 from fastpref.model.reading import reading
@@ -34,21 +34,19 @@ GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_model(
-    name: str,
+    source: ModelSource,
     *,
     dtype: torch.dtype,
     attention: str = "auto",
-    revision: str | None = None,
     archive: str | None = None,
 ) -> Any:
     """A causal LM with weights, on the CPU.
 
     Args:
-        name: What `resolve_model` returned.
+        source: Where it lies.
         dtype: The dtype the weights are stored in.
         attention: eager or sdpa; any other leaves the choice to transformers, because
             FlashAttention computes on a GPU alone and the model is checked on the CPU.
-        revision: Hub revision.
         archive: Weights to load instead of the model's own: a Hugging Face folder, a run folder
             or a seed-format `policy.pt`.
 
@@ -58,82 +56,76 @@ def load_model(
     model: Any
     options = _attention_option(attention)
     if archive:
-        model = _load_archive(name, archive, dtype=dtype, attention=attention, revision=revision)
+        model = _load_archive(source, archive, dtype=dtype, attention=attention)
     else:
-        layers = find_layers(name, revision)
-        for adapter in layers.adapters:
+        for adapter in source.adapters:
             check_adapter(adapter)
         # the sum of a base and an adapter is rounded once, whatever it is stored in: policy and
         # reference are the same model
-        exact = torch.float32 if layers.adapters else dtype
-        model = load_checkpoint(layers, dtype=exact, attention=options)
-        for adapter in layers.adapters:
+        exact = torch.float32 if source.adapters else dtype
+        model = load_checkpoint(source, dtype=exact, attention=options)
+        for adapter in source.adapters:
             model = merge_adapter(model, adapter)
         if exact != dtype:
-            model = load_weights(model, named_weights(model), name, dtype=dtype, attention=options)
+            model = load_weights(
+                model, named_weights(model), source.name, dtype=dtype, attention=options
+            )
     return model
 
 
-def _load_archive(
-    name: str, archive: str, *, dtype: torch.dtype, attention: str, revision: str | None
-) -> Any:
+def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, attention: str) -> Any:
     """A model with the weights of an archive; its own are not read."""
     path = Path(archive).expanduser()
     if path.is_file():
         weights = read_policy(path)
     else:
-        folder = resolve_model(archive, key="model.archive")
-        if not Path(folder).is_dir():
+        folder = find_model(archive, key="model.archive")
+        if not Path(folder.name).is_dir():
             raise CheckpointError(
                 f"model.archive: no file or folder {path}{nearest_neighbour(path)}"
             )
         weights = named_weights(load_model(folder, dtype=dtype))
-        logger.info("model.archive: weights of %s", folder)
-    empty = build_meta(name, dtype=dtype, attention=attention, revision=revision)
+        logger.info("model.archive: weights of %s", folder.name)
+    empty = build_meta(source, dtype=dtype, attention=attention)
     options = _attention_option(attention)
-    source = f"model.archive: {archive}"
-    model = load_weights(empty, weights, source, dtype=dtype, attention=options)
+    model = load_weights(
+        empty, weights, f"model.archive: {archive}", dtype=dtype, attention=options
+    )
     if path.is_file():
         # weights of the right dtype are the file's own pages until then
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    layers = find_layers(name, revision)
-    with reading("GenerationConfig", layers.base):
+    with reading("GenerationConfig", source.base):
         try:
             model.generation_config = GenerationConfig.from_pretrained(
-                layers.base, revision=layers.revision or "main"
+                source.base, revision=source.revision or "main"
             )
         # without the file it stays what the config says
         except OSError:
-            logger.debug("%s has no generation_config.json", layers.base)
+            logger.debug("%s has no generation_config.json", source.base)
     return model
 
 
-def build_empty(
-    name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
-) -> Any:
+def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
     """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
-    model = build_meta(name, dtype=dtype, attention=attention, revision=revision)
+    model = build_meta(source, dtype=dtype, attention=attention)
     # pages that nobody writes cost no memory, so every rank of a node can hold such a model
     model = model.to_empty(device="cpu")
     model.tie_weights()
     return model
 
 
-def build_meta(
-    name: str, *, dtype: torch.dtype, attention: str = "auto", revision: str | None = None
-) -> Any:
+def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
     """The same model without memory: its modules, shapes and dtypes."""
-    layers = find_layers(name, revision)
-    config = load_base_config(layers)
+    config = load_base_config(source)
 
     def build() -> Any:
         options = _attention_option(attention)
-        with reading("ModelForCausalLM", layers.base), torch.device("meta"):
+        with reading("ModelForCausalLM", source.base), torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
 
     model = build()
-    for adapter in layers.adapters:
+    for adapter in source.adapters:
         check_adapter(adapter)
         if adapt_config(config, model, adapter):
             model = build()
@@ -144,17 +136,16 @@ def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
 
 
-def read_vocab_size(name: str, revision: str | None = None) -> int:
+def read_vocab_size(source: ModelSource) -> int:
     """Rows of a model's embedding, without loading weights.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    layers = find_layers(name, revision)
-    if layers.adapters:
-        model = build_meta(name, dtype=torch.float32, revision=revision)
+    if source.adapters:
+        model = build_meta(source, dtype=torch.float32)
         return model.get_input_embeddings().weight.shape[0]
-    return load_base_config(layers).get_text_config().vocab_size
+    return load_base_config(source).get_text_config().vocab_size
 
 
 def load_model_tokenizer(model: ModelConfig, *, key: str = "model.name_or_path") -> Any:

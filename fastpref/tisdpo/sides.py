@@ -15,7 +15,7 @@ from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.model.identity import model_identity, side_model
-from fastpref.model.paths import resolve_model
+from fastpref.model.paths import find_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text
@@ -39,7 +39,7 @@ def build_sides(weights: WeightsConfig, model: ModelConfig, world: World) -> lis
         ("negative", weights.negative, weights.negative_template),
     ):
         own = side_model(scoring_precision(model, world), name)
-        resolve_model(own.name_or_path, key=f"weights.{label}")
+        find_model(own.name_or_path, own.revision, key=f"weights.{label}")
         # gigabytes are read once, not by every rank
         identity = world.on_main(partial(model_identity, own))
         text = template_text(template)
@@ -80,8 +80,9 @@ def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
     Raises:
         CheckpointError: naming the file, the row and the token.
     """
-    name = resolve_model(side.model.name_or_path, key=f"weights.{side.label}")
-    vocab_size = read_vocab_size(name, side.model.revision)
+    model = side.model
+    source = find_model(model.name_or_path, model.revision, key=f"weights.{side.label}")
+    vocab_size = read_vocab_size(source)
     for row, ids in zip(rows.dataset["row"], encoded, strict=True):
         highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
         if highest >= vocab_size:

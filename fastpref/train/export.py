@@ -34,10 +34,9 @@ from fastpref.model.paths import (
     CONFIG,
     EXPORT_FOLDER,
     TOKENIZER_FILES,
-    find_layers,
+    find_model,
     local_folder,
     matching_files,
-    resolve_model,
 )
 from fastpref.model.reading import reading, reason
 from fastpref.model.scorer import TokenScorer
@@ -98,12 +97,12 @@ def plan_export(
             f"model: what is trained of {model.name_or_path}, {model_config.model_type}, is no "
             f"causal language model by itself, so nothing could load {EXPORT_FOLDER}"
         )
-    layers = find_layers(resolve_model(model.name_or_path), model.revision)
-    files = _read_files(layers.base, layers.revision, MODEL_FILES)
-    for adapter in layers.adapters:
+    source = find_model(model.name_or_path, model.revision)
+    files = _read_files(source.base, source.revision, MODEL_FILES)
+    for adapter in source.adapters:
         files |= _read_files(adapter, None, MODEL_FILES)
     files |= _read_files(*find_tokenizer(model), TOKENIZER_FILES)
-    with tempfile.TemporaryDirectory() as folder, reading("a config to save", layers.base):
+    with tempfile.TemporaryDirectory() as folder, reading("a config to save", source.base):
         model_config.save_pretrained(folder)
     with reading("a tokenizer to save", tokenizer.name_or_path):
         files |= _save_tokenizer(tokenizer, chat_template)

@@ -13,6 +13,7 @@ from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.frozen import frozen_dtype
 from fastpref.model.identity import model_identity
+from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, load_model, read_vocab_size
 
 peft = pytest.importorskip("peft")
@@ -90,18 +91,18 @@ def test_a_merged_adapter_is_what_was_trained(models, tmp_path, case):
     base, config, rows, tied = CASES[case]
     adapted = save_adapter(models / base, tmp_path / "adapter", config, rows)
     name = str(tmp_path / "adapter")
-    model = load_model(name, dtype=torch.float32)
+    model = load_model(find_model(name), dtype=torch.float32)
     torch.testing.assert_close(model(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
-    assert read_vocab_size(name) == model.config.vocab_size == adapted.config.vocab_size
+    assert read_vocab_size(find_model(name)) == model.config.vocab_size == adapted.config.vocab_size
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
     # what the other ranks build
     shapes = [
         {key: p.shape for key, p in m.named_parameters()}
-        for m in (model, build_empty(name, dtype=torch.float32))
+        for m in (model, build_empty(find_model(name), dtype=torch.float32))
     ]
     assert shapes[0] == shapes[1]
     # policy and reference are one model however each is stored
-    half = load_model(name, dtype=torch.bfloat16)
+    half = load_model(find_model(name), dtype=torch.bfloat16)
     for narrow, wide in zip(half.parameters(), model.parameters(), strict=True):
         assert torch.equal(narrow, wide.to(torch.bfloat16))
     model.save_pretrained(tmp_path / "merged")
@@ -111,13 +112,13 @@ def test_a_merged_adapter_is_what_was_trained(models, tmp_path, case):
 
 def test_an_adapter_on_an_adapter_is_merged_after_it(models, adapter, tmp_path):
     save_adapter(adapter, tmp_path / "plain", peft.LoraConfig(r=2, target_modules=["v_proj"]))
-    merged = load_model(str(adapter), dtype=torch.float32)
+    merged = load_model(find_model(str(adapter)), dtype=torch.float32)
     merged.save_pretrained(tmp_path / "merged")
     adapted = save_adapter(
         tmp_path / "merged", tmp_path / "second", peft.LoraConfig(r=2, target_modules=["v_proj"])
     )
     edit(tmp_path / "second", base_model_name_or_path=str(adapter))
-    model = load_model(str(tmp_path / "second"), dtype=torch.float32)
+    model = load_model(find_model(str(tmp_path / "second")), dtype=torch.float32)
     torch.testing.assert_close(model(input_ids=IDS).logits, adapted(input_ids=IDS).logits)
 
 
@@ -146,7 +147,7 @@ def test_what_cannot_be_merged_is_refused_by_name(models, tmp_path, case):
     config, message = NOT_MERGEABLE[case]
     save_adapter(models / "tied", tmp_path / "adapter", config)
     with pytest.raises(CheckpointError, match=f"adapter .*{message}"):
-        load_model(str(tmp_path / "adapter"), dtype=torch.float32)
+        load_model(find_model(str(tmp_path / "adapter")), dtype=torch.float32)
 
 
 def test_adapters_that_do_not_fit_their_base_are_refused(models, adapter, tmp_path):
@@ -165,7 +166,7 @@ def test_adapters_that_do_not_fit_their_base_are_refused(models, adapter, tmp_pa
     for base, message in expected.items():
         edit(copy, base_model_name_or_path=str(tmp_path / base))
         with pytest.raises(CheckpointError, match=message):
-            load_model(str(copy), dtype=torch.float32)
+            load_model(find_model(str(copy)), dtype=torch.float32)
 
 
 def test_damaged_adapters_are_refused(adapter, tmp_path):
@@ -187,7 +188,7 @@ def test_damaged_adapters_are_refused(adapter, tmp_path):
         shutil.copytree(adapter, folder)
         damage(folder)
         with pytest.raises(CheckpointError, match=message):
-            load_model(str(folder), dtype=torch.float32)
+            load_model(find_model(str(folder)), dtype=torch.float32)
 
 
 def test_weights_in_a_pickle_are_read(adapter, tmp_path):
@@ -195,7 +196,9 @@ def test_weights_in_a_pickle_are_read(adapter, tmp_path):
     path = tmp_path / "pickled" / "adapter_model.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))
     path.unlink()
-    models = [load_model(str(f), dtype=torch.float32) for f in (adapter, tmp_path / "pickled")]
+    models = [
+        load_model(find_model(str(f)), dtype=torch.float32) for f in (adapter, tmp_path / "pickled")
+    ]
     assert torch.equal(*(model(input_ids=IDS).logits for model in models))
 
 

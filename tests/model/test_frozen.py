@@ -16,6 +16,7 @@ from fastpref.model.frozen import (
     frozen_dtype,
     is_stored_exactly,
 )
+from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model
 
@@ -41,11 +42,11 @@ def test_a_family_stored_in_16_bits_scores_as_in_float32(tmp_path, family, dtype
     name = save_checkpoint(tmp_path / "model", family, dtype)
     stored = frozen_dtype(in_float32(name))
     assert stored == ("float32" if family in ROUNDED_BUFFERS else str(dtype)[len("torch.") :])
-    narrow = load_model(name, dtype=getattr(torch, stored)).requires_grad_(False)
+    narrow = load_model(find_model(name), dtype=getattr(torch, stored)).requires_grad_(False)
     compute_in(narrow, torch.float32)
     batch = pad_rows(random_rows(), pad_token_id=0)
     with torch.no_grad():
-        expected_N = TokenScorer(load_model(name, dtype=torch.float32))(batch)
+        expected_N = TokenScorer(load_model(find_model(name), dtype=torch.float32))(batch)
         logps_N = TokenScorer(narrow)(batch)
     assert logps_N.dtype == torch.float32
     assert torch.equal(logps_N, expected_N)
@@ -54,7 +55,7 @@ def test_a_family_stored_in_16_bits_scores_as_in_float32(tmp_path, family, dtype
 
 def test_parameters_are_narrow_again_after_a_forward_that_failed(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
-    model = load_model(name, dtype=torch.bfloat16).requires_grad_(False)
+    model = load_model(find_model(name), dtype=torch.bfloat16).requires_grad_(False)
     compute_in(model, torch.float32)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(IndexError):
@@ -65,7 +66,7 @@ def test_parameters_are_narrow_again_after_a_forward_that_failed(tmp_path):
 
 def test_at_most_one_block_is_wide_at_a_time(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
-    model = load_model(name, dtype=torch.bfloat16).requires_grad_(False)
+    model = load_model(find_model(name), dtype=torch.bfloat16).requires_grad_(False)
     compute_in(model, torch.float32)
     num_wide = []
     for block in model.model.layers:
@@ -82,12 +83,12 @@ def test_at_most_one_block_is_wide_at_a_time(tmp_path):
 
 def test_a_model_that_names_no_blocks_is_cast_module_by_module(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
-    model = load_model(name, dtype=torch.bfloat16).requires_grad_(False)
+    model = load_model(find_model(name), dtype=torch.bfloat16).requires_grad_(False)
     model._no_split_modules = None
     compute_in(model, torch.float32)
     batch = pad_rows(random_rows(), pad_token_id=0)
     with torch.no_grad():
-        expected_N = TokenScorer(load_model(name, dtype=torch.float32))(batch)
+        expected_N = TokenScorer(load_model(find_model(name), dtype=torch.float32))(batch)
         assert torch.equal(TokenScorer(model)(batch), expected_N)
 
 
@@ -128,10 +129,10 @@ def test_a_family_that_keeps_some_parameters_in_float32_is_stored_in_it():
 
 def test_a_variant_that_is_not_loaded_does_not_count(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.float16)
-    assert checkpoint_dtypes(name, None) == {"F16"}
+    assert checkpoint_dtypes(find_model(name)) == {"F16"}
     path = tmp_path / "model" / "model.safetensors"
     path.rename(path.with_name("model.fp16.safetensors"))
-    assert checkpoint_dtypes(name, None) == set()
+    assert checkpoint_dtypes(find_model(name)) == set()
 
 
 def test_a_hub_model_counts_by_its_files_in_the_cache(tmp_path, monkeypatch):
@@ -141,8 +142,8 @@ def test_a_hub_model_counts_by_its_files_in_the_cache(tmp_path, monkeypatch):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    assert checkpoint_dtypes("someone/llama", None) == {"BF16"}
-    assert checkpoint_dtypes("someone/unknown", None) == set()
+    assert checkpoint_dtypes(find_model("someone/llama")) == {"BF16"}
+    assert checkpoint_dtypes(find_model("someone/unknown")) == set()
 
 
 def test_a_damaged_checkpoint_is_left_to_the_load(tmp_path):
@@ -153,7 +154,9 @@ def test_a_damaged_checkpoint_is_left_to_the_load(tmp_path):
 
 def test_a_norm_whose_dtype_is_read_before_it_runs_rounds_nothing(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
-    models = [load_model(name, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    models = [
+        load_model(find_model(name), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    ]
     for model in models:
         # as Zaya does before its final norm
         norm = model.model.norm
@@ -169,7 +172,7 @@ def test_a_norm_whose_dtype_is_read_before_it_runs_rounds_nothing(tmp_path):
 
 def test_an_embedding_is_wide_no_longer_than_it_runs(tmp_path):
     name = save_checkpoint(tmp_path / "model", "llama", torch.bfloat16)
-    model = load_model(name, dtype=torch.bfloat16).requires_grad_(False)
+    model = load_model(find_model(name), dtype=torch.bfloat16).requires_grad_(False)
     compute_in(model, torch.float32)
     dtypes = []
     embedding = model.model.embed_tokens

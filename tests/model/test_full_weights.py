@@ -11,6 +11,7 @@ from tiny_models import FAMILIES, NEOX, SMALL, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.errors import CheckpointError
+from fastpref.model.paths import find_model
 from fastpref.model.source import load_model
 
 IDS = torch.arange(3, 15)[None]
@@ -58,7 +59,7 @@ def save_policy(folder, state, **options):
 
 
 def from_archive(base, archive, dtype=torch.float32):
-    return load_model(str(base), dtype=dtype, archive=str(archive))
+    return load_model(find_model(str(base)), dtype=dtype, archive=str(archive))
 
 
 @pytest.mark.parametrize("family", RENAMED)
@@ -100,7 +101,7 @@ def test_a_weight_that_is_missing_or_of_another_shape_has_its_name_on_the_disk(
         (tmp_path / "config.json").write_bytes((base / family / "base/config.json").read_bytes())
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=f"do not fill the model: {message}"):
-            load_model(str(tmp_path), dtype=torch.float32)
+            load_model(find_model(str(tmp_path)), dtype=torch.float32)
 
 
 def test_tables_of_older_versions_and_second_names_may_come_along(tmp_path, caplog):
@@ -159,7 +160,7 @@ def test_what_is_no_archive_is_refused(tmp_path, content, message):
     else:
         torch.save(content, path)
     with pytest.raises(CheckpointError, match=f"model.archive: .*policy.pt .*{message}"):
-        load_model("tiny", dtype=torch.float32, archive=str(path))
+        load_model(find_model("tiny"), dtype=torch.float32, archive=str(path))
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_a_damaged_checkpoint_is_one_sentence(folder, damage):
     change, message = DAMAGES[damage]
     change(folder)
     with pytest.raises(CheckpointError, match=message) as raised:
-        load_model(str(folder), dtype=torch.float32)
+        load_model(find_model(str(folder)), dtype=torch.float32)
     assert "\n" not in str(raised.value)
 
 
@@ -238,7 +239,7 @@ def test_weights_that_the_config_leaves_out_are_named(folder, caplog):
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 1}))
     with caplog.at_level(logging.WARNING, logger="fastpref"):
-        load_model(str(folder), dtype=torch.float32)
+        load_model(find_model(str(folder)), dtype=torch.float32)
     assert "LlamaForCausalLM has no place for: model.layers.1." in caplog.text
 
 
@@ -254,7 +255,7 @@ def test_weights_of_few_bits_that_transformers_can_widen_are_widened(tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(fields))
-    model = load_model(str(folder), dtype=torch.float32)
+    model = load_model(find_model(str(folder)), dtype=torch.float32)
     assert torch.equal(model.get_parameter(name), expected)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

@@ -9,6 +9,7 @@ from transformers import BartConfig, BertConfig, T5Config, ViTConfig
 
 from fastpref.errors import CheckpointError
 from fastpref.model.configs import load_config
+from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, load_model, read_vocab_size
 
 
@@ -68,9 +69,9 @@ def test_a_config_that_cannot_be_used_is_one_sentence_wherever_it_is_read(
     message = write_config(folder, model_dir, case)
     name = str(folder)
     for read in (
-        lambda: read_vocab_size(name),
-        lambda: load_model(name, dtype=torch.float32),
-        lambda: build_empty(name, dtype=torch.float32),
+        lambda: read_vocab_size(find_model(name)),
+        lambda: load_model(find_model(name), dtype=torch.float32),
+        lambda: build_empty(find_model(name), dtype=torch.float32),
     ):
         with pytest.raises(CheckpointError, match=message) as raised:
             read()
@@ -85,7 +86,7 @@ def test_a_config_that_no_model_can_be_built_from_is_one_sentence(folder, model_
     (folder / "config.json").write_text(json.dumps(fields | changes))
     for build in (load_model, build_empty):
         with pytest.raises(CheckpointError, match=r"cannot load (ModelForCausalLM|Config) from"):
-            build(str(folder), dtype=torch.float32)
+            build(find_model(str(folder)), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_models_that_are_not_causal_are_refused_by_name(tmp_path, config, messag
         load_config(str(tmp_path))
     for load in (load_model, build_empty):
         with pytest.raises(CheckpointError, match=message):
-            load(str(tmp_path), dtype=torch.float32)
+            load(find_model(str(tmp_path)), dtype=torch.float32)
 
 
 def test_code_beside_a_family_that_transformers_has_is_not_run(folder, model_dir):
@@ -110,11 +111,14 @@ def test_code_beside_a_family_that_transformers_has_is_not_run(folder, model_dir
     fields["auto_map"] = {"AutoModelForCausalLM": "modeling_mine.MyModel"}
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "modeling_mine.py").write_text("raise SystemExit('run')")
-    assert type(load_model(str(folder), dtype=torch.float32)).__name__ == "LlamaForCausalLM"
+    assert (
+        type(load_model(find_model(str(folder)), dtype=torch.float32)).__name__
+        == "LlamaForCausalLM"
+    )
 
 
 def test_a_masked_language_model_lacks_what_a_causal_one_has(tmp_path):
     config = BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no file named"):
-        load_model(str(tmp_path), dtype=torch.float32)
+        load_model(find_model(str(tmp_path)), dtype=torch.float32)

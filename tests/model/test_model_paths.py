@@ -9,7 +9,7 @@ from tiny_models import save_tiny_model
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import find_layers, resolve_model, resolve_tokenizer
+from fastpref.model.paths import find_model, resolve_model, resolve_tokenizer
 from fastpref.model.source import load_model_tokenizer
 
 
@@ -100,10 +100,10 @@ def test_a_base_is_looked_for_from_the_working_folder_and_from_the_adapter(
     model_dir, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(model_dir.parent)
-    assert find_layers(str(write_adapter(tmp_path / "a", "base"))).base == "base"
+    assert find_model(str(write_adapter(tmp_path / "a", "base"))).base == "base"
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_dir, tmp_path / "elsewhere" / "base")
-    layers = find_layers(str(write_adapter(tmp_path / "elsewhere" / "b", "../base")))
+    layers = find_model(str(write_adapter(tmp_path / "elsewhere" / "b", "../base")))
     assert resolve_model(layers.base) == layers.base
     assert (tmp_path / "elsewhere" / "base").samefile(layers.base)
 
@@ -121,7 +121,7 @@ def test_a_base_is_looked_for_from_the_working_folder_and_from_the_adapter(
 def test_an_adapter_without_a_base_is_refused_by_the_field(tmp_path, monkeypatch, config, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "adapter_config.json").write_text(config)
-    for resolve in (find_layers, resolve_tokenizer):
+    for resolve in (find_model, resolve_tokenizer):
         with pytest.raises(CheckpointError, match=message):
             resolve(".")
 
@@ -132,7 +132,7 @@ def test_an_adapter_on_the_hub_is_one_as_in_a_folder(model_dir, tmp_path, monkey
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    layers = find_layers("someone/adapter")
+    layers = find_model("someone/adapter")
     assert layers.base == str(model_dir)
     assert layers.adapters == (str(cached / "snapshots" / ("0" * 40)),)
     assert resolve_tokenizer("someone/adapter") == str(model_dir)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastpref.cli.run import main
 from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
+from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, load_model, load_tokenizer, pad_token_id
 
 
@@ -27,17 +28,17 @@ def test_weights_that_do_not_fill_the_model_are_refused(model_dir, tmp_path):
     del state["model.layers.1.mlp.up_proj.weight"]
     model.save_pretrained(folder, state_dict=state)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        load_model(str(folder), dtype=torch.float32)
+        load_model(find_model(str(folder)), dtype=torch.float32)
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        load_model(str(model_dir), dtype=torch.float32, archive=str(folder))
+        load_model(find_model(str(model_dir)), dtype=torch.float32, archive=str(folder))
     other = save_tiny_model(tmp_path / "other", hidden_size=64)
     with pytest.raises(CheckpointError, match=r"model\.archive.*wrong shape"):
-        load_model(str(model_dir), dtype=torch.float32, archive=str(other))
+        load_model(find_model(str(model_dir)), dtype=torch.float32, archive=str(other))
 
 
 def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
-    full = load_model(str(model_dir), dtype=torch.float32)
-    empty = build_empty(str(model_dir), dtype=torch.float32)
+    full = load_model(find_model(str(model_dir)), dtype=torch.float32)
+    empty = build_empty(find_model(str(model_dir)), dtype=torch.float32)
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
     assert shapes[0] == shapes[1]
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
+from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
 from fastpref.train.export import export_model, plan_export
@@ -158,7 +159,7 @@ def test_a_float32_export_holds_every_bit_and_a_checkpoint_s_is_rounded_once(bas
     assert moved > 0
     # what the next stage starts from
     for name, weight in load_model(
-        str(tmp_path / "exact/LATEST"), dtype=torch.float32
+        find_model(str(tmp_path / "exact/LATEST")), dtype=torch.float32
     ).named_parameters():
         assert torch.equal(weight, exact[name]), name
 
@@ -167,7 +168,7 @@ def export(name, run_dir, **options) -> Path:
     """A model as a folder, untrained."""
     model = ModelConfig(name_or_path=str(name), **options)
     tokenizer = load_model_tokenizer(model)
-    loaded = load_model(str(name), dtype=torch.float32, archive=model.archive)
+    loaded = load_model(find_model(str(name)), dtype=torch.float32, archive=model.archive)
     plan = plan_export(model, loaded.config, tokenizer, None)
     run_dir.mkdir(exist_ok=True)
     world = init_world()
@@ -241,7 +242,7 @@ def test_a_part_of_a_model_that_nothing_could_load_is_refused_before_training(ba
 def test_a_source_that_changes_meanwhile_changes_nothing(base, tmp_path):
     source = save_tiny_model(tmp_path / "source")
     (source / "generation_config.json").write_text(GENERATION)
-    model = load_model(str(source), dtype=torch.float32)
+    model = load_model(find_model(str(source)), dtype=torch.float32)
     options = ModelConfig(name_or_path=str(source))
     plan = plan_export(options, model.config, load_model_tokenizer(options), None)
     for path in source.iterdir():
@@ -256,7 +257,7 @@ def test_a_source_that_changes_meanwhile_changes_nothing(base, tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence(base, tmp_path):
     run_dir = tmp_path / "run"
     run_dir.write_text("a file where the run's folder was")
-    model = load_model(str(base / "source"), dtype=torch.float32)
+    model = load_model(find_model(str(base / "source")), dtype=torch.float32)
     options = ModelConfig(name_or_path=str(base / "source"))
     plan = plan_export(options, model.config, load_model_tokenizer(options), None)
     world = init_world()
