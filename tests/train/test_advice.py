@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+import train
 from fastpref.batches.order import GlobalOrder
+from fastpref.cli.command_line import main
 from fastpref.config import (
     Config,
     DPOConfig,
@@ -135,6 +137,41 @@ def test_steps_and_gradients_that_a_dtype_cannot_hold_are_said(model, optimizer,
 )
 def test_groups_of_options_that_the_task_does_not_read_are_said(options, messages):
     assert_messages(Advice(make_config(**options)).on_task(), messages)
+
+
+def test_a_run_says_what_its_options_come_to(tmp_path, capsys):
+    options = [
+        "loss=dpo",
+        "n_examples=6",
+        "batch_size=4",
+        "gradient_accumulation_steps=9",
+        "lr=0.5",
+    ]
+    options += ["n_eval_examples=3", "eval_batch_size=2", "do_first_eval=false", "eval_every=6"]
+    options += ["sample_during_eval=false", "warmup_steps=2", f"run_dir={tmp_path / 'run'}"]
+    options += ["weights.round=2"]
+    assert main(options, train.compose_choices, train.CONFIG_DIR) == 0
+    lines = capsys.readouterr().err.splitlines()
+    said = [
+        line
+        for line in lines
+        if re.search("no effect|but the run|rounded|micro-batches|multiple|stand still", line)
+    ]
+    assert_messages(
+        said,
+        [
+            r"weights\.\* have no effect",
+            r"warmup_steps=2, but the run has 2 optimizer steps: .* 66\.7 % of lr=0\.5",
+            "n_examples=6 is rounded up to 8",
+            "n_eval_examples=3 is rounded up to 4",
+            "=9, but batch_size=4 in a world of 1 is enough for 4 micro-batches",
+            "eval_every=6 is no multiple of batch_size=4: evaluating every 4 examples",
+        ],
+    )
+    assert [line.split(":")[0] for line in lines if line.startswith("eval ")] == [
+        "eval after 4",
+        "eval after 8",
+    ]
 
 
 def assert_messages(found: Any, patterns: list[str]) -> None:
