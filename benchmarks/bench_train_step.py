@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--pairs", type=int, default=8, help="per optimizer step")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step, in every arm")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of fastpref's micro-batches")
     parser.add_argument("--steps", type=int, default=8, help="per arm and round, 2 not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)
@@ -105,6 +106,7 @@ def prepare_case(arguments: argparse.Namespace, world: Any, folder: Path) -> dic
         "name": rows.name,
         "pairs": arguments.pairs,
         "micro_batches": arguments.micro_batches,
+        "max_tokens": arguments.max_tokens,
         "steps": arguments.steps,
         "max_length": arguments.max_length if arguments.model else 2048,
         "dtype": "bfloat16",
@@ -132,6 +134,7 @@ def check_equality(world: Any, folder: Path) -> dict[str, float]:
         "name": "words",
         "pairs": 8,
         "micro_batches": 1,
+        "max_tokens": 8192,
         "steps": 3,
         "max_length": 512,
         "dtype": "float32",
@@ -260,7 +263,10 @@ def report(
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
         "model": arguments.shape or arguments.model.name,
-        "case": {key: case[key] for key in ("pairs", "micro_batches", "steps", "max_length", "lr")},
+        "case": {
+            key: case[key]
+            for key in ("pairs", "micro_batches", "max_tokens", "steps", "max_length", "lr")
+        },
         "gate": gate,
         "arms": table,
         "runs": rounds,

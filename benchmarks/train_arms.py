@@ -47,6 +47,7 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     config = config_of(job, run_dir)
     config.optim.weight_decay = 0.0
     config.packing.enabled = job["arm"] != "F0"
+    config.packing.max_tokens = job["max_tokens"]
     config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
     with profiling(job.get("profile", False)) as profile:
         train(config, init_world())

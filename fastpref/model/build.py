@@ -1,6 +1,5 @@
 """From a loaded model to a scorer: on one rank as a whole, on several sharded."""
 
-import logging
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from fastpref.model.loading import load_causal_lm, try_model
 from fastpref.model.logit_path import LogitPath
 from fastpref.model.parallelize import parallelize, send_weights, wrap_blocks
 from fastpref.model.scorer import TokenScorer
-
-logger = logging.getLogger("fastpref")
 
 
 def load_frozen_scorer(

@@ -194,8 +194,7 @@ def check_backward(scorer: TokenScorer) -> None:
         # through every layer, and no memory for the gradient of any weight
         inputs = embedded or [next(model.parameters())]
         found = torch.autograd.grad(states.float().sum(), inputs, allow_unused=True)
-    # an operation that a CPU does not have in 16 bits tells nothing of a GPU
-    except NotImplementedError:
+    except NotImplementedError:  # that a CPU lacks it in 16 bits tells nothing of a GPU
         return
     # of a family's own code, whatever it says; memory is no matter of the family
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
@@ -239,8 +238,7 @@ def check_arithmetic(
                     frozen = _hidden_states(scorer, *rows)
                 with torch.enable_grad():
                     states = _hidden_states(scorer, *rows).detach()
-        # an operation that a CPU does not have in 16 bits tells nothing of a GPU
-        except NotImplementedError:
+        except NotImplementedError:  # that a CPU lacks it in 16 bits tells nothing of a GPU
             return False, True
         # of a family's own code, where float32 buffers meet narrower parameters
         except RuntimeError as mixed:

@@ -1,7 +1,6 @@
 """Samples of policy and reference on held-out prompts, beside the numbers of an evaluation."""
 
 import json
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,6 @@ from fastpref.distributed import World
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import pad_token_id
 from fastpref.signals import StopRequest
-
-logger = logging.getLogger("fastpref")
 
 
 def sample_responses(
