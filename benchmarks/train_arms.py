@@ -48,6 +48,9 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     config.optim.weight_decay = 0.0
     config.packing.enabled = job["arm"] != "F0"
     config.packing.max_tokens = job["max_tokens"]
+    if config.packing.enabled:
+        # max_tokens alone splits a packed step
+        config.gradient_accumulation_steps = 1
     config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
     with profiling(job.get("profile", False)) as profile:
         train(config, init_world())
