@@ -6,7 +6,7 @@
 Every arm is a process of its own, run turn by turn in several rounds; the first two steps of each
 are not counted. Float32 master weights and bfloat16 arithmetic in both systems, AdamW, constant
 learning rate, no dropout, the same number of threads. Before any time is taken both systems train
-a tiny model in float32 and must agree in loss, gradient norm and weights to 1e-5.
+a tiny model in float32 and must agree in loss and gradient norm to 1e-5, in weights to 5e-5.
 
 The headline is real policy tokens per second: prompt + chosen + prompt + rejected of each pair,
 whatever was computed for it.
@@ -36,7 +36,8 @@ ARMS = {
     "F1": "fastpref, packed, reference online",
     "F3": "fastpref, packed, prompts shared, reference online",
 }
-GATE_TOLERANCE = 1e-5
+GATE_TOLERANCE = {"losses": 1e-5, "grad_norms": 1e-5, "weights": 5e-5}
+"""Relative. AdamW divides a gradient near zero by its own size: rounding grows in the weights."""
 
 
 def main() -> None:
@@ -161,7 +162,7 @@ def check_equality(world: Any, folder: Path) -> dict[str, float]:
         if name in ours
     )
     print("equality gate, relative differences:", gate)
-    if max(gate.values()) > GATE_TOLERANCE:
+    if any(gate[name] > bound for name, bound in GATE_TOLERANCE.items()):
         sys.exit(f"the two systems do not compute the same: {gate}")
     return gate
 
