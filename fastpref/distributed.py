@@ -29,6 +29,8 @@ stores: Any = dist
 
 DATA = "data"
 """The dimension of the mesh along which rows are divided."""
+TIMEOUT = datetime.timedelta(minutes=30)
+"""How long ranks wait for one another where nothing else is said."""
 # rank 0 may download a model or tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
 # rank 0 may hold the store that tells the others of its failure, and stays until they know
@@ -45,6 +47,8 @@ class World:
     mesh: DeviceMesh
     store: Any
     """What the ranks share beside collectives."""
+    timeout: datetime.timedelta = TIMEOUT
+    """How long a rank waits for the others in a collective."""
     _turns: Iterator[int] = field(default_factory=itertools.count)
     """Numbers the calls of `on_main`, which every rank makes in the same order."""
 
@@ -198,8 +202,11 @@ def _read_number(name: str, low: int, below: int | None) -> int:
     raise RankError(f"the environment variable {name} must be {rule}, got {text!r}")
 
 
-def init_world() -> World:
+def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     """Join the process group: NCCL for tensors on GPUs, gloo for tensors on the CPU.
+
+    Args:
+        timeout: How long a rank waits for the others in a collective.
 
     Raises:
         RankError: the variables of torchrun are wrong, or the other ranks are not found.
@@ -216,10 +223,10 @@ def init_world() -> World:
         torch.cuda.set_device(device)
     store = join_store(rank, size) if launched() else stores.HashStore()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=(DATA,))
     shared = stores.PrefixStore("fastpref", store)
-    return World(rank=rank, size=size, device=device, mesh=mesh, store=shared)
+    return World(rank=rank, size=size, device=device, mesh=mesh, store=shared, timeout=timeout)
 
 
 def join_store(rank: int, size: int) -> Any:

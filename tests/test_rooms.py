@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fastpref"
 ROOMS = (
     "",
     "config",
+    "checkpoint",
     "data",
     "batches",
     "model",

@@ -1,0 +1,5 @@
+"""Checkpoints of a training: its whole state on the disk, so that it goes on to the same bits.
+
+Enters: a policy, its optimizer and schedule, a JSON record. Leaves: folders that are complete or
+not called checkpoints. To be changed here: what is saved, how it is written, what is kept.
+"""

@@ -1,0 +1,110 @@
+"""What ranks do together over a process group of their own: one rank's error is every rank's."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fastpref.distributed import World
+from fastpref.errors import DistributedError, FastprefError, first_line
+
+Result = TypeVar("Result")
+
+EXPECTED_ERRORS = (FastprefError, OSError, RuntimeError, MemoryError)
+"""What a disk, a device or another rank can cause; anything else is a bug of ours."""
+
+
+class AgreedError(Exception):
+    """A task failed on at least one rank; the message is the same on all and names each."""
+
+
+class Agreement:
+    """Exchanges of small objects between ranks, over gloo.
+
+    The group is its own, so a thread may use it while the training loop uses the others. Every
+    rank makes the same calls in the same order.
+
+    Args:
+        world: Whoever takes part, and how long they wait for one another.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.rank = world.rank
+        self.size = world.size
+        self.group = dist.new_group(backend="gloo", timeout=world.timeout)
+
+    def __enter__(self) -> "Agreement":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the group; nothing may be in flight."""
+        dist.destroy_process_group(self.group)
+
+    def each(self, task: Callable[[], Result]) -> list[Result]:
+        """Run a task on every rank.
+
+        Returns:
+            Every rank's result, by rank, on every rank.
+
+        Raises:
+            AgreedError: on every rank, if the task raised on any. A rank whose own error is none
+                of `EXPECTED_ERRORS` raises that one.
+        """
+        failure: Exception | None = None
+        mine: tuple[Any, str | None]
+        try:
+            mine = (task(), None)
+        except Exception as error:
+            failure = error
+            mine = (None, describe(error))
+        outcomes: list[Any] = [None] * self.size
+        dist.all_gather_object(outcomes, mine, group=self.group)
+        if failure is not None and not isinstance(failure, EXPECTED_ERRORS):
+            raise failure
+        reasons = {rank: reason for rank, (_, reason) in enumerate(outcomes) if reason}
+        if reasons:
+            raise AgreedError(name_ranks(reasons, self.size)) from failure
+        return [result for result, _ in outcomes]
+
+    def on_main(self, task: Callable[[], Result]) -> Result:
+        """Run a task on rank 0 alone; its result, or its user error, on every rank.
+
+        Raises:
+            FastprefError: what the task raised.
+            DistributedError: on the other ranks, if it raised anything else.
+        """
+        failure: Exception | None = None
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [(task(), None)]
+            except FastprefError as error:
+                outcome = [(None, error)]
+            except Exception as error:
+                failure = error
+                outcome = [(None, DistributedError(f"rank 0 failed: {describe(error)}"))]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if failure is not None:
+            raise failure
+        result, user_error = outcome[0]
+        if user_error is not None:
+            raise user_error
+        return result
+
+
+def name_ranks(reasons: dict[int, str], world_size: int) -> str:
+    """Reasons by rank in one line; one that all ranks share stands there once."""
+    shared = set(reasons.values())
+    if len(reasons) == world_size and len(shared) == 1:
+        return shared.pop()
+    return "; ".join(f"rank {rank}: {reason}" for rank, reason in sorted(reasons.items()))
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line: its class too, where the message was not written for a user."""
+    if isinstance(error, FastprefError | OSError | AgreedError):
+        return str(error)
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,112 @@
+"""A run's training checkpoints seen from its start: which one to go on from, and going on from it.
+
+Saving is `store`.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.folders import CHECKPOINTS, find_named, find_newest
+from fastpref.checkpoint.manifest import Checkpoint
+from fastpref.checkpoint.random_states import set_random_states
+from fastpref.checkpoint.restore import restore_state
+from fastpref.checkpoint.writer import STATE, random_states_file
+from fastpref.errors import CheckpointError
+
+logger = logging.getLogger("fastpref")
+
+
+def find_checkpoint(resume: str, run_dir: Path, agreement: Agreement) -> Checkpoint | None:
+    """The checkpoint that an option asks to go on from, found by rank 0 for all.
+
+    Args:
+        resume: "never"; "auto", the newest whole one of this run, if it has any; or the path of a
+            run folder or of one checkpoint.
+        run_dir: Of this run.
+        agreement: Of the ranks.
+
+    Returns:
+        None to start from the beginning.
+
+    Raises:
+        CheckpointError: on every rank: what was asked for is not there, or nothing is whole.
+    """
+    if resume == "never":
+        return None
+    if resume == "auto":
+        return agreement.on_main(lambda: find_newest(run_dir / CHECKPOINTS))
+    return agreement.on_main(lambda: find_named(Path(resume).expanduser()))
+
+
+def read_record(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
+    """The caller's record of a checkpoint, before there is anything to load it into."""
+    return _read_state(checkpoint, agreement)["record"]
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint,
+    policy: nn.Module,
+    optimizer: Optimizer | None,
+    scheduler: LambdaLR | None,
+    *,
+    agreement: Agreement,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Put a checkpoint's state in place; every rank calls this, however many wrote it.
+
+    The generators go on where they were if as many ranks load as saved; otherwise they are left
+    as they are, which is logged.
+
+    Args:
+        checkpoint: What `find_checkpoint` found.
+        policy, optimizer, scheduler: As built for the run, with the learning rate, weight decay
+            and the like to go on with; None is left out.
+        agreement: Of the ranks.
+        device: Where this rank computes.
+
+    Returns:
+        The record that was given to `save`.
+
+    Raises:
+        CheckpointError: it is not of this model, this optimizer, or cannot be read.
+    """
+    state = _read_state(checkpoint, agreement)
+    restore_state(
+        checkpoint.folder,
+        state,
+        policy,
+        optimizer,
+        scheduler,
+        agreement=agreement,
+    )
+    if checkpoint.manifest.world_size == agreement.size:
+        file = checkpoint.folder / random_states_file(agreement.rank)
+        set_random_states(json.loads(file.read_text(encoding="utf-8")), device)
+    else:
+        logger.warning(
+            "saved by %d ranks, loaded by %d: random numbers (dropout, sampling) are not those of "
+            "an uninterrupted run",
+            checkpoint.manifest.world_size,
+            agreement.size,
+        )
+    return state["record"]
+
+
+def _read_state(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
+    path = checkpoint.folder / STATE
+
+    def read() -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    return agreement.on_main(read)

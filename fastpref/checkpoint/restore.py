@@ -1,0 +1,200 @@
+"""A checkpoint's tensors put back in place: into a policy, its optimizer and its schedule."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastpref.checkpoint.agreement import AgreedError, Agreement, describe, name_ranks
+from fastpref.checkpoint.state import (
+    HOST,
+    OPTIMIZER,
+    SHARD,
+    WEIGHTS,
+    local_part,
+    policy_weights,
+    trained_parameters,
+)
+from fastpref.errors import CheckpointError
+
+SavedTensors = dict[str, Any]
+"""By name, what DCP's metadata says of each: its size, its dtype."""
+
+
+def restore_state(
+    folder: Path,
+    description: dict[str, Any],
+    policy: nn.Module,
+    optimizer: Optimizer | None,
+    scheduler: LambdaLR | None,
+    *,
+    agreement: Agreement,
+) -> None:
+    """Put a checkpoint's state in place; on any number of ranks, each reads what it holds.
+
+    Args:
+        folder: Of a whole checkpoint.
+        description: What `collect_state` said when it was saved.
+        policy, optimizer, scheduler: As they were built for the run; their state is overwritten.
+            Learning rate, weight decay and the like stay those of the optimizer. None is left out.
+        agreement: Of the ranks.
+
+    Raises:
+        CheckpointError: on every rank: names, shapes or the optimizer's class differ, or a file
+            cannot be read.
+    """
+    targets: dict[str, Tensor] = {}
+    state: dict[Tensor, dict[str, Any]] = {}
+
+    def prepare() -> None:
+        saved = _read_metadata(folder)
+        weights = policy_weights(policy)
+        targets.update({f"{WEIGHTS}.{name}": weight for name, weight in weights.items()})
+        _check_weights(targets, saved)
+        if optimizer is not None:
+            _check_optimizer(optimizer, description["optimizer"])
+            entries = description["optimizer"]["entries"]
+            state.update(_empty_state(policy, optimizer, entries, saved, targets))
+        if scheduler is not None and description["scheduler"] is None:
+            raise CheckpointError("it holds no learning-rate schedule")
+
+    try:
+        agreement.each(prepare)
+        load(
+            targets,
+            storage_reader=FileSystemReader(folder),
+            planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=agreement.group,
+        )
+    except (AgreedError, CheckpointException) as error:
+        reason = reasons_of(error, agreement.size)
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+    if optimizer is not None:
+        optimizer.state.clear()
+        optimizer.state.update(state)
+    if scheduler is not None:
+        _restore_scheduler(scheduler, description["scheduler"])
+
+
+def reasons_of(error: BaseException, world_size: int) -> str:
+    """What went wrong in a save or load by all ranks, torch's part included, in one line."""
+    if not isinstance(error, CheckpointException):
+        return describe(error)
+    reasons = {rank: describe(failure) for rank, (failure, _) in error.failures.items()}
+    return name_ranks(reasons, world_size)
+
+
+def _read_metadata(folder: Path) -> SavedTensors:
+    try:
+        return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    # its bytes are those that were written, so it is torch that has changed
+    except (pickle.UnpicklingError, AttributeError, ImportError, TypeError) as error:
+        raise CheckpointError(f"torch {torch.__version__} cannot read it: {error}") from error
+
+
+def _check_weights(targets: dict[str, Tensor], saved: SavedTensors) -> None:
+    """Refuse weights of another model.
+
+    Raises:
+        CheckpointError: naming the first that is missing, left over or of another shape.
+    """
+    prefix = f"{WEIGHTS}."
+    for name, weight in targets.items():
+        if name not in saved:
+            raise CheckpointError(f"it has no {name.removeprefix(prefix)}")
+        if saved[name].size != weight.shape:
+            raise CheckpointError(
+                f"{name.removeprefix(prefix)} has shape {tuple(saved[name].size)} in it, "
+                f"{tuple(weight.shape)} in the model"
+            )
+        if saved[name].properties.dtype != weight.dtype:
+            raise CheckpointError(
+                f"{name.removeprefix(prefix)} is {saved[name].properties.dtype} in it, "
+                f"{weight.dtype} in the model"
+            )
+    for name in saved:
+        if name.startswith(prefix) and name not in targets:
+            raise CheckpointError(f"it has {name.removeprefix(prefix)}, which is not trained here")
+
+
+def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
+    """Refuse the state of another optimizer.
+
+    Raises:
+        CheckpointError: none was saved, or one of another class or with other groups.
+    """
+    name = type(optimizer).__name__
+    if saved is None:
+        raise CheckpointError(f"it holds weights alone, no state of {name}")
+    if saved["class"] != name:
+        raise CheckpointError(f"it holds state of {saved['class']}, not of {name}")
+    if len(saved["groups"]) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"it has {len(saved['groups'])} groups of parameters, {name} has "
+            f"{len(optimizer.param_groups)}"
+        )
+
+
+def _empty_state(
+    policy: nn.Module,
+    optimizer: Optimizer,
+    entries: dict[str, dict[str, Any]],
+    saved: SavedTensors,
+    targets: dict[str, Tensor],
+) -> dict[Tensor, dict[str, Any]]:
+    """An optimizer's state, its tensors still to be filled; these are added to the targets."""
+    state: dict[Tensor, dict[str, Any]] = {}
+    parameters = trained_parameters(policy, optimizer)
+    for name, layouts in entries.items():
+        if name not in parameters:
+            raise CheckpointError(f"it has state of {name}, which is not trained here")
+        parameter = parameters[name]
+        state[parameter] = {}
+        for key, layout in layouts.items():
+            if isinstance(layout, dict):
+                state[parameter][key] = layout["value"]
+                continue
+            full_name = f"{OPTIMIZER}.{name}.{key}"
+            dtype = saved[full_name].properties.dtype
+            if layout == SHARD:
+                empty = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                device = _device_of_whole(optimizer, key, layout, parameter)
+                empty = torch.zeros(saved[full_name].size, dtype=dtype, device=device)
+            targets[full_name] = state[parameter][key] = empty
+    return state
+
+
+def _device_of_whole(
+    optimizer: Optimizer, key: str, layout: str, parameter: Tensor
+) -> torch.device:
+    """Where a tensor that is not sharded belongs on this machine.
+
+    The counter of steps is torch's special case: beside the parameter for kernels that read it
+    there, otherwise on the host.
+    """
+    options = optimizer.param_groups[0]
+    on_host = layout == HOST
+    if key == "step":
+        on_host = not (options.get("fused") or options.get("capturable"))
+    return torch.device("cpu") if on_host else local_part(parameter).device
+
+
+def _restore_scheduler(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
+    """Go on at the checkpoint's place in the schedule, with the peak of the scheduler as built."""
+    step = saved["last_epoch"]
+    rates = [
+        rate * share(step)
+        for rate, share in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    scheduler.load_state_dict(saved | {"base_lrs": scheduler.base_lrs, "_last_lr": rates})
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

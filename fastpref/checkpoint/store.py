@@ -1,0 +1,292 @@
+"""Saving the training checkpoints of a run, beside the training, and keeping some of them."""
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.folders import (
+    CHECKPOINTS,
+    Best,
+    clear_leftovers,
+    folder_name,
+    retain,
+    set_aside,
+    step_folders,
+    step_of,
+)
+from fastpref.checkpoint.manifest import Checkpoint
+from fastpref.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot
+from fastpref.checkpoint.writer import write_checkpoint
+from fastpref.errors import CheckpointError
+
+logger = logging.getLogger("fastpref")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveReport:
+    """How one save went."""
+
+    step: int
+    """Optimizer steps done."""
+    folder: Path
+    """Where the checkpoint is, or would have been."""
+    num_bytes: int
+    """On the disk; 0 if it failed."""
+    standstill_seconds: float
+    """How long training waited, for the save before this one too."""
+    write_seconds: float
+    """From the first byte to the last rename."""
+    deleted: tuple[Path, ...] = ()
+    """Older checkpoints that went."""
+    error: str | None = None
+    """Why there is none; the same on every rank."""
+
+    def raise_if_failed(self) -> None:
+        """For a save that must not fail, such as the last one.
+
+        Raises:
+            CheckpointError: with what went wrong.
+        """
+        if self.error is not None:
+            raise CheckpointError(self.error)
+
+
+class CheckpointStore:
+    """Saves a run's checkpoints, one at a time, and deletes those that are not kept.
+
+    Every rank has one and makes the same calls in the same order. A save that fails leaves the
+    training state as it is: it is reported, and only if failures follow on one another raised.
+
+    Args:
+        run_dir: The run's folder; checkpoints go to `<run_dir>/checkpoints`.
+        agreement: Of the ranks; left open.
+        device: Where this rank computes.
+        asynchronous: Copy the state to the host's memory and write from there while training goes
+            on; False: write before `save` returns, without the copy.
+        keep: How many of the newest checkpoints stay, > 0.
+        best: Which checkpoint stays besides; None: none does.
+        resumed_from: What the run starts from; it is never deleted. Checkpoints in this folder
+            that it does not go on from are of another history, and set aside.
+        max_failures: How many saves in a row may fail before it is an error, > 0.
+
+    Raises:
+        CheckpointError: the folder cannot be made or cleared.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        agreement: Agreement,
+        device: torch.device,
+        *,
+        asynchronous: bool,
+        keep: int,
+        best: Best | None = None,
+        resumed_from: Checkpoint | None = None,
+        max_failures: int = 2,
+    ) -> None:
+        self.folder = run_dir / CHECKPOINTS
+        self.agreement = agreement
+        self.device = device
+        self.asynchronous = asynchronous
+        self.keep = keep
+        self.best = best
+        self.resumed_from = resumed_from
+        self.max_failures = max_failures
+        self._copies = HostCopies()
+        self._writer: threading.Thread | None = None
+        self._reports: SimpleQueue[SaveReport] = SimpleQueue()
+        self._bug: BaseException | None = None
+        self._failures: list[str] = []
+        # steps that need not be saved again
+        self._saved: set[int] = set()
+        if resumed_from and resumed_from.folder.resolve().parent == self.folder.resolve():
+            self._saved.add(resumed_from.step)
+        agreement.on_main(self._open)
+
+    def __enter__(self) -> "CheckpointStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        policy: nn.Module,
+        optimizer: Optimizer | None,
+        scheduler: LambdaLR | None,
+        *,
+        record: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Save the state after `step` optimizer steps; waits for the save before it.
+
+        A step that this store has saved already is not saved again.
+
+        Args:
+            step: Optimizer steps done.
+            policy, optimizer, scheduler: The state; None is left out.
+            record: What `load_checkpoint` returns: the run's progress, fingerprints and the like.
+                JSON: keys are strings, tuples come back as lists.
+            metrics: Held-out metrics of these weights, among them that of `best`.
+
+        Raises:
+            CheckpointError: `max_failures` saves in a row failed, this one included if it is
+                written before this returns.
+        """
+        started = time.perf_counter()
+        self._join()
+        self._raise_if_failing()
+        if step in self._saved:
+            return
+        try:
+            snapshot = take_snapshot(
+                step,
+                policy,
+                optimizer,
+                scheduler,
+                record=record,
+                metrics=metrics or {},
+                copies=self._copies if self.asynchronous else None,
+                agreement=self.agreement,
+                device=self.device,
+            )
+        except CheckpointError as error:
+            self._report(step, started, time.perf_counter(), error=str(error))
+        else:
+            self._start_writing(snapshot, started)
+        if not self.asynchronous:
+            self._join()
+            self._raise_if_failing()
+
+    def poll(self) -> list[SaveReport]:
+        """Saves that ended since the last call, without waiting for any; ranks may see them at
+        different calls."""
+        self._raise_bug()
+        reports = []
+        while not self._reports.empty():
+            reports.append(self._reports.get())
+        return reports
+
+    def wait(self) -> list[SaveReport]:
+        """Wait for the save in flight, if there is one; `poll` after it."""
+        self._join()
+        return self.poll()
+
+    def close(self) -> None:
+        """Wait for the save in flight and free the copies."""
+        self._join()
+        self._copies = HostCopies()
+
+    def _open(self) -> None:
+        """Rank 0: a folder with nothing in it that is not of this run's history."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(self.folder)
+            newest = max(self._saved, default=-1)
+            for path in step_folders(self.folder):
+                if (step_of(path) or 0) > newest:
+                    aside = set_aside(path)
+                    logger.warning("%s is not what this run goes on from: now %s", path, aside.name)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.folder} cannot be used for checkpoints: {error}"
+            ) from error
+
+    def _start_writing(self, snapshot: Snapshot, started: float) -> None:
+        if not self.asynchronous:
+            self._write(snapshot, started)
+            return
+        # from here on the thread speaks to the other ranks' threads, and this one must not
+        self._writer = threading.Thread(
+            target=self._write, args=(snapshot, started), name="checkpoint writer", daemon=True
+        )
+        self._writer.start()
+
+    def _write(self, snapshot: Snapshot, started: float) -> None:
+        """Write a snapshot and report how it went."""
+        write_started = time.perf_counter()
+        try:
+            if self.device.type == "cuda":
+                # a thread begins on the first GPU, and would claim memory there
+                torch.cuda.set_device(self.device)
+            checkpoint = write_checkpoint(self.folder, snapshot, self.agreement)
+            self._saved.add(snapshot.step)
+            deleted = self._retain()
+        except CheckpointError as error:
+            self._report(snapshot.step, started, write_started, error=str(error))
+        except BaseException as bug:
+            self._bug = bug
+        else:
+            num_bytes = checkpoint.manifest.num_bytes
+            self._report(
+                snapshot.step, started, write_started, num_bytes=num_bytes, deleted=deleted
+            )
+
+    def _report(
+        self,
+        step: int,
+        started: float,
+        write_started: float,
+        *,
+        num_bytes: int = 0,
+        deleted: list[Path] | None = None,
+        error: str | None = None,
+    ) -> None:
+        self._failures = [*self._failures, error] if error else []
+        now = time.perf_counter()
+        self._reports.put(
+            SaveReport(
+                step=step,
+                folder=self.folder / folder_name(step),
+                num_bytes=num_bytes,
+                standstill_seconds=(write_started if self.asynchronous else now) - started,
+                write_seconds=now - write_started,
+                deleted=tuple(deleted or ()),
+                error=error,
+            )
+        )
+
+    def _retain(self) -> list[Path]:
+        """Rank 0: delete what is not kept; a file system that refuses costs room, not the run."""
+        if self.agreement.rank != 0:
+            return []
+        start = self.resumed_from
+        try:
+            return retain(
+                self.folder,
+                keep=self.keep,
+                best=self.best,
+                protected=start.folder if start else None,
+            )
+        except OSError as error:
+            logger.warning("an old checkpoint could not be deleted: %s", error)
+            return []
+
+    def _join(self) -> None:
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        self._raise_bug()
+
+    def _raise_bug(self) -> None:
+        if self._bug is not None:
+            bug, self._bug = self._bug, None
+            raise bug
+
+    def _raise_if_failing(self) -> None:
+        if len(self._failures) >= self.max_failures:
+            raise CheckpointError(
+                f"{len(self._failures)} saves in a row failed; {self._failures[-1]}"
+            )
