@@ -41,7 +41,7 @@ def config_of(case: dict[str, Any], run_dir: Path) -> Any:
 def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     """Train with fastpref; every step's numbers come from its own metrics.jsonl."""
     from fastpref.distributed import init_world
-    from fastpref.train.loop import train
+    from fastpref.train.task import train
 
     run_dir = Path(tempfile.mkdtemp()) / "run"
     config = config_of(job, run_dir)

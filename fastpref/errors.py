@@ -29,10 +29,6 @@ class CheckpointError(FastprefError):
     exit_code = 4
 
 
-NON_FINITE = "the gradient norm is not finite at step"
-"""What the check before every update says; on a GPU it runs on the device."""
-
-
 class NonFiniteError(FastprefError):
     """A loss or gradient is NaN or infinite; the weights were not touched by it."""
 
@@ -56,13 +52,13 @@ class RankError(DistributedError):
 
 
 class PreemptionError(FastprefError):
-    """SIGTERM arrived; the model was saved."""
+    """SIGTERM or SIGUSR1 arrived, or the deadline is near; the state was saved."""
 
     exit_code = 75
 
 
 class InterruptionError(FastprefError):
-    """SIGINT (Ctrl-C) arrived; the model was saved."""
+    """SIGINT (Ctrl-C) arrived; the state was saved."""
 
     exit_code = 130
 

@@ -7,12 +7,10 @@ import torch
 import torch.distributed as dist
 
 from fastpref.errors import (
-    NON_FINITE,
     CheckpointError,
     DistributedError,
     FastprefError,
     MemoryExhaustedError,
-    NonFiniteError,
     first_line,
 )
 
@@ -40,9 +38,6 @@ def explain(error: BaseException) -> FastprefError | None:
             "packing.max_tokens or max_length, more gradient_accumulation_steps, or "
             "activation_checkpointing=true need less"
         )
-    if "device-side assert" in text:
-        # CUDA prints the assertion itself to stderr and leaves its text out of the exception
-        return NonFiniteError(f"a check on the GPU failed, most likely: {NON_FINITE} (see above)")
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_RANK)
     ):

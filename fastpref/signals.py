@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the end where nothing can be lost, a request where there is a model to save.
+"""SIGINT, SIGTERM and SIGUSR1: the end where nothing can be lost, elsewhere a request to save.
 
 A handler runs between any two instructions, those of libraries, of imports and of other handlers
 included. What it raised could be caught anywhere, and what it changed be half changed already: so
@@ -10,9 +10,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastpref")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FAILURE = 255
-"""What ranks agree on where one of them cannot write; above every signal's number."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C; a scheduler that takes the machine away; one that says so beforehand."""
+DEADLINE, NON_FINITE, FAILURE = 253, 254, 255
+"""What ranks agree on beside signals, above their numbers: the time is up, no step is applied any
+more, one of them cannot write."""
+SAME_REQUEST_SECONDS = 2.0
+"""torchrun passes on a Ctrl-C that the terminal has sent to all of its processes already."""
 SHOW_CURSOR = b"\x1b[?25h"
 """A progress bar hides it."""
+
+LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 
 _outcomes = ["nothing to save yet"]
 """What a signal that ends the process says of the run; the last one counts."""
@@ -45,15 +51,16 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 def stop_error(number: int, outcome: str) -> FastprefError:
-    """InterruptionError for SIGINT, PreemptionError for SIGTERM."""
+    """InterruptionError for SIGINT, PreemptionError for the others."""
     if number == signal.SIGINT:
         return InterruptionError(f"interrupted; {outcome}")
-    return PreemptionError(f"terminated; {outcome}")
+    reasons = {signal.SIGUSR1: "asked to stop by SIGUSR1", DEADLINE: "checkpoint.deadline is near"}
+    return PreemptionError(f"{reasons.get(number, 'terminated')}; {outcome}")
 
 
 @contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """While entered, SIGINT and SIGTERM end the process where it stands, with their exit codes and
+    """While entered, a signal ends the process where it stands, with their exit codes and
     a message."""
 
     owner = os.getpid()
@@ -110,7 +117,7 @@ def signals_kill() -> None:
 
 @contextmanager
 def _handlers(handle: Handler) -> Iterator[None]:
-    """Install a handler of both signals; at the end those before it."""
+    """Install a handler of the signals; at the end those before it."""
     # only the main thread may
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -127,13 +134,15 @@ def _handlers(handle: Handler) -> Iterator[None]:
 
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM is remembered; a second one acts at once.
+    """While entered, the first signal is remembered; a second one acts at once.
 
-    A file that cannot be written asks for the same: to save the model and end.
+    A file that cannot be written, and what calls `ask`, wants the same: to save and end.
     """
 
     def __init__(self) -> None:
         self._received = 0
+        self._received_at = 0.0
+        self._asked = 0
         self._agreed = 0
         self._failure: CheckpointError | None = None
         self._was_told = False
@@ -149,7 +158,11 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop; others may not know of it yet."""
-        return bool(self._received or self._agreed or self._failure)
+        return bool(self._received or self._asked or self._agreed or self._failure)
+
+    def ask(self, reason: int) -> None:
+        """Ask all ranks to stop: for `DEADLINE` or `NON_FINITE`."""
+        self._asked = max(self._asked, reason)
 
     def agreed(self, world: "World") -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
@@ -162,7 +175,8 @@ class StopRequest:
 
     def _agree(self, world: "World") -> None:
         # what this rank received stays apart: its own signal may come after another rank's
-        self._agreed = world.agree_max(FAILURE if self._failure else self._received)
+        own = FAILURE if self._failure else max(self._asked, self._received)
+        self._agreed = world.agree_max(own)
 
     @contextmanager
     def if_unwritable(self) -> Iterator[None]:
@@ -172,10 +186,10 @@ class StopRequest:
         except CheckpointError as error:
             self._failure = self._failure or error
 
-    def raise_if_requested(self, run_dir: Path, world: "World") -> None:
-        """`raise_saying` once the model is saved; every rank does, or none."""
+    def raise_if_requested(self, what_is_saved: str, world: "World") -> None:
+        """`raise_saying` once everything is saved; every rank does, or none."""
         self._agree(world)
-        self.raise_saying(f"the model so far is in {run_dir / 'LATEST'}")
+        self.raise_saying(what_is_saved)
 
     def raise_saying(self, what_is_saved: str) -> None:
         """If the ranks agreed to stop: the exit code that tells why, and what was saved.
@@ -183,7 +197,7 @@ class StopRequest:
         Raises:
             CheckpointError: a file could not be written.
             InterruptionError: it was SIGINT.
-            PreemptionError: it was SIGTERM.
+            PreemptionError: it was another signal, or the deadline.
         """
         if self._failure or self._agreed == FAILURE:
             cause = self._failure or "rank 0 cannot write to the run folder"
@@ -192,8 +206,13 @@ class StopRequest:
             raise stop_error(self._agreed, what_is_saved)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
         if not self._received:
+            # its time first: another handler may run in between
+            self._received_at = now
             self._received = number
+        elif LAUNCHED_BY_TORCHRUN and now - self._received_at < SAME_REQUEST_SECONDS:
+            return
         elif number == signal.SIGINT:
             quit_saying(stop_error(number, f"asked for twice, so at once; {_outcomes[-1]}"))
         else:

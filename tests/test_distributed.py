@@ -107,7 +107,9 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
         "2 packing": pack,
         "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
         "4 identity": lambda: build_sides(weights, whole.model, world),
-        "4 run folder": lambda: run_place(make_config(base, run_dir=UNWRITABLE)).create("", world),
+        "4 run folder": lambda: world.on_main(
+            lambda: run_place(make_config(base, run_dir=UNWRITABLE)).create("")
+        ),
         "4 export": export,
         "1 bug": lambda: world.on_main(lambda: 1 // 0),
     }

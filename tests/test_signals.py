@@ -155,7 +155,7 @@ def test_handlers_are_put_back_even_those_that_python_does_not_know():
         with signals_end_the_process(), say_if_stopped("nothing"), StopRequest() as stop:
             signal.raise_signal(signal.SIGINT)
         with pytest.raises(InterruptionError):
-            stop.raise_if_requested(Path("run"), World())
+            stop.raise_if_requested("saved", World())
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
     finally:

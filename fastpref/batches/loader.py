@@ -73,9 +73,9 @@ class Loader:
             num_computed=num_computed(plan),
         )
 
-    def steps(self, world: World) -> Prefetch[StepBatches]:
-        """All steps one after another, each ready before it is asked for."""
-        return Prefetch(lambda index: self.step(index, world), range(self.order.num_steps))
+    def steps(self, world: World, start: int = 0) -> Prefetch[StepBatches]:
+        """The steps from `start` on, each ready before it is asked for."""
+        return Prefetch(lambda index: self.step(index, world), range(start, self.order.num_steps))
 
     def savings(self, num_ranks: int, num_steps: int) -> tuple[int, int]:
         """Tokens in the data and tokens computed for them, over the first steps."""

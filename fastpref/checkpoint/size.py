@@ -1,6 +1,8 @@
 """How large a training checkpoint will be, before the first one, and how much room there is."""
 
+import contextlib
 import inspect
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,21 @@ def probe_state(optimizer: Optimizer) -> tuple[float, int]:
     probe.step()
     state = [value for value in probe.state[matrix].values() if isinstance(value, torch.Tensor)]
     return sum(value.nbytes for value in state) / matrix.nbytes, len(state)
+
+
+def available_memory() -> int:
+    """Bytes of the host's memory that can be had, the control group's limit counted."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        [_, kib, *_] = next(line for line in lines if line.startswith("MemAvailable")).split()
+        free = int(kib) * 1024
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text(encoding="ascii"))
+        used = int((group / "memory.current").read_text(encoding="ascii"))
+        free = min(free, limit - used)
+    return free
 
 
 def free_bytes(folder: Path) -> int:

@@ -65,7 +65,7 @@ class CheckpointStore:
     """Saves a run's checkpoints, one at a time, and deletes those that are not kept.
 
     Every rank has one and makes the same calls in the same order. A save that fails leaves the
-    training state as it is: it is reported, and only if failures follow on one another raised.
+    training state as it is, and is reported.
 
     Args:
         run_dir: The run's folder; checkpoints go to `<run_dir>/checkpoints`.
@@ -77,10 +77,9 @@ class CheckpointStore:
         best: Which checkpoint stays besides; None: none does.
         resumed_from: What the run starts from; it is never deleted. Checkpoints in this folder
             that it does not go on from are of another history, and set aside.
-        max_failures: How many saves in a row may fail before it is an error, > 0.
 
     Raises:
-        CheckpointError: the folder cannot be made or cleared.
+        CheckpointError: the folder cannot be cleared.
     """
 
     def __init__(
@@ -93,7 +92,6 @@ class CheckpointStore:
         keep: int,
         best: Best | None = None,
         resumed_from: Checkpoint | None = None,
-        max_failures: int = 2,
     ) -> None:
         self.folder = run_dir / CHECKPOINTS
         self.agreement = agreement
@@ -102,12 +100,10 @@ class CheckpointStore:
         self.keep = keep
         self.best = best
         self.resumed_from = resumed_from
-        self.max_failures = max_failures
         self._copies = HostCopies()
         self._writer: threading.Thread | None = None
         self._reports: SimpleQueue[SaveReport] = SimpleQueue()
         self._bug: BaseException | None = None
-        self._failures: list[str] = []
         # steps that need not be saved again
         self._saved: set[int] = set()
         if resumed_from and resumed_from.folder.resolve().parent == self.folder.resolve():
@@ -140,14 +136,9 @@ class CheckpointStore:
             record: What `load_checkpoint` returns: the run's progress, fingerprints and the like.
                 JSON: keys are strings, tuples come back as lists.
             metrics: Held-out metrics of these weights, among them that of `best`.
-
-        Raises:
-            CheckpointError: `max_failures` saves in a row failed, this one included if it is
-                written before this returns.
         """
         started = time.perf_counter()
         self._join()
-        self._raise_if_failing()
         if step in self._saved:
             return
         try:
@@ -168,7 +159,6 @@ class CheckpointStore:
             self._start_writing(snapshot, started)
         if not self.asynchronous:
             self._join()
-            self._raise_if_failing()
 
     def poll(self) -> list[SaveReport]:
         """Saves that ended since the last call, without waiting for any; ranks may see them at
@@ -192,7 +182,9 @@ class CheckpointStore:
     def _open(self) -> None:
         """Rank 0: a folder with nothing in it that is not of this run's history."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                # made by the first save
+                return
             clear_leftovers(self.folder)
             newest = max(self._saved, default=-1)
             for path in step_folders(self.folder):
@@ -244,7 +236,6 @@ class CheckpointStore:
         deleted: list[Path] | None = None,
         error: str | None = None,
     ) -> None:
-        self._failures = [*self._failures, error] if error else []
         now = time.perf_counter()
         self._reports.put(
             SaveReport(
@@ -284,9 +275,3 @@ class CheckpointStore:
         if self._bug is not None:
             bug, self._bug = self._bug, None
             raise bug
-
-    def _raise_if_failing(self) -> None:
-        if len(self._failures) >= self.max_failures:
-            raise CheckpointError(
-                f"{len(self._failures)} saves in a row failed; {self._failures[-1]}"
-            )

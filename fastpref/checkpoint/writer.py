@@ -132,7 +132,7 @@ def _publish(partial: Path, manifest: Manifest) -> None:
             file.write(f"{final.name}\n")
     except CheckpointError as error:
         # it only tells people what finding finds out for itself
-        logger.warning("%s does not name it: %s", final, error)
+        logger.warning("%s does not name %s: %s", LATEST, final.name, error)
 
 
 def random_states_file(rank: int) -> str:

@@ -55,11 +55,16 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "batch_size",
     "ref_model_dtype": "model.reference_dtype",
     "report_to": "wandb.enabled",
+    "resume_from_checkpoint": "resume.path",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
     "tokenizer": "model.tokenizer_name_or_path",
     "torch_dtype": "model.policy_dtype",
     "train_batch_size": "batch_size",
     "warmup_ratio": "warmup_steps",
 }
+SHORT = {"resume": "resume.path"}
+"""Groups whose own name stands for one of their options."""
 # what other trainers call a choice of ours
 OTHER_CHOICES = {
     "loss=cdpo": "loss=dpo loss.label_smoothing=0.1",
@@ -92,6 +97,7 @@ def read_config(
         ConfigError: one line per wrong argument; the first broken rule if all are well-formed.
     """
     pairs, problems = split_arguments(arguments)
+    pairs = {SHORT.get(key, key): text for key, text in pairs.items()}
     choices = {key: text for key, text in pairs.items() if key in CHOICE_GROUPS}
     wrong_groups = set()
     for group, choice in choices.items():

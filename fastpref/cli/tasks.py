@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastpref.config import Config
+from fastpref.config import Config, ResumeConfig
+from fastpref.config.survival import RESUME_WORDS
+from fastpref.errors import ConfigError
 
 if TYPE_CHECKING:
     from fastpref.distributed import World
@@ -18,17 +20,37 @@ def check_task(config: Config, num_ranks: int) -> None:
     from fastpref.train.optim import check_optimizer
     from fastpref.train.run_folder import check_writable, run_place
 
+    check_resume(config.resume, config.task)
     if config.task == "estimate_weights":
         assert config.weights.output_dir
         check_writable("weights.output_dir", Path(config.weights.output_dir))
         return
     if config.task == "train":
-        run_place(config).check()
+        run_place(config).check(may_go_on=config.resume.path != "never")
     else:
-        from fastpref.tisdpo.recipe import check_run_folder
+        from fastpref.tisdpo.recipe_folder import check_run_folder
 
         check_run_folder(run_place(config), config.to_yaml())
     check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
+
+
+def check_resume(resume: ResumeConfig, task: str) -> None:
+    """Refuse a path where a task goes on by itself, and names that nothing has.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    from fastpref.cli.options import all_options
+    from fastpref.train.differences import unknown_names
+
+    if task != "train" and resume.path not in RESUME_WORDS:
+        raise ConfigError(
+            f"resume.path: task={task} goes on by itself with what is in its own folder; a path "
+            "is for task=train"
+        )
+    wrong = unknown_names(resume.allow, [*all_options(), "data", "model", "tokenizer"])
+    if wrong:
+        raise ConfigError(f"resume.allow: there is no option {', '.join(wrong)}")
 
 
 def run_task(config: Config, world: "World") -> None:
@@ -46,6 +68,6 @@ def run_task(config: Config, world: "World") -> None:
 
         run_tisdpo(config, world)
     else:
-        from fastpref.train.loop import train
+        from fastpref.train.task import train
 
         train(config, world)

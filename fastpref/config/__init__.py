@@ -34,10 +34,12 @@ from fastpref.config.run import (
 from fastpref.config.stages import (
     StagesConfig,
 )
+from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeConfig
 
 __all__ = [
     "LOSSES",
     "METHODS",
+    "CheckpointConfig",
     "Config",
     "DPOConfig",
     "DataConfig",
@@ -48,6 +50,8 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "PackingConfig",
+    "ParallelConfig",
+    "ResumeConfig",
     "SFTConfig",
     "SimPOConfig",
     "StagesConfig",

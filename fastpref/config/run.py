@@ -28,6 +28,7 @@ from fastpref.config.loss import (
     TransformConfig,
 )
 from fastpref.config.stages import StagesConfig
+from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeConfig
 from fastpref.errors import ConfigError
 
 
@@ -81,6 +82,9 @@ class Config:
     """Optimizer steps of linear warm-up, >= 0."""
     max_grad_norm: float = 10.0
     """Gradients are clipped to this norm, > 0."""
+    on_nonfinite: str = "stop"
+    """A step whose loss or gradient is not finite is never applied. stop: end with exit code 5,
+    naming its rows. skip: leave it out and count it; ten in a row end the run."""
     optimizer: str = "AdamW"
     """A class of torch.optim."""
     activation_checkpointing: bool = False
@@ -124,6 +128,12 @@ class Config:
     """Schedule and optimizer arguments."""
     head: HeadConfig = field(default_factory=HeadConfig)
     """The fused LM head."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """What a run goes on from."""
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
+    """Going on."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Several processes."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
     tensorboard: TensorboardConfig = field(default_factory=TensorboardConfig)
@@ -135,6 +145,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
+        check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         self._check_trainer()
         self._check_numbers()
         self._check_run_dir()

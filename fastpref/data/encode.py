@@ -27,6 +27,7 @@ from fastpref.data.chat import (
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.data.options import DataOptions
+from fastpref.data.places import Places, join_places
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
@@ -63,6 +64,8 @@ class PreferenceSplit:
     """Prompts numbered, those of rows that were left out included: they keep their place in the
     order of a seed repository."""
     audit: AuditCounts
+    places: Places
+    """Where each row comes from."""
 
 
 def load_split(
@@ -106,6 +109,7 @@ def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
         groups=np.concatenate(groups),
         num_prompts=offset,
         audit=audit,
+        places=join_places([part.places for part in parts]),
     )
 
 
@@ -156,8 +160,10 @@ def encode_rows(
     )
     if len(kept) < len(encoded):
         encoded = encoded.select(kept)
+    lines = encoded.with_format("numpy")["row"][:]
     return PreferenceSplit(
         name=counts.split,
+        places=Places(sources=(rows.source,), source=np.zeros_like(lines), line=lines),
         groups=encoded.with_format("numpy")["group"][:],
         num_prompts=rows.num_prompts,
         dataset=encoded.remove_columns(list(BOOKKEEPING)),

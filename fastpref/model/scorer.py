@@ -81,6 +81,11 @@ class TokenScorer(nn.Module):
         if self._masters is not None:
             self._masters.follow(optimizer)
 
+    def refresh(self) -> None:
+        """Compute with the parameters as they are: to be called once they were changed in place."""
+        if self._masters is not None:
+            self._masters.refresh()
+
     def train(self, mode: bool = True) -> "TokenScorer":
         """Stays in evaluation mode whatever is asked for."""
         return super().train(False)

@@ -13,37 +13,29 @@ import logging
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
-from yaml import YAMLError
 
+from fastpref.checkpoint.folders import CHECKPOINTS
 from fastpref.complete_files import complete_file, writing
 from fastpref.config import Config
 from fastpref.distributed import World
-from fastpref.errors import ConfigError, InterruptionError, PreemptionError
+from fastpref.errors import InterruptionError, PreemptionError
 from fastpref.model.paths import EXPORT_FOLDER
 from fastpref.signals import say_if_stopped
 from fastpref.tisdpo.estimate import estimate_weights
+from fastpref.tisdpo.recipe_folder import open_run_dir
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stages import Stage, build_stages
-from fastpref.train.loop import train
 from fastpref.train.report import by_metric, print_text, render
-from fastpref.train.run_folder import RunPlace, run_place, took_no_step
+from fastpref.train.run_folder import locked, run_place
+from fastpref.train.task import train
 
 logger = logging.getLogger("fastpref")
 
 MARKER = "stage.json"
 """In a stage's folder once it is done: its seconds and its result in words."""
-
-MAY_CHANGE = (
-    *("run_dir", "output_dir", "local_dirs", "exp_name", "trainer", "fsdp_port", "debug"),
-    *("minimum_log_interval_secs", "wandb", "tensorboard"),
-)
-"""Options that may differ between two starts of one run: nothing is computed from them."""
 
 
 def run_tisdpo(config: Config, world: World) -> None:
@@ -56,7 +48,7 @@ def run_tisdpo(config: Config, world: World) -> None:
     stages = build_stages(config, run_dir)
     go_on = f"stages that are done stay done, run_dir={run_dir} goes on with the next one"
     try:
-        with say_if_stopped(go_on):
+        with say_if_stopped(go_on), locked(run_dir, world):
             run_stages(stages, run_dir, world)
     except (InterruptionError, PreemptionError) as stopped:
         if go_on in str(stopped):
@@ -77,99 +69,10 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World) -> None:
     world.on_main(lambda: close_run(run_dir, stages))
 
 
-def check_run_folder(place: RunPlace, options: str) -> None:
-    """Refuse, before anything is loaded, a run folder that is not one of this run's.
-
-    Args:
-        place: Where it is to be.
-        options: The text of its `config.yaml`.
-
-    Raises:
-        ConfigError: it cannot be made, holds something else, or was started with other options.
-    """
-    run_dir = place.run_dir
-    if run_dir is None or not (run_dir / "config.yaml").is_file():
-        place.check()
-        return
-    before = read_options(run_dir)
-    if before.get("task") != "tisdpo":
-        if not took_no_step(run_dir):
-            raise ConfigError(f"run_dir: {run_dir} holds another run; name a new folder")
-        return
-    now = OmegaConf.to_container(OmegaConf.create(options))
-    changes = list_changes(before, now)
-    if changes and has_begun(run_dir):
-        raise ConfigError(
-            f"run_dir: {run_dir} was started with other options: {'; '.join(changes)}; give "
-            "the same ones to go on with it, or name a new folder"
-        )
-
-
-def read_options(run_dir: Path) -> dict[Any, Any]:
-    """The options that a run folder was started with; {} if its config.yaml cannot be read."""
-    try:
-        options = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-    except (YAMLError, OmegaConfBaseException):
-        return {}
-    return options if isinstance(options, dict) else {}
-
-
-def has_begun(run_dir: Path) -> bool:
-    """Whether an earlier start has got as far as a training step or a row's weights."""
-    return any(
-        not took_no_step(child) if child.is_dir() else child.name != "config.yaml"
-        for child in run_dir.iterdir()
-    )
-
-
-def list_changes(before: Any, now: Any, prefix: str = "") -> list[str]:
-    """Options of two nested configs that differ, as "lr was 0.1, is 0.2"."""
-    changes: list[str] = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new or (not prefix and key in MAY_CHANGE):
-            continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += list_changes(old, new, f"{prefix}{key}.")
-        else:
-            changes.append(f"{prefix}{key} was {old}, is {new}")
-    return changes
-
-
-def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
-    """The run folder: a new one, or the one that an earlier start has left.
-
-    Args:
-        place: Where it is to be.
-        options: The text of its `config.yaml`.
-        world: Whoever runs.
-    """
-    named = place.run_dir
-    if named and world.on_main(lambda: go_on_in(named, options)):
-        return named
-    run_dir = place.create(options, world)
-    if world.is_main:
-        logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
-    return run_dir
-
-
-def go_on_in(run_dir: Path, options: str) -> bool:
-    """Whether a folder is that of an earlier start of this run; it then has the options of this
-    one where nothing had been computed from the others."""
-    path = run_dir / "config.yaml"
-    if not path.is_file() or read_options(run_dir).get("task") != "tisdpo":
-        return False
-    if not has_begun(run_dir):
-        with complete_file(path) as file:
-            file.write(options)
-    return True
-
-
 def run_stage(stage: Stage, folder: Path, world: World) -> None:
-    """One stage from its beginning; its own closing table goes to `summary.txt`."""
+    """One stage, from where an earlier start has left it; its own closing table goes to
+    `summary.txt`."""
     is_training = stage.config.task == "train"
-    if is_training:
-        world.on_main(lambda: clear(folder))
     started = time.perf_counter()
     table = io.StringIO()
     reports: list[WeightsReport] = []
@@ -189,16 +92,11 @@ def run_stage(stage: Stage, folder: Path, world: World) -> None:
         record = {"what": stage.what, "result": result, "seconds": time.perf_counter() - started}
         with complete_file(folder / MARKER) as file:
             file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        # nothing goes on inside a stage that is done
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
     # no rank starts on a stage whose input rank 0 has not finished
     world.on_main(mark_done)
-
-
-def clear(folder: Path) -> None:
-    """Remove what an interrupted start of a training stage has left."""
-    if folder.exists():
-        logger.info("%s: what an interrupted start has left is done anew", folder)
-        shutil.rmtree(folder)
 
 
 def free_memory() -> None:

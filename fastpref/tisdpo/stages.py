@@ -76,6 +76,8 @@ class _Recipe(NamedTuple):
         options: dict[str, Any] = {
             "task": "train",
             "run_dir": str(self.run_dir / name),
+            # a stage that was stopped goes on inside
+            "resume": replace(config.resume, path="auto"),
             "exp_name": f"{config.exp_name or config.computed_exp_name()}_{name}",
             # only what the last policy says is worth reading
             "sample_during_eval": False,

@@ -1,77 +1,109 @@
-"""A run put together: data, models, optimizer and log."""
+"""A run put together: data, models, what trains them, the checkpoint to go on from, and the log."""
 
 from dataclasses import asdict
 from functools import partial
+from typing import NamedTuple
 
 from fastpref.config import Config
 from fastpref.distributed import World
-from fastpref.objectives.objective import build_objective
+from fastpref.objectives.objective import Objective, build_objective
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.announce import announce, announce_tokens
-from fastpref.train.data import build_loaders, load_data
+from fastpref.train.data import Data, build_loaders, load_data
 from fastpref.train.export import plan_export
-from fastpref.train.log import open_log
-from fastpref.train.models import build_models
-from fastpref.train.optim import build_optimizer, build_scheduler
+from fastpref.train.models import Models, build_models
+from fastpref.train.opening import open_log, open_run_dir
 from fastpref.train.run import Run
-from fastpref.train.run_folder import run_place
+from fastpref.train.start import Start
+from fastpref.train.updates import Updates, build_updates
 
 
-def build_run(config: Config, world: World) -> Run:
+def build_run(config: Config, world: World, start: Start) -> Run:
     """Everything a run needs, in the order in which mistakes are cheap to find: data, then models.
 
+    Args:
+        config: Of the run.
+        world: Whoever runs.
+        start: What it goes on from.
+
     Raises:
-        FastprefError: whatever is wrong with the config, the data or the model.
+        FastprefError: whatever is wrong with the config, the data or the model, or does not go
+            with the checkpoint.
     """
     objective = build_objective(config.loss)
     announce(objective, world, config.model, config.datasets, config.transform)
     data = load_data(config, world)
+    fingerprints = start.check(asdict(config), config.model, data, world, allow=config.resume.allow)
     models = build_models(
         config, world, with_reference=objective.needs.reference, longest=data.longest
     )
-    policy = models.policy
-    train_loader, eval_loader = build_loaders(
-        data,
-        models.layout,
-        num_embeddings=policy.num_embeddings,
-        min_micro_batches=config.gradient_accumulation_steps,
-    )
-    announce_tokens(train_loader, world)
-    optimizer = build_optimizer(
-        config.optimizer, policy.parameters(), lr=config.lr, options=config.optim.arguments()
-    )
-    policy.follow(optimizer)
-    scheduler = build_scheduler(
-        optimizer,
-        schedule=config.optim.schedule,
-        warmup_steps=config.warmup_steps,
-        num_steps=train_loader.order.num_steps,
-        min_lr_ratio=config.optim.min_lr_ratio,
-    )
-    plan = world.only_on_main(partial(plan_export, config.model, policy.model.config, *data.texts))
-    # last: what fails until here leaves no folder behind
-    run_dir = run_place(config).create(config.to_yaml(), world)
-    log = open_log(
-        run_dir,
-        world,
-        followers=config.trackers,
-        options=asdict(config),
-        min_interval_seconds=config.minimum_log_interval_secs,
-        starts_at_log_two=objective.starts_at_log_two,
-        exactly=models.starts_equal,
-    )
-    return Run(
-        config=config,
-        world=world,
-        run_dir=run_dir,
-        tokenizer=data.tokenizer,
-        train=train_loader,
-        eval=eval_loader,
-        policy=policy,
-        reference=models.reference,
-        step_loss=StepLoss(objective, policy, models.reference),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        log=log,
-        export=plan,
-    )
+    return _Parts(config, world, start, objective, data, models).assemble(fingerprints)
+
+
+class _Parts(NamedTuple):
+    """What a run is made of."""
+
+    config: Config
+    world: World
+    start: Start
+    objective: Objective
+    data: Data
+    models: Models
+
+    def assemble(self, fingerprints: dict[str, str]) -> Run:
+        """Loaders, updates and state, then folder and log: what fails until then leaves none."""
+        config, world, policy = self.config, self.world, self.models.policy
+        train, held_out = build_loaders(
+            self.data,
+            self.models.layout,
+            num_embeddings=policy.num_embeddings,
+            min_micro_batches=config.gradient_accumulation_steps,
+        )
+        announce_tokens(train, world)
+        updates = self.updates(train.order.num_steps)
+        plan = partial(plan_export, config.model, policy.model.config, *self.data.texts)
+        export = world.only_on_main(plan)
+        state = self.start.load(policy, updates, world.device, num_steps=train.order.num_steps)
+        run_dir = open_run_dir(self.start, config.to_yaml(), world)
+        log = open_log(
+            run_dir,
+            world,
+            followers=config.trackers,
+            options=asdict(config),
+            min_interval_seconds=config.minimum_log_interval_secs,
+            starts_at_log_two=self.objective.starts_at_log_two,
+            exactly=self.models.starts_equal,
+            examples=state.examples,
+        )
+        return Run(
+            config=config,
+            world=world,
+            run_dir=run_dir,
+            tokenizer=self.data.tokenizer,
+            train=train,
+            eval=held_out,
+            policy=policy,
+            reference=self.models.reference,
+            step_loss=StepLoss(self.objective, policy, self.models.reference),
+            updates=updates,
+            log=log,
+            state=state,
+            start=self.start,
+            fingerprints=fingerprints,
+            export=export,
+        )
+
+    def updates(self, num_steps: int) -> Updates:
+        """What trains the policy."""
+        config = self.config
+        return build_updates(
+            self.models.policy,
+            self.world,
+            optimizer=config.optimizer,
+            lr=config.lr,
+            options=config.optim,
+            warmup_steps=config.warmup_steps,
+            num_steps=num_steps,
+            max_grad_norm=config.max_grad_norm,
+            skip_nonfinite=config.on_nonfinite == "skip",
+        )

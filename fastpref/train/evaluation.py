@@ -18,10 +18,15 @@ from fastpref.train.sampling import sample_responses, write_samples
 logger = logging.getLogger("fastpref")
 
 
-def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
-    """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl."""
+def evaluate(run: Run, stop: StopRequest) -> Record | None:
+    """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl.
+
+    Returns:
+        That line, on every rank; None if a signal came before the end, or there is no split.
+    """
     if run.eval is None:
-        return
+        return None
+    step, examples = run.state.step, run.state.examples
     with stop.if_unwritable():
         run.log.flush()
     started = time.perf_counter()
@@ -32,7 +37,7 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
             if stop.agreed(run.world):
                 # a mean over part of the split would look like one over all of it
                 run.policy.train()
-                return
+                return None
             for host_batch in step_batches.batches:
                 batch = host_batch.to(run.world.device)
                 _, values = run.step_loss.compute(batch, None)
@@ -51,13 +56,20 @@ def evaluate(run: Run, step: int, examples: int, stop: StopRequest) -> None:
         with stop.if_unwritable():
             run.log.write(record)
         logger.info("eval after %d: %s", examples, format_metrics(record))
-    if run.config.sample_during_eval:
-        sample(run, step, examples, stop)
+    if run.config.sample_during_eval and not sample(run, stop):
+        return None
     run.log.restart_clock()
+    run.state.evaluated = step
+    return record
 
 
-def sample(run: Run, step: int, examples: int, stop: StopRequest) -> None:
-    """Samples of the policy and, before the first update, of the reference, to samples.jsonl."""
+def sample(run: Run, stop: StopRequest) -> bool:
+    """Samples of the policy and, before the first update, of the reference, to samples.jsonl.
+
+    Returns:
+        False if a signal came before the end.
+    """
+    step, examples = run.state.step, run.state.examples
     assert run.eval is not None
     config, dataset = run.config, run.eval.data.dataset
     rows = dataset[run.eval.order.epoch_rows(0)[: config.n_eval_model_samples].tolist()]
@@ -77,10 +89,10 @@ def sample(run: Run, step: int, examples: int, stop: StopRequest) -> None:
             stop=stop,
         )
         if responses is None:
-            return
+            return False
         samples[name] = responses
     if not run.world.is_main:
-        return
+        return True
     samples["prompt"] = run.tokenizer.batch_decode(rows["prompt_ids"])
     samples["chosen"] = run.tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
     records = [
@@ -89,3 +101,4 @@ def sample(run: Run, step: int, examples: int, stop: StopRequest) -> None:
     with stop.if_unwritable():
         write_samples(run.run_dir / "samples.jsonl", step, examples, records)
     logger.info("a sample of the policy: %r -> %r", records[0]["prompt"], records[0]["policy"])
+    return True

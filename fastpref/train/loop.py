@@ -1,100 +1,72 @@
-"""The training run: one loop over optimizer steps, over objects that were built before it."""
+"""The loop over optimizer steps, with evaluations and checkpoints between them."""
 
 import logging
-import random
-import time
-from contextlib import closing
 
-import numpy as np
-import torch
-
-from fastpref.config import Config
-from fastpref.distributed import World
+from fastpref.batches.loader import StepBatches
 from fastpref.progress import Progress
-from fastpref.signals import StopRequest, say_if_stopped
-from fastpref.train.advice import advise
-from fastpref.train.build import build_run
+from fastpref.signals import NON_FINITE, StopRequest
+from fastpref.train.checkpoints import Checkpoints
 from fastpref.train.evaluation import evaluate
-from fastpref.train.export import export_model
-from fastpref.train.metrics import (
-    PendingStep,
-    Record,
-    format_metrics,
-)
-from fastpref.train.report import show_results
+from fastpref.train.metrics import PendingStep, Record, format_metrics
 from fastpref.train.run import Run
 from fastpref.train.step import train_step
 
 logger = logging.getLogger("fastpref")
 
 
-def train(config: Config, world: World) -> None:
-    """`task=train`: from rows and a model to a trained model.
-
-    Raises:
-        FastprefError: with the exit code of what went wrong; InterruptionError, PreemptionError
-            and the CheckpointError of a file that cannot be written after the model was saved.
-    """
-    seed_everything(config.seed)
-    run = build_run(config, world)
-    for line in advise(run):
-        logger.warning(line)
-    started = time.perf_counter()
-    # the log is closed last: a tracker may wait for its service, and a model is not to wait for it
-    with (
-        say_if_stopped(f"what there is lies in {run.run_dir}"),
-        closing(run.log),
-        StopRequest() as stop,
-    ):
-        run_loop(run, stop)
-        with stop.if_unwritable():
-            run.log.flush()
-        export_model(run.policy, run.export, run.run_dir, world)
-        if world.is_main:
-            show_results(run.log.records, run.run_dir, time.perf_counter() - started)
-        stop.raise_if_requested(run.run_dir, world)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and random. The order of the data depends on its own generators."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def run_loop(run: Run, stop: StopRequest) -> None:
-    """Every optimizer step, with evaluations before, between and after; ends early on a signal."""
-    config, world, order = run.config, run.world, run.train.order
-    eval_steps = steps_between_evals(config.eval_every, config.batch_size)
-    examples = 0
-    progress = Progress(total=order.num_steps, visible=world.is_main)
-    with progress, run.train.steps(world) as steps:
-        for step, batches in enumerate(steps):
-            if step % eval_steps == 0 and (step > 0 or config.do_first_eval):
-                evaluate(run, step, examples, stop)
-            if stop.agreed(world):
+def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
+    """Every optimizer step that is left; ends early where one rank is asked to stop."""
+    order, state = run.train.order, run.state
+    eval_steps = steps_between_evals(run.config.eval_every, run.config.batch_size)
+    if is_evaluation_due(run, eval_steps):
+        evaluate(run, stop)
+    progress = Progress(total=order.num_steps, visible=run.world.is_main)
+    progress.advance(state.step)
+    with progress, run.train.steps(run.world, state.step) as steps:
+        for batches in steps:
+            if stop.agreed(run.world):
                 return
-            examples += batches.num_examples
-            lr = float(run.scheduler.get_last_lr()[0])
-            names, values = train_step(run, batches, step)
-            run.scheduler.step()
-            due = run.log.add_step(
-                PendingStep(
-                    step=step + 1,
-                    examples=examples,
-                    num_examples=batches.num_examples,
-                    num_tokens=batches.num_tokens,
-                    num_computed=batches.num_computed,
-                    lr=lr,
-                    names=names,
-                    values=values,
-                )
-            )
-            if due:
-                with stop.if_unwritable():
-                    show_step(progress, run.log.flush(), visible=world.is_main)
-            progress.advance()
-    evaluate(run, order.num_steps, examples, stop)
+            step_and_log(run, batches, progress, stop)
+            evaluation = evaluate(run, stop) if is_evaluation_due(run, eval_steps) else None
+            checkpoints.after_step(evaluation, stop)
+
+
+def is_evaluation_due(run: Run, eval_steps: int) -> bool:
+    """Whether the policy as it stands is to be evaluated, and was not."""
+    step = run.state.step
+    if step == run.state.evaluated or (step == 0 and not run.config.do_first_eval):
+        return False
+    return step % eval_steps == 0 or step == run.train.order.num_steps
+
+
+def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopRequest) -> None:
+    """One optimizer step, and the log's lines if it is time for them."""
+    state, lr = run.state, run.updates.lr
+    names, values = train_step(run, batches, state.step)
+    state.step += 1
+    state.examples += batches.num_examples
+    due = run.log.add_step(
+        PendingStep(
+            step=state.step,
+            examples=state.examples,
+            num_examples=batches.num_examples,
+            num_tokens=batches.num_tokens,
+            num_computed=batches.num_computed,
+            lr=lr,
+            names=names,
+            values=values,
+        )
+    )
+    if due or run.world.device.type == "cpu":
+        # the numbers are fetched now in any case, or are here already
+        first_bad = run.updates.guard.first_bad_step()
+        if first_bad:
+            run.log.forget_from(first_bad)
+            stop.ask(NON_FINITE)
+    if due:
+        with stop.if_unwritable():
+            show_step(progress, run.log.flush(), visible=run.world.is_main)
+    progress.advance()
 
 
 def show_step(progress: Progress, record: Record | None, *, visible: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -141,6 +142,20 @@ class MetricsLog:
         with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(line) + "\n")
         self._is_writable = True
+
+    def forget_from(self, step: int) -> None:
+        """Do not write the waiting steps from `step` on."""
+        self._pending = [pending for pending in self._pending if pending.step < step]
+
+    def bring_to_disk(self) -> None:
+        """What was written survives a power failure.
+
+        Raises:
+            CheckpointError: it cannot be brought there.
+        """
+        if self.is_main and self._is_writable and self.path.is_file():
+            with writing(self.path), self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def close(self) -> None:
         """Write what waits, and end the trackers."""

@@ -1,11 +1,9 @@
 """A run: everything that the loop works on."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.batches.loader import Loader
 from fastpref.config import Config
@@ -14,6 +12,9 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.export import ExportPlan
 from fastpref.train.metrics import MetricsLog
+from fastpref.train.start import Start
+from fastpref.train.state import RunState
+from fastpref.train.updates import Updates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +30,18 @@ class Run:
     policy: TokenScorer
     reference: TokenScorer | None
     step_loss: StepLoss
-    optimizer: Optimizer
-    scheduler: LambdaLR
+    updates: Updates
     log: MetricsLog
+    state: RunState
+    """Where it stands; the only part that changes."""
+    start: Start
+    """What it goes on from."""
+    fingerprints: dict[str, str]
+    """Of data, tokenizer and model."""
     export: ExportPlan | None
     """On rank 0."""
+    started: float = field(default_factory=time.perf_counter)
+
+    def seconds(self) -> float:
+        """Since it was put together."""
+        return time.perf_counter() - self.started

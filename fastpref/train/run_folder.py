@@ -1,14 +1,17 @@
 """The folder of a run: where it may lie, and how it is made."""
 
 import datetime
+import fcntl
 import getpass
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from fastpref.complete_files import writing
 from fastpref.config import Config
@@ -30,8 +33,11 @@ class RunPlace:
     name: str
     """And the run's own name there, to which the time is added."""
 
-    def check(self) -> None:
+    def check(self, *, may_go_on: bool = False) -> None:
         """Refuse, before anything is loaded, a place where no run folder can be made.
+
+        Args:
+            may_go_on: Whether the named folder may hold a run, which is gone on with.
 
         Raises:
             ConfigError: it is a file, is not writable, or the named run folder holds another run.
@@ -42,31 +48,37 @@ class RunPlace:
             check_writable("exp_name", self.root / self._timed_name())
             return
         check_writable("run_dir", folder)
-        if folder.is_dir() and any(folder.iterdir()) and not took_no_step(folder):
-            raise ConfigError(f"run_dir: {folder} is not empty; name a new folder")
+        if not folder.is_dir() or not any(folder.iterdir()) or took_no_step(folder):
+            return
+        is_run = (folder / OPTIONS).is_file()
+        if not (may_go_on and is_run):
+            advice = " or set resume=auto to go on with the run in it" if is_run else ""
+            raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
 
-    def create(self, options: str, world: World) -> Path:
-        """A new run folder with the options in it as `config.yaml`, on every rank the same one.
+    def create(self, options: str) -> Path:
+        """A new run folder with the options in it as `config.yaml`.
 
         Two starts in one second get two folders: making a folder is what claims its name.
 
         Raises:
             CheckpointError: the folder cannot be made.
         """
+        with writing(self.run_dir or self.root):
+            run_dir = self._claim()
+            (run_dir / OPTIONS).write_text(options, encoding="utf-8")
+        return run_dir
 
-        def make() -> Path:
-            with writing(self.run_dir or self.root):
-                run_dir = self._claim()
-                (run_dir / "config.yaml").write_text(options, encoding="utf-8")
-            return run_dir
-
-        return world.on_main(make)
+    def newest_with(self, name: str) -> Path | None:
+        """The newest folder of a run of this name that holds `name`."""
+        folders = [path.parent for path in self.root.glob(f"{self.name}_*/{name}")]
+        return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
     def _claim(self) -> Path:
         if self.run_dir is None:
             return _claim(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        if any(self.run_dir.iterdir()):
+        if {path.name for path in self.run_dir.iterdir()} - {LOCK}:
+            logger.info("%s: what a start without a single step has left is replaced", self.run_dir)
             clear_start(self.run_dir)
         return self.run_dir
 
@@ -84,9 +96,13 @@ def run_place(config: Config) -> RunPlace:
     )
 
 
+OPTIONS = "config.yaml"
+"""In every run folder: the options of its last start."""
+LOCK = ".lock"
+"""In a run folder: locked by the process that writes there."""
 LEFT_AT_THE_START = (
-    *("config.yaml", "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb"),
-    *(EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial"),
+    *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb"),
+    *(EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", "wandb-id"),
 )
 """What a run may have written before its first step, by name."""
 
@@ -94,7 +110,7 @@ LEFT_AT_THE_START = (
 def took_no_step(run_dir: Path) -> bool:
     """Whether a folder holds what a run leaves that ended before its first step, and no more."""
     names = {child.name for child in run_dir.iterdir()}
-    if "config.yaml" not in names or not names <= set(LEFT_AT_THE_START):
+    if OPTIONS not in names or not names <= set(LEFT_AT_THE_START):
         return False
     if "metrics.jsonl" not in names:
         # a model without numbers may be one that somebody kept
@@ -123,6 +139,36 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
+@contextmanager
+def locked(run_dir: Path, world: World) -> Iterator[None]:
+    """While entered, no other process can open the run folder; the system unlocks it when this one
+    ends, however it does.
+
+    Raises:
+        ConfigError: another one writes there.
+    """
+    lock = world.only_on_main(lambda: _lock(run_dir))
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _lock(run_dir: Path) -> IO[str] | None:
+    with writing(run_dir):
+        file = (run_dir / LOCK).open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"run_dir: another process is writing to {run_dir}") from None
+    except OSError as error:
+        # a file system without locks
+        logger.warning("%s cannot be locked: %s", run_dir, error.strerror)
+    return file
+
+
 def run_root(output_dir: str, local_dirs: Sequence[str] | None) -> Path:
     """The folder that holds the run folders: `output_dir`, or `<local dir>/<user>` as the DPO
     repository has it: the first of `local_dirs` that exists, else the last."""
@@ -141,10 +187,12 @@ def user_name() -> str:
         return str(os.getuid())
 
 
-def clear_start(run_dir: Path) -> None:
-    """Remove what a run that ended before its first step has left; its numbers are not ours."""
-    logger.info("%s: what a start without a single step has left there is replaced", run_dir)
+def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
+    """Remove what a run has left that is not gone on with; its numbers are not ours."""
+    kept = (LOCK, EXPORT_FOLDER) if keep_model else (LOCK,)
     for name in LEFT_AT_THE_START:
+        if name in kept:
+            continue
         path = run_dir / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

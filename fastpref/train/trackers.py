@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fastpref.train.metrics import Record, Tracker
 
 logger = logging.getLogger("fastpref")
 
+RUN_ID = "wandb-id"
+"""File of the run folder with its run's name at Weights & Biases."""
 WANDB_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 """Values of WANDB_MODE that need no account."""
 
@@ -59,7 +62,7 @@ def _check_login() -> None:
 
 
 def build_trackers(
-    options: TrackerOptions, run_dir: Path, run_options: dict[str, Any]
+    options: TrackerOptions, run_dir: Path, run_options: dict[str, Any], examples: int = 0
 ) -> list[Tracker]:
     """The trackers that are asked for.
 
@@ -69,6 +72,7 @@ def build_trackers(
         options: Which.
         run_dir: Of the run.
         run_options: All options of the run, for those that keep them.
+        examples: Seen before this start; what was logged beyond is not this run's any more.
     """
     if options.debug:
         return []
@@ -78,7 +82,11 @@ def build_trackers(
             WandbTracker.name,
             lambda: WandbTracker(options.wandb, run_dir, run_options),
         ),
-        (options.tensorboard.enabled, TensorboardTracker.name, lambda: TensorboardTracker(run_dir)),
+        (
+            options.tensorboard.enabled,
+            TensorboardTracker.name,
+            lambda: TensorboardTracker(run_dir, examples),
+        ),
     ]
     trackers = []
     for enabled, name, build in wanted:
@@ -106,6 +114,9 @@ class WandbTracker:
             name=run_dir.name,
             dir=str(run_dir),
             config=run_options,
+            # a run that is gone on with stays one run there
+            id=_run_id(run_dir),
+            resume="allow",
         )
 
     def log(self, record: Record) -> None:
@@ -120,10 +131,11 @@ class TensorboardTracker:
 
     name = "TensorBoard"
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, examples: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))
+        folder, purge = str(run_dir / "tensorboard"), examples + 1 if examples else None
+        self._writer: Any = SummaryWriter(folder, purge_step=purge)
 
     def log(self, record: Record) -> None:
         for name, value in _scalars(record).items():
@@ -131,6 +143,14 @@ class TensorboardTracker:
 
     def close(self) -> None:
         self._writer.close()
+
+
+def _run_id(run_dir: Path) -> str:
+    """The same for every start in a run folder, another one for every folder."""
+    path = run_dir / RUN_ID
+    if not path.is_file():
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def _scalars(record: Record) -> dict[str, float]:

@@ -18,7 +18,8 @@ from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
 from fastpref.config import Config
 from fastpref.errors import ConfigError
-from fastpref.tisdpo.recipe import build_stages, list_changes
+from fastpref.tisdpo.recipe import build_stages
+from fastpref.tisdpo.recipe_folder import list_changes
 
 STAGES = ["positive", "negative", "weights", "policy"]
 

@@ -22,7 +22,7 @@ from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
 from fastpref.train.export import export_model, plan_export
-from fastpref.train.loop import train
+from fastpref.train.task import train
 
 ROOT = Path(__file__).resolve().parents[2]
 

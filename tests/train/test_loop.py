@@ -30,7 +30,7 @@ from fastpref.config import (
 from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
 from fastpref.train.build import build_run
-from fastpref.train.loop import train
+from fastpref.train.task import train
 
 LOSSES = {
     "sft": SFTConfig,

@@ -1,0 +1,85 @@
+"""Schemas of the groups `checkpoint`, `resume` and `parallel`: how a run outlives what ends it."""
+
+import re
+from dataclasses import dataclass, field
+
+from fastpref.checks import check_choice, check_number
+
+MODES = ("auto", "async", "sync")
+RESUME_WORDS = ("never", "auto")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """The whole state of the training, in the run folder's checkpoints/, to go on from.
+
+    Master weights, optimizer, schedule, random states and the run's place in its data: about 12
+    bytes a trained parameter with AdamW in float32.
+    """
+
+    every: int = 200
+    """Optimizer steps between two checkpoints, >= 0. One is also written at the end and before a
+    signal ends the run; 0: no others."""
+    keep: int = 2
+    """How many of the newest stay, >= 1; the older one is there in case the newest is damaged."""
+    keep_best: str | None = None
+    """A held-out metric as metrics.jsonl names it, such as loss/eval or rewards_eval/accuracies: a
+    checkpoint is also written after each evaluation that is the best so far, and stays. Lower is
+    better for names that begin with loss or kl."""
+    deadline: str | None = None
+    """HH:MM:SS since the start of the command: so that a checkpoint is written by then, the run
+    ends in time with exit code 75, as if a signal had come."""
+    mode: str = "auto"
+    """async: copy the state to the host's memory and write while training goes on. sync: write
+    while training waits. auto: async where there is memory for the copy."""
+
+    def __post_init__(self) -> None:
+        check_number("checkpoint.every", self.every, ge=0)
+        check_number("checkpoint.keep", self.keep, ge=1)
+        check_choice("checkpoint.mode", self.mode, MODES)
+        if self.keep_best is not None and "eval" not in self.keep_best:
+            raise ValueError(
+                "checkpoint.keep_best must name a held-out metric, such as loss/eval or "
+                f"rewards_eval/accuracies, got {self.keep_best!r}"
+            )
+        if self.deadline is not None:
+            self.deadline_seconds()
+
+    def deadline_seconds(self) -> int | None:
+        """`deadline` in seconds."""
+        if self.deadline is None:
+            return None
+        match = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", self.deadline)
+        if match is None:
+            raise ValueError(f"checkpoint.deadline must be HH:MM:SS, got {self.deadline!r}")
+        hours, minutes, seconds = map(int, match.groups())
+        return 3600 * hours + 60 * minutes + seconds
+
+
+@dataclass(kw_only=True)
+class ResumeConfig:
+    """Going on from a checkpoint. `resume=VALUE` is short for `resume.path=VALUE`."""
+
+    path: str = "never"
+    """never; auto: the newest whole checkpoint of run_dir, or of the newest run folder of this name
+    in output_dir, or a new start where there is none; or the path of a run folder or of one
+    checkpoint. The same options, data and model give the bits of a run that never stopped."""
+    allow: list[str] = field(default_factory=list)
+    """Options, or groups of them, and data, model or tokenizer, that may differ from those of the
+    checkpoint though the numbers depend on them."""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("resume.path must be never, auto or a path, got ''")
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Several processes."""
+
+    timeout: int = 1800
+    """Seconds that processes wait for one another before the run ends with exit code 7, >= 1: more
+    than the slowest of them takes longer than the others, a checkpoint's writing included."""
+
+    def __post_init__(self) -> None:
+        check_number("parallel.timeout", self.timeout, ge=1)

@@ -1,0 +1,33 @@
+"""Where encoded rows come from, so that a message can name a row's file and line."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Source and line of each row of a split."""
+
+    sources: tuple[str, ...]
+    """Files, or what stands for them."""
+    source: np.ndarray
+    """(rows,) int64: index into `sources`."""
+    line: np.ndarray
+    """(rows,) int64: counted from 1 in a file of lines."""
+
+    def name(self, row: int) -> str:
+        """ "words/train.jsonl:17"."""
+        return f"{self.sources[self.source[row]]}:{self.line[row]}"
+
+
+def join_places(parts: list[Places]) -> Places:
+    """Those of several splits one after another."""
+    offsets = np.cumsum([0, *(len(part.sources) for part in parts[:-1])])
+    return Places(
+        sources=tuple(source for part in parts for source in part.sources),
+        source=np.concatenate(
+            [p.source + offset for p, offset in zip(parts, offsets, strict=False)]
+        ),
+        line=np.concatenate([part.line for part in parts]),
+    )

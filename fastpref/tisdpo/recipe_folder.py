@@ -1,0 +1,96 @@
+"""The run folder of `task=tisdpo`: one that an earlier start has left is gone on in."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fastpref.complete_files import complete_file
+from fastpref.distributed import World
+from fastpref.errors import ConfigError
+from fastpref.train.differences import is_among, list_differences
+from fastpref.train.opening import read_options
+from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, took_no_step
+
+logger = logging.getLogger("fastpref")
+
+MAY_CHANGE = (
+    *("run_dir", "output_dir", "local_dirs", "exp_name", "trainer", "fsdp_port", "debug"),
+    *("minimum_log_interval_secs", "wandb", "tensorboard", "checkpoint", "resume", "parallel"),
+)
+"""Options that may differ between two starts of one run: nothing is computed from them."""
+
+
+def check_run_folder(place: RunPlace, options: str) -> None:
+    """Refuse, before anything is loaded, a run folder that is not one of this run's.
+
+    Args:
+        place: Where it is to be.
+        options: The text of its `config.yaml`.
+
+    Raises:
+        ConfigError: it cannot be made, holds something else, or was started with other options.
+    """
+    run_dir = place.run_dir
+    if run_dir is None or not (run_dir / OPTIONS).is_file():
+        place.check()
+        return
+    before = read_options(run_dir)
+    if before.get("task") != "tisdpo":
+        if not took_no_step(run_dir):
+            raise ConfigError(f"run_dir: {run_dir} holds another run; name a new folder")
+        return
+    now = OmegaConf.to_container(OmegaConf.create(options))
+    changes = list_changes(before, now)
+    if changes and has_begun(run_dir):
+        raise ConfigError(
+            f"run_dir: {run_dir} was started with other options: {'; '.join(changes)}; give "
+            "the same ones to go on with it, or name a new folder"
+        )
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether an earlier start has got as far as a training step or a row's weights."""
+    return any(
+        not took_no_step(child) if child.is_dir() else child.name not in (OPTIONS, LOCK)
+        for child in run_dir.iterdir()
+    )
+
+
+def list_changes(before: Any, now: Any) -> list[str]:
+    """Options that differ and must not, as "lr was 0.1, is 0.2"."""
+    return [
+        str(difference)
+        for difference in list_differences(before, now)
+        if not is_among(difference.key, MAY_CHANGE)
+    ]
+
+
+def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
+    """The run folder: a new one, or the one that an earlier start has left.
+
+    Args:
+        place: Where it is to be.
+        options: The text of its `config.yaml`.
+        world: Whoever runs.
+    """
+    named = place.run_dir
+    if named and world.on_main(lambda: go_on_in(named, options)):
+        return named
+    run_dir = world.on_main(lambda: place.create(options))
+    if world.is_main:
+        logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
+    return run_dir
+
+
+def go_on_in(run_dir: Path, options: str) -> bool:
+    """Whether a folder is that of an earlier start of this run; it then has the options of this
+    one where nothing had been computed from the others."""
+    path = run_dir / OPTIONS
+    if not path.is_file() or read_options(run_dir).get("task") != "tisdpo":
+        return False
+    if not has_begun(run_dir):
+        with complete_file(path) as file:
+            file.write(options)
+    return True

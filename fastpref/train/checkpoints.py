@@ -1,0 +1,240 @@
+"""When a run's state is saved, and what is said of it."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from fastpref.checkpoint.folders import CHECKPOINTS, Best
+from fastpref.checkpoint.size import available_memory, estimate_bytes, free_bytes
+from fastpref.checkpoint.store import CheckpointStore, SaveReport
+from fastpref.config import CheckpointConfig
+from fastpref.errors import CheckpointError
+from fastpref.signals import DEADLINE, StopRequest
+from fastpref.train.metrics import Record
+from fastpref.train.run import Run
+from fastpref.train.start import FORMAT
+
+logger = logging.getLogger("fastpref")
+
+WRITE_RATE = 200 * 2**20
+"""Bytes a second that a save is expected to write before there was one."""
+COPY_SHARE = 0.5
+"""Of the host's free memory that copies may take where mode=auto decides."""
+
+
+class Checkpoints:
+    """Saves a run's state when it is due.
+
+    Every rank has one and makes the same calls in the same order.
+
+    Args:
+        run: Whose state.
+        store: Where to.
+        options: When.
+        num_bytes: Of one checkpoint, estimated.
+    """
+
+    def __init__(
+        self, run: Run, store: CheckpointStore, options: CheckpointConfig, num_bytes: int
+    ) -> None:
+        self._run = run
+        self._store = store
+        self._options = options
+        self._deadline = Deadline(options.deadline_seconds(), num_bytes / WRITE_RATE)
+        self._error: str | None = None
+        self._metrics: dict[str, float] = {}
+
+    def after_step(self, evaluation: Record | None, stop: StopRequest) -> None:
+        """Save if it is time to, and ask to stop if the deadline comes near.
+
+        Args:
+            evaluation: The numbers of an evaluation after this step, None if there was none.
+            stop: Whoever is asked to stop, and where a file cannot be written.
+        """
+        state, every = self._run.state, self._options.every
+        self._hear(self._store.poll())
+        if self._run.world.is_main and self._deadline.is_near():
+            stop.ask(DEADLINE)
+        is_best = evaluation is not None and self._is_best(evaluation)
+        if state.step == self._run.train.order.num_steps:
+            # saved at the end
+            return
+        if is_best or (every and state.step % every == 0):
+            self.save(stop)
+
+    def save(self, stop: StopRequest) -> None:
+        """Save the state as it stands; a step that is not finite is not part of it."""
+        run, state = self._run, self._run.state
+        if run.updates.guard.first_bad_step() or not state.step:
+            return
+        with stop.if_unwritable():
+            run.log.flush()
+            run.log.bring_to_disk()
+        state.guard = run.updates.guard.state()
+        record = {
+            "format": FORMAT,
+            "state": state.to_json() | {"seconds": state.seconds + run.seconds()},
+            "options": asdict(run.config),
+            "fingerprints": run.fingerprints,
+        }
+        metrics = self._metrics if state.evaluated == state.step else {}
+        parts = (run.policy, run.updates.optimizer, run.updates.scheduler)
+        self._store.save(state.step, *parts, record=record, metrics=metrics)
+        self._hear(self._store.poll())
+
+    def finish(self, stop: StopRequest) -> None:
+        """Save the last state, and wait until it is written."""
+        self.save(stop)
+        self._hear(self._store.wait())
+
+    def raise_if_unsaved(self) -> None:
+        """Raises: CheckpointError: the last save failed."""
+        if self._error is not None:
+            raise CheckpointError(
+                f"{self._error}; {self._run.run_dir / 'LATEST'} has the model, but nothing goes on "
+                "from this state"
+            )
+
+    def _hear(self, reports: list[SaveReport]) -> None:
+        for report in reports:
+            self._error = report.error
+            self._deadline.heard(report)
+            say(report)
+
+    def _is_best(self, evaluation: Record) -> bool:
+        """Whether an evaluation is the best so far, by the metric that was asked for."""
+        self._metrics = {
+            name: value for name, value in evaluation.items() if isinstance(value, float)
+        }
+        best, state = self._store.best, self._run.state
+        if best is None:
+            return False
+        if best.metric not in self._metrics:
+            raise CheckpointError(
+                f"checkpoint.keep_best={best.metric}: the evaluation has no such metric, only "
+                f"{', '.join(sorted(self._metrics))}"
+            )
+        value = self._metrics[best.metric]
+        sign = 1 if best.higher_is_better else -1
+        if state.best is not None and not sign * value > sign * state.best:
+            return False
+        state.best = value
+        return True
+
+
+class Deadline:
+    """When a run has to be saved at the latest.
+
+    Args:
+        seconds: Since the start of the command; None: never.
+        save_seconds: What a save is expected to take.
+    """
+
+    def __init__(self, seconds: int | None, save_seconds: float) -> None:
+        self._seconds = seconds
+        self._save_seconds = save_seconds
+        self._longest_step = 0.0
+        self._last = time.monotonic()
+
+    def heard(self, report: SaveReport) -> None:
+        """A save took as long as it says."""
+        self._save_seconds = 2 * (report.standstill_seconds + report.write_seconds)
+
+    def is_near(self) -> bool:
+        """Whether another step may be one too many; to be called once a step."""
+        now = time.monotonic()
+        self._longest_step = max(self._longest_step, now - self._last)
+        self._last = now
+        if self._seconds is None:
+            return False
+        return seconds_since_start() + self._longest_step + self._save_seconds > self._seconds
+
+
+def seconds_since_start() -> float:
+    """Since this process was started."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        # after the name in brackets, which may hold spaces
+        fields = file.read().rpartition(")")[2].split()
+    ticks = os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
+
+
+@contextmanager
+def open_checkpoints(run: Run) -> Iterator[Checkpoints]:
+    """The checkpoints of a run; at the end a save in flight is written."""
+    options = run.config.checkpoint
+    num_bytes = estimate_bytes(run.policy, run.updates.optimizer, run.world.size)
+    asynchronous = writes_beside(options.mode, num_bytes // run.world.size)
+    if run.world.is_main:
+        announce(run, num_bytes, asynchronous=asynchronous)
+    with CheckpointStore(
+        run.run_dir,
+        run.start.agreement,
+        run.world.device,
+        asynchronous=run.world.agree_max(int(not asynchronous)) == 0,
+        keep=options.keep,
+        best=best_by(options.keep_best),
+        resumed_from=run.start.checkpoint,
+    ) as store:
+        yield Checkpoints(run, store, options, num_bytes)
+
+
+def writes_beside(mode: str, num_bytes: int) -> bool:
+    """Whether state is copied and written while training goes on.
+
+    Args:
+        mode: async, sync or auto.
+        num_bytes: Of this rank's copy.
+    """
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fits = num_bytes * ranks_here < COPY_SHARE * available_memory()
+    return mode == "async" or (mode == "auto" and fits)
+
+
+def best_by(metric: str | None) -> Best | None:
+    """What makes a checkpoint the best one, by the name of a metric."""
+    if metric is None:
+        return None
+    return Best(metric, higher_is_better=not metric.startswith(("loss", "kl")))
+
+
+def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:
+    """Say how large checkpoints will be, before the first one."""
+    options = run.config.checkpoint
+    gib, free = num_bytes / 2**30, free_bytes(run.run_dir) / 2**30
+    rhythm = f"every {options.every} steps and at the end" if options.every else "at the end"
+    logger.info(
+        "checkpoints of %.2f GiB %s, %s, the newest %d stay: %s has %.1f GiB free",
+        gib,
+        rhythm,
+        "written beside the training" if asynchronous else "written while training waits",
+        options.keep,
+        run.run_dir / CHECKPOINTS,
+        free,
+    )
+    # the next one is written before the oldest goes
+    if (options.keep + 1) * gib > free:
+        logger.warning(
+            "%d checkpoints of %.2f GiB do not fit into %.1f GiB: set checkpoint.keep, or "
+            "run_dir on another disk",
+            options.keep + 1,
+            gib,
+            free,
+        )
+
+
+def say(report: SaveReport) -> None:
+    """One line on a save."""
+    if report.error is not None:
+        logger.error("NO CHECKPOINT: %s; training goes on", report.error)
+        return
+    logger.info(
+        "checkpoint %s: %.2f GiB in %.1f s, training stood still for %.2f s",
+        report.folder.name,
+        report.num_bytes / 2**30,
+        report.write_seconds,
+        report.standstill_seconds,
+    )

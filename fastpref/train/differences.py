@@ -1,0 +1,85 @@
+"""Options of two starts of one run: which of them differ, and which of these change its numbers."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fastpref.checks import nearest
+
+WITHOUT_EFFECT = (
+    *("task", "exp_name", "output_dir", "run_dir", "local_run_dir", "local_dirs", "debug"),
+    *("eval_every", "eval_batch_size", "n_eval_examples", "do_first_eval"),
+    *("sample_during_eval", "n_eval_model_samples", "minimum_log_interval_secs"),
+    *("fsdp_port", "checkpoint", "resume", "parallel", "on_nonfinite", "wandb", "tensorboard"),
+    *("weights", "stages", "data.cache_dir", "model.save_dtype"),
+)
+"""Options and groups that no update depends on."""
+ROUNDING = (
+    *("trainer", "gradient_accumulation_steps", "activation_checkpointing", "compile", "packing"),
+    *("head", "model.attention", "model.liger", "model.reference_dtype"),
+    *("model.block_name", "model.block"),
+)
+"""Those that say how a number is computed: the same up to rounding."""
+BY_CONTENT = (
+    *("datasets", "base_data_dir", "reverse_dataset", "max_length", "max_prompt_length"),
+    *("data.on_error", "data.strict", "data.max_dropped", "data.truncation"),
+    *("data.truncation_mode", "data.eos_weight", "data.allow_roles", "data.chat_template"),
+    *("transform", "model.name_or_path", "model.archive", "model.revision"),
+    "model.tokenizer_name_or_path",
+)
+"""Those that say which data or model it is: judged by what is there, wherever it lies."""
+LENGTH = ("n_epochs", "n_examples")
+"""Where a run ends: a schedule that goes down to its end has another rate at every step."""
+
+
+class Difference(NamedTuple):
+    """An option, or data, model or tokenizer, that is not what it was."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.before}, is {self.now}"
+
+
+def list_differences(before: Any, now: Any, prefix: str = "") -> list[Difference]:
+    """Options of two nested configs that differ, by dotted key."""
+    found: list[Difference] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += list_differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(Difference(prefix + key, old, new))
+    return found
+
+
+def is_among(key: str, names: Sequence[str]) -> bool:
+    """Whether a dotted key is one of some options, or in one of some groups."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def effect_of(difference: Difference, schedule: str) -> str:
+    """What a difference does to the rest of a run, "" where the checkpoint must not be gone on
+    with."""
+    key = difference.key
+    if is_among(key, WITHOUT_EFFECT):
+        return "no effect on the updates"
+    if is_among(key, ROUNDING):
+        return "the same numbers up to rounding"
+    if is_among(key, BY_CONTENT):
+        return "judged by the rows and weights themselves"
+    if key in LENGTH and schedule == "constant":
+        return "the run ends elsewhere"
+    return ""
+
+
+def unknown_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """Names that are neither options nor groups of them, each with the nearest one that is."""
+    groups = {key.rpartition(".")[0] for key in known if "." in key}
+    usable = sorted({*known, *groups})
+    return [
+        f"{name} (nearest: {meant})" if (meant := nearest(name, usable)) else name
+        for name in names
+        if name not in usable
+    ]

@@ -1,0 +1,33 @@
+"""The end of a run, wherever it comes: state, model, curves and table, and why it was not later."""
+
+from fastpref.signals import StopRequest
+from fastpref.train.checkpoints import Checkpoints
+from fastpref.train.export import export_model
+from fastpref.train.non_finite import raise_if_not_finite
+from fastpref.train.report import show_results
+from fastpref.train.run import Run
+
+
+def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
+    """Save and say what there is.
+
+    Raises:
+        NonFiniteError: a step was not finite; nothing was saved since.
+        CheckpointError: a file could not be written, though the model was.
+        InterruptionError, PreemptionError: a signal came, and everything was saved.
+    """
+    raise_if_not_finite(run)
+    with stop.if_unwritable():
+        run.log.flush()
+    # first what cannot be had again
+    checkpoints.finish(stop)
+    export_model(run.policy, run.export, run.run_dir, run.world)
+    if run.world.is_main:
+        seconds = run.state.seconds + run.seconds()
+        show_results(run.log.records, run.run_dir, seconds)
+    checkpoints.raise_if_unsaved()
+    what_is_saved = (
+        f"the model so far is in {run.run_dir / 'LATEST'}, resume=auto run_dir={run.run_dir} goes "
+        f"on after step {run.state.step}"
+    )
+    stop.raise_if_requested(what_is_saved, run.world)

@@ -1,0 +1,56 @@
+"""What tells one run's data, tokenizer and model from another's, wherever they lie."""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from fastpref.config import ModelConfig
+from fastpref.data.encode import PreferenceSplit, tokenizer_digest
+from fastpref.data.weights_file import template_digest
+from fastpref.distributed import World
+from fastpref.model.identity import model_identity
+from fastpref.train.data import Data
+
+ROWS_AT_ONCE = 8192
+
+
+class Fingerprints(NamedTuple):
+    """64 hexadecimal digits each."""
+
+    data: str
+    """Token ids, weights and order of the rows to train on."""
+    tokenizer: str
+    """Vocabulary and chat template, which the exported model has beside it."""
+    model: str
+    """The weights that the run started from, and its reference."""
+
+
+def take_fingerprints(model: ModelConfig, data: Data, world: World) -> Fingerprints:
+    """Those of a run, computed by rank 0: it reads every byte, a second or so per gigabyte."""
+
+    def compute() -> Fingerprints:
+        texts = tokenizer_digest(data.tokenizer) + str(template_digest(data.chat_template))
+        return Fingerprints(
+            data=split_digest(data.train),
+            tokenizer=hashlib.sha256(texts.encode()).hexdigest(),
+            model=model_identity(model),
+        )
+
+    return world.on_main(compute)
+
+
+def split_digest(split: PreferenceSplit) -> str:
+    """Digest of what training sees of a split: the same rows read from another place, or by another
+    version of a library, have the same one."""
+    digest = hashlib.sha256(np.ascontiguousarray(split.groups, np.int64).tobytes())
+    table = split.dataset.with_format("arrow")
+    for rows in table.iter(ROWS_AT_ONCE):
+        for name in sorted(rows.column_names):
+            lists = rows[name].combine_chunks()
+            lengths = lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+            values = lists.flatten().to_numpy(zero_copy_only=False)
+            digest.update(f"{name} {values.dtype}".encode())
+            digest.update(lengths.astype(np.int64).tobytes())
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""What a run folder tells of the steps before a checkpoint, without those that came after it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastpref.complete_files import complete_file
+from fastpref.train.state import RunState
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+
+def bring_history(source: Path, run_dir: Path, state: RunState) -> None:
+    """Bring metrics and samples to where a run is gone on with, in its folder.
+
+    What a start that did not end well wrote after its last checkpoint is computed again.
+
+    Args:
+        source: The run folder that the checkpoint is of; `run_dir` itself or another one.
+        run_dir: The run folder to write in.
+        state: Of the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    for name in (METRICS, SAMPLES):
+        if not (source / name).is_file():
+            continue
+        kept = [line for line, record in _lines(source / name) if is_before(record, state)]
+        with complete_file(run_dir / name) as file:
+            file.writelines(kept)
+
+
+def is_before(record: dict[str, Any], state: RunState) -> bool:
+    """Whether a line of metrics or samples was written before a checkpoint."""
+    if record.get("split") == "train":
+        return record["step"] <= state.step
+    return record["step"] < state.step or record["step"] == state.evaluated
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    path = run_dir / METRICS
+    return [record for _, record in _lines(path)] if path.is_file() else []
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with what they say; one that a killed process has not finished is left out."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and "step" in record and line.endswith("\n"):
+                yield line, record

@@ -1,0 +1,83 @@
+"""Why a step was not finite: it is computed again, row by row, with the weights as they are."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from fastpref.checkpoint.state import local_part
+from fastpref.checks import listed
+from fastpref.errors import NonFiniteError
+from fastpref.train.guard import MOST_IN_A_ROW
+from fastpref.train.run import Run
+
+
+class Finding(NamedTuple):
+    """What one rank finds."""
+
+    losses: list[str]
+    """Places of the rows whose loss is not finite."""
+    gradients: list[str]
+    """Places of the rows of a micro-batch whose losses are finite and whose gradient is not."""
+
+
+def raise_if_not_finite(run: Run) -> None:
+    """If no step is applied any more: name the first one, its rank and its rows.
+
+    Every rank calls this. The weights are those before that step, and rows are a function of its
+    number, so what was found then is found again.
+
+    Raises:
+        NonFiniteError: on every rank the same.
+    """
+    step = run.updates.guard.first_bad_step()
+    if not step:
+        return
+    run.log.forget_from(step)
+    found: list[Finding] = [Finding([], [])] * run.world.size
+    dist.all_gather_object(found, look_at(run, step - 1))
+    in_a_row = ""
+    if run.config.on_nonfinite == "skip":
+        in_a_row = f", the first of {MOST_IN_A_ROW} in a row,"
+    raise NonFiniteError(
+        f"{describe(found)} is not finite at step {step}{in_a_row}; neither it nor what came after "
+        f"it was applied: the weights are those after step {step - 1}"
+    )
+
+
+def describe(found: list[Finding]) -> str:
+    """ "the loss of words/train.jsonl:17 on rank 1", by rank."""
+    losses = {rank: finding.losses for rank, finding in enumerate(found) if finding.losses}
+    gradients = {rank: finding.gradients for rank, finding in enumerate(found) if finding.gradients}
+    if not losses and not gradients:
+        return "a loss or gradient, which computed again is finite (a fault of the device?),"
+    what = "loss" if losses else "gradient"
+    places = [f"{listed(rows)} on rank {rank}" for rank, rows in (losses or gradients).items()]
+    return f"the {what} of {'; '.join(places)}"
+
+
+def look_at(run: Run, index: int) -> Finding:
+    """This rank's rows of step `index`, counted from 0, that are not finite."""
+    finding = Finding([], [])
+    rows = run.train.order.batch(index)
+    columns, plan = run.train.plan(index, run.world.data_size)
+    for of_ranks in plan:
+        micro_batch = of_ranks[run.world.data_rank]
+        run.updates.optimizer.zero_grad()
+        batch = run.train.build(columns, micro_batch).to(run.world.device)
+        losses, _ = run.step_loss.compute(batch, index)
+        losses.sum().backward()
+        run.step_loss.done()
+        is_bad = (~torch.isfinite(losses.detach())).cpu().numpy()
+        places = [run.train.data.places.name(int(row)) for row in rows[micro_batch.rows]]
+        finding.losses.extend(place for place, bad in zip(places, is_bad, strict=True) if bad)
+        if not is_bad.any() and not has_finite_gradients(run):
+            finding.gradients.extend(places)
+    run.updates.optimizer.zero_grad()
+    return finding
+
+
+def has_finite_gradients(run: Run) -> bool:
+    """Whether this rank's part of every gradient is finite."""
+    gradients = [p.grad for p in run.policy.parameters() if p.grad is not None]
+    return all(bool(torch.isfinite(local_part(gradient)).all()) for gradient in gradients)

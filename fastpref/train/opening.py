@@ -1,0 +1,144 @@
+"""A run's folder and log: made, or opened to go on in."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fastpref.complete_files import complete_file, writing
+from fastpref.config import TrackerOptions
+from fastpref.distributed import World
+from fastpref.errors import ConfigError
+from fastpref.train.differences import effect_of, list_differences
+from fastpref.train.history import METRICS, bring_history, read_records
+from fastpref.train.metrics import MetricsLog, first_loss_tolerance
+from fastpref.train.run_folder import OPTIONS, clear_start, took_no_step
+from fastpref.train.start import Start
+from fastpref.train.trackers import build_trackers
+
+logger = logging.getLogger("fastpref")
+
+
+def open_run_dir(start: Start, options: str, world: World) -> Path:
+    """The folder of a run, on every rank the same one.
+
+    Args:
+        start: What it starts from, and where.
+        options: The text of its `config.yaml`.
+        world: Whoever runs.
+
+    Raises:
+        ConfigError: it holds another run.
+        CheckpointError: it cannot be made or written to.
+    """
+    if start.checkpoint is None:
+        return world.on_main(partial(_open_without_checkpoint, start, options))
+    source = start.checkpoint.folder.resolve().parents[1]
+    return world.on_main(partial(_open_with_checkpoint, start, source, options))
+
+
+def _open_without_checkpoint(start: Start, options: str) -> Path:
+    run_dir = start.run_dir
+    if run_dir is None or _is_new(run_dir):
+        return start.place.create(options)
+    begin_anew(run_dir, options)
+    return run_dir
+
+
+def _open_with_checkpoint(start: Start, source: Path, options: str) -> Path:
+    """The checkpoint's own run folder, or a new one with its history."""
+    run_dir = start.run_dir
+    if run_dir is None or run_dir.resolve() != source:
+        start.place.check()
+        run_dir = start.place.create(options)
+    with writing(run_dir):
+        keep_options(run_dir, options, start.state.step)
+        bring_history(source, run_dir, start.state)
+    return run_dir
+
+
+def _is_new(run_dir: Path) -> bool:
+    return not run_dir.is_dir() or not any(run_dir.iterdir()) or took_no_step(run_dir)
+
+
+def begin_anew(run_dir: Path, options: str) -> None:
+    """Take the folder of a run that ended before its first checkpoint; a model in it stays until
+    there is another.
+
+    Raises:
+        ConfigError: the folder's run had other numbers.
+    """
+    before = read_options(run_dir)
+    now: Any = OmegaConf.to_container(OmegaConf.create(options))
+    changed = [
+        str(difference)
+        for difference in list_differences(before, now)
+        if not effect_of(difference, now["optim"]["schedule"])
+    ]
+    if changed:
+        raise ConfigError(
+            f"run_dir: {run_dir} holds another run, without a checkpoint to go on from: "
+            f"{'; '.join(changed)}; name a new folder"
+        )
+    logger.info("%s: the run in it ended before its first checkpoint and begins anew", run_dir)
+    clear_start(run_dir, keep_model=True)
+    with complete_file(run_dir / OPTIONS) as file:
+        file.write(options)
+
+
+def read_options(run_dir: Path) -> dict[Any, Any]:
+    """The options that a run folder was started with; {} if its config.yaml cannot be read."""
+    try:
+        options = OmegaConf.to_container(OmegaConf.load(run_dir / OPTIONS))
+    except (YAMLError, OmegaConfBaseException):
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
+def keep_options(run_dir: Path, options: str, step: int) -> None:
+    """Write the options of this start; those before it stay beside them."""
+    path = run_dir / OPTIONS
+    before = path.read_text(encoding="utf-8") if path.is_file() else options
+    if before != options:
+        with complete_file(run_dir / f"config-until-step-{step}.yaml") as file:
+            file.write(before)
+    with complete_file(path) as file:
+        file.write(options)
+
+
+def open_log(
+    run_dir: Path,
+    world: World,
+    *,
+    followers: TrackerOptions,
+    options: dict[str, Any],
+    min_interval_seconds: float,
+    starts_at_log_two: bool,
+    exactly: bool,
+    examples: int,
+) -> MetricsLog:
+    """The log of a run; what its folder holds already is the beginning of it.
+
+    Args:
+        run_dir: Of the run.
+        world: Rank 0 writes.
+        followers: Which trackers follow it.
+        options: All options of the run, which trackers keep.
+        min_interval_seconds: Between two training steps that are written.
+        starts_at_log_two: Whether the first loss of two equal models is ln 2.
+        exactly: Whether policy and reference then give the same bits.
+        examples: Seen before this start.
+    """
+    return MetricsLog(
+        path=run_dir / METRICS,
+        records=read_records(run_dir) if world.is_main else [],
+        min_interval_seconds=min_interval_seconds,
+        device=world.device,
+        is_main=world.is_main,
+        first_loss_tolerance=first_loss_tolerance(exact=exactly) if starts_at_log_two else None,
+        trackers=build_trackers(followers, run_dir, options, examples) if world.is_main else [],
+    )

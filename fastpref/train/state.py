@@ -1,0 +1,34 @@
+"""Where a run stands between two optimizer steps."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastpref.train.guard import GuardState
+
+
+@dataclass(slots=True, kw_only=True)
+class RunState:
+    """What a run counts: with weights, optimizer and schedule, all that its next step depends on.
+
+    The rows of a step are a function of its number, so nothing is kept of the data.
+    """
+
+    step: int = 0
+    """Optimizer steps done, those left out included."""
+    examples: int = 0
+    """Seen in them."""
+    evaluated: int = -1
+    """Steps done before the last evaluation that came to its end; -1: there was none."""
+    best: float | None = None
+    """Best value of `checkpoint.keep_best` so far."""
+    seconds: float = 0.0
+    """Wall time of the starts before this one."""
+    guard: GuardState = field(default_factory=GuardState)
+    """Steps left out."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"guard": list(self.guard)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> "RunState":
+        return cls(**values | {"guard": GuardState(*values["guard"])})

@@ -1,0 +1,55 @@
+"""`task=train`: from rows and a model to a trained model, or from a checkpoint to its end."""
+
+import logging
+import random
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from fastpref.checkpoint.agreement import Agreement
+from fastpref.config import Config
+from fastpref.distributed import World
+from fastpref.signals import StopRequest, say_if_stopped
+from fastpref.train.advice import advise
+from fastpref.train.build import build_run
+from fastpref.train.checkpoints import open_checkpoints
+from fastpref.train.ending import finish
+from fastpref.train.loop import run_loop
+from fastpref.train.run_folder import locked, run_place
+from fastpref.train.start import find_start
+
+logger = logging.getLogger("fastpref")
+
+
+def train(config: Config, world: World) -> None:
+    """Train a policy.
+
+    Raises:
+        FastprefError: with the exit code of what went wrong; InterruptionError, PreemptionError
+            and the CheckpointError of a file that cannot be written after the state was saved.
+    """
+    seed_everything(config.seed)
+    with Agreement(world) as agreement:
+        start = find_start(config.resume.path, run_place(config), agreement)
+        run = build_run(config, world, start)
+        for line in advise(run):
+            logger.warning(line)
+        # the log is closed last: a tracker may wait for its service, and a model is not to wait
+        # for it
+        with (
+            say_if_stopped(f"what there is lies in {run.run_dir}"),
+            locked(run.run_dir, world),
+            closing(run.log),
+            StopRequest() as stop,
+            open_checkpoints(run) as checkpoints,
+        ):
+            run_loop(run, checkpoints, stop)
+            finish(run, checkpoints, stop)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random. The order of the data depends on its own generators."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -1,0 +1,62 @@
+"""From gradients to new weights: optimizer, schedule, and a guard against what is not finite."""
+
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fastpref.config import OptimConfig
+from fastpref.distributed import World
+from fastpref.model.scorer import TokenScorer
+from fastpref.train.guard import FiniteGuard
+from fastpref.train.optim import build_optimizer, build_scheduler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Updates:
+    """What makes the steps of a run."""
+
+    optimizer: Optimizer
+    scheduler: LambdaLR
+    guard: FiniteGuard
+    max_grad_norm: float
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+
+def build_updates(
+    policy: TokenScorer,
+    world: World,
+    *,
+    optimizer: str,
+    lr: float,
+    options: OptimConfig,
+    warmup_steps: int,
+    num_steps: int,
+    max_grad_norm: float,
+    skip_nonfinite: bool,
+) -> Updates:
+    """What trains a policy.
+
+    Args:
+        policy: Computes with what the optimizer makes of its parameters.
+        world: Where it computes.
+        optimizer, lr, options, warmup_steps: See `build_optimizer` and `build_scheduler`.
+        num_steps: Of the whole run.
+        max_grad_norm: Gradients are clipped to it.
+        skip_nonfinite: Leave steps that are not finite out, see `FiniteGuard`.
+    """
+    built = build_optimizer(optimizer, policy.parameters(), lr=lr, options=options.arguments())
+    policy.follow(built)
+    scheduler = build_scheduler(
+        built,
+        schedule=options.schedule,
+        warmup_steps=warmup_steps,
+        num_steps=num_steps,
+        min_lr_ratio=options.min_lr_ratio,
+    )
+    guard = FiniteGuard(built, skip=skip_nonfinite, device=world.device)
+    return Updates(optimizer=built, scheduler=scheduler, guard=guard, max_grad_norm=max_grad_norm)
