@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fastpref.checkpoint.agreement import Agreement
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.distributed import World, init_world
 from fastpref.errors import FastprefError
@@ -37,6 +38,8 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.train.build import build_run
 from fastpref.train.export import export_model
 from fastpref.train.run import Run
+from fastpref.train.run_folder import run_place
+from fastpref.train.start import find_start
 from fastpref.train.step import train_step
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
@@ -163,7 +166,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         warmup_steps=0,
         sample_during_eval=False,
     )
-    run = build_run(config, world)
+    run = build_run(config, world, find_start("never", run_place(config), Agreement(world)))
     try:
         sequences, ours = score_held_out(run)
         score_error = largest_difference(ours, plain_scores(folder / "model", sequences))

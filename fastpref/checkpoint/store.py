@@ -79,7 +79,7 @@ class CheckpointStore:
             that it does not go on from are of another history, and set aside.
 
     Raises:
-        CheckpointError: the folder cannot be cleared.
+        CheckpointError: the folder cannot be made or cleared.
     """
 
     def __init__(
@@ -182,9 +182,7 @@ class CheckpointStore:
     def _open(self) -> None:
         """Rank 0: a folder with nothing in it that is not of this run's history."""
         try:
-            if not self.folder.is_dir():
-                # made by the first save
-                return
+            self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
             newest = max(self._saved, default=-1)
             for path in step_folders(self.folder):

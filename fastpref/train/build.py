@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from fastpref.config import Config
 from fastpref.distributed import World
-from fastpref.objectives.objective import Objective, build_objective
-from fastpref.objectives.step_loss import StepLoss
+from fastpref.objectives.objective import build_objective
 from fastpref.train.announce import announce, announce_tokens
 from fastpref.train.data import Data, build_loaders, load_data
 from fastpref.train.export import plan_export
+from fastpref.train.fingerprints import take_fingerprints
 from fastpref.train.models import Models, build_models
 from fastpref.train.opening import open_log, open_run_dir
 from fastpref.train.run import Run
@@ -33,11 +33,14 @@ def build_run(config: Config, world: World, start: Start) -> Run:
     objective = build_objective(config.loss)
     announce(objective, world, config.model, config.datasets, config.transform)
     data = load_data(config, world)
-    fingerprints = start.check(asdict(config), config.model, data, world, allow=config.resume.allow)
-    models = build_models(
-        config, world, with_reference=objective.needs.reference, longest=data.longest
-    )
-    return _Parts(config, world, start, objective, data, models).assemble(fingerprints)
+    fingerprints: dict[str, str] = {}
+    if start.checkpoint is not None:
+        # before models are loaded for nothing
+        fingerprints = take_fingerprints(config.model, data, world)
+        start.check(asdict(config), fingerprints, allow=config.resume.allow)
+    models = build_models(config, world, objective, longest=data.longest)
+    fingerprints = fingerprints or take_fingerprints(config.model, data, world)
+    return _Parts(config, world, start, data, models).assemble(fingerprints)
 
 
 class _Parts(NamedTuple):
@@ -46,7 +49,6 @@ class _Parts(NamedTuple):
     config: Config
     world: World
     start: Start
-    objective: Objective
     data: Data
     models: Models
 
@@ -71,7 +73,7 @@ class _Parts(NamedTuple):
             followers=config.trackers,
             options=asdict(config),
             min_interval_seconds=config.minimum_log_interval_secs,
-            starts_at_log_two=self.objective.starts_at_log_two,
+            starts_at_log_two=self.models.step_loss.objective.starts_at_log_two,
             exactly=self.models.starts_equal,
             examples=state.examples,
         )
@@ -84,7 +86,7 @@ class _Parts(NamedTuple):
             eval=held_out,
             policy=policy,
             reference=self.models.reference,
-            step_loss=StepLoss(self.objective, policy, self.models.reference),
+            step_loss=self.models.step_loss,
             updates=updates,
             log=log,
             state=state,

@@ -13,9 +13,9 @@ from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.config import CheckpointConfig
 from fastpref.errors import CheckpointError
 from fastpref.signals import DEADLINE, StopRequest
+from fastpref.train.comparison import FORMAT
 from fastpref.train.metrics import Record
 from fastpref.train.run import Run
-from fastpref.train.start import FORMAT
 
 logger = logging.getLogger("fastpref")
 

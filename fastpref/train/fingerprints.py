@@ -26,16 +26,16 @@ class Fingerprints(NamedTuple):
     """The weights that the run started from, and its reference."""
 
 
-def take_fingerprints(model: ModelConfig, data: Data, world: World) -> Fingerprints:
-    """Those of a run, computed by rank 0: it reads every byte, a second or so per gigabyte."""
+def take_fingerprints(model: ModelConfig, data: Data, world: World) -> dict[str, str]:
+    """Those of a run by name, computed by rank 0: it reads every byte, a second or so a gigabyte."""
 
-    def compute() -> Fingerprints:
+    def compute() -> dict[str, str]:
         texts = tokenizer_digest(data.tokenizer) + str(template_digest(data.chat_template))
         return Fingerprints(
             data=split_digest(data.train),
             tokenizer=hashlib.sha256(texts.encode()).hexdigest(),
             model=model_identity(model),
-        )
+        )._asdict()
 
     return world.on_main(compute)
 

@@ -16,6 +16,8 @@ from fastpref.model.loading import (
 )
 from fastpref.model.positions import check_positions
 from fastpref.model.scorer import TokenScorer
+from fastpref.objectives.objective import Objective
+from fastpref.objectives.step_loss import StepLoss
 
 
 class Models(NamedTuple):
@@ -23,19 +25,21 @@ class Models(NamedTuple):
 
     policy: TokenScorer
     reference: TokenScorer | None
+    step_loss: StepLoss
+    """The objective on them."""
     layout: RowLayout
     """How they take rows."""
     starts_equal: bool
     """Whether both give the same bits before the first update."""
 
 
-def build_models(config: Config, world: World, *, with_reference: bool, longest: int) -> Models:
+def build_models(config: Config, world: World, objective: Objective, *, longest: int) -> Models:
     """Policy and, where the loss has one, reference: loaded, tried, sharded.
 
     Args:
         config: Of the run.
         world: Whoever computes.
-        with_reference: Whether the loss has one.
+        objective: What is computed of them.
         longest: Tokens of the longest sequence.
     """
     model = load_causal_lm(config.model, world, trainable=True)
@@ -57,7 +61,7 @@ def build_models(config: Config, world: World, *, with_reference: bool, longest:
         liger=liger,
     )
     reference = None
-    if with_reference:
+    if objective.needs.reference:
         reference = build_scorer(
             load_reference(config.model, world, findings),
             config.model,
@@ -74,4 +78,5 @@ def build_models(config: Config, world: World, *, with_reference: bool, longest:
         compile=config.compile,
         activation_checkpointing=config.activation_checkpointing,
     )
-    return Models(policy, reference, rows.layout, starts_equal)
+    step_loss = StepLoss(objective, policy, reference)
+    return Models(policy, reference, step_loss, rows.layout, starts_equal)

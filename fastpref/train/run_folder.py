@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from fastpref.checkpoint.folders import CHECKPOINTS, step_folders
 from fastpref.complete_files import writing
 from fastpref.config import Config
 from fastpref.distributed import World
@@ -102,7 +103,7 @@ LOCK = ".lock"
 """In a run folder: locked by the process that writes there."""
 LEFT_AT_THE_START = (
     *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb"),
-    *(EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", "wandb-id"),
+    *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", "wandb-id"),
 )
 """What a run may have written before its first step, by name."""
 
@@ -111,6 +112,8 @@ def took_no_step(run_dir: Path) -> bool:
     """Whether a folder holds what a run leaves that ended before its first step, and no more."""
     names = {child.name for child in run_dir.iterdir()}
     if OPTIONS not in names or not names <= set(LEFT_AT_THE_START):
+        return False
+    if step_folders(run_dir / CHECKPOINTS):
         return False
     if "metrics.jsonl" not in names:
         # a model without numbers may be one that somebody kept
@@ -189,7 +192,7 @@ def user_name() -> str:
 
 def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
     """Remove what a run has left that is not gone on with; its numbers are not ours."""
-    kept = (LOCK, EXPORT_FOLDER) if keep_model else (LOCK,)
+    kept = (LOCK, EXPORT_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
     for name in LEFT_AT_THE_START:
         if name in kept:
             continue

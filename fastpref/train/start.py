@@ -12,21 +12,14 @@ from fastpref.checkpoint.agreement import Agreement
 from fastpref.checkpoint.folders import CHECKPOINTS, find_named, find_newest
 from fastpref.checkpoint.load import load_checkpoint, read_record
 from fastpref.checkpoint.manifest import Checkpoint
-from fastpref.config import ModelConfig
-from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
-from fastpref.train.data import Data
-from fastpref.train.differences import Difference, effect_of, is_among, list_differences
-from fastpref.train.fingerprints import take_fingerprints
+from fastpref.train.comparison import check_same_run
 from fastpref.train.run_folder import OPTIONS, RunPlace
 from fastpref.train.state import RunState
 from fastpref.train.updates import Updates
 
 logger = logging.getLogger("fastpref")
-
-FORMAT = 1
-"""Of the record in a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,61 +42,16 @@ class Start:
         return RunState.from_json(self.record["state"]) if self.record else RunState()
 
     def check(
-        self,
-        options: dict[str, Any],
-        model: ModelConfig,
-        data: Data,
-        world: World,
-        *,
-        allow: Sequence[str],
-    ) -> dict[str, str]:
-        """Refuse to go on with other options, data or model than the checkpoint's, where numbers
-        depend on them; say what else differs.
-
-        Args:
-            options: All of this start.
-            model: Its own, again.
-            data: What was read.
-            world: Whoever runs.
-            allow: Names of what may differ all the same.
-
-        Returns:
-            Fingerprints of data, tokenizer and model.
+        self, options: dict[str, Any], fingerprints: dict[str, str], *, allow: Sequence[str]
+    ) -> None:
+        """Refuse a checkpoint of another run, see `check_same_run`.
 
         Raises:
-            CheckpointError: with a table of what differs.
+            CheckpointError: there is one, and it is.
         """
-        fingerprints = take_fingerprints(model, data, world)._asdict()
-        if self.checkpoint is None:
-            return fingerprints
-        if self.record.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: its record has format {self.record.get('format')}, "
-                f"this version reads {FORMAT}"
-            )
-        schedule = options["optim"]["schedule"]
-        found = [
-            (difference, effect_of(difference, schedule))
-            for difference in list_differences(self.record["options"], options)
-        ]
-        before = self.record["fingerprints"]
-        found += [
-            (Difference(name, before[name][:12], digest[:12]), "")
-            for name, digest in fingerprints.items()
-            if before[name] != digest
-        ]
-        lines = [_line(difference, effect, allow) for difference, effect in found]
-        refused = [d.key for d, effect in found if not effect and not is_among(d.key, allow)]
-        if refused:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} is of a run with other numbers:\n  "
-                + "\n  ".join(lines)
-                + "\nset them back, name a new run_dir with resume=never, or accept them with "
-                f"resume.allow=[{','.join(refused)}]"
-            )
-        for line in lines:
-            logger.warning("going on with other options: %s", line)
-        return fingerprints
+        if self.checkpoint is not None:
+            folder = self.checkpoint.folder
+            check_same_run(folder, self.record, options, fingerprints, allow=allow)
 
     def load(
         self, policy: TokenScorer, updates: Updates, device: torch.device, *, num_steps: int
@@ -132,12 +80,6 @@ class Start:
         updates.guard.load_state(state.guard)
         logger.info("going on after step %d: %s", state.step, self.checkpoint.folder)
         return state
-
-
-def _line(difference: Difference, effect: str, allow: Sequence[str]) -> str:
-    if not effect:
-        effect = "allowed" if is_among(difference.key, allow) else "CHANGES THE NUMBERS"
-    return f"{difference}: {effect}"
 
 
 def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:

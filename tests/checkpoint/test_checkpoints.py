@@ -261,11 +261,9 @@ def test_an_optimizer_that_keeps_lists_is_refused_by_name(world, agreement, tmp_
     parameter = training.policy.scales
     training.optimizer.state[parameter]["history"] = [torch.zeros(1)]
     message = "AdamW keeps history of scales as a list"
-    with (
-        store_in(tmp_path, agreement, max_failures=1) as store,
-        pytest.raises(CheckpointError, match=message),
-    ):
+    with store_in(tmp_path, agreement) as store:
         store.save(1, *training.parts, record={})
+        assert message in store.wait()[0].error
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop", "SGD", "Adafactor"])

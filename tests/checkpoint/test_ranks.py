@@ -131,9 +131,8 @@ def check_ranks_that_differ(world: World, agreement: Agreement, run_dir: Path) -
         assert "the ranks' optimizers differ" in store.wait()[0].error
         if not world.is_main:
             training.optimizer.state[training.policy.scales]["history"] = []
-        with pytest.raises(CheckpointError, match="rank 1: AdamW keeps history of scales"):
-            for step in (2, 3):
-                store.save(step, *training.parts, record={})
+        store.save(2, *training.parts, record={})
+        assert "rank 1: AdamW keeps history of scales" in store.wait()[0].error
 
 
 def go_on_with_other_ranks(base: Path, saved_by: str, saved_to: str) -> None:

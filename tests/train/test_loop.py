@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.checkpoint.agreement import Agreement
 from fastpref.config import (
     Config,
     DPOConfig,
@@ -30,6 +31,8 @@ from fastpref.config import (
 from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
 from fastpref.train.build import build_run
+from fastpref.train.run_folder import run_place
+from fastpref.train.start import find_start
 from fastpref.train.task import train
 
 LOSSES = {
@@ -259,7 +262,8 @@ def test_a_loss_without_reference_loads_one_model(base, tmp_path):
     config = make_config(base, tmp_path / "run", loss=SimPOConfig())
     world = init_world()
     try:
-        parts = build_run(config, world)
+        start = find_start("never", run_place(config), Agreement(world))
+        parts = build_run(config, world, start)
     finally:
         dist.destroy_process_group()
     assert parts.reference is None

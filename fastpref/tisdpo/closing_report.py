@@ -1,0 +1,72 @@
+"""What `task=tisdpo` says of its stages: each one's result in words, and the closing report."""
+
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from fastpref.complete_files import writing
+from fastpref.model.paths import EXPORT_FOLDER
+from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.stages import Stage
+from fastpref.train.history import read_records
+from fastpref.train.report import by_metric, print_text, render
+
+MARKER = "stage.json"
+"""In a stage's folder once it is done: its seconds and its result in words."""
+
+
+def describe_training(folder: Path) -> str:
+    """The last held-out numbers of a training stage in words, those of training without any."""
+    records = read_records(folder)
+    evaluated = any(record["split"] == "eval" for record in records)
+    kind, where = ("eval", "held-out ") if evaluated else ("train", "")
+    last = {key: values[-1] for key, values in by_metric(records, kind).items()}
+    words = {"loss/X": f"{where}loss", "rewards_X/accuracies": "accuracy"}
+    words |= {"rewards_X/margins": "margin"}
+    named = {key.replace("X", kind): word for key, word in words.items()}
+    return ", ".join(f"{word} {last[key]:.3f}" for key, word in named.items() if key in last)
+
+
+def describe_weights(reports: list[WeightsReport]) -> str:
+    """The estimated weights in words."""
+    report = reports[0]
+    words = f"{len(report.chosen) + len(report.rejected):,} tokens"
+    if report.auc is not None:
+        return f"{words}, planted tokens: ROC-AUC {report.auc:.3f}"
+    return f"{words}, mean {report.chosen.mean():+.3f}, {report.rejected.mean():+.3f}"
+
+
+def close_run(run_dir: Path, stages: list[Stage]) -> None:
+    """The model under the run folder's own name, and the closing report."""
+    link_model(run_dir, stages[-1])
+    print_report(run_dir, stages)
+
+
+def link_model(run_dir: Path, last: Stage) -> None:
+    """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's."""
+    link = run_dir / EXPORT_FOLDER
+    link.unlink(missing_ok=True)
+    link.symlink_to(Path(last.name) / EXPORT_FOLDER)
+
+
+def print_report(run_dir: Path, stages: list[Stage]) -> None:
+    """The closing report, on the screen and in `summary.txt`."""
+    table = Table(title=f"{run_dir.name}", title_justify="left")
+    for column in ("stage", "what", "result", "seconds"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    total = 0.0
+    for stage in stages:
+        record = json.loads((run_dir / stage.name / MARKER).read_text(encoding="utf-8"))
+        total += record["seconds"]
+        table.add_row(stage.name, record["what"], record["result"], f"{record['seconds']:.0f}")
+    table.add_section()
+    table.add_row("all", "", "", f"{total:.0f}")
+    paths = {
+        "model": run_dir / EXPORT_FOLDER,
+        "curves": run_dir / stages[-1].name / "curves.png",
+        "weights": run_dir / "weights" / stages[-1].config.datasets[0] / "weights.html",
+    }
+    with writing(run_dir / "summary.txt"):
+        (run_dir / "summary.txt").write_text(render(table, paths, width=120), encoding="utf-8")
+    print_text(render(table, paths))
