@@ -1,11 +1,13 @@
 """What `task=tisdpo` says of its stages: each one's result in words, and the closing report."""
 
 import json
+import shutil
 from pathlib import Path
 
 from rich.table import Table
 
-from fastpref.complete_files import writing
+from fastpref.checkpoint.folders import CHECKPOINTS
+from fastpref.complete_files import complete_file, writing
 from fastpref.model.paths import EXPORT_FOLDER
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stages import Stage
@@ -35,6 +37,23 @@ def describe_weights(reports: list[WeightsReport]) -> str:
     if report.auc is not None:
         return f"{words}, planted tokens: ROC-AUC {report.auc:.3f}"
     return f"{words}, mean {report.chosen.mean():+.3f}, {report.rejected.mean():+.3f}"
+
+
+def mark_done(folder: Path, *, what: str, result: str, seconds: float, table: str) -> None:
+    """Leave word in a stage's folder that it is done: never again is anything computed there.
+
+    Args:
+        folder: Of the stage.
+        what, result, seconds: For the closing report.
+        table: Its own closing table, for `summary.txt`; "" if it has none.
+    """
+    if table:
+        (folder / "summary.txt").write_text(table, encoding="utf-8")
+    record = {"what": what, "result": result, "seconds": seconds}
+    with complete_file(folder / MARKER) as file:
+        file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    # nothing goes on inside a stage that is done
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def close_run(run_dir: Path, stages: list[Stage]) -> None:

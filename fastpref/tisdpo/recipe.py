@@ -8,16 +8,12 @@ done again; the same command with the same `run_dir` goes on with the first one 
 import contextlib
 import gc
 import io
-import json
 import logging
-import shutil
 import time
 from pathlib import Path
 
 import torch
 
-from fastpref.checkpoint.folders import CHECKPOINTS
-from fastpref.complete_files import complete_file
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import InterruptionError, PreemptionError
@@ -80,18 +76,13 @@ def run_stage(stage: Stage, folder: Path, world: World) -> None:
     finally:
         free_memory()
 
-    def mark_done() -> None:
-        if table.getvalue():
-            (folder / "summary.txt").write_text(table.getvalue(), encoding="utf-8")
+    def close() -> None:
         result = describe_training(folder) if is_training else describe_weights(reports)
-        record = {"what": stage.what, "result": result, "seconds": time.perf_counter() - started}
-        with complete_file(folder / MARKER) as file:
-            file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        # nothing goes on inside a stage that is done
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        seconds = time.perf_counter() - started
+        mark_done(folder, what=stage.what, result=result, seconds=seconds, table=table.getvalue())
 
     # no rank starts on a stage whose input rank 0 has not finished
-    world.on_main(mark_done)
+    world.on_main(close)
 
 
 def free_memory() -> None:

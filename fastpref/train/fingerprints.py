@@ -27,7 +27,7 @@ class Fingerprints(NamedTuple):
 
 
 def take_fingerprints(model: ModelConfig, data: Data, world: World) -> dict[str, str]:
-    """Those of a run by name, computed by rank 0: it reads every byte, a second or so a gigabyte."""
+    """Those of a run by name, computed by rank 0, which reads every byte: a second a gigabyte."""
 
     def compute() -> dict[str, str]:
         texts = tokenizer_digest(data.tokenizer) + str(template_digest(data.chat_template))
