@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastpref.config import Config, ResumeConfig
-from fastpref.config.survival import RESUME_WORDS
 from fastpref.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ def check_task(config: Config, num_ranks: int) -> None:
     from fastpref.train.optim import check_optimizer
     from fastpref.train.run_folder import check_writable, run_place
 
-    check_resume(config.resume, config.task)
+    check_resume(config.resume)
     if config.task == "estimate_weights":
         assert config.weights.output_dir
         check_writable("weights.output_dir", Path(config.weights.output_dir))
@@ -34,8 +33,8 @@ def check_task(config: Config, num_ranks: int) -> None:
     check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
 
 
-def check_resume(resume: ResumeConfig, task: str) -> None:
-    """Refuse a path where a task goes on by itself, and names that nothing has.
+def check_resume(resume: ResumeConfig) -> None:
+    """Refuse names that no option has.
 
     Raises:
         ConfigError: naming the option.
@@ -43,11 +42,6 @@ def check_resume(resume: ResumeConfig, task: str) -> None:
     from fastpref.cli.options import all_options
     from fastpref.train.differences import unknown_names
 
-    if task != "train" and resume.path not in RESUME_WORDS:
-        raise ConfigError(
-            f"resume.path: task={task} goes on by itself with what is in its own folder; a path "
-            "is for task=train"
-        )
     wrong = unknown_names(resume.allow, [*all_options(), "data", "model", "tokenizer"])
     if wrong:
         raise ConfigError(f"resume.allow: there is no option {', '.join(wrong)}")

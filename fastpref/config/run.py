@@ -28,7 +28,12 @@ from fastpref.config.loss import (
     TransformConfig,
 )
 from fastpref.config.stages import StagesConfig
-from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeConfig
+from fastpref.config.survival import (
+    RESUME_WORDS,
+    CheckpointConfig,
+    ParallelConfig,
+    ResumeConfig,
+)
 from fastpref.errors import ConfigError
 
 
@@ -162,6 +167,11 @@ class Config:
         if not self.optimizer.isidentifier():
             raise ValueError(
                 f"optimizer must be the name of a class in torch.optim, got {self.optimizer!r}"
+            )
+        if self.task != "train" and self.resume.path not in RESUME_WORDS:
+            raise ValueError(
+                f"resume.path: task={self.task} goes on by itself with what is in its own folder, "
+                f"got {self.resume.path!r}; a path is for task=train"
             )
         if self.task == "estimate_weights":
             self.weights.check_task(self.base_data_dir)

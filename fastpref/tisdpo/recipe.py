@@ -18,7 +18,13 @@ from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import InterruptionError, PreemptionError
 from fastpref.signals import say_if_stopped
-from fastpref.tisdpo.closing_report import MARKER, close_run, describe_training, describe_weights
+from fastpref.tisdpo.closing_report import (
+    MARKER,
+    close_run,
+    describe_training,
+    describe_weights,
+    mark_done,
+)
 from fastpref.tisdpo.estimate import estimate_weights
 from fastpref.tisdpo.recipe_folder import open_run_dir
 from fastpref.tisdpo.report import WeightsReport
