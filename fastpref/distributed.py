@@ -121,7 +121,7 @@ class World:
         return kept[0] if kept else None
 
     def _receive(self, key: str) -> Any:
-        self._wait([key], PREPARATION_TIMEOUT)
+        self._wait([key], PREPARATION_TIMEOUT, sender=0)
         # from rank 0 of this run
         result, failure = pickle.loads(self.store.get(key))
         if failure is not None:
@@ -137,9 +137,16 @@ class World:
         except dist.DistError as error:
             logger.error("not every rank heard of the failure: %s", first_line(error))
 
-    def _wait(self, keys: list[str], timeout: datetime.timedelta) -> None:
-        """Until the keys are in the store; a signal's handler runs once a second meanwhile."""
+    def _wait(
+        self, keys: list[str], timeout: datetime.timedelta, sender: int | None = None
+    ) -> None:
+        """Until the keys are in the store; a signal's handler runs once a second meanwhile.
+
+        Raises:
+            DistributedError: the rank that is to set them has ended, or shows no sign of life.
+        """
         deadline = time.monotonic() + timeout.total_seconds()
+        last, heard = "", time.monotonic()
         while True:
             try:
                 self.store.wait(keys, datetime.timedelta(seconds=1))
@@ -147,6 +154,35 @@ class World:
             except dist.DistStoreError:
                 if time.monotonic() > deadline:
                     raise
+            if sender is None:
+                continue
+            if self.store.check([end_key(sender)]) and not self.store.check(keys):
+                reason = self.store.get(end_key(sender)).decode()
+                raise DistributedError(f"rank {sender} ended: {reason}")
+            beat = (
+                self.store.get(beat_key(sender)) if self.store.check([beat_key(sender)]) else last
+            )
+            if beat != last:
+                last, heard = beat, time.monotonic()
+            elif last and time.monotonic() - heard > self.timeout.total_seconds():
+                raise DistributedError(
+                    f"rank {sender} died or hangs: no sign of life for "
+                    f"{self.timeout.total_seconds():.0f} s"
+                )
+
+    def look_up(self, key: str) -> str:
+        """A text in the store; "" if it is not there."""
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+
+def beat_key(rank: int) -> str:
+    """Where a rank says that it lives."""
+    return f"beat {rank}"
+
+
+def end_key(rank: int) -> str:
+    """Where a rank says why it ended."""
+    return f"end {rank}"
 
 
 def _failure(error: BaseException) -> FastprefError:

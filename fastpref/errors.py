@@ -47,6 +47,10 @@ class DistributedError(FastprefError):
     exit_code = 7
 
 
+class LostRankError(DistributedError):
+    """A collective failed: some rank is missing, and it is not known which."""
+
+
 class RankError(DistributedError):
     """This rank cannot join the others: it alone knows why, and says so whatever its number."""
 

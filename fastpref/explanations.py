@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from fastpref.errors import (
     CheckpointError,
-    DistributedError,
     FastprefError,
+    LostRankError,
     MemoryExhaustedError,
     first_line,
 )
@@ -41,7 +41,7 @@ def explain(error: BaseException) -> FastprefError | None:
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_RANK)
     ):
-        return DistributedError(f"a rank died or did not answer: {first_line(error)}")
+        return LostRankError(f"a rank died or did not answer: {first_line(error)}")
     if isinstance(error, OSError) and error.errno is not None:
         return _explain_system_error(error)
     return None

@@ -1,5 +1,6 @@
 """From a checked config to an exit code: logging, launch, task, and one message per user error."""
 
+import datetime
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from fastpref.cli.launch import launch_on_every_gpu
 from fastpref.cli.tasks import check_task, run_task
 from fastpref.config import Config
-from fastpref.errors import say_error
+from fastpref.errors import LostRankError, say_error
 
 if TYPE_CHECKING:
     from fastpref.distributed import World
@@ -49,7 +50,7 @@ def main(config: Config) -> int:
         check_task(config, num_gpus if on_every_gpu else world_size())
         if on_every_gpu:
             return launch_on_every_gpu(num_gpus, config.fsdp_port)
-        run_on_this_rank(partial(run_task, config))
+        run_on_this_rank(partial(run_task, config), config.parallel.timeout)
         return 0
     except Exception as error:
         known = explain(error)
@@ -59,17 +60,31 @@ def main(config: Config) -> int:
         return known.exit_code
 
 
-def run_on_this_rank(task: Callable[["World"], None]) -> None:
-    """Join the other ranks, and leave them together."""
+def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> None:
+    """Join the other ranks, and leave them together.
+
+    Raises:
+        DistributedError: another rank ended, died or hangs; which one, and why if it said so.
+    """
     import torch.distributed as dist
 
     from fastpref.distributed import init_world
+    from fastpref.explanations import explain
+    from fastpref.heartbeat import Heartbeat
 
-    world = init_world()
+    world = init_world(datetime.timedelta(seconds=timeout_seconds))
     try:
-        task(world)
-        # no rank leaves, and takes the others' store along, before all are done
-        world.agree_max(0)
+        with Heartbeat(world) as heartbeat:
+            try:
+                task(world)
+                # no rank leaves, and takes the others' store along, before all are done
+                world.agree_max(0)
+            except Exception as error:
+                known = explain(error)
+                if isinstance(known, LostRankError) and world.size > 1:
+                    raise heartbeat.name_the_lost(known) from error
+                heartbeat.say_why(known or error)
+                raise
     finally:
         dist.destroy_process_group()
 

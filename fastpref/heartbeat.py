@@ -1,0 +1,111 @@
+"""Which rank died or hangs: every one says in the ranks' store that it lives, and why it ended.
+
+A collective that fails says that somebody is missing, not who.
+"""
+
+import logging
+import threading
+import time
+
+import torch.distributed as dist
+
+from fastpref.checks import listed
+from fastpref.distributed import World, beat_key, end_key
+from fastpref.errors import DistributedError, FastprefError, LostRankError, RankError, first_line
+
+logger = logging.getLogger("fastpref")
+
+BEAT_SECONDS = 0.5
+"""Between two beats."""
+SILENCE_SECONDS = 3.0
+"""Without a beat: a rank that was killed or stopped."""
+STORE_SECONDS = 5.0
+"""For the store to answer."""
+
+
+class Heartbeat:
+    """While entered, this rank's beats go to the store, from a thread.
+
+    Args:
+        world: The ranks, and the store that they share.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> "Heartbeat":
+        if self._world.size > 1:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # not waited for: it may be held by a store that does not answer
+        self._ended.set()
+
+    def say_why(self, error: BaseException) -> None:
+        """Tell the others why this rank ends; they may wait for it in a collective."""
+        if self._world.size == 1:
+            return
+        text = str(error) if isinstance(error, FastprefError) else type(error).__name__
+        try:
+            self._world.store.set(end_key(self._world.rank), f"{text or type(error).__name__}")
+        except (dist.DistError, RuntimeError):
+            # the store went with another rank
+            logger.debug("rank %d cannot say why it ends", self._world.rank)
+
+    def name_the_lost(self, error: LostRankError) -> DistributedError:
+        """The error with the ranks that it is about: those that ended, or those that are silent."""
+        found: list[DistributedError] = []
+        # in a thread: whoever has the store may be the one that hangs
+        look = threading.Thread(target=lambda: found.append(self._look(error)), daemon=True)
+        look.start()
+        look.join(SILENCE_SECONDS + STORE_SECONDS)
+        if found:
+            return found[0]
+        return RankError(f"rank 0, or what else has the ranks' store, does not answer; {error}")
+
+    def _look(self, error: LostRankError) -> DistributedError:
+        try:
+            ended = self._reasons()
+            silent = [] if ended else self._silent()
+        except (dist.DistError, RuntimeError) as lost:
+            return RankError(f"rank 0, or what else had the ranks' store, died: {first_line(lost)}")
+        # rank 0 speaks for all as long as it can
+        kind = RankError if 0 in [*ended, *silent] else DistributedError
+        if ended:
+            return kind("; ".join(f"rank {rank} ended: {why}" for rank, why in ended.items()))
+        if silent:
+            names = listed([f"rank {rank}" for rank in silent])
+            return kind(f"{names} died or hangs, there is no sign of life; {error}")
+        return DistributedError(f"{error}; every rank is alive: one waits for what others skipped")
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._ended.wait(BEAT_SECONDS):
+            count += 1
+            try:
+                self._world.store.set(beat_key(self._world.rank), str(count))
+            except (dist.DistError, RuntimeError):
+                return
+
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._world.size) if rank != self._world.rank]
+
+    def _reasons(self) -> dict[int, str]:
+        reasons = {rank: self._world.look_up(end_key(rank)) for rank in self._others()}
+        return {rank: reason for rank, reason in reasons.items() if reason}
+
+    def _silent(self) -> list[int]:
+        """Ranks that do not beat while this one listens; one may say meanwhile why it ended."""
+        before = {rank: self._last_beat(rank) for rank in self._others()}
+        deadline = time.monotonic() + SILENCE_SECONDS
+        silent = list(before)
+        while silent and time.monotonic() < deadline:
+            time.sleep(BEAT_SECONDS / 2)
+            silent = [rank for rank in silent if self._last_beat(rank) == before[rank]]
+        return silent
+
+    def _last_beat(self, rank: int) -> str:
+        return self._world.look_up(beat_key(rank))
