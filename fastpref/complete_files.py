@@ -1,6 +1,7 @@
 """Files that appear under their name when they are complete, and never before."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,3 +55,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_folder(complete: Path, folder: Path) -> None:
+    """Give a complete folder its name; the one that had it goes once this one is in its place.
+
+    Killed in between, the old one is left beside it as `<name>.old`.
+    """
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.is_symlink() or folder.exists():
+        remove(old)
+        folder.rename(old)
+    complete.rename(folder)
+    sync_folder(folder.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)

@@ -41,8 +41,10 @@ class Heartbeat:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # not waited for: it may be held by a store that does not answer
         self._ended.set()
+        if self._world.size > 1:
+            # no longer: it may be held by a store that does not answer
+            self._thread.join(STORE_SECONDS)
 
     def say_why(self, error: BaseException) -> None:
         """Tell the others why this rank ends; they may wait for it in a collective."""

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from fastpref.checkpoint.folders import CHECKPOINTS, Best
 from fastpref.checkpoint.size import available_memory, estimate_bytes, free_bytes
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
+from fastpref.checks import hint
 from fastpref.config import CheckpointConfig
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, ConfigError
 from fastpref.signals import DEADLINE, StopRequest
 from fastpref.train.comparison import FORMAT
 from fastpref.train.metrics import Record
@@ -104,6 +105,20 @@ class Checkpoints:
             self._deadline.heard(report)
             say(report)
 
+    def check_metric(self, evaluation: Record | None) -> None:
+        """Refuse a name of the best metric that an evaluation does not have.
+
+        Raises:
+            ConfigError: naming those that it has.
+        """
+        best = self._store.best
+        if evaluation is not None and best is not None and best.metric not in evaluation:
+            names = sorted(name for name in evaluation if "eval" in name)
+            raise ConfigError(
+                f"checkpoint.keep_best={best.metric}: an evaluation has no such number, only "
+                f"{', '.join(names)}{hint(best.metric, names)}"
+            )
+
     def _is_best(self, evaluation: Record) -> bool:
         """Whether an evaluation is the best so far, by the metric that was asked for."""
         self._metrics = {
@@ -112,11 +127,7 @@ class Checkpoints:
         best, state = self._store.best, self._run.state
         if best is None:
             return False
-        if best.metric not in self._metrics:
-            raise CheckpointError(
-                f"checkpoint.keep_best={best.metric}: the evaluation has no such metric, only "
-                f"{', '.join(sorted(self._metrics))}"
-            )
+        self.check_metric(evaluation)
         value = self._metrics[best.metric]
         sign = 1 if best.higher_is_better else -1
         if state.best is not None and not sign * value > sign * state.best:

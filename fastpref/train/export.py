@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
-from fastpref.complete_files import writing
+from fastpref.complete_files import remove, replace_folder, writing
 from fastpref.config import ModelConfig
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
@@ -171,10 +171,9 @@ def export_model(scorer: TokenScorer, plan: ExportPlan | None, run_dir: Path, wo
         partial = run_dir / f"{EXPORT_FOLDER}.partial"
         with writing(folder):
             try:
-                _remove(partial)
+                remove(partial)
                 dtype = _write(scorer.model, weights, plan, partial)
-                _remove(folder)
-                partial.rename(folder)
+                replace_folder(partial, folder)
             # of safetensors, with the system's reason in its text
             except SafetensorError as error:
                 raise OSError(reason(error)) from error
@@ -252,10 +251,3 @@ def _in_dtype(config: Any, dtype: torch.dtype) -> Any:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)

@@ -19,7 +19,7 @@ def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
     order, state = run.train.order, run.state
     eval_steps = steps_between_evals(run.config.eval_every, run.config.batch_size)
     if is_evaluation_due(run, eval_steps):
-        evaluate(run, stop)
+        checkpoints.check_metric(evaluate(run, stop))
     progress = Progress(total=order.num_steps, visible=run.world.is_main)
     progress.advance(state.step)
     with progress, run.train.steps(run.world, state.step) as steps:

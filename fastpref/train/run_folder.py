@@ -102,8 +102,9 @@ OPTIONS = "config.yaml"
 LOCK = ".lock"
 """In a run folder: locked by the process that writes there."""
 LEFT_AT_THE_START = (
-    *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb"),
-    *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", "wandb-id"),
+    *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"),
+    *("wandb", "wandb-id"),
+    *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
 )
 """What a run may have written before its first step, by name."""
 

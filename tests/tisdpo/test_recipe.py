@@ -110,12 +110,12 @@ def stamps(run_dir: Path) -> dict[Path, int]:
 
 def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, tmp_path):
     run_dir = tmp_path / "run"
-    arguments = job(base, "tisdpo_d", run_dir=run_dir)
+    arguments = job(base, "tisdpo_d", run_dir=run_dir, **{"checkpoint.every": 2})
     is_in = {
-        "positive": lambda: (run_dir / "positive" / "metrics.jsonl").exists(),
-        "negative": lambda: (run_dir / "negative" / "metrics.jsonl").exists(),
+        "positive": lambda: (run_dir / "positive" / "checkpoints" / "latest").exists(),
+        "negative": lambda: (run_dir / "negative" / "checkpoints" / "latest").exists(),
         "weights": lambda: any((run_dir / "weights").glob("*/*.shards/*/*.npy")),
-        "policy": lambda: (run_dir / "policy" / "metrics.jsonl").exists(),
+        "policy": lambda: (run_dir / "policy" / "checkpoints" / "latest").exists(),
     }
     for number, stage in enumerate(STAGES):
         before = stamps(run_dir)
@@ -129,11 +129,17 @@ def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, 
     log = (tmp_path / "log").read_text()
     assert log.count("stage 1 of 4, positive: DPO on the pairs") == 2
     assert log.count("stage 1 of 4, positive: done already") == 2
+    # the third time the policy's training goes on in this process
+    assert log.count("going on after step ") == 2
+    assert not list(run_dir.glob("*/checkpoints"))
 
     whole = tmp_path / "whole"
     assert run(job(base, "tisdpo_d", run_dir=whole)) == 0
     weights = Path("weights") / "words" / "train.jsonl"
     assert (run_dir / weights).read_bytes() == (whole / weights).read_bytes()
+    for stage in ("positive", "negative", "policy"):
+        exported = Path(stage) / "LATEST" / "model.safetensors"
+        assert (run_dir / exported).read_bytes() == (whole / exported).read_bytes()
     losses = [read_metrics(folder / "policy", "train") for folder in (run_dir, whole)]
     assert [r["loss/train"] for r in losses[0]] == [r["loss/train"] for r in losses[1]]
     # the run folder names the trained model as any other run's does
