@@ -1,0 +1,219 @@
+"""What is not finite never reaches the weights, on any rank, and its rows are named."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors.torch import load_file
+from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
+
+import train
+from fastpref.cli.command_line import main
+from fastpref.train import loop
+from fastpref.train.guard import FiniteGuard, GuardState
+from fastpref.train.optim import build_optimizer
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+NAN_ROW = 11
+"""Line of train.jsonl whose loss is made NaN."""
+
+
+def steps_of(guard: FiniteGuard, parameter: torch.Tensor, gradients: list[float]) -> list[bool]:
+    """Make steps with these gradients; which of them moved the parameter."""
+    moved = []
+    for step, gradient in enumerate(gradients, start=1):
+        before = parameter.detach().clone()
+        parameter.grad = torch.full_like(parameter, gradient)
+        guard.apply(step, torch.tensor([0.5, gradient], device=parameter.device))
+        moved.append(not torch.equal(parameter, before))
+    return moved
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
+def test_from_the_first_step_that_is_not_finite_on_nothing_is_applied(optimizer, device):
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    built = build_optimizer(optimizer, [parameter], lr=0.1, options={})
+    guard = FiniteGuard(built, skip=False, device=torch.device(device))
+    assert steps_of(guard, parameter, [1.0, -1.0]) == [True, True]
+    assert guard.first_bad_step() == 0
+    state = {key: value.clone() for key, value in built.state[parameter].items()}
+    assert steps_of(guard, parameter, [1.0, 1.0, NAN, 1.0, INF, 1.0])[2:] == [False] * 4
+    assert guard.first_bad_step() == 3
+    if optimizer == "AdamW":
+        assert float(built.state[parameter]["step"]) == float(state["step"]) + 2
+    assert all(torch.isfinite(value).all() for value in built.state[parameter].values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_steps_are_left_out_on_request_until_there_are_ten_in_a_row(optimizer, device):
+    parameter = torch.nn.Parameter(torch.ones(3, device=device))
+    built = build_optimizer(optimizer, [parameter], lr=0.1, options={})
+    guard = FiniteGuard(built, skip=True, device=torch.device(device))
+    assert steps_of(guard, parameter, [1.0, NAN, 1.0, INF, NAN]) == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert guard.state() == GuardState(skipped=3, in_a_row=2)
+    assert steps_of(guard, parameter, [NAN] * 9) == [False] * 9
+    # nine of a start of its own: it counts on from the two before
+    other = FiniteGuard(built, skip=True, device=torch.device(device))
+    other.load_state(GuardState(skipped=3, in_a_row=2))
+    assert steps_of(other, parameter, [NAN] * 8 + [1.0]) == [False] * 9
+    assert other.first_bad_step() == 8 - 10 + 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_guarded_step_has_the_bits_of_an_unguarded_one(device):
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = (
+        torch.randn(257, generator=generator),
+        torch.randn(5, 257, generator=generator),
+    )
+    ends = []
+    for guarded in (False, True):
+        parameter = torch.nn.Parameter(start.clone().to(device))
+        built = build_optimizer("AdamW", [parameter], lr=0.1, options={})
+        guard = FiniteGuard(built, skip=False, device=torch.device(device))
+        for step, gradient in enumerate(gradients, start=1):
+            parameter.grad = gradient.to(device)
+            if guarded:
+                guard.apply(step, torch.ones(2, device=device))
+            else:
+                built.step()
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("guard")
+    write_rows(base / "words", "train", text_rows(32, seed=1))
+    write_rows(base / "words", "test", text_rows(8, seed=2))
+    save_tiny_model(base / "model")
+    return base
+
+
+def arguments(base: Path, run_dir: Path, *options: str) -> list[str]:
+    return [
+        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", f"run_dir={run_dir}", "max_length=64"),
+        *("max_prompt_length=32", "batch_size=4", "lr=1e-3", "warmup_steps=0", "loss=dpo"),
+        *("n_eval_examples=0", "minimum_log_interval_secs=0", "checkpoint.every=1", *options),
+    ]
+
+
+def run(arguments: list[str]) -> int:
+    return main(arguments, train.compose_choices, train.CONFIG_DIR)
+
+
+def spoil(lines: list[int], *, value: float = NAN) -> Any:
+    """Make the losses of some lines of train.jsonl what no loss may be, as a bad row would."""
+    real = loop.train_step
+
+    def train_step(run: Any, batches: Any, step: int) -> Any:
+        compute = type(run.step_loss).compute
+        places = run.train.data.places
+        _, plan = run.train.plan(step, run.world.data_size)
+        rows = run.train.order.batch(step)
+        own = iter([of_ranks[run.world.data_rank].rows for of_ranks in plan] * 2)
+
+        def spoilt(self: Any, batch: Any, step: int | None) -> Any:
+            losses, metrics = compute(self, batch, step)
+            bad = [places.line[row] in lines for row in rows[next(own)]]
+            if any(bad):
+                losses = torch.where(torch.tensor(bad), value * losses, losses)
+                metrics = metrics | {"loss": losses.detach()}
+            return losses, metrics
+
+        run.step_loss.compute = spoilt.__get__(run.step_loss)
+        return real(run, batches, step)
+
+    loop.train_step = train_step
+    return real
+
+
+@pytest.fixture
+def spoilt_row():
+    real = spoil([NAN_ROW])
+    yield
+    loop.train_step = real
+
+
+def test_a_row_that_is_not_finite_is_named_and_the_weights_are_those_before(
+    base, tmp_path, spoilt_row, capsys
+):
+    run_dir = tmp_path / "run"
+    assert run(arguments(base, run_dir)) == 5
+    said = capsys.readouterr().err
+    [record] = read_metrics(run_dir, "train")[-1:]
+    step = record["step"] + 1
+    assert f"the loss of {base}/words/train.jsonl:{NAN_ROW} on rank 0 is not finite" in said
+    assert f"at step {step}; " in said and f"those after step {step - 1}" in said
+    assert [r["step"] for r in read_metrics(run_dir, "train")] == list(range(1, step))
+    # what was saved last is the state before it, and nothing was exported
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{step - 1:08d}\n"
+    assert not (run_dir / "LATEST").exists()
+
+
+def test_a_step_that_is_not_finite_is_left_out_on_request(base, tmp_path, spoilt_row):
+    run_dir = tmp_path / "run"
+    assert run(arguments(base, run_dir, "on_nonfinite=skip")) == 0
+    records = read_metrics(run_dir, "train")
+    assert len(records) == 8
+    [bad] = [r["step"] for r in records if r["loss/train"] is None]
+    assert [r["skipped_steps"] for r in records] == [0.0] * (bad - 1) + [1.0] * (9 - bad)
+    weights = load_file(run_dir / "LATEST" / "model.safetensors")
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_ten_steps_in_a_row_end_a_run_that_leaves_them_out(base, tmp_path, capsys):
+    real = spoil(list(range(1, 33)), value=INF)
+    try:
+        assert run(arguments(base, tmp_path / "run", "on_nonfinite=skip", "n_epochs=3")) == 5
+    finally:
+        loop.train_step = real
+    assert "at step 1, the first of 10 in a row," in capsys.readouterr().err
+
+
+def test_a_gradient_that_overflows_is_named_by_the_rows_of_its_micro_batch(base, tmp_path, capsys):
+    # the loss is finite and its product with an enormous beta is not
+    options = ("loss.beta=1e38", "packing.max_tokens=1")
+    assert run(arguments(base, tmp_path / "run", *options)) == 5
+    said = capsys.readouterr().err
+    assert "is not finite at step" in said and f"{base}/words/train.jsonl:" in said
+
+
+def train_on_rank(command: list[str], lines: list[int], out: Path) -> None:
+    spoil(lines)
+    started = time.monotonic()
+    code = run(command)
+    out.joinpath(os.environ["RANK"]).write_text(json.dumps([code, time.monotonic() - started]))
+
+
+def test_what_is_not_finite_on_one_of_two_ranks_ends_both(base, tmp_path, capfd):
+    run_on_ranks(train_on_rank, 2, arguments(base, tmp_path / "run"), [NAN_ROW], tmp_path)
+    results = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    assert [code for code, _ in results] == [5, 5]
+    assert f"train.jsonl:{NAN_ROW} on rank " in capfd.readouterr().err
