@@ -44,7 +44,7 @@ class Heartbeat:
         self._ended.set()
         if self._world.size > 1:
             # no longer: it may be held by a store that does not answer
-            self._thread.join(STORE_SECONDS)
+            self._thread.join(2 * BEAT_SECONDS)
 
     def say_why(self, error: BaseException) -> None:
         """Tell the others why this rank ends; they may wait for it in a collective."""

@@ -1,0 +1,115 @@
+"""One of two ranks is killed, stopped or asked to end: the other one ends, and says which."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 3
+NAMING_SECONDS = 30
+"""What it may take to find out which rank it is, or to save, on busy cores."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("lost")
+    write_rows(base / "words", "train", text_rows(32, seed=1))
+    save_tiny_model(base / "model")
+    return base
+
+
+def start_two(base: Path, run_dir: Path, *options: str) -> list[subprocess.Popen[str]]:
+    """Two processes of one run that does not end by itself."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [
+        *(sys.executable, "train.py", "model=blank_model", f"model.name_or_path={base / 'model'}"),
+        *("model.fsdp_policy_mp=null", "datasets=[words]", f"base_data_dir={base}", "loss=dpo"),
+        *(f"run_dir={run_dir}", "max_length=64", "max_prompt_length=32", "batch_size=4"),
+        *("n_epochs=100000", "n_eval_examples=0", "minimum_log_interval_secs=0"),
+        *("checkpoint.every=0", f"parallel.timeout={TIMEOUT_SECONDS}", *options),
+    ]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            command,
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+
+
+def wait_for_steps(ranks: list[subprocess.Popen[str]], run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
+    metrics = run_dir / "metrics.jsonl"
+    while not metrics.exists() or len(read_metrics(run_dir, "train")) < 3:
+        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+        time.sleep(0.1)
+
+
+def end_of(rank: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        _, said = rank.communicate(timeout=TIMEOUT_SECONDS + NAMING_SECONDS)
+    finally:
+        rank.kill()
+    return rank.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("victim", "number", "message"),
+    [
+        (1, signal.SIGKILL, "rank 1 died or hangs, there is no sign of life"),
+        (1, signal.SIGSTOP, "rank 1 died or hangs, there is no sign of life"),
+        (0, signal.SIGKILL, "rank 0"),
+        (0, signal.SIGSTOP, "rank 0"),
+    ],
+)
+def test_a_rank_that_is_gone_ends_the_other_and_is_named(base, tmp_path, victim, number, message):
+    ranks = start_two(base, tmp_path / "run")
+    try:
+        wait_for_steps(ranks, tmp_path / "run")
+        ranks[victim].send_signal(number)
+        code, said = end_of(ranks[1 - victim])
+    finally:
+        ranks[victim].kill()
+        ranks[victim].wait()
+    assert code == 7
+    assert message in said.splitlines()[-1] and "Traceback" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_one_rank_ends_both_at_the_same_step_with_everything_saved(
+    base, tmp_path, number
+):
+    run_dir = tmp_path / "run"
+    ranks = start_two(base, run_dir)
+    wait_for_steps(ranks, run_dir)
+    ranks[1].send_signal(number)
+    codes, said = zip(*(end_of(rank) for rank in ranks), strict=True)
+    assert codes == ((130, 130) if number == signal.SIGINT else (75, 75))
+    last = read_metrics(run_dir, "train")[-1]["step"]
+    assert re.search(rf"resume=auto run_dir=\S+ goes on after step {last}$", said[0].rstrip())
+    assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+
+
+def test_a_rank_without_rows_keeps_up(base, tmp_path):
+    # one row a step: the second rank never has one
+    run_dir = tmp_path / "run"
+    options = ("batch_size=1", "n_epochs=null", "n_examples=6")
+    ranks = start_two(base, run_dir, *options)
+    wait_for_steps(ranks, run_dir)
+    assert [end_of(rank)[0] for rank in ranks] == [0, 0]
+    assert len(read_metrics(run_dir, "train")) == 6
