@@ -1,10 +1,19 @@
 """One command, a process for every GPU."""
 
+import contextlib
+import os
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from fastpref.errors import ConfigError, DistributedError, first_line
+
+
+SAVE_SECONDS = 600
+"""After a signal, before a rank that has not ended is killed."""
 
 
 def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
@@ -37,17 +46,41 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
         run_id="fastpref",
         max_restarts=0,
     )
+    if hasattr(launch, "shutdown_timeout"):
+        # of ranks that a signal stops: seconds to save in; older torch gives them 30
+        launch.shutdown_timeout = SAVE_SECONDS
     try:
-        elastic_launch(launch, sys.executable)("-u", *sys.argv)
+        with passing_on(signal.SIGUSR1):
+            elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
     except SignalException as stopped:
-        # the ranks got the signal too; torchrun gives them 30 s to save
+        # the ranks got the signal too
         return 130 if stopped.sigval == signal.SIGINT else 75
     except RendezvousError as error:
         raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
     return 0
+
+
+@contextmanager
+def passing_on(number: int) -> Iterator[None]:
+    """While entered, a signal that torchrun does not know goes to the processes that it started.
+
+    They end by themselves, each with everything saved.
+    """
+
+    def pass_on(*_: object) -> None:
+        for path in Path("/proc/self/task").glob("*/children"):
+            for child in path.read_text(encoding="ascii").split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), number)
+
+    before = signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def check_port(port: int) -> None:

@@ -1,0 +1,81 @@
+"""A disk that is full, a folder that is gone or read-only: the run goes on, says so, and ends with
+4, and what was saved before stays usable."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
+
+import train
+from fastpref.checkpoint.folders import find_newest
+from fastpref.cli.command_line import main
+from fastpref.train import loop
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("disk")
+    write_rows(base / "words", "train", text_rows(32, seed=1))
+    save_tiny_model(base / "model")
+    return base
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, with room for one checkpoint and what a run writes beside it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def run(base: Path, run_dir: Path, *options: str) -> int:
+    arguments = [
+        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", f"run_dir={run_dir}", "max_length=64"),
+        *("max_prompt_length=32", "batch_size=4", "lr=1e-3", "warmup_steps=0", "loss=dpo"),
+        *("n_eval_examples=0", "minimum_log_interval_secs=0", "checkpoint.every=2", *options),
+    ]
+    return main(arguments, train.compose_choices, train.CONFIG_DIR)
+
+
+def test_a_disk_without_room_for_a_second_checkpoint_costs_no_step(base, small_disk, capsys):
+    run_dir = small_disk / "run"
+    assert run(base, run_dir, "checkpoint.keep=3") == 4
+    said = capsys.readouterr().err
+    assert "do not fit into" in said
+    assert "NO CHECKPOINT: step 8 was not saved" in said
+    assert len(read_metrics(run_dir, "train")) == 8
+    # once there is room again, the run ends as it should
+    newest = find_newest(run_dir / "checkpoints")
+    assert newest is not None and newest.step < 8
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert run(base, run_dir, "checkpoint.keep=3", "resume=auto") == 0
+    assert len(read_metrics(run_dir, "train")) == 8
+
+
+@pytest.mark.parametrize("asynchronous", ["sync", "async"])
+def test_a_checkpoint_folder_that_is_a_file_meanwhile_costs_no_step(
+    base, tmp_path, asynchronous, capsys, monkeypatch
+):
+    run_dir = tmp_path / "run"
+    real = loop.train_step
+
+    def train_step(run, batches, step):
+        if step == 3:
+            shutil.rmtree(run_dir / "checkpoints")
+            (run_dir / "checkpoints").write_text("")
+        return real(run, batches, step)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    assert run(base, run_dir, f"checkpoint.mode={asynchronous}") == 4
+    said = capsys.readouterr().err
+    assert said.count("NO CHECKPOINT") >= 3 and "LATEST has the model" in said
+    assert (run_dir / "LATEST" / "model.safetensors").is_file()
+    assert len(read_metrics(run_dir, "train")) == 8
