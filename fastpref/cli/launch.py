@@ -11,7 +11,6 @@ from pathlib import Path
 
 from fastpref.errors import ConfigError, DistributedError, first_line
 
-
 SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
 

@@ -1,0 +1,122 @@
+"""What saving costs a run: the same steps with a checkpoint among them, beside those without.
+
+    python benchmarks/bench_checkpoint.py --model MODEL_FOLDER --data FOLDER/NAME --json
+
+One run: DPO, a checkpoint after half of the steps, written beside the training. Steps before it are
+the yardstick; what those after it take longer, the standstill included, is the cost, as a share of
+the steps from one checkpoint to the next.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from train_arms import config_of, read_lines
+
+WARM_UP_STEPS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of rows, train split")
+    parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--pairs", type=int, default=4, help="per optimizer step")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--mode", choices=["async", "sync"], default="async")
+    parser.add_argument("--json", action="store_true", help="write to the results folder")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(json.dumps(result, indent=1))
+    if arguments.json:
+        write(result)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train, and read the cost off the run's own numbers."""
+    from fastpref.checkpoint import store
+    from fastpref.distributed import init_world
+    from fastpref.train.task import train
+
+    reports: list[Any] = []
+    make = store.SaveReport
+
+    def keep(**values: Any) -> Any:
+        reports.append(make(**values))
+        return reports[-1]
+
+    store.SaveReport = keep
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        train(config_for(arguments, run_dir), init_world())
+        seconds = seconds_of_steps(run_dir, arguments.pairs)
+    before, after = seconds[WARM_UP_STEPS : arguments.every], seconds[arguments.every :]
+    usual = statistics.median(before)
+    first = reports[0]
+    return {
+        "model": arguments.model.name,
+        "mode": arguments.mode,
+        "every": arguments.every,
+        "pairs": arguments.pairs,
+        "seconds_of_a_step": usual,
+        "checkpoint_gib": first.num_bytes / 2**30,
+        "standstill_seconds": first.standstill_seconds,
+        "write_seconds": first.write_seconds,
+        "cost_seconds": sum(after) - usual * len(after),
+        "cost_share": (sum(after) - usual * len(after)) / (usual * arguments.every),
+        "noise_share": (sum(before) - usual * len(before)) / (usual * len(before)),
+    }
+
+
+def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
+    """A run of twice as many steps as from checkpoint to checkpoint."""
+    case = {
+        "model": str(arguments.model.resolve()),
+        "dtype": "bfloat16",
+        "name": arguments.data.resolve().name,
+        "data": str(arguments.data.resolve().parent),
+        "pairs": arguments.pairs,
+        "micro_batches": 1,
+        "steps": 2 * arguments.every,
+        "lr": 1e-6,
+        "max_length": arguments.max_length,
+    }
+    config = config_of(case, run_dir)
+    config.checkpoint.every = arguments.every
+    config.checkpoint.mode = arguments.mode
+    return config
+
+
+def seconds_of_steps(run_dir: Path, pairs: int) -> list[float]:
+    """Wall time of each step, what stood between it and the one before included."""
+    return [
+        pairs / record["examples_per_second"] for record in read_lines(run_dir / "metrics.jsonl")
+    ]
+
+
+def write(result: dict[str, Any]) -> None:
+    """To `results/<device>/checkpoint.json`."""
+    import torch
+    from bench_head import device_folder
+    from bench_head_memory import cpu_name
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
+    folder = Path(__file__).parent / "results" / (device_folder(device) if on_gpu else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "device": device,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        **result,
+    }
+    (folder / "checkpoint.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
