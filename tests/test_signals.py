@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastpref.cli.launch import passing_on
 from fastpref.errors import CheckpointError, InterruptionError, PreemptionError
 from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
 from fastpref.train.sampling import StopOnSignal
@@ -93,7 +94,7 @@ def test_where_nothing_is_to_be_saved_the_first_signal_of_a_burst_ends_the_proce
 
 
 def test_in_training_the_first_is_remembered_and_the_second_acts_at_once():
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         code, stderr = burst(TRAINING, [number], 0)
         name = signal.Signals(number).name
         assert (code, stderr) == (0, f"{name}: stopping here; once more ends the process at once\n")
@@ -172,6 +173,13 @@ def test_a_process_that_was_forked_off_dies_by_the_signal_itself():
             os._exit(0)
         _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
+
+
+def test_a_process_that_starts_others_passes_a_signal_on():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    with passing_on(signal.SIGUSR1):
+        signal.raise_signal(signal.SIGUSR1)
+    assert child.wait(30) == -signal.SIGUSR1
 
 
 def test_sampling_ends_with_the_token_at_which_a_signal_comes():

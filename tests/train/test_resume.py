@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
 import train
+from fastpref.checkpoint import writer
 from fastpref.checkpoint.manifest import read_manifest
 from fastpref.cli.command_line import main
-from fastpref.train import loop
+from fastpref.train import ending, evaluation, loop
 
 STEPS = 12
 JOBS = {
@@ -347,6 +348,41 @@ def test_the_best_checkpoint_stays_by_its_held_out_metric(base, tmp_path):
     assert kept == {f"step-{best:08d}", f"step-{STEPS:08d}"}
     options = ["loss=dpo", "checkpoint.keep_best=rewards_eval/margin"]
     assert run(arguments(base, tmp_path / "misspelt", *options)) == 2
+
+
+SEAMS = {
+    "evaluating": (evaluation, "sum_over_examples", 2),
+    "sampling": (evaluation, "sample_responses", 3),
+    "saving": (writer, "write_manifest", 1),
+    "exporting": (ending, "export_model", 1),
+}
+"""By what a run is doing: a function of ours that it calls then, and the first call after a step.
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("doing", list(SEAMS))
+def test_a_signal_at_any_time_is_answered_when_everything_is_saved(
+    base, whole, tmp_path, monkeypatch, doing, number
+):
+    module, name, first = SEAMS[doing]
+    real, calls = getattr(module, name), []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == first:
+            signal.raise_signal(number)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, interrupted)
+    run_dir = tmp_path / "run"
+    # written by the main thread: Python's handlers run there alone
+    command = arguments(base, run_dir, "loss=dpo", "checkpoint.every=4", "checkpoint.mode=sync")
+    assert run([*command, "resume=auto"]) == (130 if number == signal.SIGINT else 75)
+    assert (run_dir / "checkpoints" / "latest").is_file()
+    monkeypatch.undo()
+    assert run([*command, "resume=auto"]) == 0
+    assert_same_end(run_dir, whole)
 
 
 def test_a_deadline_ends_the_run_in_time_with_everything_saved(base, tmp_path, capsys):
