@@ -11,7 +11,7 @@ from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.train.differences import is_among, list_differences
 from fastpref.train.opening import read_options
-from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, took_no_step
+from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, lock, took_no_step
 
 logger = logging.getLogger("fastpref")
 
@@ -90,6 +90,7 @@ def go_on_in(run_dir: Path, options: str) -> bool:
     path = run_dir / OPTIONS
     if not path.is_file() or read_options(run_dir).get("task") != "tisdpo":
         return False
+    lock(run_dir)
     if not has_begun(run_dir):
         with complete_file(path) as file:
             file.write(options)

@@ -16,7 +16,7 @@ from fastpref.errors import ConfigError
 from fastpref.train.differences import effect_of, list_differences
 from fastpref.train.history import METRICS, bring_history, read_records
 from fastpref.train.metrics import MetricsLog, first_loss_tolerance
-from fastpref.train.run_folder import OPTIONS, clear_start, took_no_step
+from fastpref.train.run_folder import OPTIONS, clear_start, lock, took_no_step
 from fastpref.train.start import Start
 from fastpref.train.trackers import build_trackers
 
@@ -45,6 +45,7 @@ def _open_without_checkpoint(start: Start, options: str) -> Path:
     run_dir = start.run_dir
     if run_dir is None or _is_new(run_dir):
         return start.place.create(options)
+    lock(run_dir)
     begin_anew(run_dir, options)
     return run_dir
 
@@ -55,6 +56,7 @@ def _open_with_checkpoint(start: Start, source: Path, options: str) -> Path:
     if run_dir is None or run_dir.resolve() != source:
         start.place.check()
         run_dir = start.place.create(options)
+    lock(run_dir)
     with writing(run_dir):
         keep_options(run_dir, options, start.state.step)
         bring_history(source, run_dir, start.state)

@@ -78,6 +78,7 @@ class RunPlace:
         if self.run_dir is None:
             return _claim(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        lock(self.run_dir)
         if {path.name for path in self.run_dir.iterdir()} - {LOCK}:
             logger.info("%s: what a start without a single step has left is replaced", self.run_dir)
             clear_start(self.run_dir)
@@ -143,23 +144,35 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
+_locks: dict[Path, IO[str]] = {}
+"""Open files of the run folders that this process has locked."""
+
+
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """While entered, no other process can open the run folder; the system unlocks it when this one
-    ends, however it does.
+    """While entered, no other process can open the run folder.
 
     Raises:
         ConfigError: another one writes there.
     """
-    lock = world.only_on_main(lambda: _lock(run_dir))
+    world.on_main(lambda: lock(run_dir))
     try:
         yield
     finally:
-        if lock is not None:
-            lock.close()
+        file = _locks.pop(run_dir.resolve(), None)
+        if file is not None:
+            file.close()
 
 
-def _lock(run_dir: Path) -> IO[str] | None:
+def lock(run_dir: Path) -> None:
+    """Keep other processes out of a run folder, before anything is changed there; the system lets
+    go of it when this process ends, however it does.
+
+    Raises:
+        ConfigError: another one writes there.
+    """
+    if run_dir.resolve() in _locks:
+        return
     with writing(run_dir):
         file = (run_dir / LOCK).open("w", encoding="utf-8")
     try:
@@ -170,7 +183,7 @@ def _lock(run_dir: Path) -> IO[str] | None:
     except OSError as error:
         # a file system without locks
         logger.warning("%s cannot be locked: %s", run_dir, error.strerror)
-    return file
+    _locks[run_dir.resolve()] = file
 
 
 def run_root(output_dir: str, local_dirs: Sequence[str] | None) -> Path:

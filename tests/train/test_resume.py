@@ -1,5 +1,6 @@
 """Stopped after any step, on any number of ranks, a run ends as the one that never stopped."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -314,16 +315,17 @@ def test_without_a_run_folder_the_newest_one_of_that_name_is_taken(base, tmp_pat
     assert len(read_metrics(run_dir, "train")) == STEPS
 
 
-def test_one_process_at_a_time_writes_to_a_run_folder(base, tmp_path, capsys):
-    import fcntl
-
+def test_one_process_at_a_time_writes_to_a_run_folder(base, stopped, tmp_path, capsys):
     run_dir = tmp_path / "run"
-    run_dir.mkdir()
+    shutil.copytree(stopped, run_dir)
+    (run_dir / "metrics.jsonl").open("a").write("what the other process writes just now")
+    files = ("metrics.jsonl", "config.yaml")
+    before = [(run_dir / name).read_bytes() for name in files]
     with (run_dir / ".lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        (run_dir / "config.yaml").write_text("{}")
-        assert run(arguments(base, run_dir, "loss=dpo")) == 2
+        assert run(arguments(base, run_dir, "loss=dpo", "resume=auto", "exp_name=other")) == 2
     assert "another process is writing to" in capsys.readouterr().err
+    assert [(run_dir / name).read_bytes() for name in files] == before
 
 
 def test_a_finished_run_is_not_trained_again_and_a_longer_one_goes_on(base, whole, tmp_path):
