@@ -55,8 +55,10 @@ def arguments(base: Path, run_dir: Path, *options: str) -> list[str]:
 
 def run(arguments: list[str]) -> int:
     if "RANK" in os.environ:
-        # torch keeps the store of a process's first start on its port
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+        # torch keeps the store of a process's first start on its port; others from below those
+        # that the system gives to connections
+        port = int(os.environ["MASTER_PORT"]) + 1
+        os.environ["MASTER_PORT"] = str(20_000 + port % 10_000)
     return main(arguments, train.compose_choices, train.CONFIG_DIR)
 
 
