@@ -16,6 +16,10 @@ class GemmTile(NamedTuple):
     """Row blocks that go over the same columns together."""
     num_warps: int
     num_stages: int
+    programs: int = 0
+    """Programs a multiprocessor that go over the tiles one after another; 0: a program a tile."""
+    promote_d: int = 0
+    """Of D, summed by the matrix units before they are added up with rounding; 0: all of D."""
 
 
 class RowTile(NamedTuple):
@@ -64,6 +68,14 @@ def fused_tile(device: torch.device, *, joint: bool = False) -> GemmTile | None:
     if device.type == "cpu":
         return None
     return (JOINT_TILES if joint else FUSED_TILES).get(_architecture(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a device; of the interpreter two, so that a program has several tiles to go over."""
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

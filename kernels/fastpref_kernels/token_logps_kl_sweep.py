@@ -122,7 +122,7 @@ class JointSweep:
         heads = [model.head for model in self.operands]
         larger_RV, log_ratio_RV = kept_RV or (None, None)
         V = heads[0].weight.shape[0]
-        kernels._joint_sweep_kernel[fused_grid(tile, len(self.ids_R), V)](
+        kernels._joint_sweep_kernel[fused_grid(tile, len(self.ids_R), V, self.ids_R.device)](
             *descriptors(tile, self.inputs[0], heads[0].weight),
             *descriptors(tile, self.inputs[1], heads[1].weight),
             result_descriptor(tile, larger_RV, parts=8),

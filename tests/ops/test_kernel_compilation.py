@@ -69,14 +69,27 @@ EXPONENTIALS = {"sums": None, "sums, bf16 exp": tl.bfloat16}
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16}
 
 
-def fused_cases(target):
-    tile = FUSED_TILES[target]
-    blocks = {
+def blocks_of(tile):
+    return {
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
         "GROUP_N": tile.group_n,
+        "PROMOTE_D": tile.promote_d,
     }
+
+
+def fused_cases(target):
+    tile = FUSED_TILES[target]
+    # a program a tile, and where that was measured a program a multiprocessor
+    for programs in (0, 132) if target == "sm_90" else (0,):
+        for name, kernel, types, launch in one_model_cases(tile):
+            looping = f"{name}{' looping' * bool(programs)}"
+            yield looping, kernel, types | {"PROGRAMS": programs}, launch
+
+
+def one_model_cases(tile):
+    blocks = blocks_of(tile)
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for transform, options in TRANSFORMS.items():
         for dtype, out in DTYPES.items():
@@ -113,11 +126,7 @@ def fused_cases(target):
 def fused_gap_cases(target):
     """TDPO1's sweep over the reference, which knows no softcap."""
     tile = FUSED_TILES[target]
-    types = {
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
-        "GROUP_N": tile.group_n,
+    types = blocks_of(tile) | {
         "PARTS": 4,
         "EXP": tl.bfloat16,
         "GAP": True,
@@ -128,8 +137,10 @@ def fused_gap_cases(target):
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for transform, options in {"plain": PLAIN, "bias": BIAS}.items():
         for D in (64, 4096):
-            name = f"sweep sums, bf16 exp, gap D {D} {transform}"
-            yield name, kernels._sweep_kernel, types | options | {"D": D}, launch
+            for programs in (0, 132) if target == "sm_90" else (0,):
+                name = f"sweep sums, bf16 exp, gap D {D} {transform}{' looping' * bool(programs)}"
+                more = options | {"D": D, "PROGRAMS": programs}
+                yield name, kernels._sweep_kernel, types | more, launch
 
 
 def row_cases():
@@ -177,12 +188,7 @@ def row_cases():
 
 def fused_joint_cases(target):
     tile = JOINT_TILES[target]
-    blocks = {
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_D": tile.block_d,
-        "GROUP_N": tile.group_n,
-    }
+    blocks = blocks_of(tile)
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for transform, options in JOINT_TRANSFORMS.items():
         for dtype, out in DTYPES.items():
@@ -262,6 +268,8 @@ SPILL_LIMIT = {"sm_90": 16, "sm_100": 320}
 """Bytes a thread: on the GPU that the fused kernels were shaped for four numbers at most, written
 and read once behind the GEMM. On Blackwell the joint sweep that keeps its exponentials spills more,
 which a tile of its own would end."""
+LOOPING_SPILL_LIMIT = 56
+"""The same where one loop goes over tiles and their GEMMs: TDPO1's sweep, at a D of one block."""
 RESCUE_SPILL_LIMIT = 8
 """Bytes a thread of a kernel that hardly ever has anything to do: Triton 3.6 spills two numbers on
 sm_80."""
@@ -300,7 +308,8 @@ def test_fused_kernels_compile_to_matrix_instructions_and_fit(target, cases):
     for name, _, compiled in compiled_cases(target, cases):
         assert compiled.shared_bytes <= SHARED_LIMIT[target], name
         assert compiled.matrix_instructions, name
-        assert compiled.spilled_bytes <= SPILL_LIMIT[target], name
+        limit = LOOPING_SPILL_LIMIT if "gap" in name and "looping" in name else SPILL_LIMIT[target]
+        assert compiled.spilled_bytes <= limit, name
 
 
 @pytest.mark.parametrize("cases", ROW_CASES)
