@@ -20,6 +20,22 @@ class GemmTile(NamedTuple):
     """Programs a multiprocessor that go over the tiles one after another; 0: a program a tile."""
     promote_d: int = 0
     """Of D, summed by the matrix units before they are added up with rounding; 0: all of D."""
+    slices: "SliceTile | None" = None
+    """Of a joint sweep, where it goes over one model after the other; None: both at once."""
+
+
+class SliceTile(NamedTuple):
+    """A part of the logits that is swept by the reference and then by the policy."""
+
+    gemm: GemmTile
+    """Blocks of both."""
+    rows: int
+    columns: int
+    """Whole blocks; the reference's products of this many stay in memory, in float32."""
+    parts: int = 8
+    """Of a tile's columns that are summed up one after another, 4 or 8."""
+    ahead: bool = False
+    """Whether the reference's products of a part are fetched while the part before is summed up."""
 
 
 class RowTile(NamedTuple):

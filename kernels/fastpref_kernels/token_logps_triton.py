@@ -255,7 +255,7 @@ def _dlogits_fused(
     arguments: dict[str, Tensor],
 ) -> None:
     head = operands.head
-    kernels._dlogits_kernel[fused_grid(tile, *dlogits_RC.shape, dlogits_RC.device)](
+    kernels._dlogits_kernel[fused_grid(tile, dlogits_RC.device, *dlogits_RC.shape)](
         *descriptors(tile, head.input[rows], head.weight),
         result_descriptor(tile, dlogits_RC),
         N=len(dlogits_RC),
