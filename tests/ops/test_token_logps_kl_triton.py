@@ -275,7 +275,7 @@ def test_slices_leave_the_same_sums_whichever_programs_add_them_up(programs, ahe
     # other slices of the same columns, and other parts of a tile
     other = run(SLICES._replace(gemm=gemm, rows=256, columns=512, parts=parts, ahead=ahead))
     for ours, expected in zip(other[:5], plain[:5], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6 if parts == 4 or ahead else 0)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 if parts == 4 or ahead else 0)
 
 
 @both_routes
