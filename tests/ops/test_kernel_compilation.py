@@ -300,7 +300,8 @@ SPILL_LIMIT = {"sm_90": 16, "sm_100": 320}
 and read once behind the GEMM. On Blackwell the joint sweep that keeps its exponentials spills more,
 which a tile of its own would end."""
 LOOPING_SPILL_LIMIT = 56
-"""The same where one loop goes over tiles and their GEMMs: TDPO1's sweep, at a D of one block."""
+"""The same where one loop goes over tiles and their GEMMs: TDPO1's sweep, and with Triton 3.6 the
+gradients under a softcap, both at a D of one block; without these two nothing spills."""
 SLICE_SPILL_LIMIT = 256
 """The same of a joint sweep by slices, of which one variant or another spills, with Triton 3.6 that
 with a softcap: once behind a tile's GEMM, of which it takes a few hundredths."""
@@ -347,10 +348,10 @@ def test_fused_kernels_compile_to_matrix_instructions_and_fit(target, cases):
         assert compiled.shared_bytes <= SHARED_LIMIT[target], name
         assert compiled.matrix_instructions, name
         limit = SPILL_LIMIT[target]
-        if "gap" in name and "looping" in name:
-            limit = LOOPING_SPILL_LIMIT
-        elif cases is slice_cases:
+        if cases is slice_cases:
             limit = SLICE_SPILL_LIMIT
+        elif "looping" in name:
+            limit = LOOPING_SPILL_LIMIT
         assert compiled.spilled_bytes <= limit, name
 
 
