@@ -32,6 +32,9 @@ SHAPES = {
     "tiny-cap": Shape(128, 4096, softcap=30.0, model="for a CPU"),
 }
 
+SMALL_SHAPES = {"S6": Shape(896, 151_936, model="Qwen2.5-0.5B")}
+"""Where launches and epilogues weigh more than the products."""
+
 MEAN_ENTROPY = 2.6
 """Nats; SmolLM2-135M's on chat responses."""
 DRIFT_NATS = 0.077
@@ -71,7 +74,7 @@ def synthetic_case(name: str, rows: int, device: str, *, seed: int = 0) -> Case:
     π is Zipf's law over the token ids, r in [0.5, 1.5] spreads tokens from certain to open, and s
     is found by bisection so that the mean entropy is 2.6 nats. Targets are drawn from the model.
     """
-    shape = SHAPES[name]
+    shape = (SHAPES | SMALL_SHAPES)[name]
     generator = torch.Generator(device=device).manual_seed(seed)
     options = {"device": device, "generator": generator}
     V, D = shape.vocab, shape.hidden

@@ -16,6 +16,26 @@ class GemmTile(NamedTuple):
     """Row blocks that go over the same columns together."""
     num_warps: int
     num_stages: int
+    programs: int = 0
+    """Programs a multiprocessor that go over the tiles one after another; 0: a program a tile."""
+    promote_d: int = 0
+    """Of D, summed by the matrix units before they are added up with rounding; 0: all of D."""
+    slices: "SliceTile | None" = None
+    """Of a joint sweep, where it goes over one model after the other; None: both at once."""
+
+
+class SliceTile(NamedTuple):
+    """A part of the logits that is swept by the reference and then by the policy."""
+
+    gemm: GemmTile
+    """Blocks of both."""
+    rows: int
+    columns: int
+    """Whole blocks; the reference's products of this many stay in memory, in float32."""
+    parts: int = 8
+    """Of a tile's columns that are summed up one after another, 4 or 8."""
+    ahead: bool = False
+    """Whether the reference's products of a part are fetched while the part before is summed up."""
 
 
 class RowTile(NamedTuple):
@@ -64,6 +84,14 @@ def fused_tile(device: torch.device, *, joint: bool = False) -> GemmTile | None:
     if device.type == "cpu":
         return None
     return (JOINT_TILES if joint else FUSED_TILES).get(_architecture(device))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a device; of the interpreter two, so that a program has several tiles to go over."""
+    if device.type == "cpu":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -11,7 +11,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpref_kernels import token_logps_kernels as kernels
 from fastpref_kernels.gemm import matmul_into
-from fastpref_kernels.gemm_tiles import PRODUCT_TILE, ROW_TILE, GemmTile, RowTile, fused_tile
+from fastpref_kernels.gemm_tiles import (
+    PRODUCT_TILE,
+    ROW_TILE,
+    GemmTile,
+    RowTile,
+    fused_tile,
+    multiprocessors,
+)
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
 
@@ -220,20 +227,32 @@ def result_descriptor(
     return TensorDescriptor.from_tensor(result_RC, [tile.block_n, tile.block_v // parts])
 
 
-def fused_grid(tile: GemmTile, R: int, C: int) -> tuple[int]:
-    return (triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v),)
+def fused_grid(tile: GemmTile, device: torch.device, R: int, C: int) -> tuple[int]:
+    num_tiles = triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v)
+    return (min(num_tiles, _programs(tile, device) or num_tiles),)
 
 
 def fused_blocks(tile: GemmTile) -> dict[str, int | bool]:
+    """Arguments of a fused kernel that has a program a tile."""
     return {
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d,
         "GROUP_N": tile.group_n,
+        "PROMOTE_D": tile.promote_d,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **COMPILE,
     }
+
+
+def looping_blocks(tile: GemmTile, device: torch.device) -> dict[str, int | bool]:
+    """Arguments of a fused kernel whose programs may go over several tiles."""
+    return fused_blocks(tile) | {"PROGRAMS": _programs(tile, device)}
+
+
+def _programs(tile: GemmTile, device: torch.device) -> int:
+    return tile.programs * multiprocessors(device) if tile.programs else 0
 
 
 def row_grid(R: int, C: int, tile: RowTile = ROW_TILE) -> tuple[int]:

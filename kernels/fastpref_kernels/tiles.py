@@ -6,12 +6,17 @@ import triton.language as tl
 
 @triton.jit
 def tile_index(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
-    """Row block and column block of this program; grid (row blocks * column blocks,).
+    """`locate_tile` of this program; grid (row blocks * column blocks,)."""
+    return locate_tile(tl.program_id(0), N, V, BLOCK_N, BLOCK_V, GROUP_N)
+
+
+@triton.jit
+def locate_tile(i_tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
+    """Row block and column block of the i-th tile.
 
     GROUP_N row blocks meet the same columns one after another, so that a slice of the head and a
     group of hidden states stay in the L2 cache together.
     """
-    i_tile = tl.program_id(0)
     num_n = tl.cdiv(N, BLOCK_N)
     num_v = tl.cdiv(V, BLOCK_V)
     i_group = i_tile // (GROUP_N * num_v)
@@ -35,18 +40,26 @@ def product_tile(
     input_desc, weight_desc,  # (N, D) and (V, D), blocks of (BLOCK_N, BLOCK_D), (BLOCK_V, BLOCK_D)
     start_n, start_v,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PROMOTE_D: tl.constexpr,
 ):  # fmt: skip
     """input @ weightᵀ from row start_n and column start_v on, (BLOCK_N, BLOCK_V) float32.
 
-    Rows and columns past the end are zeros.
+    Rows and columns past the end are zeros. PROMOTE_D: so many of D are summed by the matrix units,
+    which cut off what they add; these sums are added up with rounding. 0: all of D are.
     """
     product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    total = product
     for start_d in range(0, D, BLOCK_D):
         hidden = input_desc.load([start_n, start_d])
         weight = weight_desc.load([start_v, start_d])
         # ieee: only the interpreter multiplies float32 here, and there tf32 means nothing
         product = tl.dot(hidden, weight.T, product, input_precision="ieee")
-    return product
+        if PROMOTE_D > 0:
+            stop_d = start_d + BLOCK_D
+            if stop_d % PROMOTE_D == 0:
+                total += product
+                product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    return total + product if PROMOTE_D > 0 else product
 
 
 @triton.jit
@@ -74,10 +87,12 @@ def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def column_parts(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
-    """The two or four parts of a tile's columns, from left to right."""
+    """The two, four or eight parts of a tile's columns, from left to right."""
     left, right = halves(tile, BLOCK_N, BLOCK_V)
     if PARTS == 2:
         return left, right
+    elif PARTS == 8:
+        return eighths(tile, BLOCK_N, BLOCK_V)
     else:
         a, b = halves(left, BLOCK_N, BLOCK_V // 2)
         c, d = halves(right, BLOCK_N, BLOCK_V // 2)

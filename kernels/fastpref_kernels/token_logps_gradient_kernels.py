@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastpref_kernels.tiles import (
     halves,
+    locate_tile,
     product_tile,
     softcap_slope,
     tile_index,
@@ -25,20 +26,19 @@ def _dlogits(
     return tl.where(mask_v[None, :] & (target >= 0)[:, None], dlogits, 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
-def _dlogits_kernel(
-    input_desc, weight_desc, dlogits_desc,      # (N, D), (V, D), (N, stop_v - start_v) 16-bit float
-    bias_ptr, target_ptr,                       # (V,) float; (N,) int64, -1 where ignored
-    lse_ptr, grad_ptr, target_grad_ptr,         # (N,) float32
-    N, start_v, stop_v, scale, softcap,
+@triton.jit
+def _dlogits_tile(
+    i_tile, input_desc, weight_desc, dlogits_desc, bias_ptr, target_ptr,
+    lse_ptr, grad_ptr, target_grad_ptr, N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of logits, made again; grid (row blocks * column blocks,)."""
-    i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    """Gradient of the i-th tile of logits, made again."""
+    i_n, i_v = locate_tile(i_tile, N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
     product = product_tile(
-        input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D
+        input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D, PROMOTE_D
     )
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -60,6 +60,33 @@ def _dlogits_kernel(
             logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP
         )
         dlogits_desc.store([i_n * BLOCK_N, half_v - start_v], dlogits.to(OUT))
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
+def _dlogits_kernel(
+    input_desc, weight_desc, dlogits_desc,      # (N, D), (V, D), (N, stop_v - start_v) 16-bit float
+    bias_ptr, target_ptr,                       # (V,) float; (N,) int64, -1 where ignored
+    lse_ptr, grad_ptr, target_grad_ptr,         # (N,) float32
+    N, start_v, stop_v, scale, softcap,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PROGRAMS: tl.constexpr, OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`_dlogits_tile` of all tiles, by the programs of a sweep."""
+    if PROGRAMS == 0:
+        _dlogits_tile(
+            tl.program_id(0), input_desc, weight_desc, dlogits_desc, bias_ptr, target_ptr,
+            lse_ptr, grad_ptr, target_grad_ptr, N, start_v, stop_v, scale, softcap,
+            D, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_N, PROMOTE_D, OUT, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+    else:
+        num_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(stop_v - start_v, BLOCK_V)
+        for i_tile in tl.range(tl.program_id(0), num_tiles, PROGRAMS, flatten=True):
+            _dlogits_tile(
+                i_tile, input_desc, weight_desc, dlogits_desc, bias_ptr, target_ptr,
+                lse_ptr, grad_ptr, target_grad_ptr, N, start_v, stop_v, scale, softcap,
+                D, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_N, PROMOTE_D, OUT, HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_n", "R", "start_v", "stop_v"])

@@ -25,6 +25,7 @@ from fastpref_kernels.tiles import (
     cap_logits,
     column_parts,
     head_rows,
+    locate_tile,
     product_columns,
     product_tile,
     softcap_slope,
@@ -116,22 +117,23 @@ def _store_sums(
         tl.store(gap_ptr + offs, gap, mask=mask_n)
 
 
-@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
-def _sweep_kernel(
-    input_desc, weight_desc, stored_desc,  # (N, D), (V, D) 16-bit float; (N, stop_v - start_v) EXP
-    bias_ptr, target_ptr, anchor_ptr,      # (V,) float; (N,) int64, -1 where ignored; (N,) float32
-    max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks of the whole V, N) float32
-    N, start_v, stop_v, scale, softcap,
+@triton.jit
+def _sweep_tile(
+    i_tile, i_summed, input_desc, weight_desc, stored_desc, bias_ptr, target_ptr, anchor_ptr,
+    max_ptr, sum_ptr, stored_sum_ptr, gap_ptr, N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    GROUP_N: tl.constexpr, PARTS: tl.constexpr, EXP: tl.constexpr, GAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PARTS: tl.constexpr, LOOPS: tl.constexpr,
+    EXP: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits of a tile, and its rows' sums by its parts; grid (row blocks * column blocks,)."""
-    i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    """Logits of the i-th tile, and its rows' sums by its parts; `i_summed` is i once more."""
+    i_n, i_v = locate_tile(i_tile, N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
     product = product_tile(
-        input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D
+        input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D, PROMOTE_D
     )
+    # located anew: in a loop both numbers would take registers through the GEMM
+    i_n, i_v = locate_tile(i_summed, N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
+    first_v = start_v + i_v * BLOCK_V
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     target = tl.load(target_ptr + offs_n, mask=mask_n, other=-1)
@@ -152,10 +154,53 @@ def _sweep_kernel(
         if EXP is not None:
             stored_desc.store([i_n * BLOCK_N, part_v - start_v], stored)
         # the last tile's right parts may have no columns
-        if part_v < stop_v:
+        if LOOPS:
+            # no branch: Triton 3.6 could not make one loop of two around it
+            has_columns = tl.full((BLOCK_N,), part_v, dtype=tl.int32) < stop_v
+            _store_sums(
+                max_ptr, sum_ptr, stored_sum_ptr, gap_ptr, row_max, row_sum, stored_sum, gap,
+                part_v // PART_V, offs_n, mask_n & has_columns, N, EXP, GAP,
+            )  # fmt: skip
+        elif part_v < stop_v:
             _store_sums(
                 max_ptr, sum_ptr, stored_sum_ptr, gap_ptr, row_max, row_sum, stored_sum, gap,
                 part_v // PART_V, offs_n, mask_n, N, EXP, GAP,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
+def _sweep_kernel(
+    input_desc, weight_desc, stored_desc,  # (N, D), (V, D) 16-bit float; (N, stop_v - start_v) EXP
+    bias_ptr, target_ptr, anchor_ptr,      # (V,) float; (N,) int64, -1 where ignored; (N,) float32
+    max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks of the whole V, N) float32
+    N, start_v, stop_v, scale, softcap,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
+    EXP: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """`_sweep_tile` of all tiles; grid (row blocks * column blocks,), (PROGRAMS,) if that is given.
+
+    Each of PROGRAMS programs goes over every PROGRAMS-th tile. Its loop and the GEMM's become one,
+    so that a tile's first operands are on their way while the tile before it is summed up.
+    """
+    i_program = tl.program_id(0)
+    if PROGRAMS == 0:
+        _sweep_tile(
+            i_program, i_program, input_desc, weight_desc, stored_desc, bias_ptr, target_ptr,
+            anchor_ptr, max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,
+            N, start_v, stop_v, scale, softcap, D, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_N, PROMOTE_D,
+            PARTS, False, EXP, GAP, HAS_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+    else:
+        num_tiles = tl.cdiv(N, BLOCK_N) * tl.cdiv(stop_v - start_v, BLOCK_V)
+        i_summed = i_program - PROGRAMS
+        for i_tile in tl.range(i_program, num_tiles, PROGRAMS, flatten=True):
+            i_summed += PROGRAMS
+            _sweep_tile(
+                i_tile, i_summed, input_desc, weight_desc, stored_desc, bias_ptr, target_ptr,
+                anchor_ptr, max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,
+                N, start_v, stop_v, scale, softcap, D, BLOCK_N, BLOCK_V, BLOCK_D, GROUP_N,
+                PROMOTE_D, PARTS, True, EXP, GAP, HAS_BIAS, HAS_SOFTCAP,
             )  # fmt: skip
 
 

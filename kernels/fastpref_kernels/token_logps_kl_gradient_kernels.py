@@ -95,6 +95,7 @@ def _joint_dlogits_kernel(
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, D_REFERENCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
+    PROMOTE_D: tl.constexpr,
     OUT: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -102,10 +103,12 @@ def _joint_dlogits_kernel(
     i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     start_n = i_n * BLOCK_N
     first_v = start_v + i_v * BLOCK_V
-    product = product_tile(input_desc, weight_desc, start_n, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D)
+    product = product_tile(
+        input_desc, weight_desc, start_n, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D, PROMOTE_D
+    )
     reference_product = product_tile(
         reference_input_desc, reference_weight_desc,
-        start_n, first_v, D_REFERENCE, BLOCK_N, BLOCK_V, BLOCK_D,
+        start_n, first_v, D_REFERENCE, BLOCK_N, BLOCK_V, BLOCK_D, PROMOTE_D,
     )  # fmt: skip
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

@@ -14,8 +14,8 @@ from fastpref_kernels.launch import (
     Operands,
     combine,
     descriptors,
-    fused_blocks,
     fused_grid,
+    looping_blocks,
     product_tiles,
     products_of,
     result_descriptor,
@@ -102,7 +102,7 @@ class Sweep:
 
     def _add_fused(self, tile: GemmTile, cols: slice, stored_RC: Tensor | None) -> None:
         R, C = len(self.ids_R), cols.stop - cols.start
-        kernels._sweep_kernel[fused_grid(tile, R, C)](
+        kernels._sweep_kernel[fused_grid(tile, self.input_RD.device, R, C)](
             *descriptors(tile, self.input_RD, self.operands.head.weight),
             result_descriptor(tile, stored_RC, parts=self.parts),
             start_v=cols.start,
@@ -111,7 +111,7 @@ class Sweep:
             PARTS=self.parts,
             **self._sums,
             **self.operands.transform,
-            **fused_blocks(tile),
+            **looping_blocks(tile, self.input_RD.device),
         )
 
     def _add_products(self, cols: slice, stored_RC: Tensor | None) -> None:

@@ -29,9 +29,9 @@ from fastpref_kernels.launch import (
     Operands,
     aligned_columns,
     descriptors,
-    fused_blocks,
     fused_grid,
     gradient_tile,
+    looping_blocks,
     product_tile,
     product_tiles,
     result_descriptor,
@@ -255,7 +255,7 @@ def _dlogits_fused(
     arguments: dict[str, Tensor],
 ) -> None:
     head = operands.head
-    kernels._dlogits_kernel[fused_grid(tile, *dlogits_RC.shape)](
+    kernels._dlogits_kernel[fused_grid(tile, dlogits_RC.device, *dlogits_RC.shape)](
         *descriptors(tile, head.input[rows], head.weight),
         result_descriptor(tile, dlogits_RC),
         N=len(dlogits_RC),
@@ -265,7 +265,7 @@ def _dlogits_fused(
         OUT=TRITON_DTYPES[dlogits_RC.dtype],
         **arguments,
         **operands.transform,
-        **fused_blocks(tile),
+        **looping_blocks(tile, dlogits_RC.device),
     )
 
 

@@ -194,6 +194,43 @@ def test_a_row_has_the_same_bits_in_every_mode(route, transform, monkeypatch):
         assert torch.equal(stats.logps, scores_N), mode
 
 
+@pytest.mark.parametrize("transform", ["plain", "softcap"])
+@pytest.mark.parametrize("mode", MODES)
+def test_programs_that_go_over_several_tiles_leave_the_same_bits(mode, transform, monkeypatch):
+    force(mode, monkeypatch)
+    leaves, wanted, target_N, grad_N = case(*SHAPES["fused"], dtype=torch.bfloat16, mode=mode)
+
+    def run(tile):
+        monkeypatch.setattr(launch, "fused_tile", lambda device, joint: tile)
+        return gradients(
+            lambda *_: token_logps(
+                *leaves[:2], target_N, linear_bias=leaves[2], **TRANSFORMS[transform]
+            ),
+            wanted,
+            grad_N,
+        )
+
+    tile = FUSED_TILES["sm_90"]._replace(programs=0)
+    (logps_N, grads), (looped_N, looped) = run(tile), run(tile._replace(programs=1))
+    assert torch.equal(looped_N, logps_N) and all(map(torch.equal, looped, grads))
+
+
+@pytest.mark.parametrize("programs", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_of_parts_of_d_are_as_exact(mode, programs, monkeypatch):
+    # the last part is shorter
+    tile = FUSED_TILES["sm_90"]._replace(promote_d=128, programs=programs)
+    monkeypatch.setattr(launch, "fused_tile", lambda device, joint: tile)
+    force(mode, monkeypatch)
+    assert_exact(
+        *case(
+            *SHAPES["fused"], mode=mode, dtype=torch.bfloat16 if DEVICE == "cuda" else torch.float32
+        ),
+        logp_bound=5e-5 if DEVICE == "cuda" else 1e-5,
+        gradient_bound=ROUNDED_TWICE if DEVICE == "cuda" else 2e-6,
+    )
+
+
 @pytest.mark.parametrize("mib", [0.1, 2, 64, 300, 1024, 16_384])
 def test_exponentials_are_made_of_the_products_of_every_other_mode(mib):
     # a product of the library in another width may have other bits

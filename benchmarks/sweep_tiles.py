@@ -1,0 +1,278 @@
+"""Times the fused head's kernels in tiles and forms that a table could name, in one short run.
+
+    python benchmarks/sweep_tiles.py
+    TRITON_INTERPRET=1 python benchmarks/sweep_tiles.py --shapes tiny --rows 130 --rounds 1
+
+What it prints chooses the entries of `gemm_tiles.py`. The candidates of a job are compiled and
+checked one after another, then timed turn by turn. One that does not compile or whose numbers are
+wrong is listed with the reason, and the others go on.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from bench_head import device_folder, measure_ceilings, time_once
+from fastpref_kernels import launch, token_logps_kl_triton, token_logps_triton
+from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile, SliceTile
+from fastpref_kernels.head import Head, Targets
+from fastpref_kernels.row_sums import JointStats, TokenStats
+from head_cases import SHAPES, SMALL_SHAPES, Case, synthetic_case
+from torch import Tensor
+
+ORACLE_ROWS = 64
+WRONG = 1e-3
+"""Nats; sums in 16 bits would be off by more, the worst in float32 are by 1e-4."""
+ONE, BOTH = FUSED_TILES["sm_90"], JOINT_TILES["sm_90"]._replace(slices=None)
+LOOP = ONE._replace(programs=1)
+SMALL = GemmTile(128, 128, 64, group_n=16, num_warps=4, num_stages=3)
+
+
+class Candidate(NamedTuple):
+    job: str
+    name: str
+    tile: GemmTile
+    small: bool = False
+    """Whether the small shape is worth its time too."""
+    frozen: tuple[int, int] = (2048, 32768)
+    """Rows, columns of the exponentials of a frozen head."""
+
+
+def slices(gemm: GemmTile, rows: int, columns: int, **options: Any) -> GemmTile:
+    return BOTH._replace(slices=SliceTile(gemm, rows, columns, **options))
+
+
+FORWARD = [
+    Candidate("forward", "128x256 now", ONE, True),
+    Candidate("forward", "128x256 looping", LOOP, True),
+    Candidate("forward", "looping, 3 stages", LOOP._replace(num_stages=3), True),
+    Candidate("forward", "looping, group 8", LOOP._replace(group_n=8)),
+    Candidate("forward", "looping, group 32", LOOP._replace(group_n=32)),
+    Candidate("forward", "looping, group 64", LOOP._replace(group_n=64)),
+    Candidate("forward", "256x128", ONE._replace(block_n=256, block_v=128, group_n=8)),
+    Candidate("forward", "256x128 looping", LOOP._replace(block_n=256, block_v=128, group_n=8)),
+    Candidate("forward", "128x128, 2 at once", SMALL),
+    Candidate("forward", "128x128 looping, 2 at once", SMALL._replace(programs=2), True),
+    Candidate("forward", "promoted every 1,024", ONE._replace(promote_d=1024)),
+    Candidate("forward", "promoted every 512", ONE._replace(promote_d=512)),
+    Candidate("forward", "looping, promoted every 1,024", LOOP._replace(promote_d=1024)),
+    Candidate("forward", "128x128, promoted every 512", SMALL._replace(num_warps=8, promote_d=512)),
+]
+JOINT = [
+    Candidate(job, name, tile, small)
+    for job in ("joint", "joint kept")
+    for name, tile, small in [
+        ("both at once, now", BOTH, True),
+        ("slices 4,096 x 16,384", slices(ONE, 4096, 16384), False),
+        ("slices, looping", slices(LOOP, 4096, 16384), True),
+        ("slices, ahead", slices(ONE, 4096, 16384, ahead=True), False),
+        ("slices, looping, ahead", slices(LOOP, 4096, 16384, ahead=True), True),
+        ("slices 4,096 x 2,048, looping", slices(LOOP, 4096, 2048), False),
+        ("slices 8,192 x 8,192, looping", slices(LOOP, 8192, 8192), False),
+        ("slices, 4 parts", slices(ONE, 4096, 16384, parts=4), False),
+    ]
+]
+TRAINING = [
+    Candidate(job, name, tile)
+    for job in ("kept", "lean")
+    for name, tile in [("128x256 now", ONE), ("128x256 looping", LOOP)]
+]
+FROZEN = [
+    Candidate("frozen", f"{rows} x {columns}{' looping' * bool(tile.programs)}", tile, small, shape)
+    for rows, columns, tile, small in [
+        (2048, 32768, ONE, True),
+        (2048, 32768, LOOP, False),
+        (4096, 32768, ONE, True),
+        (4096, 65536, ONE, False),
+        (8192, 32768, ONE, False),
+        (8192, 32768, LOOP, True),
+        (16384, 16384, ONE, False),
+    ]
+    for shape in [(rows, columns)]
+]
+CANDIDATES = FORWARD + JOINT + TRAINING + FROZEN
+PASSES = {"forward": 1, "joint": 2, "joint kept": 2, "kept": 1, "lean": 4, "frozen": 2}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    arguments.end = time.monotonic() + arguments.seconds
+    found, library = [], {}
+    for shape in arguments.shapes:
+        case = synthetic_case(shape, arguments.rows, arguments.device)
+        ceilings = library[case.name] = measure_ceilings(case)
+        print(f"\n{case.name}: {ceilings}", flush=True)
+        truth = Truth(case)
+        for job in PASSES:
+            chosen = [candidate for candidate in CANDIDATES if candidate.job == job]
+            if shape in SMALL_SHAPES:
+                chosen = [candidate for candidate in chosen if candidate.small]
+            found += measure(chosen, truth, ceilings, arguments)
+        del case, truth
+    write({"ceilings": library, "results": found}, arguments)
+
+
+def parse_arguments() -> argparse.Namespace:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["S1", "S6"], choices=SHAPES | SMALL_SHAPES)
+    parser.add_argument("--rows", type=int, default=16384)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=165.0, help="start nothing new after")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--results", type=Path, help="folder to write JSON to; none: print only")
+    return parser.parse_args()
+
+
+class Truth:
+    """A case as the launchers take it, and what some of its rows are in float64."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.policy = Head(case.input, case.weight, None, 1.0, case.softcap)
+        self.reference = Head(case.reference_input, case.reference_weight, None, 1.0, case.softcap)
+        self.targets = Targets.of(case.target, -100)
+        N, device = len(case.target), case.input.device
+        self.rows = torch.linspace(0, N - 1, min(N, ORACLE_ROWS), device=device).long()
+        log_p_RV, log_q_RV = (self._log_softmax(head) for head in (self.policy, self.reference))
+        target_R1 = case.target[self.rows, None]
+        self.logps = log_p_RV.gather(1, target_R1)[:, 0]
+        self.kl = (log_q_RV.exp() * (log_q_RV - log_p_RV)).sum(1)
+
+    def _log_softmax(self, head: Head) -> Tensor:
+        logits_RV = head.input[self.rows].double() @ head.weight.double().t()
+        return logits_RV.log_softmax(1)
+
+    def run(self, job: str, policy: Head | None = None) -> TokenStats | JointStats:
+        """What the job's forward finds out; its backward runs too where that has a kernel."""
+        policy = policy or self.policy
+        if job.startswith("joint"):
+            mode = "store" if job == "joint kept" else "scores"
+            return token_logps_kl_triton.token_logps_kl_fwd(
+                (policy, self.reference), self.targets, "reference_policy", mode
+            )
+        mode = {"forward": "scores", "kept": "store"}.get(job, job)
+        stats = token_logps_triton.token_logps_fwd(policy, self.targets, mode)
+        if job == "lean":
+            token_logps_triton.token_logps_bwd(
+                self.case.grad, policy, self.targets, stats, mode, (True, True, False)
+            )
+        return stats
+
+    def check(self, job: str) -> tuple[dict[str, float], Tensor]:
+        """Errors of log p and KL, and log p of all rows; equal models must differ by nothing."""
+        stats = self.run(job)
+        errors_R = (stats.logps[self.rows] - self.logps).abs()
+        found = {"worst": errors_R.max().item(), "mean": errors_R.mean().item()}
+        if isinstance(stats, JointStats):
+            found["kl_mean"] = (stats.kl[self.rows] - self.kl).abs().mean().item()
+            same = self.run(job, self.reference)
+            assert isinstance(same, JointStats)
+            if same.kl.any() or not torch.equal(same.logps, same.reference_logps):
+                raise ArithmeticError(f"equal models have a KL of {same.kl.abs().max():.1e}")
+        if not found["worst"] < WRONG:
+            raise ArithmeticError(f"log p is off by {found['worst']:.1e}")
+        return found, stats.logps
+
+
+@contextmanager
+def chosen_by_table(candidate: Candidate) -> Iterator[None]:
+    """The kernels as if the device's entries in the tables were the candidate's."""
+    before = launch.fused_tile, token_logps_triton._FROZEN_TILE
+    launch.fused_tile = lambda device, joint=False: candidate.tile
+    token_logps_triton._FROZEN_TILE = candidate.frozen
+    try:
+        yield
+    finally:
+        launch.fused_tile, token_logps_triton._FROZEN_TILE = before
+
+
+@torch.no_grad()
+def measure(
+    candidates: list[Candidate],
+    truth: Truth,
+    ceilings: dict[str, float],
+    arguments: argparse.Namespace,
+) -> list[dict]:
+    """One row a candidate, printed as a table."""
+    rows, runnable, first_N = [], [], None
+    for candidate in candidates:
+        row = {"case": truth.case.name, "job": candidate.job, "name": candidate.name}
+        row["tile"] = repr(candidate.tile)
+        rows.append(row)
+        if time.monotonic() > arguments.end:
+            row["failure"] = "the time is over"
+            continue
+        start = time.perf_counter()
+        try:
+            with chosen_by_table(candidate):
+                errors, logps_N = truth.check(candidate.job)
+            first_N = logps_N if first_N is None else first_N
+            row |= errors | {"same_bits": torch.equal(logps_N, first_N)}
+            runnable.append((candidate, row))
+        except Exception as error:
+            # a tile that does not fit or a form that the compiler refuses is a result
+            row["failure"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        row["check_seconds"] = time.perf_counter() - start
+    seconds: dict[str, list[float]] = {candidate.name: [] for candidate, _ in runnable}
+    for _ in range(arguments.rounds):
+        for candidate, _ in runnable:
+            with chosen_by_table(candidate):
+                run = partial(truth.run, candidate.job)
+                seconds[candidate.name].append(time_once(run, arguments.device))
+    flops, library = truth.case.pass_flops / 1e12, ceilings["gemm_tflops_bf16_out"]
+    for candidate, row in runnable:
+        row["milliseconds"] = statistics.median(seconds[candidate.name]) * 1e3
+        row["tflops"] = PASSES[candidate.job] * flops / row["milliseconds"] * 1e3
+        row["of_library"] = row["tflops"] / library
+    print(table(rows), flush=True)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = []
+    for row in rows:
+        if "failure" in row:
+            figures = row["failure"][:100]
+        else:
+            kl = f"  KL {row['kl_mean']:.1e}" if "kl_mean" in row else ""
+            bits = "" if row["same_bits"] else "  other bits"
+            figures = (
+                f"{row['milliseconds']:8.2f} ms {row['tflops']:6.0f} TFLOP/s "
+                f"{row['of_library']:5.0%}  log p worst {row['worst']:.1e} mean {row['mean']:.1e}"
+                f"{kl}{bits}"
+            )
+        lines.append(f"{row['job']:<10} {row['name']:<30} {figures}")
+    return "\n".join(lines)
+
+
+def write(found: dict[str, Any], arguments: argparse.Namespace) -> None:
+    if arguments.results is None:
+        return
+    on_gpu = arguments.device == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    path = arguments.results / device_folder(device) / "sweep_tiles.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {
+        "device": device,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+        "rounds": arguments.rounds,
+    }
+    record |= found
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
