@@ -23,7 +23,7 @@ import torch
 import triton
 from bench_head import device_folder, measure_ceilings, time_once
 from fastpref_kernels import launch, token_logps_kl_triton, token_logps_triton
-from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile, SliceTile
+from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.row_sums import JointStats, TokenStats
 from head_cases import SHAPES, SMALL_SHAPES, Case, synthetic_case
@@ -32,8 +32,8 @@ from torch import Tensor
 ORACLE_ROWS = 64
 WRONG = 1e-3
 """Nats; sums in 16 bits would be off by more, the worst in float32 are by 1e-4."""
-ONE, BOTH = FUSED_TILES["sm_90"], JOINT_TILES["sm_90"]._replace(slices=None)
-LOOP = ONE._replace(programs=1)
+LOOP, BOTH = FUSED_TILES["sm_90"], JOINT_TILES["sm_90"]
+ONE = LOOP._replace(programs=0)
 SMALL = GemmTile(128, 128, 64, group_n=16, num_warps=4, num_stages=3)
 
 
@@ -45,10 +45,6 @@ class Candidate(NamedTuple):
     """Whether the small shape is worth its time too."""
     frozen: tuple[int, int] = (2048, 32768)
     """Rows, columns of the exponentials of a frozen head."""
-
-
-def slices(gemm: GemmTile, rows: int, columns: int, **options: Any) -> GemmTile:
-    return BOTH._replace(slices=SliceTile(gemm, rows, columns, **options))
 
 
 FORWARD = [
@@ -68,17 +64,12 @@ FORWARD = [
     Candidate("forward", "128x128, promoted every 512", SMALL._replace(num_warps=8, promote_d=512)),
 ]
 JOINT = [
-    Candidate(job, name, tile, small)
+    Candidate(job, name, tile, small=True)
     for job in ("joint", "joint kept")
-    for name, tile, small in [
-        ("both at once, now", BOTH, True),
-        ("slices 4,096 x 16,384", slices(ONE, 4096, 16384), False),
-        ("slices, looping", slices(LOOP, 4096, 16384), True),
-        ("slices, ahead", slices(ONE, 4096, 16384, ahead=True), False),
-        ("slices, looping, ahead", slices(LOOP, 4096, 16384, ahead=True), True),
-        ("slices 4,096 x 2,048, looping", slices(LOOP, 4096, 2048), False),
-        ("slices 8,192 x 8,192, looping", slices(LOOP, 8192, 8192), False),
-        ("slices, 4 parts", slices(ONE, 4096, 16384, parts=4), False),
+    for name, tile in [
+        ("128x128 now", BOTH),
+        ("group 32", BOTH._replace(group_n=32)),
+        ("5 stages", BOTH._replace(num_stages=5)),
     ]
 ]
 TRAINING = [

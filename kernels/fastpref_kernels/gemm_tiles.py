@@ -20,22 +20,6 @@ class GemmTile(NamedTuple):
     """Programs a multiprocessor that go over the tiles one after another; 0: a program a tile."""
     promote_d: int = 0
     """Of D, summed by the matrix units before they are added up with rounding; 0: all of D."""
-    slices: "SliceTile | None" = None
-    """Of a joint sweep, where it goes over one model after the other; None: both at once."""
-
-
-class SliceTile(NamedTuple):
-    """A part of the logits that is swept by the reference and then by the policy."""
-
-    gemm: GemmTile
-    """Blocks of both."""
-    rows: int
-    columns: int
-    """Whole blocks; the reference's products of this many stay in memory, in float32."""
-    parts: int = 8
-    """Of a tile's columns that are summed up one after another, 4 or 8."""
-    ahead: bool = False
-    """Whether the reference's products of a part are fetched while the part before is summed up."""
 
 
 class RowTile(NamedTuple):
@@ -47,11 +31,14 @@ class RowTile(NamedTuple):
 
 
 FUSED_TILES = {
-    "sm_90": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4),
+    "sm_90": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4, programs=1),
     "sm_100": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4),
 }
 """Where the GEMM is Triton's own: it needs the copy engine that fills shared memory from tensor
-descriptors. Elsewhere the library's GEMM writes tiles of products."""
+descriptors. Elsewhere the library's GEMM writes tiles of products.
+
+On an H100 the looping form is 1 to 2 % faster at D = 4,096 and 10 % at D = 896, to the same bits;
+promotion every 1,024 of D takes log p from 7.6e-5 off at worst to 2.0e-5 for 13 % of the time."""
 
 JOINT_TILES = {
     "sm_90": GemmTile(128, 128, 64, group_n=16, num_warps=8, num_stages=4),

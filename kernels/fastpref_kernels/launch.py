@@ -227,7 +227,7 @@ def result_descriptor(
     return TensorDescriptor.from_tensor(result_RC, [tile.block_n, tile.block_v // parts])
 
 
-def fused_grid(tile: GemmTile, device: torch.device, R: int, C: int) -> tuple[int]:
+def fused_grid(tile: GemmTile, R: int, C: int, device: torch.device) -> tuple[int]:
     num_tiles = triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v)
     return (min(num_tiles, _programs(tile, device) or num_tiles),)
 

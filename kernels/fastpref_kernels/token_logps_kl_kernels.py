@@ -50,32 +50,6 @@ def _sum_columns(
 
 
 @triton.jit
-def _sum_together(
-    logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr
-):
-    """`_sum_columns` where the models' logits came by different ways: as one tensor they are summed
-    in one order, which two tensors in different threads would not be."""
-    both = tl.join(logits, reference_logits)
-    kept = tl.where(keep[:, :, None], both, float("-inf"))
-    both_max = tl.maximum(tl.max(kept, 1), LOWEST)
-    both_exp = tl.exp(kept - both_max[:, None, :])
-    both_sum = tl.sum(both_exp, 1)
-    row_max, reference_max = tl.split(both_max)
-    row_sum, reference_sum = tl.split(both_sum)
-    exp_logits, reference_exp = tl.split(both_exp)
-    logits, reference_logits = tl.split(both)
-    base_gap = (anchor - reference_anchor)[:, None]
-    if UNDER_REFERENCE:
-        weights = reference_exp
-        gaps = reference_logits - logits + base_gap
-    else:
-        weights = exp_logits
-        gaps = logits - reference_logits - base_gap
-    gap = tl.sum(tl.where(weights > 0, weights * gaps, 0.0), 1)
-    return row_max, row_sum, reference_max, reference_sum, gap
-
-
-@triton.jit
 def _add_sums(
     max_a, sum_a, gap_a, max_b, sum_b, gap_b,
 ):  # fmt: skip
@@ -90,11 +64,9 @@ def _add_sums(
 def _add_columns(
     row_max, row_sum, reference_max, reference_sum, gap,
     logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Row sums so far and those of a tile together; the gap goes with the sums of the first."""
-    sum_part: tl.constexpr = _sum_together if TOGETHER else _sum_columns
-    part_max, part_sum, reference_part_max, reference_part_sum, part_gap = sum_part(
+    part_max, part_sum, reference_part_max, reference_part_sum, part_gap = _sum_columns(
         logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
     )
     if UNDER_REFERENCE:
@@ -139,37 +111,6 @@ def _larger_and_log_ratio(
     return tl.where(keep, larger, 0.0), tl.where(keep, log_ratio, 0.0)
 
 
-@triton.jit
-def _add_part(
-    row_max, row_sum, reference_max, reference_sum, gap, product, reference_product,
-    larger_desc, log_ratio_desc, bias_ptr, reference_bias_ptr,
-    target, anchor, reference_anchor, start_n, part_v, start_v, stop_v, scale, softcap,
-    PART_V: tl.constexpr, EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """`_add_columns` of both models' products from row start_n and column part_v on; stores what
-    the backward wants of them if EXP is given."""
-    offs_v = part_v + tl.arange(0, PART_V)
-    mask_v = offs_v < stop_v
-    logits, reference_logits = transform_both(
-        product, reference_product,
-        bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
-        HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
-    )  # fmt: skip
-    keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
-    if EXP is not None:
-        larger, log_ratio = _larger_and_log_ratio(
-            logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP
-        )
-        larger_desc.store([start_n, part_v - start_v], larger.to(EXP))
-        log_ratio_desc.store([start_n, part_v - start_v], log_ratio.to(RATIO))
-    return _add_columns(
-        row_max, row_sum, reference_max, reference_sum, gap,
-        logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE, TOGETHER,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
 def _joint_sweep_kernel(
     input_desc, weight_desc,                        # (N, D), (V, D) 16-bit float
@@ -210,12 +151,24 @@ def _joint_sweep_kernel(
     gap = row_sum
     PART_V: tl.constexpr = BLOCK_V // 8
     for i_part in tl.static_range(8):
-        row_max, row_sum, reference_max, reference_sum, gap = _add_part(
+        part_v = first_v + i_part * PART_V
+        offs_v = part_v + tl.arange(0, PART_V)
+        mask_v = offs_v < stop_v
+        logits, reference_logits = transform_both(
+            parts[i_part], reference_parts[i_part],
+            bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
+            HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
+        if EXP is not None:
+            larger, log_ratio = _larger_and_log_ratio(
+                logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP
+            )
+            larger_desc.store([start_n, part_v - start_v], larger.to(EXP))
+            log_ratio_desc.store([start_n, part_v - start_v], log_ratio.to(RATIO))
+        row_max, row_sum, reference_max, reference_sum, gap = _add_columns(
             row_max, row_sum, reference_max, reference_sum, gap,
-            parts[i_part], reference_parts[i_part], larger_desc, log_ratio_desc,
-            bias_ptr, reference_bias_ptr, target, anchor, reference_anchor,
-            start_n, first_v + i_part * PART_V, start_v, stop_v, scale, softcap,
-            PART_V, EXP, RATIO, UNDER_REFERENCE, False, HAS_BIAS, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
+            logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE,
         )  # fmt: skip
     _store_joint_sums(
         max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,

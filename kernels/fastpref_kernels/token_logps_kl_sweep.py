@@ -7,8 +7,7 @@ import triton
 from torch import Tensor
 
 from fastpref_kernels import token_logps_kl_kernels as kernels
-from fastpref_kernels import token_logps_kl_slice_kernels as slice_kernels
-from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE, GemmTile, SliceTile
+from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE, GemmTile
 from fastpref_kernels.launch import (
     COMPILE,
     TRITON_DTYPES,
@@ -17,7 +16,6 @@ from fastpref_kernels.launch import (
     descriptors,
     fused_blocks,
     fused_grid,
-    looping_blocks,
     product_tiles,
     products_of,
     result_descriptor,
@@ -26,9 +24,6 @@ from fastpref_kernels.launch import (
 )
 from fastpref_kernels.row_sums import JointSums, RowSums
 from fastpref_kernels.token_logps_kernels import MAX_DRIFT
-from fastpref_kernels.workspace import get_workspace_mib, slices
-
-_ROWS = 4096
 
 
 class JointSweep:
@@ -41,7 +36,8 @@ class JointSweep:
         self.ids_R = operands[0].ids[rows]
         self.inputs = [model.head.input[rows] for model in operands]
         self.anchors = [model.target_logits(rows) for model in operands]
-        num_blocks = triton.cdiv(operands[0].head.weight.shape[0], _swept_columns(operands[0].tile))
+        tile = operands[0].tile or JOINT_ROW_TILE
+        num_blocks = triton.cdiv(operands[0].head.weight.shape[0], tile.block_v)
         self.sums_BR = {
             name: self.anchors[0].new_empty(num_blocks, len(self.ids_R))
             for name in ("max", "sum", "reference_max", "reference_sum", "gap")
@@ -52,8 +48,6 @@ class JointSweep:
         tile = self.operands[0].tile
         if tile is None:
             self._run_products(kept_RV)
-        elif tile.slices is not None:
-            self._run_slices(tile.slices, kept_RV)
         else:
             self._run_fused(tile, kept_RV)
 
@@ -128,7 +122,7 @@ class JointSweep:
         heads = [model.head for model in self.operands]
         larger_RV, log_ratio_RV = kept_RV or (None, None)
         V = heads[0].weight.shape[0]
-        kernels._joint_sweep_kernel[fused_grid(tile, self.ids_R.device, len(self.ids_R), V)](
+        kernels._joint_sweep_kernel[fused_grid(tile, len(self.ids_R), V, self.ids_R.device)](
             *descriptors(tile, self.inputs[0], heads[0].weight),
             *descriptors(tile, self.inputs[1], heads[1].weight),
             result_descriptor(tile, larger_RV, parts=8),
@@ -141,43 +135,6 @@ class JointSweep:
             **joint_transforms(self.operands),
             **fused_blocks(tile),
         )
-
-    def _run_slices(self, slice_tile: SliceTile, kept_RV: list[Tensor] | None) -> None:
-        tile, parts, device = slice_tile.gemm, slice_tile.parts, self.ids_R.device
-        R, V = len(self.ids_R), self.operands[0].head.weight.shape[0]
-        _, columns = _slice_shape(slice_tile)
-        # whole tiles, so that no read of them needs a mask
-        products_RC = self.anchors[0].new_empty(
-            triton.cdiv(R, tile.block_n) * tile.block_n,
-            triton.cdiv(min(columns, V), tile.block_v) * tile.block_v,
-        )
-        blocks = looping_blocks(tile, device)
-        for cols in slices(V, columns):
-            grid = fused_grid(tile, device, R, cols.stop - cols.start)
-            span = {"N": R, "start_v": cols.start, "stop_v": cols.stop}
-            slice_kernels._products_kernel[grid](
-                *descriptors(tile, self.inputs[1], self.operands[1].head.weight),
-                result_descriptor(tile, products_RC, parts=4),
-                D=self.inputs[1].shape[1],
-                PARTS=4,
-                **span,
-                **blocks,
-            )
-            larger_RC, log_ratio_RC = [kept[:, cols] for kept in kept_RV or ()] or (None, None)
-            slice_kernels._joint_slice_kernel[grid](
-                *descriptors(tile, self.inputs[0], self.operands[0].head.weight),
-                result_descriptor(tile, larger_RC, parts=parts),
-                result_descriptor(tile, log_ratio_RC, parts=parts),
-                None if slice_tile.ahead else result_descriptor(tile, products_RC, parts=parts),
-                products_RC if slice_tile.ahead else None,
-                PARTS=parts,
-                AHEAD=slice_tile.ahead,
-                stride_products=products_RC.stride(0),
-                D=self.inputs[0].shape[1],
-                **self._arguments(kept_RV) | span,
-                **joint_transforms(self.operands),
-                **blocks,
-            )
 
     def _run_products(self, kept_RV: list[Tensor] | None) -> None:
         heads = [model.head for model in self.operands]
@@ -216,28 +173,6 @@ class JointSweep:
             "RATIO": ratio,
             "UNDER_REFERENCE": self.under_reference,
         }
-
-
-def sweep_rows(operands: Operands) -> int:
-    """Rows of a sweep: bounds the sums of its column blocks, five a row and block."""
-    tile = operands.tile
-    return _ROWS if tile is None or tile.slices is None else _slice_shape(tile.slices)[0]
-
-
-def _slice_shape(tile: SliceTile) -> tuple[int, int]:
-    """Rows and columns of a slice, whose products take half the workspace at most."""
-    numbers = get_workspace_mib() * 2**20 / 2 / 4
-    rows, block_v = tile.rows, tile.gemm.block_v
-    while rows > tile.gemm.block_n and rows * block_v > numbers:
-        rows //= 2
-    return rows, max(1, min(tile.columns, int(numbers / rows)) // block_v) * block_v
-
-
-def _swept_columns(tile: GemmTile | None) -> int:
-    """Columns of a block that sums are left of."""
-    if tile is None:
-        return JOINT_ROW_TILE.block_v
-    return tile.block_v if tile.slices is None else tile.slices.gemm.block_v
 
 
 def joint_transforms(operands: tuple[Operands, Operands]) -> dict[str, Any]:

@@ -39,8 +39,11 @@ from fastpref_kernels.launch import (
     row_grid,
 )
 from fastpref_kernels.row_sums import JointStats
-from fastpref_kernels.token_logps_kl_sweep import JointSweep, joint_transforms, sweep_rows
+from fastpref_kernels.token_logps_kl_sweep import JointSweep, joint_transforms
 from fastpref_kernels.workspace import get_workspace_mib, slices
+
+_SWEEP_ROWS = 4096
+"""Rows of a sweep: bounds the sums of its column blocks, five a row and block."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
@@ -76,7 +79,7 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str
     if mode == "store":
         # columns that only round a row up: an op's results hold nothing by chance
         stats.kept[:, :, V:] = 0
-    for rows in slices(len(targets.ids), sweep_rows(operands[0])):
+    for rows in slices(len(targets.ids), _SWEEP_ROWS):
         sweep = JointSweep(operands, rows, under_reference=direction == "reference_policy")
         kept_RV = [kept_NV[rows, :V] for kept_NV in _kept(stats)] if mode == "store" else None
         sweep.run(kept_RV)
@@ -175,7 +178,7 @@ def _from_fused(
     tile = operands[0].tile
     assert tile is not None
     heads = [model.head for model in operands]
-    kernels._joint_dlogits_kernel[fused_grid(tile, dlogits_RC.device, *dlogits_RC.shape)](
+    kernels._joint_dlogits_kernel[fused_grid(tile, *dlogits_RC.shape, dlogits_RC.device)](
         *descriptors(tile, heads[0].input[rows], heads[0].weight),
         *descriptors(tile, heads[1].input[rows], heads[1].weight),
         result_descriptor(tile, dlogits_RC, parts=8),

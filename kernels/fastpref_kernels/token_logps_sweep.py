@@ -102,7 +102,7 @@ class Sweep:
 
     def _add_fused(self, tile: GemmTile, cols: slice, stored_RC: Tensor | None) -> None:
         R, C = len(self.ids_R), cols.stop - cols.start
-        kernels._sweep_kernel[fused_grid(tile, self.input_RD.device, R, C)](
+        kernels._sweep_kernel[fused_grid(tile, R, C, self.input_RD.device)](
             *descriptors(tile, self.input_RD, self.operands.head.weight),
             result_descriptor(tile, stored_RC, parts=self.parts),
             start_v=cols.start,

@@ -45,9 +45,9 @@ from fastpref_kernels.workspace import get_workspace_mib, slices
 _SWEEP_ROWS = 8192
 """Rows of a sweep: bounds the sums of its column blocks. Reading the head once for each such group
 costs 1/16 of what multiplying with it does."""
-_FROZEN_TILE = (2048, 32768)
-"""Rows, columns of the exponentials that one product with the head takes in. Two waves of 128 x 256
-blocks on 132 multiprocessors at D = 4,096."""
+_FROZEN_TILE = (4096, 32768)
+"""Rows, columns of the exponentials that one product with the head takes in: on an H100 as fast as
+larger ones at D = 4,096, and 4 to 12 % faster than half the rows."""
 _PRODUCT_ROWS = 4096
 """Rows of a float32 product with the head."""
 
@@ -255,7 +255,7 @@ def _dlogits_fused(
     arguments: dict[str, Tensor],
 ) -> None:
     head = operands.head
-    kernels._dlogits_kernel[fused_grid(tile, dlogits_RC.device, *dlogits_RC.shape)](
+    kernels._dlogits_kernel[fused_grid(tile, *dlogits_RC.shape, dlogits_RC.device)](
         *descriptors(tile, head.input[rows], head.weight),
         result_descriptor(tile, dlogits_RC),
         N=len(dlogits_RC),

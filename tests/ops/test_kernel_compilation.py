@@ -17,7 +17,6 @@ from fastpref_kernels import token_logps_gradient_kernels as gradient_kernels
 from fastpref_kernels import token_logps_kernels as kernels
 from fastpref_kernels import token_logps_kl_gradient_kernels as joint_gradient_kernels
 from fastpref_kernels import token_logps_kl_kernels as joint_kernels
-from fastpref_kernels import token_logps_kl_slice_kernels as slice_kernels
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_ROW_TILE, JOINT_TILES, ROW_TILE
 from triton.runtime.autotuner import Autotuner
 
@@ -220,36 +219,6 @@ def fused_joint_cases(target):
                         yield f"joint sweep{', kept' if exp else ''} {name}", kernel, types, launch
 
 
-def slice_cases(target):
-    """One model after the other over a slice, with the tile of one model."""
-    tile = FUSED_TILES[target]
-    launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    gemm = blocks_of(tile) | {"D": 4096}
-    gemm |= {"input_desc": f"tensordesc<bf16[{tile.block_n}, {tile.block_d}]>"}
-    gemm |= {"weight_desc": f"tensordesc<bf16[{tile.block_v}, {tile.block_d}]>"}
-    for programs in (0, 132):
-        gemm |= {"PROGRAMS": programs}
-        looping = " looping" * bool(programs)
-        products = f"tensordesc<fp32[{tile.block_n}, {tile.block_v // 4}]>"
-        types = gemm | {"products_desc": products, "PARTS": 4}
-        yield f"products{looping}", slice_kernels._products_kernel, types, launch
-        block = f"[{tile.block_n}, {tile.block_v // 8}]>"
-        gemm |= {"products_desc": f"tensordesc<fp32{block}", "products_ptr": None}
-        gemm |= {"PARTS": 8, "AHEAD": False, "stride_products": 0}
-        for transform, options in JOINT_TRANSFORMS.items():
-            for direction in (True, False):
-                types = gemm | options | {"UNDER_REFERENCE": direction}
-                for kept in (False, True):
-                    types |= {"EXP": tl.bfloat16, "larger_desc": f"tensordesc<bf16{block}"}
-                    types |= {"RATIO": tl.float16, "log_ratio_desc": f"tensordesc<fp16{block}"}
-                    if not kept:
-                        nothing = ["EXP", "RATIO", "larger_desc", "log_ratio_desc"]
-                        types |= dict.fromkeys(nothing)
-                    name = f"{'reference' if direction else 'policy'} {transform}{looping}"
-                    name = f"joint slice{', kept' * kept} {name}"
-                    yield name, slice_kernels._joint_slice_kernel, types, launch
-
-
 def joint_row_cases():
     blocks = {"BLOCK_N": JOINT_ROW_TILE.block_n, "BLOCK_V": JOINT_ROW_TILE.block_v}
     blocks |= {"logits_ptr": "*fp32", "reference_logits_ptr": "*fp32"}
@@ -302,9 +271,6 @@ which a tile of its own would end."""
 LOOPING_SPILL_LIMIT = 56
 """The same where one loop goes over tiles and their GEMMs: TDPO1's sweep, and with Triton 3.6 the
 gradients under a softcap, both at a D of one block; without these two nothing spills."""
-SLICE_SPILL_LIMIT = 256
-"""The same of a joint sweep by slices, of which one variant or another spills, with Triton 3.6 that
-with a softcap: once behind a tile's GEMM, of which it takes a few hundredths."""
 RESCUE_SPILL_LIMIT = 8
 """Bytes a thread of a kernel that hardly ever has anything to do: Triton 3.6 spills two numbers on
 sm_80."""
@@ -314,16 +280,13 @@ SWEEPS = (
     kernels._combine_kernel,
     joint_kernels._joint_sweep_kernel,
     joint_kernels._joint_sweep_tile_kernel,
-    slice_kernels._joint_slice_kernel,
 )
 
 
 ROW_CASES = [row_cases, joint_row_cases, sequence_cases]
-FUSED_CASES = [fused_cases, fused_gap_cases, fused_joint_cases, slice_cases]
+FUSED_CASES = [fused_cases, fused_gap_cases, fused_joint_cases]
 ALL = [(target, cases) for cases in ROW_CASES for target in TARGETS]
 ALL += [(target, cases) for cases in FUSED_CASES for target in FUSED_TILES]
-# compiled where a table may come to name them
-ALL.remove(("sm_100", slice_cases))
 
 
 @functools.cache
@@ -340,18 +303,13 @@ def compiled_cases(target, cases):
     return found
 
 
-@pytest.mark.parametrize(
-    ("target", "cases"), [(target, cases) for target, cases in ALL if cases in FUSED_CASES]
-)
+@pytest.mark.parametrize("cases", FUSED_CASES)
+@pytest.mark.parametrize("target", FUSED_TILES)
 def test_fused_kernels_compile_to_matrix_instructions_and_fit(target, cases):
     for name, _, compiled in compiled_cases(target, cases):
         assert compiled.shared_bytes <= SHARED_LIMIT[target], name
         assert compiled.matrix_instructions, name
-        limit = SPILL_LIMIT[target]
-        if cases is slice_cases:
-            limit = SLICE_SPILL_LIMIT
-        elif "looping" in name:
-            limit = LOOPING_SPILL_LIMIT
+        limit = LOOPING_SPILL_LIMIT if "looping" in name else SPILL_LIMIT[target]
         assert compiled.spilled_bytes <= limit, name
 
 
@@ -390,7 +348,6 @@ def test_no_kernel_is_tuned_while_it_runs():
         gradient_kernels,
         joint_kernels,
         joint_gradient_kernels,
-        slice_kernels,
         sequence_kernels,
     ):
         tuned = [name for name, value in vars(module).items() if isinstance(value, Autotuner)]

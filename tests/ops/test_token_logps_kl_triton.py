@@ -20,7 +20,7 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
 from fastpref_kernels import launch, token_logps_kl_triton
-from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, SliceTile
+from fastpref_kernels.gemm_tiles import JOINT_TILES
 from fastpref_kernels.head import Head
 
 # the whole file on a GPU, where it is what the kernels are
@@ -34,13 +34,6 @@ TRANSFORMS = {"plain": {}, "softcap": {"logit_scale": 0.7, "logit_softcap": 20.0
 # the interpreter cuts bfloat16 off where a GPU rounds: twice the error of what is kept
 GRADIENT_BOUND = ROUNDED_TWICE if torch.cuda.is_available() else 4.5e-3
 
-# the reference over two slices of columns and two groups of rows, each before the policy
-SHAPES["slices"] = SHAPES["fused"]
-SLICES = SliceTile(FUSED_TILES["sm_90"], rows=128, columns=256)
-BOTH = JOINT_TILES["sm_90"]._replace(slices=None)
-TILES = {"fused": BOTH, "slices": BOTH._replace(slices=SLICES), "products": None}
-
-all_routes = pytest.mark.parametrize("route", ["fused", "slices", "products"], indirect=True)
 both_routes = pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
 both_modes = pytest.mark.parametrize("mode", ["store", "lean"])
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
@@ -48,7 +41,7 @@ both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
 @pytest.fixture
 def route(request, monkeypatch):
-    tile = TILES[request.param]
+    tile = JOINT_TILES["sm_90"] if request.param == "fused" else None
     monkeypatch.setattr(launch, "fused_tile", lambda device, joint: tile)
     return request.param
 
@@ -122,7 +115,7 @@ def assert_exact(policy, reference, target_N, grads, *, bounds, **options):
         assert relative_error(gradient, true) <= gradient_bound
 
 
-@all_routes
+@both_routes
 @both_modes
 @both_directions
 @pytest.mark.parametrize("transform", TRANSFORMS)
@@ -136,7 +129,7 @@ def test_every_mode_is_exact_in_float32(route, mode, direction, transform, bias,
     )  # fmt: skip
 
 
-@all_routes
+@both_routes
 @both_modes
 @both_directions
 @pytest.mark.parametrize(("near", "transform"), [(None, "plain"), (0.02, "softcap")])
@@ -168,7 +161,7 @@ def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
     )  # fmt: skip
 
 
-@all_routes
+@both_routes
 @both_modes
 @both_directions
 @pytest.mark.parametrize(
@@ -189,7 +182,7 @@ def test_identical_models_differ_by_exactly_nothing(
     assert not scores.kl.any() and not any(gradient.any() for gradient in gradients)
 
 
-@all_routes
+@both_routes
 @both_modes
 @both_directions
 @pytest.mark.parametrize("margin", [60.0, -200.0])
@@ -223,7 +216,7 @@ def test_a_frozen_head_has_the_same_gradient_of_the_hidden_states(route, mode, m
     torch.testing.assert_close(actual_ND, expected_ND)
 
 
-@all_routes
+@both_routes
 @both_modes
 def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, monkeypatch):
     force(mode, monkeypatch)
@@ -234,7 +227,7 @@ def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, mon
         )
 
 
-@all_routes
+@both_routes
 @both_directions
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
@@ -252,30 +245,6 @@ def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
     )
     for stats in others:
         assert all(map(torch.equal, stats, scores))
-
-
-@pytest.mark.parametrize("programs", [0, 1])
-@pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("parts", [4, 8])
-def test_slices_leave_the_same_sums_whichever_programs_add_them_up(programs, ahead, parts):
-    policy, reference, target_N = models("slices", dtype=torch.bfloat16, near=0.02)
-    heads = tuple(
-        Head(*(t.detach() for t in tensors), 0.7, 20.0) for tensors in (policy, reference)
-    )
-    targets = token_logps_kl_triton.Targets.of(target_N, -100)
-
-    def run(slices):
-        with pytest.MonkeyPatch.context() as patch:
-            tile = BOTH._replace(slices=slices)
-            patch.setattr(launch, "fused_tile", lambda device, joint: tile)
-            return token_logps_kl_triton.token_logps_kl_fwd(heads, targets, DIRECTIONS[0], "store")
-
-    plain = run(SLICES)
-    gemm = SLICES.gemm._replace(programs=programs)
-    # other slices of the same columns, and other parts of a tile
-    other = run(SLICES._replace(gemm=gemm, rows=256, columns=512, parts=parts, ahead=ahead))
-    for ours, expected in zip(other[:5], plain[:5], strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 if parts == 4 or ahead else 0)
 
 
 @both_routes
