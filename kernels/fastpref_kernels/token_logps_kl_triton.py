@@ -178,7 +178,8 @@ def _from_fused(
     tile = operands[0].tile
     assert tile is not None
     heads = [model.head for model in operands]
-    kernels._joint_dlogits_kernel[fused_grid(tile, *dlogits_RC.shape, dlogits_RC.device)](
+    R, C = dlogits_RC.shape
+    kernels._joint_dlogits_kernel[fused_grid(tile, R, C, dlogits_RC.device)](
         *descriptors(tile, heads[0].input[rows], heads[0].weight),
         *descriptors(tile, heads[1].input[rows], heads[1].weight),
         result_descriptor(tile, dlogits_RC, parts=8),

@@ -255,7 +255,8 @@ def _dlogits_fused(
     arguments: dict[str, Tensor],
 ) -> None:
     head = operands.head
-    kernels._dlogits_kernel[fused_grid(tile, *dlogits_RC.shape, dlogits_RC.device)](
+    R, C = dlogits_RC.shape
+    kernels._dlogits_kernel[fused_grid(tile, R, C, dlogits_RC.device)](
         *descriptors(tile, head.input[rows], head.weight),
         result_descriptor(tile, dlogits_RC),
         N=len(dlogits_RC),
