@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.checkpoint.agreement import AgreedError, Agreement, describe, name_ranks
+from fastpref.checkpoint.probe import probe_state
 from fastpref.checkpoint.state import (
-    HOST,
     OPTIMIZER,
     SHARD,
     WEIGHTS,
@@ -153,6 +153,9 @@ def _empty_state(
     """An optimizer's state, its tensors still to be filled; these are added to the targets."""
     state: dict[Tensor, dict[str, Any]] = {}
     parameters = trained_parameters(policy, optimizer)
+    # a counter of steps is in the host's memory or beside its parameter: on this machine, with this
+    # kernel, it may be another than where it was saved
+    places = probe_state(optimizer, local_part(next(iter(parameters.values()))).device)
     for name, layouts in entries.items():
         if name not in parameters:
             raise CheckpointError(f"it has state of {name}, which is not trained here")
@@ -167,25 +170,10 @@ def _empty_state(
             if layout == SHARD:
                 empty = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
             else:
-                device = _device_of_whole(optimizer, key, layout, parameter)
-                empty = torch.zeros(saved[full_name].size, dtype=dtype, device=device)
+                kept = places.get(key, local_part(parameter))
+                empty = torch.zeros(saved[full_name].size, dtype=dtype, device=kept.device)
             targets[full_name] = state[parameter][key] = empty
     return state
-
-
-def _device_of_whole(
-    optimizer: Optimizer, key: str, layout: str, parameter: Tensor
-) -> torch.device:
-    """Where a tensor that is not sharded belongs on this machine.
-
-    The counter of steps is torch's special case: beside the parameter for kernels that read it
-    there, otherwise on the host.
-    """
-    options = optimizer.param_groups[0]
-    on_host = layout == HOST
-    if key == "step":
-        on_host = not (options.get("fused") or options.get("capturable"))
-    return torch.device("cpu") if on_host else local_part(parameter).device
 
 
 def _restore_scheduler(scheduler: LambdaLR, saved: dict[str, Any]) -> None:

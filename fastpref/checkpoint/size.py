@@ -1,26 +1,21 @@
 """How large a training checkpoint will be, before the first one, and how much room there is."""
 
 import contextlib
-import inspect
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from fastpref.checkpoint.probe import PROBE_SIZE, probe_state
 from fastpref.checkpoint.state import policy_weights, trained_parameters
 
 BYTES_PER_TENSOR = 2048
 """Of a file, around a rank's part of a tensor, and of the tables that say where it is."""
 BYTES_PER_RANK = 32768
 """Of a rank's random states, as JSON."""
-
-PROBE_SIZE = 64
-"""Rows and columns of the matrix that an optimizer is tried on."""
 
 
 def estimate_bytes(policy: nn.Module, optimizer: Optimizer | None, world_size: int) -> int:
@@ -35,7 +30,7 @@ def estimate_bytes(policy: nn.Module, optimizer: Optimizer | None, world_size: i
     num_bytes = sum(weight.numel() * weight.itemsize for weight in weights.values())
     num_tensors = len(weights)
     if optimizer is not None:
-        share, num_entries = probe_state(optimizer)
+        share, num_entries = probe_share(optimizer)
         for parameter in trained_parameters(policy, optimizer).values():
             if parameter.requires_grad:
                 num_bytes += int(share * parameter.numel() * parameter.itemsize)
@@ -43,22 +38,15 @@ def estimate_bytes(policy: nn.Module, optimizer: Optimizer | None, world_size: i
     return num_bytes + world_size * (num_tensors * BYTES_PER_TENSOR + BYTES_PER_RANK)
 
 
-def probe_state(optimizer: Optimizer) -> tuple[float, int]:
-    """What an optimizer keeps of a matrix: tried on a small one, with the same options.
+def probe_share(optimizer: Optimizer) -> tuple[float, int]:
+    """What an optimizer keeps of a matrix.
 
     Returns:
         Bytes of state per byte of parameters, and the number of tensors.
     """
-    optimizer_class: Any = type(optimizer)
-    accepted = inspect.signature(optimizer_class.__init__).parameters
-    group = optimizer.param_groups[0]
-    options = {key: group[key] for key in group.keys() & accepted.keys() - {"params"}}
-    matrix = Parameter(torch.zeros(PROBE_SIZE, PROBE_SIZE))
-    probe = optimizer_class([matrix], **options)
-    matrix.grad = torch.zeros_like(matrix)
-    probe.step()
-    state = [value for value in probe.state[matrix].values() if isinstance(value, torch.Tensor)]
-    return sum(value.nbytes for value in state) / matrix.nbytes, len(state)
+    state = probe_state(optimizer, torch.device("cpu"))
+    num_bytes = PROBE_SIZE * PROBE_SIZE * torch.get_default_dtype().itemsize
+    return sum(value.nbytes for value in state.values()) / num_bytes, len(state)
 
 
 def available_memory() -> int:

@@ -19,9 +19,8 @@ from fastpref.errors import CheckpointError
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """First parts of the tensors' names."""
 
-SHARD, WHOLE, HOST = "shard", "whole", "host"
-"""How a tensor of an optimizer's state lies: as its parameter does; whole on every rank, on the
-parameter's device; or whole in the host's memory."""
+SHARD, WHOLE = "shard", "whole"
+"""How a tensor of an optimizer's state lies: as its parameter does, or whole on every rank."""
 
 OF_THE_MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")
 """Options of an optimizer that say how it computes here; they are not part of a checkpoint."""
@@ -114,8 +113,7 @@ def _describe_entry(value: Any, parameter: Tensor, what: str) -> tuple[Tensor | 
             return value, SHARD
         if isinstance(value, DTensor):
             raise CheckpointError(f"{what} sharded in another way, which cannot be saved")
-    beside = value.device == local_part(parameter).device
-    return value, WHOLE if beside else HOST
+    return value, WHOLE
 
 
 def _placements(tensor: Tensor) -> Any:
