@@ -122,8 +122,7 @@ def _joint_sweep_kernel(
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, D_REFERENCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
-    PROMOTE_D: tl.constexpr,
-    EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
+    PROMOTE_D: tl.constexpr, EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Both models' logits of a tile, and its rows' sums; grid (row blocks * column blocks,)."""
@@ -146,8 +145,7 @@ def _joint_sweep_kernel(
     reference_parts = eighths(reference_product, BLOCK_N, BLOCK_V)
     row_max = tl.full((BLOCK_N,), LOWEST, dtype=tl.float32)
     row_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    reference_max = row_max
-    reference_sum = row_sum
+    reference_max, reference_sum = row_max, row_sum
     gap = row_sum
     PART_V: tl.constexpr = BLOCK_V // 8
     for i_part in tl.static_range(8):
