@@ -92,7 +92,11 @@ class Checkpoints:
         self._hear(self._store.wait())
 
     def raise_if_unsaved(self) -> None:
-        """Raises: CheckpointError: the last save failed."""
+        """End a run whose last state could not be saved, now that its model was.
+
+        Raises:
+            CheckpointError: the last save failed.
+        """
         if self._error is not None:
             raise CheckpointError(
                 f"{self._error}; {self._run.run_dir / 'LATEST'} has the model, but nothing goes on "

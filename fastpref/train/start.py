@@ -34,7 +34,7 @@ class Start:
     """The run folder to go on in; None: a new one."""
     checkpoint: Checkpoint | None = None
     record: dict[str, Any] = field(default_factory=dict)
-    """What `make_record` put into the checkpoint."""
+    """What the run said of itself when it was saved: state, options, fingerprints."""
 
     @property
     def state(self) -> RunState:
