@@ -2,22 +2,24 @@
 
     python benchmarks/bench_checkpoint.py --model MODEL_FOLDER --data FOLDER/NAME --json
 
-One run: DPO, a checkpoint after half of the steps, written beside the training. Steps before it are
-the yardstick; what those after it take longer, the standstill included, is the cost, as a share of
-the steps from one checkpoint to the next.
+One run: DPO, a checkpoint after `--every` steps, written beside the training, and some steps more.
+How long a step of so many tokens takes is read off those before; what those after it take longer,
+the standstill included, is the cost, as a share of the time from one checkpoint to the next.
 """
 
 import argparse
 import datetime
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from train_arms import config_of, read_lines
 
 WARM_UP_STEPS = 5
+STEPS_AFTER = 12
+"""By then the checkpoint is written."""
 
 
 def main() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model")
     parser.add_argument("--data", type=Path, required=True, help="folder of rows, train split")
     parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
-    parser.add_argument("--pairs", type=int, default=4, help="per optimizer step")
+    parser.add_argument("--pairs", type=int, default=8, help="per optimizer step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--mode", choices=["async", "sync"], default="async")
     parser.add_argument("--json", action="store_true", help="write to the results folder")
@@ -53,27 +55,30 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         train(config_for(arguments, run_dir), init_world())
-        seconds = seconds_of_steps(run_dir, arguments.pairs)
-    before, after = seconds[WARM_UP_STEPS : arguments.every], seconds[arguments.every :]
-    usual = statistics.median(before)
+        tokens, seconds = tokens_and_seconds(run_dir, arguments.pairs)
+    before, after = slice(WARM_UP_STEPS, arguments.every), slice(arguments.every, None)
+    line = np.polynomial.Polynomial.fit(tokens[before], seconds[before], 1)
+    longer = seconds - line(tokens)
+    between = seconds[before].mean() * arguments.every
     first = reports[0]
     return {
         "model": arguments.model.name,
         "mode": arguments.mode,
         "every": arguments.every,
         "pairs": arguments.pairs,
-        "seconds_of_a_step": usual,
+        "seconds_of_a_step": seconds[before].mean(),
         "checkpoint_gib": first.num_bytes / 2**30,
         "standstill_seconds": first.standstill_seconds,
         "write_seconds": first.write_seconds,
-        "cost_seconds": sum(after) - usual * len(after),
-        "cost_share": (sum(after) - usual * len(after)) / (usual * arguments.every),
-        "noise_share": (sum(before) - usual * len(before)) / (usual * len(before)),
+        "cost_seconds": longer[after].sum(),
+        "cost_share": longer[after].sum() / between,
+        # of as many steps without a checkpoint: what the cost may be off by
+        "noise_seconds": longer[before].std() * STEPS_AFTER**0.5,
     }
 
 
 def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
-    """A run of twice as many steps as from checkpoint to checkpoint."""
+    """A run to its first checkpoint and some steps beyond."""
     case = {
         "model": str(arguments.model.resolve()),
         "dtype": "bfloat16",
@@ -81,7 +86,7 @@ def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
         "data": str(arguments.data.resolve().parent),
         "pairs": arguments.pairs,
         "micro_batches": 1,
-        "steps": 2 * arguments.every,
+        "steps": arguments.every + STEPS_AFTER,
         "lr": 1e-6,
         "max_length": arguments.max_length,
     }
@@ -91,11 +96,12 @@ def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
     return config
 
 
-def seconds_of_steps(run_dir: Path, pairs: int) -> list[float]:
-    """Wall time of each step, what stood between it and the one before included."""
-    return [
-        pairs / record["examples_per_second"] for record in read_lines(run_dir / "metrics.jsonl")
-    ]
+def tokens_and_seconds(run_dir: Path, pairs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each step: tokens computed; wall time, what stood between it and the one before included."""
+    records = read_lines(run_dir / "metrics.jsonl")
+    tokens = [record["tokens_computed"] for record in records]
+    seconds = [pairs / record["examples_per_second"] for record in records]
+    return np.array(tokens, float), np.array(seconds)
 
 
 def write(result: dict[str, Any]) -> None:
