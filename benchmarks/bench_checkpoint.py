@@ -97,7 +97,7 @@ def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
 
 
 def tokens_and_seconds(run_dir: Path, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each step: tokens computed; wall time, what stood between it and the one before included."""
+    """Of each step: tokens computed; wall time, with what stood between it and the one before."""
     records = read_lines(run_dir / "metrics.jsonl")
     tokens = [record["tokens_computed"] for record in records]
     seconds = [pairs / record["examples_per_second"] for record in records]

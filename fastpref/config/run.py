@@ -163,6 +163,11 @@ class Config:
             )
         if self.n_epochs is None and self.n_examples is None:
             raise ValueError("n_epochs and n_examples are both null: give at least one of them")
+        if self.checkpoint.keep_best is not None and not self.n_eval_examples:
+            raise ValueError(
+                f"checkpoint.keep_best={self.checkpoint.keep_best} needs evaluations, got "
+                "n_eval_examples=0"
+            )
         # the full check needs torch; a path or a call is refused here
         if not self.optimizer.isidentifier():
             raise ValueError(

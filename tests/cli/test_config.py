@@ -152,11 +152,25 @@ def test_lists_and_null():
         ("transform.random.max_val=0.1", "random.min_val must be < transform.random.max_val"),
         ("task=estimate_weights", "weights.positive is required by task=estimate_weights"),
         ("loss.name=dpo", "choose the loss by loss=NAME"),
+        ("checkpoint.every=-1", "checkpoint.every must be >= 0"),
+        ("checkpoint.keep=0", "checkpoint.keep must be >= 1"),
+        ("checkpoint.mode=asyn", "checkpoint.mode must be one of .*nearest: async"),
+        ("checkpoint.deadline=90", "checkpoint.deadline must be HH:MM:SS, got '90'"),
+        ("checkpoint.deadline=1:60:00", "checkpoint.deadline must be HH:MM:SS"),
+        ("checkpoint.keep_best=margins", "must name a held-out metric, such as loss/eval"),
+        ("parallel.timeout=0", "parallel.timeout must be >= 1"),
+        ("on_nonfinite=ignore", "on_nonfinite must be one of stop, skip"),
+        ("resume=", "resume.path must be never, auto or a path"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_rule(argument, message):
     with pytest.raises(ConfigError, match=message):
         read(argument)
+
+
+def test_a_best_checkpoint_needs_evaluations():
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=loss/eval needs evaluations"):
+        read("checkpoint.keep_best=loss/eval", "n_eval_examples=0")
 
 
 @pytest.mark.parametrize(
