@@ -1,8 +1,6 @@
 """Saving the training checkpoints of a run, beside the training, and keeping some of them."""
 
-import contextlib
 import logging
-import os
 import threading
 import time
 from dataclasses import dataclass
@@ -32,9 +30,6 @@ from fastpref.checkpoint.writer import write_checkpoint
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
-
-LOWEST_PRIORITY = 19
-"""The niceness of a thread that is to disturb nobody."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,19 +200,9 @@ class CheckpointStore:
             return
         # from here on the thread speaks to the other ranks' threads, and this one must not
         self._writer = threading.Thread(
-            target=self._write_beside,
-            args=(snapshot, started),
-            name="checkpoint writer",
-            daemon=True,
+            target=self._write, args=(snapshot, started), name="checkpoint writer", daemon=True
         )
         self._writer.start()
-
-    def _write_beside(self, snapshot: Snapshot, started: float) -> None:
-        # Linux has priorities of threads: this one, and those that it starts, take what the
-        # training leaves of the processors
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
-        self._write(snapshot, started)
 
     def _write(self, snapshot: Snapshot, started: float) -> None:
         """Write a snapshot and report how it went."""
