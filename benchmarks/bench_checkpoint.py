@@ -1,10 +1,10 @@
-"""What saving costs a run: the same steps with a checkpoint among them, beside those without.
+"""What saving costs a run: the same steps with a checkpoint among them and without.
 
     python benchmarks/bench_checkpoint.py --model MODEL_FOLDER --data FOLDER/NAME --json
 
-One run: DPO, a checkpoint after `--every` steps, written beside the training, and some steps more.
-How long a step of so many tokens takes is read off those before; what those after it take longer,
-the standstill included, is the cost, as a share of the time from one checkpoint to the next.
+Two runs of DPO on the same rows, one after the other in one process. The first saves once, beside
+the training; what its steps from there on take longer than the other's, the standstill included, is
+the cost, given as a share of the time from one checkpoint to the next.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from train_arms import config_of, read_lines
 
-WARM_UP_STEPS = 5
-STEPS_AFTER = 12
-"""By then the checkpoint is written."""
+WARM_UP_STEPS = 2
+SAVED_AT, STEPS = 7, 12
+"""Steps until the checkpoint, and in all: it is written by then."""
 
 
 def main() -> None:
@@ -52,33 +52,36 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return reports[-1]
 
     store.SaveReport = keep
+    world = init_world()
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        train(config_for(arguments, run_dir), init_world())
-        tokens, seconds = tokens_and_seconds(run_dir, arguments.pairs)
-    before, after = slice(WARM_UP_STEPS, arguments.every), slice(arguments.every, None)
-    line = np.polynomial.Polynomial.fit(tokens[before], seconds[before], 1)
-    longer = seconds - line(tokens)
-    between = seconds[before].mean() * arguments.every
+        seconds = {}
+        for every in (SAVED_AT, 0):
+            run_dir = Path(folder) / f"every-{every}"
+            train(config_for(arguments, run_dir, every), world)
+            seconds[every] = seconds_of_steps(run_dir, arguments.pairs)
+    longer = seconds[SAVED_AT] - seconds[0]
+    before, after = longer[WARM_UP_STEPS:SAVED_AT], longer[SAVED_AT:]
+    usual = seconds[0][WARM_UP_STEPS:].mean()
     first = reports[0]
     return {
         "model": arguments.model.name,
         "mode": arguments.mode,
         "every": arguments.every,
         "pairs": arguments.pairs,
-        "seconds_of_a_step": seconds[before].mean(),
+        "seconds_of_a_step": usual,
         "checkpoint_gib": first.num_bytes / 2**30,
         "standstill_seconds": first.standstill_seconds,
         "write_seconds": first.write_seconds,
-        "cost_seconds": longer[after].sum(),
-        "cost_share": longer[after].sum() / between,
-        # of as many steps without a checkpoint: what the cost may be off by
-        "noise_seconds": longer[before].std() * STEPS_AFTER**0.5,
+        "cost_seconds": after.sum(),
+        "cost_share": after.sum() / (usual * arguments.every),
+        # of as many steps that nothing was saved in
+        "noise_seconds": before.std() * len(after) ** 0.5,
+        "drift_seconds": before.mean() * len(after),
     }
 
 
-def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
-    """A run to its first checkpoint and some steps beyond."""
+def config_for(arguments: argparse.Namespace, run_dir: Path, every: int) -> Any:
+    """A run of some steps."""
     case = {
         "model": str(arguments.model.resolve()),
         "dtype": "bfloat16",
@@ -86,22 +89,20 @@ def config_for(arguments: argparse.Namespace, run_dir: Path) -> Any:
         "data": str(arguments.data.resolve().parent),
         "pairs": arguments.pairs,
         "micro_batches": 1,
-        "steps": arguments.every + STEPS_AFTER,
+        "steps": STEPS,
         "lr": 1e-6,
         "max_length": arguments.max_length,
     }
     config = config_of(case, run_dir)
-    config.checkpoint.every = arguments.every
+    config.checkpoint.every = every
     config.checkpoint.mode = arguments.mode
     return config
 
 
-def tokens_and_seconds(run_dir: Path, pairs: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each step: tokens computed; wall time, with what stood between it and the one before."""
+def seconds_of_steps(run_dir: Path, pairs: int) -> np.ndarray:
+    """Wall time of each step, with what stood between it and the one before."""
     records = read_lines(run_dir / "metrics.jsonl")
-    tokens = [record["tokens_computed"] for record in records]
-    seconds = [pairs / record["examples_per_second"] for record in records]
-    return np.array(tokens, float), np.array(seconds)
+    return np.array([pairs / record["examples_per_second"] for record in records])
 
 
 def write(result: dict[str, Any]) -> None:
