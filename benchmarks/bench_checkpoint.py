@@ -8,13 +8,13 @@ the cost, given as a share of the time from one checkpoint to the next.
 """
 
 import argparse
-import datetime
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from machine import describe_machine, results_folder
 from train_arms import config_of, read_lines
 
 WARM_UP_STEPS = 2
@@ -107,22 +107,8 @@ def seconds_of_steps(run_dir: Path, pairs: int) -> np.ndarray:
 
 def write(result: dict[str, Any]) -> None:
     """To `results/<device>/checkpoint.json`."""
-    import torch
-    from bench_head import device_folder
-    from bench_head_memory import cpu_name
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
-    folder = Path(__file__).parent / "results" / (device_folder(device) if on_gpu else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "device": device,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-        **result,
-    }
-    (folder / "checkpoint.json").write_text(json.dumps(record, indent=1) + "\n")
+    path = results_folder(Path(__file__).parent / "results") / "checkpoint.json"
+    path.write_text(json.dumps(describe_machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ whatever was computed for it.
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -23,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from machine import describe_machine, results_folder
 from train_arms import config_of, run_fastpref, run_trl
 from train_cases import LAWS, SHAPES, write_ids, write_random_model, write_random_rows
 
@@ -209,73 +209,72 @@ def report(
     profile: list[dict[str, Any]],
 ) -> None:
     """Table of medians over rounds with the ratios to T1 and T2, and the JSON."""
-    import torch
-
     by_arm = {arm: [run for run in rounds if run["arm"] == arm] for arm in arguments.arms}
-    table = {
-        arm: {
-            "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
-            "tokens_per_second_min": min(run["tokens_per_second"] for run in runs),
-            "tokens_per_second_max": max(run["tokens_per_second"] for run in runs),
-            "peak_memory_gib": statistics.median(run["peak_memory_gib"] for run in runs),
-        }
-        for arm, runs in by_arm.items()
-    }
-    lines = ["| arm | tokens/s (min - max) | x T1 | x T2 | GiB | x T1 | |", "|---" * 7 + "|"]
-    for arm, row in table.items():
-        ratios = [
-            f"{row['tokens_per_second'] / table[peer]['tokens_per_second']:.2f}"
-            if peer in table
-            else ""
-            for peer in ("T1", "T2")
-        ]
-        memory = (
-            f"{row['peak_memory_gib'] / table['T1']['peak_memory_gib']:.2f}"
-            if "T1" in table
-            else ""
-        )
-        lines.append(
-            f"| {arm} | {row['tokens_per_second']:.0f} ({row['tokens_per_second_min']:.0f} - "
-            f"{row['tokens_per_second_max']:.0f}) | {ratios[0]} | {ratios[1]} | "
-            f"{row['peak_memory_gib']:.2f} | {memory} | {ARMS[arm]} |"
-        )
-    if profile:
-        lines += ["", "| operation of F3, its first steps included | calls | share of the time |"]
-        lines += ["|---" * 3 + "|"]
-        lines += [
-            f"| `{event['operation']}` | {event['calls']} | {event['share']:.1%} |"
-            for event in profile
-        ]
+    arms = {arm: medians(runs) for arm, runs in by_arm.items()}
+    lines = [*table(arms), *table_of_profile(profile)]
     print("\n".join(["", *lines]))
-    if not arguments.json:
-        return
-    from bench_head import device_folder
-    from bench_head_memory import cpu_name
+    if arguments.json:
+        record = {"gate": gate, "arms": arms, "runs": rounds, "profile": profile}
+        write(arguments, case, record, lines)
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
-    folder = arguments.results / (device_folder(device) if on_gpu else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
+
+def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Of an arm's rounds."""
+    rates = [run["tokens_per_second"] for run in runs]
+    return {
+        "tokens_per_second": statistics.median(rates),
+        "tokens_per_second_min": min(rates),
+        "tokens_per_second_max": max(rates),
+        "peak_memory_gib": statistics.median(run["peak_memory_gib"] for run in runs),
+    }
+
+
+def table(arms: dict[str, dict[str, float]]) -> list[str]:
+    """A line an arm, beside TRL's where they ran."""
+
+    def ratio(name: str, arm: str, peer: str) -> str:
+        return f"{arms[arm][name] / arms[peer][name]:.2f}" if peer in arms else ""
+
+    lines = ["| arm | tokens/s (min - max) | x T1 | x T2 | GiB | x T1 | |", "|---" * 7 + "|"]
+    for arm, row in arms.items():
+        rate, memory = "tokens_per_second", "peak_memory_gib"
+        lines.append(
+            f"| {arm} | {row[rate]:.0f} ({row[f'{rate}_min']:.0f} - {row[f'{rate}_max']:.0f}) | "
+            f"{ratio(rate, arm, 'T1')} | {ratio(rate, arm, 'T2')} | {row[memory]:.2f} | "
+            f"{ratio(memory, arm, 'T1')} | {ARMS[arm]} |"
+        )
+    return lines
+
+
+def table_of_profile(profile: list[dict[str, Any]]) -> list[str]:
+    """A line an operation; nothing without a profile."""
+    if not profile:
+        return []
+    return [
+        *("", "| operation of F3, its first steps included | calls | share of the time |"),
+        "|---" * 3 + "|",
+        *(f"| `{e['operation']}` | {e['calls']} | {e['share']:.1%} |" for e in profile),
+    ]
+
+
+def write(
+    arguments: argparse.Namespace, case: dict[str, Any], record: dict[str, Any], lines: list[str]
+) -> None:
+    """The JSON and the tables, to the results folder of this device."""
+    folder, machine = results_folder(arguments.results), describe_machine()
     what = f"{arguments.shape}-{arguments.law}" if arguments.shape else case["name"]
     what = arguments.name or what
+    keys = ("pairs", "micro_batches", "max_tokens", "steps", "max_length", "lr")
     record = {
-        "device": device,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
+        **machine,
         "model": arguments.shape or arguments.model.name,
-        "case": {
-            key: case[key]
-            for key in ("pairs", "micro_batches", "max_tokens", "steps", "max_length", "lr")
-        },
-        "gate": gate,
-        "arms": table,
-        "runs": rounds,
-        "profile": profile,
+        "case": {key: case[key] for key in keys},
+        **record,
     }
     (folder / f"train-{what}.json").write_text(json.dumps(record, indent=1) + "\n")
-    heading = f"# Training steps on {device}, {record['model']}, {what}, {record['date']}\n\n"
-    (folder / f"train-{what}.md").write_text(heading + "\n".join(lines) + "\n")
+    heading = f"# Training steps on {machine['device']}, {record['model']}, {what}, "
+    text = f"{heading}{machine['date']}\n\n" + "\n".join(lines) + "\n"
+    (folder / f"train-{what}.md").write_text(text)
     print(f"\nwritten to {folder}: train-{what}.json, train-{what}.md")
 
 
