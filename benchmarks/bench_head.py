@@ -10,7 +10,6 @@ with exit code 1, and so does a missed bound of accuracy.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_head_memory import cpu_name, peak_allocated
+from bench_head_memory import peak_allocated
 from head_cases import SHAPES, Case, real_case, synthetic_case
 from head_cases import statistics as case_statistics
 from head_contenders import CONTENDERS, JOBS, CannotRunError, Contender
@@ -33,6 +32,7 @@ from kl_contenders import (
     KL_JOBS,
     KLContender,
 )
+from machine import describe_machine, results_folder
 
 MIB = 2**20
 OURS = "fastpref"
@@ -209,14 +209,12 @@ def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[di
         print("\ngoals missed:" if lines else "\nno goal missed", *lines, sep="\n  ")
     if not arguments.json:
         return
-    device = torch.cuda.get_device_name() if on_gpu else cpu_name()
-    folder = arguments.results / (device_folder(device) if on_gpu else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, machine = (
+        results_folder(arguments.results, arguments.device),
+        describe_machine(arguments.device),
+    )
     record = {
-        "device": device,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
+        **machine,
         "rounds": arguments.rounds,
         "ceilings": ceilings,
         "results": results,
@@ -224,15 +222,10 @@ def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[di
     }
     name = arguments.name
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    heading = f"# The head on {device}, {record['date']}, torch {record['torch']}\n\n"
+    heading = f"# The head on {machine['device']}, {machine['date']}, torch {machine['torch']}\n\n"
     (folder / f"{name}.md").write_text(heading + table(results, markdown=True) + "\n")
     write_plot(record, folder / f"{name}.png")
     print(f"\nwritten to {folder}: {name}.json, {name}.md, {name}.png")
-
-
-def device_folder(device: str) -> str:
-    """Folder of a device: h200 for "NVIDIA H200"."""
-    return device.lower().removeprefix("nvidia ").replace(" ", "-")
 
 
 if __name__ == "__main__":

@@ -10,16 +10,16 @@ of the gradients that are not yet written at the peak.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from fastpref_kernels import get_workspace_mib, token_logps, token_logps_and_kl
+from machine import describe_machine, results_folder
 from torch import Tensor
 
 MIB = 2**20
@@ -83,9 +83,9 @@ def measure(arguments: argparse.Namespace) -> dict:
     small()
     run = build(op, kind, arguments)
     peak = {"resident": peak_resident, "allocator": peak_allocated}[method]
-    start = datetime.datetime.now()
+    start = time.perf_counter()
     peak_bytes, kept_bytes = peak(run, arguments.device)
-    seconds = (datetime.datetime.now() - start).total_seconds()
+    seconds = time.perf_counter() - start
     return {
         "op": op,
         "pass": kind,
@@ -161,16 +161,9 @@ def peak_allocated(run: Callable[[], int], device: str) -> tuple[int, int]:
 
 
 def write_results(arguments: argparse.Namespace, logits_mib: float, figures: list[dict]) -> None:
-    on_gpu = arguments.device == "cuda"
-    device_name = torch.cuda.get_device_name() if on_gpu else cpu_name()
-    folder = device_name.lower().replace(" ", "-") if on_gpu else "cpu"
-    path = Path(__file__).parent / "results" / folder / "head_memory.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = results_folder(Path(__file__).parent / "results", arguments.device) / "head_memory.json"
     results = {
-        "device": device_name,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
+        **describe_machine(arguments.device),
         "rows": arguments.rows,
         "hidden": arguments.hidden,
         "vocab": arguments.vocab,
@@ -182,13 +175,6 @@ def write_results(arguments: argparse.Namespace, logits_mib: float, figures: lis
     }
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(f"\nwritten to {path}")
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

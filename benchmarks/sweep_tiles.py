@@ -9,7 +9,6 @@ wrong is listed with the reason, and the others go on.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import time
@@ -21,12 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from bench_head import device_folder, measure_ceilings, time_once
+from bench_head import measure_ceilings, time_once
 from fastpref_kernels import launch, token_logps_kl_triton, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.row_sums import JointStats, TokenStats
 from head_cases import SHAPES, SMALL_SHAPES, Case, synthetic_case
+from machine import describe_machine, results_folder
 from torch import Tensor
 
 ORACLE_ROWS = 64
@@ -249,15 +249,9 @@ def table(rows: list[dict]) -> str:
 def write(found: dict[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.results is None:
         return
-    on_gpu = arguments.device == "cuda"
-    device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    path = arguments.results / device_folder(device) / "sweep_tiles.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "device": device,
-        "torch": torch.__version__,
+    path = results_folder(arguments.results, arguments.device) / "sweep_tiles.json"
+    record = describe_machine(arguments.device) | {
         "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(),
         "rounds": arguments.rounds,
     }
     record |= found

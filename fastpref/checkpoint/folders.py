@@ -102,13 +102,12 @@ def find_newest(folder: Path, *, digests: bool = True) -> Checkpoint | None:
     return None
 
 
-def find_named(path: Path, *, digests: bool = True) -> Checkpoint:
+def find_named(path: Path) -> Checkpoint:
     """The checkpoint that a user means by a path.
 
     Args:
         path: One checkpoint, a run folder, its `checkpoints/` or the `latest` in there; the newest
             whole one counts, but a checkpoint that is named itself has no substitute.
-        digests: Also read every byte; without it, sizes are compared.
 
     Raises:
         CheckpointError: there is none, or none is whole; the message says what was looked at.
@@ -120,11 +119,11 @@ def find_named(path: Path, *, digests: bool = True) -> Checkpoint:
         raise CheckpointError(f"resume: {path} is {what}, expected a run folder or a checkpoint")
     if (path / MANIFEST).exists() or path.name.startswith("step-"):
         try:
-            return open_checkpoint(path, digests=digests)
+            return open_checkpoint(path)
         except CheckpointError as error:
             raise CheckpointError(f"resume: {path} is no whole checkpoint: {error}") from error
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    checkpoint = find_newest(folder, digests=digests)
+    checkpoint = find_newest(folder)
     if checkpoint is None:
         raise CheckpointError(f"resume: no checkpoint in {path}; looked for {folder}/step-*")
     return checkpoint

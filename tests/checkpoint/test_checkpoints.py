@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from small_training import SmallTraining, assert_same_state
 
 from fastpref.checkpoint.agreement import Agreement
@@ -15,7 +14,6 @@ from fastpref.checkpoint.load import find_checkpoint, load_checkpoint, read_reco
 from fastpref.checkpoint.size import estimate_bytes
 from fastpref.checkpoint.snapshot import HostCopies
 from fastpref.checkpoint.store import CheckpointStore
-from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
 
 # the whole file on a GPU, where copies are pinned and there is one more generator
@@ -24,19 +22,6 @@ pytestmark = [
     *([pytest.mark.gpu] if torch.cuda.is_available() else []),
 ]
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = init_world()
-    yield world
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def agreement(world):
-    with Agreement(world) as agreement:
-        yield agreement
 
 
 def store_in(run_dir: Path, agreement: Agreement, **options) -> CheckpointStore:

@@ -19,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_on_ranks
 from small_training import SmallTraining, assert_same_state
 
@@ -33,19 +32,6 @@ from fastpref.errors import CheckpointError
 pytestmark = pytest.mark.filterwarnings("error")
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def world():
-    world = init_world()
-    yield world
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def agreement(world):
-    with Agreement(world) as agreement:
-        yield agreement
 
 
 def store_in(run_dir: Path, agreement: Agreement, **options) -> CheckpointStore:
@@ -248,20 +234,8 @@ def test_a_file_where_the_folder_should_be_is_reported(world, agreement, tmp_pat
         store_in(tmp_path, agreement)
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own, of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_a_disk_without_room_is_found_out_before_anything_is_written(world, agreement, small_disk):
-    large = SmallTraining(world, width=400)
+    large = SmallTraining(world, width=600)
     with store_in(small_disk, agreement) as store:
         store.save(1, *large.parts, record={})
         assert re.search(r"has 0\.00 GiB free, a checkpoint takes", store.wait()[0].error)
