@@ -31,7 +31,10 @@ class Agreement:
     def __init__(self, world: World) -> None:
         self.rank = world.rank
         self.size = world.size
-        self.group = dist.new_group(backend="gloo", timeout=world.timeout)
+        group = dist.new_group(backend="gloo", timeout=world.timeout)
+        # of all ranks; one that is left out of a group gets a number instead
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
 
     def __enter__(self) -> "Agreement":
         return self
