@@ -2,13 +2,16 @@
 
     python benchmarks/bench_checkpoint.py --model MODEL_FOLDER --data FOLDER/NAME --json
 
-Two runs of DPO on the same rows, one after the other in one process. The first saves once, beside
-the training; what its steps from there on take longer than the other's, the standstill included, is
-the cost, given as a share of the time from one checkpoint to the next.
+Runs of DPO on the same rows, one after the other in one process, every second of which saves twice,
+beside the training. What the steps during a save take longer than those of the runs before and
+after it, the standstill included, is the cost, given as a share of the time from one checkpoint to
+the next. A run's first save is given by itself: it touches the memory of the copies for the first
+time, once however long the run. The first pair of runs is not counted.
 """
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,9 @@ from machine import describe_machine, results_folder
 from train_arms import config_of, read_lines
 
 WARM_UP_STEPS = 2
-SAVED_AT, STEPS = 7, 12
-"""Steps until the checkpoint, and in all: it is written by then."""
+SAVE_EVERY, DURING = 5, 3
+"""Steps from save to save, and how many of them one lasts into at the most."""
+STEPS = 2 * SAVE_EVERY + DURING
 
 
 def main() -> None:
@@ -27,6 +31,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model")
     parser.add_argument("--data", type=Path, required=True, help="folder of rows, train split")
     parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
+    parser.add_argument("--repeats", type=int, default=3, help="runs that save and are counted")
     parser.add_argument("--pairs", type=int, default=8, help="per optimizer step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--mode", choices=["async", "sync"], default="async")
@@ -54,29 +59,35 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     store.SaveReport = keep
     world = init_world()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = {}
-        for every in (SAVED_AT, 0):
-            run_dir = Path(folder) / f"every-{every}"
-            train(config_for(arguments, run_dir, every), world)
-            seconds[every] = seconds_of_steps(run_dir, arguments.pairs)
-    longer = seconds[SAVED_AT] - seconds[0]
-    before, after = longer[WARM_UP_STEPS:SAVED_AT], longer[SAVED_AT:]
-    usual = seconds[0][WARM_UP_STEPS:].mean()
-    first = reports[0]
+        runs = []
+        for number in range(2 * arguments.repeats + 3):
+            run_dir = Path(folder) / str(number)
+            train(config_for(arguments, run_dir, SAVE_EVERY * (number % 2)), world)
+            runs.append(seconds_of_steps(run_dir, arguments.pairs))
+            shutil.rmtree(run_dir)
+    seconds = np.array(runs[2:])
+    usual = seconds[::2].mean(0)
+    longer = seconds[1::2] - (seconds[:-2:2] + seconds[2::2]) / 2
+    first = longer[:, SAVE_EVERY : SAVE_EVERY + DURING].sum(1)
+    later = longer[:, 2 * SAVE_EVERY :].sum(1)
+    idle = longer[:, WARM_UP_STEPS:SAVE_EVERY].sum(1)
+    between = usual[WARM_UP_STEPS:].mean() * arguments.every
+    saves = [report for report in reports if report.step == 2 * SAVE_EVERY][1:]
     return {
         "model": arguments.model.name,
         "mode": arguments.mode,
         "every": arguments.every,
         "pairs": arguments.pairs,
-        "seconds_of_a_step": usual,
-        "checkpoint_gib": first.num_bytes / 2**30,
-        "standstill_seconds": first.standstill_seconds,
-        "write_seconds": first.write_seconds,
-        "cost_seconds": after.sum(),
-        "cost_share": after.sum() / (usual * arguments.every),
-        # of as many steps that nothing was saved in
-        "noise_seconds": before.std() * len(after) ** 0.5,
-        "drift_seconds": before.mean() * len(after),
+        "seconds_of_a_step": usual[WARM_UP_STEPS:].mean(),
+        "checkpoint_gib": saves[0].num_bytes / 2**30,
+        "standstill_seconds": [save.standstill_seconds for save in saves],
+        "write_seconds": [save.write_seconds for save in saves],
+        "first_cost_seconds": first.tolist(),
+        "cost_seconds": later.tolist(),
+        "cost_share": later.mean() / between,
+        "cost_share_standard_error": later.std(ddof=1) / len(later) ** 0.5 / between,
+        # the same of as many steps before the first save: what nothing costs
+        "nothing_seconds": idle.tolist(),
     }
 
 

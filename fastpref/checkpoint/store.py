@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -125,6 +126,7 @@ class CheckpointStore:
         *,
         record: dict[str, Any],
         metrics: dict[str, float] | None = None,
+        last: bool = False,
     ) -> None:
         """Save the state after `step` optimizer steps; waits for the save before it.
 
@@ -136,9 +138,11 @@ class CheckpointStore:
             record: What `load_checkpoint` returns: the run's progress, fingerprints and the like.
                 JSON: keys are strings, tuples come back as lists.
             metrics: Held-out metrics of these weights, among them that of `best`.
+            last: Nothing goes on meanwhile: it is written before this returns, without a copy.
         """
         started = time.perf_counter()
         self._join()
+        beside = self.asynchronous and not last
         if step in self._saved:
             return
         try:
@@ -149,16 +153,29 @@ class CheckpointStore:
                 scheduler,
                 record=record,
                 metrics=metrics or {},
-                copies=self._copies if self.asynchronous else None,
+                copies=self._copies if beside else None,
                 agreement=self.agreement,
                 device=self.device,
             )
         except CheckpointError as error:
-            self._report(step, started, time.perf_counter(), error=str(error))
-        else:
-            self._start_writing(snapshot, started)
-        if not self.asynchronous:
-            self._join()
+            now = time.perf_counter()
+            self._report(
+                step, standstill_seconds=now - started, write_started=now, error=str(error)
+            )
+            return
+        if not beside:
+            self._write(snapshot, started, beside=False)
+            self._raise_bug()
+            return
+        # from here on the thread speaks to the other ranks' threads, and this one must not
+        self._writer = threading.Thread(
+            target=self._write,
+            args=(snapshot, started),
+            kwargs={"beside": True},
+            name="checkpoint writer",
+            daemon=True,
+        )
+        self._writer.start()
 
     def poll(self) -> list[SaveReport]:
         """Saves that ended since the last call, without waiting for any; ranks may see them at
@@ -194,55 +211,51 @@ class CheckpointStore:
                 f"{self.folder} cannot be used for checkpoints: {error}"
             ) from error
 
-    def _start_writing(self, snapshot: Snapshot, started: float) -> None:
-        if not self.asynchronous:
-            self._write(snapshot, started)
-            return
-        # from here on the thread speaks to the other ranks' threads, and this one must not
-        self._writer = threading.Thread(
-            target=self._write, args=(snapshot, started), name="checkpoint writer", daemon=True
-        )
-        self._writer.start()
-
-    def _write(self, snapshot: Snapshot, started: float) -> None:
+    def _write(self, snapshot: Snapshot, started: float, *, beside: bool) -> None:
         """Write a snapshot and report how it went."""
         write_started = time.perf_counter()
+        num_bytes, deleted, error = 0, [], None
         try:
             if self.device.type == "cuda":
                 # a thread begins on the first GPU, and would claim memory there
                 torch.cuda.set_device(self.device)
             checkpoint = write_checkpoint(self.folder, snapshot, self.agreement)
             self._saved.add(snapshot.step)
+            num_bytes = checkpoint.manifest.num_bytes
             deleted = self._retain()
-        except CheckpointError as error:
-            self._report(snapshot.step, started, write_started, error=str(error))
+        except CheckpointError as problem:
+            error = str(problem)
         except BaseException as bug:
             self._bug = bug
-        else:
-            num_bytes = checkpoint.manifest.num_bytes
-            self._report(
-                snapshot.step, started, write_started, num_bytes=num_bytes, deleted=deleted
-            )
+            return
+        stood_until = write_started if beside else time.perf_counter()
+        self._report(
+            snapshot.step,
+            standstill_seconds=stood_until - started,
+            write_started=write_started,
+            num_bytes=num_bytes,
+            deleted=deleted,
+            error=error,
+        )
 
     def _report(
         self,
         step: int,
-        started: float,
-        write_started: float,
         *,
+        standstill_seconds: float,
+        write_started: float,
         num_bytes: int = 0,
-        deleted: list[Path] | None = None,
+        deleted: Sequence[Path] = (),
         error: str | None = None,
     ) -> None:
-        now = time.perf_counter()
         self._reports.put(
             SaveReport(
                 step=step,
                 folder=self.folder / folder_name(step),
                 num_bytes=num_bytes,
-                standstill_seconds=(write_started if self.asynchronous else now) - started,
-                write_seconds=now - write_started,
-                deleted=tuple(deleted or ()),
+                standstill_seconds=standstill_seconds,
+                write_seconds=time.perf_counter() - write_started,
+                deleted=tuple(deleted),
                 error=error,
             )
         )

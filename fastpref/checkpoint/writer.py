@@ -2,17 +2,22 @@
 
 import json
 import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import IOBase
 from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastpref.checkpoint.agreement import AgreedError, Agreement
+from fastpref.checkpoint.direct import DirectFile
 from fastpref.checkpoint.folders import LATEST, PARTIAL, folder_name, set_aside
 from fastpref.checkpoint.manifest import (
     Checkpoint,
@@ -31,8 +36,6 @@ logger = logging.getLogger("fastpref")
 
 STATE = "state.json"
 """The caller's record, and what of optimizer and schedule is no tensor."""
-METADATA = ".metadata"
-"""DCP's own table of which tensor lies where."""
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> Checkpoint:
@@ -52,18 +55,23 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
     try:
         num_bytes = sum(agreement.each(snapshot.num_bytes))
         agreement.each(lambda: _prepare(partial, num_bytes) if is_main else None)
+        # its files are on the disk when they are closed
+        storage = FileSystemWriter(partial, sync_files=False)
+        storage.fs = files = _DirectFiles()
         save(
             snapshot.state.tensors,
-            storage_writer=FileSystemWriter(partial),
+            storage_writer=storage,
             planner=_LocalPlanner(snapshot.local_parts),
             process_group=agreement.group,
         )
-        written = agreement.each(lambda: _write_own_files(partial, snapshot, agreement.rank))
+        written = agreement.each(
+            lambda: files.entries | _write_own_files(partial, snapshot, agreement.rank)
+        )
         manifest = Manifest(
             step=snapshot.step,
             world_size=agreement.size,
             metrics=snapshot.metrics,
-            files={name: entry for files in written for name, entry in files.items()},
+            files={name: entry for entries in written for name, entry in entries.items()},
         )
         agreement.each(lambda: _publish(partial, manifest) if is_main else None)
     except (AgreedError, CheckpointException, RuntimeError) as error:
@@ -74,6 +82,24 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
                 logger.warning("%s could not be removed", partial)
         raise CheckpointError(f"step {snapshot.step} was not saved: {reason}") from error
     return Checkpoint(folder / folder_name(snapshot.step), manifest)
+
+
+class _DirectFiles(FileSystem):
+    """Where DCP writes: past the page cache, and known by size and digest without reading it."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, FileEntry] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IOBase]:
+        path = Path(path)
+        with DirectFile(path) as file:
+            yield file
+        self.entries[path.name] = FileEntry(file.num_bytes, file.digest())
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
 
 
 class _LocalPlanner(DefaultSavePlanner):
@@ -102,16 +128,13 @@ def _prepare(partial: Path, num_bytes: int) -> None:
 
 
 def _write_own_files(partial: Path, snapshot: Snapshot, rank: int) -> dict[str, FileEntry]:
-    """The rest of this rank's files, and the digests of all of them."""
-    random_states = partial / random_states_file(rank)
-    with complete_file(random_states) as file:
-        json.dump(snapshot.random_states, file)
-    # DCP names a rank's file so, and brought it to the disk
-    own = [random_states, *partial.glob(f"__{rank}_*")]
+    """This rank's files besides the tensors'."""
+    own = {partial / random_states_file(rank): snapshot.random_states}
     if rank == 0:
-        with complete_file(partial / STATE) as file:
-            json.dump({"record": snapshot.record, **snapshot.state.description}, file)
-        own += [partial / STATE, partial / METADATA]
+        own[partial / STATE] = {"record": snapshot.record, **snapshot.state.description}
+    for path, content in own.items():
+        with complete_file(path) as file:
+            json.dump(content, file)
     return digest_files(own)
 
 

@@ -66,8 +66,13 @@ class Checkpoints:
         if is_best or (every and state.step % every == 0):
             self.save(stop)
 
-    def save(self, stop: StopRequest) -> None:
-        """Save the state as it stands; a step that is not finite is not part of it."""
+    def save(self, stop: StopRequest, *, last: bool = False) -> None:
+        """Save the state as it stands; a step that is not finite is not part of it.
+
+        Args:
+            stop: Where a file cannot be written.
+            last: Training is over: it is written when this returns, and takes no copy.
+        """
         run, state = self._run, self._run.state
         if run.updates.guard.first_bad_step() or not state.step:
             return
@@ -83,12 +88,12 @@ class Checkpoints:
         }
         metrics = self._metrics if state.evaluated == state.step else {}
         parts = (run.policy, run.updates.optimizer, run.updates.scheduler)
-        self._store.save(state.step, *parts, record=record, metrics=metrics)
+        self._store.save(state.step, *parts, record=record, metrics=metrics, last=last)
         self._hear(self._store.poll())
 
     def finish(self, stop: StopRequest) -> None:
         """Save the last state, and wait until it is written."""
-        self.save(stop)
+        self.save(stop, last=True)
         self._hear(self._store.wait())
 
     def raise_if_unsaved(self) -> None:
