@@ -1,5 +1,6 @@
 """What ranks do together over a process group of their own: one rank's error is every rank's."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -35,6 +36,15 @@ class Agreement:
         # of all ranks; one that is left out of a group gets a number instead
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
+        if self.is_alone:
+            # what DCP says to a caller that tells it so
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is nobody to exchange large objects with: gloo's threads would copy them
+        with OpenMP's, and from then on all of those wait for one another asleep, 10 % of a step."""
+        return self.size == 1
 
     def __enter__(self) -> "Agreement":
         return self

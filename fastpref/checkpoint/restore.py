@@ -73,6 +73,7 @@ def restore_state(
             storage_reader=FileSystemReader(folder),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
             process_group=agreement.group,
+            no_dist=agreement.is_alone,
         )
     except (AgreedError, CheckpointException) as error:
         reason = reasons_of(error, agreement.size)

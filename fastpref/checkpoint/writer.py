@@ -63,6 +63,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
             storage_writer=storage,
             planner=_LocalPlanner(snapshot.local_parts),
             process_group=agreement.group,
+            no_dist=agreement.is_alone,
         )
         written = agreement.each(
             lambda: files.entries | _write_own_files(partial, snapshot, agreement.rank)

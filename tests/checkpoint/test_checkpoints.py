@@ -18,7 +18,7 @@ from fastpref.errors import CheckpointError
 
 # the whole file on a GPU, where copies are pinned and there is one more generator
 pytestmark = [
-    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("error", "ignore:torch.distributed is disabled"),
     *([pytest.mark.gpu] if torch.cuda.is_available() else []),
 ]
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
