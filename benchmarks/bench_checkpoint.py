@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a model")
     parser.add_argument("--data", type=Path, required=True, help="folder of rows, train split")
     parser.add_argument("--every", type=int, default=50, help="steps from checkpoint to checkpoint")
-    parser.add_argument("--repeats", type=int, default=3, help="runs that save and are counted")
+    parser.add_argument("--repeats", type=int, default=2, help="runs that save and are counted")
     parser.add_argument("--pairs", type=int, default=8, help="per optimizer step")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--mode", choices=["async", "sync"], default="async")
