@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,10 @@ from fastpref.checkpoint.agreement import AgreedError, Agreement
 from fastpref.checkpoint.random_states import read_random_states
 from fastpref.checkpoint.state import TrainingState, collect_state, local_part
 from fastpref.errors import CheckpointError
+
+MAPPED_BYTES = 2**20
+"""Copies of this size and more are mapped by themselves. malloc would put them where each step on a
+CPU finds room for its activations, which then come as new pages, step after step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +54,18 @@ class HostCopies:
         for name, part in parts.items():
             buffer = self.buffers.get(name)
             if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
-                buffer = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-                self.buffers[name] = buffer
+                buffer = self.buffers[name] = _host_buffer(part)
             buffer.copy_(part, non_blocking=True)
         if any(part.is_cuda for part in parts.values()):
             torch.cuda.current_stream().synchronize()
         return {name: self.buffers[name] for name in parts}
+
+
+def _host_buffer(part: Tensor) -> Tensor:
+    """Memory of the host for a copy of one part."""
+    if part.is_cuda or part.nbytes < MAPPED_BYTES:
+        return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+    return torch.frombuffer(mmap.mmap(-1, part.nbytes), dtype=part.dtype).view(part.shape)
 
 
 def take_snapshot(
