@@ -48,6 +48,26 @@ def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         sync_folder(path.parent)
 
 
+@contextmanager
+def complete_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once all is written.
+
+    A process that is killed leaves `folder` as it was and at most one `.partial` beside it; an
+    error inside leaves nothing, as half a model is of no use and takes the space that is wanting.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    with writing(folder):
+        try:
+            remove(partial)
+            yield partial
+            replace_folder(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder's entries to the disk: a renamed file survives a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -41,6 +41,10 @@ class MemoryExhaustedError(FastprefError):
     exit_code = 6
 
 
+class RankMemoryError(MemoryExhaustedError):
+    """This rank ran out of memory: it alone knows, and says so whatever its number."""
+
+
 class DistributedError(FastprefError):
     """Another rank died or did not answer in time."""
 
@@ -67,9 +71,21 @@ class InterruptionError(FastprefError):
     exit_code = 130
 
 
+SIGNS_OF_EXHAUSTION = (
+    "DefaultCPUAllocator",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""Of torch's allocators, of CUDA, and of the library that multiplies."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that the host has no memory left."""
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether an error says that the host or the device has no memory left."""
+    # torch is not imported here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(sign in str(error) for sign in SIGNS_OF_EXHAUSTION)
 
 
 def first_line(error: BaseException) -> str:
@@ -80,7 +96,7 @@ def first_line(error: BaseException) -> str:
 def error_text(error: FastprefError) -> str:
     """The one message of a run that failed, as a line; "" where another rank says it."""
     # every rank raises the same user error: one message is enough
-    is_ours = os.environ.get("RANK", "0") == "0" or isinstance(error, RankError)
+    is_ours = os.environ.get("RANK", "0") == "0" or isinstance(error, RankError | RankMemoryError)
     return f"fastpref: {error}\n" if is_ours else ""
 
 

@@ -3,7 +3,6 @@
 import errno
 import os
 
-import torch
 import torch.distributed as dist
 
 from fastpref.errors import (
@@ -12,6 +11,7 @@ from fastpref.errors import (
     LostRankError,
     MemoryExhaustedError,
     first_line,
+    is_out_of_memory,
 )
 
 # gloo raises plain RuntimeErrors
@@ -32,11 +32,10 @@ def explain(error: BaseException) -> FastprefError | None:
     if isinstance(error, FastprefError):
         return error
     text = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+    if is_out_of_memory(error):
         return MemoryExhaustedError(
             f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; a smaller "
-            "packing.max_tokens or max_length, more gradient_accumulation_steps, or "
-            "activation_checkpointing=true need less"
+            "packing.max_tokens or max_length, or activation_checkpointing=true need less"
         )
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_RANK)

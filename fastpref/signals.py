@@ -5,6 +5,7 @@ included. What it raised could be caught anywhere, and what it changed be half c
 ours set a number or end the process, and do nothing else.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -36,6 +37,8 @@ DEADLINE, NON_FINITE, FAILURE = 253, 254, 255
 more, one of them cannot write."""
 SAME_REQUEST_SECONDS = 2.0
 """torchrun passes on a Ctrl-C that the terminal has sent to all of its processes already."""
+_PARENT_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of linux/prctl.h."""
 SHOW_CURSOR = b"\x1b[?25h"
 """A progress bar hides it."""
 
@@ -113,6 +116,33 @@ def signals_kill() -> None:
     # not SIG_DFL itself: Python complains of a signal that it has noted and finds no handler for
     for number in SIGNALS:
         signal.signal(number, die)
+
+
+@contextmanager
+def forks_end_with_us() -> Iterator[None]:
+    """Processes forked here end when this one does, however it does, and at a signal without a
+    word."""
+    _forks_work_for_us.append(True)
+    try:
+        yield
+    finally:
+        _forks_work_for_us.pop()
+
+
+_forks_work_for_us: list[bool] = []
+
+
+def _begin_as_fork() -> None:
+    if not _forks_work_for_us:
+        return
+    signals_kill()
+    # of Linux; elsewhere it waits for work that never comes
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+os.register_at_fork(after_in_child=_begin_as_fork)
 
 
 @contextmanager

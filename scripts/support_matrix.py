@@ -170,7 +170,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
     try:
         sequences, ours = score_held_out(run)
         score_error = largest_difference(ours, plain_scores(folder / "model", sequences))
-        names, values = train_step(run, run.train.step(0, world), 0)
+        names, values, _ = train_step(run, run.train.step(0, world), 0)
         first = dict(zip(names, values.tolist(), strict=True))
         _, trained = score_held_out(run)
         exported = export_model(run.policy, run.export, run.run_dir, world)

@@ -22,13 +22,15 @@ from fastpref.distributed import World, init_world, read_ranks
 from fastpref.errors import RankError
 from fastpref.explanations import explain
 from fastpref.model.attention.choice import choose_rows
-from fastpref.model.build import build_scorer, load_frozen_scorer
+from fastpref.model.build import build_scorer
 from fastpref.model.liger import choose_liger
 from fastpref.model.loading import load_causal_lm, try_model
 from fastpref.model.source import load_tokenizer
+from fastpref.scoring.models import load_frozen_scorer
 from fastpref.tisdpo.sides import build_sides
 from fastpref.train.data import load_data
-from fastpref.train.export import export_model, plan_export
+from fastpref.train.export import export_model
+from fastpref.train.export_plan import plan_export
 from fastpref.train.run_folder import run_place
 
 UNWRITABLE = "/proc/no-such-folder"
@@ -106,7 +108,7 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
         ),
         "2 packing": pack,
         "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
-        "4 identity": lambda: build_sides(weights, whole.model, world),
+        "4 identity": lambda: build_sides(weights, whole.model, whole.adapter, world),
         "4 run folder": lambda: world.on_main(
             lambda: run_place(make_config(base, run_dir=UNWRITABLE)).create("")
         ),

@@ -15,6 +15,7 @@ ROOMS = (
     "batches",
     "model",
     "objectives",
+    "memory",
     "scoring",
     "train",
     "tisdpo",

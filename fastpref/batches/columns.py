@@ -1,7 +1,7 @@
 """Encoded rows as numpy columns, from which thousands of them a second become batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,6 +120,15 @@ class EncodedColumns:
     def num_sides(self) -> int:
         """Responses of a row: two of a pair, one in SFT."""
         return 2 if self.has_pairs else 1
+
+    def take(self, rows: np.ndarray) -> "EncodedColumns":
+        """Some rows, in that order."""
+        ranges: dict[str, Any] = {
+            field.name: value.take(rows)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Ranges)
+        }
+        return replace(self, **ranges)
 
     def responses(self, rows: np.ndarray) -> Ranges:
         """The chosen responses of some rows, then the rejected ones of pairs."""

@@ -1,7 +1,7 @@
 """The two ways in which rows lie in a batch; a run chooses one, and nothing else asks which."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +12,9 @@ from fastpref.batches.packed import pack, pack_rows, plan_step
 from fastpref.batches.padded import pad_rows
 from fastpref.batches.plan import MicroBatch, StepPlan
 
+CPU_TOKENS = 8192
+"""Tokens of a micro-batch on a CPU, at most, where nobody says how many."""
+
 
 class RowLayout(Protocol):
     """How rows become batches. Pure functions of the rows, so every rank makes the same plan."""
@@ -19,6 +22,17 @@ class RowLayout(Protocol):
     @property
     def name(self) -> str:
         """In words."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a micro-batch; rows that cannot be divided may have more."""
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether both responses of a pair attend to one copy of its prompt."""
+
+    def limited_to(self, max_tokens: int) -> "RowLayout":
+        """The same layout with another limit."""
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """Which of a step's rows each rank computes at once.
@@ -35,6 +49,17 @@ class RowLayout(Protocol):
         Args:
             columns: All rows.
             most_tokens: Of a batch, where the layout's own limit is higher; None for that limit.
+        """
+
+    def split(
+        self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
+    ) -> list[MicroBatch]:
+        """A micro-batch of the plan as several smaller ones, as far as its rows can be divided.
+
+        Args:
+            columns: The step's rows.
+            micro_batch: Which of them.
+            max_tokens: Of each part.
         """
 
     def build(
@@ -60,6 +85,15 @@ class PackedRows:
         """In words."""
         return "packed, prompts shared" if self.share_prompt else "packed"
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether both responses of a pair attend to one copy of its prompt."""
+        return self.share_prompt
+
+    def limited_to(self, max_tokens: int) -> "PackedRows":
+        """The same layout with another limit."""
+        return replace(self, max_tokens=max_tokens)
+
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As few micro-batches as the tokens allow, see `plan_step`."""
         return plan_step(
@@ -79,6 +113,14 @@ class PackedRows:
         )
         return [batch.rows.tolist() for [batch] in plan]
 
+    def split(
+        self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
+    ) -> list[MicroBatch]:
+        """By its tokens."""
+        of_rows = columns.take(micro_batch.rows)
+        plan = plan_step(of_rows, max_tokens=max_tokens, share_prompt=self.share_prompt)
+        return [part._replace(rows=micro_batch.rows[part.rows]) for [part] in plan]
+
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
     ) -> Batch:
@@ -94,24 +136,48 @@ class PackedRows:
 class PaddedRows:
     """Beside each other, padded on the right."""
 
+    max_tokens: int = CPU_TOKENS
+    """Most tokens of a micro-batch, padding included."""
     batch_size: int = 4
-    """Rows computed at once where nobody says how many, as in the TIS-DPO code."""
+    """Rows scored at once where nobody says how many, as in the TIS-DPO code."""
 
     @property
     def name(self) -> str:
         """In words."""
         return "padded"
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Never: every sequence is a row of its own."""
+        return False
+
+    def limited_to(self, max_tokens: int) -> "PaddedRows":
+        """The same layout with another limit."""
+        return replace(self, max_tokens=max_tokens)
+
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
-        """By their number alone: `min_micro_batches` of them."""
-        return [
-            [_padded(columns, rows) for rows in np.array_split(of_ranks, num_ranks)]
-            for of_ranks in np.array_split(np.arange(len(columns)), min_micro_batches)
-        ]
+        """As many rows in each, as few micro-batches as the tokens allow."""
+        most = max(min_micro_batches, -(-len(columns) // num_ranks))
+        for num_micro_batches in range(min_micro_batches, most + 1):
+            plan = [
+                [_padded(columns, rows) for rows in np.array_split(of_ranks, num_ranks)]
+                for of_ranks in np.array_split(np.arange(len(columns)), num_micro_batches)
+            ]
+            if max(batch.num_tokens for of_ranks in plan for batch in of_ranks) <= self.max_tokens:
+                break
+        return plan
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
         """By their number."""
         return in_groups(len(columns), self.batch_size)
+
+    def split(
+        self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
+    ) -> list[MicroBatch]:
+        """In parts of equally many rows."""
+        num_parts = min(len(micro_batch.rows), -(-micro_batch.num_tokens // max_tokens))
+        parts = np.array_split(micro_batch.rows, max(1, num_parts))
+        return [_padded(columns, rows) for rows in parts]
 
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int

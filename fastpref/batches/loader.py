@@ -27,6 +27,15 @@ class StepBatches(NamedTuple):
     """In the data, over all ranks: prompt + response of every sequence."""
     num_computed: int
     """That the model's body computes, over all ranks."""
+    columns: EncodedColumns
+    """The step's rows."""
+    micro_batches: list[MicroBatch]
+    """Which of them this rank's batches are of."""
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of this rank's largest micro-batch that has more than one row; 0 without any."""
+        return max((x.num_tokens for x in self.micro_batches if len(x.rows) > 1), default=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +72,38 @@ class Loader:
     def step(self, index: int, world: World) -> StepBatches:
         """What step `index` computes."""
         columns, plan = self.plan(index, world.data_size)
-        batches = [self.build(columns, of_ranks[world.data_rank]) for of_ranks in plan]
-        if world.device.type == "cuda":
-            batches = [batch.pin_memory() for batch in batches]
+        micro_batches = [of_ranks[world.data_rank] for of_ranks in plan]
         return StepBatches(
             num_examples=len(columns),
-            batches=batches,
+            batches=self._build_all(columns, micro_batches, world),
             num_tokens=int(columns.num_tokens.sum()),
             num_computed=num_computed(plan),
+            columns=columns,
+            micro_batches=micro_batches,
         )
+
+    def split(self, step: StepBatches, max_tokens: int, world: World) -> StepBatches:
+        """The same step of one rank alone, in micro-batches that have at most so many tokens as
+        far as their rows can be divided."""
+        columns, parts = step.columns, list[MicroBatch]()
+        for micro_batch in step.micro_batches:
+            is_large = micro_batch.num_tokens > max_tokens
+            parts += (
+                self.layout.split(columns, micro_batch, max_tokens) if is_large else [micro_batch]
+            )
+        return step._replace(
+            batches=self._build_all(columns, parts, world),
+            num_computed=sum(part.num_tokens for part in parts),
+            micro_batches=parts,
+        )
+
+    def _build_all(
+        self, columns: EncodedColumns, micro_batches: list[MicroBatch], world: World
+    ) -> list[Batch]:
+        batches = [self.build(columns, micro_batch) for micro_batch in micro_batches]
+        if world.device.type == "cuda":
+            return [batch.pin_memory() for batch in batches]
+        return batches
 
     def steps(self, world: World, start: int = 0) -> Prefetch[StepBatches]:
         """The steps from `start` on, each ready before it is asked for."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastpref.config import LOSSES, Config, LossConfig
 
-CHOICE_GROUPS = ("model", "loss", "transform", "recipe")
+CHOICE_GROUPS = ("model", "loss", "transform", "adapter", "recipe")
 """Groups whose values come as files, configs/<group>/<choice>.yaml."""
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

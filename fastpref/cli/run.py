@@ -35,8 +35,13 @@ def main(config: Config) -> int:
     from fastpref.train.advice import Advice
 
     try:
-        config.check_device(*_device())
         set_workspace_mib(config.head.workspace_mib)
+        if config.task == "plan":
+            from fastpref.cli.plan import show_plan
+
+            show_plan(config.training, config.packing, config.plan, longest=config.max_length)
+            return 0
+        config.check_device(*_device())
         if config.task == "audit":
             from fastpref.cli.audit import audit
             from fastpref.data.options import data_options

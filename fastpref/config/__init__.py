@@ -4,6 +4,7 @@ Enters: what train.py composed. Leaves: a checked `Config`. To be changed here: 
 Nothing here imports torch, so that a wrong option is refused before anything heavy is loaded.
 """
 
+from fastpref.config.adapter import AdapterConfig
 from fastpref.config.groups import (
     DataConfig,
     HeadConfig,
@@ -28,8 +29,12 @@ from fastpref.config.loss import (
     TISDPOConfig,
     TransformConfig,
 )
+from fastpref.config.plan import (
+    PlanConfig,
+)
 from fastpref.config.run import (
     Config,
+    TrainingOptions,
 )
 from fastpref.config.stages import (
     StagesConfig,
@@ -39,6 +44,7 @@ from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeCon
 __all__ = [
     "LOSSES",
     "METHODS",
+    "AdapterConfig",
     "CheckpointConfig",
     "Config",
     "DPOConfig",
@@ -51,6 +57,7 @@ __all__ = [
     "OptimConfig",
     "PackingConfig",
     "ParallelConfig",
+    "PlanConfig",
     "ResumeConfig",
     "SFTConfig",
     "SimPOConfig",
@@ -59,6 +66,7 @@ __all__ = [
     "TISDPOConfig",
     "TensorboardConfig",
     "TrackerOptions",
+    "TrainingOptions",
     "TransformConfig",
     "WandbConfig",
     "WeightsConfig",

@@ -1,5 +1,6 @@
 """Schemas of the option groups `model packing data optim head wandb tensorboard weights`."""
 
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,19 @@ ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flex", *FLASH_PACKAGES)
 CUDA_ATTENTIONS = ("varlen", "flex", *FLASH_PACKAGES)
 """Those that train on a GPU alone."""
 TEMPLATES = ("normal", "harmless", "harmful")
+
+
+def as_count(name: str, value: str) -> int | None:
+    """A number of things that may be left to us; None for auto.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value == "auto":
+        return None
+    if not re.fullmatch("-?[0-9]+", value):
+        raise ValueError(f"{name} must be auto or a whole number >= 1, got {value!r}")
+    return int(value)
 
 
 @dataclass(kw_only=True)
@@ -81,18 +95,20 @@ class ModelConfig:
         # true and false arrive as booleans
         self.liger = str(self.liger).lower()
         check_choice("model.liger", self.liger, ("auto", "true", "false"))
-        self._check_flash_attention()
-
-    def _check_flash_attention(self) -> None:
-        package = FLASH_PACKAGES.get(self.attention)
-        if package is None:
-            return
-        if self.compute_dtype == "float32":
+        if self.attention in FLASH_PACKAGES and self.compute_dtype == "float32":
             raise ValueError(
                 f"model.attention={self.attention} computes in bfloat16 or float16 only, "
                 "got float32; set model.fsdp_policy_mp=bfloat16 or model.attention=sdpa"
             )
-        if not _is_installed(package):
+
+    def check_installed(self) -> None:
+        """Refuse an attention whose package is not installed.
+
+        Raises:
+            ValueError: naming it.
+        """
+        package = FLASH_PACKAGES.get(self.attention)
+        if package is not None and not _is_installed(package):
             raise ValueError(
                 f"model.attention={self.attention} needs the package {package}, "
                 "which is not installed; set model.attention=sdpa"
@@ -108,16 +124,23 @@ class PackingConfig:
     share_prompt: str = "auto"
     """auto: compute equal prompts, and what all responses to one begin with, once where the model's
     attention can. true: refuse a model that cannot. false: every sequence is computed by itself."""
-    max_tokens: int = 8192
-    """Tokens that a process computes at once, at most, >= 1: activations take memory in proportion,
-    and fewer than some thousands leave a GPU idle. A step whose rows have more takes more
-    micro-batches; a pair that has more by itself is computed alone."""
+    max_tokens: str = "auto"
+    """Tokens that a process computes at once, at most: auto, or a number >= 1. A step whose rows
+    have more takes more micro-batches, to the same update; a pair that has more by itself is
+    computed alone. auto: on a GPU what its memory holds, up to 32,768; on a CPU 8,192."""
+
+    @property
+    def token_limit(self) -> int | None:
+        """`max_tokens` as a number; None for auto."""
+        return as_count("packing.max_tokens", self.max_tokens)
 
     def __post_init__(self) -> None:
         # true and false arrive as booleans
         self.share_prompt = str(self.share_prompt).lower()
         check_choice("packing.share_prompt", self.share_prompt, ("auto", "true", "false"))
-        check_number("packing.max_tokens", self.max_tokens, ge=1)
+        # numbers arrive as such
+        self.max_tokens = str(self.max_tokens).lower()
+        check_number("packing.max_tokens", self.token_limit, ge=1)
         if self.share_prompt == "true" and not self.enabled:
             raise ValueError(
                 "packing.share_prompt=true needs packing.enabled=true, got false: padded rows "
@@ -152,8 +175,18 @@ class DataConfig:
     """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
     cache_dir: str | None = None
     """Where read and tokenized rows are cached; null: the cache of `datasets`."""
+    num_proc: str = "auto"
+    """Processes that tokenize: auto, or a number >= 1. auto: one for each core where the rows keep
+    it busy for some seconds."""
+
+    @property
+    def num_processes(self) -> int | None:
+        """`num_proc` as a number; None for auto."""
+        return as_count("data.num_proc", self.num_proc)
 
     def __post_init__(self) -> None:
+        self.num_proc = str(self.num_proc).lower()
+        check_number("data.num_proc", self.num_processes, ge=1)
         check_choice("data.on_error", self.on_error, ("raise", "skip"))
         check_number("data.max_dropped", self.max_dropped, ge=0, le=1)
         check_choice("data.truncation", self.truncation, ("seed", "fill", "drop"))

@@ -7,10 +7,12 @@ before anything heavy is loaded.
 
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
 from fastpref.checks import check_choice, check_number
+from fastpref.config.adapter import AdapterConfig
 from fastpref.config.groups import (
     CUDA_ATTENTIONS,
     DataConfig,
@@ -27,6 +29,7 @@ from fastpref.config.loss import (
     LossConfig,
     TransformConfig,
 )
+from fastpref.config.plan import PlanConfig
 from fastpref.config.stages import StagesConfig
 from fastpref.config.survival import (
     RESUME_WORDS,
@@ -37,13 +40,29 @@ from fastpref.config.survival import (
 from fastpref.errors import ConfigError
 
 
+class TrainingOptions(NamedTuple):
+    """What decides on models and memory of a training."""
+
+    model: ModelConfig
+    adapter: AdapterConfig
+    loss: LossConfig
+    optimizer: str
+    optim: OptimConfig
+    activation_checkpointing: bool
+    compile: bool
+    seed: int
+    batch_size: int
+    """Rows of an optimizer step."""
+
+
 @dataclass(kw_only=True)
 class Config:
     """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
 
     task: str = "train"
-    """train, audit (the checks of the data alone), estimate_weights (TIS-DPO's second step) or
-    tisdpo (all of its steps, one after the other)."""
+    """train, audit (the checks of the data alone), plan (what training takes of GPUs, which need
+    not be here), estimate_weights (TIS-DPO's second step) or tisdpo (all of its steps, one after
+    the other)."""
     seed: int = 0
     """Seeds torch, numpy, random and the order of the data, >= 0."""
 
@@ -79,8 +98,9 @@ class Config:
     """Examples per optimizer step, over all processes and accumulation steps, which need not share
     it equally."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step, at least, as long as there are rows for them;
-    packing.max_tokens may ask for more. The update is the same in any number."""
+    """Micro-batches per optimizer step, at least, where packing.max_tokens is a number and as long
+    as there are rows for them; packing.max_tokens=auto decides by itself. The update is the same in
+    any number."""
     lr: float = 5e-7
     """Learning rate after warm-up, > 0."""
     warmup_steps: int = 150
@@ -125,6 +145,8 @@ class Config:
     """What to minimise: loss=NAME is configs/loss/NAME.yaml."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """What becomes of token weights: transform=NAME is configs/transform/NAME.yaml."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """What of the model is trained: adapter=NAME is configs/adapter/NAME.yaml."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     """How rows are laid out for the model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -147,9 +169,15 @@ class Config:
     """task=estimate_weights."""
     stages: StagesConfig = field(default_factory=StagesConfig)
     """task=tisdpo."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """task=plan."""
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
+        # a plan is for devices, and what is installed there, that need not be here
+        if self.task != "plan":
+            self.model.check_installed()
+            self.adapter.check_installed()
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         self._check_trainer()
         self._check_numbers()
@@ -226,6 +254,21 @@ class Config:
             self.run_dir, self.local_run_dir = self.local_run_dir, None
 
     @property
+    def training(self) -> TrainingOptions:
+        """What decides on models and memory of a training."""
+        return TrainingOptions(
+            model=self.model,
+            adapter=self.adapter,
+            loss=self.loss,
+            optimizer=self.optimizer,
+            optim=self.optim,
+            activation_checkpointing=self.activation_checkpointing,
+            compile=self.compile,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
+
+    @property
     def trackers(self) -> TrackerOptions:
         """Which trackers follow the run."""
         return TrackerOptions(self.wandb, self.tensorboard, self.debug)
@@ -244,6 +287,11 @@ class Config:
             raise ConfigError(
                 f"model.attention={self.model.attention} needs a CUDA device, this one is "
                 f"{device_type}; set model.attention=sdpa"
+            )
+        if self.adapter.quantized and device_type != "cuda":
+            raise ConfigError(
+                f"adapter=qlora computes on a CUDA device, this one is {device_type}; choose "
+                "adapter=lora"
             )
         dtypes = (self.model.policy_dtype, self.model.compute_dtype)
         if "bfloat16" in dtypes and not has_bfloat16:
@@ -272,5 +320,5 @@ class Config:
         return OmegaConf.to_yaml(OmegaConf.structured(self))
 
 
-TASKS = ("train", "audit", "estimate_weights", "tisdpo")
+TASKS = ("train", "audit", "plan", "estimate_weights", "tisdpo")
 TRAINERS = ("BasicTrainer", "FSDPTrainer")

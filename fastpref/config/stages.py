@@ -16,7 +16,8 @@ class StagesConfig:
     reversed pairs), sft (on the chosen and on the rejected responses), or prompt (one model under
     weights.positive_template and weights.negative_template)."""
     contrast_lr: float | None = None
-    """Learning rate of the two contrastive models, > 0."""
+    """Learning rate of the two contrastive models, > 0; null with adapters is four times the
+    run's, and goes down to zero."""
     contrast_n_epochs: int | None = None
     """Passes over the data of each contrastive model, >= 1."""
     contrast_beta: float | None = None

@@ -1,6 +1,7 @@
 """The cache of `datasets`: what its entries depend on, its progress bars, its errors."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,6 +12,12 @@ import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
 from fastpref.errors import DataError, FastprefError
+from fastpref.signals import forks_end_with_us
+
+ROWS_OF_A_PROCESS = 5000
+"""At least: about three seconds of rows of HH."""
+THREADS = "TOKENIZERS_PARALLELISM"
+"""Environment variable of `tokenizers`."""
 
 
 @cache
@@ -44,6 +51,28 @@ def progress_bars(quiet: bool) -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
+
+
+def processes_for(num_rows: int) -> int:
+    """How many processes to tokenize rows in: those that are busy for longer than they take to
+    start, and no more than there are cores."""
+    return max(1, min(len(os.sched_getaffinity(0)), num_rows // ROWS_OF_A_PROCESS))
+
+
+@contextmanager
+def tokenizing_in(num_proc: int) -> Iterator[None]:
+    """Let the tokenizers of several processes keep to one thread each, and end with this one."""
+    before = os.environ.get(THREADS)
+    if num_proc > 1:
+        os.environ[THREADS] = "false"
+    try:
+        with forks_end_with_us():
+            yield
+    finally:
+        if num_proc > 1 and before is None:
+            del os.environ[THREADS]
+        elif num_proc > 1 and before is not None:
+            os.environ[THREADS] = before
 
 
 @contextmanager

@@ -17,7 +17,13 @@ import pyarrow.compute as pc
 import tokenizers
 import transformers
 
-from fastpref.data.cache import cache_errors, code_digest, progress_bars
+from fastpref.data.cache import (
+    cache_errors,
+    code_digest,
+    processes_for,
+    progress_bars,
+    tokenizing_in,
+)
 from fastpref.data.chat import (
     ChatFormat,
     check_chat_template,
@@ -86,8 +92,11 @@ def load_split(
     """
     parts = []
     for rows in read_rows(options, split, quiet=quiet):
-        with progress_bars(quiet), cache_errors(options.cache_dir):
-            part = encode_rows(rows, tokenizer, options.encode, vocab_size=vocab_size)
+        num_proc = options.num_proc or processes_for(len(rows.dataset))
+        with progress_bars(quiet), cache_errors(options.cache_dir), tokenizing_in(num_proc):
+            part = encode_rows(
+                rows, tokenizer, options.encode, vocab_size=vocab_size, num_proc=num_proc
+            )
         check_counts(part.audit, max_dropped=options.read.max_dropped)
         parts.append(part)
     joined = join_splits(parts)
@@ -114,9 +123,16 @@ def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
 
 
 def encode_rows(
-    rows: Rows, tokenizer: Any, options: EncodeOptions, *, vocab_size: int
+    rows: Rows, tokenizer: Any, options: EncodeOptions, *, vocab_size: int, num_proc: int = 1
 ) -> PreferenceSplit:
     """Encode one source, or take the result of an earlier run from the cache.
+
+    Args:
+        rows: Checked.
+        tokenizer: Of transformers.
+        options: How to encode.
+        vocab_size: Rows of the model's embedding.
+        num_proc: Processes that tokenize.
 
     Raises:
         DataError: a row breaks a rule (file:row: field), or a token id reaches `vocab_size`.
@@ -146,6 +162,8 @@ def encode_rows(
         fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
         features=encoded_features(options),
         remove_columns=dataset.column_names,
+        # one process is this one
+        num_proc=num_proc if num_proc > 1 else None,
         new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
         desc=f"tokenizing {rows.name} {rows.counts.split}",
     )
@@ -267,7 +285,8 @@ def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> 
         code_digest("data"),
         LIBRARIES,
     ]
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    # of 64 characters, which a fingerprint may have, `datasets` needs some for the process
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

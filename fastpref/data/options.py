@@ -36,6 +36,8 @@ class DataOptions:
     """Where local ones lie."""
     cache_dir: str | None
     """Of `datasets`; None for its default."""
+    num_proc: int | None
+    """Processes that tokenize; None leaves that to us."""
     read: ReadOptions
     encode: EncodeOptions
 
@@ -51,6 +53,7 @@ def data_options(config: "Config") -> DataOptions:
         names=tuple(config.datasets),
         base_data_dir=config.base_data_dir,
         cache_dir=data.cache_dir,
+        num_proc=data.num_processes,
         read=ReadOptions(
             weighted=needs.weights,
             paired=needs.pairs,

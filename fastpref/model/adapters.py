@@ -1,15 +1,15 @@
 """Adapter folders of peft: what they change of their base's shape, and their merging into it."""
 
 import logging
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import CheckpointError
 from fastpref.model.archives import load_pickle
 from fastpref.model.paths import ADAPTER_CONFIG, read_object
 from fastpref.model.reading import reading
@@ -26,11 +26,8 @@ def check_adapter(folder: str) -> None:
     """Refuse, before any weights are loaded, an adapter that cannot be merged.
 
     Raises:
-        ConfigError: peft is not installed.
         CheckpointError: it has no weights, is of another task, or does not change weights.
     """
-    if find_spec("peft") is None:
-        raise ConfigError(f"model: {folder} is an adapter, which needs the package peft")
     from peft import PeftConfig
 
     path = Path(folder)
@@ -92,6 +89,7 @@ def merge_adapter(model: Any, folder: str) -> Any:
     ids = torch.arange(4)[None] % rows
     with reading("the adapter", folder):
         expected = adapted(input_ids=ids).logits
+        _forget_tied_head(adapted)
         try:
             merged = adapted.merge_and_unload()
         # each kind of adapter says in its own way that it cannot be merged
@@ -107,6 +105,27 @@ def merge_adapter(model: Any, folder: str) -> Any:
         raise _not_mergeable(folder, f"merged, its logits are off by {difference:.2g}")
     logger.info("merged the adapter %s into its base model", folder)
     return merged
+
+
+def load_adapter(folder: str) -> dict[str, Tensor]:
+    """All tensors of an adapter folder, by their names there.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading("the adapter", folder):
+        path = Path(folder) / SAFETENSORS
+        return load_file(path) if path.is_file() else _pickled(folder)
+
+
+def _forget_tied_head(adapted: Any) -> None:
+    """Leave a head's adapter out that looks at the embedding's: merged, it would count twice."""
+    model = adapted.base_model.model
+    head = model.get_output_embeddings()
+    if adapted.peft_config["default"].to_dict().get("ensure_weight_tying") and hasattr(
+        head, "base_layer"
+    ):
+        model.set_output_embeddings(head.base_layer)
 
 
 def _not_mergeable(folder: str, why: str) -> CheckpointError:

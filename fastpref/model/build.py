@@ -4,41 +4,20 @@ from typing import Any
 
 import torch
 
-from fastpref.batches.layouts import RowLayout
-from fastpref.config import ModelConfig, PackingConfig
+from fastpref.config import ModelConfig
 from fastpref.config.groups import FLASH_PACKAGES
 from fastpref.distributed import World
 from fastpref.model.attention.backends import PackedAttention
-from fastpref.model.attention.choice import choose_rows
 from fastpref.model.frozen import (
     compute_in,
     store_parameters,
 )
 from fastpref.model.liger import replace_layers
-from fastpref.model.loading import load_causal_lm, try_model
 from fastpref.model.logit_path import LogitPath
+from fastpref.model.lora import Adapters
 from fastpref.model.parallelize import parallelize, send_weights, wrap_blocks
+from fastpref.model.replicate import replicate
 from fastpref.model.scorer import TokenScorer
-
-
-def load_frozen_scorer(
-    options: ModelConfig, packing: PackingConfig, world: World, *, longest: int
-) -> tuple[TokenScorer, RowLayout]:
-    """A model without gradients, and how it takes rows.
-
-    Args:
-        options: Of the model.
-        packing: Whether rows are to be packed.
-        world: Whoever computes.
-        longest: Tokens of the longest sequence that will be scored.
-    """
-    model = load_causal_lm(options, world, trainable=False)
-    path = try_model(model, options, world, trainable=False).path
-    rows = choose_rows(model, options, packing, world, path=path, longest=longest)
-    scorer = build_scorer(
-        model, options, world, path=path, trainable=False, attention=rows.attention
-    )
-    return scorer, rows.layout
 
 
 def build_scorer(
@@ -52,6 +31,8 @@ def build_scorer(
     activation_checkpointing: bool = False,
     compile: bool = False,
     liger: bool = False,
+    adapters: Adapters | None = None,
+    replicated: bool = False,
 ) -> TokenScorer:
     """A loaded model as a scorer: on one rank as a whole on its device, on several sharded.
 
@@ -65,6 +46,8 @@ def build_scorer(
         activation_checkpointing: Recompute activations in the backward.
         compile: Compile each block.
         liger: Norms and SwiGLU layers by Liger's kernels.
+        adapters: In it; where it is trained, all that is.
+        replicated: Every rank has the whole of it.
     """
     if attention is None and config.attention in FLASH_PACKAGES:
         model.set_attn_implementation(config.attention)
@@ -76,10 +59,14 @@ def build_scorer(
         activation_checkpointing=activation_checkpointing and trainable,
         compile=compile,
     )
-    scorer = TokenScorer(model, attention, path)
+    scorer = TokenScorer(model, attention, path, adapters)
     compute_dtype = getattr(torch, config.compute_dtype)
-    if world.size > 1:
+    if world.size > 1 and replicated:
+        replicate(scorer, world.device)
+    elif world.size > 1:
         shard(scorer, config, world, trainable=trainable)
+    elif trainable and adapters is not None:
+        scorer.to(world.device)
     elif trainable:
         scorer.to(world.device).keep_masters(compute_dtype)
     else:
@@ -104,9 +91,11 @@ def shard(scorer: TokenScorer, config: ModelConfig, world: World, *, trainable: 
 def freeze(scorer: TokenScorer, dtype: torch.dtype, block_name: str | None) -> None:
     """Let a scorer compute in a dtype without gradients, and without FSDP, on one rank."""
     scorer.requires_grad_(False)
+    # adapters are float32 beside whatever dtype
+    adapters = [] if scorer.adapters is None else scorer.adapters.parameters()
     stored = next(scorer.parameters()).dtype
     if torch.promote_types(stored, dtype) == stored:
         # cast once what would be cast in every forward
-        store_parameters(scorer.model, dtype)
+        store_parameters(scorer.model, dtype, kept=adapters)
     else:
-        compute_in(scorer.model, dtype, block_name)
+        compute_in(scorer.model, dtype, block_name, kept=adapters)

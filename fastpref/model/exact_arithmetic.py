@@ -4,7 +4,7 @@ Float32 holds every bfloat16 and float16 number, so a model whose parameters are
 are used computes what it would if it had been loaded in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,7 +58,12 @@ def exact_products() -> Iterator[None]:
 
 
 def cast_in_forward(
-    model: Any, dtype: torch.dtype, block_name: str | None, *, tables_at_once: bool = False
+    model: Any,
+    dtype: torch.dtype,
+    block_name: str | None,
+    *,
+    tables_at_once: bool = False,
+    kept: Collection[nn.Parameter] = (),
 ) -> list[Callable[[], None]]:
     """Cast each block's parameters while it runs, and all others while anything around them does:
     some families read the dtype of a norm or a head before it runs.
@@ -69,14 +74,20 @@ def cast_in_forward(
         block_name: Class of the transformer blocks, None: found from the model.
         tables_at_once: Embeddings and head as well, at the cost of their memory; else each of
             them while it runs itself.
+        kept: Parameters that stay as they are.
 
     Returns:
         What undoes it, one function a module.
     """
     blocks = find_blocks(model, block_name)
-    undo = [cast_during(block, list(block.parameters()), dtype) for block in blocks]
+    as_they_are = set(kept)
+    undo = [
+        cast_during(block, [p for p in block.parameters() if p not in as_they_are], dtype)
+        for block in blocks
+    ]
     inside = {module for block in blocks for module in block.modules()}
     apart = {parameter for block in blocks for parameter in block.parameters()}
+    apart |= as_they_are
     tables = [model.get_output_embeddings()]
     tables += [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if not tables_at_once:

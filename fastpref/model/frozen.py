@@ -4,6 +4,7 @@ Float32 holds every bfloat16 and float16 number, so a block whose parameters are
 runs computes what it would if they had been widened at load, bit for bit, in half the memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -85,7 +86,13 @@ def is_stored_exactly(model: Any) -> bool:
     return all(not b.is_floating_point() or b.dtype == torch.float32 for b in model.buffers())
 
 
-def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) -> None:
+def compute_in(
+    model: Any,
+    dtype: torch.dtype,
+    block_name: str | None = None,
+    *,
+    kept: Sequence[nn.Parameter] = (),
+) -> None:
     """Let a frozen model compute in a dtype: each block's parameters are cast while it runs.
 
     The same as FSDP2's mixed precision, without its copies. Under FSDP2 it does nothing, as the
@@ -95,11 +102,12 @@ def compute_in(model: Any, dtype: torch.dtype, block_name: str | None = None) ->
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
         block_name: Class of the transformer blocks, None: found from the model.
+        kept: Parameters that stay as they are.
 
     Raises:
         ConfigError: no module of the model is of that class.
     """
-    cast_in_forward(model, dtype, block_name)
+    cast_in_forward(model, dtype, block_name, kept=kept)
 
 
 def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:
@@ -115,17 +123,27 @@ def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:
     return not is_stored_exactly(build_meta(source, dtype=getattr(torch, dtype)))
 
 
-def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+def store_parameters(
+    model: nn.Module, dtype: torch.dtype, *, kept: Sequence[nn.Parameter] = ()
+) -> None:
     """Store all of a model's parameters in one dtype, as FSDP2 asks; buffers stay as they are.
 
     Some families keep parameters in float32 when the others are loaded in 16 bits.
+
+    Args:
+        model: Of transformers.
+        dtype: To store in.
+        kept: Parameters that stay as they are.
     """
-    kept = [
+    as_they_are = set(kept)
+    others = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and parameter.dtype != dtype
+        if parameter.is_floating_point()
+        and parameter.dtype != dtype
+        and parameter not in as_they_are
     ]
-    for name in kept:
+    for name in others:
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)
 

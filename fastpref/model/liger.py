@@ -94,13 +94,13 @@ def _obstacle(model: Any, device: torch.device) -> str:
 
 
 def _one_of_each(model: nn.Module) -> list[Any]:
-    layers = [module for module in model.modules() if _is_norm(module) or _is_swiglu(module)]
+    layers = [module for module in model.modules() if is_norm(module) or is_swiglu(module)]
     return list({type(layer): layer for layer in layers}.values())
 
 
 def _difference(layer: Any, device: torch.device) -> float:
     """Largest relative difference of value and gradient between a layer and its replacement."""
-    width = layer.weight.shape[0] if _is_norm(layer) else layer.gate_proj.in_features
+    width = layer.weight.shape[0] if is_norm(layer) else layer.gate_proj.in_features
     plain = copy.deepcopy(layer).to(device=device, dtype=torch.float32).requires_grad_()
     replaced = copy.deepcopy(plain)
     replace_layers(replaced)
@@ -162,16 +162,18 @@ def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 def _fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    if _is_norm(module):
+    if is_norm(module):
         return partial(_rms_norm, module)
-    return partial(_swiglu, module) if _is_swiglu(module) else None
+    return partial(_swiglu, module) if is_swiglu(module) else None
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is an RMS norm that a fused one can take the place of."""
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _is_swiglu(module: nn.Module) -> bool:
+def is_swiglu(module: nn.Module) -> bool:
+    """Whether a module is an MLP gated by a SiLU."""
     projections = ("gate_proj", "up_proj", "down_proj")
     has_silu = getattr(getattr(module, "config", None), "hidden_act", None) == "silu"
     return has_silu and all(hasattr(module, name) for name in projections)

@@ -1,6 +1,7 @@
 """A model's weights in memory, on the CPU, and what is found out about it before it is trained."""
 
 import copy
+import dataclasses
 import logging
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from fastpref.config import ModelConfig
 from fastpref.distributed import World
+from fastpref.model.adapter_base import find_adapter_base
 from fastpref.model.checks import Findings, check_model
 from fastpref.model.frozen import (
     frozen_dtype,
@@ -15,7 +17,7 @@ from fastpref.model.frozen import (
     rounds_more_than_parameters,
     store_parameters,
 )
-from fastpref.model.paths import find_model
+from fastpref.model.paths import ModelSource, find_model
 from fastpref.model.source import build_empty, load_model
 
 logger = logging.getLogger("fastpref")
@@ -43,6 +45,34 @@ def load_causal_lm(
         stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
         if not (beside_policy and rounds_more_than_parameters(source, stored)):
             loaded = stored
+    return _load(source, config, world, loaded=loaded, stored=stored)
+
+
+def load_frozen_base(config: ModelConfig, world: World) -> tuple[Any, str | None]:
+    """The model beside which adapters are trained, on the CPU, in the dtype that it computes in.
+
+    Args:
+        config: Of the run's model; may name an adapter, which is then the one to train on.
+        world: Whoever computes; the weights are on rank 0 alone.
+
+    Returns:
+        The model; and the folder of the adapter that training starts from, None for new ones.
+
+    Raises:
+        CheckpointError: there is none, or its weights do not fill it.
+    """
+    base = find_adapter_base(config)
+    stored = loaded = config.compute_dtype
+    if rounds_more_than_parameters(base.source, stored):
+        loaded = config.policy_dtype
+    own = dataclasses.replace(config, archive=None)
+    return _load(base.source, own, world, loaded=loaded, stored=stored), base.start
+
+
+def _load(
+    source: ModelSource, config: ModelConfig, world: World, *, loaded: str, stored: str
+) -> Any:
+    """A model loaded in one dtype, whose parameters are then stored in another."""
     options: dict[str, Any] = {
         "dtype": getattr(torch, loaded),
         "attention": config.attention,

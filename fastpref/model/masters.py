@@ -61,6 +61,11 @@ class MasterWeights:
         for place in self._places:
             place.holder[place.name] = place.working
 
+    def forget_gradients(self) -> None:
+        """Forget gradients of the copy that never reached a master: a backward has failed."""
+        for copy in self._copies:
+            copy.grad = None
+
     def take_back(self) -> None:
         """Let the model hold its masters again."""
         for place in self._places:

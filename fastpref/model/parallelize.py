@@ -67,15 +67,23 @@ def parallelize(
             reduced in float32.
         block_name: Class of the transformer blocks, None: found from the model.
         trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
+            What is trained of a model with adapters, they have said.
     """
-    scorer.requires_grad_(trainable)
+    if scorer.adapters is None:
+        scorer.requires_grad_(trainable)
+    # in float32, and small: every rank has all of them, and they are not cast
+    apart = set(scorer.adapters.parameters()) if scorer.adapters else set()
+    for parameter in apart:
+        parameter.data = parameter.data.to(mesh.device_type)
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in find_blocks(scorer.model, block_name):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
     # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
-    fully_shard(scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(
+        scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart
+    )
     for module in _fsdp_modules(scorer):
         # the losses divide by the step's global number of pairs: ranks are summed, not averaged
         module.set_gradient_divide_factor(1.0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from fastpref_kernels import (
     TokenScores,
     tdpo1_token_values,
@@ -23,8 +24,10 @@ from fastpref.batch import Batch
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
+from fastpref.model.lora import Adapters
 from fastpref.model.masters import MasterWeights
 from fastpref.model.positions import position_limit
+from fastpref.model.tied_head import adapted_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class TokenScorer(nn.Module):
         attention: What computes packed rows; None: every batch must be padded.
             `attention_choice` tells whether the model can.
         path: From the last hidden states to the logits; None: measured, which takes weights.
+        adapters: In the model, and all of it that is trained; None: it has none.
     """
 
     def __init__(
@@ -59,9 +63,11 @@ class TokenScorer(nn.Module):
         model: Any,
         attention: PackedAttention | None = None,
         path: LogitPath | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
         self.attention = attention
         if attention is not None:
             model.set_attn_implementation(IMPLEMENTATION)
@@ -85,6 +91,16 @@ class TokenScorer(nn.Module):
         """Compute with the parameters as they are: to be called once they were changed in place."""
         if self._masters is not None:
             self._masters.refresh()
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that have gradients."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def sum_gradients(self) -> None:
+        """Complete the gradients of what is not sharded: to be called once all micro-batches of a
+        step went backward, by every rank."""
+        if self.adapters is not None and dist.get_world_size() > 1:
+            self.adapters.sum_gradients()
 
     def train(self, mode: bool = True) -> "TokenScorer":
         """Stays in evaluation mode whatever is asked for."""
@@ -132,7 +148,8 @@ class TokenScorer(nn.Module):
         self._lend_masters()
         hidden_ND = self.hidden_states(batch)
         head, V = self.head, self.path.vocab_size
-        weight, bias = head.weight, getattr(head, "bias", None)
+        hidden_ND, weight = adapted_head(head, hidden_ND)
+        bias = getattr(head, "bias", None)
         if weight.shape[0] > V:
             weight, bias = weight[:V], None if bias is None else bias[:V]
         if bias is not None and self.path.hidden_scale != 1:
@@ -153,6 +170,12 @@ class TokenScorer(nn.Module):
             self.reshard()
         if self._masters is not None:
             self._masters.take_back()
+
+    def forget_gradients(self) -> None:
+        """Forget what a backward that failed has left in parameters and in their copy."""
+        self.zero_grad()
+        if self._masters is not None:
+            self._masters.forget_gradients()
 
     def _lend_masters(self) -> None:
         if self._masters is not None:

@@ -7,6 +7,7 @@ from fastpref_kernels import TokenScores
 from torch import Tensor
 
 from fastpref.batch import Batch
+from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import HeadStates, TokenScorer
 from fastpref.objectives.objective import Metrics, Objective
 
@@ -24,7 +25,10 @@ class StepLoss:
     """
 
     def __init__(
-        self, objective: Objective, policy: TokenScorer, reference: TokenScorer | None
+        self,
+        objective: Objective,
+        policy: TokenScorer,
+        reference: TokenScorer | OwnReference | None,
     ) -> None:
         self.objective = objective
         self._policy = policy
@@ -59,7 +63,7 @@ class StepLoss:
 
 
 def _choose_scores(
-    objective: Objective, policy: TokenScorer, reference: TokenScorer | None
+    objective: Objective, policy: TokenScorer, reference: TokenScorer | OwnReference | None
 ) -> Callable[[Batch], TokenScores]:
     """Token scores of a micro-batch: policy with gradients, reference without."""
     if reference is None:
@@ -78,5 +82,5 @@ def _choose_scores(
 
 
 @torch.no_grad()
-def _states(reference: TokenScorer, batch: Batch) -> HeadStates:
+def _states(reference: TokenScorer | OwnReference, batch: Batch) -> HeadStates:
     return reference.states(batch)

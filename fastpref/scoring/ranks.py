@@ -12,6 +12,7 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout, in_groups
 from fastpref.distributed import World
+from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.shards import PairLogps
@@ -31,6 +32,13 @@ def divide_rows(
     return layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
 
 
+def repeat_scoring(world: World, batch_size: int | None) -> Repetition:
+    """What to do where memory runs out, with the option that decides on a batch."""
+    by_tokens = "packing.max_tokens={most}"
+    remedy = by_tokens if batch_size is None else "a smaller weights.batch_size"
+    return Repetition(num_ranks=world.size, remedy=remedy)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
     """A model on every rank, among which batches are dealt in turn."""
@@ -43,6 +51,8 @@ class Ranks:
     stop: StopRequest
     progress: ScoringProgress
     """Told of every batch."""
+    repetition: Repetition
+    """What to do where memory runs out."""
 
     def score_rows(self, rows: Sequence[EncodedRow], batch_size: int | None) -> list[PairLogps]:
         """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
@@ -68,11 +78,13 @@ class Ranks:
             dealt = batches[first : first + world.size]
             # a rank without a batch takes part in the collectives of sharded models all the same
             places = dealt[world.rank] if world.rank < len(dealt) else []
-            batch = self.layout.build_rows(
-                [rows[i] for i in places], pad_token_id=self.pad_token_id
+            scored = self.repetition.compute_items(
+                [rows[i] for i in places],
+                self._score,
+                tokens=lambda row: sum(map(len, row[:3])),
+                undo=self.scorer.release,
             )
-            logps_N = self.scorer(batch.to(world.device)).float().cpu().numpy()
-            mine += zip(places, split_sequences(logps_N, batch), strict=True)
+            mine += zip(places, scored, strict=True)
             self.progress.advance([rows[i] for batch_places in dealt for i in batch_places])
         gathered = [mine]
         if world.size > 1:
@@ -80,6 +92,12 @@ class Ranks:
             dist.all_gather_object(gathered, mine)
         by_place = dict(pair for of_rank in gathered for pair in of_rank)
         return [by_place[i] for i in range(len(rows))]
+
+    def _score(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
+        """Those of some rows at once."""
+        batch = self.layout.build_rows(rows, pad_token_id=self.pad_token_id)
+        logps_N = self.scorer(batch.to(self.world.device)).float().cpu().numpy()
+        return split_sequences(logps_N, batch)
 
 
 def split_sequences(logps_N: NDArray[np.float32], batch: Batch) -> list[PairLogps]:

@@ -1,9 +1,7 @@
 """Log-probabilities of response tokens under one model, shard by shard, on every rank."""
 
-import ctypes
-import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,16 +11,54 @@ import torch
 from fastpref.config import PackingConfig
 from fastpref.data.source import Rows
 from fastpref.distributed import World
-from fastpref.model.build import load_frozen_scorer
 from fastpref.model.positions import warn_beyond_training
 from fastpref.model.source import pad_token_id
+from fastpref.scoring.models import SideModels
 from fastpref.scoring.progress import ScoringProgress
-from fastpref.scoring.ranks import Ranks
+from fastpref.scoring.ranks import Ranks, repeat_scoring
 from fastpref.scoring.shards import Shards
 from fastpref.scoring.side import Side, check_finite, check_positions
 from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
+
+
+def score_sides(
+    sides: Sequence[Side],
+    sources: Sequence[tuple[Rows, Mapping[str, Shards]]],
+    world: World,
+    *,
+    tokenizer: Any,
+    packing: PackingConfig,
+    batch_size: int | None,
+) -> None:
+    """Score what the models have not scored yet, one model after the other.
+
+    Args:
+        sides: The models.
+        sources: Rows, and their shards by the side's label.
+        world: Who we are.
+        tokenizer: For its padding token.
+        packing: Whether rows are to be packed.
+        batch_size: Rows scored at once; None leaves that to how rows are laid out.
+
+    Raises:
+        CheckpointError: a log-probability is not finite.
+        InterruptionError, PreemptionError: a signal came.
+    """
+    longest = max((part.longest for _, parts in sources for part in parts.values()), default=0)
+    models = SideModels(sides, packing, world, longest=longest)
+    for side in sides:
+        score_missing(
+            side,
+            [(rows, parts[side.label]) for rows, parts in sources],
+            world,
+            models=models,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+        )
+        # one model at a time: half the memory of the two together
+        models.release(side)
 
 
 @torch.no_grad()
@@ -31,8 +67,8 @@ def score_missing(
     sources: Sequence[tuple[Rows, Shards]],
     world: World,
     *,
+    models: SideModels,
     tokenizer: Any,
-    packing: PackingConfig,
     batch_size: int | None,
 ) -> None:
     """Score the shards that one model has not scored yet; it is loaded only if there are any.
@@ -41,8 +77,8 @@ def score_missing(
         side: The model.
         sources: Rows and the shards of this model for them.
         world: Who we are.
+        models: Of all sides.
         tokenizer: For its padding token.
-        packing: Whether rows are to be packed.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
 
     Raises:
@@ -59,7 +95,7 @@ def score_missing(
     if num_missing == 0:
         return
     longest = max(shards.longest for _, shards in sources)
-    scorer, layout = load_frozen_scorer(side.model, packing, world, longest=longest)
+    scorer, layout = models.load(side)
     check_positions(scorer, side, sources)
     warn_beyond_training(scorer.model, longest)
     with (
@@ -73,6 +109,7 @@ def score_missing(
             world=world,
             stop=stop,
             progress=progress,
+            repetition=repeat_scoring(world, batch_size),
         )
         for (source, shards), shards_to_score in zip(sources, missing, strict=True):
             for shard in shards_to_score:
@@ -82,15 +119,3 @@ def score_missing(
                 logps = np.concatenate([x for pair in parts for x in pair])
                 world.on_main(partial(shards.write, shard, logps))
                 progress.shard_is_done()
-    # before the second model is loaded, not when Python gets to it
-    del scorer, ranks
-    release_memory()
-
-
-def release_memory() -> None:
-    """Hand what is not used any more back to the system."""
-    gc.collect()
-    # glibc keeps freed memory in an arena of each thread; other libraries have no such function
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

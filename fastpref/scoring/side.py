@@ -23,6 +23,8 @@ class Side:
     template: str
     """Text of its template, "" for none."""
     origin: ModelOrigin
+    quantized: bool = False
+    """Its adapter stands beside layers in 4 bits, as it was trained."""
 
 
 def check_positions(

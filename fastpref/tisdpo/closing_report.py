@@ -8,7 +8,7 @@ from rich.table import Table
 
 from fastpref.checkpoint.folders import CHECKPOINTS
 from fastpref.complete_files import complete_file, writing
-from fastpref.model.paths import EXPORT_FOLDER
+from fastpref.model.paths import EXPORT_FOLDER, MERGED_FOLDER
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stages import Stage
 from fastpref.train.history import read_records
@@ -64,9 +64,11 @@ def close_run(run_dir: Path, stages: list[Stage]) -> None:
 
 def link_model(run_dir: Path, last: Stage) -> None:
     """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's."""
-    link = run_dir / EXPORT_FOLDER
-    link.unlink(missing_ok=True)
-    link.symlink_to(Path(last.name) / EXPORT_FOLDER)
+    for name in (EXPORT_FOLDER, MERGED_FOLDER):
+        link = run_dir / name
+        link.unlink(missing_ok=True)
+        if (run_dir / last.name / name).is_dir():
+            link.symlink_to(Path(last.name) / name)
 
 
 def print_report(run_dir: Path, stages: list[Stage]) -> None:

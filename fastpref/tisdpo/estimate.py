@@ -14,7 +14,7 @@ from fastpref.data.encode import log_counts
 from fastpref.data.options import data_options
 from fastpref.data.source import Rows, available_splits, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.scoring.score import score_missing
+from fastpref.scoring.score import score_sides
 from fastpref.signals import say_if_stopped
 from fastpref.tisdpo.jobs import JobOptions, open_job
 from fastpref.tisdpo.report import WeightsReport
@@ -41,7 +41,7 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
             gives numbers that are not finite.
         InterruptionError, PreemptionError: a signal came; complete shards stay.
     """
-    sides = build_sides(config.weights, config.model, world)
+    sides = build_sides(config.weights, config.model, config.adapter, world)
     tokenizer = shared_tokenizer(sides)
     sources = data_options(config)
     splits = available_splits(sources)
@@ -73,15 +73,12 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
         return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
 
     world.on_main(begin)
-    # one model at a time: half the memory of the two together
-    for side in sides:
-        shards = [(job.rows, job.shards[side.label]) for job in unfinished]
-        score_missing(
-            side,
-            shards,
-            world,
-            tokenizer=tokenizer,
-            packing=config.packing,
-            batch_size=config.weights.batch_size,
-        )
+    score_sides(
+        sides,
+        [(job.rows, job.shards) for job in unfinished],
+        world,
+        tokenizer=tokenizer,
+        packing=config.packing,
+        batch_size=config.weights.batch_size,
+    )
     return world.only_on_main(write) or []

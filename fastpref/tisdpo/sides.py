@@ -9,7 +9,7 @@ import numpy as np
 from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 
 from fastpref.batch import EncodedRow
-from fastpref.config import ModelConfig, WeightsConfig
+from fastpref.config import AdapterConfig, ModelConfig, WeightsConfig
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
@@ -21,12 +21,15 @@ from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text
 
 
-def build_sides(weights: WeightsConfig, model: ModelConfig, world: World) -> list[Side]:
+def build_sides(
+    weights: WeightsConfig, model: ModelConfig, adapter: AdapterConfig, world: World
+) -> list[Side]:
     """The positive and the negative model.
 
     Args:
         weights: Names of both, and what stands beside their prompts.
         model: The run's: precision and attention of both.
+        adapter: The run's: whether their adapters stand beside layers in 4 bits.
         world: Whoever computes.
 
     Raises:
@@ -42,9 +45,14 @@ def build_sides(weights: WeightsConfig, model: ModelConfig, world: World) -> lis
         find_model(own.name_or_path, own.revision, key=f"weights.{label}")
         # gigabytes are read once, not by every rank
         identity = world.on_main(partial(model_identity, own))
+        if adapter.quantized:
+            identity += ", its base in 4 bits"
         text = template_text(template)
         origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
-        sides.append(Side(label=label, model=own, template=text, origin=origin))
+        side = Side(
+            label=label, model=own, template=text, origin=origin, quantized=adapter.quantized
+        )
+        sides.append(side)
     return sides
 
 

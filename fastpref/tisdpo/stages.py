@@ -15,6 +15,11 @@ from fastpref.config import (
 )
 from fastpref.errors import ConfigError
 
+ADAPTED_CONTRAST = 4.0
+"""Adapters move as far as all weights do at a higher learning rate, and come to rest where it goes
+down to zero: `benchmarks/planted_weights.py` compares how well the weights of both tell planted
+tokens."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
@@ -67,6 +72,7 @@ class _Recipe(NamedTuple):
             model=replace(model, save_dtype=config.model.save_dtype),
             base_data_dir=str(self.run_dir / "weights"),
             sample_during_eval=config.sample_during_eval,
+            adapter=config.adapter,
             reverse_dataset=config.reverse_dataset,
         )
 
@@ -81,6 +87,7 @@ class _Recipe(NamedTuple):
             "exp_name": f"{config.exp_name or config.computed_exp_name()}_{name}",
             # only what the last policy says is worth reading
             "sample_during_eval": False,
+            "adapter": replace(config.adapter, merge=False),
             "reverse_dataset": False,
         }
         return Stage(name=name, what=what, config=replace(config, **(options | changes)))
@@ -104,13 +111,15 @@ class _Recipe(NamedTuple):
                 "positive": "SFT on the chosen responses",
                 "negative": "SFT on the rejected responses",
             }
+        adapted = config.adapter.trained and options.contrast_lr is None
         return [
             self.training(
                 side,
                 what[side],
                 loss=loss,
                 model=model,
-                lr=options.contrast_lr or config.lr,
+                lr=options.contrast_lr or config.lr * (ADAPTED_CONTRAST if adapted else 1),
+                optim=replace(config.optim, schedule="linear") if adapted else config.optim,
                 n_epochs=options.contrast_n_epochs or config.n_epochs,
                 reverse_dataset=side == "negative",
             )

@@ -14,12 +14,22 @@ from torch.nn import Parameter
 
 from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
-from fastpref.config import Config, StagesConfig, TransformConfig, WeightsConfig
+from fastpref.config import (
+    AdapterConfig,
+    Config,
+    PlanConfig,
+    StagesConfig,
+    TransformConfig,
+    WeightsConfig,
+)
 from fastpref.distributed import World
 from fastpref.train.run import Run
 
 STEPS_OF_LR = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
 """Optimizers whose update of a weight is about the learning rate, whatever the gradient."""
+
+LOW_LR_OF_ADAPTERS = 2e-6
+"""Below it adapters of the usual rank hardly move in a run of some thousand steps."""
 
 WORTH_SAYING = 0.1
 """Share of the weights that must stand still for that to be said."""
@@ -28,13 +38,14 @@ WORTH_SAYING = 0.1
 def advise(run: Run) -> list[str]:
     """What to say of a run that has been put together; every rank calls this."""
     order, advice = run.train.order, Advice(run.config)
-    share = unmoved_share(run.policy.parameters(), run.config.lr, run.world)
+    share = unmoved_share(run.policy.trained(), run.config.lr, run.world)
     return [
         *advice.on_schedule(order.num_steps),
         *advice.on_examples(order),
         *(advice.on_held_out(run.eval.order) if run.eval else ()),
         *advice.on_micro_batches(run.train, run.world.data_size),
         *advice.on_precision(share),
+        *advice.on_adapter(),
     ]
 
 
@@ -116,6 +127,13 @@ class Advice(NamedTuple):
             )
         if asked == 1:
             return
+        if config.packing.token_limit is None:
+            yield (
+                f"gradient_accumulation_steps={asked} has no effect with packing.max_tokens=auto, "
+                "which takes as few micro-batches as memory allows, to the same update; a number "
+                "there divides a step further"
+            )
+            return
         steps = range(min(32, loader.order.num_steps))
         counts = [len(loader.plan(step, num_ranks)[1]) for step in steps]
         if max(counts) < asked:
@@ -157,6 +175,33 @@ class Advice(NamedTuple):
                 "scaled; model.fsdp_policy_mp=bfloat16 has the range of float32"
             )
 
+    def on_adapter(self) -> Iterator[str]:
+        """Options of training all weights that adapters are trained with, and noise in them."""
+        config = self.config
+        if not config.adapter.trained:
+            return
+        if config.lr < LOW_LR_OF_ADAPTERS and config.optimizer in STEPS_OF_LR:
+            yield (
+                f"lr={config.lr:g} is small for adapters, whose second matrices start at zero: "
+                "recipe=dpo_lora has one that was tried"
+            )
+        model, merges = config.model, config.adapter.merge
+        idle = {
+            "policy_dtype": model.policy_dtype != "float32" and model.fsdp_policy_mp is not None,
+            "reference_dtype": model.reference_dtype is not None,
+            "save_dtype": model.save_dtype is not None and not merges,
+        }
+        for name in (name for name, is_idle in idle.items() if is_idle):
+            yield (
+                f"model.{name} has no effect with adapters, which are float32 beside one model in "
+                f"{model.compute_dtype}"
+            )
+        if config.adapter.dropout:
+            yield (
+                f"adapter.dropout={config.adapter.dropout:g}: policy and reference differ by noise "
+                "from the first step on, and the first loss is not that of equal models"
+            )
+
     def on_task(self) -> Iterator[str]:
         """Groups of options that were set and that the task does not read.
 
@@ -168,11 +213,26 @@ class Advice(NamedTuple):
                 "the options weights.* have no effect with task=train; task=estimate_weights or a "
                 "recipe of TIS-DPO reads them"
             )
+        if not config.adapter.trained and config.adapter != AdapterConfig():
+            yield (
+                "the options adapter.* have no effect with adapter=none, which trains all weights; "
+                "adapter=lora trains adapters"
+            )
+        reads_quantized = config.task == "estimate_weights" and config.adapter.quantized
+        if config.task in ("estimate_weights", "audit") and not (
+            reads_quantized or config.adapter == AdapterConfig()
+        ):
+            yield (
+                f"adapter={config.adapter.kind} has no effect with task={config.task}, which "
+                "trains nothing; models that are adapter folders are read as they are"
+            )
         if config.task != "tisdpo" and config.stages != StagesConfig():
             yield (
                 f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "
                 "them"
             )
+        if config.plan != PlanConfig():
+            yield f"the options plan.* have no effect with task={config.task}; task=plan reads them"
         if (
             config.task == "train"
             and not config.loss.needs.weights
@@ -189,7 +249,7 @@ def unmoved_share(parameters: Iterable[Parameter], lr: float, world: World) -> f
     """Share of all weights that stay what they are when lr is added or subtracted, in [0, 1].
 
     Args:
-        parameters: Sharded or not, in their master dtype.
+        parameters: That are trained; sharded or not, in their master dtype.
         lr: The peak learning rate.
         world: Whoever holds the shards.
     """

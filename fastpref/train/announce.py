@@ -4,8 +4,9 @@ import logging
 from collections.abc import Sequence
 
 from fastpref.batches.loader import Loader
-from fastpref.config import ModelConfig, TransformConfig
+from fastpref.config import AdapterConfig, ModelConfig, TransformConfig
 from fastpref.distributed import World
+from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.objective import Objective
 
 logger = logging.getLogger("fastpref")
@@ -17,18 +18,20 @@ def announce(
     model: ModelConfig,
     datasets: Sequence[str],
     transform: TransformConfig,
+    *,
+    adapters: bool = False,
 ) -> None:
     """Say what is about to happen, and what in it a user may not expect."""
     if not world.is_main:
         return
     logger.info(
-        "%s of %s on %s: %d x %s, weights in %s, arithmetic in %s",
+        "%s of %s on %s: %d x %s, %s, arithmetic in %s",
         objective.title,
         model.name_or_path,
         ", ".join(datasets),
         world.size,
         world.device.type,
-        model.policy_dtype,
+        "adapters in float32" if adapters else f"weights in {model.policy_dtype}",
         model.compute_dtype,
     )
     if objective.needs.weights and transform.method == "binary":
@@ -53,4 +56,21 @@ def announce_tokens(loader: Loader, world: World) -> None:
         f"{computed:,}",
         100 * abs(1 - computed / in_data),
         "saved" if computed <= in_data else "more, for padding",
+    )
+
+
+def announce_adapters(policy: TokenScorer, options: AdapterConfig, world: World) -> None:
+    """Say what of the model is trained, if it is adapters."""
+    if policy.adapters is None or not world.is_main:
+        return
+    trained = sum(parameter.numel() for parameter in policy.adapters.trained())
+    logger.info(
+        "%s of rank %d beside %d layers: %s parameters are trained, in float32; the model stays as "
+        "it is%s, and is the reference%s",
+        "LoRA" if not options.quantized else "QLoRA",
+        policy.adapters.config.r,
+        policy.adapters.num_layers,
+        f"{trained:,}",
+        ", its linear layers in 4 bits" if options.quantized else "",
+        " with the adapter that training starts from" if policy.adapters.continued else "",
     )

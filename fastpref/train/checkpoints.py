@@ -80,6 +80,7 @@ class Checkpoints:
             run.log.flush()
             run.log.bring_to_disk()
         state.guard = run.updates.guard.state()
+        state.max_tokens = run.repetition.limit or state.max_tokens
         record = {
             "format": FORMAT,
             "state": state.to_json() | {"seconds": state.seconds + run.seconds()},

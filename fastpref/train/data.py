@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from fastpref.batches.layouts import RowLayout
 from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
-from fastpref.config import Config
+from fastpref.config import Config, ModelConfig
 from fastpref.data.audit import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
@@ -14,6 +14,7 @@ from fastpref.data.source import check_sources, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.model.paths import find_model
 from fastpref.model.source import load_model_tokenizer, pad_token_id, read_vocab_size
+from fastpref.train.fingerprints import take_fingerprints
 
 logger = logging.getLogger("fastpref")
 
@@ -33,6 +34,10 @@ class Data(NamedTuple):
     def texts(self) -> tuple[Any, str | None]:
         """What turns texts into tokens: tokenizer and chat template."""
         return self.tokenizer, self.chat_template
+
+    def fingerprints(self, model: ModelConfig, world: World) -> dict[str, str]:
+        """What tells rows, tokenizer and model from others, see `take_fingerprints`."""
+        return take_fingerprints(model, self.train, self.texts, world)
 
     @property
     def longest(self) -> int:

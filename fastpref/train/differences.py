@@ -1,22 +1,32 @@
 """Options of two starts of one run: which of them differ, and which of these change its numbers."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from typing import Any, NamedTuple, get_type_hints
 
 from fastpref.checks import nearest
+from fastpref.config import Config
 
 WITHOUT_EFFECT = (
     *("task", "exp_name", "output_dir", "run_dir", "local_run_dir", "local_dirs", "debug"),
     *("eval_every", "eval_batch_size", "n_eval_examples", "do_first_eval"),
     *("sample_during_eval", "n_eval_model_samples", "minimum_log_interval_secs"),
     *("fsdp_port", "checkpoint", "resume", "parallel", "on_nonfinite", "wandb", "tensorboard"),
-    *("weights", "stages", "data.cache_dir", "model.save_dtype"),
+    *(
+        "weights",
+        "stages",
+        "plan",
+        "data.cache_dir",
+        "data.num_proc",
+        "model.save_dtype",
+        "adapter.merge",
+    ),
 )
 """Options and groups that no update depends on."""
 ROUNDING = (
     *("trainer", "gradient_accumulation_steps", "activation_checkpointing", "compile", "packing"),
     *("head", "model.attention", "model.liger", "model.reference_dtype"),
-    *("model.block_name", "model.block"),
+    *("model.block_name", "model.block", "adapter.base"),
 )
 """Those that say how a number is computed: the same up to rounding."""
 BY_CONTENT = (
@@ -42,13 +52,41 @@ class Difference(NamedTuple):
         return f"{self.key} was {self.before}, is {self.now}"
 
 
-def list_differences(before: Any, now: Any, prefix: str = "") -> list[Difference]:
-    """Options of two nested configs that differ, by dotted key."""
+def list_differences(before: Any, now: Any) -> list[Difference]:
+    """Options of two nested configs that differ, by dotted key.
+
+    An option that an earlier version did not have was what it is by default.
+    """
+    return _differences(before, now, defaults_of(Config), "")
+
+
+def defaults_of(schema: type) -> dict[str, Any]:
+    """Options of a schema that have a default, as nested dicts."""
+    found: dict[str, Any] = {}
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        if field.default_factory is not MISSING:
+            value = field.default_factory()
+            found[field.name] = _as_options(value)
+        elif field.default is not MISSING:
+            found[field.name] = field.default
+        elif is_dataclass(hints[field.name]):
+            found[field.name] = defaults_of(hints[field.name])
+    return found
+
+
+def _as_options(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _differences(before: Any, now: Any, defaults: Any, prefix: str) -> list[Difference]:
     found: list[Difference] = []
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
+        default = defaults.get(key)
+        old, new = before.get(key, default), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += list_differences(old, new, f"{prefix}{key}.")
+            inner = default if isinstance(default, dict) else {}
+            found += _differences(old, new, inner, f"{prefix}{key}.")
         elif old != new:
             found.append(Difference(prefix + key, old, new))
     return found

@@ -5,6 +5,11 @@ import time
 
 import torch
 
+from fastpref.batches.loader import StepBatches
+from fastpref.memory.repetition import Repetition
+from fastpref.model.own_reference import OwnReference
+from fastpref.model.scorer import TokenScorer
+from fastpref.objectives.objective import Metrics
 from fastpref.signals import StopRequest
 from fastpref.train.metrics import (
     Record,
@@ -14,6 +19,7 @@ from fastpref.train.metrics import (
 )
 from fastpref.train.run import Run
 from fastpref.train.sampling import sample_responses, write_samples
+from fastpref.train.step import within_memory
 
 logger = logging.getLogger("fastpref")
 
@@ -30,7 +36,8 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     with stop.if_unwritable():
         run.log.flush()
     started = time.perf_counter()
-    metrics, count, num_tokens = [], 0, 0
+    metrics = list[Metrics]()
+    count, num_tokens = 0, 0
     run.policy.eval()
     with torch.no_grad(), run.eval.steps(run.world) as steps:
         for step_batches in steps:
@@ -38,11 +45,10 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
                 # a mean over part of the split would look like one over all of it
                 run.policy.train()
                 return None
-            for host_batch in step_batches.batches:
-                batch = host_batch.to(run.world.device)
-                _, values = run.step_loss.compute(batch, None)
-                run.step_loss.done()
-                metrics.append(values)
+            of_step, _ = within_memory(
+                run, run.eval, step_batches, lambda batches: held_out_metrics(run, batches)
+            )
+            metrics += of_step
             count += step_batches.num_examples
             num_tokens += step_batches.num_tokens
     run.policy.train()
@@ -63,6 +69,17 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     return record
 
 
+def held_out_metrics(run: Run, step_batches: StepBatches) -> list[Metrics]:
+    """Metrics of every micro-batch of held-out rows."""
+    metrics = []
+    for host_batch in step_batches.batches:
+        batch = host_batch.to(run.world.device)
+        _, values = run.step_loss.compute(batch, None)
+        run.step_loss.done()
+        metrics.append(values)
+    return metrics
+
+
 def sample(run: Run, stop: StopRequest) -> bool:
     """Samples of the policy and, before the first update, of the reference, to samples.jsonl.
 
@@ -73,7 +90,7 @@ def sample(run: Run, stop: StopRequest) -> bool:
     assert run.eval is not None
     config, dataset = run.config, run.eval.data.dataset
     rows = dataset[run.eval.order.epoch_rows(0)[: config.n_eval_model_samples].tolist()]
-    sources = {"policy": run.policy}
+    sources: dict[str, TokenScorer | OwnReference] = {"policy": run.policy}
     if run.reference is not None and step == 0:
         sources["reference"] = run.reference
     samples: dict[str, list[str]] = {}
@@ -87,6 +104,7 @@ def sample(run: Run, stop: StopRequest) -> bool:
             seed=config.seed,
             world=run.world,
             stop=stop,
+            repetition=Repetition(num_ranks=run.world.size, remedy="a smaller eval_batch_size"),
         )
         if responses is None:
             return False

@@ -1,7 +1,7 @@
 """What tells one run's data, tokenizer and model from another's, wherever they lie."""
 
 import hashlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,7 +10,6 @@ from fastpref.data.encode import PreferenceSplit, tokenizer_digest
 from fastpref.data.weights_file import template_digest
 from fastpref.distributed import World
 from fastpref.model.identity import model_identity
-from fastpref.train.data import Data
 
 ROWS_AT_ONCE = 8192
 
@@ -26,14 +25,24 @@ class Fingerprints(NamedTuple):
     """The weights that the run started from, and its reference."""
 
 
-def take_fingerprints(model: ModelConfig, data: Data, world: World) -> dict[str, str]:
-    """Those of a run by name, computed by rank 0, which reads every byte: a second a gigabyte."""
+def take_fingerprints(
+    model: ModelConfig, train: PreferenceSplit, texts: tuple[Any, str | None], world: World
+) -> dict[str, str]:
+    """Those of a run by name, computed by rank 0, which reads every byte: a second a gigabyte.
+
+    Args:
+        model: Options of the model.
+        train: Rows to train on.
+        texts: Tokenizer, and the chat template that replaces its own or None.
+        world: Whoever runs.
+    """
 
     def compute() -> dict[str, str]:
-        texts = tokenizer_digest(data.tokenizer) + str(template_digest(data.chat_template))
+        tokenizer, chat_template = texts
+        digests = tokenizer_digest(tokenizer) + str(template_digest(chat_template))
         return Fingerprints(
-            data=split_digest(data.train),
-            tokenizer=hashlib.sha256(texts.encode()).hexdigest(),
+            data=split_digest(train),
+            tokenizer=hashlib.sha256(digests.encode()).hexdigest(),
             model=model_identity(model),
         )._asdict()
 

@@ -42,7 +42,7 @@ def is_evaluation_due(run: Run, eval_steps: int) -> bool:
 def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopRequest) -> None:
     """One optimizer step, and the log's lines if it is time for them."""
     state, lr = run.state, run.updates.lr
-    names, values = train_step(run, batches, state.step)
+    names, values, num_computed = train_step(run, batches, state.step)
     state.step += 1
     state.examples += batches.num_examples
     due = run.log.add_step(
@@ -51,7 +51,7 @@ def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopR
             examples=state.examples,
             num_examples=batches.num_examples,
             num_tokens=batches.num_tokens,
-            num_computed=batches.num_computed,
+            num_computed=num_computed,
             lr=lr,
             names=names,
             values=values,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.checks import hint
+from fastpref.config import TrainingOptions
 from fastpref.errors import ConfigError
 
 ON_LOCAL_SHARDS = ("Adafactor", "Rprop")
@@ -42,6 +43,19 @@ def build_optimizer(
     if name in ON_LOCAL_SHARDS:
         return _on_local_shards(optimizer_class, list(parameters), lr=lr, **given)
     return optimizer_class(list(parameters), lr=lr, **given)
+
+
+def state_bytes(options: TrainingOptions) -> int:
+    """What a run's optimizer keeps of every weight that is trained, found out with a few."""
+    dtype = torch.float32 if options.adapter.trained else getattr(torch, options.model.policy_dtype)
+    parameter = Parameter(torch.zeros(64, 64, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    arguments = options.optim.arguments()
+    optimizer = build_optimizer(options.optimizer, [parameter], lr=0.0, options=arguments)
+    optimizer.step()
+    states = [x for x in optimizer.state[parameter].values() if isinstance(x, Tensor)]
+    # what is smaller than the weights, rows and columns of Adafactor, counts for nothing
+    return sum(x.dtype.itemsize for x in states if x.shape == parameter.shape)
 
 
 def _on_local_shards(

@@ -8,9 +8,11 @@ from typing import Any
 from fastpref.batches.loader import Loader
 from fastpref.config import Config
 from fastpref.distributed import World
+from fastpref.memory.repetition import Repetition
+from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.step_loss import StepLoss
-from fastpref.train.export import ExportPlan
+from fastpref.train.export_plan import ExportPlan
 from fastpref.train.metrics import MetricsLog
 from fastpref.train.start import Start
 from fastpref.train.state import RunState
@@ -28,8 +30,10 @@ class Run:
     train: Loader
     eval: Loader | None
     policy: TokenScorer
-    reference: TokenScorer | None
+    reference: TokenScorer | OwnReference | None
     step_loss: StepLoss
+    repetition: Repetition
+    """What to do where memory runs out."""
     updates: Updates
     log: MetricsLog
     state: RunState

@@ -18,7 +18,7 @@ from fastpref.complete_files import writing
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
-from fastpref.model.paths import EXPORT_FOLDER
+from fastpref.model.paths import EXPORT_FOLDER, MERGED_FOLDER
 
 logger = logging.getLogger("fastpref")
 
@@ -106,6 +106,7 @@ LEFT_AT_THE_START = (
     *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"),
     *("wandb", "wandb-id"),
     *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
+    *(MERGED_FOLDER, f"{MERGED_FOLDER}.partial", f"{MERGED_FOLDER}.old"),
 )
 """What a run may have written before its first step, by name."""
 
@@ -206,7 +207,7 @@ def user_name() -> str:
 
 def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
     """Remove what a run has left that is not gone on with; its numbers are not ours."""
-    kept = (LOCK, EXPORT_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
+    kept = (LOCK, EXPORT_FOLDER, MERGED_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
     for name in LEFT_AT_THE_START:
         if name in kept:
             continue

@@ -11,13 +11,15 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fastpref.complete_files import writing
 from fastpref.distributed import World
+from fastpref.memory.repetition import Repetition
+from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import pad_token_id
 from fastpref.signals import StopRequest
 
 
 def sample_responses(
-    scorer: TokenScorer,
+    scorer: TokenScorer | OwnReference,
     prompts: Sequence[Sequence[int]],
     tokenizer: Any,
     *,
@@ -26,11 +28,13 @@ def sample_responses(
     seed: int,
     world: World,
     stop: StopRequest,
+    repetition: Repetition,
 ) -> list[str] | None:
     """One sampled response a prompt, at temperature 1.
 
     Every rank samples the same prompts from the same seed, because the blocks of a sharded model
-    are gathered by all ranks together. The training run's random state is left alone.
+    are gathered by all ranks together. The training run's random state is left alone. Where memory
+    runs out, fewer are sampled at once, and draw other numbers.
 
     Args:
         prompts: Token ids.
@@ -39,41 +43,50 @@ def sample_responses(
         seed: Of the sampling.
         world: Whoever samples.
         stop: Whether a signal came: one process stops after a token, ranks after a batch.
+        repetition: What to do where memory runs out.
 
     Returns:
         The decoded responses, without prompt and special tokens; None if a signal came.
     """
-    responses: list[str] = []
     pad = pad_token_id(tokenizer, scorer.num_embeddings)
-    devices = [world.device] if world.device.type == "cuda" else []
-    criteria = StoppingCriteriaList([StopOnSignal(stop)] if world.size == 1 else [])
-    was_training = scorer.training
-    scorer.eval()
-    with torch.random.fork_rng(devices=devices):
+    options = {
+        "do_sample": True,
+        "pad_token_id": pad,
+        "eos_token_id": tokenizer.eos_token_id,
+        "synced_gpus": world.size > 1,
+        "stopping_criteria": StoppingCriteriaList([StopOnSignal(stop)] if world.size == 1 else []),
+    }
+
+    def sample_chunk(chunk: Sequence[Sequence[int]]) -> list[str]:
+        input_ids, attention_mask = (x.to(world.device) for x in pad_on_the_left(chunk, pad))
+        _, L = input_ids.shape
+        limit = max(max_length, L + 1)
+        output = scorer.generate(input_ids, attention_mask, max_length=limit, **options)
+        return tokenizer.batch_decode(output[:, L:], skip_special_tokens=True)
+
+    responses = list[str]()
+    with torch.random.fork_rng([world.device] if world.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             if stop.agreed(world):
                 break
-            chunk = prompts[start : start + batch_size]
-            L = max(len(prompt) for prompt in chunk)
-            input_ids = torch.full((len(chunk), L), pad, dtype=torch.int64)
-            attention_mask = torch.zeros_like(input_ids)
-            for row, prompt in enumerate(chunk):
-                input_ids[row, L - len(prompt) :] = torch.tensor(prompt)
-                attention_mask[row, L - len(prompt) :] = 1
-            output = scorer.generate(
-                input_ids.to(world.device),
-                attention_mask.to(world.device),
-                do_sample=True,
-                max_length=max(max_length, L + 1),
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-                synced_gpus=world.size > 1,
-                stopping_criteria=criteria,
+            responses += repetition.compute_items(
+                prompts[start : start + batch_size],
+                sample_chunk,
+                tokens=lambda prompt: max(max_length, len(prompt) + 1),
             )
-            responses += tokenizer.batch_decode(output[:, L:], skip_special_tokens=True)
-    scorer.train(was_training)
     return None if stop.agreed(world) else responses
+
+
+def pad_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, (B, L) int64."""
+    L = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), L), pad, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, L - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, L - len(prompt) :] = 1
+    return input_ids, attention_mask
 
 
 class StopOnSignal(StoppingCriteria):

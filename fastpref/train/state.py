@@ -23,8 +23,17 @@ class RunState:
     """Best value of `checkpoint.keep_best` so far."""
     seconds: float = 0.0
     """Wall time of the starts before this one."""
+    max_tokens: int | None = None
+    """Tokens that a process computes at once, where that was found out."""
+    place: str = ""
+    """Where it was found out."""
     guard: GuardState = field(default_factory=GuardState)
     """Steps left out."""
+
+    def tokens_found(self, place: str) -> int | None:
+        """Tokens to compute at once, if that was found out in this place: a run that goes on there
+        divides its steps as before."""
+        return self.max_tokens if self.place == place else None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"guard": list(self.guard)}

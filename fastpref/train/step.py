@@ -1,17 +1,20 @@
 """One optimizer step on a global batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fastpref.batches.loader import StepBatches
+from fastpref.batches.loader import Loader, StepBatches
+from fastpref.objectives.objective import Metrics
 from fastpref.train.metrics import name_for_split, sum_over_examples
 from fastpref.train.run import Run
 
 LOSS = "loss/train"
 
 
-def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str], Tensor]:
+def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str], Tensor, int]:
     """One optimizer step on a global batch, left out where its loss or gradient is not finite.
 
     The loss is summed over pairs and divided by their global number, whatever the split into
@@ -23,17 +26,19 @@ def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str
         step: Steps before this one.
 
     Returns:
-        Metric names, and their means over the batch before the update (K,), on the device.
+        Metric names, their means over the batch before the update (K,), on the device, and the
+        tokens that the model's body computed, over all ranks.
     """
     updates = run.updates
     updates.optimizer.zero_grad()
-    metrics = []
-    for host_batch in step_batches.batches:
-        batch = host_batch.to(run.world.device)
-        losses, of_examples = run.step_loss.compute(batch, step)
-        (losses.sum() / step_batches.num_examples).backward()
-        run.step_loss.done()
-        metrics.append(of_examples)
+    metrics, computed = within_memory(
+        run,
+        run.train,
+        step_batches,
+        lambda batches: accumulate_gradients(run, batches, step),
+        undo=run.policy.forget_gradients,
+    )
+    run.policy.sum_gradients()
     names, sums = sum_over_examples(metrics)
     means = run.world.sum(sums) / step_batches.num_examples
     names = [*(name_for_split(name, "train") for name in names), "grad_norm"]
@@ -44,7 +49,57 @@ def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str
     if run.config.on_nonfinite == "skip":
         names.append("skipped_steps")
         values = torch.cat([values, updates.guard.num_skipped[None]])
-    return names, values
+    return names, values, computed.num_computed
+
+
+def accumulate_gradients(run: Run, step_batches: StepBatches, step: int) -> list[Metrics]:
+    """Forward and backward of every micro-batch of a step; returns the metrics of each."""
+    metrics = []
+    for host_batch in step_batches.batches:
+        batch = host_batch.to(run.world.device)
+        losses, of_examples = run.step_loss.compute(batch, step)
+        (losses.sum() / step_batches.num_examples).backward()
+        run.step_loss.done()
+        metrics.append(of_examples)
+    return metrics
+
+
+def within_memory(
+    run: Run,
+    loader: Loader,
+    step_batches: StepBatches,
+    compute: Callable[[StepBatches], list[Metrics]],
+    *,
+    undo: Callable[[], None] = lambda: None,
+) -> tuple[list[Metrics], StepBatches]:
+    """What `compute` makes of a step; where memory runs out, of the step in smaller micro-batches.
+
+    A backward that failed half way has added to some gradients and not to others. Keeping a
+    micro-batch's gradients apart would take as much memory again in every step, so all of the
+    step's are forgotten and computed again: at most once for each halving.
+
+    Args:
+        run: Of which a step is computed.
+        loader: That the step came from.
+        step_batches: The step.
+        compute: Its metrics, micro-batch by micro-batch.
+        undo: Takes back what `compute` has left where it failed.
+
+    Returns:
+        The metrics, and the step in the micro-batches in which it was computed.
+    """
+
+    def take_back() -> None:
+        run.step_loss.done()
+        undo()
+
+    return run.repetition.compute(
+        step_batches,
+        compute,
+        split=lambda batches, limit: loader.split(batches, limit, run.world),
+        size=lambda batches: batches.most_tokens,
+        undo=take_back,
+    )
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -53,8 +108,7 @@ def clip_gradients(run: Run) -> Tensor:
     Returns:
         The norm before clipping, a float32 scalar on the device.
     """
-    parameters = list(run.policy.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, run.updates.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.trained(), run.updates.max_grad_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return norm.float()

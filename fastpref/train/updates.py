@@ -49,7 +49,7 @@ def build_updates(
         max_grad_norm: Gradients are clipped to it.
         skip_nonfinite: Leave steps that are not finite out, see `FiniteGuard`.
     """
-    built = build_optimizer(optimizer, policy.parameters(), lr=lr, options=options.arguments())
+    built = build_optimizer(optimizer, policy.trained(), lr=lr, options=options.arguments())
     policy.follow(built)
     scheduler = build_scheduler(
         built,

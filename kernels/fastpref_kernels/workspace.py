@@ -56,6 +56,19 @@ def tile_shape(vocab: int, hidden: int, device: torch.device) -> tuple[int, int]
     return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE), cols
 
 
+def workspace_bytes(vocab: int, hidden: int, device_type: str) -> int:
+    """What the ops hold at most beside inputs and results: to plan with.
+
+    Args:
+        vocab, hidden: V and D.
+        device_type: "cpu" or "cuda".
+    """
+    if device_type != "cpu":
+        return _workspace_bytes
+    rows, cols = tile_shape(vocab, hidden, torch.device(device_type))
+    return min(_workspace_bytes, 4 * (4 * rows * cols + 3 * cols * hidden + 2 * rows * hidden))
+
+
 def slices(length: int, step: int) -> Iterator[slice]:
     """[0, length) cut into pieces of `step`, the last one shorter."""
     for start in range(0, length, step):

@@ -1,7 +1,9 @@
 import logging
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from small_data import (
 )
 
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig, TransformConfig
+from fastpref.data import cache
 from fastpref.data.counts import Remark
 from fastpref.data.encode import load_split, tokenizer_digest
 from fastpref.data.options import data_options
@@ -307,6 +310,65 @@ def test_a_second_encoding_comes_from_the_cache_unless_something_it_depends_on_c
     assert calls(max_length=20, max_prompt_length=4) == 3
     assert calls(reverse_dataset=True) == 3
     assert calls(tokenizer=byte_tokenizer(TEMPLATE)) == 3
+
+
+def test_several_processes_encode_the_same_and_find_each_other_s_cache(tmp_path, monkeypatch):
+    rows = [pair(f"Q{i % 700}:", " yes" * (i % 5 + 1), " no") for i in range(2500)]
+    one = encode(tmp_path, rows, data={"num_proc": "1"})
+    monkeypatch.setattr(cache, "ROWS_OF_A_PROCESS", 1000)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    again = encode(tmp_path)
+    assert len(list(tmp_path.rglob("cache-*.arrow"))) == 1
+    two = encode(tmp_path, data={"cache_dir": str(tmp_path / "other")})
+    assert len(list((tmp_path / "other").rglob("cache-*_of_00002.arrow"))) == 2
+    for split in (again, two):
+        assert split.dataset[:] == one.dataset[:]
+        assert np.array_equal(split.groups, one.groups)
+        assert split.audit == one.audit
+
+
+def test_an_error_in_one_of_several_processes_names_its_row(tmp_path):
+    rows = [pair(f"Q{i}:", " yes", " no") for i in range(2500)]
+    rows[2100] = rows[2100] | {"chosen_weight": [1.0], "rejected_weight": [1.0]}
+    with pytest.raises(DataError, match=r":2101:chosen_weight: .* must have one weight"):
+        encode(tmp_path, rows, data={"num_proc": "2"}, loss=TISDPOConfig(beta=0.1))
+
+
+KILLED_IN_A_POOL = """
+import os, signal, time
+from multiprocess import Manager, Pool
+from fastpref.data.cache import tokenizing_in
+
+def work(parent):
+    print(os.getpid(), flush=True)
+    time.sleep(1)
+    os.kill(parent, signal.SIGKILL)
+    time.sleep(60)
+
+with tokenizing_in(2):
+    # as datasets does
+    print(Manager()._process.pid, flush=True)
+    Pool(2).map(work, [os.getpid()] * 2)
+"""
+
+
+def test_processes_that_tokenize_end_with_the_one_they_work_for(tmp_path):
+    command = [sys.executable, "-c", KILLED_IN_A_POOL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in result.stdout.split()]
+    assert len(workers) == 3
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in workers)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
 
 
 def test_another_process_finds_the_cache(tmp_path):

@@ -2,16 +2,20 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+import torch.distributed as dist
 from estimation import estimate, load, make_config, output_path, run, written_rows
 from ranks import run_on_ranks
 from tiny_models import save_tiny_model, text_rows, write_rows
@@ -19,8 +23,13 @@ from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.batch import EncodedRow
+from fastpref.batches.padded import pad_rows
 from fastpref.config import ModelConfig, PackingConfig
+from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, DataError, InterruptionError
+from fastpref.model.identity import side_model
+from fastpref.scoring.models import find_shared_base, load_frozen_scorer
 from fastpref.scoring.side import check_finite
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
@@ -43,6 +52,12 @@ CHATS = [
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return [str(save_tiny_model(folder / name, seed=i)) for i, name in enumerate(("good", "bad"))]
+
+
+@pytest.fixture
+def world():
+    yield init_world()
+    dist.destroy_process_group()
 
 
 def expected_weights(models, prompt, response, prefixes=("", "")) -> torch.Tensor:
@@ -76,6 +91,90 @@ def test_weights_of_text_rows_equal_the_formula_in_float64(models, tmp_path, bat
             torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
     origin = json.loads((tmp_path / "out" / "rows-weighted" / "train.weights.json").read_text())
     assert origin["positive"]["name_or_path"] == models[0]
+
+
+def save_adapter(base: str, folder: Path, seed: int, **options: Any) -> str:
+    torch.manual_seed(seed)
+    options = {"r": 4, "target_modules": "all-linear"} | options
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_adapters_of_one_base_stand_on_one_model_in_memory(models, tmp_path, num_ranks):
+    """And give the weights that two merged models do; the base itself may be one of the sides."""
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    adapters = [save_adapter(models[0], tmp_path / f"adapter-{i}", i) for i in range(2)]
+    for sides in (adapters, [adapters[0], models[0]]):
+        config = make_config(sides, tmp_path)
+        assert find_shared_base([side_model(config.model, name) for name in sides]) is not None
+        if num_ranks == 1:
+            written = estimate(config)
+        else:
+            run_on_ranks(run, num_ranks, config)
+            written = written_rows(config)
+        for row, record in zip(ROWS, written, strict=True):
+            weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+            expected = expected_weights(sides, row["prompt"], row["chosen"])
+            torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_adapters_stay_in_float32_whatever_the_model_computes_in(models, tmp_path, world, dtype):
+    adapter = save_adapter(models[0], tmp_path / "adapter", 0, lora_alpha=256)
+    options = ModelConfig(name_or_path=models[0], fsdp_policy_mp=dtype)
+    padded = PackingConfig(enabled=False)
+    scorer, _ = load_frozen_scorer(options, padded, world, longest=40, adapters={"side": adapter})
+    assert {p.dtype for p in scorer.adapters.parameters()} == {torch.float32}
+    batch = pad_rows([EncodedRow([3, 4, 5], [6, 7], [8])], pad_token_id=0)
+    with torch.no_grad():
+        bare = scorer(batch)
+        scorer.adapters.activate("side")
+        adapted = scorer(batch)
+    exact = replace(options, name_or_path=adapter, fsdp_policy_mp=None, policy_dtype="float32")
+    merged, _ = load_frozen_scorer(exact, padded, world, longest=40)
+    with torch.no_grad():
+        expected = merged(batch)
+    tolerance = 1e-5 if dtype == "float32" else 0.025
+    torch.testing.assert_close(adapted, expected, rtol=0, atol=tolerance)
+    assert (bare - expected).abs().max() > 4 * tolerance
+
+
+def test_tied_adapters_stand_on_one_base(models, tmp_path):
+    """As they are written by a run that made them."""
+    base = tmp_path / "base"
+    save_tiny_model(base, tie_word_embeddings=True)
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    tied = {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True}
+    adapters = [save_adapter(str(base), tmp_path / f"tied-{i}", i, **tied) for i in range(2)]
+    config = make_config(adapters, tmp_path)
+    assert find_shared_base([side_model(config.model, name) for name in adapters]) is not None
+    for row, record in zip(ROWS, estimate(config), strict=True):
+        weights = torch.tensor(record["chosen_weight"], dtype=torch.float64)
+        expected = expected_weights(adapters, row["prompt"], row["chosen"])
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-5)
+
+
+def test_models_that_share_no_base_or_have_to_be_merged_are_loaded_one_by_one(models, tmp_path):
+    adapters = [save_adapter(models[i], tmp_path / f"adapter-{i}", i) for i in range(2)]
+    model = ModelConfig(name_or_path=models[0])
+
+    def shared(*names: str) -> bool:
+        return find_shared_base([side_model(model, name) for name in names]) is not None
+
+    assert shared(models[0], models[0]) and shared(adapters[0], models[0])
+    assert not shared(*models) and not shared(*adapters) and not shared(adapters[0], models[1])
+    edited = tmp_path / "edited"
+    shutil.copytree(adapters[0], edited)
+    config = json.loads((edited / "adapter_config.json").read_text())
+    (edited / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
+    assert not shared(str(edited), models[0])
 
 
 @pytest.mark.parametrize("rows", [DIALOGUES, CHATS], ids=["dialogues", "chats"])

@@ -7,8 +7,10 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from ranks import run_on_ranks
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,7 @@ from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
 from fastpref.config import Config
 from fastpref.errors import ConfigError
+from fastpref.model import loading
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
 
@@ -176,6 +179,45 @@ def test_the_three_estimators_train_what_they_are_named_for(base, tmp_path):
         assert policy.config.transform.method == "paper"
         assert policy.config.base_data_dir == weights.config.weights.output_dir
     assert losses == {"d": ["dpo", "dpo", "tisdpo"], "s": ["sft", "sft", "tisdpo"], "p": ["tisdpo"]}
+
+
+def test_the_contrast_of_adapters_has_a_learning_rate_of_its_own(base, tmp_path):
+    for options, lr, schedule in (
+        ({}, 1e-3, "constant"),
+        ({"adapter": "lora"}, 4e-3, "linear"),
+        ({"adapter": "lora", "stages.contrast_lr": 2e-3}, 2e-3, "constant"),
+    ):
+        *contrast, _, policy = build_stages(read(job(base, "tisdpo_d", **options)), tmp_path)
+        assert {(s.config.lr, s.config.optim.schedule) for s in contrast} == {(lr, schedule)}
+        assert (policy.config.lr, policy.config.optim.schedule) == (1e-3, "constant")
+
+
+@pytest.mark.parametrize("sft_first", [False, True])
+def test_with_adapters_every_stage_stands_on_one_base(base, tmp_path, sft_first, monkeypatch):
+    loads: list[str] = []
+    real = loading.load_model
+
+    def load_model(source: Any, **options: Any) -> Any:
+        loads.append(source.base)
+        assert not source.adapters, "merged"
+        return real(source, **options)
+
+    monkeypatch.setattr(loading, "load_model", load_model)
+    run_dir = tmp_path / "run"
+    options = {"adapter": "lora", "stages.sft_first": str(sft_first).lower(), "run_dir": run_dir}
+    assert run(job(base, "tisdpo_d", **options)) == 0
+    stages = [*(["sft"] if sft_first else []), "positive", "negative", "policy"]
+    # once a training stage, and once for both sides of the estimation
+    assert loads == [str(base / "model")] * (len(stages) + 1)
+    for stage in stages:
+        config = json.loads((run_dir / stage / "LATEST" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base / "model")
+        first = read_metrics(run_dir / stage, "train")[0]
+        if stage != "sft":
+            assert first["loss/train"] == float(torch.tensor(2.0).log())
+    rows = (run_dir / "weights" / "words" / "train.jsonl").read_text().splitlines()
+    weights = [weight for row in rows for weight in json.loads(row)["chosen_weight"]]
+    assert max(map(abs, weights)) > 1e-4
 
 
 def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base, tmp_path):

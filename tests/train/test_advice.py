@@ -11,6 +11,7 @@ import train
 from fastpref.batches.order import GlobalOrder
 from fastpref.cli.command_line import main
 from fastpref.config import (
+    AdapterConfig,
     Config,
     DPOConfig,
     ModelConfig,
@@ -139,6 +140,49 @@ def test_groups_of_options_that_the_task_does_not_read_are_said(options, message
     assert_messages(Advice(make_config(**options)).on_task(), messages)
 
 
+LORA = AdapterConfig(kind="lora")
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ({"lr": 5e-7}, []),
+        ({"lr": 2e-5, "adapter": LORA}, []),
+        ({"lr": 5e-7, "adapter": LORA}, ["lr=5e-07 is small for adapters.*recipe=dpo_lora"]),
+        ({"lr": 5e-7, "adapter": LORA, "optimizer": "SGD"}, []),
+        (
+            {"lr": 2e-5, "adapter": AdapterConfig(kind="lora", dropout=0.05)},
+            [r"adapter\.dropout=0\.05: policy and reference differ by noise"],
+        ),
+        (
+            {
+                "lr": 2e-5,
+                "adapter": LORA,
+                "model": ModelConfig(name_or_path="tiny", reference_dtype="bfloat16"),
+            },
+            [r"model\.reference_dtype has no effect with adapters"],
+        ),
+    ],
+)
+def test_options_that_adapters_are_not_trained_well_with_are_said(options, messages):
+    assert_messages(Advice(make_config(**options)).on_adapter(), messages)
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ({"adapter": AdapterConfig(r=8)}, [r"adapter\.\* have no effect with adapter=none"]),
+        ({"adapter": LORA}, []),
+        (
+            {"adapter": LORA, "task": "audit"},
+            ["adapter=lora has no effect with task=audit"],
+        ),
+    ],
+)
+def test_adapters_that_nothing_trains_are_said(options, messages):
+    assert_messages(Advice(make_config(**options)).on_task(), messages)
+
+
 def test_a_run_says_what_its_options_come_to(tmp_path, capsys):
     options = [
         "loss=dpo",
@@ -164,7 +208,7 @@ def test_a_run_says_what_its_options_come_to(tmp_path, capsys):
             r"warmup_steps=2, but the run has 2 optimizer steps: .* 66\.7 % of lr=0\.5",
             "n_examples=6 is rounded up to 8",
             "n_eval_examples=3 is rounded up to 4",
-            "=9, but batch_size=4 in a world of 1 is enough for 4 micro-batches",
+            "gradient_accumulation_steps=9 has no effect with packing.max_tokens=auto",
             "eval_every=6 is no multiple of batch_size=4: evaluating every 4 examples",
         ],
     )

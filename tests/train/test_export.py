@@ -21,7 +21,8 @@ from fastpref.errors import CheckpointError
 from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
-from fastpref.train.export import export_model, plan_export
+from fastpref.train.export import export_model
+from fastpref.train.export_plan import plan_export
 from fastpref.train.task import train
 
 ROOT = Path(__file__).resolve().parents[2]

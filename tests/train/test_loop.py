@@ -111,7 +111,11 @@ def test_accumulation_in_any_split_gives_the_same_run(base, tmp_path):
     runs = {
         steps: run(
             make_config(
-                base, tmp_path / str(steps), loss=TDPOConfig(), gradient_accumulation_steps=steps
+                base,
+                tmp_path / str(steps),
+                loss=TDPOConfig(),
+                gradient_accumulation_steps=steps,
+                packing=PackingConfig(max_tokens=8192),
             )
         )
         for steps in (1, 2, 8)
@@ -132,7 +136,7 @@ def test_a_batch_need_not_be_a_multiple_of_its_micro_batches(base, tmp_path, pac
             batch_size=5,
             n_epochs=1,
             gradient_accumulation_steps=steps,
-            packing=PackingConfig(enabled=packed),
+            packing=PackingConfig(enabled=packed, max_tokens=8192),
         )
         config.data.drop_last = False
         runs.append(run(config))
@@ -228,6 +232,7 @@ def test_two_ranks_give_the_single_process_run(base, tmp_path):
         config = make_config(base, tmp_path / name, **{"model": "tied", **options})
         config.data.drop_last = config.batch_size == 8
         config.packing.enabled = not name.endswith("padded")
+        config.packing.max_tokens = 8192
         run(config)
         configs[name] = dataclasses.replace(config, run_dir=str(tmp_path / f"{name} x2"))
     run_on_ranks(run_each, 2, list(configs.values()))

@@ -1,12 +1,9 @@
 """Stopped after any step, on any number of ranks, a run ends as the one that never stopped."""
 
 import fcntl
-import json
 import os
 import shutil
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,11 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file
+from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
-import train
 from fastpref.checkpoint import writer
-from fastpref.checkpoint.manifest import read_manifest
-from fastpref.cli.command_line import main
-from fastpref.train import ending, evaluation, loop
+from fastpref.train import ending, evaluation
 
 STEPS = 12
 JOBS = {
@@ -29,7 +24,6 @@ JOBS = {
     "tdpo2": ["loss=tdpo", "model.fsdp_policy_mp=bfloat16"],
     "sft": ["loss=sft", "gradient_accumulation_steps=4", "optim.schedule=cosine"],
 }
-OF_THE_MACHINE = ("examples_per_second", "tokens_per_second", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -53,65 +47,9 @@ def arguments(base: Path, run_dir: Path, *options: str) -> list[str]:
     ]
 
 
-def run(arguments: list[str]) -> int:
-    if "RANK" in os.environ:
-        # torch keeps the store of a process's first start on its port; others from below those
-        # that the system gives to connections
-        port = int(os.environ["MASTER_PORT"]) + 1
-        os.environ["MASTER_PORT"] = str(20_000 + port % 10_000)
-    return main(arguments, train.compose_choices, train.CONFIG_DIR)
-
-
-@contextmanager
-def stopping_after(num_steps: int) -> Iterator[None]:
-    """A scheduler that takes the machine away after some steps of a start."""
-    real, done = loop.train_step, []
-
-    def train_step(*args: Any) -> Any:
-        result = real(*args)
-        done.append(result)
-        if len(done) == num_steps:
-            signal.raise_signal(signal.SIGTERM)
-        return result
-
-    loop.train_step = train_step
-    try:
-        yield
-    finally:
-        loop.train_step = real
-
-
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return [{k: v for k, v in record.items() if k not in OF_THE_MACHINE} for record in records]
-
-
-def last_state(run_dir: Path) -> dict[str, Any]:
-    """Digests of all that the last checkpoint holds, and its record."""
-    folder = max((run_dir / "checkpoints").glob("step-*"))
-    assert folder.name == f"step-{STEPS:08d}"
-    files = dict(read_manifest(folder).files)
-    # paths and times are in these two
-    del files["state.json"], files[".metadata"]
-    state = json.loads((folder / "state.json").read_text())
-    return files | {name: state[name] for name in ("optimizer", "scheduler")}
-
-
-def assert_same_end(ours: Path, expected: Path) -> None:
-    assert lines_of(ours) == lines_of(expected)
-    assert last_state(ours) == last_state(expected)
-    for name in ("samples.jsonl", "LATEST/model.safetensors"):
-        assert (ours / name).read_bytes() == (expected / name).read_bytes(), name
-
-
 def train_in_starts(base: Path, run_dir: Path, options: list[str], steps_of_starts: int) -> None:
     """A run that is stopped again and again, after as many steps each time."""
-    codes = []
-    command = arguments(base, run_dir, "resume=auto", *options)
-    while not codes or codes[-1] == 75:
-        with stopping_after(steps_of_starts):
-            codes.append(run(command))
+    codes = run_in_starts(arguments(base, run_dir, *options), steps_of_starts)
     # the last signal comes in the last step, when everything is saved
     starts = STEPS // steps_of_starts
     assert codes == [75] * starts + [0] * (len(codes) - starts) and codes[-1] == 0, codes
@@ -268,6 +206,7 @@ def test_what_does_not_change_the_numbers_goes_on_and_is_said(
     options = [
         *("loss=dpo", "resume=auto", "n_examples=104", "n_eval_examples=4", "checkpoint.every=5"),
         *("gradient_accumulation_steps=2", "sample_during_eval=false", "exp_name=other"),
+        "plan.num_gpus=8",
     ]
     capsys.readouterr()
     assert run(arguments(moved, run_dir, *options)) == 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.batch import SegmentLayout
-from fastpref.batches.layouts import PackedRows, PaddedRows, RowLayout
+from fastpref.batches.layouts import CPU_TOKENS, PackedRows, PaddedRows, RowLayout
 from fastpref.batches.packed import pack_rows
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
@@ -53,15 +53,16 @@ def choose_rows(
     Raises:
         ConfigError: what was asked for cannot be done.
     """
+    max_tokens = packing.token_limit or CPU_TOKENS
     found = None
     if packing.enabled:
         found = world.on_main(
             lambda: _find_packing(model, options, packing, world.device, path, longest)
         )
     if found is None:
-        return ChosenRows(PaddedRows(), None)
+        return ChosenRows(PaddedRows(max_tokens=max_tokens), None)
     name, share_prompt = found
-    layout = PackedRows(share_prompt=share_prompt, max_tokens=packing.max_tokens)
+    layout = PackedRows(share_prompt=share_prompt, max_tokens=max_tokens)
     return ChosenRows(layout, build_attention(name))
 
 

@@ -1,0 +1,115 @@
+"""`task=plan`: what training takes of every GPU, and how many tokens one computes at once."""
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.config import PackingConfig, PlanConfig, TrainingOptions
+from fastpref.errors import ConfigError
+from fastpref.memory.plan import GIB, Device, communicated_bytes
+from fastpref.memory.planning import (
+    Counted,
+    Measured,
+    auto_tokens,
+    count_training,
+    most_step_tokens,
+)
+from fastpref.model.replicate import is_replicated
+from fastpref.train.optim import state_bytes
+
+
+class Step(NamedTuple):
+    """What a GPU computes of an optimizer step, at most."""
+
+    num_rows: int
+    num_tokens: int
+
+
+def show_plan(
+    training: TrainingOptions, packing: PackingConfig, options: PlanConfig, *, longest: int
+) -> None:
+    """Print the plan with and without activation checkpointing, on one GPU and on all.
+
+    Args:
+        training: The run's options.
+        packing: How rows are laid out, if the model's attention can.
+        options: The GPUs.
+        longest: Tokens of a sequence, at most.
+
+    Raises:
+        FastprefError: there is no such model.
+        ConfigError: the family cannot be computed without memory.
+    """
+    columns = list(_columns(training, packing, options, longest))
+    table = Table(title=f"{training.model.name_or_path}, GiB of each GPU")
+    for i, (title, _) in enumerate([("", []), *columns]):
+        table.add_column(title, justify="right" if i else "left")
+    for rows in zip(*(cells for _, cells in columns), strict=True):
+        names = {name for name, _ in rows}
+        table.add_row(names.pop(), *(text for _, text in rows))
+    Console(file=sys.stdout, width=100).print(table)
+
+
+def _columns(
+    training: TrainingOptions, packing: PackingConfig, options: PlanConfig, longest: int
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Title and cells of each column."""
+    for recomputes in (False, True):
+        device = Device("cuda", 1, int(options.memory_gib * GIB))
+        measured = Measured(body=None, longest=longest, state_bytes=state_bytes(training))
+        try:
+            counted = count_training(
+                training._replace(activation_checkpointing=recomputes), measured, device
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"model.name_or_path: {training.model.name_or_path} cannot be planned for: {error}"
+            ) from error
+        replicated = is_replicated(
+            training.adapter, num_bytes=counted.stored_bytes, room=device.memory
+        )
+        for num_gpus in sorted({1, options.num_gpus}):
+            title = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
+            title += ",\nrecomputed" if recomputes else ""
+            num_rows = math.ceil(training.batch_size / num_gpus)
+            of_step = Step(num_rows, most_step_tokens(training, num_gpus, longest=longest))
+            on = device._replace(num=num_gpus, replicated=replicated)
+            yield title, _cells(counted, on, packing, of_step)
+
+
+def _cells(
+    counted: Counted, device: Device, packing: PackingConfig, step: Step
+) -> list[tuple[str, str]]:
+    """Name and text of each number.
+
+    Args:
+        counted: The model.
+        device: The GPUs.
+        packing: See `show_plan`.
+        step: What of it a GPU computes.
+    """
+    shares_prompts = packing.enabled and packing.share_prompt != "false"
+    plan = counted.plan(device, shares_prompts=shares_prompts)
+    tokens = min(packing.token_limit or auto_tokens(plan, device.memory), step.num_tokens)
+    sent = communicated_bytes(
+        counted.weights,
+        counted.sizes,
+        device,
+        # a row is not divided
+        num_micro_batches=min(step.num_rows, math.ceil(step.num_tokens / tokens)),
+    )
+    fits = plan.most_tokens(device.memory) > 0
+    return [
+        *((name, f"{size / GIB:.2f}") for name, size in plan.parts().items() if name != "process"),
+        ("head", f"{plan.head / GIB:.2f}"),
+        ("reserve", f"{plan.reserve / GIB:.2f}"),
+        ("MiB a token", f"{plan.kept_per_token / 2**20:.3f}"),
+        ("most tokens at once", f"{plan.most_tokens(device.memory):,}" if fits else "do not fit"),
+        ("tokens taken at once", f"{tokens:,}" if fits else ""),
+        ("peak", f"{plan.peak(tokens) / GIB:.2f}"),
+        ("sent in a step", f"{sent / GIB:.2f}" if fits else ""),
+    ]

@@ -1,0 +1,94 @@
+"""Schema of the group `adapter`: what is trained beside a model that stays as it is."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from fastpref.checks import check_choice, check_number
+
+ADAPTERS = ("none", "lora", "qlora")
+INITS = ("kaiming", "gaussian")
+"""Those that leave the model as it is until the first update."""
+CHANGING_INITS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "orthogonal")
+"""Others of peft: they move the base, or do not start at zero to the last bit."""
+BASES = ("auto", "replicated", "sharded")
+
+
+@dataclass(kw_only=True)
+class AdapterConfig:
+    """Low-rank matrices trained beside a frozen model (LoRA, arXiv:2106.09685).
+
+    The reference is the same model without them, or with those that it came with: one model in
+    memory. Trained in float32, whatever the model computes in.
+    """
+
+    kind: str = "none"
+    """Which: follows from adapter=NAME. none trains all weights of the model; qlora keeps those of
+    its linear layers in 4 bits, on a GPU."""
+    r: int | None = None
+    """Rank, >= 1; null: 16, or that of the adapter that the model comes with."""
+    alpha: float | None = None
+    """The adapters' product is multiplied by alpha/r, > 0; null: twice the rank, or that of the
+    adapter that the model comes with."""
+    use_rslora: bool = False
+    """Multiply by alpha/sqrt(r) instead (arXiv:2312.03732)."""
+    dropout: float = 0.0
+    """Share of an adapter's input that is dropped in training, in [0, 1). Above 0 policy and
+    reference differ from the first step on."""
+    target_modules: list[str] | None = None
+    """Ends of the names of linear layers, such as [q_proj,v_proj]; null: all in the transformer
+    blocks, and all experts."""
+    target_parameters: list[str] | None = None
+    """Ends of the names of matrices that are no layer by themselves, such as a mixture's
+    [experts.gate_up_proj]; null: none, where target_modules is given."""
+    init: str = "kaiming"
+    """kaiming or gaussian: of the first matrix; the second one starts at zero."""
+    ensure_weight_tying: bool = False
+    """Let adapters of an embedding and of the head that is tied to it be one."""
+    base: str = "auto"
+    """Several processes: replicated, each has the whole frozen model; sharded, as FSDP has it.
+    auto: replicated where that takes at most half of a device's memory."""
+    merge: bool = False
+    """Also write LATEST-merged, the model with the adapters in its weights."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether adapters are what is trained."""
+        return self.kind != "none"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen model's layers are in 4 bits."""
+        return self.kind == "qlora"
+
+    def check_installed(self) -> None:
+        """Refuse layers in 4 bits where the package that computes them is not installed.
+
+        Raises:
+            ValueError: naming it.
+        """
+        if self.quantized and find_spec("bitsandbytes") is None:
+            raise ValueError(
+                "adapter=qlora needs the package bitsandbytes: pip install 'fastpref[qlora]'"
+            )
+
+    def __post_init__(self) -> None:
+        check_choice("adapter", self.kind, ADAPTERS)
+        check_number("adapter.r", self.r, ge=1)
+        check_number("adapter.alpha", self.alpha, gt=0)
+        check_number("adapter.dropout", self.dropout, ge=0, lt=1)
+        check_choice("adapter.base", self.base, BASES)
+        if self.quantized and self.base == "sharded":
+            raise ValueError(
+                "adapter.base=sharded: layers in 4 bits cannot be sharded; leave it out with "
+                "adapter=qlora, or choose adapter=lora"
+            )
+        if self.init in CHANGING_INITS:
+            raise ValueError(
+                f"adapter.init={self.init} would start with another model than its reference; "
+                f"choose {' or '.join(INITS)}"
+            )
+        check_choice("adapter.init", self.init, INITS)
+        for name in ("target_modules", "target_parameters"):
+            targets = getattr(self, name)
+            if targets is not None and not (targets and all(targets)):
+                raise ValueError(f"adapter.{name} must name at least one, got {list(targets)}")

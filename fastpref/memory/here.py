@@ -1,0 +1,45 @@
+"""The memory of the device that is here."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from fastpref.checkpoint.size import available_to_rank
+from fastpref.memory.plan import Device, MemoryPlan
+
+_RESIDENT = Path("/proc/self/statm")
+
+
+def available_bytes(device: torch.device) -> int:
+    """What this process can have of a device, with what it has already."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return available_to_rank() + resident_bytes()
+
+
+def device_here(device: torch.device, num_ranks: int, *, replicated: bool) -> Device:
+    """The devices of a run, and what the program takes of a CPU with what it has loaded.
+
+    Args:
+        device: This rank's.
+        num_ranks: Devices.
+        replicated: See `Device`.
+    """
+    process = resident_bytes() if device.type == "cpu" else 0
+    return Device(device.type, num_ranks, available_bytes(device), process, replicated)
+
+
+def with_loaded_models(plan: MemoryPlan) -> MemoryPlan:
+    """A plan made on a CPU after the models were loaded: they are no part of the program."""
+    models = plan.masters + plan.weights + plan.reference
+    return replace(plan, process=max(0, plan.process - models))
+
+
+def resident_bytes() -> int:
+    """What this process has in memory now; 0 where the system does not say."""
+    if not _RESIDENT.is_file():
+        return 0
+    return int(_RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

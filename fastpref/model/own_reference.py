@@ -1,0 +1,59 @@
+"""The reference of a policy that is an adapter: the policy's own modules, as they were."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fastpref.batch import Batch
+from fastpref.model.logit_path import LogitPath
+from fastpref.model.scorer import HeadStates, TokenScorer
+
+
+class OwnReference:
+    """A policy without its adapters, or with those that its training started from.
+
+    Computes what a second model in memory would; see `TokenScorer` for the methods.
+
+    Args:
+        policy: With adapters.
+    """
+
+    def __init__(self, policy: TokenScorer) -> None:
+        assert policy.adapters is not None
+        self._policy = policy
+        self._adapters = policy.adapters
+
+    @property
+    def path(self) -> LogitPath:
+        """From the last hidden states to the logits."""
+        return self._policy.path
+
+    @property
+    def num_embeddings(self) -> int:
+        """Tokens that the model can read."""
+        return self._policy.num_embeddings
+
+    @property
+    def num_positions(self) -> int | None:
+        """Longest sequence that a table of positions allows; None without a table."""
+        return self._policy.num_positions
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Log-probabilities of the batch's N response tokens, (N,) float32."""
+        with self._adapters.as_reference():
+            logps_N = self._policy(batch)
+        assert isinstance(logps_N, Tensor)
+        return logps_N
+
+    def states(self, batch: Batch) -> HeadStates:
+        """Hidden states and head, for the policy's joint sweep."""
+        with self._adapters.as_reference():
+            return self._policy.states(batch)
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
+        """Sampled continuations."""
+        with self._adapters.as_reference():
+            return self._policy.generate(input_ids, attention_mask, **options)
+
+    def release(self) -> None:
+        """Nothing: what it holds, the policy releases."""

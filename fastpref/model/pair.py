@@ -1,0 +1,98 @@
+"""A policy and its reference: two models, or one with adapters that are the policy's alone."""
+
+from functools import partial
+from typing import NamedTuple
+
+from fastpref.batches.layouts import RowLayout
+from fastpref.config import PackingConfig, TrainingOptions
+from fastpref.distributed import World
+from fastpref.model.attention.choice import choose_rows
+from fastpref.model.build import build_scorer
+from fastpref.model.liger import choose_liger
+from fastpref.model.loading import (
+    load_causal_lm,
+    load_frozen_base,
+    load_reference,
+    starts_exactly_equal,
+    try_model,
+)
+from fastpref.model.lora import add_adapters
+from fastpref.model.own_reference import OwnReference
+from fastpref.model.positions import check_positions
+from fastpref.model.replicate import fits_whole
+from fastpref.model.scorer import TokenScorer
+
+
+class Pair(NamedTuple):
+    """What is trained, what it is compared with, and what was found out about them."""
+
+    policy: TokenScorer
+    reference: TokenScorer | OwnReference | None
+    layout: RowLayout
+    """How the models take rows."""
+    starts_equal: bool
+    """Policy and reference give the same bits before the first update."""
+    replicated: bool
+    """Every rank has the whole of a frozen model."""
+
+
+def build_pair(
+    options: TrainingOptions, packing: PackingConfig, world: World, *, longest: int
+) -> Pair:
+    """Policy and, where the loss has one, reference: loaded, tried, on their device.
+
+    Args:
+        options: Of the run.
+        packing: Whether rows are to be packed.
+        world: Whoever computes.
+        longest: Tokens of the longest sequence.
+    """
+    start, replicated = None, False
+    if options.adapter.trained:
+        model, start = load_frozen_base(options.model, world)
+    else:
+        model = load_causal_lm(options.model, world, trainable=True)
+    check_positions(model, longest)
+    findings = try_model(model, options.model, world, trainable=True)
+    rows = choose_rows(model, options.model, packing, world, path=findings.path, longest=longest)
+    build = partial(
+        build_scorer,
+        config=options.model,
+        world=world,
+        path=findings.path,
+        attention=rows.attention,
+        compile=options.compile,
+        liger=choose_liger(options.model.liger, model, world, compiled=options.compile),
+    )
+    adapters = None
+    if options.adapter.trained:
+        adapters = add_adapters(
+            model,
+            options.adapter,
+            world,
+            block_name=options.model.block_name,
+            seed=options.seed,
+            start=start,
+        )
+        replicated = fits_whole(model, options.adapter, world)
+        if world.size > 1 and not replicated:
+            adapters.check_shardable()
+    policy = build(
+        model,
+        trainable=True,
+        activation_checkpointing=options.activation_checkpointing,
+        adapters=adapters,
+        replicated=replicated,
+    )
+    reference: TokenScorer | OwnReference | None = None
+    if options.loss.needs.reference and adapters is not None:
+        reference = OwnReference(policy)
+    elif options.loss.needs.reference:
+        reference = build(load_reference(options.model, world, findings), trainable=False)
+    starts_equal = not options.adapter.dropout and starts_exactly_equal(
+        options.model,
+        findings,
+        compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
+    )
+    return Pair(policy, reference, rows.layout, starts_equal, replicated)

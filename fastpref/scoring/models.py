@@ -1,0 +1,127 @@
+"""The models of the sides, one at a time in memory; adapters of one base are one of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from fastpref.batches.layouts import RowLayout
+from fastpref.config import ModelConfig, PackingConfig
+from fastpref.distributed import World
+from fastpref.errors import ConfigError
+from fastpref.memory.repetition import release_memory
+from fastpref.model.adapter_base import AdapterBase, find_shared_base
+from fastpref.model.attention.choice import choose_rows
+from fastpref.model.build import build_scorer
+from fastpref.model.loading import load_causal_lm, try_model
+from fastpref.model.lora import add_given_adapters
+from fastpref.model.quantize import quantize_blocks
+from fastpref.model.scorer import TokenScorer
+from fastpref.scoring.side import Side
+
+logger = logging.getLogger("fastpref")
+
+
+class SideModels:
+    """Loads a side's model when it is asked for, unless the one before it has the same base.
+
+    Args:
+        sides: In the order in which they score.
+        packing: Whether rows are to be packed.
+        world: Whoever computes.
+        longest: Tokens of the longest sequence that any of them scores.
+
+    Raises:
+        ConfigError: adapters are to stand beside layers in 4 bits and have no base in common.
+    """
+
+    def __init__(
+        self, sides: Sequence[Side], packing: PackingConfig, world: World, *, longest: int
+    ) -> None:
+        self._sides = sides
+        self._packing = packing
+        self._world = world
+        self._longest = longest
+        self._base: ModelConfig | None = None
+        self._adapters: dict[str, str] = {}
+        self._shared: tuple[TokenScorer, RowLayout] | None = None
+        bases = world.on_main(lambda: find_shared_base([side.model for side in sides]))
+        self._quantized = any(side.quantized for side in sides)
+        if self._quantized and bases is None:
+            raise ConfigError(
+                "adapter=qlora: weights.positive and weights.negative must be one model, or "
+                "adapters of one that can stand beside it in 4 bits"
+            )
+        if bases is not None:
+            self._base = on_base(sides[0].model, bases[0])
+            starts = zip(sides, (base.start for base in bases), strict=True)
+            self._adapters = {side.label: start for side, start in starts if start is not None}
+
+    def load(self, side: Side) -> tuple[TokenScorer, RowLayout]:
+        """A side's model, frozen, and how it takes rows."""
+        if self._base is None:
+            return self._load(side.model)
+        if self._shared is None:
+            self._shared = self._load(self._base)
+        scorer, _ = self._shared
+        if scorer.adapters is not None:
+            scorer.adapters.activate(side.label if side.label in self._adapters else None)
+        return self._shared
+
+    def _load(self, model: ModelConfig) -> tuple[TokenScorer, RowLayout]:
+        return load_frozen_scorer(
+            model,
+            self._packing,
+            self._world,
+            longest=self._longest,
+            adapters=self._adapters,
+            quantized=self._quantized,
+        )
+
+    def release(self, side: Side) -> None:
+        """A side is done: hand back what no later one needs, before the next model is loaded."""
+        if side is self._sides[-1]:
+            self._shared = None
+        release_memory()
+
+
+def load_frozen_scorer(
+    options: ModelConfig,
+    packing: PackingConfig,
+    world: World,
+    *,
+    longest: int,
+    adapters: Mapping[str, str] | None = None,
+    quantized: bool = False,
+) -> tuple[TokenScorer, RowLayout]:
+    """A model without gradients, and how it takes rows.
+
+    Args:
+        options: Of the model.
+        packing: Whether rows are to be packed.
+        world: Whoever computes.
+        longest: Tokens of the longest sequence that will be scored.
+        adapters: Folders of adapters that stand beside its weights, by names to activate them by.
+        quantized: Its layers in 4 bits.
+    """
+    model = load_causal_lm(options, world, trainable=False)
+    path = try_model(model, options, world, trainable=False).path
+    rows = choose_rows(model, options, packing, world, path=path, longest=longest)
+    if quantized:
+        quantize_blocks(model, options.block_name, world)
+    scorer = build_scorer(
+        model,
+        options,
+        world,
+        path=path,
+        trainable=False,
+        attention=rows.attention,
+        adapters=add_given_adapters(model, adapters, world) if adapters else None,
+        replicated=quantized,
+    )
+    return scorer, rows.layout
+
+
+def on_base(model: ModelConfig, base: AdapterBase) -> ModelConfig:
+    """A model's options, without its adapter."""
+    revision = None if base.source.adapters else base.source.revision
+    return replace(model, name_or_path=base.name, archive=None, revision=revision)

@@ -1,0 +1,60 @@
+"""How much a run computes at once: as much as its memory holds, found out before the first step."""
+
+from typing import NamedTuple
+
+from fastpref.batches.layouts import RowLayout
+from fastpref.config import TrainingOptions
+from fastpref.distributed import World
+from fastpref.memory.fitting import Fitting
+from fastpref.memory.planning import Measured
+from fastpref.memory.repetition import Repetition
+from fastpref.model.pair import Pair
+from fastpref.objectives.objective import Objective
+from fastpref.objectives.step_loss import StepLoss
+from fastpref.train.optim import state_bytes
+
+
+class Workload(NamedTuple):
+    """What a run computes, and how much of it at once."""
+
+    step_loss: StepLoss
+    layout: RowLayout
+    repetition: Repetition
+
+
+def build_workload(
+    objective: Objective,
+    pair: Pair,
+    training: TrainingOptions,
+    world: World,
+    *,
+    limit: int | None,
+    longest: int,
+) -> Workload:
+    """What a run computes, with as many tokens at once as the device holds.
+
+    Args:
+        objective: What is minimised.
+        pair: Policy and reference, loaded, on their device.
+        training: The options.
+        world: Whoever computes.
+        limit: Tokens at once that were asked for; None leaves them to us.
+        longest: Tokens of the longest sequence.
+    """
+    layout = pair.layout
+    step_loss = StepLoss(objective, pair.policy, pair.reference)
+    fitting = Fitting(
+        policy=pair.policy,
+        step_loss=step_loss,
+        layout=layout,
+        training=training,
+        measured=Measured(
+            body=pair.policy.path.body,
+            longest=longest,
+            state_bytes=state_bytes(training),
+        ),
+        replicated=pair.replicated,
+        world=world,
+    )
+    layout = layout.limited_to(fitting.fit(limit))
+    return Workload(step_loss, layout, Repetition(num_ranks=world.size))

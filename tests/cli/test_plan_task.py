@@ -1,0 +1,138 @@
+"""`task=plan`: a table for GPUs that need not be here, by the rules of a run."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from stopped_runs import run
+from tiny_models import save_tiny_model
+from transformers import AutoConfig
+
+from fastpref.config import AdapterConfig
+from fastpref.memory.plan import GIB
+from fastpref.model.replicate import is_replicated
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    """8.03 G weights: 29.92 GiB in float32, 14.96 in bfloat16, on eight GPUs 3.74 and 1.87."""
+    folder = tmp_path_factory.mktemp("8b")
+    config = AutoConfig.for_model(
+        "llama",
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        tie_word_embeddings=False,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model(folder)
+    return folder
+
+
+def table(capsys, folder: Path, *options: str) -> dict[str, list[str]]:
+    """The cells of each row of what is printed: on one GPU and on eight, and both recomputed."""
+    command = [
+        *("task=plan", "model=blank_model", f"model.name_or_path={folder}", "loss=dpo"),
+        *("plan.num_gpus=8", "plan.memory_gib=80", "max_length=2048"),
+    ]
+    assert run([*command, *options]) == 0
+    lines = (line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines())
+    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if cells}
+
+
+def test_the_table_is_of_a_model_that_is_not_here(llama, capsys):
+    rows = table(capsys, llama)
+    assert rows["masters"][:2] == ["29.92", "3.74"]
+    assert rows["most tokens at once"][0] == "do not fit" != rows["most tokens at once"][1]
+
+
+def test_a_base_is_whole_or_sharded_as_in_a_run(llama, capsys):
+    rows = table(capsys, llama, "adapter=lora")
+    # 42 M numbers of adapters, beside less than half of 80 GiB
+    assert (rows["adapters"][1], rows["base"][:2]) == ("0.16", ["14.96", "14.96"])
+    # 168 MB of gradients, added up and handed out, whatever the number of micro-batches
+    assert rows["sent in a step"] == ["0.00", "0.27"] * 2
+    one, eight, *_ = table(capsys, llama, "adapter=lora", "adapter.base=sharded")["base"]
+    # beside the shards what is gathered: all outside of the blocks, and two of these
+    gathered = 2 * (2 * 128_256 * 4096 + 4096 + 2 * 218_112_000) / GIB
+    assert (one, float(eight)) == ("14.96", pytest.approx(14.96 / 8 + gathered, abs=0.02))
+    [_, small, *_] = table(capsys, llama, "adapter=lora", "plan.memory_gib=24")["base"]
+    assert small == eight
+    rows = table(capsys, llama, "adapter=qlora", "plan.memory_gib=8")
+    assert rows["base"][0] == rows["base"][1] == "5.31"
+
+
+@pytest.mark.parametrize(
+    ("options", "whole"),
+    [
+        ({"kind": "lora"}, [True, True, False]),
+        ({"kind": "lora", "base": "sharded"}, [False] * 3),
+        ({"kind": "lora", "base": "replicated"}, [True] * 3),
+        ({"kind": "qlora"}, [True] * 3),
+    ],
+)
+def test_half_of_a_device_at_most_is_a_base_that_is_whole(options, whole):
+    adapter = AdapterConfig(**options)
+    assert [is_replicated(adapter, num_bytes=x, room=80) for x in (1, 40, 41)] == whole
+
+
+def test_what_is_planned_for_need_not_be_here(tiny, capsys, monkeypatch):
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None):
+        return None if name in ("bitsandbytes", "flash_attn") else found(name, package)
+
+    for room in ("adapter", "groups"):
+        monkeypatch.setattr(f"fastpref.config.{room}.find_spec", find_spec)
+    quantized, flash = "adapter=qlora", "model.attention=flash_attention_2"
+    rows = table(capsys, tiny, quantized, flash)
+    assert rows["most tokens at once"][0] != "do not fit"
+    for option, package in ((quantized, "bitsandbytes"), (flash, "flash_attn")):
+        command = ["model=blank_model", f"model.name_or_path={tiny}", "loss=dpo", option]
+        for task in ("train", "audit"):
+            assert run([*command, f"task={task}"]) == 2
+            assert f"needs the package {package}" in capsys.readouterr().err
+
+
+def test_rows_are_laid_out_as_they_were_asked_for(llama, capsys):
+    shared = table(capsys, llama, "adapter=lora")["MiB a token"]
+    apart = table(capsys, llama, "adapter=lora", "packing.share_prompt=false")["MiB a token"]
+    padded = table(capsys, llama, "adapter=lora", "packing.enabled=false")["MiB a token"]
+    assert float(shared[0]) > float(apart[0]) == float(padded[0])
+
+
+def test_no_more_is_computed_at_once_than_was_asked_for_and_a_step_has(llama, capsys):
+    lora = ("adapter=lora", "adapter.base=sharded", "batch_size=8")
+    # of 8 pairs of 2 x 2,048 tokens each of eight GPUs has one
+    one, eight, recomputed, _ = table(capsys, llama, *lora)["tokens taken at once"]
+    assert one != "32,768" == recomputed and eight == "4,096"
+    rows = table(capsys, llama, *lora, "packing.max_tokens=1024")
+    assert rows["tokens taken at once"] == ["1,024"] * 4
+    assert float(rows["peak"][0]) < float(table(capsys, llama, *lora)["peak"][0])
+
+
+def test_weights_are_sent_for_each_micro_batch_and_gradients_of_adapters_once(llama, capsys):
+    lora = ("adapter=lora", "adapter.base=sharded", "batch_size=32")
+    limits = (16_384, 4096, 1024)
+    at_once, each, divided = (
+        float(table(capsys, llama, *lora, f"packing.max_tokens={limit}")["sent in a step"][1])
+        for limit in limits
+    )
+    assert each == pytest.approx(4 * (at_once - 0.27) + 0.27, abs=0.05)
+    # four pairs, of which none is divided
+    assert divided == each
+
+
+def test_a_model_that_is_nowhere_is_named(tmp_path, capsys):
+    command = ["task=plan", "model=blank_model", f"model.name_or_path={tmp_path}/none", "loss=dpo"]
+    assert run(command) == 4
+    assert "no folder" in capsys.readouterr().err

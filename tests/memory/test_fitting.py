@@ -1,0 +1,54 @@
+"""How many tokens are computed at once: one number for all ranks, of the memory that there is."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from fastpref.checkpoint.size import available_memory
+from fastpref.distributed import init_world
+from fastpref.memory.fitting import agreed_tokens
+from fastpref.memory.here import available_bytes, resident_bytes
+from fastpref.memory.plan import GIB
+
+ROOM = 10 * GIB
+
+
+def agree(folder: Path, loaded: tuple[int, int]) -> None:
+    world = init_world()
+    found = agreed_tokens(
+        world, 8192, 8000, room=ROOM, loaded=loaded[world.rank], peak=12 * GIB + world.rank
+    )
+    (folder / str(world.rank)).write_text(str(found))
+
+
+@pytest.mark.parametrize("loaded", [(2 * GIB, 4 * GIB), (4 * GIB, 2 * GIB), (GIB, GIB + 512)])
+def test_ranks_whose_models_take_different_memory_agree_on_a_number(tmp_path, loaded):
+    run_on_ranks(agree, 2, tmp_path, loaded)
+    one, two = (int((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert one == two and one % 256 == 0
+    # of the rank that has least: of 12 GiB 2 are too much, of all that tokens took
+    most = min(8000 * (ROOM - x) // (12 * GIB - x) for x in loaded)
+    assert most - 256 < one <= most
+
+
+def test_what_fits_is_taken_and_never_nothing():
+    world = init_world()
+    try:
+        assert agreed_tokens(world, 8192, 8192, room=ROOM, loaded=GIB, peak=ROOM) == 8192
+        assert agreed_tokens(world, 8192, 8192, room=GIB, loaded=2 * GIB, peak=ROOM) == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_memory_of_a_machine_is_what_its_control_group_and_ranks_leave(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text(str(3 * GIB))
+    (tmp_path / "memory.current").write_text(str(2 * GIB))
+    assert available_memory(tmp_path) <= GIB
+    (tmp_path / "memory.max").write_text("max")
+    assert available_memory(tmp_path) > 0
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_bytes(torch.device("cpu")) <= physical // 4 + resident_bytes()

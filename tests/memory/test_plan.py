@@ -1,0 +1,231 @@
+"""The memory plan: what it counts without memory is what a step takes, and what it says of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from stopped_runs import run
+from tiny_models import FAMILIES, build_model, save_tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, PackingConfig
+from fastpref.distributed import World, init_world
+from fastpref.memory.count import count_token_bytes, count_weights
+from fastpref.memory.fitting import worst_rows
+from fastpref.memory.live_bytes import LiveBytes
+from fastpref.memory.plan import GIB, Device, MemoryPlan
+from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
+from fastpref.model.lora import insert_adapters
+from fastpref.model.pair import Pair, build_pair
+from fastpref.objectives.objective import build_objective
+from fastpref.objectives.step_loss import StepLoss
+from fastpref.train.optim import state_bytes
+
+LONGEST = 128
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_hidden_layers": 6},
+    "gpt-neox": {"model_type": "gpt_neox", "intermediate_size": 512},
+}
+SIZE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def world():
+    yield init_world()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shapes")
+    for name, config in SHAPES.items():
+        save_tiny_model(folder / name, **(SIZE | config))
+    return folder
+
+
+def make_config(model: Path, compute_dtype: str | None = None, **options: Any) -> Config:
+    return Config(
+        model=ModelConfig(name_or_path=str(model), fsdp_policy_mp=compute_dtype),
+        datasets=["words"],
+        loss=DPOConfig(beta=0.1),
+        packing=PackingConfig(),
+        batch_size=8,
+        **options,
+    )
+
+
+def counted_of(config: Config, device: Device) -> Counted:
+    measured = Measured(body=None, longest=LONGEST, state_bytes=state_bytes(config.training))
+    return count_training(config.training, measured, device)
+
+
+def count(config: Config, device: Device, *, shares_prompts: bool = True) -> MemoryPlan:
+    return counted_of(config, device).plan(device, shares_prompts=shares_prompts)
+
+
+def measured_peak(pair: Pair, step_loss: StepLoss, num_tokens: int) -> tuple[int, int]:
+    """Bytes that a forward and a backward of pairs take beside the weights, and their tokens."""
+    rows = worst_rows(
+        pair.policy,
+        num_tokens=num_tokens,
+        longest=LONGEST,
+        pairs=True,
+        weighted=False,
+        shares_prompts=pair.layout.shares_prompts,
+    )
+    batch = pair.layout.build_rows(rows, pad_token_id=0)
+    present = [*pair.policy.parameters(), *pair.policy.buffers()]
+    if isinstance(pair.reference, torch.nn.Module):
+        present += [*pair.reference.parameters(), *pair.reference.buffers()]
+    with LiveBytes(present) as live:
+        losses, _ = step_loss.compute(batch, 0)
+        losses.sum().backward()
+    step_loss.done()
+    pair.policy.forget_gradients()
+    return live.peak, batch.input_ids.numel()
+
+
+def assert_planned(config: Config, world: World) -> None:
+    pair = build_pair(config.training, config.packing, world, longest=LONGEST)
+    for module in pair.policy.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # kernels of bitsandbytes that no GPU has
+            module.support_avx512bf16_for_cpu = False
+    step_loss = StepLoss(build_objective(config.loss), pair.policy, pair.reference)
+    peaks = [measured_peak(pair, step_loss, num_tokens) for num_tokens in (768, 1536)]
+    (small, few), (large, many) = peaks
+    plan = count(config, Device("cpu", 1, 8 * GIB), shares_prompts=pair.layout.shares_prompts)
+    planned = plan.peak(many) - plan.peak(few)
+    assert planned == pytest.approx(large - small, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_tokens_take_what_the_plan_says_to_a_tenth(models, world: World, shape, kind):
+    assert_planned(make_config(models / shape, adapter=AdapterConfig(kind=kind)), world)
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"kind": "qlora"}], ids=str)
+@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+def test_so_do_those_of_adapters_in_bfloat16(models, world: World, shape, options):
+    # where float32 adapters keep inputs of their own, or the layer's, by what they stand beside
+    if options.get("kind") == "qlora":
+        pytest.importorskip("bitsandbytes")
+    adapter = AdapterConfig(**({"kind": "lora"} | options))
+    assert_planned(make_config(models / shape, "bfloat16", adapter=adapter), world)
+
+
+def test_adapters_take_what_they_are(models):
+    full = count(make_config(models / "llama"), Device("cuda", 1, 80 * GIB))
+    lora = count(
+        make_config(models / "llama", adapter=AdapterConfig(kind="lora", r=4)),
+        Device("cuda", 1, 80 * GIB),
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models / "llama"))
+    base = sum(parameter.numel() for parameter in model.parameters())
+    adapters = insert_adapters(model, AdapterConfig(kind="lora", r=4), None, None).trained()
+    trained = sum(parameter.numel() for parameter in adapters)
+    assert (full.masters, full.reference, full.optimizer) == (4 * base, 4 * base, 8 * base)
+    assert (lora.masters, lora.gradients, lora.optimizer) == (4 * trained, 4 * trained, 8 * trained)
+    # one model in memory, and no gradient of the head
+    assert (lora.weights, lora.reference) == (4 * base, 0)
+    assert list(lora.parts())[:2] == ["adapters", "base"] and "masters" in full.parts()
+    # what is kept for the backward is no more than in full training
+    assert lora.kept_per_token <= full.kept_per_token
+
+
+def test_layers_in_four_bits_take_an_eighth_of_float32(models):
+    model = build_model("llama").to("meta")
+    weights = count_weights(model, None, in_four_bits=True)
+    linear = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "layers" in name
+    )
+    assert weights.in_four_bits == linear
+    expected = 2 * (weights.total - linear) + linear * (4 + 8 / 64 + 32 / (64 * 256)) / 8
+    assert weights.stored_bytes(2) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_is_counted_without_memory(family):
+    config = AutoConfig.for_model(FAMILIES[family][0], **FAMILIES[family][1])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    body = next(name for name, module in model.named_modules() if module is model.base_model)
+    options: dict[str, Any] = {"length": 32, "block_name": None, "fused_layers": False}
+    plain = count_token_bytes(model, body=body, activation_checkpointing=False, **options)
+    with torch.device("meta"):
+        again = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    recomputed = count_token_bytes(again, body=body, activation_checkpointing=True, **options)
+    assert 0 < recomputed.kept < plain.kept
+
+
+def plan_of(**changes: Any) -> MemoryPlan:
+    values = {
+        "masters": 4 * GIB,
+        "weights": 2 * GIB,
+        "gradients": 4 * GIB,
+        "optimizer": 8 * GIB,
+        "reference": 2 * GIB,
+        "head": GIB,
+        "kept_per_token": 2.0**20,
+        "backward_per_token": 2.0**18,
+        "scored_per_token": 2.0**14,
+        "has_adapters": False,
+        "process": 0,
+        "reserve": GIB,
+    }
+    return MemoryPlan(**(values | changes))
+
+
+def test_the_most_tokens_are_the_most_that_fit():
+    plan = plan_of()
+    for available in (24 * GIB, 40 * GIB, 80 * GIB):
+        most = plan.most_tokens(available)
+        assert plan.peak(most) + plan.reserve <= available < plan.peak(most + 1) + plan.reserve
+    assert plan.most_tokens(16 * GIB) == 0
+    assert auto_tokens(plan, 400 * GIB) == AUTO_TOKENS
+    assert auto_tokens(plan, 16 * GIB) == 1
+    assert auto_tokens(plan, 32 * GIB) % 256 == 0
+
+
+def test_shards_on_several_gpus(models):
+    config = make_config(models / "llama")
+    one, eight, many = (count(config, Device("cuda", num, 80 * GIB)) for num in (1, 8, 64))
+    assert one.masters > eight.masters > many.masters
+    assert eight.masters * 8 == pytest.approx(one.masters, rel=1e-3)
+    assert eight.optimizer * 8 == pytest.approx(one.optimizer, rel=1e-3)
+    assert eight.reserve > one.reserve
+
+
+@pytest.mark.parametrize("value", ["many", "0", "1.5"])
+def test_a_wrong_number_of_tokens_is_named(value, capsys):
+    assert run([f"packing.max_tokens={value}", "task=plan"]) == 2
+    assert "packing.max_tokens" in capsys.readouterr().err
+
+
+def test_the_run_says_what_it_will_take(models, tmp_path, capsys):
+    rows = [{"prompt": "a b", "chosen": " c d e", "rejected": " f"} for _ in range(8)]
+    (tmp_path / "words").mkdir()
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "words" / "train.jsonl").write_text(lines)
+    command = [
+        *("model=blank_model", f"model.name_or_path={models / 'llama'}", "datasets=[words]"),
+        *(f"base_data_dir={tmp_path}", f"run_dir={tmp_path / 'run'}", "n_eval_examples=0"),
+        *("loss=dpo", "adapter=lora", "n_epochs=1", "batch_size=8", "model.fsdp_policy_mp=null"),
+    ]
+    assert run(command) == 0
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "memory, planned" in x]
+    assert "MiB a token" in line and "tokens at once take" in line

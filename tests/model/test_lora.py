@@ -1,0 +1,354 @@
+"""Adapters inside a model: which matrices get them, what is refused, what computes when."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, build_family, build_model, save_tiny_model
+from transformers import AutoModelForCausalLM
+
+from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
+from fastpref.distributed import init_world
+from fastpref.errors import CheckpointError, ConfigError
+from fastpref.model.adapter_base import find_adapter_base
+from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.lora import adapter_state, add_adapters
+from fastpref.model.lora_targets import choose_targets
+from fastpref.model.tied_head import adapted_head
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(scope="module")
+def world():
+    yield init_world()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    save_tiny_model(folder / "tied", tie_word_embeddings=True)
+    save_tiny_model(folder / "untied")
+    save_tiny_model(folder / "wide", hidden_size=48)
+    return folder
+
+
+def save_adapter(base: Path, folder: Path, *, rows: int | None = None, **options: Any) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**(LORA | options)))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def adapt(model: Any, world: Any, start: Path | None = None, **options: Any) -> Any:
+    return add_adapters(
+        model,
+        AdapterConfig(kind="lora", **options),
+        world,
+        block_name=None,
+        seed=0,
+        start=None if start is None else str(start),
+    )
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_all_linear_layers_of_the_blocks_get_adapters_and_nothing_else(family, world):
+    model = build_model(family)
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and ".0." in name.replace(".1.", ".0.")
+    }
+    adapters = adapt(model.eval(), world)
+    adapted = {
+        name.partition(".lora_A")[0] for name, p in model.named_parameters() if "lora_A" in name
+    }
+    assert adapted == linear and adapters.num_layers == len(linear)
+    assert not any("embed" in name or "lm_head" in name for name in adapted)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+
+
+def test_experts_that_are_one_matrix_get_adapters(world):
+    model = build_family(
+        "qwen3_moe",
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+    ).eval()
+    modules, parameters = choose_targets(model, AdapterConfig(kind="lora"), None)
+    assert parameters == ["experts.down_proj", "experts.gate_up_proj"]
+    assert set(modules) >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    ids = torch.arange(3, 30)[None]
+    before = model(ids).logits
+    adapters = adapt(model, world)
+    assert torch.equal(model(ids).logits, before)
+    names = {name.partition(".lora_")[0] for name in adapter_state(model)}
+    assert sum("experts" in name for name in names) == 4
+    for parameter in adapters.trained():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert not torch.allclose(model(ids).logits, before)
+    with adapters.as_reference():
+        assert torch.equal(model(ids).logits, before)
+
+
+def test_the_model_stays_its_class_so_that_its_body_is_the_body(models, world):
+    model = load(models / "tied")
+    body = model.base_model
+    adapt(model, world)
+    assert model.base_model is body and type(model).__name__ == "LlamaForCausalLM"
+    assert measure_logit_path(model).body is not None
+
+
+def test_given_adapters_are_trained_on_and_their_copy_is_the_reference(models, world, tmp_path):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    model = load(models / "tied")
+    ids = torch.arange(3, 30)[None]
+    bare = model(ids).logits
+    expected = peft.PeftModel.from_pretrained(load(models / "tied"), start)(ids).logits
+    adapters = adapt(model, world, start)
+    assert torch.equal(model(ids).logits, expected)
+    for parameter in adapters.trained():
+        torch.nn.init.normal_(parameter, std=0.1)
+    with adapters.as_reference():
+        # neither what is trained nor the bare model
+        assert torch.equal(model(ids).logits, expected)
+    assert not torch.allclose(expected, bare)
+    adapters.activate(None)
+    assert torch.equal(model(ids).logits, bare)
+
+
+def test_a_seed_is_an_adapter_and_leaves_the_run_s_random_state_alone(models, world):
+    states = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(5)
+        model = load(models / "tied").to(dtype)
+        adapt(model, world)
+        states.append(adapter_state(model) | {"next": torch.rand(3)})
+    for name, tensor in states[0].items():
+        assert torch.equal(tensor, states[1][name]), name
+    torch.manual_seed(5)
+    load(models / "tied")
+    assert torch.equal(torch.rand(3), states[0]["next"])
+
+
+REFUSED_OPTIONS = {
+    "unknown layer": ({"target_modules": ["q_prj"]}, "named q_prj; nearest: q_proj"),
+    "tied head": (
+        {"target_modules": ["q_proj", "lm_head"]},
+        "shares its weight with the embedding",
+    ),
+    "tied embedding": ({"target_modules": ["embed_tokens"]}, "shares its weight with the head"),
+    "no linear layer": ({"target_modules": ["input_layernorm"]}, "target_modules"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED_OPTIONS))
+def test_options_that_do_not_fit_the_model_are_refused(models, world, case):
+    options, message = REFUSED_OPTIONS[case]
+    with pytest.raises(ConfigError, match=message):
+        adapt(load(models / "tied"), world, **options)
+
+
+def test_a_head_of_its_own_gets_an_adapter(models, world):
+    model = load(models / "untied")
+    adapters = adapt(model, world, target_modules=["q_proj", "lm_head"])
+    assert adapters.num_layers == 3
+
+
+REFUSED_ADAPTERS = {
+    "tables beside it": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "biases": ({"bias": "all"}, "biases that are the reference's"),
+    "some tokens": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+    "added tokens": ({"rows": 360}, "whole matrices of its own"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED_ADAPTERS))
+def test_adapters_that_are_more_than_low_rank_matrices_are_refused(models, world, tmp_path, case):
+    options, message = REFUSED_ADAPTERS[case]
+    start = save_adapter(models / "untied", tmp_path / "adapter", **options)
+    with pytest.raises(CheckpointError, match=f"{message}.*adapter=none merges it"):
+        adapt(load(models / "untied"), world, start)
+
+
+def test_an_adapter_of_another_kind_is_refused(models, world, tmp_path):
+    model = load(models / "tied")
+    config = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="is IA3, of which LoRA alone"):
+        adapt(load(models / "tied"), world, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("r", 8), ("alpha", 3), ("target_modules", ["q_proj"]), ("use_rslora", True)],
+)
+def test_options_that_a_given_adapter_does_not_have_are_refused(
+    models, world, tmp_path, option, value
+):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=f"adapter.{option}=.* does not fit the adapter"):
+        adapt(load(models / "tied"), world, start, **{option: value})
+
+
+def test_an_adapter_of_a_base_of_another_shape_is_refused(models, world, tmp_path):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"cannot load the adapter from .*size mismatch"):
+        adapt(load(models / "wide"), world, start)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_an_adapter_that_moved_its_base_is_refused(models, world, tmp_path, init):
+    start = save_adapter(models / "untied", tmp_path / "adapter")
+    config = json.loads((start / "adapter_config.json").read_text())
+    (start / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
+    with pytest.raises(CheckpointError, match=f"init_lora_weights={init}, which moved its base"):
+        adapt(load(models / "untied"), world, start)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "a bias")],
+)
+def test_a_head_that_is_more_than_low_rank_is_refused(models, world, tmp_path, options, message):
+    targets = ["q_proj", "lm_head"]
+    start = save_adapter(models / "untied", tmp_path / "adapter", target_modules=targets, **options)
+    with pytest.raises(CheckpointError, match=f"lm_head, .* cannot have {message}"):
+        adapt(load(models / "untied"), world, start)
+    with pytest.raises(ConfigError, match=r"lm_head, .* cannot have dropout"):
+        adapt(load(models / "untied"), world, target_modules=targets, dropout=0.1)
+
+
+def test_an_adapter_on_one_of_two_tied_tables_is_refused(models, world, tmp_path):
+    targets = ["q_proj", "lm_head"]
+    start = save_adapter(models / "tied", tmp_path / "adapter", target_modules=targets)
+    with pytest.raises(CheckpointError, match="lm_head shares its weight with the embedding"):
+        adapt(load(models / "tied"), world, start)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("std", [1e-2, 1e-4])
+def test_in_16_bits_the_head_s_adapter_is_not_rounded_away(models, world, tied, std):
+    model = load(models / ("tied" if tied else "untied")).bfloat16()
+    exact = load(models / ("tied" if tied else "untied"))
+    exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    options = {"target_modules": ["lm_head"], "ensure_weight_tying": tied}
+    states = []
+    hidden = torch.randn(7, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for adapted in (model, exact):
+        adapters = adapt(adapted, world, **options)
+        torch.manual_seed(3)
+        for parameter in adapters.trained():
+            torch.nn.init.normal_(parameter, std=std)
+        states.append(adapted_head(adapted.get_output_embeddings(), hidden.to(adapted.dtype)))
+    (states_ND, weight), (exact_ND, exact_weight) = states
+    base = exact_ND.double() @ load_weight(model).double().T
+    effect = states_ND.double() @ weight.double().T - base
+    expected = exact_ND.double() @ exact_weight.double().T - base
+    # of the adapter's own share of the logits, which float32 adds to the weight with an error
+    error = (effect - expected).abs().max() / expected.abs().max()
+    assert error < (1e-4 if std == 1e-2 else 0.1)
+
+
+def load_weight(model: Any) -> torch.Tensor:
+    head = model.get_output_embeddings()
+    return getattr(head, "base_layer", head).weight
+
+
+class Router(torch.nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> Any:
+        return super().forward(hidden), None
+
+
+def test_kinds_of_linear_layers_that_return_something_else_get_no_adapter(world):
+    model = build_model("llama").eval()
+    for layer in model.model.layers:
+        layer.mlp.router = Router(32, 4)
+        layer.mlp.conv_weight = torch.nn.Parameter(torch.zeros(8, 2, 4))
+    assert choose_targets(model, AdapterConfig(kind="lora"), None) == (
+        ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
+        [],
+    )
+
+
+def test_layers_that_kernels_read_past_get_no_adapter():
+    sizes = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2, "time_step_rank": 4}
+    model = build_family("mamba", **sizes)
+    assert choose_targets(model, AdapterConfig(kind="lora"), None) == (["in_proj", "x_proj"], [])
+
+
+def test_an_adapter_with_a_matrix_missing_is_refused(models, world, tmp_path):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    weights = load_file(start / "adapter_model.safetensors")
+    weights.popitem()
+    save_file(weights, start / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="does not fit its base model: missing"):
+        adapt(load(models / "tied"), world, start)
+
+
+def test_the_base_of_an_adapter_is_found_or_what_is_wrong_is_said(models, tmp_path):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    base = find_adapter_base(ModelConfig(name_or_path=str(start)))
+    assert (base.name, base.start) == (str(models / "tied"), str(start))
+    base = find_adapter_base(ModelConfig(name_or_path=str(models / "tied")))
+    assert (base.name, base.start) == (str(models / "tied"), None)
+    base = find_adapter_base(ModelConfig(name_or_path=str(models / "wide"), archive=str(start)))
+    assert (base.name, base.start) == (str(models / "tied"), str(start))
+    (tmp_path / "policy.pt").touch()
+    with pytest.raises(ConfigError, match=r"model\.archive: an adapter names the folder"):
+        find_adapter_base(
+            ModelConfig(name_or_path=str(models / "tied"), archive=str(tmp_path / "policy.pt"))
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "dora"}, "adapter"),
+        ({"r": 0}, "adapter.r"),
+        ({"alpha": 0}, "adapter.alpha"),
+        ({"dropout": 1.0}, "adapter.dropout"),
+        ({"init": "pissa"}, "adapter.init=pissa would start with another model"),
+        ({"init": "zeros"}, "adapter.init"),
+        ({"base": "here"}, "adapter.base"),
+        ({"target_modules": []}, "adapter.target_modules must name at least one"),
+        ({"kind": "qlora", "base": "sharded"}, "layers in 4 bits cannot be sharded"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterConfig(**options)
+
+
+def test_layers_in_four_bits_are_refused_on_a_cpu():
+    pytest.importorskip("bitsandbytes")
+    config = Config(
+        model=ModelConfig(name_or_path="tiny"),
+        datasets=["hh"],
+        loss=DPOConfig(beta=0.1),
+        adapter=AdapterConfig(kind="qlora"),
+    )
+    with pytest.raises(ConfigError, match="adapter=qlora computes on a CUDA device"):
+        config.check_device("cpu", True)

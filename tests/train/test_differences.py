@@ -1,0 +1,31 @@
+"""Which options of two starts differ."""
+
+from dataclasses import asdict
+
+from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
+from fastpref.train.differences import Difference, list_differences
+from fastpref.train.state import RunState
+
+
+def options(**changes) -> dict:
+    model = ModelConfig(name_or_path="tiny")
+    return asdict(Config(model=model, loss=DPOConfig(beta=0.1), **changes))
+
+
+def test_what_an_earlier_version_did_not_have_was_what_it_is_by_default():
+    before = options()
+    del before["adapter"], before["plan"], before["packing"]["max_tokens"]
+    del before["model"]["liger"]
+    assert list_differences(before, options()) == []
+    now = options(adapter=AdapterConfig(kind="lora", r=4))
+    assert list_differences(before, now) == [
+        Difference("adapter.kind", "none", "lora"),
+        Difference("adapter.r", None, 4),
+    ]
+
+
+def test_tokens_at_once_are_taken_over_only_where_they_were_found_out():
+    state = RunState(max_tokens=4096, place="1 x cuda, activations kept")
+    assert state.tokens_found("1 x cuda, activations kept") == 4096
+    assert state.tokens_found("2 x cuda, activations kept") is None
+    assert RunState().tokens_found("") is None
