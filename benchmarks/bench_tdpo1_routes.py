@@ -36,7 +36,7 @@ def main() -> None:
                 batches = run.train.step(step, world)
                 start = time.perf_counter()
                 # the first step asks for every metric in both
-                names, values = train_step(run, batches, step + 1)
+                names, values, _ = train_step(run, batches, step + 1)
                 seconds[name].append(time.perf_counter() - start)
                 losses[name] = values[names.index("loss/train")].item()
             assert abs(losses["joint"] - losses["values"]) <= 1e-5, losses

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from fastpref.batches.layouts import PackedRows, PaddedRows
+from fastpref.batches.layouts import CPU_TOKENS, PackedRows, PaddedRows
 from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
@@ -36,7 +36,7 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Loader:
     tokenizer = load_tokenizer(folder)
     vocab_size = read_vocab_size(find_model(folder))
     data = load_split(data_options(config), "train", tokenizer, vocab_size=vocab_size, quiet=True)
-    layout = PackedRows(share_prompt=True, max_tokens=config.packing.max_tokens)
+    layout = PackedRows(share_prompt=True, max_tokens=config.packing.token_limit or CPU_TOKENS)
     order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)
     filler = pad_token_id(tokenizer, vocab_size)
     return Loader(data=data, order=order, layout=layout, pad_token_id=filler)
@@ -65,7 +65,7 @@ def main(model: str, base_data_dir: str, name: str, batch_size: int = 8) -> None
     layouts = {
         "packed, prompts shared": loader.layout,
         "packed, prompts apart": replace(loader.layout, share_prompt=False),
-        "padded": PaddedRows(),
+        "padded": PaddedRows(max_tokens=sys.maxsize),
     }
     counts = {title: count(replace(loader, layout=layout)) for title, layout in layouts.items()}
     padded = counts["padded"][1]

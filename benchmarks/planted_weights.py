@@ -1,14 +1,17 @@
 """Do estimated token weights find the planted wrong tokens, and does training on them pay?
 
     python benchmarks/planted_weights.py [--results benchmarks/results] [--seeds 5]
+    python benchmarks/planted_weights.py --estimators-only --seeds 3
 
-1. For each estimator of TIS-DPO (D, S, P): the recipe up to its weights on all 2048 training pairs
-   of `planted`, and the ROC-AUC with which a rejected token's weight singles out the planted ones.
+1. For each estimator of TIS-DPO (D, S, P; D and S with adapters as well): the recipe up to its
+   weights on all 2048 training pairs of `planted`, and the ROC-AUC with which a rejected token's
+   weight singles out the planted ones.
 2. TIS-DPO on the weights of (D) under transform=paper, beside random weights and one constant
    weight of the same mean, for several seeds and numbers of steps. What is compared does not
    depend on the weights: log-ratios of the whole responses to the starting model, held out.
 
-Writes <results>/<device>/planted_weights.json and prints two tables.
+Writes <results>/<device>/planted_weights.json, or planted_auc.json with the first part alone,
+several seeds each, and prints what they say.
 """
 
 import argparse
@@ -28,16 +31,21 @@ from train_command import read_rows, run_train
 
 from fastpref.token_weights import transform_weights
 
-ESTIMATORS = {"D": "tisdpo_d", "S": "tisdpo_s", "P": "tisdpo_p"}
+ESTIMATORS = {
+    "D": ("recipe=tisdpo_d",),
+    "D-adapters": ("recipe=tisdpo_d", "adapter=lora"),
+    "S": ("recipe=tisdpo_s",),
+    "S-adapters": ("recipe=tisdpo_s", "adapter=lora"),
+    "P": ("recipe=tisdpo_p",),
+}
 NUM_EXAMPLES = (256, 512)
 """Pairs trained on: 8 and 16 steps of 32."""
 QUIET = ("sample_during_eval=false", "n_eval_examples=0", "minimum_log_interval_secs=60")
 
 
-def estimate(recipe: str, folder: Path) -> float:
+def estimate(estimator: str, seed: int, run_dir: Path) -> float:
     """Run a recipe and read the ROC-AUC of its weights off the weights' stage."""
-    run_dir = folder / recipe
-    run_train(f"recipe={recipe}", f"run_dir={run_dir}", *QUIET)
+    run_train(*ESTIMATORS[estimator], f"seed={seed}", f"run_dir={run_dir}", *QUIET)
     result = json.loads((run_dir / "weights" / "stage.json").read_text(encoding="utf-8"))["result"]
     return float(result.rpartition(" ")[2])
 
@@ -138,32 +146,59 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--estimators-only", action="store_true", help="the first part, all seeds")
     options = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        auc = {label: estimate(recipe, folder) for label, recipe in ESTIMATORS.items()}
-        results = compare(folder / "tisdpo_d" / "weights", folder, options.seeds)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "roc_auc": auc,
-        "summary": summarise(results),
-        "runs": results,
+        if options.estimators_only:
+            auc_of_seeds(Path(name), options.results, options.seeds)
+        else:
+            auc_and_training(Path(name), options.results, options.seeds)
+
+
+def auc_of_seeds(folder: Path, results: Path, num_seeds: int) -> None:
+    """The ROC-AUC of each estimator for several seeds."""
+    auc = {
+        name: [estimate(name, seed, folder / f"{name}_{seed}") for seed in range(num_seeds)]
+        for name in ESTIMATORS
     }
-    path = options.results / device.replace(" ", "_") / "planted_weights.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    path = write_record(results, "planted_auc", {"roc_auc": auc})
+    for name, values in auc.items():
+        each = " ".join(f"{value:.3f}" for value in values)
+        print(f"{name:12} ROC-AUC {statistics.mean(values):.3f} ({each})")
+    print(path)
+
+
+def auc_and_training(folder: Path, results: Path, num_seeds: int) -> None:
+    """The ROC-AUC of each estimator for one seed, and what training on the weights of D pays."""
+    auc = {name: estimate(name, 0, folder / name) for name in ESTIMATORS}
+    runs = compare(folder / "D" / "weights", folder, num_seeds)
+    summary = summarise(runs)
+    path = write_record(
+        results, "planted_weights", {"roc_auc": auc, "summary": summary, "runs": runs}
+    )
     print("\nROC-AUC of a rejected token's weight for the planted tokens:", auc)
-    for line in record["summary"]:
+    for line in summary:
         print(
             f"{line['weights']:10} {line['examples']:4} pairs: "
             f"accuracy {line['accuracy_mean']:.3f} ± {line['accuracy_sd']:.3f}, "
             f"margin {line['margin_nats_mean']:.2f} ± {line['margin_nats_sd']:.2f} nats"
         )
     print(path)
+
+
+def write_record(results: Path, name: str, found: dict[str, Any]) -> Path:
+    """Write what was found beside the machine that found it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+    }
+    path = results / device.replace(" ", "_") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record | found, indent=2) + "\n", encoding="utf-8")
+    return path
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What a process of `bench_train_step` does: steps of one system, and what they took."""
 
 import json
+import logging
 import resource
 import tempfile
 import time
@@ -12,9 +13,11 @@ from typing import Any
 
 def config_of(case: dict[str, Any], run_dir: Path) -> Any:
     """fastpref's config of a case."""
-    from fastpref.config import Config, DPOConfig, ModelConfig
+    from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 
+    rank = case.get("rank")
     return Config(
+        adapter=AdapterConfig(kind="lora", r=rank) if rank else AdapterConfig(),
         model=ModelConfig(
             name_or_path=case["model"],
             fsdp_policy_mp=None if case["dtype"] == "float32" else case["dtype"],
@@ -52,12 +55,13 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
         # max_tokens alone splits a packed step
         config.gradient_accumulation_steps = 1
     config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
-    with profiling(job.get("profile", False)) as profile:
+    with profiling(job.get("profile", False)) as profile, saying_memory() as memory:
         train(config, init_world())
     records = read_lines(run_dir / "metrics.jsonl")
     seconds = [job["pairs"] / record["examples_per_second"] for record in records]
     if "weights" in job:
-        (run_dir / "LATEST" / "model.safetensors").rename(job["weights"])
+        name = "adapter_model.safetensors" if job.get("rank") else "model.safetensors"
+        (run_dir / "LATEST" / name).rename(job["weights"])
     return {
         "seconds": seconds,
         "tokens": [
@@ -67,8 +71,29 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
         "losses": [record["loss/train"] for record in records],
         "grad_norms": [record["grad_norm"] for record in records],
         "peak_memory_gib": peak_memory_gib(),
+        "memory": memory,
         "profile": profile,
     }
+
+
+@contextmanager
+def saying_memory() -> Iterator[list[str]]:
+    """What a run says of its memory: planned, measured, chosen."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            text = record.getMessage()
+            if text.startswith(("memory", "out of memory", "packing.max_tokens")):
+                said.append(text)
+
+    log, listener = logging.getLogger("fastpref"), Listener()
+    log.addHandler(listener)
+    log.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        log.removeHandler(listener)
 
 
 @contextmanager
@@ -96,6 +121,8 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     """Train with TRL on ids; the one method overridden is the tokenization, which is done."""
     import torch
     from datasets import Dataset
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOTrainer
 
@@ -131,13 +158,16 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=[clock],
+        peft_config=lora_of(job) if job.get("rank") else None,
     )
+    if "start" in job:
+        set_peft_model_state_dict(trainer.model, load_file(job["start"]))
     trainer.train()
     if "weights" in job:
-        from safetensors.torch import save_file
-
-        tensors = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
-        save_file(tensors, job["weights"])
+        tensors = trainer.model.state_dict()
+        if job.get("rank"):
+            tensors = get_peft_model_state_dict(trainer.model)
+        save_file({name: weight.clone() for name, weight in tensors.items()}, job["weights"])
     return {
         "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
         "tokens": tokens_of_steps(job, lengths),
@@ -145,6 +175,32 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
         "grad_norms": [log["grad_norm"] for log in clock.logs],
         "peak_memory_gib": peak_memory_gib(),
     }
+
+
+def lora_of(job: dict[str, Any]) -> Any:
+    """peft's settings of what fastpref's defaults are."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=job["rank"],
+        lora_alpha=2 * job["rank"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+    )
+
+
+def write_start(job: dict[str, Any], world: Any, path: Path) -> None:
+    """The adapter that fastpref starts a job from, by peft's names."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from fastpref.model.lora import adapter_state, add_adapters
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"])
+    config = config_of(job, path)
+    add_adapters(model, config.adapter, world, block_name=None, seed=config.seed)
+    save_file({k: v.contiguous() for k, v in adapter_state(model).items()}, path)
 
 
 def trl_options(job: dict[str, Any]) -> Any:

@@ -1,0 +1,105 @@
+"""What DPO with adapters learns at several learning rates, beside all weights at one.
+
+    python benchmarks/lora_learning_rates.py --model MODEL_FOLDER --data FOLDER/NAME --json
+
+One epoch over the same pairs in the same order for each, AdamW, a constant learning rate after
+one tenth of warm-up, rank 16; held-out loss, reward accuracy and margin before and after.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from machine import describe_machine, results_folder
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
+FULL_RATE = 5e-7
+"""Of all weights: the trainer's default."""
+NUMBERS = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "logps_eval/chosen")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    rows = [learn(arguments, rate, adapter="lora") for rate in arguments.rates]
+    if not arguments.no_full:
+        rows.append(learn(arguments, FULL_RATE, adapter="none"))
+    print("| what | lr |", " | ".join(NUMBERS), "|")
+    for row in rows:
+        numbers = " | ".join(f"{row['after'][name]:.4f}" for name in NUMBERS)
+        print(f"| {row['adapter']} | {row['lr']:g} | {numbers} |")
+    if arguments.json:
+        folder = results_folder(Path(__file__).parent / "results")
+        record = {
+            **describe_machine(),
+            "model": arguments.model.name,
+            "data": arguments.data.name,
+            "pairs": arguments.pairs,
+            "batch_size": arguments.batch_size,
+            "max_length": arguments.max_length,
+            "runs": rows,
+        }
+        (folder / "lora_learning_rates.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="folder of a model")
+    parser.add_argument("--data", type=Path, required=True, help="folder of rows, both splits")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument("--pairs", type=int, default=256, help="to train on")
+    parser.add_argument("--held-out", type=int, default=64, help="pairs")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--no-full", action="store_true", help="without training all weights")
+    parser.add_argument("--json", action="store_true", help="write to the results folder")
+    return parser.parse_args()
+
+
+def learn(arguments: argparse.Namespace, rate: float, *, adapter: str) -> dict[str, Any]:
+    """Train once; held-out numbers before and after."""
+    import train
+    from fastpref.cli.command_line import main as run_command
+
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        options = {
+            "recipe": "dpo_lora",
+            "adapter": adapter,
+            "model": "blank_model",
+            "model.name_or_path": arguments.model.resolve(),
+            "model.fsdp_policy_mp": "null",
+            "datasets": f"[{arguments.data.name}]",
+            "base_data_dir": arguments.data.resolve().parent,
+            "run_dir": run_dir,
+            "lr": rate,
+            "n_examples": arguments.pairs,
+            "n_epochs": "null",
+            "batch_size": arguments.batch_size,
+            "warmup_steps": arguments.pairs // arguments.batch_size // 10,
+            "eval_every": arguments.pairs,
+            "n_eval_examples": arguments.held_out,
+            "eval_batch_size": arguments.batch_size,
+            "sample_during_eval": "false",
+            "max_length": arguments.max_length,
+            "max_prompt_length": arguments.max_length // 2,
+        }
+        command = [f"{key}={value}" for key, value in options.items()]
+        code = run_command(command, train.compose_choices, train.CONFIG_DIR)
+        if code:
+            raise SystemExit(code)
+        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    held_out = [r for r in map(json.loads, lines) if r["split"] == "eval"]
+    before, *_, after = held_out
+    return {
+        "adapter": adapter,
+        "lr": rate,
+        "before": {name: before[name] for name in NUMBERS},
+        "after": {name: after[name] for name in NUMBERS},
+    }
+
+
+if __name__ == "__main__":
+    main()
