@@ -3,6 +3,7 @@
 import difflib
 import math
 import operator
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
@@ -67,3 +68,17 @@ def hint(name: str, candidates: Iterable[str]) -> str:
     """ "; nearest: X" to end a message with, or "" where nothing is close."""
     close = nearest(name, candidates)
     return f"; nearest: {close}" if close else ""
+
+
+def as_count(name: str, value: str) -> int | None:
+    """A number of things that may be left to us, written as text; None for auto.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value == "auto":
+        return None
+    # set from code it may be a number
+    if not re.fullmatch("-?[0-9]+", str(value)):
+        raise ValueError(f"{name} must be auto or a whole number >= 1, got {value!r}")
+    return int(value)

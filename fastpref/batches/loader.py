@@ -33,6 +33,11 @@ class StepBatches(NamedTuple):
     """Which of them this rank's batches are of."""
 
     @property
+    def num_scored(self) -> int:
+        """Response tokens of its rows, over all ranks."""
+        return int(self.columns.chosen.lengths.sum() + self.columns.rejected.lengths.sum())
+
+    @property
     def most_tokens(self) -> int:
         """Tokens of this rank's largest micro-batch that has more than one row; 0 without any."""
         return max((x.num_tokens for x in self.micro_batches if len(x.rows) > 1), default=0)

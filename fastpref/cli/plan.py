@@ -105,7 +105,7 @@ def _cells(
     fits = plan.most_tokens(device.memory) > 0
     return [
         *((name, f"{size / GIB:.2f}") for name, size in plan.parts().items() if name != "process"),
-        ("head", f"{plan.head / GIB:.2f}"),
+        ("head", f"{plan.head.of(tokens) / GIB:.2f}"),
         ("reserve", f"{plan.reserve / GIB:.2f}"),
         ("MiB a token", f"{plan.kept_per_token / 2**20:.3f}"),
         ("most tokens at once", f"{plan.most_tokens(device.memory):,}" if fits else "do not fit"),

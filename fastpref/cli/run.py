@@ -28,17 +28,17 @@ def main(config: Config) -> int:
     """
     configure_logging(is_main=os.environ.get("RANK", "0") == "0")
     import torch
-    from fastpref_kernels import set_workspace_mib
 
     from fastpref.distributed import launched, world_size
     from fastpref.explanations import explain
+    from fastpref.memory.here import bound_workspace, device_memory
     from fastpref.train.advice import Advice
 
     try:
-        set_workspace_mib(config.head.workspace_mib)
         if config.task == "plan":
             from fastpref.cli.plan import show_plan
 
+            bound_workspace(config.head, int(config.plan.memory_gib * 2**30))
             show_plan(config.training, config.packing, config.plan, longest=config.max_length)
             return 0
         config.check_device(*_device())
@@ -55,6 +55,7 @@ def main(config: Config) -> int:
         check_task(config, num_gpus if on_every_gpu else world_size())
         if on_every_gpu:
             return launch_on_every_gpu(num_gpus, config.fsdp_port)
+        bound_workspace(config.head, device_memory())
         run_on_this_rank(partial(run_task, config), config.parallel.timeout)
         return 0
     except Exception as error:

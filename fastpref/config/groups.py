@@ -1,12 +1,11 @@
 """Schemas of the option groups `model packing data optim head wandb tensorboard weights`."""
 
-import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastpref.checks import check_choice, check_number
+from fastpref.checks import as_count, check_choice, check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAVE_DTYPES = ("checkpoint", "float32")
@@ -20,19 +19,6 @@ ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flex", *FLASH_PACKAGES)
 CUDA_ATTENTIONS = ("varlen", "flex", *FLASH_PACKAGES)
 """Those that train on a GPU alone."""
 TEMPLATES = ("normal", "harmless", "harmful")
-
-
-def as_count(name: str, value: str) -> int | None:
-    """A number of things that may be left to us; None for auto.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    if value == "auto":
-        return None
-    if not re.fullmatch("-?[0-9]+", value):
-        raise ValueError(f"{name} must be auto or a whole number >= 1, got {value!r}")
-    return int(value)
 
 
 @dataclass(kw_only=True)
@@ -235,11 +221,19 @@ class OptimConfig:
 class HeadConfig:
     """The fused LM head."""
 
-    workspace_mib: int = 1024
-    """Largest temporary memory of the head's loss computation, MiB, >= 1."""
+    workspace_mib: str = "auto"
+    """Largest temporary memory of the head's loss computation, MiB: auto, or a number >= 1. auto: a
+    sixteenth of a GPU's memory, 1,024 at least; 1,024 on a CPU. It changes no number but by
+    rounding."""
+
+    @property
+    def workspace_limit(self) -> int | None:
+        """`workspace_mib` as a number; None for auto."""
+        return as_count("head.workspace_mib", self.workspace_mib)
 
     def __post_init__(self) -> None:
-        check_number("head.workspace_mib", self.workspace_mib, ge=1)
+        self.workspace_mib = str(self.workspace_mib).lower()
+        check_number("head.workspace_mib", self.workspace_limit, ge=1)
 
 
 def _same_folder(first: str | None, second: str | None) -> bool:

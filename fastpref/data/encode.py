@@ -93,7 +93,7 @@ def load_split(
     parts = []
     for rows in read_rows(options, split, quiet=quiet):
         num_proc = options.num_proc or processes_for(len(rows.dataset))
-        with progress_bars(quiet), cache_errors(options.cache_dir), tokenizing_in(num_proc):
+        with progress_bars(quiet), cache_errors(options.cache_dir):
             part = encode_rows(
                 rows, tokenizer, options.encode, vocab_size=vocab_size, num_proc=num_proc
             )
@@ -155,20 +155,26 @@ def encode_rows(
         if prints_date(tokenizer, options.chat_template):
             estimated = rows.origin.chat_date if rows.origin else None
             options = replace(options, chat_date=estimated or current_date(tokenizer))
-    encoded = dataset.map(
-        encode_batch,
-        batched=True,
-        with_indices=True,
-        fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
-        features=encoded_features(options),
-        remove_columns=dataset.column_names,
-        # one process is this one
-        num_proc=num_proc if num_proc > 1 else None,
-        new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
-        desc=f"tokenizing {rows.name} {rows.counts.split}",
-    )
+    with tokenizing_in(num_proc):
+        encoded = dataset.map(
+            encode_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
+            features=encoded_features(options),
+            remove_columns=dataset.column_names,
+            # one process is this one
+            num_proc=num_proc if num_proc > 1 else None,
+            new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
+            desc=f"tokenizing {rows.name} {rows.counts.split}",
+        )
     # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
     check_vocabulary(encoded, vocab_size, tokenizer)
+    return _as_split(rows, dataset, encoded)
+
+
+def _as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
+    """Encoded rows, those to drop left out, and the account of all of them."""
     counts, kept = count_dataset(encoded, rows.source, rows.counts.split)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
     counts = replace(

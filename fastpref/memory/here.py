@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fastpref_kernels import set_workspace_mib
+from fastpref_kernels.workspace import auto_workspace_mib
 
 from fastpref.checkpoint.size import available_to_rank
+from fastpref.config import HeadConfig
 from fastpref.memory.plan import Device, MemoryPlan
 
 _RESIDENT = Path("/proc/self/statm")
@@ -43,3 +46,21 @@ def resident_bytes() -> int:
     if not _RESIDENT.is_file():
         return 0
     return int(_RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_memory() -> int | None:
+    """Bytes of this process's GPU; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.cuda.get_device_properties(index).total_memory
+
+
+def bound_workspace(head: HeadConfig, memory: int | None) -> None:
+    """Set how much memory the fused head may take.
+
+    Args:
+        head: Its options.
+        memory: Bytes of the GPU; None on a CPU.
+    """
+    set_workspace_mib(head.workspace_limit or auto_workspace_mib(memory))

@@ -28,6 +28,20 @@ class Sizes(NamedTuple):
     None without a reference."""
 
 
+class HeadBytes(NamedTuple):
+    """What the fused head takes beside its inputs and results, bytes."""
+
+    fixed: int
+    per_token: int = 0
+    """Exponentials that a forward keeps for its backward where those of all tokens fit."""
+    limit: int = 0
+    """Of all exponentials."""
+
+    def of(self, num_tokens: float) -> float:
+        """For so many tokens, all of them scored."""
+        return self.fixed + min(self.per_token * num_tokens, self.limit)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
     """What one GPU holds in training, bytes."""
@@ -42,8 +56,8 @@ class MemoryPlan:
     """This GPU's share, and on several GPUs those on their way to the others."""
     optimizer: int
     reference: int
-    head: int
-    """Workspace of the fused head, and the gradient of its weight."""
+    head: HeadBytes
+    """Of the fused head, and the gradient of its weight."""
     kept_per_token: float
     """Activations kept from a token's forward to its backward, and its keys gathered twice."""
     backward_per_token: float
@@ -69,14 +83,19 @@ class MemoryPlan:
         Args:
             num_tokens: Computed at once, every one of them scored.
         """
-        head = self.head + self.scored_per_token * num_tokens
+        head = self.head.of(num_tokens) + self.scored_per_token * num_tokens
         body = self.backward_per_token * num_tokens
         return int(self.fixed + self.kept_per_token * num_tokens + max(head, body))
 
     def most_tokens(self, available: int) -> int:
         """Tokens that can be computed at once where so many bytes are available, >= 0."""
         spare = available - self.reserve - self.fixed
-        with_head = (spare - self.head) / (self.kept_per_token + self.scored_per_token)
+        per_token, head = self.kept_per_token + self.scored_per_token, self.head
+        # with exponentials of all tokens, or of more than are kept
+        with_head = max(
+            (spare - head.fixed) / (per_token + head.per_token),
+            (spare - head.fixed - head.limit) / per_token,
+        )
         in_body = spare / (self.kept_per_token + self.backward_per_token)
         return max(0, int(min(with_head, in_body)))
 
@@ -109,7 +128,7 @@ def plan_memory(
     sizes: Sizes,
     device: Device,
     *,
-    workspace_bytes: int,
+    head: HeadBytes,
     shares_prompts: bool,
 ) -> MemoryPlan:
     """What training takes of every device.
@@ -119,7 +138,7 @@ def plan_memory(
         tokens: What the model's body takes for a token.
         sizes: Bytes of a number.
         device: What it is trained on.
-        workspace_bytes: Of the head.
+        head: Of it, the gradient of its weight left out.
         shares_prompts: Whether both responses of a pair attend to one copy of its prompt.
     """
     trained = weights.adapters or -(-weights.total // device.num)
@@ -130,6 +149,8 @@ def plan_memory(
     scored = D * (3 * compute + 4)
     if of_reference is not None:
         scored += D * compute
+    # beside adapters the head is frozen
+    gradient = 0 if weights.adapters else weights.vocab_size * D * compute
     lost = SMALL_PARTS + (SEVERAL_RANKS if device.num > 1 else 0)
     return MemoryPlan(
         masters=trained * sizes.master,
@@ -137,8 +158,7 @@ def plan_memory(
         gradients=trained * sizes.master + in_transit,
         optimizer=trained * sizes.state,
         reference=share * (of_reference or 0),
-        # beside adapters the head is frozen
-        head=workspace_bytes + (0 if weights.adapters else weights.vocab_size * D * compute),
+        head=head._replace(fixed=head.fixed + gradient),
         # a prompt's keys are there once for each of the two responses, at most
         kept_per_token=tokens.kept + (tokens.gathered_keys if shares_prompts else 0),
         backward_per_token=tokens.backward,

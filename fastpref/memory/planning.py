@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from fastpref_kernels.workspace import workspace_bytes
+from fastpref_kernels.workspace import get_workspace_mib, workspace_bytes
 
 from fastpref.config import TrainingOptions
 from fastpref.memory.count import TokenBytes, Weights, count_token_bytes, count_weights
-from fastpref.memory.plan import GIB, Device, MemoryPlan, Sizes, plan_memory
+from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan, Sizes, plan_memory
 from fastpref.memory.stand_ins import stand_in_four_bits
 from fastpref.model.adapter_base import find_adapter_base
 from fastpref.model.frozen import frozen_dtype
@@ -44,6 +44,8 @@ class Counted(NamedTuple):
     weights: Weights
     tokens: TokenBytes
     sizes: Sizes
+    num_exponentials: int
+    """Of a scored token and word, those that the head may keep: of policy and reference in a KL."""
 
     @property
     def stored_bytes(self) -> int:
@@ -53,9 +55,16 @@ class Counted(NamedTuple):
 
     def plan(self, device: Device, *, shares_prompts: bool) -> MemoryPlan:
         """What training takes of every device, see `plan_memory`."""
-        shape = self.weights.vocab_size, self.weights.hidden_size
-        workspace = workspace_bytes(*shape, device.type)
-        return plan_memory(*self, device, workspace_bytes=workspace, shares_prompts=shares_prompts)
+        weights, sizes = self.weights, self.sizes
+        head = HeadBytes(workspace_bytes(weights.vocab_size, weights.hidden_size, device.type))
+        if device.type == "cuda" and not weights.adapters:
+            head = head._replace(
+                per_token=self.num_exponentials * weights.vocab_size * sizes.compute,
+                limit=int(get_workspace_mib() * 2**20),
+            )
+        return plan_memory(
+            weights, self.tokens, sizes, device, head=head, shares_prompts=shares_prompts
+        )
 
 
 def count_training(training: TrainingOptions, measured: Measured, device: Device) -> Counted:
@@ -103,7 +112,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
         state=measured.state_bytes,
         reference=reference,
     )
-    return Counted(weights, tokens, sizes)
+    return Counted(weights, tokens, sizes, 2 if training.loss.needs.kl else 1)
 
 
 def auto_tokens(plan: MemoryPlan, available: int) -> int:

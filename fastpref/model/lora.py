@@ -201,24 +201,35 @@ def insert_adapters(
     return adapters
 
 
-def add_given_adapters(model: Any, folders: Mapping[str, str], world: World) -> Adapters:
+def add_given_adapters(
+    model: Any,
+    folders: Mapping[str, str],
+    world: World,
+    *,
+    quantized: bool = False,
+    block_name: str | None = None,
+) -> Adapters:
     """Put adapters into a model that computes only, by their names; none is active.
 
     Args:
         model: A causal LM of transformers, on the CPU.
         folders: Of adapters, by the names that they get.
         world: Whoever computes.
+        quantized: Beside layers in 4 bits.
+        block_name: Class of the transformer blocks, None: found from the model.
 
     Raises:
         CheckpointError: one does not fit the model, or is of a kind that can only be merged.
     """
+    if quantized:
+        quantize_blocks(model, block_name, world)
     configs = {name: given_config(folder) for name, folder in folders.items()}
     for name, folder in folders.items():
         _inject(model, configs[name], name, folder=folder)
         world.on_main(partial(check_whole_matrices, model, folder))
         load_weights(model, folder, name)
     model.requires_grad_(False)
-    adapters = Adapters(model, configs.popitem()[1])
+    adapters = Adapters(model, next(iter(configs.values()), None))
     adapters.activate(None)
     return adapters
 

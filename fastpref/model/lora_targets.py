@@ -73,7 +73,9 @@ def expert_matrices(model: Any, block_name: str | None) -> list[str]:
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer and no more: routers and grouped layers are kinds of it
     that return something else."""
-    return type(module) in LINEAR or type(module).__name__ in LIKE_LINEAR
+    kind = type(module)
+    forwards = [linear.forward for linear in LINEAR]
+    return isinstance(module, LINEAR) and (kind.forward in forwards or kind.__name__ in LIKE_LINEAR)
 
 
 def _is_read_past(model: Any, name: str) -> bool:

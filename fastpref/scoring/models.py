@@ -14,7 +14,6 @@ from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer
 from fastpref.model.loading import load_causal_lm, try_model
 from fastpref.model.lora import add_given_adapters
-from fastpref.model.quantize import quantize_blocks
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.side import Side
 
@@ -106,8 +105,11 @@ def load_frozen_scorer(
     model = load_causal_lm(options, world, trainable=False)
     path = try_model(model, options, world, trainable=False).path
     rows = choose_rows(model, options, packing, world, path=path, longest=longest)
-    if quantized:
-        quantize_blocks(model, options.block_name, world)
+    beside = None
+    if adapters or quantized:
+        beside = add_given_adapters(
+            model, adapters or {}, world, quantized=quantized, block_name=options.block_name
+        )
     scorer = build_scorer(
         model,
         options,
@@ -115,7 +117,7 @@ def load_frozen_scorer(
         path=path,
         trainable=False,
         attention=rows.attention,
-        adapters=add_given_adapters(model, adapters, world) if adapters else None,
+        adapters=beside,
         replicated=quantized,
     )
     return scorer, rows.layout

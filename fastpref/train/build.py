@@ -115,6 +115,7 @@ class _Parts(NamedTuple):
             starts_at_log_two=self.work.step_loss.objective.starts_at_log_two,
             exactly=self.pair.starts_equal,
             examples=state.examples,
+            work=self.work.useful,
         )
         return Run(
             config=config,

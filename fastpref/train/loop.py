@@ -52,6 +52,7 @@ def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopR
             num_examples=batches.num_examples,
             num_tokens=batches.num_tokens,
             num_computed=num_computed,
+            num_scored=batches.num_scored,
             lr=lr,
             names=names,
             values=values,

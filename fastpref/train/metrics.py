@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastpref.complete_files import writing
 from fastpref.errors import first_line
+from fastpref.train.utilization import UsefulWork
 
 logger = logging.getLogger("fastpref")
 
@@ -53,6 +54,8 @@ class PendingStep:
     """Real policy tokens of this step, over all ranks: prompt + response of every sequence."""
     num_computed: int
     """Tokens that the model's body computed for them, over all ranks."""
+    num_scored: int
+    """Response tokens, over all ranks."""
     lr: float
     names: list[str]
     values: Tensor
@@ -74,6 +77,8 @@ class MetricsLog:
     first_loss_tolerance: float | None = None
     """The first step's loss is that of two equal models: what is further from ln 2 is a mistake.
     None: it may be anything."""
+    work: UsefulWork | None = None
+    """Of a step; None where it is not known."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     _is_writable: bool = True
@@ -98,6 +103,7 @@ class MetricsLog:
         seconds = max(time.perf_counter() - self._last_flush, 1e-9)
         num_examples = sum(step.num_examples for step in self._pending)
         num_tokens = sum(step.num_tokens for step in self._pending)
+        utilization = self._utilization(seconds)
         for step, row in zip(self._pending, values, strict=True):
             record: Record = {"step": step.step, "examples": step.examples, "split": "train"}
             record |= dict(zip(step.names, row.tolist(), strict=True))
@@ -106,6 +112,8 @@ class MetricsLog:
                 "examples_per_second": num_examples / seconds,
                 "tokens_per_second": num_tokens / seconds,
                 "tokens_computed": step.num_computed,
+                "padding_share": max(0.0, 1 - step.num_tokens / step.num_computed),
+                **utilization,
                 "peak_memory_gib": peak_memory_gib(self.device),
                 "counters/examples": step.examples,
                 "counters/updates": step.step,
@@ -116,6 +124,14 @@ class MetricsLog:
         self._pending.clear()
         self.restart_clock()
         return self.records[-1]
+
+    def _utilization(self, seconds: float) -> dict[str, float]:
+        if self.work is None:
+            return {}
+        # what is shared is computed once, and padding is for nothing
+        useful = sum(min(step.num_tokens, step.num_computed) for step in self._pending)
+        scored = sum(step.num_scored for step in self._pending)
+        return {"mfu": self.work.share(useful / seconds, scored / seconds)}
 
     def restart_clock(self) -> None:
         """Leave what happened until now (an evaluation, say) out of the step rates."""

@@ -19,6 +19,7 @@ from fastpref.train.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.run_folder import OPTIONS, clear_start, lock, took_no_step
 from fastpref.train.start import Start
 from fastpref.train.trackers import build_trackers
+from fastpref.train.utilization import UsefulWork
 
 logger = logging.getLogger("fastpref")
 
@@ -122,6 +123,7 @@ def open_log(
     starts_at_log_two: bool,
     exactly: bool,
     examples: int,
+    work: UsefulWork | None,
 ) -> MetricsLog:
     """The log of a run; what its folder holds already is the beginning of it.
 
@@ -134,6 +136,7 @@ def open_log(
         starts_at_log_two: Whether the first loss of two equal models is ln 2.
         exactly: Whether policy and reference then give the same bits.
         examples: Seen before this start.
+        work: That a step needs, if it is known.
     """
     return MetricsLog(
         path=run_dir / METRICS,
@@ -142,5 +145,6 @@ def open_log(
         device=world.device,
         is_main=world.is_main,
         first_loss_tolerance=first_loss_tolerance(exact=exactly) if starts_at_log_two else None,
+        work=work,
         trackers=build_trackers(followers, run_dir, options, examples) if world.is_main else [],
     )

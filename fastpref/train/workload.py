@@ -12,6 +12,7 @@ from fastpref.model.pair import Pair
 from fastpref.objectives.objective import Objective
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.optim import state_bytes
+from fastpref.train.utilization import UsefulWork, useful_work
 
 
 class Workload(NamedTuple):
@@ -20,6 +21,8 @@ class Workload(NamedTuple):
     step_loss: StepLoss
     layout: RowLayout
     repetition: Repetition
+    useful: UsefulWork | None
+    """What a step needs, where that is known."""
 
 
 def build_workload(
@@ -57,4 +60,5 @@ def build_workload(
         world=world,
     )
     layout = layout.limited_to(fitting.fit(limit))
-    return Workload(step_loss, layout, Repetition(num_ranks=world.size))
+    useful = useful_work(pair, training.model, world)
+    return Workload(step_loss, layout, Repetition(num_ranks=world.size), useful)

@@ -7,16 +7,26 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from fastpref_kernels import get_workspace_mib, set_workspace_mib
+from fastpref_kernels.workspace import auto_workspace_mib
 from stopped_runs import run
 from tiny_models import FAMILIES, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, PackingConfig
+from fastpref.config import (
+    AdapterConfig,
+    Config,
+    DPOConfig,
+    HeadConfig,
+    ModelConfig,
+    PackingConfig,
+)
 from fastpref.distributed import World, init_world
 from fastpref.memory.count import count_token_bytes, count_weights
 from fastpref.memory.fitting import worst_rows
+from fastpref.memory.here import bound_workspace
 from fastpref.memory.live_bytes import LiveBytes
-from fastpref.memory.plan import GIB, Device, MemoryPlan
+from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan
 from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
 from fastpref.model.lora import insert_adapters
 from fastpref.model.pair import Pair, build_pair
@@ -179,7 +189,7 @@ def plan_of(**changes: Any) -> MemoryPlan:
         "gradients": 4 * GIB,
         "optimizer": 8 * GIB,
         "reference": 2 * GIB,
-        "head": GIB,
+        "head": HeadBytes(GIB),
         "kept_per_token": 2.0**20,
         "backward_per_token": 2.0**18,
         "scored_per_token": 2.0**14,
@@ -190,8 +200,9 @@ def plan_of(**changes: Any) -> MemoryPlan:
     return MemoryPlan(**(values | changes))
 
 
-def test_the_most_tokens_are_the_most_that_fit():
-    plan = plan_of()
+@pytest.mark.parametrize("head", [HeadBytes(GIB), HeadBytes(GIB, 2**20, 4 * GIB)])
+def test_the_most_tokens_are_the_most_that_fit(head):
+    plan = plan_of(head=head)
     for available in (24 * GIB, 40 * GIB, 80 * GIB):
         most = plan.most_tokens(available)
         assert plan.peak(most) + plan.reserve <= available < plan.peak(most + 1) + plan.reserve
@@ -199,6 +210,32 @@ def test_the_most_tokens_are_the_most_that_fit():
     assert auto_tokens(plan, 400 * GIB) == AUTO_TOKENS
     assert auto_tokens(plan, 16 * GIB) == 1
     assert auto_tokens(plan, 32 * GIB) % 256 == 0
+
+
+def test_the_head_s_workspace_follows_from_the_device(models):
+    assert auto_workspace_mib(None) == auto_workspace_mib(8 * GIB) == 1024
+    assert auto_workspace_mib(80 * GIB) == 5120
+    before = get_workspace_mib()
+    try:
+        for options, mib in ((HeadConfig(), 5120), (HeadConfig(workspace_mib="2048"), 2048)):
+            bound_workspace(options, 80 * GIB)
+            assert get_workspace_mib() == mib
+            full = count(make_config(models / "llama"), Device("cuda", 1, 80 * GIB))
+            assert full.head.limit == mib * 2**20
+            assert full.head.of(10) < full.head.of(10_000) <= full.head.of(10**7)
+            assert full.head.of(10**7) == full.head.fixed + full.head.limit
+            # of a frozen head nothing is kept
+            config = make_config(models / "llama", adapter=AdapterConfig(kind="lora"))
+            frozen = count(config, Device("cuda", 1, 80 * GIB))
+            assert frozen.head.of(10**7) == frozen.head.fixed <= GIB
+    finally:
+        set_workspace_mib(before)
+
+
+@pytest.mark.parametrize("value", ["some", "0", "-1"])
+def test_a_wrong_workspace_is_named(value, capsys):
+    assert run([f"head.workspace_mib={value}", "task=plan"]) == 2
+    assert "head.workspace_mib" in capsys.readouterr().err
 
 
 def test_shards_on_several_gpus(models):

@@ -42,6 +42,7 @@ def test_a_first_loss_that_is_not_log_two_is_said_loudly_once(
                 num_examples=8,
                 num_tokens=100,
                 num_computed=60,
+                num_scored=30,
                 lr=1e-6,
                 names=["loss/train"],
                 values=torch.tensor([float(loss)]),

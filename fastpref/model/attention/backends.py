@@ -143,10 +143,11 @@ def attend_varlen(kernel: VarlenKernel) -> Attend:
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        # the gradient of an index would be a copy
+        query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if layout.keys is not None:
             key, value = (GatheredKeys.apply(x, layout.keys, layout.uses) for x in (key, value))
-        return kernel(query, key, value, layout, scale, softcap)[None]
+        return kernel(query, key, value, layout, scale, softcap).unsqueeze(0)
 
     return attend
 

@@ -1,0 +1,129 @@
+"""How many kernels a layer launches: small micro-batches on a GPU wait for the host's launches.
+
+Counted on a CPU as operators that compute, by the difference between four layers and two. What is
+one kernel on a GPU (attention over packed rows, norms, SwiGLU, rotation) is one call here, forward
+and backward.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import build_family
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpref.batch import EncodedRow
+from fastpref.batches.packed import pack_rows
+from fastpref.model import liger
+from fastpref.model.attention.backends import PackedAttention, attend_varlen
+from fastpref.model.build import freeze
+from fastpref.model.scorer import TokenScorer
+
+WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.overloadpacket.__name__
+        makes_view = any(
+            r.alias_info and not r.alias_info.is_write for r in operator._schema.returns
+        )
+        if not makes_view and name not in WITHOUT_KERNEL:
+            self.calls[name] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+def one_kernel(shapes: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """A function that launches one kernel forward, and one backward for all its gradients."""
+
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            first, *others = shapes(*tensors)
+            results = first.zero_(), *others
+            return results if others else results[0]
+
+        @staticmethod
+        def backward(ctx, *grads):
+            first, *others = (torch.empty_like(x) for x in ctx.saved_tensors)
+            return first.zero_(), *others
+
+    return Kernel.apply
+
+
+ATTENTION = one_kernel(lambda q, k, v: (torch.empty_like(q),))
+NORM = one_kernel(lambda hidden, weight: (torch.empty_like(hidden),))
+GATED = one_kernel(lambda gate, up: (torch.empty_like(gate),))
+ROTATED = one_kernel(lambda q, k, cos, sin: (torch.empty_like(q), torch.empty_like(k)))
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Kernels that a GPU has, counted as one each."""
+    monkeypatch.setattr(liger, "_rms_norm", lambda module, x: NORM(x, module.weight))
+    monkeypatch.setattr(
+        liger,
+        "_swiglu",
+        lambda module, x: module.down_proj(GATED(module.gate_proj(x), module.up_proj(x))),
+    )
+    monkeypatch.setattr(
+        "transformers.models.llama.modeling_llama.apply_rotary_pos_emb",
+        lambda q, k, cos, sin: ROTATED(q, k, cos.unsqueeze(1), sin.unsqueeze(1)),
+    )
+
+
+def rows() -> list[EncodedRow]:
+    generator = torch.Generator().manual_seed(0)
+
+    def ids() -> list[int]:
+        length = int(torch.randint(3, 30, (), generator=generator))
+        return torch.randint(3, 90, (length,), generator=generator).tolist()
+
+    return [EncodedRow(ids(), ids(), ids()) for _ in range(6)]
+
+
+def launches(num_layers: int) -> Counter[str]:
+    """Of the second micro-batch of a step: policy forward and backward, reference forward."""
+    model, other = (
+        build_family("llama", **SIZES, num_hidden_layers=num_layers).eval() for _ in range(2)
+    )
+    attention = PackedAttention(
+        name="varlen", attend=attend_varlen(lambda q, k, v, *_: ATTENTION(q, k, v))
+    )
+    for one in (model, other):
+        liger.replace_layers(one)
+    policy = TokenScorer(model, attention)
+    policy.keep_masters(torch.bfloat16)
+    reference = TokenScorer(other, attention)
+    freeze(reference, torch.bfloat16, None)
+    batch = pack_rows(rows(), pad_token_id=0, share_prompt=True)
+    for _ in range(2):
+        with Launches() as counted:
+            with torch.no_grad():
+                reference(batch)
+            policy(batch).sum().backward()
+        policy.release()
+    return counted.calls
+
+
+def test_a_layer_launches_no_more_kernels_than_it_has_to(fused):
+    two, four = launches(2), launches(4)
+    a_layer = {name: (four[name] - two[name]) / 2 for name in four if four[name] != two[name]}
+    print(a_layer)
+    assert sum(a_layer.values()) <= 100
