@@ -6,6 +6,7 @@ ours set a number or end the process, and do nothing else.
 """
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -132,9 +133,22 @@ def forks_end_with_us() -> Iterator[None]:
 _forks_work_for_us: list[bool] = []
 
 
+def _before_fork() -> None:
+    if _forks_work_for_us:
+        gc.disable()
+
+
+def _go_on_after_fork() -> None:
+    if _forks_work_for_us:
+        gc.enable()
+
+
 def _begin_as_fork() -> None:
     if not _forks_work_for_us:
         return
+    # what was garbage there is not collected here: threads that it would wait for are not here
+    gc.freeze()
+    gc.enable()
     signals_kill()
     # of Linux; elsewhere it waits for work that never comes
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -142,7 +156,9 @@ def _begin_as_fork() -> None:
         prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-os.register_at_fork(after_in_child=_begin_as_fork)
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_go_on_after_fork, after_in_child=_begin_as_fork
+)
 
 
 @contextmanager

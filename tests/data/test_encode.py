@@ -334,6 +334,35 @@ def test_an_error_in_one_of_several_processes_names_its_row(tmp_path):
         encode(tmp_path, rows, data={"num_proc": "2"}, loss=TISDPOConfig(beta=0.1))
 
 
+COLLECTED_IN_A_POOL = """
+import gc, os
+from multiprocess import Pool
+from fastpref.data.cache import tokenizing_in
+
+class Joins:
+    # as what waits for a thread that no fork has
+    def __init__(self):
+        self.itself, self.process = self, os.getpid()
+    def __del__(self):
+        print("collected", os.getpid() == self.process)
+
+def work(_):
+    gc.collect()
+
+gc.disable()
+Joins()
+with tokenizing_in(2):
+    Pool(2).map(work, range(4))
+gc.collect()
+"""
+
+
+def test_garbage_of_a_process_is_not_collected_in_its_forks():
+    command = [sys.executable, "-c", COLLECTED_IN_A_POOL]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "collected True\n"
+
+
 KILLED_IN_A_POOL = """
 import os, signal, time
 from multiprocess import Manager, Pool
