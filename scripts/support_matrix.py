@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastpref.checkpoint.agreement import Agreement
-from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import World, init_world
 from fastpref.errors import FastprefError
 from fastpref.model.paths import resolve_model
@@ -65,6 +65,9 @@ class Entry(NamedTuple):
     layout: str = ""
     """How its rows lie: packed with shared prompts, packed, padded."""
     attention: str = ""
+    asks: str = ""
+    """Of attention, beside causality."""
+    adapters: str = ""
     score_error: float = math.nan
     loss_error: float = math.nan
     export_error: float = math.nan
@@ -150,13 +153,41 @@ def write_rows(folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
 
 
+class Trained(NamedTuple):
+    """What one optimizer step of a family came to."""
+
+    run: Run
+    score_error: float
+    loss_error: float
+    export_error: float
+    is_right: bool
+
+
 def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) -> Entry:
+    trained = _train(folder, world, folder / "run", AdapterConfig())
+    run = trained.run
+    reasons = [_reason(line) for line in said if "cannot be trained on packed rows" in line]
+    attention = run.policy.attention
+    return Entry(
+        family,
+        "trains" if trained.is_right else "differs",
+        type(run.policy.model).__name__.removeprefix("FSDP"),
+        run.train.layout.name,
+        attention.name if attention else "its own",
+        _asks(run.policy.model),
+        _adapters(folder, world),
+        *trained[1:4],
+        remark=reasons[0] if reasons else "",
+    )
+
+
+def _train(folder: Path, world: World, run_dir: Path, adapter: AdapterConfig) -> Trained:
     config = Config(
         model=ModelConfig(name_or_path=str(folder / "model"), fsdp_policy_mp=None),
         loss=DPOConfig(),
         datasets=["words"],
         base_data_dir=str(folder),
-        run_dir=str(folder / "run"),
+        run_dir=str(run_dir),
         batch_size=8,
         eval_batch_size=8,
         n_eval_examples=8,
@@ -165,6 +196,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         lr=1e-3,
         warmup_steps=0,
         sample_during_eval=False,
+        adapter=adapter,
     )
     run = build_run(config, world, find_start("never", run_place(config), Agreement(world)))
     try:
@@ -179,19 +211,28 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         run.log.close()
     loss_error = abs(first["loss/train"] - math.log(2))
     fits = score_error <= SCORE_BOUND and export_error <= SCORE_BOUND and loss_error <= LOSS_BOUND
-    finite = math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
-    attention = run.policy.attention
-    return Entry(
-        family,
-        "trains" if fits and finite else "differs",
-        type(run.policy.model).__name__.removeprefix("FSDP"),
-        run.train.layout.name,
-        attention.name if attention else "its own",
-        score_error,
-        loss_error,
-        export_error,
-        next((_reason(line) for line in said if "cannot be trained on packed rows" in line), ""),
-    )
+    moves = math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
+    return Trained(run, score_error, loss_error, export_error, fits and moves)
+
+
+def _adapters(folder: Path, world: World) -> str:
+    """yes where the same holds of adapters, else why not."""
+    try:
+        trained = _train(folder, world, folder / "adapters", AdapterConfig(kind="lora", r=2))
+    except Exception as error:
+        return reason(error).replace(str(folder / "model"), "it")
+    return "yes" if trained.is_right else f"export off by {trained.export_error:.1e} nats"
+
+
+def _asks(model: Any) -> str:
+    """What the family's attention asks for beside causality."""
+    config = model.config.get_text_config()
+    calls = {
+        "window": getattr(config, "sliding_window", None) is not None,
+        "sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
+        "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
+    }
+    return ", ".join(name for name, asked in calls.items() if asked)
 
 
 def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
@@ -259,27 +300,29 @@ def format_document(entries: Sequence[Entry]) -> str:
     """The matrix as Markdown."""
     trained = [entry for entry in entries if entry.outcome == "trains"]
     packed = [entry for entry in trained if entry.layout.startswith("packed")]
+    adapted = [entry for entry in trained if entry.adapters == "yes"]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     made = f"""
 Written by `python scripts/support_matrix.py`: a tiny random model of every causal LM family of
 {versions}, float32, on a CPU. Of {len(entries)} families {len(trained)} train, {len(packed)} of
-them on packed rows. To train means: every response token scored as plain transformers scores it in
-float64 (within {SCORE_BOUND:g} nats), a first DPO loss of ln 2 (within {LOSS_BOUND:g}), a finite
-gradient, and an export that plain transformers loads and scores as the trained policy does. Windows
-here are longer than the rows: a family whose attention looks back less far than the longest
-sequence trains on padded rows."""
+them on packed rows, {len(adapted)} with adapters. To train means: every response token scored as
+plain transformers scores it in float64 (within {SCORE_BOUND:g} nats), a first DPO loss of ln 2
+(within {LOSS_BOUND:g}), a finite gradient, and an export that plain transformers loads and scores
+as the trained policy does; the same is asked of adapters. Windows here are shorter than the
+rows."""
     lines = [
         "# Which model families train here",
         "",
         textwrap.fill(" ".join(made.split()), 120, break_on_hyphens=False),
         "",
-        "| family | class | rows | attention | scores off, nats | loss off | export off, nats "
-        "| why |",
-        "|---|---|---|---|---|---|---|---|",
+        "| family | class | rows | attention | asks for | adapters | scores off, nats | loss off "
+        "| export off, nats | why |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {e.family} | {e.model_class} | {e.layout} | {e.attention} | {e.score_error:.0e} "
-        f"| {e.loss_error:.0e} | {e.export_error:.0e} | {_cell(e.remark)} |"
+        f"| {e.family} | {e.model_class} | {e.layout} | {e.attention} | {e.asks} "
+        f"| {_cell(e.adapters)} | {e.score_error:.0e} | {e.loss_error:.0e} "
+        f"| {e.export_error:.0e} | {_cell(e.remark)} |"
         for e in trained
     ]
     for outcome, title in (

@@ -56,7 +56,9 @@ def rows_of(title: str) -> list[list[str]]:
 
 def test_the_document_counts_and_bounds_what_it_lists():
     text = " ".join(support_matrix.DOCUMENT.read_text(encoding="utf-8").split())
-    counts = re.search(r"Of (\d+) families (\d+) train, (\d+) of them on packed rows", text)
+    counts = re.search(
+        r"Of (\d+) families (\d+) train, (\d+) of them on packed rows, (\d+) with adapters", text
+    )
     assert counts and re.search(r"transformers \d+\.\d+\.\d+, torch \d+\.\d+", text)
     trained = rows_of("Which model families train here")
     others = rows_of("Refused") + rows_of("Let through") + rows_of("Not tried")
@@ -64,7 +66,16 @@ def test_the_document_counts_and_bounds_what_it_lists():
     assert len(families) == len(set(families)) == int(counts[1])
     assert len(trained) == int(counts[2]) >= 53
     assert sum(row[2].startswith("packed") for row in trained) == int(counts[3])
-    for family, model_class, rows, _, scores, loss, export, why in trained:
+    assert sum(row[5] == "yes" for row in trained) == int(counts[4]) >= 165
+    # windows are shorter than the rows
+    windows = [row for row in trained if "window" in row[4]]
+    packed = [row for row in windows if row[2].startswith("packed")]
+    assert len(packed) > 20 and all(
+        "a layer of it is" in row[-1] for row in windows if row not in packed
+    )
+    assert any("sinks" in row[4] for row in windows)
+    for family, model_class, rows, _, _, adapters, scores, loss, export, why in trained:
+        assert adapters, family
         assert model_class.isidentifier(), family
         assert float(scores) <= 1e-4 and float(loss) <= 1e-6 and float(export) <= 1e-4, family
         assert rows == "packed, prompts shared" or why, family

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.liger import is_norm, is_swiglu
 from fastpref.model.quantize import linear_layers
 
@@ -47,7 +48,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, keys_per_token: Any, scale: float, softcap: Any
+    query: Tensor, key: Tensor, value: Tensor, keys_per_token: Any, rules: ScoreRules
 ) -> Tensor:
     if keys_per_token:
         key, value = (_Gathered.apply(x, keys_per_token) for x in (key, value))

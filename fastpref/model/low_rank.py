@@ -5,7 +5,8 @@ bytes a number where the model has 2, once for each of the layers that read the 
 several passes over it. Here the input is kept as it is, which layers share, products are added to
 the layer's output where it lies, and both matrices still count with all that float32 says of them:
 on a GPU a float32 number is the sum of two of bfloat16 up to 2^-17 of it, so three products on the
-tensor cores, as one of three times the rank, are off by no more than that.
+tensor cores, as one of three times the rank, are off by no more than that. The matrices are taken
+apart once an optimizer step.
 
 Shapes: N inputs, I and O the layer's input and output, R the rank.
 """
@@ -17,9 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Parts = tuple[Tensor, Tensor]
+"""A and Bᵀ in parts of 16 bits, (3R, I) and (3R, O), see `_right`."""
+
 
 def adapted_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    parts: Parts | None = None,
 ) -> Tensor:
     """A frozen linear layer and its adapter.
 
@@ -30,11 +41,32 @@ def adapted_linear(
         A: (R, I) float32.
         B: (O, R) float32.
         scaling: s.
+        parts: Of both as they are now; None: to be made.
 
     Returns:
         (..., O), in the layer's dtype: its own output, then the sum is rounded to it, as in peft.
     """
-    return _AdaptedLinear.apply(input, weight, bias, A, B, scaling)
+    if not has_units(input):
+        return _InFloat32.apply(input, weight, bias, A, B, scaling)
+    if parts is None:
+        parts = take_apart(A, B, input.dtype)
+    return _InParts.apply(input, weight, bias, A, B, scaling, *parts)
+
+
+def take_apart(A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
+    """Both matrices of an adapter in parts of 16 bits.
+
+    Args:
+        A, B: (R, I) and (O, R) float32.
+        dtype: Of the parts.
+    """
+    return _right(A.detach(), dtype), _right(B.detach().T, dtype)
+
+
+def has_units(tensor: Tensor) -> bool:
+    """Whether products of its dtype are summed in float32 by units of their own."""
+    # on the meta device memory is counted, for a GPU
+    return tensor.device.type in ("cuda", "meta") and tensor.dtype == torch.bfloat16
 
 
 def share_input(layer: Any) -> None:
@@ -46,10 +78,26 @@ def share_input(layer: Any) -> None:
     from peft.tuners.lora import Linear
 
     if (type(layer), type(layer.base_layer)) == (Linear, nn.Linear):
-        layer.forward = partial(_forward, layer)
+        layer.forward = partial(_forward, layer, _PartsOf())
 
 
-def _forward(layer: Any, input: Tensor) -> Tensor:
+class _PartsOf:
+    """The parts of a layer's adapters, made again when these have changed."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[tuple[int, ...], Parts]] = {}
+
+    def get(self, name: str, A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts | None:
+        """Of the adapter of a name; None where `dtype` has no use for them."""
+        state = A._version, B._version, A.data_ptr(), B.data_ptr()
+        before, parts = self._found.get(name, (None, None))
+        if parts is None or before != state or parts[0].dtype != dtype:
+            parts = take_apart(A, B, dtype)
+            self._found[name] = state, parts
+        return parts
+
+
+def _forward(layer: Any, parts_of: _PartsOf, input: Tensor) -> Tensor:
     base = layer.base_layer
     [name] = layer.active_adapters
     if layer.disable_adapters or name not in layer.lora_A:
@@ -58,10 +106,17 @@ def _forward(layer: Any, input: Tensor) -> Tensor:
     drops = not isinstance(layer.lora_dropout[name], nn.Identity)
     if drops or B.bias is not None or name in layer.lora_variant:
         return type(layer).forward(layer, input)
-    return adapted_linear(input, base.weight, base.bias, A.weight, B.weight, layer.scaling[name])
+    parts = None
+    if has_units(input) and not torch.compiler.is_compiling():
+        parts = parts_of.get(name, A.weight, B.weight, input.dtype)
+    return adapted_linear(
+        input, base.weight, base.bias, A.weight, B.weight, layer.scaling[name], parts=parts
+    )
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class _InFloat32(torch.autograd.Function):
+    """Products with the adapter in float32."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -72,8 +127,7 @@ class _AdaptedLinear(torch.autograd.Function):
         B: Tensor,
         scaling: float,
     ) -> Tensor:
-        x_NI = input.flatten(0, -2)
-        h_NR = _times(x_NI, A.T)
+        h_NR = input.flatten(0, -2).float() @ A.T
         # no view: a model may change it in place
         output = F.linear(input, weight, bias)
         _add_product(output.view(-1, output.shape[-1]), h_NR, B.T, scaling)
@@ -86,8 +140,8 @@ class _AdaptedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, A, B, h_NR = ctx.saved_tensors
         x_NI, dy_NO = input.flatten(0, -2), gradients[0].flatten(0, -2)
-        dh_NR = _times(dy_NO, B).mul_(ctx.scaling)
-        dA, dB = _transposed_times(dh_NR, x_NI), _transposed_times(h_NR, dy_NO)
+        dh_NR = (dy_NO.float() @ B).mul_(ctx.scaling)
+        dA, dB = dh_NR.T @ x_NI.float(), h_NR.T @ dy_NO.float()
         dx_NI = None
         if ctx.needs_input_grad[0]:
             dx_NI = dy_NO @ weight
@@ -96,59 +150,81 @@ class _AdaptedLinear(torch.autograd.Function):
         return dx_NI, None, None, dA, dB.T.mul_(ctx.scaling), None
 
 
-def _times(wide: Tensor, narrow: Tensor) -> Tensor:
-    """A product with a narrow matrix, in float32.
-
-    Args:
-        wide: (N, K), in any dtype.
-        narrow: (K, R) float32.
-    """
-    if not _has_units(wide):
-        return wide.float() @ narrow
-    high, low = _split(narrow, wide.dtype)
-    products = torch.mm(wide, torch.cat([high, low], 1), out_dtype=torch.float32)
-    return products[:, : narrow.shape[1]] + products[:, narrow.shape[1] :]
-
-
-def _transposed_times(narrow: Tensor, wide: Tensor) -> Tensor:
-    """The product of a narrow matrix's transpose, in float32.
-
-    Args:
-        narrow: (N, R) float32.
-        wide: (N, K), in any dtype.
-
-    Returns:
-        (R, K).
-    """
-    if not _has_units(wide):
-        return narrow.T @ wide.float()
-    high, low = _split(narrow, wide.dtype)
-    products = torch.mm(torch.cat([high, low], 1).T, wide, out_dtype=torch.float32)
-    return products[: narrow.shape[1]] + products[narrow.shape[1] :]
-
-
 def _add_product(sum_NK: Tensor, narrow_NR: Tensor, other_RK: Tensor, factor: float) -> None:
     """Add a product of float32 matrices times a factor to a tensor of any dtype, in place."""
     if sum_NK.dtype == torch.float32:
         sum_NK.addmm_(narrow_NR, other_RK, alpha=factor)
         return
-    if not _has_units(sum_NK):
-        sum_NK.copy_(torch.addmm(sum_NK.float(), narrow_NR, other_RK, alpha=factor))
-        return
-    high_NR, low_NR = _split(narrow_NR, sum_NK.dtype)
-    high_RK, low_RK = _split(other_RK, sum_NK.dtype)
-    left = torch.cat([high_NR, low_NR, high_NR], 1)
-    right = torch.cat([high_RK, high_RK, low_RK], 0)
-    sum_NK.addmm_(left, right, alpha=factor)
+    sum_NK.copy_(torch.addmm(sum_NK.float(), narrow_NR, other_RK, alpha=factor))
+
+
+class _InParts(torch.autograd.Function):
+    """Products with the adapter in parts of 16 bits, which are summed in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        parts_A: Tensor,
+        parts_B: Tensor,
+    ) -> Tensor:
+        h_N3R = _left(_times_pair(input.flatten(0, -2), _pair(parts_A).T))
+        output = F.linear(input, weight, bias)
+        output.view(-1, output.shape[-1]).addmm_(h_N3R, parts_B, alpha=scaling)
+        ctx.save_for_backward(input, weight, h_N3R, parts_A, parts_B)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, h_N3R, parts_A, parts_B = ctx.saved_tensors
+        x_NI, dy_NO = input.flatten(0, -2), gradients[0].flatten(0, -2)
+        R = parts_A.shape[0] // 3
+        dh_N3R = _left(_times_pair(dy_NO, _pair(parts_B).T))
+        # in the layouts of A and B
+        products = torch.mm(dh_N3R[:, : 2 * R].T, x_NI, out_dtype=torch.float32)
+        dA = (products[:R] + products[R:]).mul_(ctx.scaling)
+        dB = _times_pair(dy_NO.T, h_N3R[:, : 2 * R]).mul_(ctx.scaling)
+        dx_NI = None
+        if ctx.needs_input_grad[0]:
+            dx_NI = dy_NO @ weight
+            dx_NI.addmm_(dh_N3R, parts_A, alpha=ctx.scaling)
+            dx_NI = dx_NI.view_as(input)
+        return dx_NI, None, None, dA, dB, None, None, None
+
+
+def _times_pair(wide: Tensor, pair: Tensor) -> Tensor:
+    """The product with a float32 matrix in two parts side by side, (M, K) (K, 2R) -> (M, R)
+    float32."""
+    products = torch.mm(wide, pair, out_dtype=torch.float32)
+    R = pair.shape[1] // 2
+    return products[:, :R] + products[:, R:]
+
+
+def _left(matrix_NR: Tensor) -> Tensor:
+    """A float32 matrix as the left factor of a product in parts: high, low and high, (N, 3R)."""
+    high, low = _split(matrix_NR, torch.bfloat16)
+    return torch.cat([high, low, high], 1)
+
+
+def _right(matrix_RK: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 matrix as the right factor: high, high and low, (3R, K)."""
+    high, low = _split(matrix_RK, dtype)
+    return torch.cat([high, high, low])
+
+
+def _pair(right_3RK: Tensor) -> Tensor:
+    """The high and the low part of a right factor, (2R, K)."""
+    return right_3RK[right_3RK.shape[0] // 3 :]
 
 
 def _split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A float32 matrix as the sum of two of 16 bits."""
     high = matrix.to(dtype)
-    return high, (matrix - high.float()).to(dtype)
-
-
-def _has_units(tensor: Tensor) -> bool:
-    """Whether products of its dtype are summed in float32 by units of their own."""
-    # on the meta device memory is counted, for a GPU
-    return tensor.device.type in ("cuda", "meta") and tensor.dtype == torch.bfloat16
+    # in float32
+    return high, (matrix - high).to(dtype)

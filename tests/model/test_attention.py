@@ -10,14 +10,16 @@ from torch import Tensor
 
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
-from fastpref.model.attention.groups import (
+from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.groups import GroupedAttention
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.attention.rules import ScoreRules
+from fastpref.model.attention.segments import (
     LONG_KEYS,
     MAX_PADDING,
-    GroupedAttention,
     group_segments,
     runs_of_like_length,
 )
-from fastpref.model.attention.interface import build_attention
 from fastpref.model.scorer import TokenScorer
 
 ROWS = [
@@ -27,15 +29,15 @@ ROWS = [
 ]
 
 
-def random_inputs(batch: Batch, dtype=torch.float64) -> list[Tensor]:
+def random_inputs(batch: Batch, dtype=torch.float64, value_width=16) -> list[Tensor]:
     """Query, key, value of 6 heads over 2, and an upstream gradient."""
     T = batch.input_ids.shape[1]
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 6, T, 16), (1, 2, T, 16), (1, 2, T, 16), (1, T, 6, 16)]
+    shapes = [(1, 6, T, 16), (1, 2, T, 16), (1, 2, T, value_width), (1, T, 6, value_width)]
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-def dense_attention(query, key, value, batch: Batch, scale, softcap) -> Tensor:
+def dense_attention(query, key, value, batch: Batch, rules: ScoreRules) -> Tensor:
     """The definition, from positions alone: a mask over all pairs of tokens."""
     layout = batch.layout
     T = query.shape[2]
@@ -44,35 +46,90 @@ def dense_attention(query, key, value, batch: Batch, scale, softcap) -> Tensor:
         for q in range(segment.start, segment.stop):
             mask[q, segment.start : q + 1] = True
             mask[q, segment.prefix_start : segment.prefix_stop] = True
+    if rules.window is not None:
+        positions = batch.position_ids[0]
+        mask &= positions[:, None] - positions < rules.window
     key, value = (x.repeat_interleave(3, dim=1) for x in (key, value))
-    scores = query @ key.mT * scale
+    scores, softcap = query @ key.mT * rules.scale, rules.softcap
     scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+    weights = scores.masked_fill(~mask, float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True)
+    if rules.sinks is not None:
+        total = total + rules.sinks[:, None, None].exp()
+    return (weights / total @ value).transpose(1, 2)
 
 
-def values_and_gradients(attend, inputs: list[Tensor]) -> list[Tensor]:
-    leaves = [x.clone().requires_grad_() for x in inputs[:3]]
+def values_and_gradients(attend, inputs: list[Tensor], *more: Tensor) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in (*inputs[:3], *more)]
     output = attend(*leaves)
     return [output.detach(), *torch.autograd.grad(output, leaves, inputs[3])]
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
+# a prompt of 40 tokens is longer than all but the last
+@pytest.mark.parametrize("window", [None, 1, 7, 33, 70])
 @pytest.mark.parametrize("attention", [*map(build_attention, ("eager", "sdpa")), VARLEN])
-def test_every_packed_attention_is_the_masked_one(attention, softcap):
+def test_every_packed_attention_is_the_masked_one(attention, window, softcap):
+    rules = ScoreRules(0.2, softcap, window)
     for share_prompt in (True, False):
         batch = pack_rows(ROWS, pad_token_id=0, share_prompt=share_prompt)
-        inputs = random_inputs(batch)
+        assert_as_dense(attention, batch, rules)
 
-        def packed(query, key, value, batch=batch):
-            layout = attention.prepare(batch.layout)
-            return attention.attend(query, key, value, layout, 0.2, softcap)
 
-        def dense(query, key, value, batch=batch):
-            return dense_attention(query, key, value, batch, 0.2, softcap)
+def assert_as_dense(
+    attention: PackedAttention, batch: Batch, rules: ScoreRules, value_width: int = 16
+) -> None:
+    inputs = random_inputs(batch, value_width=value_width)
 
-        expected = values_and_gradients(dense, inputs)
-        for ours, theirs in zip(values_and_gradients(packed, inputs), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    def packed(query, key, value, *sinks):
+        asked = rules._replace(sinks=sinks[0] if sinks else None)
+        return attention.attend(query, key, value, attention.prepare(batch.layout), asked)
+
+    def dense(query, key, value, *sinks):
+        asked = rules._replace(sinks=sinks[0] if sinks else None)
+        return dense_attention(query, key, value, batch, asked)
+
+    more = [] if rules.sinks is None else [rules.sinks]
+    expected = values_and_gradients(dense, inputs, *more)
+    for ours, theirs in zip(values_and_gradients(packed, inputs, *more), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+# of another width than keys the kernel for CPUs is not taken
+@pytest.mark.parametrize("value_width", [16, 8])
+def test_sinks_take_their_share_of_the_weights(attention, window, value_width):
+    sinks = torch.linspace(-2, 3, 6, dtype=torch.float64)
+    for share_prompt in (True, False):
+        batch = pack_rows(ROWS, pad_token_id=0, share_prompt=share_prompt)
+        rules = ScoreRules(0.2, window=window, sinks=sinks)
+        assert_as_dense(build_attention(attention), batch, rules, value_width)
+
+
+def test_random_rows_beyond_every_window_are_computed_as_the_mask_says():
+    rng = random.Random(0)
+    for window in (1, 3, 16, 64, 100):
+        rows = [
+            EncodedRow(*(range(rng.randint(1, longest)) for longest in (200, 120, 90)))
+            for _ in range(4)
+        ]
+        batch = pack_rows([*rows, rows[0]._replace(chosen_ids=[5])], pad_token_id=0)
+        assert_as_dense(build_attention("sdpa"), batch, ScoreRules(0.2, window=window))
+
+
+def test_a_window_keeps_the_keys_that_are_multiplied_few():
+    batch = pack_rows([EncodedRow(range(2000), range(1500), range(900))], pad_token_id=0)
+
+    def products(window):
+        groups = group_segments(batch.layout, window)
+        return sum(_length(g.queries) * _length(g.keys) for g in groups)
+
+    assert products(64) < products(None) / 10
+
+
+def _length(places: Tensor | slice) -> int:
+    return places.stop - places.start if isinstance(places, slice) else places.shape[-1]
 
 
 def test_short_segments_share_a_call_and_long_ones_do_not():
@@ -103,13 +160,13 @@ def test_short_segments_share_a_call_and_long_ones_do_not():
     assert computed <= MAX_PADDING * needed
 
     def grouped(query, key, value):
-        return GroupedAttention.apply(query, key, value, groups, 0.2, True)
+        return GroupedAttention.apply(query, key, value, None, groups, 0.2, True)
 
     def grouped_anywhere(query, key, value):
-        return GroupedAttention.apply(query, key, value, groups, 0.2, False)
+        return GroupedAttention.apply(query, key, value, None, groups, 0.2, False)
 
     def dense(query, key, value):
-        return dense_attention(query, key, value, batch, 0.2, None)
+        return dense_attention(query, key, value, batch, ScoreRules(0.2))
 
     inputs = random_inputs(batch)
     expected = values_and_gradients(dense, inputs)
@@ -134,10 +191,10 @@ def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():
 
     def packed(query, key, value):
         sdpa = build_attention("sdpa")
-        return sdpa.attend(query, key, value, sdpa.prepare(batch.layout), 0.2, None)
+        return sdpa.attend(query, key, value, sdpa.prepare(batch.layout), ScoreRules(0.2))
 
     def dense(query, key, value):
-        return dense_attention(query, key, value, batch, 0.2, None)
+        return dense_attention(query, key, value, batch, ScoreRules(0.2))
 
     float64 = values_and_gradients(dense, exact)
     in_torch = values_and_gradients(dense, inputs)
@@ -147,15 +204,17 @@ def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():
         assert error <= 2 * (same_dtype.double() - truth).abs().max() + 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 7, 33])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_flex_attention_gets_the_same_mask(softcap):
+def test_flex_attention_gets_the_same_mask(softcap, window):
+    rules = ScoreRules(0.2, softcap, window)
     batch = pack_rows(ROWS, pad_token_id=0)
     query, key, value, _ = random_inputs(batch, torch.float32)
     attention = build_attention("flex")
     # without a graph: on a CPU it computes forward only
     with torch.no_grad():
-        ours = attention.attend(query, key, value, attention.prepare(batch.layout), 0.2, softcap)
-        expected = dense_attention(query, key, value, batch, 0.2, softcap)
+        ours = attention.attend(query, key, value, attention.prepare(batch.layout), rules)
+        expected = dense_attention(query, key, value, batch, rules)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 

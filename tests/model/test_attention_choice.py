@@ -39,10 +39,10 @@ def test_an_attention_that_aligns_causality_at_the_start_is_found_out():
 
 
 def test_an_attention_wrong_for_one_layers_shape_is_found_out():
-    def attend(query, key, value, layout, scale, softcap):
+    def attend(query, key, value, layout, rules):
         # as libraries that are built for some widths and softcaps alone
-        given = None if query.shape[-1] == 16 else softcap
-        return VARLEN.attend(query, key, value, layout, scale, given)
+        given = rules._replace(softcap=None) if query.shape[-1] == 16 else rules
+        return VARLEN.attend(query, key, value, layout, given)
 
     wrong = PackedAttention(name="wrong", attend=attend)
     capped = {PLAIN._replace(softcap=1.5), PLAIN._replace(width=16, value_width=16)}

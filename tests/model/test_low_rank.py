@@ -1,5 +1,6 @@
 """An adapted layer computes peft's formula, to float32's rounding, whatever it computes by."""
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def with_units(monkeypatch: pytest.MonkeyPatch) -> None:
         return mm(a, b) if out_dtype is None else mm(a.double(), b.double()).to(out_dtype)
 
     monkeypatch.setattr(torch, "mm", wide_mm)
-    monkeypatch.setattr(low_rank, "_has_units", lambda tensor: tensor.dtype == torch.bfloat16)
+    monkeypatch.setattr(low_rank, "has_units", lambda tensor: tensor.dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("units", [False, True])
@@ -66,6 +67,33 @@ def test_a_second_matrix_of_zeros_changes_no_bit(units, monkeypatch):
         with_units(monkeypatch)
     found = adapted_linear(x, weight, bias, A, torch.zeros_like(B), SCALING)
     assert torch.equal(found, torch.nn.functional.linear(x, weight, bias))
+
+
+def test_parts_follow_every_update_of_their_matrices(monkeypatch):
+    with_units(monkeypatch)
+    x, weight, _, A, B = make_tensors(torch.bfloat16)
+    base = torch.nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16)
+    adapted = torch.nn.Sequential(base)
+    config = peft.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["0"])
+    [layer] = peft.inject_adapter_in_model(config, adapted)
+    low_rank.share_input(layer)
+    made: list[None] = []
+    take_apart = low_rank.take_apart
+    monkeypatch.setattr(low_rank, "take_apart", lambda *x: made.append(None) or take_apart(*x))
+    matrices = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    optimizer = torch.optim.AdamW(matrices, lr=0.1)
+    with torch.no_grad():
+        base.weight.copy_(weight)
+        for matrix, value in zip(matrices, (A, B), strict=True):
+            matrix.data = value
+    for step in range(3):
+        for _ in range(2):
+            output = layer(x)
+            expected = exact(*(t.double() for t in (x, weight, torch.zeros(OUTPUTS), *matrices)))
+            assert (output - expected).norm() <= 2.0**-7 * expected.norm()
+        assert len(made) == step + 1
+        output.square().sum().backward()
+        optimizer.step()
 
 
 def test_the_input_is_kept_once_for_all_layers_that_read_it():

@@ -36,16 +36,6 @@ CANNOT = {
     "lfm2": (SIZES | {"layer_types": ["conv", "full_attention"]}, "a layer of it is conv"),
     # distances in the scores, taken from the attention mask and not from position ids
     "bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4}, "differ by|Error"),
-    # learned sinks beside the keys
-    "gpt_oss": (
-        SIZES
-        | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
-        # of every other layer
-        | {"sliding_window": 64},
-        "its attention adds s_aux",
-    ),
-    # every other layer looks back 16 tokens
-    "mistral": (SIZES | {"sliding_window": 16}, "looks back 16 tokens"),
 }
 
 
@@ -110,10 +100,30 @@ def test_layers_that_no_text_goes_through_do_not_count():
     assert obstacle_of(model) is None
 
 
-def test_a_window_that_reaches_over_every_sequence_is_none():
-    model = build_model("mistral", sliding_window=16)
+def calls_of(model, longest: int) -> set[bool]:
+    calls, obstacle = probe_packing(
+        model, measure_logit_path(model), share_prompt=True, longest=longest
+    )
+    assert obstacle is None
+    return {call.has_window for call in calls}
+
+
+def test_a_window_is_asked_for_where_a_sequence_is_longer_and_stays_what_it_is():
+    for family, windows in (("mistral", {True}), ("gemma2", {True, False})):
+        model = build_model(family, sliding_window=16)
+        assert calls_of(model, longest=16) == {False}
+        assert calls_of(model, longest=17) == windows
+        assert model.config.sliding_window == 16
+        assert {getattr(m, "sliding_window", 16) for m in model.modules()} <= {16, None}
+
+
+def test_a_window_that_a_family_does_not_hand_on_is_found_out():
+    model = build_model("gemma2", sliding_window=16)
+    for layer in model.model.layers:
+        # what it tells its attention; the masks go by the config
+        layer.self_attn.__dict__["sliding_window"] = None
+    assert "differ by" in obstacle_of(model, longest=32)
     assert obstacle_of(model, longest=16) is None
-    assert "looks back 16 tokens, the longest sequence has 17" in obstacle_of(model, longest=17)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,29 +1,26 @@
 """Attention over the segments of a packed row, by the libraries that can compute it.
 
 Every function takes queries (1, H, T, E), keys and values (1, K, T, E) with H a multiple of the K
-key-value heads, a layout, the scale of the scores and their softcap (c · tanh(score / c), Gemma 2),
-and returns (1, T, H, E). `attend_in_math` is the definition.
+key-value heads, a layout, and what the layer asks for, and returns (1, T, H, E). `attend_in_math`
+is the definition.
 """
 
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpref.batch import KeyUses, Segment, SegmentLayout
-from fastpref.model.attention.groups import (
-    GroupedAttention,
-    SegmentGroup,
-    group_segments,
-    takes_flash_on_cpu,
-)
+from fastpref.model.attention.groups import GroupedAttention, takes_flash_on_cpu
+from fastpref.model.attention.rules import ScoreRules, attend_to_all
+from fastpref.model.attention.segments import SegmentGroup, group_segments
 
-Attend = Callable[[Tensor, Tensor, Tensor, Any, float, float | None], Tensor]
-"""(query, key, value, prepared layout, scale, softcap) -> attention."""
+Attend = Callable[[Tensor, Tensor, Tensor, Any, ScoreRules], Tensor]
+"""(query, key, value, prepared layout, rules) -> attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,81 +35,40 @@ class PackedAttention:
 
 
 def attend_in_math(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: SegmentLayout,
-    scale: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, rules: ScoreRules
 ) -> Tensor:
     """Segment by segment: softmax(scale · q·kᵀ)·v, the softmax in float32 or more."""
     outputs = []
     for segment, keys in _segments(layout, key):
         values = _keys_of(value, segment)
         queries = query[:, :, segment.start : segment.stop]
-        outputs.append(attend_to_all(queries, keys, values, scale=scale, softcap=softcap))
+        outputs.append(attend_to_all(queries, keys, values, rules))
     return torch.cat(outputs, dim=1)
 
 
-def attend_to_all(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float,
-    softcap: float | None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Attention of R queries to K keys with a softcap, in plain torch.
+class PreparedSegments:
+    """What `attend_in_groups` takes: segments of like length together, for every window."""
 
-    Args:
-        query, key, value: (B, H, R, E), (B, heads, K, E) twice.
-        scale: Of the scores.
-        softcap: c in c · tanh(score / c), or None.
-        mask: Broadcast to (B, H, R, K), true where a query may attend; None: the last query to
-            every key, the one before to all but the last, and so on.
+    def __init__(self, layout: SegmentLayout) -> None:
+        self.layout = layout
+        self._groups: dict[int | None, tuple[SegmentGroup, ...]] = {}
 
-    Returns:
-        (B, R, H, E).
-    """
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None:
-        R, K = scores.shape[2:]
-        mask = scores.new_ones(R, K, dtype=torch.bool).tril(K - R)
-    probabilities = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
-    return (probabilities.to(value.dtype) @ value).transpose(1, 2)
-
-
-class PreparedSegments(NamedTuple):
-    """What `attend_in_groups` takes."""
-
-    layout: SegmentLayout
-    groups: tuple[SegmentGroup, ...]
-
-
-def prepare_segments(layout: SegmentLayout) -> PreparedSegments:
-    """Segments of like length together."""
-    return PreparedSegments(layout, group_segments(layout))
+    def groups(self, window: int | None) -> tuple[SegmentGroup, ...]:
+        """Those of layers with a window, made when the first of them asks."""
+        if window not in self._groups:
+            self._groups[window] = group_segments(self.layout, window)
+        return self._groups[window]
 
 
 def attend_in_groups(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    prepared: PreparedSegments,
-    scale: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, prepared: PreparedSegments, rules: ScoreRules
 ) -> Tensor:
     """Torch's scaled-dot-product attention, one call a group of segments of like length."""
-    if softcap is not None:
-        return attend_in_math(query, key, value, prepared.layout, scale, softcap)
+    if rules.softcap is not None:
+        return attend_in_math(query, key, value, prepared.layout, rules)
     on_cpu = takes_flash_on_cpu(query, value)
-    return GroupedAttention.apply(query, key, value, prepared.groups, scale, on_cpu)
+    groups = prepared.groups(rules.window)
+    return GroupedAttention.apply(query, key, value, rules.sinks, groups, rules.scale, on_cpu)
 
 
 def _segments(layout: SegmentLayout, key: Tensor) -> Iterator[tuple[Segment, Tensor]]:
@@ -127,27 +83,24 @@ def _keys_of(key: Tensor, segment: Segment) -> Tensor:
     return torch.cat([key[:, :, segment.prefix_start : segment.prefix_stop], own], dim=2)
 
 
-VarlenKernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, float, float | None], Tensor]
-"""(queries, keys, values, layout, scale, softcap) -> output, (tokens, H, E), segment by segment as
-the layout's offsets say; causal, aligned at the end of the keys."""
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, ScoreRules], Tensor]
+"""(queries, keys, values, layout, rules) -> output, (tokens, H, E), segment by segment as the
+layout's offsets say; causal, aligned at the end of the keys."""
 
 
 def attend_varlen(kernel: VarlenKernel) -> Attend:
     """Variable-length attention in one call; keys that branches share are gathered for each."""
 
     def attend(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        layout: SegmentLayout,
-        scale: float,
-        softcap: float | None,
+        query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, rules: ScoreRules
     ) -> Tensor:
+        if rules.sinks is not None:
+            raise ValueError("variable-length attention has no sinks")
         # the gradient of an index would be a copy
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if layout.keys is not None:
             key, value = (GatheredKeys.apply(x, layout.keys, layout.uses) for x in (key, value))
-        return kernel(query, key, value, layout, scale, softcap).unsqueeze(0)
+        return kernel(query, key, value, layout, rules).unsqueeze(0)
 
     return attend
 
@@ -183,14 +136,7 @@ def flash_kernel(version: int) -> VarlenKernel:
     module = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[version]
     function = import_module(module).flash_attn_varlen_func
 
-    def kernel(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: SegmentLayout,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, rules: ScoreRules) -> Tensor:
         output = function(
             q,
             k,
@@ -199,9 +145,10 @@ def flash_kernel(version: int) -> VarlenKernel:
             cu_seqlens_k=layout.key_offsets,
             max_seqlen_q=layout.longest,
             max_seqlen_k=layout.longest_keys,
-            softmax_scale=scale,
+            softmax_scale=rules.scale,
             causal=True,
-            softcap=softcap or 0.0,
+            window_size=(-1, -1) if rules.window is None else (rules.window - 1, 0),
+            softcap=rules.softcap or 0.0,
         )
         # versions 3 and 4 may return the log-sum-exp beside the output
         return output[0] if isinstance(output, tuple) else output
@@ -214,21 +161,16 @@ def torch_varlen_kernel() -> VarlenKernel:
     function = import_module("torch.nn.attention.varlen").varlen_attn
     accepted = inspect.signature(function).parameters
     # torch 2.10 had is_causal; what came after says the same with a window
-    causal: dict[str, Any] = (
-        {"window_size": (-1, 0)} if "window_size" in accepted else {"is_causal": True}
-    )
+    has_windows = "window_size" in accepted
 
-    def kernel(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        layout: SegmentLayout,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        if softcap is not None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, rules: ScoreRules) -> Tensor:
+        if rules.softcap is not None:
             raise ValueError("torch's variable-length attention has no softcap")
-        options = dict(causal, scale=scale)
+        if rules.window is not None and not has_windows:
+            raise ValueError("torch's variable-length attention has windows from 2.11 on")
+        before = -1 if rules.window is None else rules.window - 1
+        options: dict[str, Any] = {"window_size": (before, 0)} if has_windows else {}
+        options |= {"scale": rules.scale} | ({} if has_windows else {"is_causal": True})
         if "enable_gqa" in accepted:
             options["enable_gqa"] = True
         elif q.shape[1] != k.shape[1]:
@@ -239,18 +181,42 @@ def torch_varlen_kernel() -> VarlenKernel:
     return kernel
 
 
-def prepare_flex(layout: SegmentLayout) -> Any:
+class PreparedMasks:
+    """What FlexAttention takes: block masks of a layout, for every window."""
+
+    def __init__(self, layout: SegmentLayout) -> None:
+        self._layout = layout
+        self._masks: dict[int | None, Any] = {}
+
+    def mask(self, window: int | None) -> Any:
+        """That of layers with a window, made when the first of them asks."""
+        if window not in self._masks:
+            self._masks[window] = block_mask(self._layout, window)
+        return self._masks[window]
+
+
+def block_mask(layout: SegmentLayout, window: int | None) -> Any:
     """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prefix."""
     flex = import_module("torch.nn.attention.flex_attention")
     device = layout.query_offsets.device
     table = torch.tensor(layout.segments, device=device)
     T = layout.segments[-1].stop
     segment_of = torch.repeat_interleave(table[:, 1] - table[:, 0], output_size=T)
-    prefix_start, prefix_stop = table[segment_of, 2], table[segment_of, 3]
+    start, prefix_start, prefix_stop = (
+        table[segment_of, 0],
+        table[segment_of, 2],
+        table[segment_of, 3],
+    )
+    # how far the start of its sequence would lie before it, if its own prefix stood there
+    position = torch.arange(T, device=device) - start + prefix_stop - prefix_start
 
     def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (segment_of[q] == segment_of[k]) & (k <= q)
-        return own | ((k >= prefix_start[q]) & (k < prefix_stop[q]))
+        of_prefix = (k >= prefix_start[q]) & (k < prefix_stop[q])
+        if window is not None:
+            own &= q - k < window
+            of_prefix &= position[q] - (k - prefix_start[q]) < window
+        return own | of_prefix
 
     return flex.create_block_mask(attends, None, None, T, T, device=device)
 
@@ -261,20 +227,23 @@ def flex_attend() -> Attend:
     compiled = torch.compile(flex_attention, dynamic=True)
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float, softcap: float | None
+        query: Tensor, key: Tensor, value: Tensor, masks: PreparedMasks, rules: ScoreRules
     ) -> Tensor:
+        if rules.sinks is not None:
+            raise ValueError("FlexAttention has no sinks")
+
         def cap(score: Tensor, *_: Tensor) -> Tensor:
-            assert softcap is not None
-            return softcap * torch.tanh(score / softcap)
+            assert rules.softcap is not None
+            return rules.softcap * torch.tanh(score / rules.softcap)
 
         function = compiled if query.is_cuda else flex_attention
         output = function(
             query,
             key,
             value,
-            score_mod=None if softcap is None else cap,
-            block_mask=mask,
-            scale=scale,
+            score_mod=None if rules.softcap is None else cap,
+            block_mask=masks.mask(rules.window),
+            scale=rules.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output.transpose(1, 2)

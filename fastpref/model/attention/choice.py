@@ -16,6 +16,7 @@ from fastpref.errors import ConfigError, first_line
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.attention.packing_probe import AttentionCall, probe_packing, probe_rows
+from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.logit_path import LogitPath
 
 logger = logging.getLogger("fastpref")
@@ -191,11 +192,16 @@ def _with_gradients(
     layout: SegmentLayout,
     call: AttentionCall,
 ) -> list[Tensor]:
-    """Output, and gradients of query, key and value."""
-    query, key, value = (x.detach().requires_grad_() for x in inputs)
+    """Output, and gradients of query, key, value and sinks."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    sinks = None
+    if call.has_sinks:
+        sinks = torch.linspace(-1, 1, call.heads, device=inputs[0].device).requires_grad_()
+        leaves.append(sinks)
+    # less than the longest of the probe's sequences, and than one of its prompts
+    rules = ScoreRules(call.scale, call.softcap, 4 if call.has_window else None, sinks)
+    query, key, value = leaves[:3]
     with torch.enable_grad():
-        output = attention.attend(
-            query, key, value, attention.prepare(layout), call.scale, call.softcap
-        )
-        grads = torch.autograd.grad(output, [query, key, value], upstream)
+        output = attention.attend(query, key, value, attention.prepare(layout), rules)
+        grads = torch.autograd.grad(output, leaves, upstream)
     return [output.detach(), *grads]

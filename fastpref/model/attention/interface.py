@@ -17,16 +17,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fastpref.batch import Batch
 from fastpref.model.attention.backends import (
     PackedAttention,
+    PreparedMasks,
+    PreparedSegments,
     attend_in_groups,
     attend_in_math,
-    attend_to_all,
     attend_varlen,
     flash_kernel,
     flex_attend,
-    prepare_flex,
-    prepare_segments,
     torch_varlen_kernel,
 )
+from fastpref.model.attention.rules import ScoreRules, attend_to_all
 
 IMPLEMENTATION = "fastpref"
 """The name under which transformers finds `attention_forward`."""
@@ -63,6 +63,8 @@ def attention_forward(
     *,
     scaling: float | None = None,
     softcap: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     fastpref_attention: PackedAttention | None = None,
     fastpref_layout: Any = None,
     fastpref_longest: int = 0,
@@ -74,21 +76,16 @@ def attention_forward(
         ValueError: the row is packed and the model wants what a packed row cannot have.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rules = ScoreRules(scale, softcap, sliding_window, s_aux)
     if fastpref_attention is not None:
-        for name in ("s_aux", "position_bias"):
-            if options.get(name) is not None:
-                raise ValueError(f"its attention adds {name}")
-        window = options.get("sliding_window")
-        if window is not None and window < fastpref_longest:
-            raise ValueError(
-                f"its attention looks back {window} tokens, the longest sequence has "
-                f"{fastpref_longest}"
-            )
-        output = fastpref_attention.attend(query, key, value, fastpref_layout, scale, softcap)
-        return output, None
-    if softcap is not None:
-        mask = attention_mask
-        return attend_to_all(query, key, value, scale=scale, softcap=softcap, mask=mask), None
+        if options.get("position_bias") is not None:
+            raise ValueError("its attention adds position_bias")
+        if sliding_window is not None and sliding_window >= fastpref_longest:
+            # it reaches over every sequence
+            rules = rules._replace(window=None)
+        return fastpref_attention.attend(query, key, value, fastpref_layout, rules), None
+    if softcap is not None or s_aux is not None:
+        return attend_to_all(query, key, value, rules, mask=attention_mask), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scale, **options
     )
@@ -108,10 +105,10 @@ def build_attention(name: str) -> PackedAttention:
         case "eager":
             return PackedAttention(name=name, attend=attend_in_math)
         case "sdpa":
-            return PackedAttention(name=name, attend=attend_in_groups, prepare=prepare_segments)
+            return PackedAttention(name=name, attend=attend_in_groups, prepare=PreparedSegments)
         case "varlen":
             return PackedAttention(name=name, attend=attend_varlen(torch_varlen_kernel()))
         case "flex":
-            return PackedAttention(name=name, attend=flex_attend(), prepare=prepare_flex)
+            return PackedAttention(name=name, attend=flex_attend(), prepare=PreparedMasks)
     kernel = flash_kernel(int(name.removeprefix("flash_attention_")))
     return PackedAttention(name=name, attend=attend_varlen(kernel))

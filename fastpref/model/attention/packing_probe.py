@@ -1,7 +1,8 @@
 """Whether a model computes packed rows as it computes padded ones: by doing both."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,15 @@ from fastpref.batches.padded import pad_rows
 from fastpref.errors import first_line, is_out_of_memory
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import build_attention
+from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.blocks import find_blocks
 from fastpref.model.exact_arithmetic import exact_arithmetic
 from fastpref.model.logit_path import ROUNDING, LogitPath, probe_ids
 from fastpref.model.positions import config_value
 from fastpref.model.scorer import TokenScorer
 
+PROBE_WINDOW = 4
+"""Tokens: less than the probe's longest sequence has, and than its longest prompt."""
 # prompt, chosen and rejected tokens of each pair; the first and the last share their prompt
 _LENGTHS = [(5, 3, 5), (1, 6, 2), (5, 2, 1)]
 
@@ -44,6 +48,8 @@ class AttentionCall(NamedTuple):
     value_width: int
     scale: float
     softcap: float | None
+    has_window: bool = False
+    has_sinks: bool = False
 
 
 @torch.no_grad()
@@ -72,7 +78,7 @@ def probe_packing(
     before = model.config._attn_implementation
     calls: set[AttentionCall] = set()
     try:
-        with exact_arithmetic(model, block_name):
+        with exact_arithmetic(model, block_name), narrow_windows(model, longest):
             blocks, padded_ND = _run_padded(model, path, block_name)
             obstacle = _limited_view(model, longest) or other_mixer(model, blocks)
             if obstacle is None:
@@ -133,14 +139,36 @@ def _recording(calls: set[AttentionCall]) -> PackedAttention:
     """Packed attention by definition, of any shape, that remembers what it was asked for."""
     exact = build_attention("eager")
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, layout: Any, scale: float, softcap: float | None
-    ) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: Any, rules: ScoreRules) -> Tensor:
         shapes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
-        calls.add(AttentionCall(*shapes, scale, softcap))
-        return exact.attend(query, key, value, layout, scale, softcap)
+        more = rules.window is not None, rules.sinks is not None
+        calls.add(AttentionCall(*shapes, rules.scale, rules.softcap, *more))
+        return exact.attend(query, key, value, layout, rules)
 
     return PackedAttention(name=exact.name, attend=attend)
+
+
+@contextmanager
+def narrow_windows(model: Any, longest: int) -> Iterator[None]:
+    """Windows as short as the probe's rows are, so that these tell what a family makes of them;
+    those that reach over every sequence stay as they are.
+
+    Args:
+        model: Of transformers; as it was afterwards.
+        longest: Tokens of the longest sequence.
+    """
+    holders = [model.config.get_text_config(), *model.modules()]
+    before = []
+    for holder in holders:
+        window = vars(holder).get("sliding_window")
+        if isinstance(window, int) and window < longest:
+            before.append((holder, window))
+            holder.sliding_window = PROBE_WINDOW
+    try:
+        yield
+    finally:
+        for holder, window in before:
+            holder.sliding_window = window
 
 
 def _limited_view(model: Any, longest: int) -> str | None:

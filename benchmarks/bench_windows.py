@@ -1,0 +1,133 @@
+"""Models whose layers look back some tokens: DPO on packed rows beside padded ones, on a CPU.
+
+    python benchmarks/bench_windows.py [--rounds 3] [--json]
+
+Small models of Gemma 3's and gpt-oss's shape (five layers of six, and every other one, look back
+128 tokens) with random weights; 16 pairs of the law `UF`, 1,024 tokens at most, float32. Padded
+rows were the only way of these families before packed attention knew windows and sinks. Policy
+forward and backward and reference forward of one step each, in turn; first both are held to the
+same log-probabilities.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import describe_machine, results_folder
+from train_cases import LAWS
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastpref.batch import Batch, EncodedRow
+from fastpref.batches.packed import pack_rows
+from fastpref.batches.padded import pad_rows
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.scorer import TokenScorer
+
+SIZE: dict[str, Any] = {
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "sliding_window": 128,
+    "max_position_embeddings": 2048,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"intermediate_size": 1024},
+    "gpt_oss": {"intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2},
+}
+PAIRS = 16
+MAX_LENGTH = 1024
+
+
+def make_rows(vocab_size: int) -> list[EncodedRow]:
+    """Pairs of random tokens with the lengths of the law."""
+    rng = np.random.default_rng(0)
+    *medians, spread = LAWS["UF"]
+    rows = []
+    for _ in range(PAIRS):
+        lengths = [int(n * np.exp(rng.normal(0, spread))) for n in medians]
+        prompt, *responses = (min(max(n, 4), MAX_LENGTH // 2) for n in lengths)
+        ids = [rng.integers(5, vocab_size, n).tolist() for n in (prompt, *responses)]
+        rows.append(EncodedRow(*ids))
+    return rows
+
+
+def by_sequence(logps: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return logps[torch.argsort(batch.sequence_ids, stable=True)]
+
+
+def step(policy: TokenScorer, reference: TokenScorer, batch: Batch) -> float:
+    """Seconds of a step's forwards and backward."""
+    policy.zero_grad()
+    start = time.perf_counter()
+    with torch.no_grad():
+        theirs = reference(batch)
+    (policy(batch) - theirs).sum().backward()
+    return time.perf_counter() - start
+
+
+def compare(shape: str, rounds: int) -> dict[str, Any]:
+    """Tokens computed and seconds of both ways."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(shape, **SIZE, **SHAPES[shape])
+    models = [AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    models[1].requires_grad_(False)
+    rows = make_rows(SIZE["vocab_size"])
+    path = measure_logit_path(models[0])
+    padded = [TokenScorer(model, path=path) for model in models], pad_rows(rows, pad_token_id=0)
+    with torch.no_grad():
+        expected = by_sequence(padded[0][0](padded[1]), padded[1])
+    seconds: dict[str, list[float]] = {"padded": [], "packed": []}
+    # padded first: a model that has learnt to pack keeps our attention
+    for _ in range(rounds + 1):
+        seconds["padded"].append(step(*padded[0], padded[1]))
+    attention = build_attention("sdpa")
+    packed = [TokenScorer(model, attention, path) for model in models]
+    batch = pack_rows(rows, pad_token_id=0, share_prompt=True)
+    with torch.no_grad():
+        error = (by_sequence(packed[0](batch), batch) - expected).abs().max().item()
+    for _ in range(rounds + 1):
+        seconds["packed"].append(step(*packed, batch))
+    # the first of each is not counted
+    median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {
+        "shape": shape,
+        "largest_difference_nats": error,
+        "tokens_padded": padded[1].input_ids.numel(),
+        "tokens_packed": batch.input_ids.numel(),
+        "seconds_padded": median["padded"],
+        "seconds_packed": median["packed"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="write to the results folder")
+    arguments = parser.parse_args()
+    found = [compare(shape, arguments.rounds) for shape in SHAPES]
+    for row in found:
+        tokens = row["tokens_packed"] / row["tokens_padded"]
+        faster = row["seconds_padded"] / row["seconds_packed"]
+        print(
+            f"{row['shape']}: {row['tokens_packed']:,} of {row['tokens_padded']:,} tokens computed "
+            f"({tokens:.2f}), {faster:.1f} x as fast ({row['seconds_packed']:.2f} s and "
+            f"{row['seconds_padded']:.2f} s), {row['largest_difference_nats']:.1e} nats apart"
+        )
+    if arguments.json:
+        folder = results_folder(Path(__file__).parent / "results", "cpu")
+        record = {**describe_machine("cpu"), "rounds": arguments.rounds, "runs": found}
+        (folder / "windows.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

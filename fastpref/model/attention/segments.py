@@ -1,0 +1,161 @@
+"""The segments of a packed row in groups of like length, that one call of a kernel computes."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastpref.batch import SegmentLayout
+
+LONG_KEYS = 128
+"""From this many keys on a segment is computed alone on a CPU: it keeps the kernel busy by itself.
+A GPU is never busy with one."""
+SHORT_PART = 64
+"""Queries that a part of a segment has at least where it is divided for a window."""
+MAX_SCORES = 2**22
+"""Scores of a group and head on a GPU, at most: they are in memory, 16 MiB of float32 a head. A
+segment alone may have more."""
+MAX_PADDING = 1.5
+"""Scores computed for a group, padding included, over those of its segments, at most."""
+
+
+class SegmentGroup(NamedTuple):
+    """S segments that one call computes, padded to R queries and K keys each.
+
+    Behind its end a segment has its last token again: as a key no other query attends to it, as a
+    query nothing comes of it.
+    """
+
+    queries: Tensor | slice
+    """(S, R) int64: places in the row; a slice of the row where one segment is alone."""
+    keys: Tensor | slice
+    """(S, K) int64: places in the row, its prefix's and then its own; or a slice of it."""
+    mask: Tensor | None
+    """(S, 1, R, K) float32, 0 where a query may attend and -inf elsewhere; None: causal."""
+    kept: Tensor
+    """(tokens,) int64: which of the S·R queries are no padding."""
+    places: Tensor
+    """(tokens,) int64: their places in the row."""
+    padding: Tensor
+    """(S·R - tokens,) int64: which are."""
+
+    @property
+    def causality(self) -> dict[str, Any]:
+        """As torch's kernels take it."""
+        return {"is_causal": self.mask is None, "attn_mask": self.mask}
+
+    def to(self, device: torch.device) -> "SegmentGroup":
+        """The same group on a device."""
+        moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in self]
+        return SegmentGroup(*moved)
+
+
+def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[SegmentGroup, ...]:
+    """The segments of a packed row in groups: those without a mask, then the others.
+
+    Args:
+        layout: Of the row.
+        window: Tokens that one attends to; None: all before it. Segments are then divided, so that
+            no more keys are multiplied than about twice those in a window.
+    """
+    device = layout.query_offsets.device
+    long_keys, max_scores = (LONG_KEYS, None) if device.type == "cpu" else (None, MAX_SCORES)
+    parts_S6 = _parts(np.array(layout.segments, np.int64), window)
+    tokens = parts_S6[:, 1] - parts_S6[:, 0]
+    keys = tokens + _keys_before(parts_S6)
+    is_causal = keys == tokens
+    if window is not None:
+        is_causal &= keys <= window
+    groups = []
+    for is_plain in (True, False):
+        (places,) = np.nonzero(is_causal == is_plain)
+        # like beside like
+        order = places[np.lexsort((-tokens[places], -keys[places]))]
+        lengths = tokens[order].tolist(), keys[order].tolist()
+        for run in runs_of_like_length(*lengths, long_keys=long_keys, max_scores=max_scores):
+            groups.append(_group(parts_S6[order[run]], window).to(device))
+    return tuple(groups)
+
+
+def _parts(segments_S4: np.ndarray, window: int | None) -> np.ndarray:
+    """Parts of segments that are computed by themselves, (S, 6): first and last query + 1, where
+    the segment begins, its prefix, and the first position of a key."""
+    start, stop, prefix_start, prefix_stop = segments_S4.T
+    zeros = np.zeros_like(start)
+    parts_S6 = np.stack([start, stop, start, prefix_start, prefix_stop, zeros], axis=1)
+    if window is None:
+        return parts_S6
+    divided = []
+    for start, stop, origin, prefix_start, prefix_stop, _ in parts_S6.tolist():
+        length, of_prefix = stop - start, prefix_stop - prefix_start
+        step = length if length + of_prefix <= window else max(window, SHORT_PART)
+        for first in range(start, stop, step):
+            position = of_prefix + first - origin
+            earliest = max(0, position - window + 1)
+            last = min(stop, first + step)
+            divided.append((first, last, origin, prefix_start, prefix_stop, earliest))
+    return np.array(divided, np.int64)
+
+
+def _keys_before(parts_S6: np.ndarray) -> np.ndarray:
+    """Keys of each part before its first query's own."""
+    start, _, origin, prefix_start, prefix_stop, earliest = parts_S6.T
+    return prefix_stop - prefix_start + start - origin - earliest
+
+
+def runs_of_like_length(
+    tokens: list[int], keys: list[int], *, long_keys: int | None, max_scores: int | None
+) -> Iterator[slice]:
+    """Which neighbours are computed together, from their numbers of queries and of keys."""
+    start, longest, scores = 0, 0, 0
+    for i, (R, K) in enumerate(zip(tokens, keys, strict=True)):
+        longest, scores = max(longest, R), scores + R * K
+        padded = (i + 1 - start) * longest * keys[start]
+        is_long = long_keys is not None and keys[start] >= long_keys
+        is_large = max_scores is not None and padded > max_scores
+        if i > start and (is_long or is_large or padded > MAX_PADDING * scores):
+            yield slice(start, i)
+            start, longest, scores = i, R, R * K
+    if tokens:
+        yield slice(start, len(tokens))
+
+
+def _group(parts_S6: np.ndarray, window: int | None) -> SegmentGroup:
+    start, stop, origin, prefix_start, prefix_stop, earliest = parts_S6.T[:, :, None]
+    tokens, of_prefix = stop - start, prefix_stop - prefix_start
+    before = _keys_before(parts_S6)[:, None]
+    query = np.arange(tokens.max())
+    key = np.arange((tokens + before).max())
+    queries = np.minimum(start + query, stop - 1)
+    position = earliest + key
+    keys = np.where(
+        position < of_prefix,
+        prefix_start + position,
+        np.minimum(origin + position - of_prefix, stop - 1),
+    )
+    mask = None
+    if before.any() or (window is not None and len(key) > window):
+        own = (before + query)[:, :, None]
+        seen = key <= own
+        if window is not None:
+            seen &= key > own - window
+        mask = torch.from_numpy(np.where(seen, np.float32(0), np.float32("-inf")))[:, None]
+    is_token = (query < tokens).ravel()
+    kept = np.flatnonzero(is_token)
+    return SegmentGroup(
+        queries=_places(queries),
+        keys=_places(keys),
+        mask=mask,
+        kept=torch.from_numpy(kept),
+        places=torch.from_numpy(queries.ravel()[kept]),
+        padding=torch.from_numpy(np.flatnonzero(~is_token)),
+    )
+
+
+def _places(places_SL: np.ndarray) -> Tensor | slice:
+    first, last = int(places_SL[0, 0]), int(places_SL[-1, -1])
+    if len(places_SL) == 1 and last - first == places_SL.shape[1] - 1:
+        return slice(first, last + 1)
+    return torch.from_numpy(places_SL)
