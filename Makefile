@@ -23,13 +23,14 @@ test: $(VENV)/installed-test
 
 # On one GPU, each part in under nine minutes: PART=tests runs what needs a GPU, PART=kernels measures
 # the head beside its peers, PART=kl two heads and their KL, PART=train training steps beside TRL,
-# PART=sweep the tiles and forms that the fused kernels' table chooses from;
+# PART=profile where a step's time goes, PART=sweep the tiles and forms that the fused kernels' table chooses from;
 # they write to RESULTS. With PYTHON=... on the command line that python
 # is used as it is and no environment is made.
 PART ?= kernels
 RESULTS ?= benchmarks/results
 REAL_HEAD ?=
 SHAPE ?= qwen2.5-0.5b
+RANK ?=
 LAW ?= UF
 ifeq ($(origin PYTHON),command line)
 BENCH_PYTHON := PYTHONPATH=.:kernels:$(PYTHONPATH) $(PYTHON)
@@ -50,10 +51,13 @@ else ifeq ($(PART),kl)
 else ifeq ($(PART),train)
 	$(BENCH_PYTHON) benchmarks/bench_train_step.py --shape $(SHAPE) --law $(LAW) --pairs 64 \
 	  --micro-batches 8 --steps 8 --rounds 1 --json --results $(RESULTS)
+else ifeq ($(PART),profile)
+	$(BENCH_PYTHON) benchmarks/profile_step.py --shape $(SHAPE) --law $(LAW) --json --results $(RESULTS) \
+	  $(if $(RANK),--rank $(RANK))
 else ifeq ($(PART),sweep)
 	$(BENCH_PYTHON) benchmarks/sweep_tiles.py --results $(RESULTS)
 else
-	$(error PART must be tests, kernels, kl, train or sweep, got $(PART))
+	$(error PART must be tests, kernels, kl, train, profile or sweep, got $(PART))
 endif
 
 # a torch at hand: its folder goes on the environment's path, so pip finds it installed

@@ -131,25 +131,28 @@ def forks_end_with_us() -> Iterator[None]:
 
 
 _forks_work_for_us: list[bool] = []
+_collected_before_fork = [True]
 
 
 def _before_fork() -> None:
-    if _forks_work_for_us:
-        gc.disable()
+    _collected_before_fork[0] = gc.isenabled()
+    gc.disable()
 
 
 def _go_on_after_fork() -> None:
-    if _forks_work_for_us:
+    if _collected_before_fork[0]:
         gc.enable()
 
 
 def _begin_as_fork() -> None:
-    if not _forks_work_for_us:
-        return
     # what was garbage there is not collected here: threads that it would wait for are not here
     gc.freeze()
-    gc.enable()
-    signals_kill()
+    _go_on_after_fork()
+    if not _forks_work_for_us:
+        return
+    # no handler of Python's: one that is noted as a fork begins to wait would wait with it
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
     # of Linux; elsewhere it waits for work that never comes
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:

@@ -14,7 +14,9 @@ import multiprocessing
 import tempfile
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,7 @@ from fastpref.checkpoint.agreement import Agreement
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import World, init_world
 from fastpref.errors import FastprefError
+from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.paths import resolve_model
 from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
@@ -161,6 +164,7 @@ class Trained(NamedTuple):
     loss_error: float
     export_error: float
     is_right: bool
+    asked: set[str]
 
 
 def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) -> Entry:
@@ -174,7 +178,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         type(run.policy.model).__name__.removeprefix("FSDP"),
         run.train.layout.name,
         attention.name if attention else "its own",
-        _asks(run.policy.model),
+        ", ".join(sorted(trained.asked)),
         _adapters(folder, world),
         *trained[1:4],
         remark=reasons[0] if reasons else "",
@@ -200,7 +204,8 @@ def _train(folder: Path, world: World, run_dir: Path, adapter: AdapterConfig) ->
     )
     run = build_run(config, world, find_start("never", run_place(config), Agreement(world)))
     try:
-        sequences, ours = score_held_out(run)
+        with listening(run.policy) as asked:
+            sequences, ours = score_held_out(run)
         score_error = largest_difference(ours, plain_scores(folder / "model", sequences))
         names, values, _ = train_step(run, run.train.step(0, world), 0)
         first = dict(zip(names, values.tolist(), strict=True))
@@ -212,7 +217,7 @@ def _train(folder: Path, world: World, run_dir: Path, adapter: AdapterConfig) ->
     loss_error = abs(first["loss/train"] - math.log(2))
     fits = score_error <= SCORE_BOUND and export_error <= SCORE_BOUND and loss_error <= LOSS_BOUND
     moves = math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
-    return Trained(run, score_error, loss_error, export_error, fits and moves)
+    return Trained(run, score_error, loss_error, export_error, fits and moves, asked)
 
 
 def _adapters(folder: Path, world: World) -> str:
@@ -224,15 +229,25 @@ def _adapters(folder: Path, world: World) -> str:
     return "yes" if trained.is_right else f"export off by {trained.export_error:.1e} nats"
 
 
-def _asks(model: Any) -> str:
-    """What the family's attention asks for beside causality."""
-    config = model.config.get_text_config()
-    calls = {
-        "window": getattr(config, "sliding_window", None) is not None,
-        "sinks": any(name.endswith("sinks") for name, _ in model.named_parameters()),
-        "softcap": getattr(config, "attn_logit_softcapping", None) is not None,
-    }
-    return ", ".join(name for name, asked in calls.items() if asked)
+@contextmanager
+def listening(policy: TokenScorer) -> Iterator[set[str]]:
+    """What the attention of packed rows is asked for beside causality, filled in as it is."""
+    asked: set[str] = set()
+    attention = policy.attention
+    if attention is None:
+        yield asked
+        return
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layout: Any, rules: ScoreRules) -> Tensor:
+        given = {"window": rules.window, "sinks": rules.sinks, "softcap": rules.softcap}
+        asked.update(name for name, value in given.items() if value is not None)
+        return attention.attend(query, key, value, layout, rules)
+
+    policy.attention = replace(attention, attend=attend)
+    try:
+        yield asked
+    finally:
+        policy.attention = attention
 
 
 def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
@@ -308,8 +323,8 @@ Written by `python scripts/support_matrix.py`: a tiny random model of every caus
 them on packed rows, {len(adapted)} with adapters. To train means: every response token scored as
 plain transformers scores it in float64 (within {SCORE_BOUND:g} nats), a first DPO loss of ln 2
 (within {LOSS_BOUND:g}), a finite gradient, and an export that plain transformers loads and scores
-as the trained policy does; the same is asked of adapters. Windows here are shorter than the
-rows."""
+as the trained policy does; the same is asked of adapters. Asked for is what the attention of
+packed rows computed, in windows shorter than the rows where a family has them by default."""
     lines = [
         "# Which model families train here",
         "",

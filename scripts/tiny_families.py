@@ -52,7 +52,8 @@ SIZES: dict[str, Any] = {
     **_every(4, "adapter_rank rotary_ndims"),
     **_every(64, "mamba_d_ssm index_topk attention_window_size window_size"),
     # shorter than the rows of the support matrix
-    **_every(8, "sliding_window"),
+    **_every(8, "sliding_window sliding_window_size"),
+    **{"use_sliding_window": True, "max_window_layers": 1},
     **_every(64, "attention_chunk_size"),
     **_every(128, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
     **_every(2, "mamba_expand expand attn_layer_period expert_layer_period type_vocab_size"),

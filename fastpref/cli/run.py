@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 from fastpref.cli.launch import launch_on_every_gpu
@@ -55,8 +54,12 @@ def main(config: Config) -> int:
         check_task(config, num_gpus if on_every_gpu else world_size())
         if on_every_gpu:
             return launch_on_every_gpu(num_gpus, config.fsdp_port)
-        bound_workspace(config.head, device_memory())
-        run_on_this_rank(partial(run_task, config), config.parallel.timeout)
+
+        def task(world: "World") -> None:
+            bound_workspace(config.head, device_memory(world.device))
+            run_task(config, world)
+
+        run_on_this_rank(task, config.parallel.timeout)
         return 0
     except Exception as error:
         known = explain(error)

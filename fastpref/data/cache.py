@@ -16,6 +16,8 @@ from fastpref.signals import forks_end_with_us
 
 ROWS_OF_A_PROCESS = 5000
 """At least: about three seconds of rows of HH."""
+LOST_PROCESS = "subprocesses has abruptly died"
+"""What `datasets` says when one ended."""
 THREADS = "TOKENIZERS_PARALLELISM"
 """Environment variable of `tokenizers`."""
 
@@ -56,7 +58,9 @@ def progress_bars(quiet: bool) -> Iterator[None]:
 def processes_for(num_rows: int) -> int:
     """How many processes to tokenize rows in: those that are busy for longer than they take to
     start, and no more than there are cores."""
-    return max(1, min(len(os.sched_getaffinity(0)), num_rows // ROWS_OF_A_PROCESS))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(1, min(num_cores, num_rows // ROWS_OF_A_PROCESS))
 
 
 @contextmanager
@@ -84,12 +88,17 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (DatasetGenerationError, OSError, pyarrow.ArrowException) as error:
+    except (DatasetGenerationError, OSError, RuntimeError, pyarrow.ArrowException) as error:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, FastprefError):
             cause = cause.__cause__
         if isinstance(cause, FastprefError):
             raise cause from None
+        if LOST_PROCESS in str(cause):
+            raise DataError(
+                "data.num_proc: a process that tokenized ended, as when memory runs out; fewer of "
+                "them take less"
+            ) from error
         if not isinstance(cause, OSError | pyarrow.ArrowException):
             raise
         folder = cache_dir or datasets.config.HF_DATASETS_CACHE

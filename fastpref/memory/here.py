@@ -48,12 +48,11 @@ def resident_bytes() -> int:
     return int(_RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def device_memory() -> int | None:
-    """Bytes of this process's GPU; None on a CPU."""
-    if not torch.cuda.is_available():
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None of a CPU."""
+    if device.type != "cuda":
         return None
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.cuda.get_device_properties(index).total_memory
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def bound_workspace(head: HeadConfig, memory: int | None) -> None:

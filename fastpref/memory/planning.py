@@ -18,6 +18,7 @@ from fastpref.model.liger import FAMILIES
 from fastpref.model.lora import insert_adapters
 from fastpref.model.paths import find_model
 from fastpref.model.source import build_meta
+from fastpref.model.tied_head import numbers_of_adapted_head
 
 logger = logging.getLogger("fastpref")
 
@@ -45,7 +46,10 @@ class Counted(NamedTuple):
     tokens: TokenBytes
     sizes: Sizes
     num_exponentials: int
-    """Of a scored token and word, those that the head may keep: of policy and reference in a KL."""
+    """Of a scored token and word, those that the head may keep: of policy and reference in a KL; 0
+    where it is frozen."""
+    adapted_head: int
+    """Numbers of the head with its adapter beside it, where it has one."""
 
     @property
     def stored_bytes(self) -> int:
@@ -57,7 +61,9 @@ class Counted(NamedTuple):
         """What training takes of every device, see `plan_memory`."""
         weights, sizes = self.weights, self.sizes
         head = HeadBytes(workspace_bytes(weights.vocab_size, weights.hidden_size, device.type))
-        if device.type == "cuda" and not weights.adapters:
+        # a copy and its gradient
+        head = head._replace(fixed=head.fixed + 2 * self.adapted_head * sizes.compute)
+        if device.type == "cuda" and self.num_exponentials:
             head = head._replace(
                 per_token=self.num_exponentials * weights.vocab_size * sizes.compute,
                 limit=int(get_workspace_mib() * 2**20),
@@ -112,7 +118,10 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
         state=measured.state_bytes,
         reference=reference,
     )
-    return Counted(weights, tokens, sizes, 2 if training.loss.needs.kl else 1)
+    adapted_head = numbers_of_adapted_head(model) if adapter.trained else 0
+    is_trained = not adapter.trained or adapted_head > 0
+    num_exponentials = (2 if training.loss.needs.kl else 1) * is_trained
+    return Counted(weights, tokens, sizes, num_exponentials, adapted_head)
 
 
 def auto_tokens(plan: MemoryPlan, available: int) -> int:

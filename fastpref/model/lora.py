@@ -63,8 +63,8 @@ class Adapters:
         self.config = config
         self._reference = reference
         self._layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-        for layer in self._layers:
-            share_input(layer)
+        kept = (share_input(layer) for layer in self._layers)
+        self._parts = [parts for parts in kept if parts is not None]
         self._parameters = [p for name, p in model.named_parameters() if adapter_part(name)]
 
     @property
@@ -89,6 +89,11 @@ class Adapters:
                 "are no layers have adapters only where every process has the whole model; set "
                 "adapter.base=replicated, or adapter.target_modules alone"
             )
+
+    def forget_parts(self) -> None:
+        """The parameters have changed: what is kept of them is made again."""
+        for parts in self._parts:
+            parts.forget()
 
     def trained(self) -> list[nn.Parameter]:
         """Those parameters that have gradients."""

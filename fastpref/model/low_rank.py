@@ -69,26 +69,18 @@ def has_units(tensor: Tensor) -> bool:
     return tensor.device.type in ("cuda", "meta") and tensor.dtype == torch.bfloat16
 
 
-def share_input(layer: Any) -> None:
-    """Let one of peft's layers compute by `adapted_linear`, where it is no more than that.
-
-    Args:
-        layer: Of `peft.tuners.lora`; changed in place.
-    """
-    from peft.tuners.lora import Linear
-
-    if (type(layer), type(layer.base_layer)) == (Linear, nn.Linear):
-        layer.forward = partial(_forward, layer, _PartsOf())
-
-
-class _PartsOf:
-    """The parts of a layer's adapters, made again when these have changed."""
+class PartsOf:
+    """The parts of a layer's adapters, kept until these change."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[tuple[int, ...], Parts]] = {}
 
-    def get(self, name: str, A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts | None:
-        """Of the adapter of a name; None where `dtype` has no use for them."""
+    def forget(self) -> None:
+        """The adapters have changed: fused optimizers leave no trace in a tensor's version."""
+        self._found.clear()
+
+    def get(self, name: str, A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
+        """Of the adapter of a name."""
         state = A._version, B._version, A.data_ptr(), B.data_ptr()
         before, parts = self._found.get(name, (None, None))
         if parts is None or before != state or parts[0].dtype != dtype:
@@ -97,7 +89,25 @@ class _PartsOf:
         return parts
 
 
-def _forward(layer: Any, parts_of: _PartsOf, input: Tensor) -> Tensor:
+def share_input(layer: Any) -> PartsOf | None:
+    """Let one of peft's layers compute by `adapted_linear`, where it is no more than that.
+
+    Args:
+        layer: Of `peft.tuners.lora`; changed in place.
+
+    Returns:
+        What is to be forgotten when an adapter changes; None where nothing is kept.
+    """
+    from peft.tuners.lora import Linear
+
+    if (type(layer), type(layer.base_layer)) != (Linear, nn.Linear):
+        return None
+    parts_of = PartsOf()
+    layer.forward = partial(_forward, layer, parts_of)
+    return parts_of
+
+
+def _forward(layer: Any, parts_of: PartsOf, input: Tensor) -> Tensor:
     base = layer.base_layer
     [name] = layer.active_adapters
     if layer.disable_adapters or name not in layer.lora_A:

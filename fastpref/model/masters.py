@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 
 class _Place(NamedTuple):
@@ -45,10 +44,6 @@ class MasterWeights:
         self._masters: list[Tensor] = list(copies)
         self._copies: list[Tensor] = list(copies.values())
         model.register_load_state_dict_post_hook(lambda *_: self.refresh())
-
-    def follow(self, optimizer: Optimizer) -> None:
-        """Make the copy again after each of the optimizer's steps."""
-        optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     @torch.no_grad()
     def refresh(self) -> None:

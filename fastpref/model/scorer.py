@@ -84,13 +84,14 @@ class TokenScorer(nn.Module):
 
     def follow(self, optimizer: Optimizer) -> None:
         """Compute with what an optimizer makes of the parameters; to be called once."""
-        if self._masters is not None:
-            self._masters.follow(optimizer)
+        optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     def refresh(self) -> None:
         """Compute with the parameters as they are: to be called once they were changed in place."""
         if self._masters is not None:
             self._masters.refresh()
+        if self.adapters is not None:
+            self.adapters.forget_parts()
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters that have gradients."""

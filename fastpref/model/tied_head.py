@@ -87,6 +87,16 @@ def adapted_head(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden, weight
 
 
+def numbers_of_adapted_head(model: Any) -> int:
+    """Numbers of the weight that `adapted_head` makes in 16 bits, which it needs a gradient of; 0
+    where the head has no adapter."""
+    head = model.get_output_embeddings()
+    [adapted] = getattr(head, TIED, (head,))
+    ranks = [_matrices(adapted, name)[0].shape[0] for name in _active(adapted)]
+    V, D = head.weight.shape
+    return V * (D + 3 * sum(ranks)) if ranks else 0
+
+
 def _active(layer: Any) -> list[str]:
     """Adapters of a layer that compute now."""
     if not hasattr(layer, "active_adapters") or layer.disable_adapters:

@@ -12,12 +12,16 @@ from fastpref.model.lora_targets import is_linear
 from fastpref.model.pair import Pair
 
 PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "L4": 121e12,
     "RTX 4090": 165e12,

@@ -351,8 +351,8 @@ def work(_):
 
 gc.disable()
 Joins()
-with tokenizing_in(2):
-    Pool(2).map(work, range(4))
+with tokenizing_in(2), Pool(2) as pool:
+    pool.map(work, range(4))
 gc.collect()
 """
 
@@ -368,15 +368,20 @@ import os, signal, time
 from multiprocess import Manager, Pool
 from fastpref.data.cache import tokenizing_in
 
+def say(pid):
+    # at once: they share the pipe
+    os.write(1, f"{pid}\\n".encode())
+
 def work(parent):
-    print(os.getpid(), flush=True)
+    say(os.getpid())
     time.sleep(1)
     os.kill(parent, signal.SIGKILL)
     time.sleep(60)
 
 with tokenizing_in(2):
     # as datasets does
-    print(Manager()._process.pid, flush=True)
+    manager = Manager()
+    say(manager._process.pid)
     Pool(2).map(work, [os.getpid()] * 2)
 """
 

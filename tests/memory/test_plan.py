@@ -226,8 +226,16 @@ def test_the_head_s_workspace_follows_from_the_device(models):
             assert full.head.of(10**7) == full.head.fixed + full.head.limit
             # of a frozen head nothing is kept
             config = make_config(models / "llama", adapter=AdapterConfig(kind="lora"))
-            frozen = count(config, Device("cuda", 1, 80 * GIB))
+            frozen_device = Device("cuda", 1, 80 * GIB)
+            frozen = count(config, frozen_device)
             assert frozen.head.of(10**7) == frozen.head.fixed <= GIB
+            # one with an adapter is made anew, with a gradient
+            adapter = AdapterConfig(kind="lora", r=4, target_modules=["q_proj", "lm_head"])
+            adapted = count(make_config(models / "llama", adapter=adapter), frozen_device)
+            vocab_size = json.loads((models / "llama/config.json").read_text())["vocab_size"]
+            size = vocab_size * (SIZE["hidden_size"] + 3 * 4)
+            assert adapted.head.fixed - frozen.head.fixed == 2 * size * 4
+            assert adapted.head.limit == mib * 2**20
     finally:
         set_workspace_mib(before)
 

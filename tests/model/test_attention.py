@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
+from fastpref.model.attention import segments
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.groups import GroupedAttention
 from fastpref.model.attention.interface import build_attention
@@ -123,13 +124,17 @@ def test_a_window_keeps_the_keys_that_are_multiplied_few():
 
     def products(window):
         groups = group_segments(batch.layout, window)
-        return sum(_length(g.queries) * _length(g.keys) for g in groups)
+        return sum(_number(g.queries) * _number(g.keys) / _segments(g.queries) for g in groups)
 
     assert products(64) < products(None) / 10
 
 
-def _length(places: Tensor | slice) -> int:
-    return places.stop - places.start if isinstance(places, slice) else places.shape[-1]
+def _number(places: Tensor | slice) -> int:
+    return places.stop - places.start if isinstance(places, slice) else places.numel()
+
+
+def _segments(places: Tensor | slice) -> int:
+    return 1 if isinstance(places, slice) else len(places)
 
 
 def test_short_segments_share_a_call_and_long_ones_do_not():
@@ -175,6 +180,20 @@ def test_short_segments_share_a_call_and_long_ones_do_not():
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+def test_parts_for_a_gpu_have_no_more_scores_than_fit(monkeypatch):
+    monkeypatch.setattr(segments, "MAX_SCORES", 500)
+    monkeypatch.setattr(segments, "scores_are_in_memory", lambda _: True)
+    for window in (None, 7):
+        for share_prompt in (True, False):
+            batch = pack_rows(ROWS, pad_token_id=0, share_prompt=share_prompt)
+            groups = group_segments(batch.layout, window)
+            assert all(_number(g.queries) * _number(g.keys) <= 500 * 16 for g in groups)
+            widest = [_number(g.keys) / _segments(g.keys) for g in groups]
+            tallest = [_number(g.queries) / _segments(g.queries) for g in groups]
+            assert all(a * b <= 500 for a, b in zip(widest, tallest, strict=True))
+            assert_as_dense(build_attention("sdpa"), batch, ScoreRules(0.2, window=window))
+
+
 def test_groups_for_a_gpu_hold_long_segments_too_but_no_endless_masks():
     lengths = [300, 290, 20, 19]
     on_gpu = runs_of_like_length(lengths, lengths, long_keys=None, max_scores=2**24)
@@ -183,22 +202,27 @@ def test_groups_for_a_gpu_hold_long_segments_too_but_no_endless_masks():
     assert list(bounded) == [slice(0, 1), slice(1, 2), slice(2, 4)]
 
 
-def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens():
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_sdpa_in_bfloat16_is_as_close_as_one_call_over_all_tokens(on_cpu, has_sinks):
     batch = pack_rows(ROWS, pad_token_id=0)
-    exact = random_inputs(batch)
-    inputs = [x.bfloat16() for x in exact]
-    exact = [x.double() for x in inputs]
+    inputs = [x.bfloat16() for x in random_inputs(batch)]
+    # scores of some size, whose rounding would show
+    inputs[:2] = [3 * x for x in inputs[:2]]
+    more = [torch.linspace(-1, 2, 6)] if has_sinks else []
+    groups = group_segments(batch.layout)
 
-    def packed(query, key, value):
-        sdpa = build_attention("sdpa")
-        return sdpa.attend(query, key, value, sdpa.prepare(batch.layout), ScoreRules(0.2))
+    def packed(query, key, value, *sinks):
+        sinks = sinks[0] if sinks else None
+        return GroupedAttention.apply(query, key, value, sinks, groups, 0.2, on_cpu)
 
-    def dense(query, key, value):
-        return dense_attention(query, key, value, batch, ScoreRules(0.2))
+    def dense(query, key, value, *sinks):
+        rules = ScoreRules(0.2, sinks=sinks[0] if sinks else None)
+        return dense_attention(query, key, value, batch, rules)
 
-    float64 = values_and_gradients(dense, exact)
-    in_torch = values_and_gradients(dense, inputs)
-    ours = values_and_gradients(packed, inputs)
+    float64 = values_and_gradients(dense, [x.double() for x in inputs], *(x.double() for x in more))
+    in_torch = values_and_gradients(dense, inputs, *(x.bfloat16() for x in more))
+    ours = values_and_gradients(packed, inputs, *more)
     for found, same_dtype, truth in zip(ours, in_torch, float64, strict=True):
         error = (found.double() - truth).abs().max()
         assert error <= 2 * (same_dtype.double() - truth).abs().max() + 1e-5

@@ -15,7 +15,13 @@ from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
-from fastpref.model.attention.choice import attention_problem, choose_attention, choose_rows
+from fastpref.model.attention.choice import (
+    ON_GPU,
+    attention_problem,
+    choose_attention,
+    choose_rows,
+)
+from fastpref.model.attention.interface import build_attention
 from fastpref.model.attention.packing_probe import AttentionCall
 from fastpref.model.logit_path import measure_logit_path
 from fastpref.model.scorer import TokenScorer
@@ -49,6 +55,28 @@ def test_an_attention_wrong_for_one_layers_shape_is_found_out():
     assert attention_problem(wrong, CPU, torch.float32, capped) == ""
     capped.add(PLAIN._replace(width=16, softcap=1.5))
     assert "off by" in attention_problem(wrong, CPU, torch.float32, capped)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("has_window", [False, True])
+@pytest.mark.parametrize("name", [*ON_GPU, "flex", "sdpa", "eager"])
+def test_what_is_installed_on_a_gpu_computes_windows(name, has_window):
+    try:
+        attention = build_attention(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    call = AttentionCall(4, 2, 64, 64, 0.125, None, has_window)
+    assert attention_problem(attention, torch.device("cuda"), torch.bfloat16, {call}) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_sinks_are_computed_beside_windows(dtype):
+    calls = {AttentionCall(4, 2, 64, 64, 0.125, None, window, True) for window in (False, True)}
+    device = torch.device("cuda")
+    assert choose_attention("auto", device, dtype, calls).name == "sdpa"
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_what_cannot_run_is_refused():

@@ -3,10 +3,18 @@
 import peft
 import pytest
 import torch
+from tiny_models import build_model
 from torch import Tensor
 
+from fastpref.batch import EncodedRow
+from fastpref.batches.padded import pad_rows
+from fastpref.config import AdapterConfig
 from fastpref.model import low_rank
+from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.lora import insert_adapters
 from fastpref.model.low_rank import adapted_linear
+from fastpref.model.scorer import TokenScorer
+from fastpref.train.optim import build_optimizer
 
 N, INPUTS, OUTPUTS, RANK = 50, 96, 64, 8
 SCALING = 2.0
@@ -76,12 +84,14 @@ def test_parts_follow_every_update_of_their_matrices(monkeypatch):
     adapted = torch.nn.Sequential(base)
     config = peft.LoraConfig(r=RANK, lora_alpha=SCALING * RANK, target_modules=["0"])
     [layer] = peft.inject_adapter_in_model(config, adapted)
-    low_rank.share_input(layer)
+    parts = low_rank.share_input(layer)
     made: list[None] = []
     take_apart = low_rank.take_apart
     monkeypatch.setattr(low_rank, "take_apart", lambda *x: made.append(None) or take_apart(*x))
     matrices = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    optimizer = torch.optim.AdamW(matrices, lr=0.1)
+    # as a run builds it: a fused one leaves no trace in a tensor's version
+    optimizer = build_optimizer("AdamW", list(matrices), lr=0.1, options={})
+    optimizer.register_step_post_hook(lambda *_: parts.forget())
     with torch.no_grad():
         base.weight.copy_(weight)
         for matrix, value in zip(matrices, (A, B), strict=True):
@@ -94,6 +104,34 @@ def test_parts_follow_every_update_of_their_matrices(monkeypatch):
         assert len(made) == step + 1
         output.square().sum().backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop"])
+def test_a_scorer_computes_with_every_update_of_its_adapters(monkeypatch, optimizer):
+    """As on a GPU, where parts are kept between the steps of an optimizer."""
+    with_units(monkeypatch)
+    losses = []
+    for keeps in (True, False):
+        model = build_model("llama").bfloat16().eval()
+        adapters = insert_adapters(model, AdapterConfig(kind="lora"), None, None)
+        torch.manual_seed(0)
+        for parameter in adapters.trained():
+            torch.nn.init.normal_(parameter, std=0.1)
+        scorer = TokenScorer(
+            model, path=measure_logit_path(build_model("llama")), adapters=adapters
+        )
+        built = build_optimizer(optimizer, scorer.trained(), lr=0.05, options={})
+        scorer.follow(built)
+        if not keeps:
+            monkeypatch.setattr(low_rank.PartsOf, "get", lambda _, __, *x: low_rank.take_apart(*x))
+        batch = pad_rows([EncodedRow([3, 4, 5], [6, 7, 8], [9, 10])], pad_token_id=0)
+        for _ in range(3):
+            loss = -scorer(batch).sum()
+            losses.append(loss.item())
+            built.zero_grad()
+            loss.backward()
+            built.step()
+    assert losses[:3] == losses[3:] and losses[2] < losses[1] < losses[0]
 
 
 def test_the_input_is_kept_once_for_all_layers_that_read_it():

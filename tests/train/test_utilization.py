@@ -58,6 +58,7 @@ def test_devices_are_known_by_their_names():
     assert peak_of("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_of("NVIDIA L4") == 121e12 and peak_of("NVIDIA L40") == 181e12
     assert peak_of("NVIDIA GeForce GTX 1080") is None
 
 

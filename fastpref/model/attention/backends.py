@@ -214,8 +214,9 @@ def block_mask(layout: SegmentLayout, window: int | None) -> Any:
         own = (segment_of[q] == segment_of[k]) & (k <= q)
         of_prefix = (k >= prefix_start[q]) & (k < prefix_stop[q])
         if window is not None:
-            own &= q - k < window
-            of_prefix &= position[q] - (k - prefix_start[q]) < window
+            # out of place: it is compiled as a function of a point
+            own = own & (q - k < window)
+            of_prefix = of_prefix & (position[q] - (k - prefix_start[q]) < window)
         return own | of_prefix
 
     return flex.create_block_mask(attends, None, None, T, T, device=device)

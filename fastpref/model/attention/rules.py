@@ -35,8 +35,8 @@ def attend_to_all(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * rules.scale
+    at_least = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(at_least) @ key.to(at_least).transpose(2, 3) * rules.scale
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     if mask is None:

@@ -15,8 +15,7 @@ A GPU is never busy with one."""
 SHORT_PART = 64
 """Queries that a part of a segment has at least where it is divided for a window."""
 MAX_SCORES = 2**22
-"""Scores of a group and head on a GPU, at most: they are in memory, 16 MiB of float32 a head. A
-segment alone may have more."""
+"""Scores of a group and head on a GPU, at most: they are in memory, 16 MiB of float32 a head."""
 MAX_PADDING = 1.5
 """Scores computed for a group, padding included, over those of its segments, at most."""
 
@@ -57,12 +56,15 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
 
     Args:
         layout: Of the row.
-        window: Tokens that one attends to; None: all before it. Segments are then divided, so that
-            no more keys are multiplied than about twice those in a window.
+        window: Tokens that one attends to; None: all before it. With one, segments are divided, so
+            that no more keys are multiplied than about twice those in a window; on a GPU, whose
+            scores are in memory, so that there are never too many of them.
     """
     device = layout.query_offsets.device
-    long_keys, max_scores = (LONG_KEYS, None) if device.type == "cpu" else (None, MAX_SCORES)
-    parts_S6 = _parts(np.array(layout.segments, np.int64), window)
+    long_keys, max_scores = (
+        (None, MAX_SCORES) if scores_are_in_memory(device) else (LONG_KEYS, None)
+    )
+    parts_S6 = _parts(np.array(layout.segments, np.int64), window, max_scores)
     tokens = parts_S6[:, 1] - parts_S6[:, 0]
     keys = tokens + _keys_before(parts_S6)
     is_causal = keys == tokens
@@ -79,21 +81,31 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
     return tuple(groups)
 
 
-def _parts(segments_S4: np.ndarray, window: int | None) -> np.ndarray:
+def scores_are_in_memory(device: torch.device) -> bool:
+    """Whether all scores of a group are there at once."""
+    return device.type != "cpu"
+
+
+def _parts(segments_S4: np.ndarray, window: int | None, max_scores: int | None) -> np.ndarray:
     """Parts of segments that are computed by themselves, (S, 6): first and last query + 1, where
     the segment begins, its prefix, and the first position of a key."""
     start, stop, prefix_start, prefix_stop = segments_S4.T
     zeros = np.zeros_like(start)
     parts_S6 = np.stack([start, stop, start, prefix_start, prefix_stop, zeros], axis=1)
-    if window is None:
+    if window is None and max_scores is None:
         return parts_S6
     divided = []
     for start, stop, origin, prefix_start, prefix_stop, _ in parts_S6.tolist():
         length, of_prefix = stop - start, prefix_stop - prefix_start
-        step = length if length + of_prefix <= window else max(window, SHORT_PART)
+        step = num_keys = length + of_prefix
+        if window is not None and num_keys > window:
+            step = max(window, SHORT_PART)
+            num_keys = min(num_keys, step + window)
+        if max_scores is not None:
+            step = min(step, max(1, max_scores // num_keys))
         for first in range(start, stop, step):
             position = of_prefix + first - origin
-            earliest = max(0, position - window + 1)
+            earliest = 0 if window is None else max(0, position - window + 1)
             last = min(stop, first + step)
             divided.append((first, last, origin, prefix_start, prefix_stop, earliest))
     return np.array(divided, np.int64)

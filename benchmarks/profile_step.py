@@ -1,0 +1,217 @@
+"""Where a step's time goes, in one process: python benchmarks/profile_step.py --shape qwen2.5-0.5b
+
+DPO on random rows of a law of length with a random model of a shape, as the benchmark's arm F3:
+packed, prompts shared, reference online. Steps are timed one by one; then one more is profiled.
+It prints real policy tokens a second, the share of the time that the device computes, kernels
+launched, and of the profiled step the device's time (on a CPU the processor's) by what it is for.
+MFU is as in metrics.jsonl: see `fastpref.train.utilization`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe_machine, results_folder
+from torch.autograd import DeviceType
+from train_arms import config_of, read_lines
+from train_cases import LAWS, MAX_LENGTH, SHAPES, write_random_model, write_random_rows
+
+from fastpref.distributed import init_world
+from fastpref.model import scorer
+from fastpref.train import loop, step
+from fastpref.train.task import train
+
+WARM_UP_STEPS = 2
+HEAD_OPS = ("token_logps", "token_logps_and_kl", "tdpo1_token_values")
+
+
+class Profile:
+    """Times the steps of a run, and profiles the last one."""
+
+    def __init__(self, num_steps: int) -> None:
+        self._num_steps = num_steps
+        self.seconds: list[float] = []
+        self.profiled_seconds = 0.0
+        self.events: list[Any] = []
+
+    def around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
+        """The trainer's step, timed or profiled."""
+
+        def timed(run: Any, batches: Any, number: int) -> Any:
+            if number == self._num_steps - 1:
+                return self._profiled(train_step, run, batches, number)
+            result, seconds = clocked(train_step, run, batches, number)
+            self.seconds.append(seconds)
+            return result
+
+        return timed
+
+    def _profiled(self, train_step: Callable[..., Any], *arguments: Any) -> Any:
+        with named_parts(), torch.profiler.profile() as profiler:
+            result, self.profiled_seconds = clocked(train_step, *arguments)
+        self.events = list(profiler.key_averages())
+        return result
+
+
+def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """What a function returns, and its seconds until the device is done."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = function(*arguments)
+    wait()
+    return result, time.perf_counter() - start
+
+
+@contextmanager
+def named_parts() -> Iterator[None]:
+    """Give the parts of a step names that the profiler keeps."""
+
+    def body_of(*_: Any) -> str:
+        return "policy body" if torch.is_grad_enabled() else "reference body"
+
+    places: list[tuple[Any, str, Callable[..., str]]] = [
+        (scorer.TokenScorer, "hidden_states", body_of),
+        *((scorer, name, lambda *_: "head") for name in HEAD_OPS),
+        (torch.Tensor, "backward", lambda *_: "backward"),
+        (step, "clip_gradients", lambda *_: "clipping"),
+    ]
+    before = [(holder, name, getattr(holder, name)) for holder, name, _ in places]
+    for holder, name, label in places:
+        setattr(holder, name, under_name(getattr(holder, name), label))
+    try:
+        yield
+    finally:
+        for holder, name, function in before:
+            setattr(holder, name, function)
+
+
+def under_name(function: Callable[..., Any], label: Callable[..., str]) -> Callable[..., Any]:
+    """A function whose time is kept under a name."""
+
+    def named(*arguments: Any, **options: Any) -> Any:
+        with torch.profiler.record_function(f"part: {label(*arguments)}"):
+            return function(*arguments, **options)
+
+    return named
+
+
+def summarize(profile: Profile, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of the steps that count."""
+    on_gpu = torch.cuda.is_available()
+    total = "device_time_total" if on_gpu else "cpu_time_total"
+    own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    counted = range(WARM_UP_STEPS, len(profile.seconds))
+    tokens = [record["tokens_per_second"] / record["examples_per_second"] for record in records]
+    seconds = sum(profile.seconds[i] for i in counted)
+    pairs = records[0]["counters/examples"]
+    calls = [event for event in profile.events if event.device_type == DeviceType.CPU]
+    # what a call has launched counts for the call as well
+    kernels = [e for e in profile.events if e not in calls and not e.is_user_annotation]
+    computing = kernels if on_gpu else [e for e in calls if not e.key.startswith("part: ")]
+    parts = {
+        event.key.removeprefix("part: "): getattr(event, total) / 1e6
+        for event in calls
+        if event.key.startswith("part: ")
+    }
+    own_names = {
+        "optimizer": lambda key: key.startswith("Optimizer.step#"),
+        "of it the head's backward": lambda key: key.startswith("fastpref::") and "bwd" in key,
+    }
+    for part, is_part in own_names.items():
+        parts[part] = sum(getattr(e, total) for e in calls if is_part(e.key)) / 1e6
+    busy = sum(getattr(event, own) for event in kernels) / 1e6
+    launches = sum(event.count for event in calls if "LaunchKernel" in event.key)
+    mean = seconds / len(counted)
+    return {
+        "tokens_per_second": sum(tokens[i] for i in counted) * pairs / seconds,
+        "mfu": records[-2].get("mfu"),
+        "seconds_per_step": mean,
+        "seconds_profiled": profile.profiled_seconds,
+        "device_busy_share": busy / mean if on_gpu else None,
+        "launches": launches if on_gpu else None,
+        "operator_calls": sum(e.count for e in calls if e.key.startswith("aten::")),
+        "seconds_by_part": parts,
+        "most": [
+            {"operation": event.key, "calls": event.count, "seconds": getattr(event, own) / 1e6}
+            for event in sorted(computing, key=lambda event: -getattr(event, own))[:25]
+        ],
+    }
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = folder / "rows" / arguments.law
+        write_random_model(arguments.shape, folder / "model")
+        num_rows = arguments.pairs * arguments.steps
+        write_random_rows(arguments.law, SHAPES[arguments.shape]["vocab_size"], num_rows, rows)
+        case = {
+            "model": str(folder / "model"),
+            "data": str(rows.parent),
+            "name": rows.name,
+            "pairs": arguments.pairs,
+            "micro_batches": 1,
+            "steps": arguments.steps,
+            "max_length": MAX_LENGTH,
+            "dtype": arguments.dtype,
+            "rank": arguments.rank,
+            "lr": 1e-6,
+        }
+        config = config_of(case, folder / "run")
+        config.packing.max_tokens = arguments.max_tokens
+        config.compile, config.model.liger = arguments.compile, arguments.liger
+        profile = Profile(arguments.steps)
+        loop.train_step = profile.around(loop.train_step)
+        train(config, init_world())
+        found = summarize(profile, read_lines(folder / "run" / "metrics.jsonl"))
+    report(arguments, found)
+
+
+def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Print, and write if that was asked for."""
+    for name in ("tokens_per_second", "mfu", "seconds_per_step", "seconds_profiled"):
+        print(f"{name:20} {found[name]}")
+    for name in ("device_busy_share", "launches", "operator_calls"):
+        print(f"{name:20} {found[name]}")
+    for part, seconds in found["seconds_by_part"].items():
+        print(f"{part:26} {seconds:8.3f} s")
+    for row in found["most"]:
+        print(f"{row['seconds'] * 1e3:10.1f} ms {row['calls']:7} {row['operation'][:90]}")
+    if arguments.json:
+        file = f"profile-{arguments.shape}-{arguments.law}{'-lora' if arguments.rank else ''}.json"
+        options = {key: value for key, value in vars(arguments).items() if key != "results"}
+        record = {**describe_machine(), "options": options, **found}
+        path = results_folder(arguments.results) / file
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="qwen2.5-0.5b")
+    parser.add_argument("--law", choices=list(LAWS), default="UF", help="lengths of random rows")
+    parser.add_argument("--pairs", type=int, default=64, help="per optimizer step")
+    parser.add_argument("--steps", type=int, default=7, help="2 of warm-up, the last is profiled")
+    parser.add_argument("--max-tokens", default="auto", help="of a micro-batch")
+    parser.add_argument("--rank", type=int, help="of adapters; all weights are trained without")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--liger", choices=("auto", "true", "false"), default="auto")
+    parser.add_argument("--json", action="store_true", help="write to the results folder")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    if arguments.steps < WARM_UP_STEPS + 2:
+        parser.error(f"--steps must be >= {WARM_UP_STEPS + 2}, got {arguments.steps}")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()
