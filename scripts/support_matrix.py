@@ -12,7 +12,6 @@ import logging
 import math
 import multiprocessing
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from support_document import LOSS_BOUND, SCORE_BOUND, Entry, format_document
 from tiny_families import VOCABULARY, build_tiny
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,35 +46,12 @@ from fastpref.train.start import find_start
 from fastpref.train.step import train_step
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
-SCORE_BOUND = 1e-4
-"""Nats between our score of a token and that of plain transformers in float64."""
-LOSS_BOUND = 1e-6
 SECONDS = 300
 """For one family: most take two."""
 WORDS = ["the", "one", "red", "cat", "sees", "old"]
 
 Sequences = list[tuple[list[int], list[int]]]
 """Prompt and response ids."""
-
-
-class Entry(NamedTuple):
-    """What became of one family."""
-
-    family: str
-    """Its model type."""
-    outcome: str
-    """trains, differs, refused, or not built."""
-    model_class: str = ""
-    layout: str = ""
-    """How its rows lie: packed with shared prompts, packed, padded."""
-    attention: str = ""
-    asks: str = ""
-    """Of attention, beside causality."""
-    adapters: str = ""
-    score_error: float = math.nan
-    loss_error: float = math.nan
-    export_error: float = math.nan
-    remark: str = ""
 
 
 def check_family(family: str, world: World, folder: Path) -> Entry:
@@ -309,60 +286,6 @@ class _Collector(logging.Handler):
 
 def _reason(line: str) -> str:
     return line.partition("packed rows: ")[2].removesuffix("; taking padded ones")
-
-
-def format_document(entries: Sequence[Entry]) -> str:
-    """The matrix as Markdown."""
-    trained = [entry for entry in entries if entry.outcome == "trains"]
-    packed = [entry for entry in trained if entry.layout.startswith("packed")]
-    adapted = [entry for entry in trained if entry.adapters == "yes"]
-    versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
-    made = f"""
-Written by `python scripts/support_matrix.py`: a tiny random model of every causal LM family of
-{versions}, float32, on a CPU. Of {len(entries)} families {len(trained)} train, {len(packed)} of
-them on packed rows, {len(adapted)} with adapters. To train means: every response token scored as
-plain transformers scores it in float64 (within {SCORE_BOUND:g} nats), a first DPO loss of ln 2
-(within {LOSS_BOUND:g}), a finite gradient, and an export that plain transformers loads and scores
-as the trained policy does; the same is asked of adapters. Asked for is what the attention of
-packed rows computed, in windows shorter than the rows where a family has them by default."""
-    lines = [
-        "# Which model families train here",
-        "",
-        textwrap.fill(" ".join(made.split()), 120, break_on_hyphens=False),
-        "",
-        "| family | class | rows | attention | asks for | adapters | scores off, nats | loss off "
-        "| export off, nats | why |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {e.family} | {e.model_class} | {e.layout} | {e.attention} | {e.asks} "
-        f"| {_cell(e.adapters)} | {e.score_error:.0e} | {e.loss_error:.0e} "
-        f"| {e.export_error:.0e} | {_cell(e.remark)} |"
-        for e in trained
-    ]
-    for outcome, title in (
-        ("refused", "Refused, and what a user reads"),
-        ("differs", "Let through, and not right"),
-        ("not built", "Not tried: transformers builds no tiny random model of them"),
-    ):
-        found = [entry for entry in entries if entry.outcome == outcome]
-        if found:
-            lines += ["", f"## {title}", "", "| family | |", "|---|---|"]
-            lines += [f"| {entry.family} | {_cell(_said_of(entry))} |" for entry in found]
-    return "\n".join(lines) + "\n"
-
-
-def _said_of(entry: Entry) -> str:
-    if entry.remark and math.isnan(entry.score_error):
-        return entry.remark
-    return (
-        f"scores off by {entry.score_error:.1e} nats, loss by {entry.loss_error:.1e}, export by "
-        f"{entry.export_error:.1e} nats; {entry.layout}"
-    )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def main() -> None:

@@ -283,9 +283,9 @@ def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
             # of a tied head we take care ourselves
             own = dataclasses.replace(config, ensure_weight_tying=False)
             inject_adapter_in_model(own, model, name)
-    # peft's own words name what it does not find or cannot adapt
-    except (ValueError, NotImplementedError) as error:
-        if next(model.parameters()).is_meta and isinstance(error, NotImplementedError):
+    except (ValueError, NotImplementedError) as error:  # peft's words name what it cannot adapt
+        is_meta = next(model.parameters()).is_meta
+        if is_meta and isinstance(error, NotImplementedError):  # torch's: DoRA reads weights
             raise ValueError(f"{config.peft_type.value} without memory") from error
         if folder is not None:
             raise not_beside(folder, f"does not fit its base model: {first_line(error)}") from error
