@@ -17,7 +17,7 @@ class StagesConfig:
     weights.positive_template and weights.negative_template)."""
     contrast_lr: float | None = None
     """Learning rate of the two contrastive models, > 0; null with adapters is four times the
-    run's, and goes down to zero."""
+    run's, and goes down to zero where that is constant."""
     contrast_n_epochs: int | None = None
     """Passes over the data of each contrastive model, >= 1."""
     contrast_beta: float | None = None

@@ -70,23 +70,23 @@ def has_units(tensor: Tensor) -> bool:
 
 
 class PartsOf:
-    """The parts of a layer's adapters, kept until these change."""
+    """The parts of a layer's adapters, by their names, until they are forgotten.
+
+    No tensor tells that it has changed: fused optimizers leave its version as it is.
+    """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[tuple[int, ...], Parts]] = {}
+        self._found: dict[str, Parts] = {}
 
     def forget(self) -> None:
-        """The adapters have changed: fused optimizers leave no trace in a tensor's version."""
+        """The adapters have changed."""
         self._found.clear()
 
     def get(self, name: str, A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
-        """Of the adapter of a name."""
-        state = A._version, B._version, A.data_ptr(), B.data_ptr()
-        before, parts = self._found.get(name, (None, None))
-        if parts is None or before != state or parts[0].dtype != dtype:
-            parts = take_apart(A, B, dtype)
-            self._found[name] = state, parts
-        return parts
+        """Of the adapter of a name, in the dtype that its layer always computes in."""
+        if name not in self._found:
+            self._found[name] = take_apart(A, B, dtype)
+        return self._found[name]
 
 
 def share_input(layer: Any) -> PartsOf | None:

@@ -112,6 +112,9 @@ class _Recipe(NamedTuple):
                 "negative": "SFT on the rejected responses",
             }
         adapted = config.adapter.trained and options.contrast_lr is None
+        schedule = config.optim.schedule
+        if adapted and schedule == "constant":
+            schedule = "linear"
         return [
             self.training(
                 side,
@@ -119,7 +122,7 @@ class _Recipe(NamedTuple):
                 loss=loss,
                 model=model,
                 lr=options.contrast_lr or config.lr * (ADAPTED_CONTRAST if adapted else 1),
-                optim=replace(config.optim, schedule="linear") if adapted else config.optim,
+                optim=replace(config.optim, schedule=schedule),
                 n_epochs=options.contrast_n_epochs or config.n_epochs,
                 reverse_dataset=side == "negative",
             )
