@@ -85,6 +85,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, help="of adapters; all weights are trained without")
+    parser.add_argument("--compile", default="false", help="of fastpref: true, false or auto")
+    parser.add_argument("--liger", default="auto", help="of fastpref: true, false or auto")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", action="store_true", help="write to the results folder")
     parser.add_argument("--profile", action="store_true", help="and where an F3 step's time goes")
@@ -119,6 +121,8 @@ def prepare_case(arguments: argparse.Namespace, world: Any, folder: Path) -> dic
         "max_length": arguments.max_length if arguments.model else 2048,
         "dtype": arguments.dtype,
         "rank": arguments.rank,
+        "compile": arguments.compile,
+        "liger": arguments.liger,
         "lr": 1e-6,
         "ids": str(folder / f"{rows.name}.jsonl"),
     }
@@ -283,7 +287,10 @@ def write(
     folder, machine = results_folder(arguments.results), describe_machine()
     what = f"{arguments.shape}-{arguments.law}" if arguments.shape else case["name"]
     what = arguments.name or what
-    keys = ("pairs", "micro_batches", "max_tokens", "steps", "max_length", "lr", "dtype", "rank")
+    keys = (
+        *("pairs", "micro_batches", "max_tokens", "steps", "max_length", "lr"),
+        *("dtype", "rank", "compile", "liger"),
+    )
     record = {
         **machine,
         "model": arguments.shape or arguments.model.name,

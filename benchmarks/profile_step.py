@@ -167,7 +167,7 @@ def main() -> None:
         }
         config = config_of(case, folder / "run")
         config.packing.max_tokens = arguments.max_tokens
-        config.compile, config.model.liger = arguments.compile, arguments.liger
+        config.compile, config.model.liger = str(arguments.compile).lower(), arguments.liger
         profile = Profile(arguments.steps)
         loop.train_step = profile.around(loop.train_step)
         train(config, init_world())

@@ -21,7 +21,9 @@ def config_of(case: dict[str, Any], run_dir: Path) -> Any:
         model=ModelConfig(
             name_or_path=case["model"],
             fsdp_policy_mp=None if case["dtype"] == "float32" else case["dtype"],
+            liger=case.get("liger", "auto"),
         ),
+        compile=case.get("compile", "false"),
         loss=DPOConfig(),
         datasets=[case["name"]],
         base_data_dir=case["data"],

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""The target of a position that the head's ops score 0, without a gradient."""
+
 
 class EncodedRow(NamedTuple):
     """One preference pair (or, for SFT, one prompt and response) as token ids.
@@ -101,16 +104,22 @@ class Batch:
     attention_mask: Tensor | None = None
     """(B, L) int64: 1 for a token, 0 for padding; None for a packed row."""
     score_index: Tensor
-    """(N,) int64: the position, in the flattened `input_ids`, whose hidden state predicts a
+    """(N or more,) int64: the position, in the flattened `input_ids`, whose hidden state predicts a
     target. A shared position is there once for each sequence that it predicts a token of."""
     target: Tensor
-    """(N,) int64: the response tokens, in the order of `score_index`."""
+    """(N or more,) int64: the response tokens, in the order of `score_index`; what is beyond N
+    fills a shape up, is `IGNORED` and scores nothing."""
     token_weights: Tensor | None
     """(N,) float32, or None when every token weighs 1."""
     sequence_ids: Tensor
     """(N,) int64 in [0, num_sequences): the sequence a target belongs to."""
     num_sequences: int
     """2P for P pairs, P in SFT; 0 for a rank without work, which then scores nothing."""
+
+    @property
+    def num_scored(self) -> int:
+        """N."""
+        return len(self.sequence_ids)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; from pinned memory the copies do not wait for the host."""

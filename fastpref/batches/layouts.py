@@ -8,6 +8,7 @@ import numpy as np
 
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
+from fastpref.batches.filled import fill_up, filled_length
 from fastpref.batches.packed import pack, pack_rows, plan_step
 from fastpref.batches.padded import pad_rows
 from fastpref.batches.plan import MicroBatch, StepPlan
@@ -73,12 +74,14 @@ class RowLayout(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
-    """One after another in one row, without padding."""
+    """One after another in one row, without padding between them."""
 
     share_prompt: bool
     """Compute what sequences of a micro-batch have in common once."""
     max_tokens: int
     """Most tokens of a micro-batch."""
+    few_lengths: bool = False
+    """Fill rows up to one of a few lengths, see `fill_up`."""
 
     @property
     def name(self) -> str:
@@ -96,13 +99,14 @@ class PackedRows:
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As few micro-batches as the tokens allow, see `plan_step`."""
-        return plan_step(
+        plan = plan_step(
             columns,
             max_tokens=self.max_tokens,
             num_ranks=num_ranks,
             min_micro_batches=min_micro_batches,
             share_prompt=self.share_prompt,
         )
+        return [[self._filled(batch) for batch in of_ranks] for of_ranks in plan]
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
         """By their tokens."""
@@ -119,17 +123,37 @@ class PackedRows:
         """By its tokens."""
         of_rows = columns.take(micro_batch.rows)
         plan = plan_step(of_rows, max_tokens=max_tokens, share_prompt=self.share_prompt)
-        return [part._replace(rows=micro_batch.rows[part.rows]) for [part] in plan]
+        smaller = self.limited_to(max_tokens)
+        return [smaller._filled(part._replace(rows=micro_batch.rows[part.rows])) for [part] in plan]
 
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
     ) -> Batch:
         """One packed row, see `pack`."""
-        return pack(columns, micro_batch, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
+        batch = pack(
+            columns, micro_batch, pad_token_id=pad_token_id, share_prompt=self.share_prompt
+        )
+        if not self.few_lengths:
+            return batch
+        return fill_up(batch, micro_batch.num_tokens, pad_token_id=pad_token_id)
 
     def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
         """One packed row."""
-        return pack_rows(rows, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
+        batch = pack_rows(rows, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
+        if not self.few_lengths:
+            return batch
+        length = self._length(batch.input_ids.shape[1])
+        return fill_up(batch, length, pad_token_id=pad_token_id)
+
+    def _filled(self, micro_batch: MicroBatch) -> MicroBatch:
+        """A micro-batch of the plan as this layout builds it."""
+        return micro_batch._replace(num_tokens=self._length(micro_batch.num_tokens))
+
+    def _length(self, num_tokens: int) -> int:
+        if not self.few_lengths:
+            return num_tokens
+        # one token stands in a row without any
+        return filled_length(max(1, num_tokens), max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,7 +49,7 @@ class TrainingOptions(NamedTuple):
     optimizer: str
     optim: OptimConfig
     activation_checkpointing: bool
-    compile: bool
+    compile: str
     seed: int
     batch_size: int
     """Rows of an optimizer step."""
@@ -115,9 +115,11 @@ class Config:
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more computation."""
 
-    compile: bool = False
-    """Compile each block with torch.compile: a minute or more at the start. In 16 bits, or with
-    activation_checkpointing, policy and reference then start equal up to rounding, not exactly."""
+    compile: str = "false"
+    """true: compile each block with torch.compile in the first step; packed rows are then filled up
+    to one of a few lengths. auto: on a GPU, where the run is long enough to pay. In 16 bits, or
+    with activation_checkpointing, policy and reference then start equal up to rounding, not
+    exactly."""
 
     trainer: str = "BasicTrainer"
     """BasicTrainer (one process) or FSDPTrainer (every visible GPU, or torchrun's world)."""
@@ -179,6 +181,8 @@ class Config:
             self.model.check_installed()
             self.adapter.check_installed()
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
+        self.compile = str(self.compile).lower()
+        check_choice("compile", self.compile, ("auto", "true", "false"))
         self._check_trainer()
         self._check_numbers()
         self._check_run_dir()

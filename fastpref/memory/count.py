@@ -8,7 +8,7 @@ from torch import Tensor
 from fastpref.errors import first_line
 from fastpref.memory.live_bytes import LiveBytes
 from fastpref.memory.stand_ins import ATTENTION, replace_layers
-from fastpref.model.attention.interface import IMPLEMENTATION
+from fastpref.model.attention.interface import IMPLEMENTATION, PackedRow
 from fastpref.model.blocks import find_blocks
 from fastpref.model.logit_path import last_hidden_states
 from fastpref.model.parallelize import wrap_blocks
@@ -141,8 +141,7 @@ class _Passes(NamedTuple):
                 "input_ids": torch.zeros(rows, length, dtype=torch.int64),
                 "position_ids": torch.zeros(rows, length, dtype=torch.int64),
                 "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-                "fastpref_attention": ATTENTION,
-                "fastpref_layout": gathered,
+                "fastpref_row": PackedRow(ATTENTION, gathered, length),
             }
         present = [*model.parameters(), *model.buffers(), *inputs.values()]
         present = [x for x in present if isinstance(x, Tensor)]

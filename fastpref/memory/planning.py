@@ -168,7 +168,7 @@ def _has_fused_layers(model: Any, training: TrainingOptions, device: Device) -> 
     is_possible = device.type == "cuda" and model.config.model_type in FAMILIES
     # of a device that is not here it is not known what will be installed there
     is_there = not torch.cuda.is_available() or find_spec("liger_kernel") is not None
-    return wish != "false" and is_possible and is_there and not training.compile
+    return wish != "false" and is_possible and is_there and training.compile != "true"
 
 
 def _itemsize(dtype: str) -> int:

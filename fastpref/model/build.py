@@ -58,6 +58,8 @@ def build_scorer(
         config.block_name,
         activation_checkpointing=activation_checkpointing and trainable,
         compile=compile,
+        # packed rows are filled up to these where blocks are compiled
+        few_lengths=attention is not None,
     )
     scorer = TokenScorer(model, attention, path, adapters)
     compute_dtype = getattr(torch, config.compute_dtype)

@@ -8,6 +8,7 @@ from fastpref.config import PackingConfig, TrainingOptions
 from fastpref.distributed import World
 from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer
+from fastpref.model.compilation import choose_compilation
 from fastpref.model.liger import choose_liger
 from fastpref.model.loading import (
     load_causal_lm,
@@ -34,10 +35,17 @@ class Pair(NamedTuple):
     """Policy and reference give the same bits before the first update."""
     replicated: bool
     """Every rank has the whole of a frozen model."""
+    compiled: bool
+    """Blocks are compiled."""
 
 
 def build_pair(
-    options: TrainingOptions, packing: PackingConfig, world: World, *, longest: int
+    options: TrainingOptions,
+    packing: PackingConfig,
+    world: World,
+    *,
+    longest: int,
+    num_tokens: int,
 ) -> Pair:
     """Policy and, where the loss has one, reference: loaded, tried, on their device.
 
@@ -46,6 +54,7 @@ def build_pair(
         packing: Whether rows are to be packed.
         world: Whoever computes.
         longest: Tokens of the longest sequence.
+        num_tokens: Of the whole run.
     """
     start, replicated = None, False
     if options.adapter.trained:
@@ -54,15 +63,24 @@ def build_pair(
         model = load_causal_lm(options.model, world, trainable=True)
     check_positions(model, longest)
     findings = try_model(model, options.model, world, trainable=True)
-    rows = choose_rows(model, options.model, packing, world, path=findings.path, longest=longest)
+    compiled = choose_compilation(options.compile, model, world, num_tokens=num_tokens)
+    rows = choose_rows(
+        model,
+        options.model,
+        packing,
+        world,
+        path=findings.path,
+        longest=longest,
+        few_lengths=compiled,
+    )
     build = partial(
         build_scorer,
         config=options.model,
         world=world,
         path=findings.path,
         attention=rows.attention,
-        compile=options.compile,
-        liger=choose_liger(options.model.liger, model, world, compiled=options.compile),
+        compile=compiled,
+        liger=choose_liger(options.model.liger, model, world, compiled=compiled),
     )
     adapters = None
     if options.adapter.trained:
@@ -92,7 +110,7 @@ def build_pair(
     starts_equal = not options.adapter.dropout and starts_exactly_equal(
         options.model,
         findings,
-        compile=options.compile,
+        compile=compiled,
         activation_checkpointing=options.activation_checkpointing,
     )
-    return Pair(policy, reference, rows.layout, starts_equal, replicated)
+    return Pair(policy, reference, rows.layout, starts_equal, replicated, compiled)

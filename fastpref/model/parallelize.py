@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
 from torch.utils.checkpoint import checkpoint
 
 from fastpref.model.blocks import find_blocks
+from fastpref.model.compilation import compile_block
 from fastpref.model.scorer import TokenScorer
 
 
@@ -31,6 +32,7 @@ def wrap_blocks(
     *,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    few_lengths: bool = False,
 ) -> None:
     """Let each transformer block be compiled, or computed again in the backward, in place.
 
@@ -38,14 +40,14 @@ def wrap_blocks(
         model: Of transformers.
         block_name: Class of the blocks, None: found from the model.
         activation_checkpointing: Recompute each block's activations in the backward.
-        compile: Compile each block with torch.compile; attention stays what it is.
+        compile: Compile each block, see `compile_block`.
+        few_lengths: Rows have one of a few lengths.
     """
     if not (activation_checkpointing or compile):
         return
     for block in find_blocks(model, block_name):
         if compile:
-            # of any length at once: packed rows are hardly ever equally long
-            block.forward = torch.compile(block.forward, dynamic=True)
+            compile_block(block, few_lengths=few_lengths)
         if activation_checkpointing:
             recompute_in_backward(block)
 

@@ -35,7 +35,7 @@ class HeadStates:
     """What a model's LM head is applied to, for the joint sweep over policy and reference."""
 
     hidden: Tensor
-    """(N, D) last hidden states at the scored positions, compute dtype."""
+    """(N or more, D) last hidden states at `Batch.score_index`, compute dtype."""
     weight: Tensor
     """(V, D) LM-head weight, gathered, compute dtype."""
     bias: Tensor | None
@@ -123,7 +123,7 @@ class TokenScorer(nn.Module):
         return position_limit(self.model)
 
     def hidden_states(self, batch: Batch, longest: int = 0) -> Tensor:
-        """Last hidden states at the positions that predict `batch.target`, shape (N, D).
+        """Last hidden states at the positions that predict `batch.target`, shape (N or more, D).
 
         Args:
             batch: The micro-batch.
@@ -199,10 +199,10 @@ class TokenScorer(nn.Module):
             Per-token log-probabilities (N,), float32, in nats; with a reference, TokenScores of
             log-probabilities, reference log-probabilities and KL.
         """
-        states = self._states(batch)
+        states, N = self._states(batch), batch.num_scored
         hidden_ND, weight, bias = states.hidden, states.weight, states.bias
         if reference is None:
-            return token_logps(
+            logps = token_logps(
                 hidden_ND,
                 weight,
                 batch.target,
@@ -210,7 +210,8 @@ class TokenScorer(nn.Module):
                 logit_scale=self._logit_scale,
                 logit_softcap=self.path.softcap,
             )
-        return token_logps_and_kl(
+            return _scored(logps, N)
+        scores = token_logps_and_kl(
             hidden_ND,
             weight,
             batch.target,
@@ -222,6 +223,7 @@ class TokenScorer(nn.Module):
             logit_scale=self._logit_scale,
             logit_softcap=self.path.softcap,
         )
+        return TokenScores(*(_scored(values, N) for values in scores if values is not None))
 
     def tdpo1_values(self, batch: Batch, reference: HeadStates) -> Tensor:
         """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
@@ -235,7 +237,7 @@ class TokenScorer(nn.Module):
         """
         assert self.path.softcap is None
         states = self._states(batch)
-        return tdpo1_token_values(
+        values = tdpo1_token_values(
             states.hidden,
             states.weight,
             batch.target,
@@ -245,6 +247,7 @@ class TokenScorer(nn.Module):
             reference_linear_bias=reference.bias,
             logit_scale=self._logit_scale,
         )
+        return _scored(values, batch.num_scored)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -264,3 +267,8 @@ class TokenScorer(nn.Module):
             )
         finally:
             self.release()
+
+
+def _scored(values: Tensor, num_scored: int) -> Tensor:
+    """Without what fills a batch up to a shape."""
+    return values if len(values) == num_scored else values[:num_scored]

@@ -47,7 +47,13 @@ def build_run(config: Config, world: World, start: Start) -> Run:
         # before models are loaded for nothing
         fingerprints = data.fingerprints(config.model, world)
         start.check(asdict(config), fingerprints, allow=config.resume.allow)
-    pair = build_pair(config.training, config.packing, world, longest=data.longest)
+    pair = build_pair(
+        config.training,
+        config.packing,
+        world,
+        longest=data.longest,
+        num_tokens=data.num_tokens,
+    )
     fingerprints = fingerprints or data.fingerprints(config.model, world)
     work = build_workload(
         objective,

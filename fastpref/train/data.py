@@ -44,6 +44,13 @@ class Data(NamedTuple):
         """Tokens of the longest sequence."""
         return max(split.audit.longest_tokens for split in (self.train, self.eval) if split)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are trained on in the whole run, a prompt once for each row; about."""
+        audit = self.train.audit
+        of_row = (audit.prompt_tokens + audit.response_tokens) / audit.kept
+        return int(of_row * self.train_order.num_steps * self.train_order.batch_size)
+
 
 def load_data(config: Config, world: World) -> Data:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.

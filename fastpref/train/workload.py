@@ -39,12 +39,13 @@ def build_workload(
     Args:
         objective: What is minimised.
         pair: Policy and reference, loaded, on their device.
-        training: The options.
+        training: The options, before it was found out whether blocks are compiled.
         world: Whoever computes.
         limit: Tokens at once that were asked for; None leaves them to us.
         longest: Tokens of the longest sequence.
     """
     layout = pair.layout
+    training = training._replace(compile=str(pair.compiled).lower())
     step_loss = StepLoss(objective, pair.policy, pair.reference)
     fitting = Fitting(
         policy=pair.policy,

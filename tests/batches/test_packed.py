@@ -7,49 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_pairs import PAIRS, assert_same, build, random_pairs, scores_and_gradients
 from tiny_models import FAMILIES, build_model
 
-from fastpref.batch import Batch, EncodedRow
+from fastpref.batch import EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.packed import pack, pack_rows, plan_step
 from fastpref.batches.padded import pad_rows
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.scorer import TokenScorer
 
-PAIRS = [
-    EncodedRow([5, 6, 7, 8], [9, 10, 11, 2], [12, 2]),
-    # a prompt of one token, and responses of one
-    EncodedRow([13], [14], [15]),
-    EncodedRow([5, 6, 7, 8], [9, 10, 11, 2], [9, 10, 11, 2]),
-    EncodedRow([16, 17], [18, 19, 20], [21, 22, 23, 24, 25]),
-    EncodedRow([5, 6, 7, 8], [26], [27, 28, 29]),
-]
-
-
-def scores_and_gradients(model, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Log-probabilities in the order of (sequence, token), and gradients of a weighted sum."""
-    model.zero_grad()
-    logps_N = TokenScorer(model, build_attention("sdpa"))(batch)
-    upstream_N = torch.randn(len(logps_N), generator=torch.Generator().manual_seed(0))
-    (logps_N * upstream_N).sum().backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return logps_N.detach(), grads
-
-
-def assert_same(ours, expected) -> None:
-    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=1e-5)
-    assert ours[1].keys() == expected[1].keys()
-    largest = max(grad.abs().max().item() for grad in expected[1].values())
-    for name, grad in expected[1].items():
-        scale = max(grad.norm().item(), 1e-2 * largest)
-        error = (ours[1][name] - grad).norm().item()
-        assert error <= 1e-5 * scale, f"{name}: {error:.2e} of {scale:.2e}"
-
-
-def build(family: str):
-    # Gemma 2's window reaches over every sequence here, and its softcap bends the scores
-    wide = {"sliding_window": 64, "attn_logit_softcapping": 2.0} if family == "gemma2" else {}
-    return build_model(family, **wide)
+LLAMA = build_model("llama")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,21 +28,6 @@ def test_packed_rows_give_the_scores_and_gradients_of_padded_ones(family):
         batch = pack_rows(PAIRS, pad_token_id=0, share_prompt=share_prompt)
         assert batch.layout.has_branches == share_prompt
         assert_same(scores_and_gradients(model, batch), padded)
-
-
-@st.composite
-def random_pairs(draw) -> list[EncodedRow]:
-    # of two tokens alone, responses begin alike
-    ids = draw(st.sampled_from([st.integers(3, 4), st.integers(3, 96)]))
-    prompts = draw(st.lists(st.lists(ids, min_size=1, max_size=9), min_size=1, max_size=3))
-    responses = st.lists(ids, min_size=1, max_size=9)
-    rows = draw(
-        st.lists(st.tuples(st.sampled_from(prompts), responses, responses), min_size=1, max_size=6)
-    )
-    return [EncodedRow(*row) for row in rows]
-
-
-LLAMA = build_model("llama")
 
 
 @settings(max_examples=30, deadline=None)

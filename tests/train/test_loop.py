@@ -199,12 +199,34 @@ def test_compiled_blocks_give_the_same_step(base, tmp_path, loss, recompute):
             n_examples=8,
             n_epochs=None,
             n_eval_examples=0,
-            compile=compiled,
+            compile=str(compiled),
             activation_checkpointing=recompute,
         )
         records += read_metrics(run(config), "train")
     for key in ("loss/train", "grad_norm", "logps_train/chosen"):
         assert records[1][key] == pytest.approx(records[0][key], rel=1e-5), key
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_rows_of_one_length_are_compiled_once(base, tmp_path):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    config = make_config(base, tmp_path / "run", n_eval_examples=0, compile="true")
+    config.packing.max_tokens = 2048
+    world = init_world()
+    parts = build_run(config, world, find_start("never", run_place(config), Agreement(world)))
+    compiled, lengths = 0, set[int]()
+    for index in range(parts.train.order.num_steps):
+        (batch,) = parts.train.step(index, world).batches
+        losses, _ = parts.step_loss.compute(batch, index)
+        losses.sum().backward()
+        parts.step_loss.done()
+        length = batch.input_ids.shape[1]
+        assert length not in lengths or graphs["unique_graphs"] == compiled > 0
+        compiled = graphs["unique_graphs"]
+        lengths.add(length)
+    dist.destroy_process_group()
+    assert len(lengths) < parts.train.order.num_steps, "no two rows are equally long"
 
 
 def run_each(configs: list[Config]) -> None:

@@ -38,6 +38,7 @@ def choose_rows(
     *,
     path: LogitPath,
     longest: int,
+    few_lengths: bool = False,
 ) -> ChosenRows:
     """Packed rows where a model computes them as it does padded ones, else padded ones.
 
@@ -50,6 +51,7 @@ def choose_rows(
         world: Whoever computes.
         path: From the model's last hidden states to its logits.
         longest: Tokens of the longest sequence that will be trained on.
+        few_lengths: Fill packed rows up to one of a few lengths.
 
     Raises:
         ConfigError: what was asked for cannot be done.
@@ -63,7 +65,7 @@ def choose_rows(
     if found is None:
         return ChosenRows(PaddedRows(max_tokens=max_tokens), None)
     name, share_prompt = found
-    layout = PackedRows(share_prompt=share_prompt, max_tokens=max_tokens)
+    layout = PackedRows(share_prompt=share_prompt, max_tokens=max_tokens, few_lengths=few_lengths)
     return ChosenRows(layout, build_attention(name))
 
 

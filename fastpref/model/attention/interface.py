@@ -32,6 +32,18 @@ IMPLEMENTATION = "fastpref"
 """The name under which transformers finds `attention_forward`."""
 
 
+class PackedRow:
+    """A packed row as its attention takes it; to what is compiled around it an object like any
+    other."""
+
+    def __init__(self, attention: PackedAttention, layout: Any, longest: int) -> None:
+        self.attention = attention
+        self.layout = layout
+        """What `attention.prepare` made of it."""
+        self.longest = longest
+        """Tokens of the longest sequence to allow for."""
+
+
 def packed_row(batch: Batch, attention: PackedAttention, longest: int = 0) -> dict[str, Any]:
     """What a model's body takes beside `input_ids` to compute a packed row.
 
@@ -47,9 +59,7 @@ def packed_row(batch: Batch, attention: PackedAttention, longest: int = 0) -> di
     return {
         "position_ids": batch.position_ids,
         "attention_mask": ready,
-        "fastpref_attention": attention,
-        "fastpref_layout": attention.prepare(batch.layout),
-        "fastpref_longest": longest,
+        "fastpref_row": PackedRow(attention, attention.prepare(batch.layout), longest),
     }
 
 
@@ -65,9 +75,7 @@ def attention_forward(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    fastpref_attention: PackedAttention | None = None,
-    fastpref_layout: Any = None,
-    fastpref_longest: int = 0,
+    fastpref_row: PackedRow | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface: (1, H, T, E) … -> (1, T, H, E).
@@ -77,13 +85,14 @@ def attention_forward(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules = ScoreRules(scale, softcap, sliding_window, s_aux)
-    if fastpref_attention is not None:
+    if fastpref_row is not None:
         if options.get("position_bias") is not None:
             raise ValueError("its attention adds position_bias")
-        if sliding_window is not None and sliding_window >= fastpref_longest:
+        if sliding_window is not None and sliding_window >= fastpref_row.longest:
             # it reaches over every sequence
             rules = rules._replace(window=None)
-        return fastpref_attention.attend(query, key, value, fastpref_layout, rules), None
+        attend = fastpref_row.attention.attend
+        return attend(query, key, value, fastpref_row.layout, rules), None
     if softcap is not None or s_aux is not None:
         return attend_to_all(query, key, value, rules, mask=attention_mask), None
     return sdpa_attention_forward(
