@@ -83,6 +83,7 @@ def build_pair(
         activation_checkpointing=options.activation_checkpointing,
         adapters=adapters,
         replicated=replicated,
+        router=findings.router,
     )
     reference: TokenScorer | OwnReference | None = None
     if options.loss.needs.reference and adapters is not None:
