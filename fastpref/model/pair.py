@@ -47,7 +47,7 @@ def build_pair(
         world: Whoever computes.
         longest: Tokens of the longest sequence.
     """
-    start, replicated = None, False
+    start, adapters, replicated = None, None, False
     if options.adapter.trained:
         model, start = load_frozen_base(options.model, world)
     else:
@@ -64,7 +64,6 @@ def build_pair(
         compile=options.compile,
         liger=choose_liger(options.model.liger, model, world, compiled=options.compile),
     )
-    adapters = None
     if options.adapter.trained:
         adapters = add_adapters(
             model,

@@ -144,7 +144,11 @@ def count_uses(batch: Batch, num_rows: int) -> Tensor:
         batch: Packed or padded.
         num_rows: P.
     """
-    index_N, sequences_N, num_tokens = batch.score_index, batch.sequence_ids, batch.input_ids.numel()
+    index_N, sequences_N, num_tokens = (
+        batch.score_index,
+        batch.sequence_ids,
+        batch.input_ids.numel(),
+    )
     # a response's first token is predicted by its prompt's last one, each other one by the
     # response's token before it
     is_first_N = torch.ones_like(sequences_N, dtype=torch.bool)
@@ -213,7 +217,7 @@ def find_router(model: Any, body: str) -> Router | None:
         model: A causal LM of transformers with its weights, on the CPU, in float32.
         body: See `LogitPath`.
     """
-    if not _records_router_logits(model):
+    if not has_router(model):
         return None
     ids = probe_ids(model, 2, 12)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -240,12 +244,14 @@ def find_router(model: Any, body: str) -> Router | None:
     if theirs is None:
         return Router(top_k=int(top_k), difference="transformers computes none for this family")
     if not abs(ours - theirs) <= ROUNDING * theirs:
-        return Router(obstacle=f"its own auxiliary loss is another one ({theirs:.4g}, not {ours:.4g})")
+        return Router(
+            obstacle=f"its own auxiliary loss is another one ({theirs:.4g}, not {ours:.4g})"
+        )
     return Router(top_k=int(top_k), coefficient=next(_numbers(model.config, COEFFICIENT), 0.0))
 
 
-def _records_router_logits(model: Any) -> bool:
-    """Whether transformers knows where its router logits are."""
+def has_router(model: Any) -> bool:
+    """Whether transformers knows where a model's router logits are."""
     return any(
         "router_logits" in (getattr(module, "_can_record_outputs", None) or {})
         for module in model.modules()
