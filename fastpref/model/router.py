@@ -81,6 +81,7 @@ class RouterBalance:
             num_rows: P: its pairs, in SFT its sequences.
         """
         logits, self._logits = self._logits, ()
+        assert logits, "no forward has recorded gradients since the last time"
         return measure_balance(logits, count_uses(batch, num_rows), self._top_k)
 
     def forget(self) -> None:
