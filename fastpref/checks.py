@@ -82,3 +82,17 @@ def as_count(name: str, value: str) -> int | None:
     if not re.fullmatch("-?[0-9]+", str(value)):
         raise ValueError(f"{name} must be auto or a whole number >= 1, got {value!r}")
     return int(value)
+
+
+def as_number(name: str, value: str) -> float | None:
+    """A number that may be left to us, written as text; None for auto.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value == "auto":
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} must be auto or a number, got {value!r}") from None

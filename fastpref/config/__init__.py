@@ -11,9 +11,6 @@ from fastpref.config.groups import (
     ModelConfig,
     OptimConfig,
     PackingConfig,
-    TensorboardConfig,
-    TrackerOptions,
-    WandbConfig,
     WeightsConfig,
 )
 from fastpref.config.loss import (
@@ -40,6 +37,7 @@ from fastpref.config.stages import (
     StagesConfig,
 )
 from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeConfig
+from fastpref.config.trackers import TensorboardConfig, TrackerOptions, WandbConfig
 
 __all__ = [
     "LOSSES",

@@ -1,11 +1,11 @@
-"""Schemas of the option groups `model packing data optim head wandb tensorboard weights`."""
+"""Schemas of the option groups `model packing data optim head weights`."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastpref.checks import as_count, check_choice, check_number
+from fastpref.checks import as_count, as_number, check_choice, check_number
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAVE_DTYPES = ("checkpoint", "float32")
@@ -55,11 +55,20 @@ class ModelConfig:
     """auto, true or false: on a GPU, rotary embeddings and SwiGLU layers by the package
     liger-kernel and RMS norms by torch's fused one; auto takes them where they compute what the
     model's own layers do and compile is false."""
+    router_aux_loss: str = "auto"
+    """Coefficient of the loss that spreads the tokens of a mixture of experts evenly over them:
+    auto, or a number >= 0. auto: the checkpoint's, 0 where transformers has no such loss for the
+    family. It is added to the policy's loss in training; loss/train is without it."""
 
     @property
     def compute_dtype(self) -> str:
         """Name of the dtype in which policy and reference compute."""
         return self.fsdp_policy_mp or self.policy_dtype
+
+    @property
+    def router_coefficient(self) -> float | None:
+        """`router_aux_loss` as a number; None for auto."""
+        return as_number("model.router_aux_loss", self.router_aux_loss)
 
     def __post_init__(self) -> None:
         if not self.name_or_path:
@@ -81,6 +90,8 @@ class ModelConfig:
         # true and false arrive as booleans
         self.liger = str(self.liger).lower()
         check_choice("model.liger", self.liger, ("auto", "true", "false"))
+        self.router_aux_loss = str(self.router_aux_loss).lower()
+        check_number("model.router_aux_loss", self.router_coefficient, ge=0)
         if self.attention in FLASH_PACKAGES and self.compute_dtype == "float32":
             raise ValueError(
                 f"model.attention={self.attention} computes in bfloat16 or float16 only, "
@@ -246,46 +257,6 @@ def _is_installed(package: str) -> bool:
     # of a dotted name whose first part is missing
     except ModuleNotFoundError:
         return False
-
-
-def _check_installed(key: str, enabled: bool, package: str) -> None:
-    if enabled and find_spec(package) is None:
-        raise ValueError(f"{key}=true needs the package {package}, which is not installed")
-
-
-@dataclass(kw_only=True)
-class WandbConfig:
-    """Weights & Biases, beside metrics.jsonl."""
-
-    enabled: bool = False
-    """Send the metrics to Weights & Biases."""
-    entity: str | None = None
-    """User or team; null: the account's default."""
-    project: str = "fastpref"
-    """Project that the run belongs to."""
-
-    def __post_init__(self) -> None:
-        _check_installed("wandb.enabled", self.enabled, "wandb")
-
-
-@dataclass(kw_only=True)
-class TensorboardConfig:
-    """TensorBoard, beside metrics.jsonl."""
-
-    enabled: bool = False
-    """Write event files into the run folder."""
-
-    def __post_init__(self) -> None:
-        _check_installed("tensorboard.enabled", self.enabled, "tensorboard")
-
-
-class TrackerOptions(NamedTuple):
-    """Which trackers follow a run."""
-
-    wandb: WandbConfig
-    tensorboard: TensorboardConfig
-    debug: bool
-    """None of them."""
 
 
 @dataclass(kw_only=True)

@@ -20,9 +20,6 @@ from fastpref.config.groups import (
     ModelConfig,
     OptimConfig,
     PackingConfig,
-    TensorboardConfig,
-    TrackerOptions,
-    WandbConfig,
     WeightsConfig,
 )
 from fastpref.config.loss import (
@@ -37,6 +34,7 @@ from fastpref.config.survival import (
     ParallelConfig,
     ResumeConfig,
 )
+from fastpref.config.trackers import TensorboardConfig, TrackerOptions, WandbConfig
 from fastpref.errors import ConfigError
 
 

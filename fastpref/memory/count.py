@@ -13,6 +13,7 @@ from fastpref.model.blocks import find_blocks
 from fastpref.model.logit_path import last_hidden_states
 from fastpref.model.parallelize import wrap_blocks
 from fastpref.model.quantize import linear_layers
+from fastpref.model.router import has_router, states_and_router_logits
 
 _ROWS = 8
 """Rows of the smaller of two batches that are counted; the other one has twice as many."""
@@ -90,6 +91,7 @@ def count_token_bytes(
     block_name: str | None,
     activation_checkpointing: bool,
     fused_layers: bool,
+    balanced: bool = False,
 ) -> TokenBytes:
     """What the body takes for a token, from the difference between two batches.
 
@@ -100,10 +102,12 @@ def count_token_bytes(
         block_name: Class of its blocks; None: found from the model.
         activation_checkpointing: Whether blocks are computed again in the backward.
         fused_layers: Whether norms and SwiGLU layers are fused kernels.
+        balanced: Whether the balance of its router, if it has one, is part of the loss.
 
     Raises:
         ValueError: the family cannot be computed without memory.
     """
+    router_logits = balanced and bool(body) and has_router(model)
     model.eval()
     model.set_attn_implementation(IMPLEMENTATION)
     if fused_layers:
@@ -113,8 +117,10 @@ def count_token_bytes(
         # what becomes of a weight's gradient is no matter of tokens
         parameter.register_post_accumulate_grad_hook(_forget)
     try:
-        small, large = (_Passes.of(model, body, rows, length, 0) for rows in (_ROWS, 2 * _ROWS))
-        gathering = _Passes.of(model, body, _ROWS, length, 2)
+        small, large = (
+            _Passes.of(model, body, (rows, length), 0, router_logits) for rows in (_ROWS, 2 * _ROWS)
+        )
+        gathering = _Passes.of(model, body, (_ROWS, length), 2, router_logits)
     # of a family's own code: values that steer it, operators that have no meta kernel
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -135,18 +141,24 @@ class _Passes(NamedTuple):
     peak: int
 
     @classmethod
-    def of(cls, model: Any, body: str, rows: int, length: int, gathered: float) -> "_Passes":
+    def of(
+        cls, model: Any, body: str, shape: tuple[int, int], gathered: float, router_logits: bool
+    ) -> "_Passes":
         with torch.device("meta"):
             inputs: dict[str, Any] = {
-                "input_ids": torch.zeros(rows, length, dtype=torch.int64),
-                "position_ids": torch.zeros(rows, length, dtype=torch.int64),
+                "input_ids": torch.zeros(shape, dtype=torch.int64),
+                "position_ids": torch.zeros(shape, dtype=torch.int64),
                 "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
                 "fastpref_row": PackedRow(ATTENTION, gathered, length),
             }
         present = [*model.parameters(), *model.buffers(), *inputs.values()]
         present = [x for x in present if isinstance(x, Tensor)]
         with torch.enable_grad(), LiveBytes(present) as live:
-            hidden_BLD = last_hidden_states(model, body, **inputs)
+            if router_logits:
+                # alive until the loss of them is taken
+                hidden_BLD, _logits = states_and_router_logits(model, body, **inputs)
+            else:
+                hidden_BLD = last_hidden_states(model, body, **inputs)
             kept = live.live
             live.restart_peak()
             hidden_BLD.backward(torch.empty_like(hidden_BLD))

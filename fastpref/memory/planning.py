@@ -111,6 +111,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
         block_name=options.block_name,
         activation_checkpointing=training.activation_checkpointing,
         fused_layers=_has_fused_layers(model, training, device),
+        balanced=options.router_coefficient != 0,
     )
     sizes = Sizes(
         master=4 if adapter.trained else _itemsize(options.policy_dtype),

@@ -17,6 +17,7 @@ from fastpref.model.logit_path import LogitPath
 from fastpref.model.lora import Adapters
 from fastpref.model.parallelize import parallelize, send_weights, wrap_blocks
 from fastpref.model.replicate import replicate
+from fastpref.model.router import Router, choose_balance
 from fastpref.model.scorer import TokenScorer
 
 
@@ -33,6 +34,7 @@ def build_scorer(
     liger: bool = False,
     adapters: Adapters | None = None,
     replicated: bool = False,
+    router: Router | None = None,
 ) -> TokenScorer:
     """A loaded model as a scorer: on one rank as a whole on its device, on several sharded.
 
@@ -48,7 +50,12 @@ def build_scorer(
         liger: Norms and SwiGLU layers by Liger's kernels.
         adapters: In it; where it is trained, all that is.
         replicated: Every rank has the whole of it.
+        router: Of its experts; where it is trained, its balance is part of the loss.
+
+    Raises:
+        ConfigError: the options ask for a loss of the router's balance that cannot be had.
     """
+    balance = choose_balance(config.router_coefficient, router, model) if trainable else None
     if attention is None and config.attention in FLASH_PACKAGES:
         model.set_attn_implementation(config.attention)
     if liger:
@@ -61,7 +68,7 @@ def build_scorer(
         # packed rows are filled up to these where blocks are compiled
         few_lengths=attention is not None,
     )
-    scorer = TokenScorer(model, attention, path, adapters)
+    scorer = TokenScorer(model, attention, path, adapters, balance)
     compute_dtype = getattr(torch, config.compute_dtype)
     if world.size > 1 and replicated:
         replicate(scorer, world.device)

@@ -30,6 +30,7 @@ from fastpref.model.logit_path import (
     probe_ids,
     title,
 )
+from fastpref.model.router import Router, find_router
 from fastpref.model.scorer import TokenScorer
 
 
@@ -43,6 +44,8 @@ class Findings:
     start equal to the last bit."""
     rounds_buffers: bool
     """It computes in its dtype only where buffers are rounded to that dtype too."""
+    router: Router | None
+    """Of its experts; None where it has none, or scores only."""
 
 
 def check_model(
@@ -68,13 +71,16 @@ def check_model(
         path = measure_logit_path(model, block_name)
         scorer = TokenScorer(model, path=path)
         check_causality(scorer)
+        router = find_router(model, path.body) if trainable else None
     rounds_buffers = False
     if dtype != torch.float32:
         rounds_buffers, repeats = check_arithmetic(scorer, dtype, block_name)
         repeats_exactly = repeats_exactly and repeats
     if trainable:
         check_backward(scorer)
-    return Findings(path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers)
+    return Findings(
+        path=path, repeats_exactly=repeats_exactly, rounds_buffers=rounds_buffers, router=router
+    )
 
 
 def check_finite_weights(model: Any) -> None:

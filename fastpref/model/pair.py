@@ -56,7 +56,7 @@ def build_pair(
         longest: Tokens of the longest sequence.
         num_tokens: Of the whole run.
     """
-    start, replicated = None, False
+    start, adapters, replicated = None, None, False
     if options.adapter.trained:
         model, start = load_frozen_base(options.model, world)
     else:
@@ -82,7 +82,6 @@ def build_pair(
         compile=compiled,
         liger=choose_liger(options.model.liger, model, world, compiled=compiled),
     )
-    adapters = None
     if options.adapter.trained:
         adapters = add_adapters(
             model,
@@ -101,6 +100,7 @@ def build_pair(
         activation_checkpointing=options.activation_checkpointing,
         adapters=adapters,
         replicated=replicated,
+        router=findings.router,
     )
     reference: TokenScorer | OwnReference | None = None
     if options.loss.needs.reference and adapters is not None:

@@ -27,6 +27,7 @@ from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_log
 from fastpref.model.lora import Adapters
 from fastpref.model.masters import MasterWeights
 from fastpref.model.positions import position_limit
+from fastpref.model.router import RouterBalance
 from fastpref.model.tied_head import adapted_head
 
 
@@ -56,6 +57,8 @@ class TokenScorer(nn.Module):
             `attention_choice` tells whether the model can.
         path: From the last hidden states to the logits; None: measured, which takes weights.
         adapters: In the model, and all of it that is trained; None: it has none.
+        balance: The loss of its router's balance, to be taken after each forward that records
+            gradients; None: it is computed without.
     """
 
     def __init__(
@@ -64,10 +67,12 @@ class TokenScorer(nn.Module):
         attention: PackedAttention | None = None,
         path: LogitPath | None = None,
         adapters: Adapters | None = None,
+        balance: RouterBalance | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.adapters = adapters
+        self.balance = balance
         self.attention = attention
         if attention is not None:
             model.set_attn_implementation(IMPLEMENTATION)
@@ -133,9 +138,10 @@ class TokenScorer(nn.Module):
         if batch.layout is not None:
             assert self.attention is not None, "a packed batch needs a packed attention"
             rows = packed_row(batch, self.attention, longest)
-        hidden_BLD = last_hidden_states(
-            self.model, self.path.body, input_ids=batch.input_ids, **rows
-        )
+        compute = last_hidden_states
+        if self.balance is not None and torch.is_grad_enabled():
+            compute = self.balance.last_hidden_states
+        hidden_BLD = compute(self.model, self.path.body, input_ids=batch.input_ids, **rows)
         return hidden_BLD.flatten(0, 1)[batch.score_index]
 
     def states(self, batch: Batch) -> HeadStates:
@@ -171,6 +177,8 @@ class TokenScorer(nn.Module):
             self.reshard()
         if self._masters is not None:
             self._masters.take_back()
+        if self.balance is not None:
+            self.balance.forget()
 
     def forget_gradients(self) -> None:
         """Forget what a backward that failed has left in parameters and in their copy."""

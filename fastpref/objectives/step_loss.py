@@ -46,8 +46,22 @@ class StepLoss:
             step: Optimizer steps before this one; None on held-out rows, where every metric is due.
 
         Returns:
-            Losses (P,), with gradients where torch records them, and metrics (P,) by name.
+            Losses (P,), with gradients where torch records them, and metrics (P,) by name. Of a
+            mixture of experts the losses have its router's in them, the metric "loss" has not.
         """
+        losses_P, metrics = self._preferences(batch, step)
+        balance = self._policy.balance
+        if balance is None or not torch.is_grad_enabled():
+            return losses_P, metrics
+        of_router = balance.take(batch, len(losses_P))
+        metrics |= {
+            "router_aux_loss": of_router.losses.detach(),
+            "router_max_load": of_router.max_loads,
+        }
+        return losses_P + balance.coefficient * of_router.losses, metrics
+
+    def _preferences(self, batch: Batch, step: int | None) -> tuple[Tensor, Metrics]:
+        """The objective's losses and metrics."""
         detailed = step is None or step % self.objective.detailed_every == 0
         if detailed or not self._from_values:
             return self.objective.losses(self._score(batch), batch)

@@ -182,6 +182,28 @@ def test_every_family_is_counted_without_memory(family):
     assert 0 < recomputed.kept < plain.kept
 
 
+def test_router_logits_are_kept_where_their_balance_is_part_of_the_loss():
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    kept = {}
+    for family, extra in (("mixtral", experts), ("llama", {})):
+        for balanced in (False, True):
+            config = AutoConfig.for_model(family, **(FAMILIES["llama"][1] | extra))
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            kept[family, balanced] = count_token_bytes(
+                model,
+                body="model",
+                length=32,
+                block_name=None,
+                activation_checkpointing=True,
+                fused_layers=False,
+                balanced=balanced,
+            ).kept
+    # two layers, four experts, two bytes
+    assert kept["mixtral", True] - kept["mixtral", False] == 2 * 4 * 2
+    assert kept["llama", True] == kept["llama", False]
+
+
 def plan_of(**changes: Any) -> MemoryPlan:
     values = {
         "masters": 4 * GIB,

@@ -1,0 +1,281 @@
+"""How evenly the router of a mixture of experts spreads its tokens: found in a model, and kept up
+by an auxiliary loss while it is trained (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
+
+The loss is a product of two means over tokens, so that of a batch is no sum over its parts. It is
+taken of each pair by itself and then averaged, as the preference loss is: no update depends on
+which pairs are computed together. Of one pair it is what transformers computes.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from fastpref.batch import Batch
+from fastpref.errors import ConfigError, first_line, is_out_of_memory
+from fastpref.model.logit_path import ROUNDING, probe_ids, title
+
+logger = logging.getLogger("fastpref")
+
+EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
+"""What families call them in their configs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """What was found out about the router of a model."""
+
+    top_k: int = 0
+    """Experts of a token."""
+    coefficient: float = 0.0
+    """Of the auxiliary loss, as the checkpoint has it."""
+    obstacle: str = ""
+    """Why there can be no such loss, "" if there can."""
+    difference: str = ""
+    """Why there is none without a coefficient from the user: transformers has none for the family,
+    or another one."""
+
+
+class Balance(NamedTuple):
+    """How a micro-batch's tokens went to the experts."""
+
+    losses: Tensor
+    """(P,) float32: the auxiliary loss of each row, with its gradient."""
+    max_loads: Tensor
+    """(P,) float32: tokens of a layer's fullest expert over those of an even spread, mean over
+    layers; 1 is even."""
+
+
+class RouterBalance:
+    """The auxiliary loss of the model that is trained.
+
+    A forward that records gradients leaves its router logits here, for `take`.
+
+    Args:
+        coefficient: What the loss is multiplied by, > 0.
+        top_k: Experts of a token.
+    """
+
+    def __init__(self, coefficient: float, top_k: int) -> None:
+        self.coefficient = coefficient
+        self._top_k = top_k
+        self._logits: tuple[Tensor, ...] = ()
+
+    def last_hidden_states(self, model: Any, body: str, **inputs: Any) -> Tensor:
+        """A body's last hidden states, see `logit_path.last_hidden_states`; keeps what its routers
+        say."""
+        hidden_BLD, self._logits = states_and_router_logits(model, body, **inputs)
+        return hidden_BLD
+
+    def take(self, batch: Batch, num_rows: int) -> Balance:
+        """The balance of what was computed last; to be called once.
+
+        Args:
+            batch: What was computed.
+            num_rows: P: its pairs, in SFT its sequences.
+        """
+        logits, self._logits = self._logits, ()
+        assert logits, "no forward has recorded gradients since the last time"
+        return measure_balance(logits, count_uses(batch, num_rows), self._top_k)
+
+    def forget(self) -> None:
+        """Free what a forward has left that nobody took."""
+        self._logits = ()
+
+
+def measure_balance(logits: tuple[Tensor, ...], uses_PT: Tensor, top_k: int) -> Balance:
+    """The auxiliary loss of each row, over all layers together as transformers has it.
+
+        loss = E · Σ_e f_e · p_e
+
+    with f_e the mean number of times that a token of the row goes to expert e, and p_e the mean
+    probability of e; an even spread gives top_k.
+
+    Args:
+        logits: (T, E) of each layer, or (B, L, E).
+        uses_PT: How often each token counts in each row, float32.
+        top_k: Experts of a token.
+    """
+    num_experts = logits[0].shape[-1]
+    counts, probabilities, max_loads = [], [], []
+    num_tokens_P1 = uses_PT.sum(1, keepdim=True).clamp(min=1)
+    for of_layer in logits:
+        logits_TE = of_layer.reshape(-1, num_experts)
+        counts.append(_count_choices(logits_TE, uses_PT, top_k))
+        # the probabilities of all layers would take more memory than the logits do
+        probabilities.append(
+            checkpoint(
+                _sum_probabilities,
+                logits_TE,
+                uses_PT,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        )
+        max_loads.append((counts[-1] / num_tokens_P1).amax(1) * (num_experts / top_k))
+    means = [torch.stack(sums).mean(0) / num_tokens_P1 for sums in (counts, probabilities)]
+    return Balance(num_experts * (means[0] * means[1]).sum(1), torch.stack(max_loads).mean(0))
+
+
+def _sum_probabilities(logits_TE: Tensor, uses_PT: Tensor) -> Tensor:
+    return uses_PT @ logits_TE.float().softmax(-1)
+
+
+@torch.no_grad()
+def _count_choices(logits_TE: Tensor, uses_PT: Tensor, top_k: int) -> Tensor:
+    chosen = logits_TE.float().topk(top_k, dim=-1).indices
+    return uses_PT @ uses_PT.new_zeros(logits_TE.shape).scatter_(1, chosen, 1)
+
+
+def count_uses(batch: Batch, num_rows: int) -> Tensor:
+    """How often each of the T computed tokens stands in each of P rows, (P, T) float32.
+
+    A row has the tokens of its prompt, of its chosen and of its rejected response once each,
+    however they are laid out: the second copy of a prompt and padding count 0, a token that both
+    responses begin with and that is computed once counts 2. The last token of a response is left
+    out, because it predicts nothing and packed rows do not compute it.
+
+    Args:
+        batch: Packed or padded.
+        num_rows: P.
+    """
+    index_N, sequences_N, num_tokens = (
+        batch.score_index,
+        batch.sequence_ids,
+        batch.input_ids.numel(),
+    )
+    # a response's first token is predicted by its prompt's last one, each other one by the
+    # response's token before it
+    is_first_N = torch.ones_like(sequences_N, dtype=torch.bool)
+    is_first_N[1:] = sequences_N[1:] != sequences_N[:-1]
+    uses_PT = torch.zeros(num_rows, num_tokens, device=index_N.device)
+    places_N = sequences_N % max(1, num_rows) * num_tokens + index_N
+    # sums of ones: the same in any order
+    uses_PT.view(-1).scatter_add_(0, places_N, (~is_first_N).float())
+    last_S = index_N.new_zeros(batch.num_sequences)
+    last_P = last_S.scatter_add_(0, sequences_N, index_N * is_first_N)[:num_rows, None]
+    if batch.position_ids is None:
+        before_P = last_P % batch.input_ids.shape[1]
+    else:
+        before_P = batch.position_ids.flatten()[last_P]
+    token_T = torch.arange(num_tokens, device=index_N.device)
+    return uses_PT + ((token_T >= last_P - before_P) & (token_T <= last_P))
+
+
+def states_and_router_logits(
+    model: Any, body: str, **inputs: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Last hidden states of a model's body (B, L, D), and the router logits of its layers."""
+    output = model.get_submodule(body)(use_cache=False, output_router_logits=True, **inputs)
+    return output.last_hidden_state, output.router_logits
+
+
+def choose_balance(wish: float | None, router: Router | None, model: Any) -> RouterBalance | None:
+    """The auxiliary loss that a model is trained with; says so. None: it is trained without.
+
+    Args:
+        wish: Its coefficient; None: the checkpoint's.
+        router: What was found out about the model.
+        model: For messages.
+
+    Raises:
+        ConfigError: a coefficient, and no router whose balance can be had.
+    """
+    obstacle = "it has no router of experts" if router is None else router.obstacle
+    if wish and obstacle:
+        raise ConfigError(
+            f"model.router_aux_loss={wish:g}: {title(model)} cannot be trained with a loss of its "
+            f"router's balance: {obstacle}; set model.router_aux_loss=auto"
+        )
+    if router is None or wish == 0:
+        return None
+    if wish is None and not router.coefficient:
+        reason = obstacle or router.difference or "the checkpoint's coefficient is 0"
+        logger.info("no auxiliary loss of the router: %s", reason)
+        return None
+    coefficient = router.coefficient if wish is None else wish
+    logger.info(
+        "the loss of the router's balance is added to the policy's, times %g%s",
+        coefficient,
+        " as the checkpoint has it" if wish is None else "",
+    )
+    return RouterBalance(coefficient, router.top_k)
+
+
+@torch.no_grad()
+def find_router(model: Any, body: str) -> Router | None:
+    """What a model's router is, found by letting it compute a few tokens; None without a router.
+
+    Its auxiliary loss is held to the one that transformers computes for the family.
+
+    Args:
+        model: A causal LM of transformers with its weights, on the CPU, in float32.
+        body: See `LogitPath`.
+    """
+    if not has_router(model):
+        return None
+    ids = probe_ids(model, 2, 12)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if not body:
+        return Router(obstacle="there are layers between its body and its head")
+    try:
+        _, logits = states_and_router_logits(model, body, **inputs)
+    # of a family's own code, whatever it says
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return Router(obstacle=f"{type(error).__name__}: {first_line(error)}")
+    if not logits:
+        return None
+    num_experts = logits[0].shape[-1]
+    if any(x.shape[-1] != num_experts or x.numel() != ids.numel() * num_experts for x in logits):
+        shapes = ", ".join(sorted({str(tuple(x.shape)) for x in logits}))
+        return Router(obstacle=f"its layers give router logits {shapes} for {ids.numel()} tokens")
+    top_k = next(_numbers(model.config, EXPERTS_OF_A_TOKEN), 0)
+    if not 0 < top_k <= num_experts:
+        return Router(obstacle="its config does not say how many experts a token has")
+    ours = measure_balance(logits, torch.ones(1, ids.numel()), int(top_k)).losses.item()
+    theirs = _loss_of_transformers(model, inputs)
+    if theirs is None:
+        return Router(top_k=int(top_k), difference="transformers computes none for this family")
+    if not abs(ours - theirs) <= ROUNDING * theirs:
+        return Router(
+            obstacle=f"its own auxiliary loss is another one ({theirs:.4g}, not {ours:.4g})"
+        )
+    return Router(top_k=int(top_k), coefficient=next(_numbers(model.config, COEFFICIENT), 0.0))
+
+
+def has_router(model: Any) -> bool:
+    """Whether transformers knows where a model's router logits are."""
+    return any(
+        "router_logits" in (getattr(module, "_can_record_outputs", None) or {})
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel)
+    )
+
+
+def _loss_of_transformers(model: Any, inputs: dict[str, Tensor]) -> float | None:
+    try:
+        output = model(use_cache=False, output_router_logits=True, **inputs)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    loss = getattr(output, "aux_loss", None)
+    return float(loss) if isinstance(loss, Tensor) else None
+
+
+def _numbers(config: Any, names: tuple[str, ...]) -> Iterator[Any]:
+    """Numbers of a config by their names, then of the configs in it."""
+    for name in names:
+        if isinstance(value := getattr(config, name, None), int | float):
+            yield value
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from _numbers(value, names)
