@@ -146,7 +146,7 @@ def count_uses(batch: Batch, num_rows: int) -> Tensor:
         num_rows: P.
     """
     index_N, sequences_N, num_tokens = (
-        batch.score_index,
+        batch.score_index[: batch.num_scored],
         batch.sequence_ids,
         batch.input_ids.numel(),
     )

@@ -11,6 +11,7 @@ from tiny_models import build_model, random_rows
 from torch import Tensor, nn
 
 from fastpref.batch import Batch, EncodedRow
+from fastpref.batches.filled import fill_up
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.config import DPOConfig, SFTConfig
@@ -65,6 +66,7 @@ LAYOUTS = {
     "padded": lambda rows: pad_rows(rows, pad_token_id=0),
     "packed": lambda rows: pack_rows(rows, pad_token_id=0, share_prompt=False),
     "shared": lambda rows: pack_rows(rows, pad_token_id=0),
+    "filled up": lambda rows: fill_up(pack_rows(rows, pad_token_id=0), 300, pad_token_id=0),
 }
 
 
