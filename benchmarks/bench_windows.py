@@ -1,10 +1,11 @@
-"""Models whose layers look back some tokens: DPO on packed rows beside padded ones, on a CPU.
+"""Models whose layers are not all plain attention: DPO on packed rows beside padded ones, on a CPU.
 
     python benchmarks/bench_windows.py [--rounds 3] [--json]
 
 Small models of Gemma 3's and gpt-oss's shape (five layers of six, and every other one, look back
-128 tokens) with random weights; 16 pairs of the law `UF`, 1,024 tokens at most, float32. Padded
-rows were the only way of these families before packed attention knew windows and sinks. Policy
+128 tokens), of LFM2's (convolutions) and of Qwen3-Next's (linear attention, experts) with random
+weights; 16 pairs of the law `UF`, 1,024 tokens at most, float32. Padded rows were the only way of
+these families before packed rows knew windows, sinks and layers that go by sequences. Policy
 forward and backward and reference forward of one step each, in turn; first both are held to the
 same log-probabilities.
 """
@@ -26,7 +27,9 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.model.attention.interface import build_attention
+from fastpref.model.blocks import find_blocks
 from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.mixers import find_mixers, isolate_mixers
 from fastpref.model.scorer import TokenScorer
 
 SIZE: dict[str, Any] = {
@@ -42,6 +45,22 @@ SIZE: dict[str, Any] = {
 SHAPES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"intermediate_size": 1024},
     "gpt_oss": {"intermediate_size": 256, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "lfm2": {
+        "intermediate_size": 1024,
+        "layer_types": ["conv", "conv", "full_attention"] * 2,
+        "conv_L_cache": 3,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
 }
 PAIRS = 16
 MAX_LENGTH = 1024
@@ -90,6 +109,8 @@ def compare(shape: str, rounds: int) -> dict[str, Any]:
     # padded first: a model that has learnt to pack keeps our attention
     for _ in range(rounds + 1):
         seconds["padded"].append(step(*padded[0], padded[1]))
+    for model in models:
+        isolate_mixers(find_mixers(model, find_blocks(model, None))[0])
     attention = build_attention("sdpa")
     packed = [TokenScorer(model, attention, path) for model in models]
     batch = pack_rows(rows, pad_token_id=0, share_prompt=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import (
-    CONVOLVED,
+    DISTANCES,
     read_metrics,
     save_dataset,
     save_tiny_model,
@@ -49,7 +49,7 @@ def save_broken_models(base: Path) -> None:
     save_tiny_model(base / "model")
     damaged = save_tiny_model(base / "damaged") / "model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
-    save_tiny_model(base / "convolved", **CONVOLVED)
+    save_tiny_model(base / "distances", **DISTANCES)
     not_finite = save_tiny_model(base / "not finite") / "model.safetensors"
     weights = load_file(not_finite)
     weights["model.norm.weight"][0] = torch.nan
@@ -87,14 +87,14 @@ def make_config(base: Path, model: str = "model", **options: Any) -> Config:
 def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
     """What rank 0 finds out for all, in a world where it fails, with its exit code."""
     whole = make_config(base)
-    packed = make_config(base, "convolved", packing=PackingConfig(share_prompt="true"))
+    packed = make_config(base, "distances", packing=PackingConfig(share_prompt="true"))
     weights = WeightsConfig(positive=str(base / "gone"), negative="tiny", output_dir="out")
 
     def load(model: str, *, trainable: bool = True) -> Any:
         return load_causal_lm(make_config(base, model).model, world, trainable=trainable)
 
     def pack() -> None:
-        model = load("convolved")
+        model = load("distances")
         path = try_model(model, packed.model, world, trainable=True).path
         choose_rows(model, packed.model, packed.packing, world, path=path, longest=64)
 

@@ -25,7 +25,7 @@ SMALL = {
 }
 GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
-CONVOLVED = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
+DISTANCES = {"model_type": "bloom", "n_layer": 2, "n_head": 4}
 """Of a tiny model whose rows cannot be packed."""
 FAMILIES = {
     # name: transformers model type, config, class of a block

@@ -149,7 +149,7 @@ class _Passes(NamedTuple):
                 "input_ids": torch.zeros(shape, dtype=torch.int64),
                 "position_ids": torch.zeros(shape, dtype=torch.int64),
                 "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-                "fastpref_row": PackedRow(ATTENTION, gathered, length),
+                "fastpref_row": PackedRow(ATTENTION, gathered, shape[1]),
             }
         present = [*model.parameters(), *model.buffers(), *inputs.values()]
         present = [x for x in present if isinstance(x, Tensor)]

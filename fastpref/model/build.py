@@ -65,8 +65,7 @@ def build_scorer(
         config.block_name,
         activation_checkpointing=activation_checkpointing and trainable,
         compile=compile,
-        # packed rows are filled up to these where blocks are compiled
-        few_lengths=attention is not None,
+        packed=attention is not None,
     )
     scorer = TokenScorer(model, attention, path, adapters, balance)
     compute_dtype = getattr(torch, config.compute_dtype)

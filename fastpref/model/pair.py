@@ -11,16 +11,14 @@ from fastpref.model.build import build_scorer
 from fastpref.model.compilation import choose_compilation
 from fastpref.model.liger import choose_liger
 from fastpref.model.loading import (
-    load_causal_lm,
-    load_frozen_base,
+    load_policy,
     load_reference,
     starts_exactly_equal,
     try_model,
 )
-from fastpref.model.lora import add_adapters
 from fastpref.model.own_reference import OwnReference
 from fastpref.model.positions import check_positions
-from fastpref.model.replicate import fits_whole
+from fastpref.model.replicate import place_adapters
 from fastpref.model.scorer import TokenScorer
 
 
@@ -45,7 +43,7 @@ def build_pair(
     world: World,
     *,
     longest: int,
-    num_tokens: int,
+    num_tokens: int = 0,
 ) -> Pair:
     """Policy and, where the loss has one, reference: loaded, tried, on their device.
 
@@ -54,13 +52,9 @@ def build_pair(
         packing: Whether rows are to be packed.
         world: Whoever computes.
         longest: Tokens of the longest sequence.
-        num_tokens: Of the whole run.
+        num_tokens: Of the whole run, about; 0 where there is none.
     """
-    start, adapters, replicated = None, None, False
-    if options.adapter.trained:
-        model, start = load_frozen_base(options.model, world)
-    else:
-        model = load_causal_lm(options.model, world, trainable=True)
+    model, start = load_policy(options.model, world, with_adapters=options.adapter.trained)
     check_positions(model, longest)
     findings = try_model(model, options.model, world, trainable=True)
     compiled = choose_compilation(options.compile, model, world, num_tokens=num_tokens)
@@ -82,18 +76,7 @@ def build_pair(
         compile=compiled,
         liger=choose_liger(options.model.liger, model, world, compiled=compiled),
     )
-    if options.adapter.trained:
-        adapters = add_adapters(
-            model,
-            options.adapter,
-            world,
-            block_name=options.model.block_name,
-            seed=options.seed,
-            start=start,
-        )
-        replicated = fits_whole(model, options.adapter, world)
-        if world.size > 1 and not replicated:
-            adapters.check_shardable()
+    adapters, replicated = place_adapters(model, options, world, start)
     policy = build(
         model,
         trainable=True,

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpref.model.blocks import find_blocks
 from fastpref.model.compilation import compile_block
+from fastpref.model.mixers import computing, current_sequences, find_mixers, isolate_mixers
 from fastpref.model.scorer import TokenScorer
 
 
@@ -32,22 +33,27 @@ def wrap_blocks(
     *,
     activation_checkpointing: bool = False,
     compile: bool = False,
-    few_lengths: bool = False,
+    packed: bool = False,
 ) -> None:
-    """Let each transformer block be compiled, or computed again in the backward, in place.
+    """Let each transformer block be compiled, or computed again in the backward, or compute packed
+    rows whatever its layers are, in place.
 
     Args:
         model: Of transformers.
         block_name: Class of the blocks, None: found from the model.
         activation_checkpointing: Recompute each block's activations in the backward.
         compile: Compile each block, see `compile_block`.
-        few_lengths: Rows have one of a few lengths.
+        packed: Rows are: layers that mix tokens by other means than attention go sequence by
+            sequence, and what is compiled is for one length of rows each.
     """
+    blocks = find_blocks(model, block_name)
+    if packed:
+        isolate_mixers(find_mixers(model, blocks)[0])
     if not (activation_checkpointing or compile):
         return
-    for block in find_blocks(model, block_name):
+    for block in blocks:
         if compile:
-            compile_block(block, few_lengths=few_lengths)
+            compile_block(block, few_lengths=packed)
         if activation_checkpointing:
             recompute_in_backward(block)
 
@@ -106,7 +112,14 @@ def recompute_in_backward(block: nn.Module) -> None:
 
     @wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # again in a thread of autograd's, which has to be told
+        row = current_sequences()
+
+        def compute(*args: Any, **kwargs: Any) -> Any:
+            with computing(row):
+                return forward(*args, **kwargs)
+
+        return checkpoint(compute, *args, use_reentrant=False, **kwargs)
 
     block.forward = recomputed
 

@@ -1,4 +1,4 @@
-"""The whole of a frozen model on every rank."""
+"""Adapters in a frozen model, and the whole of it on every rank."""
 
 from typing import Any
 
@@ -6,9 +6,38 @@ import torch
 import torch.distributed as dist
 
 from fastpref.checkpoint.size import available_to_rank
-from fastpref.config import AdapterConfig
+from fastpref.config import AdapterConfig, TrainingOptions
 from fastpref.distributed import World
+from fastpref.model.lora import Adapters, add_adapters
 from fastpref.model.scorer import TokenScorer
+
+
+def place_adapters(
+    model: Any, options: TrainingOptions, world: World, start: str | None
+) -> tuple[Adapters | None, bool]:
+    """New adapters in a frozen model, or those to go on from, and whether all ranks have all of it;
+    None where all of a model is trained.
+
+    Args:
+        model: What `load_frozen_base` returned.
+        options: Of the run.
+        world: Whoever computes.
+        start: Folder of the adapter to go on from; None for new ones.
+    """
+    if not options.adapter.trained:
+        return None, False
+    adapters = add_adapters(
+        model,
+        options.adapter,
+        world,
+        block_name=options.model.block_name,
+        seed=options.seed,
+        start=start,
+    )
+    replicated = fits_whole(model, options.adapter, world)
+    if world.size > 1 and not replicated:
+        adapters.check_shardable()
+    return adapters, replicated
 
 
 def is_replicated(options: AdapterConfig, *, num_bytes: int, room: int) -> bool:

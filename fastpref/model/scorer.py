@@ -26,6 +26,7 @@ from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
 from fastpref.model.lora import Adapters
 from fastpref.model.masters import MasterWeights
+from fastpref.model.mixers import Sequences, computing
 from fastpref.model.positions import position_limit
 from fastpref.model.router import RouterBalance
 from fastpref.model.tied_head import adapted_head
@@ -135,13 +136,15 @@ class TokenScorer(nn.Module):
             longest: Tokens to allow for where the batch's own sequences are shorter.
         """
         rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
+        sequences = None if batch.layout is None else Sequences(batch.layout)
         if batch.layout is not None:
             assert self.attention is not None, "a packed batch needs a packed attention"
             rows = packed_row(batch, self.attention, longest)
         compute = last_hidden_states
         if self.balance is not None and torch.is_grad_enabled():
             compute = self.balance.last_hidden_states
-        hidden_BLD = compute(self.model, self.path.body, input_ids=batch.input_ids, **rows)
+        with computing(sequences):
+            hidden_BLD = compute(self.model, self.path.body, input_ids=batch.input_ids, **rows)
         return hidden_BLD.flatten(0, 1)[batch.score_index]
 
     def states(self, batch: Batch) -> HeadStates:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file
-from tiny_models import CONVOLVED, read_metrics, save_dataset, save_tiny_model
+from tiny_models import DISTANCES, read_metrics, save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.checkpoint.agreement import Agreement
@@ -174,15 +174,15 @@ def test_packed_in_any_way_or_padded_a_run_is_the_same(base, tmp_path, loss):
 def test_a_model_that_cannot_pack_trains_on_padded_rows_and_the_log_says_why(
     base, tmp_path, caplog
 ):
-    save_tiny_model(base / "convolved", **CONVOLVED)
+    save_tiny_model(base / "distances", **DISTANCES)
     with caplog.at_level(logging.INFO):
-        run_dir = run(make_config(base, tmp_path / "run", "convolved", n_epochs=1))
+        run_dir = run(make_config(base, tmp_path / "run", "distances", n_epochs=1))
     assert read_metrics(run_dir, "train")[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
     (warning,) = [m for m in caplog.messages if "cannot be trained on packed rows" in m]
-    assert "a layer of it is conv" in warning
-    config = make_config(base, tmp_path / "refused", "convolved")
+    assert "BloomForCausalLM cannot be trained on packed rows: " in warning
+    config = make_config(base, tmp_path / "refused", "distances")
     config.packing.share_prompt = "true"
-    with pytest.raises(ConfigError, match=r"packing\.share_prompt=true.*a layer of it is conv"):
+    with pytest.raises(ConfigError, match=r"packing\.share_prompt=true.*cannot share prompts"):
         run(config)
 
 

@@ -35,7 +35,7 @@ def test_products_with_weights_are_counted(tmp_path, world, case):
     save_tiny_model(tmp_path / "model")
     model = ModelConfig(name_or_path=str(tmp_path / "model"), fsdp_policy_mp=None)
     config = Config(model=model, loss=loss, adapter=adapter)
-    pair = build_pair(config.training, PackingConfig(), world, longest=64, num_tokens=1000)
+    pair = build_pair(config.training, PackingConfig(), world, longest=64)
     work = count_work(pair, None, peak=1e6)
     vocab_size = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
     assert work.per_token == 2 * passes * BLOCKS
@@ -50,7 +50,7 @@ def test_of_a_mixture_of_experts_no_share_is_said(tmp_path, world):
     save_tiny_model(tmp_path / "model", model_type="qwen3_moe", **sizes)
     model = ModelConfig(name_or_path=str(tmp_path / "model"), fsdp_policy_mp=None)
     config = Config(model=model, loss=DPOConfig(beta=0.1))
-    pair = build_pair(config.training, PackingConfig(), world, longest=64, num_tokens=1000)
+    pair = build_pair(config.training, PackingConfig(), world, longest=64)
     assert count_work(pair, None, peak=1e6) is None
 
 

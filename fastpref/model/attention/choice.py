@@ -82,7 +82,7 @@ def _find_packing(
     before = model.config._attn_implementation
     obstacle: str | None = None
     for share_prompt in wishes[packing.share_prompt]:
-        calls, obstacle = probe_packing(
+        calls, mixers, obstacle = probe_packing(
             model, path, share_prompt=share_prompt, longest=longest, block_name=options.block_name
         )
         if obstacle is not None:
@@ -92,6 +92,12 @@ def _find_packing(
         if isinstance(attention, PackedAttention):
             shared = "equal prompts computed once" if share_prompt else "every prompt by itself"
             logger.info("packed rows, %s, attention by %s", shared, attention.name)
+            if mixers:
+                logger.info(
+                    "%s mixes tokens by other means than attention and computes the sequences of a "
+                    "packed row one by one; measured in float32, no row moves another one",
+                    mixers,
+                )
             return attention.name, share_prompt
         # no attention here computes the model's packed rows, shared or not
         model.set_attn_implementation(before)

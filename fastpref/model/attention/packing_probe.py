@@ -1,8 +1,5 @@
 """Whether a model computes packed rows as it computes padded ones: by doing both."""
 
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +12,13 @@ from fastpref.errors import first_line, is_out_of_memory
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.attention.rules import ScoreRules
+from fastpref.model.attention.windows import limited_view, narrow_windows
 from fastpref.model.blocks import find_blocks
 from fastpref.model.exact_arithmetic import exact_arithmetic
 from fastpref.model.logit_path import ROUNDING, LogitPath, probe_ids
-from fastpref.model.positions import config_value
+from fastpref.model.mixers import describe_mixers, find_mixers, isolate_mixers
 from fastpref.model.scorer import TokenScorer
 
-PROBE_WINDOW = 4
-"""Tokens: less than the probe's longest sequence has, and than its longest prompt."""
 # prompt, chosen and rejected tokens of each pair; the first and the last share their prompt
 _LENGTHS = [(5, 3, 5), (1, 6, 2), (5, 2, 1)]
 
@@ -52,6 +48,17 @@ class AttentionCall(NamedTuple):
     has_sinks: bool = False
 
 
+class PackingProbe(NamedTuple):
+    """What came of trying."""
+
+    calls: set[AttentionCall]
+    """Which attentions the model's layers ask for."""
+    mixers: str
+    """Layers that compute a packed row's sequences one by one, in words; "" without any."""
+    obstacle: str | None
+    """Why it cannot compute packed rows; None if it can."""
+
+
 @torch.no_grad()
 def probe_packing(
     model: Any,
@@ -60,7 +67,7 @@ def probe_packing(
     share_prompt: bool,
     longest: int,
     block_name: str | None = None,
-) -> tuple[set[AttentionCall], str | None]:
+) -> PackingProbe:
     """Compute a few rows packed and padded: a family may not hand keyword arguments down to its
     attention, may not read position ids, or may mix tokens by other means than attention.
 
@@ -71,17 +78,17 @@ def probe_packing(
         share_prompt: Whether prompts are to be shared.
         longest: Tokens of the longest sequence that will be trained on.
         block_name: Class of its blocks, None: found from the model.
-
-    Returns:
-        Which attentions its layers ask for, and why it cannot compute packed rows; None if it can.
     """
     before = model.config._attn_implementation
     calls: set[AttentionCall] = set()
+    mixers: list[nn.Module] = []
     try:
         with exact_arithmetic(model, block_name), narrow_windows(model, longest):
             blocks, padded_ND = _run_padded(model, path, block_name)
-            obstacle = _limited_view(model, longest) or other_mixer(model, blocks)
+            mixers, obstacle = find_mixers(model, blocks)
+            obstacle = limited_view(model, longest) or obstacle
             if obstacle is None:
+                isolate_mixers(mixers)
                 scorer = TokenScorer(model, _recording(calls), path)
                 obstacle = _difference(scorer, padded_ND, share_prompt, longest)
     # whatever goes wrong in a family's own code is the reason why it cannot
@@ -91,7 +98,7 @@ def probe_packing(
         obstacle = f"{type(error).__name__}: {first_line(error)}"
     if obstacle is not None:
         model.set_attn_implementation(before)
-    return calls, obstacle
+    return PackingProbe(calls, describe_mixers(mixers), obstacle)
 
 
 def _run_padded(
@@ -146,66 +153,3 @@ def _recording(calls: set[AttentionCall]) -> PackedAttention:
         return exact.attend(query, key, value, layout, rules)
 
     return PackedAttention(name=exact.name, attend=attend)
-
-
-@contextmanager
-def narrow_windows(model: Any, longest: int) -> Iterator[None]:
-    """Windows as short as the probe's rows are, so that these tell what a family makes of them;
-    those that reach over every sequence stay as they are.
-
-    Args:
-        model: Of transformers; as it was afterwards.
-        longest: Tokens of the longest sequence.
-    """
-    holders = [model.config.get_text_config(), *model.modules()]
-    before = []
-    for holder in holders:
-        window = vars(holder).get("sliding_window")
-        if isinstance(window, int) and window < longest:
-            before.append((holder, window))
-            holder.sliding_window = PROBE_WINDOW
-    try:
-        yield
-    finally:
-        for holder, window in before:
-            holder.sliding_window = window
-
-
-def _limited_view(model: Any, longest: int) -> str | None:
-    chunk = config_value(model.config.get_text_config(), "attention_chunk_size")
-    if chunk is not None and chunk < longest:
-        return f"its attention looks back {chunk} tokens, the longest sequence has {longest}"
-    return None
-
-
-# of modules: state-space, recurrent and linear attention layers, and what picks keys for sparse one
-_MIXERS = re.compile(
-    "Mamba|SSM|Recurrent|RgLru|RGLRU|R[Ww][Kk][Vv]|LSTM|Retention|DeltaNet|Lightning"
-    "|LinearAttention|ShortConv|K[Dd][Aa]|Indexer"
-)
-# of a config's list of layer types; sliding and chunked attention are attention
-_MIXER_TYPES = re.compile("linear|conv|mamba|recurrent|hybrid|indexed|sparse_attention|compress")
-
-
-def other_mixer(model: Any, blocks: Iterable[nn.Module]) -> str | None:
-    """Which layer of a model mixes tokens by other means than attention; None if none does.
-
-    Known before any number: a convolution over a row's neighbours may leak little enough between
-    packed rows to pass for rounding.
-
-    Args:
-        model: A causal LM of transformers.
-        blocks: The blocks that text goes through.
-    """
-    config = model.config.get_text_config()
-    for name in ("layer_types", "layers_block_type", "block_types"):
-        for kind in config_value(config, name) or ():
-            if isinstance(kind, str) and _MIXER_TYPES.search(kind):
-                return f"a layer of it is {kind}, no attention to all tokens of a row"
-    for block in blocks:
-        for name, module in block.named_modules():
-            kind = type(module).__name__
-            is_convolution = isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1
-            if is_convolution or isinstance(module, nn.RNNBase) or _MIXERS.search(kind):
-                return f"its {type(block).__name__} mixes tokens by {name or 'itself'}, a {kind}"
-    return None

@@ -1,0 +1,287 @@
+"""Layers that mix tokens by other means than attention (state spaces, linear attention,
+convolutions) in packed rows: each sequence by itself.
+
+Such a layer runs over a row from its first token to its last, and would carry one sequence's state
+into the next. Whatever it is, it computes padded rows; so the sequences of a packed row are laid
+out as such for it alone, prompts once for each response, and what comes of their own tokens goes
+back to its place. Everything else of the model, attention and MLPs, computes the packed row.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, wraps
+from itertools import takewhile
+from threading import local
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fastpref.batch import SegmentLayout
+from fastpref.checks import listed
+from fastpref.model.attention.backends import GatheredKeys
+from fastpref.model.attention.segments import runs_of_like_length
+
+# of modules, without the family's name: state-space, recurrent and linear attention layers
+_MIXERS = re.compile(
+    "Mamba|SSM|Recurrent|RgLru|RGLRU|R[Ww][Kk][Vv]|LSTM|Retention|DeltaNet|Lightning"
+    "|LinearAttention|ShortConv|K[Dd][Aa]"
+)
+# of a config's list of layer types
+_MIXER_TYPES = re.compile("linear|conv|mamba|recurrent|hybrid")
+# what picks keys for sparse attention: padded rows are its own way of knowing where they end
+_SPARSE = re.compile("Indexer")
+_SPARSE_TYPES = re.compile("indexed|sparse_attention|compress")
+
+_computed = local()
+"""The packed row that this thread computes: `row`."""
+
+
+class SequenceGroup(NamedTuple):
+    """S sequences of like length beside each other, padded on the right to L tokens."""
+
+    shape: tuple[int, int]
+    """S, L."""
+    sources: Tensor
+    """(tokens,) int64: their tokens, prefixes included, among those of all sequences."""
+    slots: Tensor
+    """(tokens,) int64: where these stand in the S·L."""
+    own: Tensor
+    """(own tokens,) int64: the slots of what the row computes of them."""
+
+
+class Sequences:
+    """The sequences of a packed row one by one, a prompt once for each that begins with it.
+
+    Args:
+        layout: Of the row.
+    """
+
+    def __init__(self, layout: SegmentLayout) -> None:
+        self._layout = layout
+
+    @cached_property
+    def groups(self) -> tuple[SequenceGroup, ...]:
+        """All of them in groups of like length, made when the first layer asks."""
+        return tuple(self._groups_and_places[0])
+
+    @cached_property
+    def places(self) -> Tensor:
+        """(T,) int64: where each token of the row is among the own tokens of all groups."""
+        return self._groups_and_places[1]
+
+    @cached_property
+    def _groups_and_places(self) -> tuple[list[SequenceGroup], Tensor]:
+        device = self._layout.query_offsets.device
+        segments_S4 = np.array(self._layout.segments, np.int64)
+        tokens = segments_S4[:, 1] - segments_S4[:, 0]
+        lengths = tokens + segments_S4[:, 3] - segments_S4[:, 2]
+        firsts = np.cumsum(lengths) - lengths
+        order = np.argsort(-lengths, kind="stable")
+        sorted_lengths = lengths[order].tolist()
+        groups, places = [], []
+        for run in runs_of_like_length(
+            sorted_lengths, sorted_lengths, long_keys=None, max_scores=None
+        ):
+            rows = order[run]
+            L = int(lengths[rows].max())
+            token = np.arange(L)
+            is_token = token < lengths[rows, None]
+            is_own = is_token & (token >= (lengths - tokens)[rows, None])
+            sources = (firsts[rows, None] + token)[is_token]
+            groups.append(
+                SequenceGroup(
+                    (len(rows), L),
+                    *(
+                        torch.from_numpy(x).to(device)
+                        for x in (sources, np.flatnonzero(is_token), np.flatnonzero(is_own))
+                    ),
+                )
+            )
+            own = np.arange(L) - (lengths - tokens)[rows, None] + segments_S4[rows, :1]
+            places.append(own[is_own])
+        return groups, torch.from_numpy(np.argsort(np.concatenate(places))).to(device)
+
+    def take_apart(self, row: Tensor) -> list[Tensor]:
+        """(1, T, …) -> (S, L, …) of each group; padding is zero.
+
+        A gradient adds up in a fixed order.
+        """
+        all_tokens, layout = row[0], self._layout
+        if layout.keys is not None:
+            all_tokens = GatheredKeys.apply(all_tokens, layout.keys, layout.uses)
+        groups = []
+        for group in self.groups:
+            S, L = group.shape
+            padded = all_tokens.new_zeros(S * L, *all_tokens.shape[1:])
+            padded = padded.index_copy(0, group.slots, all_tokens.index_select(0, group.sources))
+            groups.append(padded.view(S, L, *all_tokens.shape[1:]))
+        return groups
+
+    def put_together(self, groups: list[Tensor]) -> Tensor:
+        """(S, L, …) of each group -> (1, T, …)."""
+        own = [
+            x.flatten(0, 1).index_select(0, group.own)
+            for x, group in zip(groups, self.groups, strict=True)
+        ]
+        return torch.cat(own).index_select(0, self.places)[None]
+
+
+@contextmanager
+def computing(sequences: Sequences | None) -> Iterator[None]:
+    """Say which packed row the model computes in this thread; None: none."""
+    before = current_sequences()
+    _computed.row = sequences
+    try:
+        yield
+    finally:
+        _computed.row = before
+
+
+def current_sequences() -> Sequences | None:
+    """Those of the packed row that this thread computes."""
+    return getattr(_computed, "row", None)
+
+
+def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], str | None]:
+    """The layers of blocks that mix tokens by other means than attention, and what cannot be
+    computed sequence by sequence; None if all can.
+
+    Known before any number: a convolution over a row's neighbours may leak little enough between
+    packed rows to pass for rounding.
+
+    Args:
+        model: A causal LM of transformers.
+        blocks: The blocks that text goes through.
+    """
+    config, blocks = model.config.get_text_config(), list(blocks)
+    kinds = [
+        kind
+        for name in ("layer_types", "layers_block_type", "block_types")
+        for kind in _listed(config, name)
+    ]
+    for kind in filter(_SPARSE_TYPES.search, kinds):
+        return [], f"a layer of it is {kind}, no attention to all tokens of a row"
+    family = _family_prefix(model)
+    mixers: list[nn.Module] = []
+    for block in blocks:
+        for name, module in block.named_modules():
+            if _SPARSE.search(type(module).__name__):
+                kind = type(module).__name__
+                return [], f"its {type(block).__name__} picks keys by {name or 'itself'}, a {kind}"
+        mixers += _mixers_within(block, family)
+    if mixers:
+        return mixers, None
+    for kind in filter(_MIXER_TYPES.search, kinds):
+        return [], f"a layer of it is {kind}, no attention to all tokens of a row"
+    for name in (type(block).__name__ for block in blocks):
+        if _MIXERS.search(name):
+            return [], f"its {name} mixes tokens by itself"
+    return [], None
+
+
+def describe_mixers(mixers: Iterable[nn.Module]) -> str:
+    """Their kinds; "" without any."""
+    kinds = sorted({type(mixer).__name__ for mixer in mixers})
+    return listed(kinds) if kinds else ""
+
+
+def _listed(config: Any, name: str) -> list[str]:
+    # a value that differs from layer to layer cannot be read off the whole model's config
+    try:
+        kinds = getattr(config, name, None) or ()
+    except RuntimeError:
+        return []
+    return [kind for kind in kinds if isinstance(kind, str)]
+
+
+def _family_prefix(model: Any) -> str:
+    """What the names of a family's own classes begin with."""
+    own = {type(module) for module in model.modules()}
+    names = [cls.__name__ for cls in own if cls.__module__ == type(model).__module__]
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in alike)
+
+
+def _mixers_within(module: nn.Module, family: str) -> list[nn.Module]:
+    found = []
+    for child in module.children():
+        if not any(_mixes(inner, family) for inner in child.modules()):
+            continue
+        # a list of layers is not called
+        is_list = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        found += _mixers_within(child, family) if is_list else [child]
+    return found
+
+
+def _mixes(module: nn.Module, family: str) -> bool:
+    if isinstance(module, nn.Conv1d):
+        return module.kernel_size[0] > 1
+    # RWKV shifts a row by one token with it
+    if isinstance(module, nn.RNNBase | nn.ZeroPad2d):
+        return True
+    return _MIXERS.search(type(module).__name__.removeprefix(family)) is not None
+
+
+def isolate_mixers(mixers: Iterable[nn.Module]) -> None:
+    """Let layers compute a packed row's sequences one by one, in place; other rows as before."""
+    for mixer in mixers:
+        if not hasattr(mixer.forward, "isolated"):
+            mixer.forward = _by_sequence(mixer.forward)
+
+
+def _by_sequence(forward: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
+    @torch.compiler.disable
+    @wraps(forward)
+    def isolated(*args: Any, **kwargs: Any) -> Any:
+        sequences = current_sequences()
+        if sequences is None:
+            return forward(*args, **kwargs)
+        # what is inside computes padded rows, in which a token sees those before it
+        kwargs.pop("fastpref_row", None)
+        bound = signature.bind(*args, **kwargs)
+        if "attention_mask" in bound.arguments:
+            bound.arguments["attention_mask"] = None
+        T = len(sequences.places)
+        outputs = [
+            forward(*group_args, **group_kwargs)
+            for group_args, group_kwargs in _of_groups((bound.args, bound.kwargs), sequences, T)
+        ]
+        return _together(outputs, sequences)
+
+    isolated.isolated = True
+    return isolated
+
+
+def _of_groups(arguments: Any, sequences: Sequences, T: int) -> list[Any]:
+    """A call's arguments for each group: rows of T tokens taken apart, all else as it is."""
+    leaves, structure = pytree.tree_flatten(arguments)
+    apart = [
+        sequences.take_apart(leaf)
+        if isinstance(leaf, Tensor) and leaf.shape[:2] == (1, T)
+        else [leaf] * len(sequences.groups)
+        for leaf in leaves
+    ]
+    return [
+        pytree.tree_unflatten(list(of_group), structure) for of_group in zip(*apart, strict=True)
+    ]
+
+
+def _together(outputs: list[Any], sequences: Sequences) -> Any:
+    """What a layer returns for a row, from what it returned for each group."""
+    shapes = [group.shape for group in sequences.groups]
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    together = []
+    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+        are_rows = all(
+            isinstance(leaf, Tensor) and leaf.shape[:2] == shape
+            for leaf, shape in zip(leaves, shapes, strict=True)
+        )
+        together.append(sequences.put_together(list(leaves)) if are_rows else leaves[0])
+    return pytree.tree_unflatten(together, flat[0][1])
