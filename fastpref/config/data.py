@@ -97,8 +97,8 @@ def check_columns(columns: Mapping[str, str | None]) -> None:
                 f"data.columns: there is no field {name}, only {', '.join(ROW_FIELDS)}"
                 f"{hint(name, ROW_FIELDS)}; it is written {{FIELD: COLUMN}}"
             )
-        if column == "":
-            raise ValueError(f"data.columns.{name} must name a column, or be null, got ''")
+        if column is not None and not (isinstance(column, str) and column):
+            raise ValueError(f"data.columns.{name} must name a column, or be null, got {column!r}")
     fields: dict[str, str] = {}
     for name, column in columns.items():
         if column is None:
@@ -116,7 +116,7 @@ def check_split_names(split_names: Mapping[str, str]) -> None:
     """
     for split, name in split_names.items():
         check_choice("data.split_names", split, SPLIT_FIELDS)
-        if not name or "/" in name:
+        if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(
                 f"data.split_names.{split} must be the name of a split, as train_prefs in "
                 f"train_prefs.jsonl, got {name!r}"
@@ -124,7 +124,7 @@ def check_split_names(split_names: Mapping[str, str]) -> None:
 
 
 def check_template_kwargs(arguments: Mapping[str, Any]) -> None:
-    """Refuse what no chat template can be told: arguments of our own, and what JSON has no form for.
+    """Refuse arguments of a chat template that are our own, and what JSON has no form for.
 
     Raises:
         ValueError: naming the argument.
