@@ -35,6 +35,12 @@ class LayoutReader:
             RowError: the row breaks a rule, or is laid out as those before it are not.
             AmbiguousRowError: it has two readings.
         """
+        try:
+            return self._parsed(record)
+        except RecursionError:
+            raise RowError("the row is nested too deeply") from None
+
+    def _parsed(self, record: Any) -> tuple[Row, Layout]:
         if not isinstance(record, dict):
             return self._parse(record), TEXTS
         record = self._renamed(record)
@@ -45,8 +51,6 @@ class LayoutReader:
             )
         try:
             row = self._parse(layout.read(record), single=layout.single)
-        except RecursionError:
-            raise RowError("the row is nested too deeply") from None
         except RowError as error:
             raise self._as_named(error, layout) from None
         self._layout = self._layout or layout

@@ -23,7 +23,7 @@ from fastpref.data.readings import (
 )
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import CHAT_FIELDS, SIDES, TEXT_FIELDS, check_columns, split_dialogues
-from fastpref.data.turns import begins_with_response, is_messages, is_sharegpt, read_turns
+from fastpref.data.turns import is_messages, is_response, is_sharegpt
 
 PROMPTS = ("question", "instruction", "conversations")
 """Columns that stand for `prompt` where it is not there."""
@@ -240,9 +240,7 @@ def _is_whole(record: Record) -> bool:
             return split_dialogues(chosen, rejected) is not None
         except RowError:
             return False
-    if not (isinstance(chosen, list) and is_messages(chosen)):
-        return False
-    return not begins_with_response(read_turns("chosen", chosen))
+    return isinstance(chosen, list) and is_messages(chosen) and not is_response(chosen[0])
 
 
 PAIR_FIELDS = (*TEXT_FIELDS, *CHAT_FIELDS)

@@ -38,6 +38,12 @@ def is_messages(value: Any) -> bool:
     return isinstance(first, dict)
 
 
+def is_response(message: Any) -> bool:
+    """Whether a message, not checked yet, is one that a model writes."""
+    role = message.get("role", SHAREGPT_ROLES.get(str(message.get("from"))))
+    return role in RESPONSE_ROLES
+
+
 def read_turns(field: str, value: Any) -> Messages:
     """The checked messages of a column that holds one message or a list of them.
 
