@@ -8,6 +8,7 @@ from typing import NamedTuple
 from fastpref.checks import hint, listed
 from fastpref.data.built_in import SOURCES
 from fastpref.data.cache import file_state
+from fastpref.data.hub import hub_state
 from fastpref.data.readers import SUFFIXES
 from fastpref.errors import DataError
 
@@ -50,14 +51,21 @@ class Location(NamedTuple):
         first, last = self.paths[0], Path(self.paths[-1]).name
         return f"{first} … {last} ({len(self.paths)} files)"
 
-    @property
-    def state(self) -> str:
-        """What tells that its files have changed; "" where it has none."""
-        return "\n".join(file_state(Path(path)) for path in self.paths)
+    def state(self, cache_dir: str | None) -> str:
+        """What tells that its rows have changed; "" where nothing does.
 
-    def is_unchanged(self, state: str) -> bool:
-        """Whether its files are those that had this state."""
-        return all(Path(path).is_file() for path in self.paths) and self.state == state
+        Args:
+            cache_dir: Of `datasets`, for a data set of the hub.
+
+        Raises:
+            DataError: a file is gone, or the hub cannot be reached.
+        """
+        if self.is_hub:
+            return hub_state(self.name, self.split_there, cache_dir)
+        try:
+            return "\n".join(file_state(Path(path)) for path in self.paths)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 def find_source(

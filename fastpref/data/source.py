@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from fastpref.data.cache import cache_errors, code_digest, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
 from fastpref.data.files import Location, find_source
-from fastpref.data.hub import hub_splits, hub_state
+from fastpref.data.hub import hub_splits
 from fastpref.data.options import DataOptions, ReadOptions
 from fastpref.data.places import place_of, places_of
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
@@ -76,7 +76,11 @@ class Rows:
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        if not self.location.is_unchanged(self.state):
+        try:
+            is_same = self.location.state(self.cache_dir) == self.state
+        except DataError:
+            is_same = False
+        if not is_same:
             raise DataError(
                 f"{self.source}: the file was changed after its rows were read; start again"
             )
@@ -88,9 +92,18 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
     Raises:
         DataError: the path, what was expected, what lies there.
     """
-    for name in options.names:
-        for split in splits:
-            find_source(name, split, options.base_data_dir, options.split_names)
+    locations = [
+        find_source(name, split, options.base_data_dir, options.split_names)
+        for name in options.names
+        for split in splits
+    ]
+    if all(location.is_built_in for location in locations):
+        for key, value in (("columns", options.read.columns), ("split_names", options.split_names)):
+            if value:
+                raise DataError(
+                    f"data.{key} is for files and data sets of the hub; all of datasets="
+                    f"[{','.join(options.names)}] are built in"
+                )
 
 
 def available_splits(options: DataOptions) -> list[str]:
@@ -146,9 +159,7 @@ def load_rows(
     is_file = len(location.paths) == 1
     origin = read_origin(Path(source)) if is_file and options.weighted else None
     with progress_bars(quiet), cache_errors(cache_dir):
-        state = location.state
-        if location.is_hub:
-            state = hub_state(location.name, location.split_there, cache_dir)
+        state = location.state(cache_dir)
         dataset = datasets.Dataset.from_generator(
             generate_rows,
             features=FEATURES,

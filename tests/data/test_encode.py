@@ -451,3 +451,29 @@ def test_what_became_of_the_rows_is_said_once_a_split(tmp_path, caplog):
     caplog.clear()
     encode(tmp_path, quiet=True, max_length=40, max_prompt_length=20)
     assert not caplog.records
+
+
+THINKING = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ thought | default('hm') }}")
+
+
+def test_arguments_of_the_chat_template_are_in_the_tokens_and_in_the_cache_key(tmp_path, caplog):
+    tokenizer = byte_tokenizer(THINKING)
+    chat = {"prompt": [say("user", "Q")], "chosen": [say("assistant", "y")]}
+    chat |= {"rejected": [say("assistant", "n")]}
+
+    def prompt(**arguments):
+        data = {"template_kwargs": arguments}
+        return texts(encode(tmp_path, tokenizer=tokenizer, data=data, quiet=False))[0]
+
+    write(tmp_path, [chat])
+    assert [prompt(), prompt(thought="A"), prompt(thought="B"), prompt(thought="A")] == [
+        f"<s>{thought}[user]Q</s>\n[assistant]" for thought in ("hm", "A", "B", "A")
+    ]
+    again = lambda: prompt(thought="B")  # noqa: E731
+    assert count_calls(again, "encode_row") == 0
+    with pytest.raises(ConfigError, match=r"template_kwargs\.thougt.*nearest: thought"):
+        prompt(thougt="A")
+    assert not caplog.messages
+    write(tmp_path, pairs(2))
+    prompt(thought="A")
+    assert any("has no conversations to render" in message for message in caplog.messages)

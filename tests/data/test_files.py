@@ -5,7 +5,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_data import byte_tokenizer, make_config, pairs, write_jsonl
+from small_data import byte_tokenizer, count_calls, make_config, pairs, write_jsonl
 
 from fastpref.data.encode import load_split
 from fastpref.data.files import find_source, split_of
@@ -222,6 +222,8 @@ def test_a_hub_data_set_is_loaded_by_its_id(hub_folder):
     assert (rows.source, rows.place(3), rows.name) == ("org/name", "org/name:4", "org/name")
     [record] = [record for i, record in enumerate(rows.records()) if i == 3]
     assert record["prompt"] == "Q3:"
+    # a second start finds what the first one read
+    assert count_calls(lambda: read_rows(options, "train", quiet=True), "parse_row") == 0
     assert available_splits(options) == ["train", "test"]
     message = refusal(hub_folder, names=["org/name"])
     assert "whose split 'train' could not be read" in message
