@@ -45,14 +45,14 @@ class LayoutReader:
             return self._parse(record), TEXTS
         record = self._renamed(record)
         layout = self._recognised(record)
-        if self._layout is not None and not layout.is_beside(self._layout):
-            raise RowError(
-                f"the row is laid out as {layout.what}; the rows before it as {self._layout.what}"
-            )
         try:
             row = self._parse(layout.read(record), single=layout.single)
         except RowError as error:
             raise self._as_named(error, layout) from None
+        if self._layout is not None and not layout.is_beside(self._layout):
+            raise RowError(
+                f"the row is laid out as {layout.what}; the rows before it as {self._layout.what}"
+            )
         self._layout = self._layout or layout
         return row, layout
 

@@ -102,7 +102,11 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
             "prompt, chosen and rejected",
             "rejected",
         )
-    check_columns(list(record))
+    try:
+        check_columns(list(record))
+    except RowError as error:
+        also = "; or messages, conversations, or prompt and completion" if single else ""
+        raise RowError(f"{error}{also}", error.field) from None
     raise AssertionError("a pair has both columns")
 
 
@@ -110,17 +114,16 @@ def _recognise_pair(record: Record, named: Sequence[str]) -> Layout:
     for field in TEXT_FIELDS:
         if field in record and record[field] is None:
             raise RowError(f"{field} is null", field)
-    sharegpt = any(is_sharegpt(record.get(field)) for field in TEXT_FIELDS)
     if "prompt" in record:
-        if is_messages(record["prompt"]):
-            return SHAREGPT_MESSAGES if sharegpt else MESSAGES
-        if isinstance(record["prompt"], str) and is_messages(record["chosen"]):
+        if isinstance(record["prompt"], list | dict):
+            return SHAREGPT_MESSAGES if _has_sharegpt(record) else MESSAGES
+        if isinstance(record["prompt"], str) and isinstance(record["chosen"], list | dict):
             return TEXT_PROMPT
         return TEXTS
     prompts = _present(PROMPTS, record, named)
     if not prompts or (_is_whole(record) and not set(prompts) & set(named)):
         if is_messages(record["chosen"]):
-            return SHAREGPT_CONVERSATIONS if sharegpt else CONVERSATIONS
+            return SHAREGPT_CONVERSATIONS if _has_sharegpt(record) else CONVERSATIONS
         return DIALOGUES
     prompt = _only(prompts, "the prompt")
     columns = (prompt, *(("input",) if prompt == "instruction" else ()), *SIDES, *CHAT_FIELDS)
@@ -230,6 +233,10 @@ def _number_of(label: str, value: Any) -> int:
             f"{label} must be 0 or 1, the number of the better response, got {value!r:.40}", label
         )
     return NUMBERS_MEANT[value]
+
+
+def _has_sharegpt(record: Record) -> bool:
+    return any(is_sharegpt(record.get(field)) for field in TEXT_FIELDS)
 
 
 def _is_whole(record: Record) -> bool:

@@ -250,6 +250,15 @@ def test_rows_of_another_layout_than_the_first_are_bad_rows(tmp_path):
     assert rows.dataset["row"][:] == [1, 4]
 
 
+@pytest.mark.parametrize("wrong", [3, True, None, ["yes"], {"a": 1}])
+@pytest.mark.parametrize("name", ["ultrafeedback", "orca", "sharegpt", "responses by name"])
+def test_a_response_of_another_kind_is_named_with_its_column(tmp_path, name, wrong):
+    case = CASES[name]
+    field = "response_0" if name == "responses by name" else "chosen"
+    message = refusal(tmp_path, case.record, case.record | {field: wrong})
+    assert f"train.jsonl:2:{field}: " in message
+
+
 def test_a_bad_first_row_decides_on_no_layout(tmp_path):
     bad = {"prompt": "Q", "chosen": "a", "rejected": None}
     rows = read(tmp_path, bad, CASES["orca"].record, data={"on_error": "skip", "max_dropped": 0.5})
@@ -450,6 +459,8 @@ def test_a_row_without_known_columns_says_what_is_needed_and_how_to_name_it(tmp_
     message = refusal(tmp_path, {"prompt": "Q", "good": "a", "bad": "b"})
     assert "no column 'chosen'; columns found: bad, good, prompt; needed: prompt, chosen" in message
     assert "data.columns={chosen: COLUMN} says which column it is" in message
+    sft = refusal(tmp_path, {"text": "Q"}, loss=SFTConfig)
+    assert sft.endswith("; or messages, conversations, or prompt and completion")
     near = refusal(tmp_path, {"prompt": "Q", "chosen": "a", "reject": "b"})
     assert "rename it to rejected or set data.columns={rejected: reject}" in near
 
