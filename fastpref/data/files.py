@@ -99,6 +99,13 @@ def find_source(
     if HUB_ID.fullmatch(name):
         return Location(name, split, there, is_hub=True)
     built_in = f"built in: {', '.join(SOURCES)}"
+    path = Path(name).expanduser().absolute()
+    if folder is None and path.exists():
+        place = path.parent if path.is_file() else path
+        raise DataError(
+            f"datasets: {name} is a path; data sets go by the names of their folders: datasets="
+            f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
+        )
     if folder is None:
         raise DataError(
             f"datasets: no dataset {name!r}; {built_in}; a local folder DIR/{name} needs "

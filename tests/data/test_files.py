@@ -246,6 +246,26 @@ def test_the_hub_is_asked_for_id_split_and_cache(tmp_path, monkeypatch):
     assert len(read(tmp_path, **options).dataset) == 3
 
 
+def test_a_path_is_answered_with_the_two_options_that_read_it(tmp_path):
+    path = write(tmp_path, "train.json")
+    for name in (path, path.parent):
+        with pytest.raises(
+            DataError, match=rf"datasets=\[set\] base_data_dir={tmp_path}/data reads"
+        ):
+            find_source(str(name), "train", None, {})
+
+
+def test_options_of_files_are_refused_where_all_data_is_built_in(tmp_path):
+    for data in ({"columns": {"prompt": "ask"}}, {"split_names": {"train": "a"}}):
+        with pytest.raises(
+            DataError, match=rf"data\.{next(iter(data))} is for files and data sets"
+        ):
+            check_sources(options_of(tmp_path, names=["planted"], **data))
+    write(tmp_path, "a.json")
+    options = options_of(tmp_path, names=["planted", "set"], split_names={"train": "a"})
+    check_sources(options, ["train"])
+
+
 def test_a_local_folder_comes_before_the_hub(tmp_path):
     write_jsonl(tmp_path / "data" / "org" / "name", "train", ROWS)
     assert find_source("org/name", "train", str(tmp_path / "data"), {}).paths
