@@ -43,6 +43,8 @@ from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
 
+NO_RESPONSE = ("", "[]")
+"""A side that a row does not have, as a text and as messages."""
 WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
 LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
 BOOKKEEPING = {
@@ -232,7 +234,11 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
 
 
 def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The last row of each prompt, in the order in which prompts appear first."""
+    """The last row of each prompt, in the order in which prompts appear first; rows of one response
+    as they are, each is an example."""
+    # of a pair it would have been an empty response; a source has one layout
+    if dataset[0]["rejected"] in NO_RESPONSE:
+        return dataset
     groups = dataset.with_format("numpy")["group"][:]
     _, first = np.unique(groups, return_index=True)
     _, last_from_end = np.unique(groups[::-1], return_index=True)

@@ -477,3 +477,15 @@ def test_arguments_of_the_chat_template_are_in_the_tokens_and_in_the_cache_key(t
     write(tmp_path, pairs(2))
     prompt(thought="A")
     assert any("has no conversations to render" in message for message in caplog.messages)
+
+
+def test_every_row_of_one_response_is_an_example_and_of_pairs_one_a_prompt(tmp_path):
+    rows = [{"prompt": "Q", "completion": answer} for answer in "abca"]
+    split = encode(tmp_path, rows, loss=SFTConfig())
+    assert [texts(split, i)[1] for i in range(4)] == [f"{answer}</s>" for answer in "abca"]
+    assert split.groups.tolist() == [0, 0, 0, 0]
+    chats = [{"messages": [say("user", "Q"), say("assistant", answer)]} for answer in "ab"]
+    chat_split = encode(tmp_path, chats, loss=SFTConfig(), tokenizer=byte_tokenizer(TEMPLATE))
+    assert [texts(chat_split, i)[1][0] for i in range(2)] == ["a", "b"]
+    paired = encode(tmp_path, [pair("Q", answer, "n") for answer in "ab"], loss=SFTConfig())
+    assert texts(paired)[1] == "b</s>" and len(paired.dataset) == 1
