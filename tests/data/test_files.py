@@ -1,5 +1,6 @@
 import gzip
 import json
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -179,8 +180,6 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_split_names_are_what_files_are_called_before_shard_and_suffix():
     names = ("train.json", "train_prefs-00000-of-00003.parquet", "val_2.jsonl", "README.md")
-    from pathlib import Path
-
     assert [split_of(Path(name)) for name in names] == ["train", "train_prefs", "val", ""]
 
 
