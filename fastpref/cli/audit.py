@@ -3,7 +3,7 @@
 from fastpref.config import ModelConfig
 from fastpref.data.audit import run_audit
 from fastpref.data.options import DataOptions
-from fastpref.data.source import SPLITS, check_sources, read_rows
+from fastpref.data.source import SPLITS, check_sources, log_layouts, read_rows
 from fastpref.model.paths import find_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
 
@@ -11,7 +11,6 @@ from fastpref.model.source import load_model_tokenizer, read_vocab_size
 def audit(options: DataOptions, model: ModelConfig) -> None:
     """Read, check and encode every split; no model's weights are loaded."""
     check_sources(options)
-    for split in SPLITS:
-        read_rows(options, split, quiet=False)
+    log_layouts([rows for split in SPLITS for rows in read_rows(options, split, quiet=False)])
     vocab_size = read_vocab_size(find_model(model.name_or_path, model.revision))
     run_audit(options, load_model_tokenizer(model), vocab_size=vocab_size)

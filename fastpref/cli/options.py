@@ -16,6 +16,7 @@ CHOICE_GROUPS = ("model", "loss", "transform", "adapter", "recipe")
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 _LIST_KINDS = {str: "a list such as [a,b]", float: "a list such as [0.9,0.95]"}
+_MAPPING_KIND = "a mapping such as '{a: b, c: d}'"
 
 
 @dataclass(kw_only=True)
@@ -25,9 +26,11 @@ class Option:
     key: str
     """Dotted name, `loss.beta`."""
     type: type
-    """int, float, bool or str; of one element where is_list."""
+    """int, float, bool or str, dict where is_mapping; of one element where is_list."""
     is_list: bool
     """The value is [a,b,...]."""
+    is_mapping: bool
+    """The value is {a: b, ...}."""
     is_optional: bool
     """null is a value."""
     default: object
@@ -38,6 +41,8 @@ class Option:
     @property
     def kind(self) -> str:
         """The type in words: "an integer or null"."""
+        if self.is_mapping:
+            return _MAPPING_KIND
         kind = (_LIST_KINDS if self.is_list else _KINDS)[self.type]
         return f"{kind} or null" if self.is_optional else kind
 
@@ -84,13 +89,15 @@ def _option(key: str, declared: typing.Any, field: dataclasses.Field, doc: str) 
     if type(None) in typing.get_args(declared):
         members = [kind for kind in typing.get_args(declared) if kind is not type(None)]
     is_list = typing.get_origin(members[0]) is list
+    is_mapping = typing.get_origin(members[0]) is dict
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     return Option(
         key=key,
-        type=typing.get_args(members[0])[0] if is_list else members[0],
+        type=typing.get_args(members[0])[0] if is_list else dict if is_mapping else members[0],
         is_list=is_list,
+        is_mapping=is_mapping,
         is_optional=members[0] is not declared,
         default=default,
         doc=doc,
@@ -171,4 +178,6 @@ def format_value(value: object) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(map(format_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {format_value(item)}' for key, item in value.items())}}}"
     return str(value)

@@ -8,9 +8,11 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
+from yaml import YAMLError
 
 from fastpref.checks import hint, nearest
 from fastpref.cli.options import (
@@ -183,15 +185,22 @@ def set_option(composed: DictConfig, options: dict[str, Option], key: str, text:
     """Set one option from its text; returns what is wrong with it, or None.
 
     Text options take the text as it stands (`run_dir=/tmp/a=b` needs no quotes; ${KEY} is another
-    option's value), lists are written [a,b].
+    option's value), lists are written [a,b], mappings {a: b}; of a mapping one entry can be set by
+    itself, `data.columns.prompt=question`.
     """
     option = options.get(key)
+    group, _, leaf = key.rpartition(".")
+    if option is None and group in options and options[group].is_mapping:
+        option, key, text = options[group], group, f"{{{leaf}: {text}}}"
     if option is None:
         return explain_key(key, text, options, composed.loss.name)
     try:
-        OmegaConf.update(composed, key, _parse(option, text))
-    except ValidationError:
-        return f"{key} must be {option.kind}, got {text}"
+        value = _parse_mapping(text) if option.is_mapping else _parse(option, text)
+        # a mapping has whatever keys are given
+        OmegaConf.update(composed, key, value, force_add=option.is_mapping)
+    except (ValidationError, YAMLError):
+        quote = "; a shell leaves it whole in quotes" if option.is_mapping else ""
+        return f"{key} must be {option.kind}, got {text}{quote}"
     except OmegaConfBaseException as error:
         return f"{key}={text}: {str(error).splitlines()[0]}"
     return None
@@ -204,6 +213,23 @@ def _parse(option: Option, text: str) -> str | list[str] | None:
     if option.is_list and re.fullmatch(r"\[.*\]", text.strip()):
         return [_unquote(item.strip()) for item in text.strip()[1:-1].split(",") if item.strip()]
     return _unquote(text)
+
+
+def _parse_mapping(text: str) -> dict[str, Any]:
+    """The mapping that YAML reads; `{a:b}` without a space is one too.
+
+    Raises:
+        ValidationError, YAMLError: it is none.
+    """
+    if not re.fullmatch(r"\{.*\}", text.strip(), re.DOTALL):
+        raise ValidationError(text)
+    parsed = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(parsed, dict)
+    entries: dict[str, Any] = {}
+    for key, value in parsed.items():
+        name, colon, rest = str(key).partition(":")
+        entries[name] = rest if colon and value is None else value
+    return entries
 
 
 def _unquote(text: str) -> str:

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from fastpref.checks import check_choice, check_number
 from fastpref.config.adapter import AdapterConfig
+from fastpref.config.data import DataConfig
 from fastpref.config.groups import (
     CUDA_ATTENTIONS,
-    DataConfig,
     HeadConfig,
     ModelConfig,
     OptimConfig,
@@ -78,9 +78,11 @@ class Config:
     """A trial run: nothing is sent to wandb."""
 
     datasets: list[str] = field(default_factory=lambda: ["hh"])
-    """Data to mix: planted (embedded), hh, shp, se (hub), or folders of base_data_dir."""
+    """Data to mix: planted (embedded), hh, shp, se (hub), folders of base_data_dir, or data sets of
+    the hub, org/name."""
     base_data_dir: str | None = None
-    """Holds {name}/{split}.jsonl, .jsonl.gz or .parquet with splits train and test."""
+    """Holds folders {name}/ with the splits train and test: {split}.jsonl, .jsonl.gz, .parquet,
+    .json or .json.gz, or shards of them in it or in its folder data/, as on the hub."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512

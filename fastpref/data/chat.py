@@ -2,7 +2,9 @@
 
 import datetime
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError, TemplateSyntaxError
 
+from fastpref.checks import hint
 from fastpref.data.messages import Messages
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out
 from fastpref.data.row_values import RowError
@@ -28,6 +31,7 @@ DATE_MACRO = (
     "{% set date.text = date.text | replace(code, value) %}{% endfor %}{{ date.text }}"
     "{% endmacro %}\n"
 )
+WORD = re.compile(r"[A-Za-z_]\w*")
 DATE_CODES = "aAwdbBmyYHIMSfpjUWGuVcxXDFTRe"
 
 
@@ -39,6 +43,8 @@ class ChatFormat:
     """Of transformers."""
     template: str | None
     """Jinja text; None for the tokenizer's own."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is told beside the messages, `data.template_kwargs`."""
     date: str | None = None
     """The day that a template which prints it is told, "2026-11-30"; None where none does."""
 
@@ -69,6 +75,7 @@ class ChatFormat:
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
                 **variables,
+                **self.arguments,
             )
         except TemplateSyntaxError as error:
             line = error.lineno - added_lines
@@ -131,11 +138,19 @@ def read_chat_template(path: str | None) -> str | None:
         raise ConfigError(f"data.chat_template: {path} cannot be read: {error}") from None
 
 
-def check_chat_template(tokenizer: Any, template: str | None) -> None:
+def check_chat_template(
+    tokenizer: Any, template: str | None, arguments: Mapping[str, Any] | None = None
+) -> None:
     """Refuse a tokenizer that cannot render conversations.
 
+    Args:
+        tokenizer: Of transformers.
+        template: Jinja text of `data.chat_template`; None for the tokenizer's own.
+        arguments: `data.template_kwargs`; None for none.
+
     Raises:
-        ConfigError: it has no chat template and no file was given.
+        ConfigError: it has no chat template and no file was given, or the template does not know an
+            argument.
     """
     if template is None and not tokenizer.chat_template:
         raise ConfigError(
@@ -143,14 +158,19 @@ def check_chat_template(tokenizer: Any, template: str | None) -> None:
             "give a Jinja file by data.chat_template=FILE, or name a tokenizer with a template by "
             "model.tokenizer_name_or_path"
         )
+    words = {word for text in _template_texts(tokenizer, template) for word in WORD.findall(text)}
+    for name in arguments or ():
+        if name not in words:
+            source = ChatFormat(tokenizer=tokenizer, template=template).name
+            raise ConfigError(
+                f"data.template_kwargs.{name}: {source} does not mention {name}, so it would "
+                f"change nothing{hint(name, words)}"
+            )
 
 
 def prints_date(tokenizer: Any, template: str | None) -> bool:
     """Whether the chat template asks for the date: what it renders then changes by the day."""
-    templates = tokenizer.chat_template if template is None else template
-    # a tokenizer may have several, by name
-    texts = templates.values() if isinstance(templates, dict) else [templates]
-    return any("strftime_now" in text for text in texts if text)
+    return any("strftime_now" in text for text in _template_texts(tokenizer, template))
 
 
 def current_date(tokenizer: Any) -> str:
@@ -218,6 +238,13 @@ def strip_final_eos(text: str, eos_token: str) -> str:
     """`text` without an EOS at its end and the white space after it; unchanged without EOS."""
     stripped = text.rstrip()
     return stripped.removesuffix(eos_token) if stripped.endswith(eos_token) else text
+
+
+def _template_texts(tokenizer: Any, template: str | None) -> list[str]:
+    templates = tokenizer.chat_template if template is None else template
+    # a tokenizer may have several, by name
+    texts = templates.values() if isinstance(templates, dict) else [templates]
+    return [text for text in texts if text]
 
 
 def _render_row(

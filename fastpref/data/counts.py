@@ -10,6 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from fastpref.checks import listed
+from fastpref.data.places import Places
 from fastpref.data.rows import MALFORMED
 from fastpref.errors import DataError
 
@@ -157,7 +158,7 @@ def count_rows(
     source: str,
     drop: list[str],
     note: list[str],
-    row: np.ndarray,
+    places: Places,
     group: np.ndarray,
     remarks: np.ndarray,
 ) -> tuple[AuditCounts, np.ndarray]:
@@ -167,7 +168,7 @@ def count_rows(
         split, source: Their names.
         drop: Reason to leave each row out, "" to keep it. (rows,)
         note: Message of a malformed row; in others the field that is not rendered, or "". (rows,)
-        row: Line in the source. (rows,) int64
+        places: Of the rows.
         group: Number of the prompt. (rows,) int64
         remarks: A set of `Remark` bits. (rows,) int32
 
@@ -178,7 +179,7 @@ def count_rows(
     first_dropped = {}
     for reason in dropped:
         index = drop.index(reason)
-        first_dropped[reason] = f"{source}:{row[index]}"
+        first_dropped[reason] = places.name(index)
         if reason == MALFORMED:
             first_dropped[reason] = note[index]
         elif note[index]:
@@ -189,7 +190,7 @@ def count_rows(
         rows = kept[(remarks[kept] & remark) != 0]
         if len(rows):
             remark_counts[remark] = len(rows)
-            place = f"{source}:{row[rows[0]]}"
+            place = places.name(rows[0])
             names_field = remark is Remark.RESPONSE_NOT_RENDERED
             first_remarks[remark] = f"{place}:{note[rows[0]]}" if names_field else place
     counts = AuditCounts(

@@ -33,17 +33,18 @@ from fastpref.data.chat import (
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.data.options import DataOptions
-from fastpref.data.places import Places, join_places
+from fastpref.data.places import Places, join_places, place_of, places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
 from fastpref.data.source import SPLITS, Rows, count_dataset, read_rows
-from fastpref.data.weights_file import template_digest
-from fastpref.errors import ConfigError, DataError
+from fastpref.data.tokenizer_checks import ID_COLUMNS, check_tokenizer, check_vocabulary
+from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
 
-ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+NO_RESPONSE = ("", "[]")
+"""A side that a row does not have, as a text and as messages."""
 WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
 LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
 BOOKKEEPING = {
@@ -92,6 +93,8 @@ def load_split(
     """
     parts = []
     for rows in read_rows(options, split, quiet=quiet):
+        if options.encode.template_kwargs and not (quiet or rows.has_chats):
+            logger.warning("data.template_kwargs: %s has no conversations to render", rows.source)
         num_proc = options.num_proc or processes_for(len(rows.dataset))
         with progress_bars(quiet), cache_errors(options.cache_dir):
             part = encode_rows(
@@ -146,12 +149,14 @@ def encode_rows(
             options,
             weights_have_eos=rows.origin.includes_eos,
             weights_mismatch=rows.origin.explain_mismatch(
-                tokenizer_digest(tokenizer), template_digest(options.chat_template)
+                tokenizer_digest(tokenizer),
+                options.chat_template,
+                options.template_kwargs,
             ),
         )
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
     if rows.has_chats:
-        check_chat_template(tokenizer, options.chat_template)
+        check_chat_template(tokenizer, options.chat_template, options.template_kwargs)
         if prints_date(tokenizer, options.chat_template):
             estimated = rows.origin.chat_date if rows.origin else None
             options = replace(options, chat_date=estimated or current_date(tokenizer))
@@ -160,7 +165,7 @@ def encode_rows(
             encode_batch,
             batched=True,
             with_indices=True,
-            fn_kwargs={"tokenizer": tokenizer, "options": options, "source": rows.source},
+            fn_kwargs={"tokenizer": tokenizer, "options": options, "files": rows.location.files},
             features=encoded_features(options),
             remove_columns=dataset.column_names,
             # one process is this one
@@ -175,7 +180,7 @@ def encode_rows(
 
 def _as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
     """Encoded rows, those to drop left out, and the account of all of them."""
-    counts, kept = count_dataset(encoded, rows.source, rows.counts.split)
+    counts, kept = count_dataset(encoded, rows.location)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
     counts = replace(
         count_tokens(encoded, rows.counts.then(counts)),
@@ -184,28 +189,14 @@ def _as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) 
     )
     if len(kept) < len(encoded):
         encoded = encoded.select(kept)
-    lines = encoded.with_format("numpy")["row"][:]
     return PreferenceSplit(
         name=counts.split,
-        places=Places(sources=(rows.source,), source=np.zeros_like(lines), line=lines),
+        places=places_of(rows.location.files, encoded.with_format("numpy")["row"][:]),
         groups=encoded.with_format("numpy")["group"][:],
         num_prompts=rows.num_prompts,
         dataset=encoded.remove_columns(list(BOOKKEEPING)),
         audit=counts,
     )
-
-
-def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse a tokenizer without an end-of-sequence token: no response could ever end.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            "model.tokenizer_name_or_path: the tokenizer has no end-of-sequence token; set "
-            "eos_token in its tokenizer_config.json or name another tokenizer"
-        )
 
 
 def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bool = True) -> None:
@@ -228,23 +219,6 @@ def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
         )
 
 
-def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any) -> None:
-    """Refuse token ids that have no row in the embedding.
-
-    Raises:
-        DataError: naming the token.
-    """
-    table = encoded.with_format("arrow")[:]
-    for column in ID_COLUMNS:
-        highest = pc.max(pc.list_flatten(table[column])).as_py()
-        if highest is not None and highest >= vocab_size:
-            raise DataError(
-                f"datasets: token id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is "
-                f"not in the model's embedding of {vocab_size} rows; the tokenizer belongs to "
-                "another model"
-            )
-
-
 def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
     """`counts` with the tokens of an encoded dataset filled in."""
     table = encoded.with_format("arrow")[:]
@@ -260,7 +234,11 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
 
 
 def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The last row of each prompt, in the order in which prompts appear first."""
+    """The last row of each prompt, in the order in which prompts appear first; rows of one response
+    as they are, each is an example."""
+    # of a pair it would have been an empty response; a source has one layout
+    if dataset[0]["rejected"] in NO_RESPONSE:
+        return dataset
     groups = dataset.with_format("numpy")["group"][:]
     _, first = np.unique(groups, return_index=True)
     _, last_from_end = np.unique(groups[::-1], return_index=True)
@@ -312,18 +290,24 @@ def encode_batch(
     indices: list[int],
     tokenizer: Any,
     options: EncodeOptions,
-    source: str,
+    files: Sequence[str],
 ) -> dict[str, list[Any]]:
     """Encode a batch of `datasets.map`. Columns in and out: `FEATURES`, `encoded_features`."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    chat = ChatFormat(tokenizer=tokenizer, template=options.chat_template, date=options.chat_date)
+    chat = ChatFormat(
+        tokenizer=tokenizer,
+        template=options.chat_template,
+        arguments=options.template_kwargs,
+        date=options.chat_date,
+    )
     texts = [
         row_texts(row, named_responses(row, options), chat, strict=options.strict) for row in rows
     ]
     encoded = []
     tokens_of_rows = tokenize_rows(texts, tokenizer, first=indices[0])
     for row, tokens in zip(rows, tokens_of_rows, strict=True):
-        outcome = _encode_or_drop(row, tokens, tokenizer.eos_token_id, options, source)
+        place = place_of(files, row["row"])
+        outcome = _encode_or_drop(row, tokens, tokenizer.eos_token_id, options, place)
         encoded.append(outcome.columns() | {"row": row["row"], "group": row["group"]})
     return {column: [row[column] for row in encoded] for column in encoded_features(options)}
 
@@ -333,17 +317,17 @@ def _encode_or_drop(
     tokens: RowTokens | RowError,
     eos_id: int,
     options: EncodeOptions,
-    source: str,
+    place: str,
 ) -> EncodedPair:
     try:
         if isinstance(tokens, RowError):
             raise tokens
         outcome = encode_row(row, tokens, eos_id, options)
     except RowError as error:
-        message = error.at(source, row["row"])
+        message = error.at(place)
         if options.on_error == "raise":
             raise DataError(message) from None
         return EncodedPair(drop=MALFORMED, note=message)
     if options.strict and outcome.drop == EMPTY_RESPONSE:
-        raise DataError(f"{source}:{row['row']}: {outcome.drop} (data.strict=true)")
+        raise DataError(f"{place}: {outcome.drop} (data.strict=true)")
     return outcome

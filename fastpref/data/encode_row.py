@@ -1,7 +1,7 @@
 """The tokens of one checked row -> ids and weights: EOS, alignment, reversal, truncation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastpref.data.counts import Remark
@@ -32,6 +32,8 @@ class EncodeOptions:
     """Of the transform `random`."""
     chat_template: str | None
     """Jinja text; None for the tokenizer's own."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template."""
     chat_date: str | None = None
     """The day that a chat template which prints the date is told; None where none does."""
     on_error: str

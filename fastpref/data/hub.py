@@ -1,6 +1,7 @@
-"""The built-in hub datasets `hh`, `shp` and `se`: from their records to preference rows.
+"""Data sets of the Hugging Face hub: any by its id, and the built-in `hh`, `shp` and `se`.
 
-The derivations are those of the DPO repository; each works on any sequence of records.
+The derivations of preference rows are those of the DPO repository; each works on any sequence of
+records.
 """
 
 import os
@@ -10,6 +11,7 @@ from typing import Any
 
 import datasets
 
+from fastpref.data.readers import read_batches
 from fastpref.data.rows import ASSISTANT_TURN
 from fastpref.errors import DataError
 
@@ -38,8 +40,40 @@ def hub_rows(name: str, split: str, cache_dir: str | None) -> Iterator[dict[str,
     """
     derive = {"hh": hh_rows, "shp": shp_rows, "se": se_rows}[name]
     # se has no test split of its own: it is cut from train
-    records = _download(name, "train" if name == "se" else split, cache_dir)
+    there = "train" if name == "se" else split
+    records = load_from_hub(HUB_PATHS[name], there, cache_dir, name=name)
     return derive(_split_se(records, split) if name == "se" else records)
+
+
+def hub_records(hub_id: str, split: str, cache_dir: str | None) -> Iterator[tuple[int, Any]]:
+    """Records of a split of any data set of the hub, numbered from 1.
+
+    Raises:
+        DataError: the hub cannot be reached or has no such split.
+    """
+    table = load_from_hub(hub_id, split, cache_dir).with_format("arrow")
+    yield from read_batches(table.iter(batch_size=1000))
+
+
+def hub_state(hub_id: str, split: str, cache_dir: str | None) -> str:
+    """What tells that a split of a data set of the hub has changed.
+
+    Raises:
+        DataError: the hub cannot be reached or has no such split.
+    """
+    return str(load_from_hub(hub_id, split, cache_dir)._fingerprint)
+
+
+def hub_splits(hub_id: str) -> list[str]:
+    """Names of the splits of a data set of the hub.
+
+    Raises:
+        DataError: the hub cannot be reached.
+    """
+    try:
+        return list(datasets.get_dataset_split_names(hub_id))
+    except Exception as error:
+        raise _unreachable(hub_id, "", error) from error
 
 
 def hh_rows(records: Records) -> Iterator[dict[str, Any]]:
@@ -146,14 +180,36 @@ def _strip_record(record: dict[str, Any]) -> dict[str, Any]:
     return {"question": strip_html(record["question"]), "answers": answers}
 
 
-def _download(name: str, split: str, cache_dir: str | None) -> datasets.Dataset:
+def load_from_hub(
+    hub_id: str, split: str, cache_dir: str | None, *, name: str = ""
+) -> datasets.Dataset:
+    """A split of a data set of the hub, downloaded on first use.
+
+    Args:
+        hub_id: Its id there, or a built-in one's.
+        split: As it is called there.
+        cache_dir: Of `datasets`; None for its default.
+        name: Of a built-in one.
+
+    Raises:
+        DataError: the hub cannot be reached or has no such split.
+    """
     try:
-        return datasets.load_dataset(HUB_PATHS[name], split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(hub_id, split=split, cache_dir=cache_dir)
     # the hub client raises errors of many unrelated classes; each means that there is no data
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise DataError(
-            f"datasets: {name} is {HUB_PATHS[name]} on the Hugging Face hub, whose split {split!r} "
-            f"could not be read ({type(error).__name__}: {reason}); a local folder works too: set "
-            f"base_data_dir=DIR with rows in DIR/{name}/{split}.jsonl"
-        ) from error
+        raise _unreachable(hub_id, split, error, name=name) from error
+
+
+def _unreachable(hub_id: str, split: str, error: Exception, *, name: str = "") -> DataError:
+    reason = str(error).strip().split("\n")[0][:200]
+    name, called = name or hub_id, f"{name} is {hub_id}" if name else hub_id
+    what = f", whose split {split!r} could not be read" if split else " could not be read"
+    other = (
+        "" if not split or name != hub_id else f", data.split_names={{{split}: NAME}} another split"
+    )
+    return DataError(
+        f"datasets: {called} on the Hugging Face hub{what} ({type(error).__name__}: {reason}); a "
+        f"local folder works too: set base_data_dir=DIR with rows in DIR/{name}/"
+        f"{split or 'train'}.jsonl{other}"
+    )

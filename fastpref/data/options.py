@@ -1,6 +1,6 @@
 """What decides which rows a run has, how they are read and how they become token ids."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastpref.data.chat import read_chat_template
@@ -23,6 +23,10 @@ class ReadOptions:
     strict: bool
     """Make an error of a pair that would be dropped."""
     allow_roles: bool
+    single: bool
+    """Take rows of one response beside those of pairs: SFT that is not reversed."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """What columns of files and of the hub are called here."""
     max_dropped: float
 
 
@@ -34,6 +38,8 @@ class DataOptions:
     """Datasets, read one after another."""
     base_data_dir: str | None
     """Where local ones lie."""
+    split_names: dict[str, str] = field(default_factory=dict)
+    """What the splits of files and of the hub are called there."""
     cache_dir: str | None
     """Of `datasets`; None for its default."""
     num_proc: int | None
@@ -52,6 +58,7 @@ def data_options(config: "Config") -> DataOptions:
     return DataOptions(
         names=tuple(config.datasets),
         base_data_dir=config.base_data_dir,
+        split_names=dict(data.split_names),
         cache_dir=data.cache_dir,
         num_proc=data.num_processes,
         read=ReadOptions(
@@ -60,6 +67,8 @@ def data_options(config: "Config") -> DataOptions:
             on_error=data.on_error,
             strict=data.strict,
             allow_roles=data.allow_roles,
+            single=not (needs.pairs or config.reverse_dataset or config.task == "estimate_weights"),
+            columns=dict(data.columns),
             max_dropped=data.max_dropped,
         ),
         encode=EncodeOptions(
@@ -75,6 +84,7 @@ def data_options(config: "Config") -> DataOptions:
             transform_params=config.transform.params(),
             seed=config.seed,
             chat_template=read_chat_template(data.chat_template),
+            template_kwargs=dict(data.template_kwargs),
             on_error=data.on_error,
             strict=data.strict,
         ),

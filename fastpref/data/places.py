@@ -1,8 +1,13 @@
-"""Where encoded rows come from, so that a message can name a row's file and line."""
+"""Where rows come from, so that a message can name a row's file and line."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+LINES = 2**40
+"""More than a file has: a row's number in its source is that of its file, from 0, times this, plus
+its line, from 1. In a source of one file it is the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +24,16 @@ class Places:
     def name(self, row: int) -> str:
         """ "words/train.jsonl:17"."""
         return f"{self.sources[self.source[row]]}:{self.line[row]}"
+
+
+def place_of(files: Sequence[str], number: int) -> str:
+    """ "words/train.jsonl:17" of a row's number in a source of these files."""
+    return f"{files[number // LINES]}:{number % LINES}"
+
+
+def places_of(files: Sequence[str], numbers: np.ndarray) -> Places:
+    """Those of rows by their numbers, (rows,) int64."""
+    return Places(sources=tuple(files), source=numbers // LINES, line=numbers % LINES)
 
 
 def join_places(parts: list[Places]) -> Places:

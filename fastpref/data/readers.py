@@ -1,9 +1,9 @@
-"""Local data files: one record at a time, with its line; what cannot be read is named exactly."""
+"""Data files: one record at a time, with its line; what cannot be read is named exactly."""
 
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,33 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import check_columns
+from fastpref.checks import listed
+from fastpref.data.row_values import RowError, kind
 from fastpref.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz")
 """Forms of a data file, the first one that exists is read."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Records of a .jsonl, .jsonl.gz or .parquet file.
+    """Records of a file whose name ends in one of `SUFFIXES`.
 
     JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
-    passed over. In parquet every struct of a column has the same keys, and those that a message or
-    a tool call lacks are null: such keys are left out, however deep they lie. Maps become objects.
+    passed over. A .json file has one array of objects, or JSON lines. In parquet every struct of a
+    column has the same keys, and those that a message or a tool call lacks are null: such keys are
+    left out, however deep they lie. Maps become objects.
 
     Yields:
-        The line (in parquet the row), counted from 1, and the record; a `RowError` in its place
-        where the line is no JSON.
+        The line (in parquet the row, in an array the element), counted from 1, and the record; a
+        `RowError` in its place where the line is no JSON.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    reader = _read_parquet if path.suffix == ".parquet" else _read_json_lines
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    reader = {"parquet": _read_parquet, "json": _read_json}.get(suffix, _read_json_lines)
     try:
         yield from reader(path)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
@@ -51,6 +53,35 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             if content.strip():
                 yield number, _parse_line(content, offset + len(line) - len(content), number)
             offset += len(line)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    with _open(path) as file:
+        content = file.read().removeprefix(BYTE_ORDER_MARK)
+    start = content.lstrip()[:1]
+    first_line = content.lstrip().partition(b"\n")[0]
+    if start != b"[" and not isinstance(_parse_line(first_line, 0, 1), RowError):
+        yield from _read_json_lines(path)
+        return
+    try:
+        value = json.loads(content.decode()) if content.strip() else []
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: invalid UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: invalid JSON: {error.msg} at column {error.colno}; expected "
+            "one array of objects, or one object per line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: invalid JSON: {error}") from None
+    if not isinstance(value, list):
+        keys = f" with {listed(list(value))}" if isinstance(value, dict) else ""
+        raise DataError(
+            f"{path}: must be one array of objects, or one object per line, got {kind(value)}{keys}"
+        )
+    yield from enumerate(value, start=1)
 
 
 def _open(path: Path) -> gzip.GzipFile | BufferedReader:
@@ -74,16 +105,19 @@ def _parse_line(line: bytes, offset: int, number: int) -> Any:
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        try:
-            check_columns(file.schema_arrow.names)
-        except RowError as error:
-            raise DataError(f"{path}: {error}") from None
-        fields = {field.name: field.type for field in file.schema_arrow}
-        number = 0
-        for batch in file.iter_batches(batch_size=1000):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, {name: _given(record[name], fields[name]) for name in record}
+        yield from read_batches(file.iter_batches(batch_size=1000))
+
+
+def read_batches(
+    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
+) -> Iterator[tuple[int, Any]]:
+    """Records of tables, numbered from 1, without keys of structs that are null."""
+    number = 0
+    for batch in batches:
+        fields = {field.name: field.type for field in batch.schema}
+        for record in batch.to_pylist():
+            number += 1
+            yield number, {name: _given(record[name], fields[name]) for name in record}
 
 
 def _given(value: Any, declared: pyarrow.DataType) -> Any:

@@ -7,14 +7,22 @@ from typing import Any
 import datasets
 
 from fastpref.data.built_in import SOURCES
+from fastpref.data.files import Location
+from fastpref.data.hub import hub_records
+from fastpref.data.layout_reader import LayoutReader
+from fastpref.data.layouts import AmbiguousRowError, Layout
+from fastpref.data.options import ReadOptions
 from fastpref.data.pair_tracker import PairTracker, row_remarks
+from fastpref.data.places import LINES, place_of
 from fastpref.data.readers import read_records
 from fastpref.data.row_values import RowError
-from fastpref.data.rows import MALFORMED, fields_read, make_row, parse_row
+from fastpref.data.rows import DIGEST_FIELD, MALFORMED, WEIGHT_FIELDS, make_row
 from fastpref.errors import DataError
 
 FEATURES = datasets.Features(
     {
+        # `Layout.what`, "" of a malformed row
+        "layout": datasets.Value("string"),
         "form": datasets.Value("string"),
         "prompt": datasets.Value("string"),
         "chosen": datasets.Value("string"),
@@ -25,6 +33,7 @@ FEATURES = datasets.Features(
         "weights_digest": datasets.Value("string"),
         # null: the chosen response of the prompt's last row
         "sft_target": datasets.Value("string"),
+        # see `places`
         "row": datasets.Value("int64"),
         # ascending by first appearance of the prompt, those of rows to drop included; -1: none
         "group": datasets.Value("int64"),
@@ -39,51 +48,47 @@ FEATURES = datasets.Features(
 
 
 def generate_rows(
-    *,
-    name: str,
-    split: str,
-    path: str | None,
-    cache_dir: str | None,
-    state: str,
-    weighted: bool,
-    paired: bool,
-    on_error: str,
-    strict: bool,
-    allow_roles: bool,
+    *, location: Location, cache_dir: str | None, state: str, options: ReadOptions
 ) -> Iterator[dict[str, Any]]:
     """Checked rows of a source, those to drop included; what `datasets` writes to its cache.
 
     All arguments are plain values, because the cache is found by them; `state` is there for
     nothing else.
     """
-    source = path or SOURCES[name].origin
+    layouts = LayoutReader(
+        {} if location.is_built_in else options.columns,
+        single=options.single,
+        weighted=options.weighted,
+        allow_roles=options.allow_roles,
+    )
+    unread_of = UnreadColumns(layouts, weighted=options.weighted)
     tracker = PairTracker()
-    known: set[str] = set()
     number = 0
-    for number, record in source_records(name, split, Path(path) if path else None, cache_dir):
-        message = ""
+    for number, record in source_records(location, cache_dir):
+        message, what, unread = "", "", list[str]()
+        place = place_of(location.files, number)
         try:
             if isinstance(record, RowError):
                 raise record
-            row = parse_row(record, weighted=weighted, allow_roles=allow_roles)
+            row, layout = layouts.parse(record)
+        except AmbiguousRowError as error:
+            raise DataError(error.at(place)) from None
         except RowError as error:
-            message = error.at(source, number)
-            if on_error == "raise":
+            message = error.at(place)
+            if options.on_error == "raise":
                 raise DataError(message) from None
             row = make_row(drop=MALFORMED)
-        if strict and row["drop"] not in ("", MALFORMED):
-            raise DataError(f"{source}:{number}: {row['drop']} (data.strict=true)")
-        group, remarks = tracker.add(row, paired=paired)
-        unread = []
-        if path is not None and row["drop"] != MALFORMED:
-            read = fields_read(row, weighted=weighted)
-            columns = [column.encode(errors="backslashreplace").decode() for column in record]
-            unread = [column for column in columns if column not in known and column not in read]
-            known.update(unread)
+        else:
+            what = layout.what
+            unread = [] if location.is_built_in else unread_of.add(record, layout)
+        if options.strict and row["drop"] not in ("", MALFORMED):
+            raise DataError(f"{place}: {row['drop']} (data.strict=true)")
+        group, remarks = tracker.add(row, paired=options.paired)
         yield {
             **row,
+            "layout": what,
             # only a built-in dataset says what to imitate: a file's other fields are ignored
-            "sft_target": _nonblank(record.get("sft_target")) if path is None else None,
+            "sft_target": _nonblank(record.get("sft_target")) if location.is_built_in else None,
             "row": number,
             "group": group,
             "remarks": int(remarks | row_remarks(row)),
@@ -91,23 +96,42 @@ def generate_rows(
             "unread": unread,
         }
     if number == 0:
-        raise DataError(f"0 rows in split {split!r} of {source}")
+        raise DataError(f"0 rows in split {location.split_there!r} of {location.source}")
 
 
-def source_records(
-    name: str, split: str, path: Path | None, cache_dir: str | None
-) -> Iterator[tuple[int, Any]]:
-    """Records of a file or a built-in dataset as they come, each with its number from 1.
+class UnreadColumns:
+    """Notices columns of a source that are read in no row so far."""
+
+    def __init__(self, layouts: LayoutReader, *, weighted: bool) -> None:
+        self._layouts = layouts
+        self._weights = (*WEIGHT_FIELDS, DIGEST_FIELD) if weighted else ()
+        self._known: set[str] = set()
+
+    def add(self, record: dict[str, Any], layout: Layout) -> list[str]:
+        """Columns of a record that neither it nor an earlier one has in use, each once."""
+        read = {*self._layouts.columns_read(layout), *self._weights}
+        columns = [column.encode(errors="backslashreplace").decode() for column in record]
+        unread = [column for column in columns if column not in self._known | read]
+        self._known.update(unread)
+        return unread
+
+
+def source_records(location: Location, cache_dir: str | None) -> Iterator[tuple[int, Any]]:
+    """Records of a source as they come, each with its number, see `places`.
 
     In the place of a line that is no JSON stands a `RowError`.
 
     Raises:
         DataError: the source cannot be read.
     """
-    if path is not None:
-        yield from read_records(path)
-    else:
-        yield from enumerate(SOURCES[name].rows(split, cache_dir), start=1)
+    for i, path in enumerate(location.paths):
+        for line, record in read_records(Path(path)):
+            yield i * LINES + line, record
+    if location.is_hub:
+        yield from hub_records(location.name, location.split_there, cache_dir)
+    elif location.is_built_in:
+        rows = SOURCES[location.name].rows(location.split, cache_dir)
+        yield from enumerate(rows, start=1)
 
 
 def _nonblank(text: str | None) -> str | None:

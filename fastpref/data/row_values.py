@@ -20,9 +20,9 @@ class RowError(ValueError):
         super().__init__(message)
         self.field = field
 
-    def at(self, source: str, number: int) -> str:
-        """The message behind its place, "train.jsonl:8:chosen: chosen is null"."""
-        place = f"{source}:{number}:{self.field}" if self.field else f"{source}:{number}"
+    def at(self, place: str) -> str:
+        """The message behind the row's place, "train.jsonl:8:chosen: chosen is null"."""
+        place = f"{place}:{self.field}" if self.field else place
         # a message may quote half a surrogate pair, which nothing can print
         return f"{place}: {self}".encode(errors="backslashreplace").decode()
 

@@ -7,6 +7,7 @@ from fastpref.checks import listed, nearest
 from fastpref.data.messages import (
     PROMPT_ROLES,
     RESPONSE_ROLES,
+    Conversations,
     Messages,
     add_system,
     check_roles,
@@ -18,7 +19,8 @@ from fastpref.data.messages import (
 from fastpref.data.row_values import RowError, check_unicode, json_text, kind, normal_form
 
 ASSISTANT_TURN = "\n\nAssistant:"
-TEXT_FIELDS = ("prompt", "chosen", "rejected")
+SIDES = ("chosen", "rejected")
+TEXT_FIELDS = ("prompt", *SIDES)
 WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
 DIGEST_FIELD = "weights_digest"
 CHAT_FIELDS = ("tools", "system")
@@ -71,8 +73,8 @@ def make_row(
     )
 
 
-def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
-    """Check one row as it came from a file and bring it to one form.
+def parse_row(record: Any, *, weighted: bool, allow_roles: bool, single: bool = False) -> Row:
+    """Check one row, in fields of these names, and bring it to one form.
 
     Accepted: texts `prompt`, `chosen`, `rejected`; texts `chosen` and `rejected` that are whole
     dialogues with "\\n\\nAssistant:" turns (the prompt ends with the last such turn of `chosen`);
@@ -80,10 +82,12 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
     both; beside messages also `tools`, a list of schemas, and `system`, a first message's text.
 
     Args:
-        record: The row; other fields than the named ones are ignored: see `fields_read`.
+        record: The row; other fields than the named ones are ignored. What rows of other layouts
+            are brought to: see `layouts`.
         weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, both or neither. Else
             they are ignored.
         allow_roles: Take any role in any place.
+        single: The row has one response, `chosen`, and a prompt.
 
     Raises:
         RowError: the row breaks a rule.
@@ -91,20 +95,13 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool) -> Row:
     if not isinstance(record, dict):
         raise RowError(f"a row must be an object with chosen and rejected, got {kind(record)}")
     try:
-        row = _parse_texts(record, allow_roles)
+        row = _parse_texts(record, allow_roles, single)
     except RecursionError:
         raise RowError("the row is nested too deeply") from None
     if weighted and not row["drop"]:
         row["chosen_weights"], row["rejected_weights"] = _parse_weights(record)
         row["weights_digest"] = _parse_digest(record)
     return row
-
-
-def fields_read(row: Row, *, weighted: bool) -> tuple[str, ...]:
-    """The fields of a row's record that `parse_row` reads."""
-    of_form = CHAT_FIELDS if row["form"] == "chat" else ()
-    of_weights = (*WEIGHT_FIELDS, DIGEST_FIELD) if weighted else ()
-    return (*TEXT_FIELDS, *of_form, *of_weights)
 
 
 def comparable(row: Row) -> tuple[str, str, str]:
@@ -122,8 +119,12 @@ def comparable(row: Row) -> tuple[str, str, str]:
 
 
 def check_columns(columns: list[str]) -> None:
-    """Refuse rows without `chosen` or `rejected`: columns found, needed, nearest name."""
-    missing = [field for field in ("chosen", "rejected") if field not in columns]
+    """Refuse rows without `chosen` or `rejected`: columns found, needed, nearest name.
+
+    Raises:
+        RowError: naming the one that is missing.
+    """
+    missing = [field for field in SIDES if field not in columns]
     if missing:
         raise RowError(
             f"no column {missing[0]!r}; columns found: {listed(sorted(columns)) or 'none'}; "
@@ -152,8 +153,9 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
     return prompt, chosen[len(prompt) :], rejected[len(prompt) :]
 
 
-def _parse_texts(record: dict[str, Any], allow_roles: bool) -> Row:
-    check_columns(list(record))
+def _parse_texts(record: dict[str, Any], allow_roles: bool, single: bool) -> Row:
+    if not single:
+        check_columns(list(record))
     fields = [field for field in TEXT_FIELDS if field in record]
     kinds = {field: kind(record[field]) for field in fields}
     for field in fields:
@@ -169,17 +171,19 @@ def _parse_texts(record: dict[str, Any], allow_roles: bool) -> Row:
             "are whole conversations, leave prompt out",
             odd_one,
         )
-    return _parse_chat(record, allow_roles) if kinds["chosen"] == "list" else _parse_text(record)
+    if kinds["chosen"] == "list":
+        return _parse_chat(record, allow_roles, single)
+    return _parse_text(record, single)
 
 
-def _parse_text(record: dict[str, Any]) -> Row:
-    chosen, rejected = record["chosen"], record["rejected"]
+def _parse_text(record: dict[str, Any], single: bool) -> Row:
+    chosen, rejected = record["chosen"], "" if single else record["rejected"]
     for field in TEXT_FIELDS:
         check_unicode(field, record.get(field, ""))
     if "prompt" in record:
         if not record["prompt"]:
             raise RowError(EMPTY_PROMPT, "prompt")
-        return _row("text", record["prompt"], chosen, rejected)
+        return _row("text", record["prompt"], chosen, rejected, single=single)
     try:
         parts = split_dialogues(chosen, rejected)
     except RowError as error:
@@ -191,11 +195,12 @@ def _parse_text(record: dict[str, Any]) -> Row:
     return _row("hh", *parts)
 
 
-def _parse_chat(record: dict[str, Any], allow_roles: bool) -> Row:
+def _parse_chat(record: dict[str, Any], allow_roles: bool, single: bool) -> Row:
     fields = {
         field: read_messages(field, record[field]) for field in TEXT_FIELDS if field in record
     }
-    conversations = divide_conversations(fields)
+    whole = Conversations(fields["prompt"], fields["chosen"], []) if single else None
+    conversations = whole or divide_conversations(fields)
     tools = read_tools(record.get("tools"))
     if conversations is None:
         return _chat_row([], fields["chosen"], fields["rejected"], tools, NO_SHARED_PROMPT)
@@ -205,7 +210,8 @@ def _parse_chat(record: dict[str, Any], allow_roles: bool) -> Row:
         check_roles("chosen", chosen, RESPONSE_ROLES)
         check_roles("rejected", rejected, RESPONSE_ROLES)
     # what a response comes to is the template's business; here only what no template can mend
-    drop = EMPTY_RESPONSE if is_silent(chosen) or is_silent(rejected) else ""
+    is_empty = is_silent(chosen) or (is_silent(rejected) and not single)
+    drop = EMPTY_RESPONSE if is_empty else ""
     return _chat_row(add_system(prompt, record.get("system")), chosen, rejected, tools, drop)
 
 
@@ -241,8 +247,10 @@ def _parse_digest(record: dict[str, Any]) -> str | None:
     return digest
 
 
-def _row(form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "") -> Row:
-    if not drop and not (chosen.strip() and rejected.strip()):
+def _row(
+    form: str, prompt: str, chosen: str, rejected: str, *, drop: str = "", single: bool = False
+) -> Row:
+    if not drop and not (chosen.strip() and (single or rejected.strip())):
         drop = EMPTY_RESPONSE
     return make_row(form=form, prompt=prompt, chosen=chosen, rejected=rejected, drop=drop)
 
@@ -260,4 +268,6 @@ def _chat_row(
 
 def _rename_hint(wanted: str, columns: list[str]) -> str:
     near = nearest(wanted, [column for column in columns if column not in TEXT_FIELDS])
-    return f"; nearest: {near}, rename it to {wanted}" if near else ""
+    if near is None:
+        return f"; data.columns={{{wanted}: COLUMN}} says which column it is"
+    return f"; nearest: {near}, rename it to {wanted} or set data.columns={{{wanted}: {near}}}"

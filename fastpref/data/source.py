@@ -1,5 +1,7 @@
 """A named source of preference rows -> checked rows in one form, cached by `datasets`."""
 
+import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,17 +11,21 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
-from fastpref.checks import hint, listed
-from fastpref.data.built_in import SOURCES
-from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
+from fastpref.data.cache import cache_errors, code_digest, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
+from fastpref.data.files import Location, find_source
+from fastpref.data.hub import hub_splits
 from fastpref.data.options import DataOptions, ReadOptions
-from fastpref.data.readers import SUFFIXES
+from fastpref.data.places import place_of, places_of
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
 from fastpref.errors import DataError
 
+logger = logging.getLogger("fastpref")
+
 SPLITS = ("train", "test")
+EXAMPLE_CHARACTERS = 160
+"""Of each part of the row that the log shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +34,7 @@ class Rows:
 
     name: str
     source: str
-    """The file, the hub name, or `planted`."""
+    """The file or files, the hub name, or `planted`."""
     dataset: datasets.Dataset
     """Columns as `FEATURES`."""
     fingerprint: str
@@ -36,13 +42,17 @@ class Rows:
     counts: AuditCounts
     num_prompts: int
     """Different prompts of the source, those of rows left out included."""
-    path: Path | None
-    """The file; None for a built-in dataset."""
+    location: Location
+    """Where it lies."""
     state: str
-    """Of the file when it was read, see `file_state`."""
+    """Of its files when they were read, see `file_state`."""
     cache_dir: str | None
     origin: WeightsOrigin | None
     """What is known of the weights in a file that `task=estimate_weights` wrote."""
+
+    def place(self, index: int) -> str:
+        """The file and the line of a row of `dataset`, "words/train.jsonl:17"."""
+        return place_of(self.location.files, self.dataset[index]["row"])
 
     @property
     def has_chats(self) -> bool:
@@ -59,20 +69,20 @@ class Rows:
         numbers = iter(self.dataset["row"])
         wanted = next(numbers, None)
         self._check_unchanged()
-        for number, record in source_records(
-            self.name, self.counts.split, self.path, self.cache_dir
-        ):
+        for number, record in source_records(self.location, self.cache_dir):
             if number == wanted:
                 yield record
                 wanted = next(numbers, None)
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
-        if self.path is not None and not (
-            self.path.is_file() and file_state(self.path) == self.state
-        ):
+        try:
+            is_same = self.location.state(self.cache_dir) == self.state
+        except DataError:
+            is_same = False
+        if not is_same:
             raise DataError(
-                f"{self.path}: the file was changed after its rows were read; start again"
+                f"{self.source}: the file was changed after its rows were read; start again"
             )
 
 
@@ -82,9 +92,18 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
     Raises:
         DataError: the path, what was expected, what lies there.
     """
-    for name in options.names:
-        for split in splits:
-            find_source(name, split, options.base_data_dir)
+    locations = [
+        find_source(name, split, options.base_data_dir, options.split_names)
+        for name in options.names
+        for split in splits
+    ]
+    if all(location.is_built_in for location in locations):
+        for key, value in (("columns", options.read.columns), ("split_names", options.split_names)):
+            if value:
+                raise DataError(
+                    f"data.{key} is for files and data sets of the hub; all of datasets="
+                    f"[{','.join(options.names)}] are built in"
+                )
 
 
 def available_splits(options: DataOptions) -> list[str]:
@@ -97,7 +116,7 @@ def available_splits(options: DataOptions) -> list[str]:
     for split in SPLITS:
         try:
             for name in options.names:
-                find_source(name, split, options.base_data_dir)
+                _check_split(name, split, options)
             splits.append(split)
         except DataError as error:
             errors.append(error)
@@ -112,69 +131,23 @@ def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
     Raises:
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
     """
-    check_sources(options, [split])
-    return [
-        load_rows(
-            name,
-            split,
-            options.read,
-            base_data_dir=options.base_data_dir,
-            cache_dir=options.cache_dir,
-            quiet=quiet,
-        )
+    locations = [
+        find_source(name, split, options.base_data_dir, options.split_names)
         for name in options.names
+    ]
+    return [
+        load_rows(location, options.read, cache_dir=options.cache_dir, quiet=quiet)
+        for location in locations
     ]
 
 
-def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None:
-    """The file {base_data_dir}/{name}/{split}.*, or None for a built-in dataset.
-
-    A local folder comes before a built-in dataset of the same name.
-
-    Raises:
-        DataError: neither exists; names what lies there instead.
-    """
-    folder = Path(base_data_dir).expanduser() / name if base_data_dir is not None else None
-    if folder is not None and folder.is_dir():
-        for suffix in SUFFIXES:
-            if (folder / f"{split}{suffix}").is_file():
-                return folder / f"{split}{suffix}"
-        found = sorted(child.name for child in folder.iterdir())
-        raise DataError(
-            f"datasets: no file {folder / split}.jsonl (or .jsonl.gz, .parquet); found "
-            f"{listed(found) or 'an empty folder'}{hint(f'{split}.jsonl', found)}"
-        )
-    if name in SOURCES:
-        return None
-    built_in = f"built in: {', '.join(SOURCES)}"
-    if folder is None:
-        raise DataError(
-            f"datasets: no dataset {name!r}; {built_in}; a local folder DIR/{name} needs "
-            f"base_data_dir=DIR{hint(name, SOURCES)}"
-        )
-    if not folder.parent.is_dir():
-        raise DataError(f"base_data_dir: no folder {folder.parent}; expected it to hold {name}/")
-    found = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
-    raise DataError(
-        f"datasets: no folder {folder}; expected {split}.jsonl, .jsonl.gz or .parquet in it; "
-        f"folders there: {listed(found) or 'none'}; {built_in}"
-        f"{hint(name, [*found, *SOURCES])}"
-    )
-
-
 def load_rows(
-    name: str,
-    split: str,
-    options: ReadOptions,
-    *,
-    base_data_dir: str | None,
-    cache_dir: str | None,
-    quiet: bool,
+    location: Location, options: ReadOptions, *, cache_dir: str | None, quiet: bool
 ) -> Rows:
     """Read and check one source, or take the result of an earlier reading from the cache.
 
     Args:
-        name, split, base_data_dir: See `find_source`.
+        location: Where it lies.
         options, quiet: How to read; whether without progress bar.
         cache_dir: Of `datasets`; None for its default.
 
@@ -182,60 +155,92 @@ def load_rows(
         DataError: the source is missing, a row breaks a rule (file:row: field), or too few rows
             are left.
     """
-    path = find_source(name, split, base_data_dir)
-    source = str(path) if path else SOURCES[name].origin
-    origin = read_origin(path) if path and options.weighted else None
-    state = file_state(path) if path else ""
+    source, split = location.source, location.split
+    is_file = len(location.paths) == 1
+    origin = read_origin(Path(source)) if is_file and options.weighted else None
     with progress_bars(quiet), cache_errors(cache_dir):
+        state = location.state(cache_dir)
         dataset = datasets.Dataset.from_generator(
             generate_rows,
             features=FEATURES,
             cache_dir=cache_dir,
             split=datasets.NamedSplit(split),
             gen_kwargs={
-                "name": name,
-                "split": split,
-                "path": str(path) if path else None,
+                "location": location,
                 "cache_dir": cache_dir,
                 "state": code_digest("data") + state,
-                "weighted": options.weighted,
-                "paired": options.paired,
-                "on_error": options.on_error,
-                "strict": options.strict,
-                "allow_roles": options.allow_roles,
+                # judged afterwards, whatever the cache holds
+                "options": replace(options, max_dropped=0.0),
             },
         )
     if origin is not None:
         check_complete(source, len(dataset), origin)
-    counts, kept = count_dataset(dataset, source, split)
+    counts, kept = count_dataset(dataset, location)
     check_counts(counts, max_dropped=options.max_dropped)
     unread = pc.list_flatten(dataset.with_format("arrow")["unread"][:]).to_pylist()
     return Rows(
-        name=name,
+        name=location.name,
         source=source,
         dataset=dataset if len(kept) == len(dataset) else dataset.select(kept),
         fingerprint=dataset._fingerprint,
         counts=replace(counts, unread={source: unread} if unread else {}),
         num_prompts=int(np.max(dataset.with_format("numpy")["group"][:])) + 1,
-        path=path,
+        location=location,
         state=state,
         cache_dir=cache_dir,
         origin=origin,
     )
 
 
-def count_dataset(
-    dataset: datasets.Dataset, source: str, split: str
-) -> tuple[AuditCounts, np.ndarray]:
+def count_dataset(dataset: datasets.Dataset, location: Location) -> tuple[AuditCounts, np.ndarray]:
     """`count_rows` on the columns `drop note row group remarks` of a dataset."""
     columns = dataset.select_columns(["drop", "note", "row", "group", "remarks"])
     table = columns.with_format("arrow")[:]
     return count_rows(
-        split=split,
-        source=source,
+        split=location.split,
+        source=location.source,
         drop=table["drop"].to_pylist(),
         note=table["note"].to_pylist(),
-        row=table["row"].to_numpy(),
+        places=places_of(location.files, table["row"].to_numpy()),
         group=table["group"].to_numpy(),
         remarks=table["remarks"].to_numpy(),
     )
+
+
+def log_layouts(sources: Sequence[Rows]) -> None:
+    """Say how the rows of each source were recognised, with the first row of each data set."""
+    shown: dict[str, str] = {}
+    for rows in sources:
+        if rows.location.is_built_in:
+            continue
+        row = rows.dataset[0]
+        lines = [f"{rows.counts.split}: {rows.source}: rows of {row['layout']}"]
+        if shown.get(rows.name) != row["layout"]:
+            parts = {field: example_text(row, field) for field in ("prompt", "chosen", "rejected")}
+            lines += [f"  {field}: {text}" for field, text in parts.items() if text]
+            shown[rows.name] = row["layout"]
+        logger.info("\n".join(lines))
+
+
+def example_text(row: dict[str, Any], field: str) -> str:
+    """A part of a checked row, its middle left out where long; messages with their roles."""
+    text: str = row[field]
+    if row["form"] == "chat":
+        messages = json.loads(text)
+        said = (message.get("content") or json.dumps(message) for message in messages)
+        text = " ".join(f"[{m['role']}] {part}" for m, part in zip(messages, said, strict=True))
+    if len(text) > EXAMPLE_CHARACTERS:
+        half = EXAMPLE_CHARACTERS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return repr(text) if text else ""
+
+
+def _check_split(name: str, split: str, options: DataOptions) -> None:
+    """See that a split is there.
+
+    Raises:
+        DataError: it is not.
+    """
+    location = find_source(name, split, options.base_data_dir, options.split_names)
+    if location.is_hub and location.split_there not in (found := hub_splits(name)):
+        raise DataError(f"datasets: {name} has no split {location.split_there!r}, only {found}")

@@ -48,19 +48,26 @@ class WeightsOrigin:
     """The day that a chat template which prints the date was told; None where none does."""
     chat_template: str | None = None
     """`template_digest` of data.chat_template."""
+    template_kwargs: dict[str, Any] | None = None
+    """data.template_kwargs."""
     size_bytes: int = 0
     """Of the file."""
 
-    def explain_mismatch(self, tokenizer: str, chat_template: str) -> str:
+    def explain_mismatch(
+        self, tokenizer: str, chat_template: str | None, template_kwargs: dict[str, Any]
+    ) -> str:
         """Why a row's tokens may be others than the weights were estimated for.
 
         Args:
             tokenizer: `tokenizer_digest` of the run that reads them.
-            chat_template: `template_digest` of its data.chat_template.
+            chat_template: Jinja text of its data.chat_template; None for the tokenizer's own.
+            template_kwargs: Its data.template_kwargs.
         """
         if tokenizer == self.tokenizer:
-            if self.chat_template not in (None, chat_template):
+            if self.chat_template not in (None, template_digest(chat_template)):
                 return "they were estimated with another data.chat_template"
+            if self.template_kwargs not in (None, template_kwargs):
+                return f"they were estimated with data.template_kwargs={self.template_kwargs}"
             return "the row, or how it is rendered, was changed since they were estimated"
         return (
             f"they were estimated with the tokenizer of {self.positive.name_or_path} "

@@ -39,11 +39,11 @@ def check_positions(
     if limit is None:
         return
     for rows, shards in sources:
-        for number, ids in zip(rows.dataset["row"], shards.rows, strict=True):
+        for i, ids in enumerate(shards.rows):
             length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
             if length > limit:
                 raise DataError(
-                    f"{rows.source}:{number}: {length} tokens, {side.origin.name_or_path} has "
+                    f"{rows.place(i)}: {length} tokens, {side.origin.name_or_path} has "
                     f"positions for {limit}; weights are estimated for whole rows, "
                     "so leave this one out"
                 )
@@ -72,6 +72,6 @@ def check_finite(
             if len(wrong):
                 raise CheckpointError(
                     f"weights.{side.label}: {side.origin.name_or_path} gives a log-probability of "
-                    f"{logps[wrong[0]]} at {rows.source}:{rows.dataset['row'][i]}:{field}, token "
+                    f"{logps[wrong[0]]} at {rows.place(i)}:{field}, token "
                     f"{wrong[0] + 1}; shards that were complete before are kept"
                 )

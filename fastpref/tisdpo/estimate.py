@@ -12,7 +12,7 @@ import logging
 from fastpref.config import Config
 from fastpref.data.encode import log_counts
 from fastpref.data.options import data_options
-from fastpref.data.source import Rows, available_splits, read_rows
+from fastpref.data.source import Rows, available_splits, log_layouts, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.scoring.score import score_sides
 from fastpref.signals import say_if_stopped
@@ -51,7 +51,10 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     def read() -> list[Rows]:
         return [rows for split in splits for rows in read_rows(sources, split, quiet=quiet)]
 
-    jobs = [open_job(options, sides, rows, tokenizer, world) for rows in main_first(world, read)]
+    read_back = main_first(world, read)
+    if world.is_main:
+        log_layouts(read_back)
+    jobs = [open_job(options, sides, rows, tokenizer, world) for rows in read_back]
     if world.is_main:
         log_counts([job.counts for job in jobs], tokenizer)
     finished = world.on_main(lambda: [job.is_finished() for job in jobs])

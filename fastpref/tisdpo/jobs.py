@@ -38,7 +38,9 @@ class JobOptions:
     def path_of(self, rows: Rows) -> Path:
         """The weights file of a source."""
         folder = Path(str(self.weights.output_dir)) / f"{rows.name}{self.weights.suffix}"
-        return folder / f"{rows.counts.split}.jsonl"
+        # under the name by which the same options find it
+        split = rows.counts.split
+        return folder / f"{self.data.split_names.get(split, split)}.jsonl"
 
 
 def open_job(
@@ -54,8 +56,10 @@ def open_job(
     """
     template = read_chat_template(options.data.chat_template)
     if rows.has_chats:
-        check_chat_template(tokenizer, template)
-    chat = ChatFormat(tokenizer=tokenizer, template=template)
+        check_chat_template(tokenizer, template, options.data.template_kwargs)
+    chat = ChatFormat(
+        tokenizer=tokenizer, template=template, arguments=options.data.template_kwargs
+    )
     path = options.path_of(rows)
     if not (rows.has_chats and prints_date(tokenizer, template)):
         return build_job(options, sides, rows, chat, path)
@@ -107,6 +111,7 @@ def build_job(
         fingerprint=fingerprint([prints, weights.round]),
         chat_date=chat.date,
         chat_template=template_digest(chat.template),
+        template_kwargs=dict(chat.arguments),
     )
     return SourceJob(
         rows=rows, path=path, encoded=encoded[""], counts=counts, shards=shards, origin=origin
@@ -124,6 +129,7 @@ def scoring_settings(
         "rows": rows.fingerprint,
         "tokenizer": tokenizer_digest(chat.tokenizer),
         "chat_template": chat.template,
+        "template_kwargs": dict(chat.arguments),
         "chat_date": chat.date,
         "include_eos": options.weights.include_eos,
         "compute_dtype": model.compute_dtype,

@@ -91,11 +91,11 @@ def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
     model = side.model
     source = find_model(model.name_or_path, model.revision, key=f"weights.{side.label}")
     vocab_size = read_vocab_size(source)
-    for row, ids in zip(rows.dataset["row"], encoded, strict=True):
+    for i, ids in enumerate(encoded):
         highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
         if highest >= vocab_size:
             raise CheckpointError(
-                f"weights.{side.label}: {rows.source}:{row} has token id {highest}, the embedding "
+                f"weights.{side.label}: {rows.place(i)} has token id {highest}, the embedding "
                 f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
                 "another model"
             )

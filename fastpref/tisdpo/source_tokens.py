@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastpref.batch import EncodedRow
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, count_rows
+from fastpref.data.places import places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError, json_text
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
@@ -70,12 +71,13 @@ def encode_source(
             try:
                 outcomes.append(_row_outcome(row, tokens, eos))
             except RowError as error:
-                message = error.at(rows.source, row["row"])
+                message = error.at(rows.place(len(outcomes)))
                 if on_error == "raise":
                     raise DataError(message) from None
                 outcomes.append(_RowOutcome({}, drop=MALFORMED, note=message))
             if strict and outcomes[-1].drop == EMPTY_RESPONSE:
-                raise DataError(f"{rows.source}:{row['row']}: {EMPTY_RESPONSE} (data.strict=true)")
+                place = rows.place(len(outcomes) - 1)
+                raise DataError(f"{place}: {EMPTY_RESPONSE} (data.strict=true)")
     counts, kept = _count_outcomes(rows, outcomes)
     check_counts(counts, max_dropped=max_dropped)
     if len(kept) < len(outcomes):
@@ -149,7 +151,7 @@ def _count_outcomes(
         source=rows.source,
         drop=[outcome.drop for outcome in outcomes],
         note=[outcome.note for outcome in outcomes],
-        row=columns["row"][:],
+        places=places_of(rows.location.files, columns["row"][:]),
         group=columns["group"][:],
         remarks=np.array([outcome.remarks for outcome in outcomes], dtype=np.int64),
     )

@@ -10,7 +10,7 @@ from fastpref.config import Config, ModelConfig
 from fastpref.data.audit import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
-from fastpref.data.source import check_sources, read_rows
+from fastpref.data.source import check_sources, log_layouts, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.model.paths import find_model
 from fastpref.model.source import load_model_tokenizer, pad_token_id, read_vocab_size
@@ -61,7 +61,11 @@ def load_data(config: Config, world: World) -> Data:
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
     check_sources(options, splits)
-    main_first(world, lambda: [read_rows(options, split, quiet=quiet) for split in splits])
+    read = main_first(
+        world, lambda: [rows for split in splits for rows in read_rows(options, split, quiet=quiet)]
+    )
+    if world.is_main:
+        log_layouts(read)
     vocab_size = read_vocab_size(find_model(config.model.name_or_path, config.model.revision))
     tokenizer = load_model_tokenizer(config.model)
 

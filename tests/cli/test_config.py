@@ -109,6 +109,17 @@ def test_text_options_take_text_as_it_stands():
     assert config.model.archive == "x y"
 
 
+def test_mappings_are_yaml_and_may_be_given_entry_by_entry():
+    columns = {"prompt": "a b", "chosen": "c", "rejected": None}
+    assert read("data.columns={prompt: a b, chosen: c, rejected: null}").data.columns == columns
+    assert read("data.columns={prompt:a b,chosen:c,rejected: null}").data.columns == columns
+    by_entry = [f"data.columns.{key}={value or 'null'}" for key, value in columns.items()]
+    assert read(*by_entry).data.columns == columns
+    config = read("data.template_kwargs={thinking: false, date: 2026-11-30, places: [{n: 1.5}]}")
+    arguments = {"thinking": False, "date": "2026-11-30", "places": [{"n": 1.5}]}
+    assert config.data.template_kwargs == arguments
+
+
 def test_lists_and_null():
     config = read("datasets=[hh, 'shp']", "local_dirs=[/scr]", "n_epochs=null", "n_examples=10")
     assert (config.datasets, config.local_dirs) == (["hh", "shp"], ["/scr"])
@@ -161,6 +172,17 @@ def test_lists_and_null():
         ("parallel.timeout=0", "parallel.timeout must be >= 1"),
         ("on_nonfinite=ignore", "on_nonfinite must be one of stop, skip"),
         ("resume=", "resume.path must be never, auto or a path"),
+        ("data.columns={promt: q}", "data.columns: there is no field promt, .*nearest: prompt"),
+        ("data.columns={good: chosen}", "no field good, .* it is written {FIELD: COLUMN}"),
+        ("data.columns={prompt: a, chosen: a}", "data.columns: prompt and chosen are both 'a'"),
+        ("data.columns={prompt: ''}", "data.columns.prompt must name a column, or be null, got ''"),
+        ("data.columns={prompt: [a]}", r"data.columns.prompt must name a column, .* got \['a'\]"),
+        ("data.split_names={tran: a}", "data.split_names must be one of train, test.*: train"),
+        ("data.split_names={train: a/b}", "data.split_names.train must be the name of a split"),
+        ("data.template_kwargs={tokenize: true}", "template_kwargs.tokenize: the rows, the token"),
+        ("data.template_kwargs={messages: []}", "the program itself give messages"),
+        ("data.template_kwargs={a b: 1}", "'a b' is no name of an argument"),
+        ("data.template_kwargs={a: .inf}", "data.template_kwargs.a must be text, a number, true"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_rule(argument, message):
@@ -184,6 +206,10 @@ def test_a_best_checkpoint_needs_evaluations():
         ("lr=1e-4,1e-5", "lr must be a number, got 1e-4,1e-5"),
         ("debug=maybe", "debug must be true or false, got maybe"),
         ("datasets=hh", r"datasets must be a list such as \[a,b\], got hh"),
+        ("data.columns=[a]", r"data.columns must be a mapping such as '{a: b, c: d}', got \[a\]"),
+        ("data.columns={a", "data.columns must be a mapping .* got {a; a shell leaves it whole"),
+        ("data.columns=prompt:a", "data.columns must be a mapping .* leaves it whole in quotes"),
+        ("data.columns=null", "data.columns must be a mapping .* got null"),
         ("exp_name=${nothing}", "exp_name: Interpolation key 'nothing' not found"),
         ("exp_name=${", "exp_name="),
     ],

@@ -1,5 +1,6 @@
 import datetime
 import json
+from dataclasses import replace
 
 import pytest
 from chat_templates import CHATML_TOOLS, LLAMA3, MISTRAL
@@ -187,3 +188,36 @@ def test_a_date_is_asked_for_by_some_templates():
     today = ChatFormat(tokenizer=tokenizer, template=None, date=current_date(tokenizer))
     untold = ChatFormat(tokenizer=tokenizer, template=None)
     assert today.render(PLAIN_EXCHANGE) == untold.render(PLAIN_EXCHANGE)
+
+
+THINKING = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    "{% endif %}"
+)
+
+
+def test_arguments_of_the_template_are_told_to_it_with_and_without_a_date():
+    tokenizer = byte_tokenizer(THINKING)
+    for date in (None, "2026-11-30"):
+        chat = ChatFormat(tokenizer=tokenizer, template=None, date=date)
+        plain = chat.render(PLAIN_EXCHANGE[:1], generation_prompt=True)
+        told = replace(chat, arguments={"enable_thinking": False})
+        assert told.render(PLAIN_EXCHANGE[:1], generation_prompt=True) == plain + "<think></think>"
+        assert (
+            replace(chat, arguments={"enable_thinking": True}).render(
+                PLAIN_EXCHANGE[:1], generation_prompt=True
+            )
+            == plain
+        )
+
+
+def test_an_argument_that_the_template_does_not_mention_is_refused_with_the_nearest():
+    named = {"default": TEMPLATE, "other": THINKING}
+    for tokenizer in (byte_tokenizer(THINKING), byte_tokenizer(named)):
+        check_chat_template(tokenizer, None, {"enable_thinking": False})
+        with pytest.raises(ConfigError, match=r"enable_thinkng: .*tokenizer's.*nearest: enable_th"):
+            check_chat_template(tokenizer, None, {"enable_thinkng": False})
+    with pytest.raises(ConfigError, match=r"data\.chat_template does not mention enable_thinking"):
+        check_chat_template(byte_tokenizer(THINKING), TEMPLATE, {"enable_thinking": False})

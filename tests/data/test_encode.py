@@ -451,3 +451,41 @@ def test_what_became_of_the_rows_is_said_once_a_split(tmp_path, caplog):
     caplog.clear()
     encode(tmp_path, quiet=True, max_length=40, max_prompt_length=20)
     assert not caplog.records
+
+
+THINKING = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ thought | default('hm') }}")
+
+
+def test_arguments_of_the_chat_template_are_in_the_tokens_and_in_the_cache_key(tmp_path, caplog):
+    tokenizer = byte_tokenizer(THINKING)
+    chat = {"prompt": [say("user", "Q")], "chosen": [say("assistant", "y")]}
+    chat |= {"rejected": [say("assistant", "n")]}
+
+    def prompt(**arguments):
+        data = {"template_kwargs": arguments}
+        return texts(encode(tmp_path, tokenizer=tokenizer, data=data, quiet=False))[0]
+
+    write(tmp_path, [chat])
+    assert [prompt(), prompt(thought="A"), prompt(thought="B"), prompt(thought="A")] == [
+        f"<s>{thought}[user]Q</s>\n[assistant]" for thought in ("hm", "A", "B", "A")
+    ]
+    again = lambda: prompt(thought="B")  # noqa: E731
+    assert count_calls(again, "encode_row") == 0
+    with pytest.raises(ConfigError, match=r"template_kwargs\.thougt.*nearest: thought"):
+        prompt(thougt="A")
+    assert not caplog.messages
+    write(tmp_path, pairs(2))
+    prompt(thought="A")
+    assert any("has no conversations to render" in message for message in caplog.messages)
+
+
+def test_every_row_of_one_response_is_an_example_and_of_pairs_one_a_prompt(tmp_path):
+    rows = [{"prompt": "Q", "completion": answer} for answer in "abca"]
+    split = encode(tmp_path, rows, loss=SFTConfig())
+    assert [texts(split, i)[1] for i in range(4)] == [f"{answer}</s>" for answer in "abca"]
+    assert split.groups.tolist() == [0, 0, 0, 0]
+    chats = [{"messages": [say("user", "Q"), say("assistant", answer)]} for answer in "ab"]
+    chat_split = encode(tmp_path, chats, loss=SFTConfig(), tokenizer=byte_tokenizer(TEMPLATE))
+    assert [texts(chat_split, i)[1][0] for i in range(2)] == ["a", "b"]
+    paired = encode(tmp_path, [pair("Q", answer, "n") for answer in "ab"], loss=SFTConfig())
+    assert texts(paired)[1] == "b</s>" and len(paired.dataset) == 1

@@ -334,7 +334,7 @@ def test_a_data_set_is_one_entry(tmp_path, monkeypatch):
     options = data_options(make_config(tmp_path, names=["answers"]))
     [read] = read_rows(options, "test", quiet=True)
     assert read.dataset["prompt"] == ["test 0", "test 1", "test 2"]
-    assert (read.name, read.source, read.path) == ("answers", "a list of answers", None)
+    assert (read.name, read.source) == ("answers", "a list of answers")
     wrong = replace(options, names=("answer",), base_data_dir=None)
     with pytest.raises(DataError, match=r"no dataset 'answer'; built in: .*nearest: answers"):
         check_sources(wrong)

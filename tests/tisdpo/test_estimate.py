@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.batch import EncodedRow
 from fastpref.batches.padded import pad_rows
-from fastpref.config import ModelConfig, PackingConfig
+from fastpref.config import DataConfig, ModelConfig, PackingConfig, SFTConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, DataError, InterruptionError
 from fastpref.model.identity import side_model
@@ -34,16 +34,13 @@ from fastpref.scoring.side import check_finite
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
 ROWS = text_rows(7)
+SIDES = ("chosen", "rejected")
 DIALOGUES = [
-    {
-        side: f"\n\nHuman: {row['prompt']}\n\nAssistant:{row[side]}"
-        for side in ("chosen", "rejected")
-    }
-    for row in ROWS
+    {side: f"\n\nHuman: {row['prompt']}\n\nAssistant:{row[side]}" for side in SIDES} for row in ROWS
 ]
 CHATS = [
     {"prompt": [{"role": "user", "content": row["prompt"]}]}
-    | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+    | {side: [{"role": "assistant", "content": row[side]}] for side in SIDES}
     for row in ROWS
 ]
 
@@ -177,7 +174,29 @@ def test_models_that_share_no_base_or_have_to_be_merged_are_loaded_one_by_one(mo
     assert not shared(str(edited), models[0])
 
 
-@pytest.mark.parametrize("rows", [DIALOGUES, CHATS], ids=["dialogues", "chats"])
+ORCA = [
+    {"system": "Be brief.", "question": row["prompt"]} | {side: row[side] for side in SIDES}
+    for row in ROWS
+]
+ULTRAFEEDBACK = [
+    {"prompt": chat["prompt"][0]["content"]} | {side: chat["prompt"] + chat[side] for side in SIDES}
+    for chat in CHATS
+]
+NUMBERED = [
+    {"prompt": row["prompt"], "response_0": row[SIDES[i % 2]], "response_1": row[SIDES[1 - i % 2]]}
+    | {"better_response_id": i % 2}
+    for i, row in enumerate(ROWS)
+]
+FORMS = {
+    "dialogues": DIALOGUES,
+    "chats": CHATS,
+    "orca": ORCA,
+    "ultrafeedback": ULTRAFEEDBACK,
+    "numbered": NUMBERED,
+}
+
+
+@pytest.mark.parametrize("rows", FORMS.values(), ids=FORMS)
 def test_other_forms_are_written_as_they_came_and_load_for_tisdpo(models, tmp_path, rows):
     write_rows(tmp_path / "data" / "rows", "train", rows)
     config = make_config(models, tmp_path)
@@ -413,6 +432,51 @@ def test_a_finished_file_is_not_estimated_again_until_something_changes(models, 
     assert estimate(config)[0]["chosen_weight"] != before[0]["chosen_weight"]
 
 
+def test_the_options_that_read_the_rows_read_their_weights(models, tmp_path):
+    """Shards, splits and columns of other names: the same options find the file of weights."""
+    data = {
+        "columns": {"question": "ask", "chosen": "good", "rejected": "bad"},
+        "split_names": {"train": "train_prefs"},
+    }
+    rows = [{"ask": row["prompt"], "good": row["chosen"], "bad": row["rejected"]} for row in ROWS]
+    for i, part in enumerate((rows[:3], rows[3:])):
+        write_rows(tmp_path / "data" / "rows" / "data", f"train_prefs-0000{i}-of-00002", part)
+    config = make_config(models, tmp_path)
+    config.data = DataConfig(**data)
+    run(config)
+    folder = output_path(config).parent
+    assert (folder / "train_prefs.jsonl").is_file() and not output_path(config).exists()
+    written = [json.loads(line) for line in (folder / "train_prefs.jsonl").open()]
+    assert [{key: record[key] for key in rows[0]} for record in written] == rows
+    for row, record in zip(load(config, **data), written, strict=True):
+        assert row["rejected_weights"] == pytest.approx([*record["rejected_weight"], 0], abs=1e-6)
+
+
+def test_weights_of_another_rendering_are_refused_with_its_arguments(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", CHATS)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ tone | default('plain') }}: {% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    config = make_config(models, tmp_path)
+    told = {"chat_template": str(template), "template_kwargs": {"tone": "kind"}}
+    config.data = DataConfig(**told)
+    estimate(config)
+    assert load(config, **told)
+    with pytest.raises(DataError, match=r"estimated with data\.template_kwargs=.*'tone': 'kind'"):
+        load(config, chat_template=str(template))
+
+
+def test_rows_of_one_response_have_no_weights(models, tmp_path):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
+    write_rows(tmp_path / "data" / "rows", "train", rows)
+    config = make_config(models, tmp_path)
+    config.loss = SFTConfig()
+    with pytest.raises(DataError, match=r"train\.jsonl:1:rejected: one response a row"):
+        run(config)
+
+
 def test_weights_beside_other_tokens_are_refused_by_file_and_row(models, tmp_path):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
     config = make_config(models, tmp_path)
@@ -463,7 +527,7 @@ def test_a_model_of_nan_is_named_with_its_weights(models, tmp_path):
 
 
 def test_a_log_probability_of_nan_is_named_with_its_row_and_token():
-    rows = SimpleNamespace(source="train.jsonl", dataset={"row": [1, 2]})
+    rows = SimpleNamespace(place=lambda i: f"train.jsonl:{i + 1}")
     origin = SimpleNamespace(name_or_path="broken")
     side = SimpleNamespace(label="negative", origin=origin)
     sound, broken = np.array([-1.0, -2.0]), np.array([-1.0, np.nan])

@@ -1,0 +1,149 @@
+"""Schema of the option group `data`: how rows are found, read and made text."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastpref.checks import as_count, check_choice, check_number, hint
+
+ROW_FIELDS = (
+    *("prompt", "chosen", "rejected", "completion", "messages", "conversations"),
+    *("question", "instruction", "input", "output", "system", "tools"),
+    *("response_0", "response_1", "better_response_id"),
+)
+"""What a column can be read as; which of them make a row, the table of layouts says."""
+SPLIT_FIELDS = ("train", "test")
+OWN_ARGUMENTS = (
+    *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+    *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "strftime_now", "raise_exception", "fastpref_date", "bos_token"),
+    *("eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
+)
+"""What a chat template is told by the rows, the tokenizer or this program."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """How rows are read, checked, tokenized and ordered."""
+
+    on_error: str = "raise"
+    """A malformed row: raise stops with file:row:field, skip drops and counts it."""
+    strict: bool = False
+    """Make an error of what is otherwise dropped and counted, such as an empty response."""
+    max_dropped: float = 0.5
+    """Largest share of pairs that may be dropped before that is an error, in [0, 1]."""
+    drop_last: bool = True
+    """Drop the pairs that do not fill the last batch of an epoch."""
+    truncation: str = "seed"
+    """seed: responses get max_length - max_prompt_length tokens. fill: they get what the prompt
+    left. drop: pairs longer than max_length are dropped."""
+    truncation_mode: str = "auto"
+    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end for hh only)."""
+    order: str = "fastpref"
+    """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
+    eos_weight: float | None = None
+    """Token weight of the end-of-sequence token; null: the last kept token weighs 0."""
+    allow_roles: bool = False
+    """Accept message roles beyond system, user, assistant and tool."""
+    chat_template: str | None = None
+    """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
+    columns: dict[str, str | None] = field(default_factory=dict)
+    """What columns of files and hub data sets are called here, as in '{prompt: question, chosen:
+    good, rejected: bad}'; null leaves a column out. Fields: prompt, chosen, rejected, completion,
+    messages, conversations, question, instruction, input, output, system, tools, response_0,
+    response_1, better_response_id."""
+    split_names: dict[str, str] = field(default_factory=dict)
+    """What the splits of files and hub data sets are called there, as in '{train: train_prefs,
+    test: test_prefs}'."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, as in '{enable_thinking: false}'."""
+    cache_dir: str | None = None
+    """Where read and tokenized rows are cached; null: the cache of `datasets`."""
+    num_proc: str = "auto"
+    """Processes that tokenize: auto, or a number >= 1. auto: one for each core where the rows keep
+    it busy for some seconds."""
+
+    @property
+    def num_processes(self) -> int | None:
+        """`num_proc` as a number; None for auto."""
+        return as_count("data.num_proc", self.num_proc)
+
+    def __post_init__(self) -> None:
+        self.num_proc = str(self.num_proc).lower()
+        check_number("data.num_proc", self.num_processes, ge=1)
+        check_choice("data.on_error", self.on_error, ("raise", "skip"))
+        check_number("data.max_dropped", self.max_dropped, ge=0, le=1)
+        check_choice("data.truncation", self.truncation, ("seed", "fill", "drop"))
+        modes = ("auto", "keep_start", "keep_end")
+        check_choice("data.truncation_mode", self.truncation_mode, modes)
+        check_choice("data.order", self.order, ("fastpref", "dpo", "tdpo", "tisdpo"))
+        check_number("data.eos_weight", self.eos_weight)
+        check_columns(self.columns)
+        check_split_names(self.split_names)
+        check_template_kwargs(self.template_kwargs)
+
+
+def check_columns(columns: Mapping[str, str | None]) -> None:
+    """Refuse a field that no layout has, and a column that would be read twice.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for name, column in columns.items():
+        if name not in ROW_FIELDS:
+            raise ValueError(
+                f"data.columns: there is no field {name}, only {', '.join(ROW_FIELDS)}"
+                f"{hint(name, ROW_FIELDS)}; it is written {{FIELD: COLUMN}}"
+            )
+        if column is not None and not (isinstance(column, str) and column):
+            raise ValueError(f"data.columns.{name} must name a column, or be null, got {column!r}")
+    fields: dict[str, str] = {}
+    for name, column in columns.items():
+        if column is None:
+            continue
+        if column in fields:
+            raise ValueError(f"data.columns: {fields[column]} and {name} are both {column!r}")
+        fields[column] = name
+
+
+def check_split_names(split_names: Mapping[str, str]) -> None:
+    """Refuse a split that no run has, and what cannot be the name of one.
+
+    Raises:
+        ValueError: naming the split.
+    """
+    for split, name in split_names.items():
+        check_choice("data.split_names", split, SPLIT_FIELDS)
+        if not isinstance(name, str) or not name or "/" in name:
+            raise ValueError(
+                f"data.split_names.{split} must be the name of a split, as train_prefs in "
+                f"train_prefs.jsonl, got {name!r}"
+            )
+
+
+def check_template_kwargs(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a chat template that are our own, and what JSON has no form for.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, value in arguments.items():
+        key = f"data.template_kwargs.{name}"
+        if not str(name).isidentifier():
+            raise ValueError(f"data.template_kwargs: {name!r} is no name of an argument")
+        if name in OWN_ARGUMENTS:
+            raise ValueError(f"{key}: the rows, the tokenizer or the program itself give {name}")
+        if not _is_plain(value):
+            raise ValueError(f"{key} must be text, a number, true, false, null or a list of these")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | bool | int)

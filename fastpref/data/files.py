@@ -1,0 +1,212 @@
+"""Where the rows of a data set lie: files of a folder, whole or in shards, or the hub."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from fastpref.checks import hint, listed
+from fastpref.data.built_in import SOURCES
+from fastpref.data.cache import file_state
+from fastpref.data.hub import hub_state
+from fastpref.data.readers import SUFFIXES
+from fastpref.errors import DataError
+
+ENDINGS = "|".join(map(re.escape, SUFFIXES))
+OTHER_NAMES = {"test": ("validation", "valid", "val", "eval", "dev")}
+"""What else a split is called."""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Location(NamedTuple):
+    """Where one split of a data set lies: plain values, by which the cache finds its rows."""
+
+    name: str
+    """As the option `datasets` has it."""
+    split: str
+    """train or test."""
+    split_there: str
+    """What that split is called there."""
+    paths: tuple[str, ...] = ()
+    """Files, in their order."""
+    is_hub: bool = False
+    """`name` is a data set of the hub."""
+
+    @property
+    def is_built_in(self) -> bool:
+        return not self.paths and not self.is_hub
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What messages call each file of it."""
+        if self.is_built_in:
+            return (SOURCES[self.name].origin,)
+        return self.paths or (self.name,)
+
+    @property
+    def source(self) -> str:
+        """What messages call all of it."""
+        if len(self.paths) < 2:
+            return self.files[0]
+        first, last = self.paths[0], Path(self.paths[-1]).name
+        return f"{first} … {last} ({len(self.paths)} files)"
+
+    def state(self, cache_dir: str | None) -> str:
+        """What tells that its rows have changed; "" where nothing does.
+
+        Args:
+            cache_dir: Of `datasets`, for a data set of the hub.
+
+        Raises:
+            DataError: a file is gone, or the hub cannot be reached.
+        """
+        if self.is_hub:
+            return hub_state(self.name, self.split_there, cache_dir)
+        try:
+            return "\n".join(file_state(Path(path)) for path in self.paths)
+        except OSError as error:
+            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
+def find_source(
+    name: str, split: str, base_data_dir: str | None, split_names: Mapping[str, str]
+) -> Location:
+    """Where a split of a data set lies.
+
+    A folder {base_data_dir}/{name} comes before a built-in data set of the same name, and both
+    before one of the hub, whose names have a slash.
+
+    Args:
+        name: As the option `datasets` has it.
+        split: train or test.
+        base_data_dir: Holds folders by name; None where there are none.
+        split_names: What splits of folders and of the hub are called there.
+
+    Raises:
+        DataError: there is none; names what lies there instead.
+    """
+    there = split_names.get(split, split)
+    folder = Path(base_data_dir).expanduser() / name if base_data_dir is not None else None
+    if folder is not None and folder.is_dir():
+        paths = find_files(folder, there)
+        if not paths:
+            raise _no_files(folder, split, there)
+        return Location(name, split, there, tuple(map(str, paths)))
+    if name in SOURCES:
+        return Location(name, split, split)
+    if folder is not None and not folder.parent.is_dir() and not HUB_ID.fullmatch(name):
+        raise DataError(f"base_data_dir: no folder {folder.parent}; expected it to hold {name}/")
+    if HUB_ID.fullmatch(name):
+        return Location(name, split, there, is_hub=True)
+    built_in = f"built in: {', '.join(SOURCES)}"
+    path = Path(name).expanduser().absolute()
+    if folder is None and path.exists():
+        place = path.parent if path.is_file() else path
+        raise DataError(
+            f"datasets: {name} is a path; data sets go by the names of their folders: datasets="
+            f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
+        )
+    if folder is None:
+        raise DataError(
+            f"datasets: no dataset {name!r}; {built_in}; a local folder DIR/{name} needs "
+            f"base_data_dir=DIR{hint(name, SOURCES)}"
+        )
+    found = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
+    raise DataError(
+        f"datasets: no folder {folder}; expected {there}.jsonl, .jsonl.gz, .parquet or .json in "
+        f"it; folders there: {listed(found) or 'none'}; {built_in}"
+        f"{hint(name, [*found, *SOURCES])}"
+    )
+
+
+def find_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a folder, or, as on the hub, in its folder `data`; none if [].
+
+    In this order: one file {split}.SUFFIX, the first of `SUFFIXES`; shards such as
+    {split}-00000-of-00003.SUFFIX or {split}_0.SUFFIX; a folder {split}/ of files.
+
+    Raises:
+        DataError: a shard is missing.
+    """
+    for place in (folder, folder / "data"):
+        whole = [place / f"{split}{suffix}" for suffix in SUFFIXES]
+        found = [path for path in whole if path.is_file()][:1]
+        if found := found or _shards(place, split) or _of_one_suffix(place / split):
+            return found
+    return []
+
+
+def split_of(path: Path) -> str:
+    """The split that a data file belongs to by its name; "" for another file."""
+    match = re.fullmatch(rf"(.+?)(?:[-_.]\d+(?:-of-\d+(?:-\w+)?)?)?(?:{ENDINGS})", path.name)
+    return match[1] if match else ""
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    pattern = re.compile(
+        rf"{re.escape(split)}[-_.](\d+)(?:-of-(\d+)(?:-\w+)?)?(?:{ENDINGS})", re.ASCII
+    )
+    numbered = {path: pattern.fullmatch(path.name) for path in _of_one_suffix(folder, pattern)}
+    numbers = {path: int(match[1]) for path, match in numbered.items() if match}
+    totals = {match[2] for match in numbered.values() if match}
+    if len(totals) > 1:
+        raise DataError(
+            f"{folder}: shards of {split!r} that do not belong together: "
+            f"{listed(sorted(path.name for path in numbers))}"
+        )
+    if totals and (total := totals.pop()) is not None:
+        # from 0 on the hub, from 1 elsewhere
+        complete = [set(range(first, first + int(total))) for first in (0, 1)]
+        if set(numbers.values()) not in complete or len(numbers) != int(total):
+            raise DataError(
+                f"{folder}: {len(numbers)} of {int(total)} shards of {split!r} are there: "
+                f"{listed(sorted(path.name for path in numbers))}"
+            )
+    return sorted(numbers, key=lambda path: (numbers[path], path.name))
+
+
+def _of_one_suffix(folder: Path, pattern: re.Pattern[str] | None = None) -> list[Path]:
+    """Data files of a folder whose names match, of the first suffix that there are any of."""
+    if not folder.is_dir():
+        return []
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    for suffix in SUFFIXES:
+        found = [
+            path
+            for path in paths
+            if path.name.endswith(suffix) and (pattern is None or pattern.fullmatch(path.name))
+        ]
+        if found:
+            return found
+    return []
+
+
+def _contents(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name == "data" and path.is_dir():
+            yield from sorted(path.iterdir())
+        else:
+            yield path
+
+
+def _no_files(folder: Path, split: str, there: str) -> DataError:
+    contents = list(_contents(folder))
+    found = [str(path.relative_to(folder)) for path in contents]
+    splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
+    advice = _split_names(splits) if split == there else ""
+    return DataError(
+        f"datasets: no file {folder / there}.jsonl (or .jsonl.gz, .parquet, .json, or shards of "
+        f"one); found {listed(found) or 'an empty folder'}{advice or hint(f'{there}.jsonl', found)}"
+    )
+
+
+def _split_names(splits: set[str]) -> str:
+    """What the splits may be called that are there, to end a message with; "" for no idea."""
+    meant = {}
+    for split in ("train", "test"):
+        names = [name for name in sorted(splits) if name.startswith(f"{split}_")]
+        names += [name for name in OTHER_NAMES.get(split, ()) if name in splits]
+        if split not in splits and names:
+            meant[split] = names[0] if len(names) == 1 else f"one of {' '.join(names)}"
+    named = ", ".join(f"{split}: {name}" for split, name in meant.items())
+    return f"; splits of other names: data.split_names={{{named}}}" if named else ""

@@ -1,0 +1,40 @@
+"""What a tokenizer must have for the rows it is to encode, and for the model that reads them."""
+
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+
+from fastpref.errors import ConfigError, DataError
+
+ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer without an end-of-sequence token: no response could ever end.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            "model.tokenizer_name_or_path: the tokenizer has no end-of-sequence token; set "
+            "eos_token in its tokenizer_config.json or name another tokenizer"
+        )
+
+
+def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any) -> None:
+    """Refuse token ids that have no row in the embedding.
+
+    Raises:
+        DataError: naming the token.
+    """
+    table = encoded.with_format("arrow")[:]
+    for column in ID_COLUMNS:
+        highest = pc.max(pc.list_flatten(table[column])).as_py()
+        if highest is not None and highest >= vocab_size:
+            raise DataError(
+                f"datasets: token id {highest} ({tokenizer.convert_ids_to_tokens(highest)!r}) is "
+                f"not in the model's embedding of {vocab_size} rows; the tokenizer belongs to "
+                "another model"
+            )

@@ -1,0 +1,272 @@
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from small_data import byte_tokenizer, count_calls, make_config, pairs, write_jsonl
+
+from fastpref.data.encode import load_split
+from fastpref.data.files import find_source, split_of
+from fastpref.data.options import data_options
+from fastpref.data.source import available_splits, check_sources, read_rows
+from fastpref.errors import DataError
+
+ROWS = pairs(7)
+
+
+def options_of(tmp_path, names=("set",), **data):
+    return data_options(make_config(tmp_path, names=names, data=data))
+
+
+def read(tmp_path, split="train", **options):
+    [rows] = read_rows(options_of(tmp_path, **options), split, quiet=True)
+    return rows
+
+
+def refusal(tmp_path, **options):
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def write(tmp_path, name, rows=ROWS):
+    """Rows in the form that the file's name says."""
+    path = tmp_path / "data" / "set" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    array = ".json" in path.suffixes
+    text = json.dumps(rows, indent=1) if array else "".join(json.dumps(r) + "\n" for r in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("train.jsonl", "train.jsonl.gz", "train.parquet", "train.json", "train.json.gz"),
+        *("data/train.parquet", "train/0000.parquet", "data/train/part.jsonl"),
+        *("data/train-00000-of-00001.parquet", "data/train-00000-of-00001-a1b2c3.parquet"),
+    ],
+)
+def test_a_file_is_found_wherever_people_and_the_hub_put_it(tmp_path, name):
+    path = write(tmp_path, name)
+    rows = read(tmp_path)
+    assert rows.dataset["chosen"][:] == [row["chosen"] for row in ROWS]
+    assert (rows.source, rows.location.paths) == (str(path), (str(path),))
+    assert list(rows.records()) == ROWS
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"data/train-0000{i}-of-00003.parquet" for i in range(3)],
+        [f"train-0000{i}-of-00003.jsonl" for i in (1, 2, 3)],
+        ["train_2.jsonl", "train_9.jsonl", "train_10.jsonl"],
+        ["train/a.jsonl.gz", "train/b.jsonl.gz", "train/c.jsonl.gz"],
+    ],
+)
+def test_shards_are_read_in_their_order_and_rows_named_by_shard_and_row(tmp_path, names):
+    paths = [
+        write(tmp_path, name, part)
+        for name, part in zip(names, (ROWS[:3], ROWS[3:4], ROWS[4:]), strict=True)
+    ]
+    rows = read(tmp_path)
+    assert rows.dataset["prompt"][:] == [row["prompt"] for row in ROWS]
+    assert list(rows.records()) == ROWS
+    assert [rows.place(i) for i in (2, 3, 5)] == [f"{paths[0]}:3", f"{paths[1]}:1", f"{paths[2]}:2"]
+    assert rows.source == f"{paths[0]} … {paths[2].name} (3 files)"
+    split = load_split(options_of(tmp_path), "train", byte_tokenizer(), vocab_size=258, quiet=True)
+    assert [split.places.name(i) for i in (0, 6)] == [f"{paths[0]}:1", f"{paths[2]}:3"]
+    write(tmp_path, names[2], [ROWS[0], {**ROWS[1], "chosen": None}])
+    assert f"{paths[2]}:2:chosen: chosen is null" in refusal(tmp_path)
+    skipped = read(tmp_path, on_error="skip").counts
+    assert skipped.first_dropped["malformed row"].startswith(f"{paths[2]}:2:chosen")
+
+
+def test_a_shard_that_is_missing_or_of_another_set_is_refused(tmp_path):
+    write(tmp_path, "data/train-00000-of-00003.parquet")
+    write(tmp_path, "data/train-00002-of-00003.parquet")
+    assert "2 of 3 shards of 'train' are there: train-00000-of-00003" in refusal(tmp_path)
+    write(tmp_path, "data/train-00000-of-00002.parquet")
+    assert "shards of 'train' that do not belong together" in refusal(tmp_path)
+
+
+def test_whole_files_come_before_shards_and_the_folder_before_its_folder_data(tmp_path):
+    write(tmp_path, "data/train-00000-of-00001.parquet", ROWS[:1])
+    write(tmp_path, "train-00000-of-00001.jsonl", ROWS[:2])
+    assert len(read(tmp_path).dataset) == 2
+    write(tmp_path, "train.json", ROWS[:3])
+    assert len(read(tmp_path).dataset) == 3
+    write(tmp_path, "train.jsonl", ROWS[:4])
+    assert len(read(tmp_path).dataset) == 4
+
+
+def test_splits_of_other_names_are_offered_and_read(tmp_path):
+    for name in ("train_prefs", "test_prefs", "train_sft"):
+        write(tmp_path, f"data/{name}-00000-of-00001.parquet")
+    message = refusal(tmp_path)
+    assert "found data/test_prefs-00000-of-00001.parquet, data/train_prefs" in message
+    offer = "data.split_names={train: one of train_prefs train_sft, test: test_prefs}"
+    assert offer in message
+    names = {"train": "train_prefs", "test": "test_prefs"}
+    rows = read(tmp_path, split="test", split_names=names)
+    assert rows.source.endswith("test_prefs-00000-of-00001.parquet")
+    assert rows.counts.split == "test"
+    assert available_splits(options_of(tmp_path, split_names=names)) == ["train", "test"]
+    assert available_splits(options_of(tmp_path, split_names={"train": "train_sft"})) == ["train"]
+
+
+def test_a_validation_split_is_offered_for_test(tmp_path):
+    write(tmp_path, "train.json")
+    write(tmp_path, "validation.json")
+    with pytest.raises(DataError, match=r"data\.split_names=\{test: validation\}"):
+        check_sources(options_of(tmp_path))
+
+
+def test_the_cache_knows_splits_of_other_names_and_shards_from_each_other(tmp_path):
+    write(tmp_path, "train_a.jsonl", ROWS[:2])
+    write(tmp_path, "train_b.jsonl", ROWS[:3])
+    assert len(read(tmp_path, split_names={"train": "train_a"}).dataset) == 2
+    assert len(read(tmp_path, split_names={"train": "train_b"}).dataset) == 3
+    write(tmp_path, "train_a.jsonl", ROWS[:4])
+    assert len(read(tmp_path, split_names={"train": "train_a"}).dataset) == 4
+
+
+def test_a_json_file_may_hold_lines_too(tmp_path):
+    path = tmp_path / "data" / "set" / "train.json"
+    write_jsonl(path.parent, "lines", ROWS).rename(path)
+    assert read(tmp_path).dataset["row"][:] == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{\n "data": [],\n "version": 1\n}', "one object per line, got object with data, version"),
+        ("3", "train.json:1: a row must be an object"),
+        ('[{"prompt": "Q"},\n {"prompt": ]', r"train.json:2: invalid JSON: .* at column 13"),
+        ('[{"prompt": "Q", "chosen": "a", "rejected": "b"}, 3]', "train.json:2: a row must be an"),
+        ("[]", "0 rows in split 'train' of .*train.json"),
+        ("", "0 rows in split 'train' of .*train.json"),
+        (b'[{"prompt": "\xe9"}]', "train.json: invalid UTF-8: byte 0xe9 at offset 13"),
+        ("[" * 100_000, "train.json: invalid JSON"),
+        ("hello", "train.json:1: invalid JSON: .*expected one array of objects, or one object per"),
+    ],
+)
+def test_a_json_file_that_is_no_array_of_objects_is_named(tmp_path, content, says):
+    path = tmp_path / "data" / "set" / "train.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=says):
+        read(tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    for name in ("train.parquet", "train.jsonl.gz", "train.json.gz"):
+        path = write(tmp_path, name, ROWS * 50)
+        whole = path.read_bytes()
+        for content in (whole[:-20], whole[: len(whole) // 2], b""):
+            path.write_bytes(content)
+            message = refusal(tmp_path)
+            assert str(path) in message
+            assert "cannot be read" in message or "0 rows" in message
+        path.unlink()
+
+
+def test_split_names_are_what_files_are_called_before_shard_and_suffix():
+    names = ("train.json", "train_prefs-00000-of-00003.parquet", "val_2.jsonl", "README.md")
+    assert [split_of(Path(name)) for name in names] == ["train", "train_prefs", "val", ""]
+
+
+def test_a_hub_data_set_that_cannot_be_reached_offers_a_folder(tmp_path):
+    with pytest.raises(DataError, match=r"org/name on .*hub.*'train' could not .*DIR/org/name/"):
+        read(tmp_path, names=["org/name"])
+    with pytest.raises(DataError, match="org/name on the Hugging Face hub could not be read"):
+        available_splits(options_of(tmp_path, names=["org/name"]))
+
+
+@pytest.fixture
+def hub_folder(tmp_path, monkeypatch):
+    """A repository that `datasets` loads by "org/name": it looks into the current folder first."""
+    for split, rows in (("train_prefs", ROWS), ("test_prefs", ROWS[:2])):
+        path = tmp_path / "org" / "name" / "data" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chats = [
+            {
+                side: [
+                    {"role": "user", "content": r["prompt"], "name": None},
+                    {"role": "assistant", "content": r[side], "name": None},
+                ]
+                for side in ("chosen", "rejected")
+            }
+            | {"prompt": r["prompt"]}
+            for r in rows
+        ]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(chats), path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_hub_data_set_is_loaded_by_its_id(hub_folder):
+    names = {"train": "train_prefs", "test": "test_prefs"}
+    options = options_of(hub_folder, names=["org/name"], split_names=names)
+    [rows] = read_rows(options, "train", quiet=True)
+    assert len(rows.dataset) == len(ROWS)
+    assert json.loads(rows.dataset[3]["prompt"]) == [{"role": "user", "content": "Q3:"}]
+    assert (rows.source, rows.place(3), rows.name) == ("org/name", "org/name:4", "org/name")
+    [record] = [record for i, record in enumerate(rows.records()) if i == 3]
+    assert record["prompt"] == "Q3:"
+    # a second start finds what the first one read
+    assert count_calls(lambda: read_rows(options, "train", quiet=True), "parse_row") == 0
+    assert available_splits(options) == ["train", "test"]
+    message = refusal(hub_folder, names=["org/name"])
+    assert "whose split 'train' could not be read" in message
+    assert "train_prefs" in message and "data.split_names={train: NAME}" in message
+
+
+def test_the_hub_is_asked_for_id_split_and_cache(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(path, *, split, cache_dir):
+        asked.append((path, split, cache_dir))
+        return datasets.Dataset.from_list(ROWS if len(asked) < 4 else ROWS[:3])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    options = {"names": ["org/name"], "split_names": {"train": "train_prefs"}}
+    assert len(read(tmp_path, **options).dataset) == 7
+    assert set(asked) == {("org/name", "train_prefs", str(tmp_path / "cache"))}
+    asked += [None] * 4
+    # another revision: the cache of rows is not taken
+    assert len(read(tmp_path, **options).dataset) == 3
+
+
+def test_a_path_is_answered_with_the_two_options_that_read_it(tmp_path):
+    path = write(tmp_path, "train.json")
+    for name in (path, path.parent):
+        with pytest.raises(
+            DataError, match=rf"datasets=\[set\] base_data_dir={tmp_path}/data reads"
+        ):
+            find_source(str(name), "train", None, {})
+
+
+def test_options_of_files_are_refused_where_all_data_is_built_in(tmp_path):
+    for data in ({"columns": {"prompt": "ask"}}, {"split_names": {"train": "a"}}):
+        with pytest.raises(
+            DataError, match=rf"data\.{next(iter(data))} is for files and data sets"
+        ):
+            check_sources(options_of(tmp_path, names=["planted"], **data))
+    write(tmp_path, "a.json")
+    options = options_of(tmp_path, names=["planted", "set"], split_names={"train": "a"})
+    check_sources(options, ["train"])
+
+
+def test_a_local_folder_comes_before_the_hub(tmp_path):
+    write_jsonl(tmp_path / "data" / "org" / "name", "train", ROWS)
+    assert find_source("org/name", "train", str(tmp_path / "data"), {}).paths
+    assert find_source("org/name", "train", None, {}).is_hub
+    assert find_source("org/other", "train", str(tmp_path / "data"), {}).is_hub
