@@ -14,8 +14,9 @@ from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError, first_line
 from fastpref.model.attention.backends import PackedAttention
+from fastpref.model.attention.calls import AttentionCall
 from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.packing_probe import AttentionCall, probe_packing, probe_rows
+from fastpref.model.attention.packing_probe import probe_packing, probe_rows
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.logit_path import LogitPath
 

@@ -9,9 +9,7 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.errors import first_line, is_out_of_memory
-from fastpref.model.attention.backends import PackedAttention
-from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.rules import ScoreRules
+from fastpref.model.attention.calls import AttentionCall, recording
 from fastpref.model.attention.windows import limited_view, narrow_windows
 from fastpref.model.blocks import find_blocks
 from fastpref.model.exact_arithmetic import exact_arithmetic
@@ -32,20 +30,6 @@ def probe_rows(ids: Tensor) -> list[EncodedRow]:
     parts = iter(ids.split([n for lengths in _LENGTHS for n in lengths] + [len(ids) - 30]))
     rows = [EncodedRow(*(next(parts).tolist() for _ in range(3))) for _ in _LENGTHS]
     return [*rows[:2], rows[2]._replace(prompt_ids=rows[0].prompt_ids)]
-
-
-class AttentionCall(NamedTuple):
-    """What a layer asks of its attention."""
-
-    heads: int
-    kv_heads: int
-    width: int
-    """Of a query and a key."""
-    value_width: int
-    scale: float
-    softcap: float | None
-    has_window: bool = False
-    has_sinks: bool = False
 
 
 class PackingProbe(NamedTuple):
@@ -89,7 +73,7 @@ def probe_packing(
             obstacle = limited_view(model, longest) or obstacle
             if obstacle is None:
                 isolate_mixers(mixers)
-                scorer = TokenScorer(model, _recording(calls), path)
+                scorer = TokenScorer(model, recording(calls), path)
                 obstacle = _difference(scorer, padded_ND, share_prompt, longest)
     # whatever goes wrong in a family's own code is the reason why it cannot
     except Exception as error:
@@ -140,16 +124,3 @@ def _difference(
     if not leak <= ROUNDING:
         return f"its hidden states move by {leak:.2g} with the tokens of other packed rows"
     return None
-
-
-def _recording(calls: set[AttentionCall]) -> PackedAttention:
-    """Packed attention by definition, of any shape, that remembers what it was asked for."""
-    exact = build_attention("eager")
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, layout: Any, rules: ScoreRules) -> Tensor:
-        shapes = query.shape[1], key.shape[1], query.shape[-1], value.shape[-1]
-        more = rules.window is not None, rules.sinks is not None
-        calls.add(AttentionCall(*shapes, rules.scale, rules.softcap, *more))
-        return exact.attend(query, key, value, layout, rules)
-
-    return PackedAttention(name=exact.name, attend=attend)
