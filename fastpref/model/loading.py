@@ -17,7 +17,7 @@ from fastpref.model.frozen import (
     rounds_more_than_parameters,
     store_parameters,
 )
-from fastpref.model.paths import ModelSource, find_model
+from fastpref.model.paths import ModelSource, named_model
 from fastpref.model.source import build_empty, load_model
 
 logger = logging.getLogger("fastpref")
@@ -39,7 +39,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: there is none, or its weights do not fill it.
     """
-    source = find_model(config.name_or_path, config.revision)
+    source = named_model(config)
     stored = loaded = config.policy_dtype
     if not trainable:
         stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
