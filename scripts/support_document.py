@@ -31,6 +31,8 @@ class Entry(NamedTuple):
     loss_error: float = math.nan
     export_error: float = math.nan
     remark: str = ""
+    wrapper: str = ""
+    """What it has beside text: not trained, and the same in the export."""
 
 
 def format_document(entries: Sequence[Entry]) -> str:

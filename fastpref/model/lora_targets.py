@@ -10,6 +10,7 @@ from fastpref.checks import hint
 from fastpref.config import AdapterConfig
 from fastpref.errors import ConfigError
 from fastpref.model.blocks import find_blocks
+from fastpref.model.families import other_parts
 from fastpref.model.tied_head import ends_so
 
 LINEAR = (nn.Linear, Conv1D)
@@ -23,6 +24,9 @@ def choose_targets(
 ) -> tuple[list[str], list[str]]:
     """Ends of the names of layers, and of matrices that are no layers, that get adapters.
 
+    Of a wrapper's layers whole names: where the adapter is used its other parts are there as well,
+    and have layers that end so too.
+
     Args:
         model: A causal LM of transformers.
         options: What was asked for.
@@ -35,7 +39,10 @@ def choose_targets(
         return linear_layers(model, block_name), expert_matrices(model, block_name)
     modules = list(options.target_modules or ())
     parameters = list(options.target_parameters or ())
-    _check_ends("target_modules", modules, [name for name, _ in model.named_modules()])
+    names = [name for name, _ in model.named_modules()]
+    _check_ends("target_modules", modules, names)
+    if other_parts(model):
+        modules = [name for name in names if any(ends_so(name, end) for end in modules)]
     _check_ends("target_parameters", parameters, [name for name, _ in model.named_parameters()])
     return modules, parameters
 
@@ -56,7 +63,7 @@ def linear_layers(model: Any, block_name: str | None) -> list[str]:
     ends = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     # whole names where a layer outside of the blocks, or another kind of module, ends so too
-    return sorted(ends if meant == names else names)
+    return sorted(ends if meant == names and not other_parts(model) else names)
 
 
 def expert_matrices(model: Any, block_name: str | None) -> list[str]:
@@ -84,7 +91,7 @@ def _is_read_past(model: Any, name: str) -> bool:
     path, _, end = name.rpartition(".")
     is_state_space = hasattr(model.get_submodule(path), "A_log")
     return (end == "dt_proj" and is_state_space) or (
-        end == "out_proj" and model.config.model_type in STATE_SPACE
+        end == "out_proj" and model.config.get_text_config().model_type in STATE_SPACE
     )
 
 
