@@ -25,9 +25,9 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
 from support_document import LOSS_BOUND, SCORE_BOUND, Entry, format_document
 from tiny_families import EVERY, VOCABULARY, build_tiny, plain_class
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig

@@ -80,7 +80,9 @@ _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _LINEAR_MLA = _MLA | _LINEAR_THEN_FULL | {"linear_head_dim": 8, "linear_num_heads": 4}
 _LINEAR_MLA |= {"model_max_length": 128}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
-_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+_MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+}
 _HALF_MROPE = {
     "rope_parameters": _MROPE["rope_parameters"]
     | {"mrope_section": [0, 1, 1], "partial_rotary_factor": 0.5}
@@ -199,7 +201,9 @@ def plain_class(config: Any) -> Any:
     sees = config.model_type in MULTIMODAL
     is_text = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     is_wrapper = config.get_text_config() is not config
-    return AutoModelForMultimodalLM if sees and (is_wrapper or not is_text) else AutoModelForCausalLM
+    return (
+        AutoModelForMultimodalLM if sees and (is_wrapper or not is_text) else AutoModelForCausalLM
+    )
 
 
 def _small_sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -97,6 +97,15 @@ def text_part(family: Any) -> Any:
         ) -> Any:
             return cls._from_config(config, **options)
 
+        def set_attn_implementation(self, attn_implementation: Any, **options: Any) -> None:
+            # of the other parts there is no module to ask
+            parts, text = self.config.sub_configs, self.config.get_text_config()
+            names = [name for name in parts if getattr(self.config, name) is text]
+            wish = attn_implementation
+            if names:
+                wish = dict.fromkeys(("", *names), attn_implementation)
+            super().set_attn_implementation(wish, **options)
+
     # messages, saved configs and transformers' tables of names go by these
     for name in ("__name__", "__qualname__", "__module__"):
         setattr(TextPart, name, getattr(family, name))

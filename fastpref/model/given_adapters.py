@@ -8,6 +8,7 @@ from torch import Tensor
 from fastpref.config import AdapterConfig
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters import PREFIX, check_adapter, load_adapter
+from fastpref.model.lora_targets import whole_names
 from fastpref.model.reading import reading
 from fastpref.model.tied_head import TIED, head_names, is_tied, without_head
 
@@ -75,7 +76,7 @@ def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) ->
 
     def ends(modules: Any) -> list[str]:
         tied = config.ensure_weight_tying and is_tied(model)
-        return without_head(model, modules) if tied else sorted(modules)
+        return without_head(model, modules) if tied else sorted(whole_names(model, modules))
 
     asked: dict[str, Any] = {
         "r": options.r,

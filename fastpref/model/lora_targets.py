@@ -1,6 +1,6 @@
 """Which matrices of a model get adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,12 +39,18 @@ def choose_targets(
         return linear_layers(model, block_name), expert_matrices(model, block_name)
     modules = list(options.target_modules or ())
     parameters = list(options.target_parameters or ())
-    names = [name for name, _ in model.named_modules()]
-    _check_ends("target_modules", modules, names)
-    if other_parts(model):
-        modules = [name for name in names if any(ends_so(name, end) for end in modules)]
+    _check_ends("target_modules", modules, [name for name, _ in model.named_modules()])
+    modules = whole_names(model, modules)
     _check_ends("target_parameters", parameters, [name for name, _ in model.named_parameters()])
     return modules, parameters
+
+
+def whole_names(model: Any, ends: Iterable[str]) -> list[str]:
+    """Of a wrapper the names of the layers that end so, of any other model the ends."""
+    if not other_parts(model):
+        return list(ends)
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if any(ends_so(name, end) for end in ends)]
 
 
 def linear_layers(model: Any, block_name: str | None) -> list[str]:
