@@ -304,8 +304,8 @@ def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
         ids = torch.tensor([[*prompt, *response]])
         try:
             logits = model(input_ids=ids, use_cache=False).logits[0]
-        # that of Llama 4 in transformers 5.24, once it has its logits
-        except AttributeError:
+        # Llama 4's wrapper fails in transformers 5.24 once it has its logits, BLIP-2's wants images
+        except (AttributeError, TypeError):
             logits = model.language_model(input_ids=ids, use_cache=False).logits[0]
         logps = F.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
         scores.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])

@@ -139,6 +139,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **_every({"text_config": _MROPE}, "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe paddleocr_vl"),
     **_every({"text_config": _HALF_MROPE}, "glm4v glm4v_moe glm46v glm_ocr"),
     **_every({"text_config": _MLA}, "kimi_k25 mistral_large4"),
+    "cosmos3_edge": {"text_config": _MROPE},
+    "hy_v4_vl": {"text_config": _MROPE},
+    **_every({"vision_config": {"text_hidden_size": 32}}, "inkling2 inkling2_loop"),
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+    },
     "gemma4": {
         "text_config": {"final_logit_softcapping": 3.0},
         "vision_config": {"model_type": "gemma4_vision"},

@@ -8,9 +8,11 @@ weights of these from the files of the source.
 """
 
 import re
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -97,6 +99,12 @@ def text_part(family: Any) -> Any:
         ) -> Any:
             return cls._from_config(config, **options)
 
+        def get_output_embeddings(self) -> Any:
+            own = super().get_output_embeddings()
+            # some do not hand on what their language model has
+            inner = (model.get_output_embeddings() for model in _inner_models(self))
+            return next((head for head in inner if head is not None), None) if own is None else own
+
         def set_attn_implementation(self, attn_implementation: Any, **options: Any) -> None:
             # of the other parts there is no module to ask
             parts, text = self.config.sub_configs, self.config.get_text_config()
@@ -137,10 +145,13 @@ def _drop_other_parts(model: Any) -> tuple[str, ...]:
             for name, child in module.named_children()
             if child not in around and child not in kept and any(True for _ in child.parameters())
         ]
-        others += [name for name, own in module._parameters.items() if own is not None]
-        for name in others:
+        tensors = {name: own for name, own in module._parameters.items() if own is not None}
+        for name in (*others, *tensors):
             delattr(module, name)
             dropped.append(f"{path}.{name}" if path else name)
+        for name, own in tensors.items():
+            # what draws first values asks for it
+            setattr(module, name, torch.empty_like(own, device="meta", requires_grad=False))
     return tuple(dropped)
 
 
@@ -155,8 +166,9 @@ def _inner_language_model(model: Any) -> nn.Module | None:
     Llama 4's wrapper, for one, fails in some versions of transformers after its logits are there.
     """
     head = model.get_output_embeddings()
-    for module in model.modules():
-        inner = module is not model and isinstance(module, PreTrainedModel)
-        if inner and head is not None and module.get_output_embeddings() is head:
-            return module
-    return None
+    inner = (module for module in _inner_models(model) if head is not None)
+    return next((module for module in inner if module.get_output_embeddings() is head), None)
+
+
+def _inner_models(model: nn.Module) -> Iterator[Any]:
+    return (m for m in model.modules() if m is not model and isinstance(m, PreTrainedModel))
