@@ -11,6 +11,7 @@ from fastpref.config import ModelConfig
 from fastpref.distributed import World
 from fastpref.model.adapter_base import find_adapter_base
 from fastpref.model.checks import Findings, check_model
+from fastpref.model.families import other_parts
 from fastpref.model.frozen import (
     frozen_dtype,
     round_buffers,
@@ -144,6 +145,15 @@ def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool)
     )
     if findings.rounds_buffers:
         round_buffers(model, getattr(torch, config.compute_dtype))
+    parts = other_parts(model)
+    if parts and trainable:
+        logger.info(
+            "%s: what reads text is trained; %s, which rows of text do not go through, %s not "
+            "loaded, and an export has them as the source does",
+            type(model).__name__,
+            ", ".join(parts),
+            "is" if len(parts) == 1 else "are",
+        )
     kept = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if kept and trainable and config.compute_dtype != "float32":
         logger.info(

@@ -4,13 +4,14 @@ import json
 import logging
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from stopped_runs import assert_same_end, run, run_in_starts
-from tiny_models import save_dataset
+from tiny_models import save_dataset, save_tiny_model
 from tiny_wrappers import BESIDE, KINDS, MTP, OLD_NAMES, save_with_mtp, save_wrapper
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
@@ -20,8 +21,10 @@ from fastpref.distributed import init_world
 from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
+from fastpref.model.source_weights import arrange, open_weights
 from fastpref.train.export import export_model
 from fastpref.train.export_plan import plan_export
+from fastpref.train.weight_files import INDEX, write_weights
 
 LAYOUTS = [(kind, False) for kind in KINDS] + [(kind, True) for kind in OLD_NAMES]
 
@@ -95,6 +98,46 @@ def test_heads_that_transformers_does_not_load_survive_in_a_plain_model(tmp_path
     assert_same_bits(load_file(latest / "model.safetensors"), weights)
     assert json.loads((latest / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     AutoModelForCausalLM.from_pretrained(latest)
+
+
+def test_weights_of_few_bits_that_are_not_trained_are_left_out_and_said(tmp_path, caplog):
+    folder = save_tiny_model(tmp_path / "fp8", hidden_size=128, intermediate_size=128)
+    weights = load_file(folder / "model.safetensors")
+    names = set(weights)
+    extra = "model.layers.2.mlp.up_proj.weight"
+    weights[extra] = weights["model.layers.1.mlp.up_proj.weight"].clone()
+    weights["model.layers.2.norm.weight"] = torch.ones(128)
+    for key in [key for key in weights if "proj" in key]:
+        weights[key] = weights[key].to(torch.float8_e4m3fn)
+        weights[f"{key}_scale_inv"] = torch.full((1, 1), 2.0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    fields = json.loads((folder / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with caplog.at_level(logging.INFO, logger="fastpref"):
+        latest = export(folder, tmp_path / "run")
+    assert "left out" in caplog.text and "model.layers.2 (2 tensors)" in caplog.text
+    ours = load_file(latest / "model.safetensors")
+    assert ours.keys() == names | {"model.layers.2.norm.weight"}
+    assert {weight.dtype for weight in ours.values()} == {torch.float32}
+
+
+def test_files_of_a_size_hold_together_what_one_would(tmp_path):
+    weights = save_wrapper(tmp_path / "source", "llava")
+    model = load_model(find_model(str(tmp_path / "source")), dtype=torch.float32)
+    source = open_weights(ModelConfig(name_or_path=str(tmp_path / "source")))
+    arranged = arrange(model, dict(model.named_parameters()), source)
+    assert arranged.own and arranged.untouched and not arranged.left_out
+    (tmp_path / "several").mkdir()
+    write_weights(tmp_path / "several", {**arranged.own, **arranged.untouched}, most_bytes=50_000)
+    paths = sorted((tmp_path / "several").glob("model-*-of-*.safetensors"))
+    assert len(paths) > 2
+    index = json.loads((tmp_path / "several" / INDEX).read_text())["weight_map"]
+    found = {name: (path.name, x) for path in paths for name, x in load_file(path).items()}
+    assert {name: file for name, (file, _) in found.items()} == index
+    assert_same_bits({name: x for name, (_, x) in found.items()}, weights)
+    model.config.save_pretrained(tmp_path / "several")
+    AutoModelForMultimodalLM.from_pretrained(tmp_path / "several")
 
 
 def test_a_tied_head_that_the_files_have_as_well_is_the_trained_one(tmp_path):
@@ -173,6 +216,19 @@ def test_an_adapter_of_a_wrapper_is_trained_on(base, tmp_path):
     assert run(again) == 0
     config = json.loads((tmp_path / "second/LATEST/adapter_config.json").read_text())
     assert all("language_model" in name for name in config["target_modules"])
+
+
+def test_an_adapter_in_a_tower_is_refused_with_what_it_is_in(base, tmp_path, capsys):
+    whole = AutoModelForMultimodalLM.from_pretrained(base / "gemma3")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(whole, config).save_pretrained(tmp_path / "adapter")
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    fields["base_model_name_or_path"] = str(base / "gemma3")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(fields))
+    for options in ([], ["adapter=lora"]):
+        command = arguments(base, str(tmp_path / "adapter"), tmp_path / "run", *options)
+        assert run(command) == 4
+        assert "is in model.vision_tower too" in capsys.readouterr().err.splitlines()[-1]
 
 
 def stopped_and_whole(base: Path, out: Path) -> None:
