@@ -31,6 +31,8 @@ class Entry(NamedTuple):
     loss_error: float = math.nan
     export_error: float = math.nan
     remark: str = ""
+    wrapper: str = ""
+    """What it has beside text: not trained, and the same in the export."""
 
 
 def format_document(entries: Sequence[Entry]) -> str:
@@ -38,26 +40,30 @@ def format_document(entries: Sequence[Entry]) -> str:
     trained = [entry for entry in entries if entry.outcome == "trains"]
     packed = [entry for entry in trained if entry.layout.startswith("packed")]
     adapted = [entry for entry in trained if entry.adapters == "yes"]
+    wrappers = [entry for entry in trained if entry.wrapper]
     versions = f"transformers {transformers.__version__}, torch {torch.__version__}"
     made = f"""
-Written by `python scripts/support_matrix.py`: a tiny random model of every causal LM family of
-{versions}, float32, on a CPU. Of {len(entries)} families {len(trained)} train, {len(packed)} of
-them on packed rows, {len(adapted)} with adapters. To train means: every response token scored as
-plain transformers scores it in float64 (within {SCORE_BOUND:g} nats), a first DPO loss of ln 2
-(within {LOSS_BOUND:g}), a finite gradient, and an export that plain transformers loads and scores
-as the trained policy does; the same is asked of adapters. Asked for is what the attention of
+Written by `python scripts/support_matrix.py`: a tiny random model of every family of {versions}
+with a language model, float32, on a CPU. Of {len(entries)} families {len(trained)} train,
+{len(packed)} of them on packed rows, {len(adapted)} with adapters; {len(wrappers)} of them are
+wrappers, whose column names what they have beside text: it is not loaded, and the export has it
+bit by bit as its source does. To train means: every response token scored as plain transformers
+scores it in float64 (within {SCORE_BOUND:g} nats), a wrapper by its own class with all that it has;
+a first DPO loss of ln 2 (within {LOSS_BOUND:g}), a finite gradient, and an export with the names of
+its source's tensors that plain transformers loads and scores as the trained policy does; the same
+scores are asked of adapters. Asked for is what the attention of
 packed rows computed, in windows shorter than the rows where a family has them by default."""
     lines = [
         "# Which model families train here",
         "",
         textwrap.fill(" ".join(made.split()), 120, break_on_hyphens=False),
         "",
-        "| family | class | rows | attention | asks for | adapters | scores off, nats | loss off "
-        "| export off, nats | why |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| family | class | wrapper | rows | attention | asks for | adapters | scores off, nats "
+        "| loss off | export off, nats | why |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {e.family} | {e.model_class} | {e.layout} | {e.attention} | {e.asks} "
+        f"| {e.family} | {e.model_class} | {e.wrapper} | {e.layout} | {e.attention} | {e.asks} "
         f"| {_cell(e.adapters)} | {e.score_error:.0e} | {e.loss_error:.0e} "
         f"| {e.export_error:.0e} | {_cell(e.remark)} |"
         for e in trained

@@ -1,8 +1,10 @@
 """Which families train here, and how: python scripts/support_matrix.py [FAMILY ...].
 
-Every causal LM family of the installed transformers, as a tiny random model in float32, goes
-through what a run goes through: its scores beside plain transformers in float64, the first DPO loss
-beside ln 2, one optimizer step, the export scored by plain transformers. Writes
+Every family of the installed transformers with a language model, as a tiny random model in float32,
+goes through what a run goes through: its scores beside plain transformers in float64, the first DPO
+loss beside ln 2, one optimizer step, the export scored by plain transformers. What sees or hears is
+scored by its own class, with all that it has, and the export has what was not trained as it was.
+Writes
 `docs/support-matrix.md`; with families named it prints their lines instead.
 """
 
@@ -23,18 +25,19 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors.torch import load_file
 from support_document import LOSS_BOUND, SCORE_BOUND, Entry, format_document
-from tiny_families import VOCABULARY, build_tiny
+from tiny_families import EVERY, VOCABULARY, build_tiny, plain_class
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import World, init_world
 from fastpref.errors import FastprefError
 from fastpref.model.attention.rules import ScoreRules
+from fastpref.model.families import other_parts
 from fastpref.model.paths import resolve_model
 from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
@@ -158,6 +161,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         ", ".join(sorted(trained.asked)),
         _adapters(folder, world),
         *trained[1:4],
+        wrapper=_other_parts(run.policy.model),
         remark=reasons[0] if reasons else "",
     )
 
@@ -183,18 +187,46 @@ def _train(folder: Path, world: World, run_dir: Path, adapter: AdapterConfig) ->
     try:
         with listening(run.policy) as asked:
             sequences, ours = score_held_out(run)
-        score_error = largest_difference(ours, plain_scores(folder / "model", sequences))
+        source = folder / "model"
+        score_error = largest_difference(ours, plain_scores(source, source, sequences))
         names, values, _ = train_step(run, run.train.step(0, world), 0)
         first = dict(zip(names, values.tolist(), strict=True))
         _, trained = score_held_out(run)
         exported = export_model(run.policy, run.export, run.run_dir, world)
-        export_error = largest_difference(trained, plain_scores(exported, sequences))
+        export_error = largest_difference(trained, plain_scores(exported, source, sequences))
     finally:
         run.log.close()
+    if not adapter.trained:
+        check_names(folder / "model", exported, other_parts(run.policy.model))
     loss_error = abs(first["loss/train"] - math.log(2))
     fits = score_error <= SCORE_BOUND and export_error <= SCORE_BOUND and loss_error <= LOSS_BOUND
     moves = math.isfinite(first["grad_norm"]) and first["grad_norm"] > 0
     return Trained(run, score_error, loss_error, export_error, fits and moves, asked)
+
+
+def check_names(source: Path, exported: Path, parts: Sequence[str]) -> None:
+    """Hold an export to the names of its source, and what was not trained to its bits.
+
+    Args:
+        source, exported: Folders.
+        parts: What of the model was not trained.
+
+    Raises:
+        ValueError: naming tensors.
+    """
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (source, exported))
+    differing = sorted(theirs.keys() ^ ours.keys())
+    stems = [part.rpartition(".")[2] for part in parts]
+    for name in theirs.keys() & ours.keys():
+        if any(stem in name.split(".") for stem in stems):
+            differing += [] if torch.equal(ours[name], theirs[name]) else [name]
+    if differing:
+        raise ValueError(f"the export has other tensors than its source: {differing[:4]}")
+
+
+def _other_parts(model: Any) -> str:
+    """What a wrapper has beside text."""
+    return ", ".join(name.rpartition(".")[2] for name in other_parts(model))
 
 
 def _adapters(folder: Path, world: World) -> str:
@@ -249,9 +281,16 @@ def _by_sequence(policy: TokenScorer, batch: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def plain_scores(folder: Path, sequences: Sequences) -> list[Tensor]:
-    """The same from transformers' own forward, each sequence alone, in float64 where it can."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def plain_scores(folder: Path, source: Path, sequences: Sequences) -> list[Tensor]:
+    """The same from transformers' own forward, each sequence alone, in float64 where it can.
+
+    Args:
+        folder: Of a model or an adapter.
+        source: Of the model.
+        sequences: To score.
+    """
+    family = plain_class(AutoConfig.from_pretrained(source))
+    model = family.from_pretrained(folder, dtype=torch.float32).eval()
     try:
         return _plain_scores(model.double(), sequences)
     # some families compute a part in float32 whatever they are asked for
@@ -262,7 +301,12 @@ def plain_scores(folder: Path, sequences: Sequences) -> list[Tensor]:
 def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
     scores = []
     for prompt, response in sequences:
-        logits = model(input_ids=torch.tensor([[*prompt, *response]]), use_cache=False).logits[0]
+        ids = torch.tensor([[*prompt, *response]])
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        # Llama 4's wrapper fails in transformers 5.24 once it has its logits, BLIP-2's wants images
+        except (AttributeError, TypeError):
+            logits = model.language_model(input_ids=ids, use_cache=False).logits[0]
         logps = F.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
         scores.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])
     return scores
@@ -300,7 +344,7 @@ def main() -> None:
     logging.getLogger("fastpref").setLevel(logging.INFO)
     logging.getLogger("fastpref").propagate = False
     entries = []
-    for family in named or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for family in named or EVERY:
         entries.append(check_apart(family))
         print(*(str(value) for value in entries[-1]), sep="  ", flush=True)
     if not named:

@@ -1,4 +1,5 @@
-"""Tiny random models of every causal LM family that the installed transformers has.
+"""Tiny random models of every family that the installed transformers has: causal language models,
+and what sees or hears around one.
 
 Nothing is downloaded: a family's own config class with its sizes made small. Most names of sizes
 are shared among families (`SIZES`); what a family needs beyond them stands in `FAMILIES`.
@@ -7,11 +8,19 @@ are shared among families (`SIZES`); what a family needs beyond them stands in `
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 VOCABULARY = 352
+MULTIMODAL = frozenset(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+"""Model types that see or hear."""
+EVERY = sorted(MULTIMODAL | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+"""Model types that may have a language model."""
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -71,6 +80,13 @@ _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
 _LINEAR_MLA = _MLA | _LINEAR_THEN_FULL | {"linear_head_dim": 8, "linear_num_heads": 4}
 _LINEAR_MLA |= {"model_max_length": 128}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+}
+_HALF_MROPE = {
+    "rope_parameters": _MROPE["rope_parameters"]
+    | {"mrope_section": [0, 1, 1], "partial_rotary_factor": 0.5}
+}
 _GEMMA_3N = {
     "intermediate_size": [48] * 2,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -119,6 +135,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 3.0},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
+    # text of a wrapper, and towers as small as they can be
+    **_every({"text_config": _MROPE}, "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe paddleocr_vl"),
+    **_every({"text_config": _HALF_MROPE}, "glm4v glm4v_moe glm46v glm_ocr"),
+    **_every({"text_config": _MLA}, "kimi_k25 mistral_large4"),
+    "cosmos3_edge": {"text_config": _MROPE},
+    "hy_v4_vl": {"text_config": _MROPE},
+    **_every({"vision_config": {"text_hidden_size": 32}}, "inkling2 inkling2_loop"),
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
+    },
+    "gemma4": {
+        "text_config": {"final_logit_softcapping": 3.0},
+        "vision_config": {"model_type": "gemma4_vision"},
+    },
     **_every({"unpadded_vocab_size": VOCABULARY}, "inkling2_text inkling2_loop_text"),
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_hashes": 1},
     # one hybrid layer alone has nobody to share its attention with
@@ -155,9 +187,11 @@ def tiny_config(model_type: str) -> Any:
 
 
 def build_tiny(model_type: str) -> Any:
-    """A random model of the family, float32, its logits far from equal."""
+    """A random model of the family, float32, its logits far from equal; a wrapper with all that it
+    has."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32)
+    config = tiny_config(model_type)
+    model = plain_class(config).from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     kept = ("A_log", "dt_bias", ".D", "e_score_correction_bias", "time_decay")
     for name, parameter in sorted(model.named_parameters()):
@@ -168,6 +202,16 @@ def build_tiny(model_type: str) -> Any:
         is_scale = parameter.dim() == 1 and parameter.mean() > 0.5
         parameter.data.copy_(1 + 0.1 * noise if is_scale else 0.12 * noise)
     return model.eval()
+
+
+def plain_class(config: Any) -> Any:
+    """What transformers loads a model with, all of it."""
+    sees = config.model_type in MULTIMODAL
+    is_text = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_wrapper = config.get_text_config() is not config
+    return (
+        AutoModelForMultimodalLM if sees and (is_wrapper or not is_text) else AutoModelForCausalLM
+    )
 
 
 def _small_sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def entries(tmp_path_factory):
     try:
         yield {
             family: support_matrix.check_family(family, world, tmp_path_factory.mktemp(family))
-            for family in ("phimoe", "mamba", "xlnet")
+            for family in ("phimoe", "mamba", "xlnet", "mistral3")
         }
     finally:
         dist.destroy_process_group()
@@ -32,13 +32,16 @@ def test_a_family_is_taken_through_what_a_run_goes_through(entries):
     assert packed.score_error <= 1e-4 and packed.loss_error <= 1e-6 and packed.export_error <= 1e-4
     padded = entries["mamba"]
     assert (padded.outcome, padded.layout) == ("trains", "padded") and padded.remark
+    wrapper = entries["mistral3"]
+    assert wrapper.outcome == "trains" and wrapper.adapters == "yes"
+    assert wrapper.wrapper == "vision_tower, multi_modal_projector" and not padded.wrapper
     refused = entries["xlnet"]
     assert refused.outcome == "refused" and "no causal language model" in refused.remark
 
 
 def test_the_document_is_what_the_script_writes(entries):
     text = support_matrix.format_document(list(entries.values()))
-    assert "Of 3 families 2 train, 1 of them" in " ".join(text.split())
+    assert "Of 4 families 3 train, 2 of them" in " ".join(text.split())
     document = Path(support_matrix.DOCUMENT).read_text(encoding="utf-8")
     heading = next(line for line in text.splitlines() if line.startswith("| family | class"))
     assert heading in document.splitlines()
@@ -65,13 +68,14 @@ def test_the_document_counts_and_bounds_what_it_lists():
     families = [row[0] for row in trained + others]
     assert len(families) == len(set(families)) == int(counts[1])
     assert len(trained) == int(counts[2]) >= 53
-    assert sum(row[2].startswith("packed") for row in trained) == int(counts[3])
-    assert sum(row[5] == "yes" for row in trained) == int(counts[4]) >= 165
+    assert sum(row[3].startswith("packed") for row in trained) == int(counts[3])
+    assert sum(row[6] == "yes" for row in trained) == int(counts[4]) >= 165
+    assert sum(bool(row[2]) for row in trained) >= 40
     # of packed rows, in windows shorter than they are
     for wish, least in (("window", 20), ("sinks", 1), ("softcap", 1)):
-        asking = [row for row in trained if wish in row[4]]
-        assert len(asking) >= least and all(row[2].startswith("packed") for row in asking)
-    for family, model_class, rows, _, _, adapters, scores, loss, export, why in trained:
+        asking = [row for row in trained if wish in row[5]]
+        assert len(asking) >= least and all(row[3].startswith("packed") for row in asking)
+    for family, model_class, _, rows, _, _, adapters, scores, loss, export, why in trained:
         assert adapters, family
         assert model_class.isidentifier(), family
         assert float(scores) <= 1e-4 and float(loss) <= 1e-6 and float(export) <= 1e-4, family

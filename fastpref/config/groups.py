@@ -34,6 +34,9 @@ class ModelConfig:
     seed-format policy.pt; null: the model's own."""
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch."""
+    trust_remote_code: bool = False
+    """Run Python code that lies beside the model or its tokenizer, for families that transformers
+    does not have; it can do all that you may do on this machine. false: it is refused."""
     block_name: str | None = None
     """Class of the transformer block that FSDP shards by; null: found from the model."""
     block: str | None = None

@@ -16,7 +16,7 @@ from fastpref.model.adapter_base import find_adapter_base
 from fastpref.model.frozen import frozen_dtype
 from fastpref.model.liger import FAMILIES
 from fastpref.model.lora import insert_adapters
-from fastpref.model.paths import find_model
+from fastpref.model.paths import named_model
 from fastpref.model.source import build_meta
 from fastpref.model.tied_head import numbers_of_adapted_head
 
@@ -86,7 +86,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
         ValueError: the family cannot be computed without memory.
     """
     options, adapter = training.model, training.adapter
-    source = find_model(options.name_or_path, options.revision)
+    source = named_model(options)
     start = None
     if adapter.trained:
         source, start = find_adapter_base(options)

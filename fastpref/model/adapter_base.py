@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.given_adapters import given_config
-from fastpref.model.paths import ModelSource, find_model
+from fastpref.model.paths import ModelSource, archived_model, named_model
 
 
 class AdapterBase(NamedTuple):
@@ -36,7 +36,7 @@ def find_adapter_base(model: ModelConfig) -> AdapterBase:
         ConfigError: the archive is a single file, which no adapter could name as its base.
         CheckpointError: there is no such model.
     """
-    source = find_model(model.name_or_path, model.revision)
+    source = named_model(model)
     if model.archive:
         path = Path(model.archive).expanduser()
         if path.is_file():
@@ -44,7 +44,7 @@ def find_adapter_base(model: ModelConfig) -> AdapterBase:
                 f"model.archive: an adapter names the folder of the model that it belongs to, and "
                 f"{path} is a file; train with adapter=none, or name a folder"
             )
-        source = find_model(model.archive, key="model.archive")
+        source = archived_model(model)
     if not source.adapters:
         return AdapterBase(source, None)
     return AdapterBase(source._replace(adapters=source.adapters[:-1]), source.adapters[-1])

@@ -1,6 +1,7 @@
 """Adapter folders of peft: what they change of their base's shape, and their merging into it."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from fastpref.errors import CheckpointError
 from fastpref.model.archives import load_pickle
+from fastpref.model.families import other_parts
 from fastpref.model.paths import ADAPTER_CONFIG, read_object
 from fastpref.model.reading import reading
+from fastpref.model.tied_head import is_tied
 
 logger = logging.getLogger("fastpref")
 
@@ -146,10 +149,29 @@ def _check_names(adapted: Any, folder: str) -> None:
     own = {name for name, _ in adapted.base_model.model.named_parameters(remove_duplicate=False)}
     spare = sorted(name for name in saved - needed if not _has_place(name, own))
     if missing or spare:
-        raise CheckpointError(
-            f"model: the adapter {folder} does not fit its base model: missing "
-            f"{', '.join(missing[:4]) or 'none'}, without a place {', '.join(spare[:4]) or 'none'}"
+        raise no_fit(folder, missing, spare, adapted.base_model.model)
+
+
+def no_fit(
+    folder: str, missing: Sequence[str], spare: Sequence[str], model: Any
+) -> CheckpointError:
+    """That an adapter does not fit its base.
+
+    Args:
+        folder: Of the adapter.
+        missing, spare: Names of weights that it lacks, and that the base has no place for.
+        model: The base.
+    """
+    parts = [part for part in other_parts(model) if any(f"{part}." in name for name in spare)]
+    if parts:
+        return CheckpointError(
+            f"model: the adapter {folder} is in {', '.join(parts)} too, which rows of text do not "
+            f"go through and which is not loaded; name the model that it is merged into"
         )
+    return CheckpointError(
+        f"model: the adapter {folder} does not fit its base model: missing "
+        f"{', '.join(missing[:4]) or 'none'}, without a place {', '.join(spare[:4]) or 'none'}"
+    )
 
 
 def _has_place(name: str, own: set[str]) -> bool:
@@ -206,7 +228,7 @@ def _unties(folder: str, model: Any) -> bool:
     if len(copies) == 2:
         # of a resized embedding both are saved, equal where they were tied
         return not torch.equal(*(_tensor(folder, name) for name in copies))
-    return bool(copies) and model.config.tie_word_embeddings
+    return bool(copies) and is_tied(model)
 
 
 def _untie(config: Any) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from fastpref.config import ModelConfig
 from fastpref.model.exact_arithmetic import cast_in_forward
 from fastpref.model.full_weights import WEIGHT_FILES
-from fastpref.model.paths import ModelSource, find_model, local_folder, matching_files
+from fastpref.model.paths import ModelSource, local_folder, matching_files, named_model
 from fastpref.model.source import build_meta
 
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
@@ -36,7 +36,7 @@ def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
         return config.reference_dtype
     if beside_policy and config.policy_dtype != "float32":
         return config.policy_dtype
-    source = find_model(config.name_or_path, config.revision)
+    source = named_model(config)
     # an archive brings other weights, and an adapter's are added to the model's
     has_own_weights = config.archive is None and not source.adapters
     if config.compute_dtype != "float32" or not has_own_weights:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from fastpref.errors import CheckpointError
 from fastpref.model.archives import load_pickle
 from fastpref.model.configs import load_base_config, quantization_options
+from fastpref.model.families import find_family
 from fastpref.model.paths import ModelSource, matching_files, read_object
 from fastpref.model.reading import reading
 
@@ -40,18 +40,19 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     Raises:
         CheckpointError: it cannot be found or trained, or its weights do not fill the model.
     """
-    name = source.base
+    name, trust = source.base, source.trust_remote_code
     config = load_base_config(source)
+    family = find_family(config, trust_remote_code=trust)
     if Path(name).is_dir():
         check_files(Path(name))
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
+        return family.from_pretrained(
             name,
             revision=source.revision,
             config=config,
             dtype=dtype,
-            trust_remote_code=False,
+            trust_remote_code=trust,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **quantization_options(name, config),
@@ -59,8 +60,12 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
         )
 
     opening = f"model: the weights in {name} do not fill the model"
+
+    def build() -> Any:
+        return family.from_config(config, trust_remote_code=trust)
+
     with reading("ModelForCausalLM", name):
-        return _load_full(load, opening, config, lambda: shapes_in(Path(name)))
+        return _load_full(load, opening, build, lambda: shapes_in(Path(name)))
 
 
 def check_files(folder: Path) -> None:
@@ -122,24 +127,27 @@ def load_weights(
 
     opening = f"{source} does not fit the model"
     with reading("the weights", source):
-        return _load_full(load, opening, like.config, lambda: shapes_of(weights))
+        return _load_full(
+            load, opening, lambda: type(like)._from_config(like.config), lambda: shapes_of(weights)
+        )
 
 
 def _load_full(
-    load: Callable[[], Any], opening: str, config: Any, shapes: Callable[[], Shapes]
+    load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
 ) -> Any:
-    """What `load` returns, or a message that begins with `opening`."""
+    """What `load` returns, or a message that begins with `opening`; `build` makes the model without
+    its weights."""
     try:
         model, info = load()
     except RuntimeError as error:
-        missing, wrong = find_misfit(config, shapes())
+        missing, wrong = find_misfit(build, shapes())
         # a layer's experts cannot be joined where one is missing
         if not missing and not wrong:
             raise
         raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}") from error
     wrong_in_memory = sorted(entry[0] for entry in info["mismatched_keys"])
     if info["missing_keys"] or wrong_in_memory:
-        missing, wrong = find_misfit(config, shapes())
+        missing, wrong = find_misfit(build, shapes())
         if not missing and not wrong:
             missing, wrong = sorted(info["missing_keys"]), wrong_in_memory
         raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}")
@@ -154,20 +162,20 @@ def named_weights(model: Any) -> dict[str, Tensor]:
     return revert_weight_conversion(model, model.state_dict())
 
 
-def find_misfit(config: Any, found: Shapes) -> tuple[list[str], list[str]]:
+def find_misfit(build: Callable[[], Any], found: Shapes) -> tuple[list[str], list[str]]:
     """Weights that a model needs and does not find, and those it finds in another shape.
 
     By the names of the files: transformers renames weights while it loads them (GPT-NeoX's
     `embed_out`) and joins a layer's experts.
 
     Args:
-        config: Of the model.
+        build: Makes the model.
         found: What the files hold; empty if that is not known.
     """
     if not found:
         return [], []
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = build()
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     second_names = names - dict(model.named_parameters()).keys()
     state = {name: x for name, x in model.state_dict().items() if name not in second_names}

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastpref.config import AdapterConfig
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.adapters import PREFIX, check_adapter, load_adapter
+from fastpref.model.adapters import PREFIX, check_adapter, load_adapter, no_fit
+from fastpref.model.lora_targets import whole_names
 from fastpref.model.reading import reading
 from fastpref.model.tied_head import TIED, head_names, is_tied, without_head
 
@@ -75,7 +76,7 @@ def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) ->
 
     def ends(modules: Any) -> list[str]:
         tied = config.ensure_weight_tying and is_tied(model)
-        return without_head(model, modules) if tied else sorted(modules)
+        return without_head(model, modules) if tied else sorted(whole_names(model, modules))
 
     asked: dict[str, Any] = {
         "r": options.r,
@@ -143,10 +144,7 @@ def load_weights(model: Any, folder: str, name: str) -> None:
     missing = [key for key in result.missing_keys if is_of(key, name)]
     spare = list(result.unexpected_keys)
     if missing or spare:
-        raise CheckpointError(
-            f"model: the adapter {folder} does not fit its base model: missing "
-            f"{', '.join(missing[:4]) or 'none'}, without a place {', '.join(spare[:4]) or 'none'}"
-        )
+        raise no_fit(folder, missing, spare, model)
 
 
 def adapter_part(parameter: str) -> bool:

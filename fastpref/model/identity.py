@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastpref.config import ModelConfig
 from fastpref.model.configs import load_base_config
-from fastpref.model.paths import ModelSource, find_model
+from fastpref.model.paths import ModelSource, archived_model, named_model
 from fastpref.model.reading import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -15,9 +15,9 @@ CONFIG_FILES = ("config.json", "adapter_config.json")
 def model_identity(model: ModelConfig) -> str:
     """Digest of all that a model's log-probabilities depend on, arithmetic aside.
 
-    A folder counts by the content of its weights and config, so a copy elsewhere is the same
-    model and a folder trained anew is another; a hub name counts by its commit. Reads every byte:
-    about a second per gigabyte.
+    A folder counts by the content of its weights and config, and of its Python code where that may
+    run, so a copy elsewhere is the same model and a folder trained anew is another; a hub name
+    counts by its commit. Reads every byte: about a second per gigabyte.
 
     Args:
         model: For `name_or_path`, `archive` and `revision`.
@@ -29,13 +29,13 @@ def model_identity(model: ModelConfig) -> str:
         CheckpointError: no such model.
     """
     digest = hashlib.sha256()
-    _add_model(digest, find_model(model.name_or_path, model.revision))
+    _add_model(digest, named_model(model))
     if model.archive:
         path = Path(model.archive).expanduser()
         if path.is_file():
             _add_files(digest, [path])
         else:
-            _add_model(digest, find_model(model.archive, key="model.archive"))
+            _add_model(digest, archived_model(model))
     return digest.hexdigest()
 
 
@@ -45,16 +45,17 @@ def _add_model(digest: "hashlib._Hash", source: ModelSource) -> None:
         digest.update(f"{source.base}@{commit}".encode())
     for folder in (source.base, *source.adapters):
         if Path(folder).is_dir():
-            _add_folder(digest, Path(folder))
+            code = (".py",) if source.trust_remote_code else ()
+            _add_folder(digest, Path(folder), (*WEIGHT_SUFFIXES, *code))
 
 
-def _add_folder(digest: "hashlib._Hash", folder: Path) -> None:
+def _add_folder(digest: "hashlib._Hash", folder: Path, suffixes: tuple[str, ...]) -> None:
     _add_files(
         digest,
         [
             path
             for path in sorted(folder.iterdir())
-            if path.suffix in WEIGHT_SUFFIXES or path.name in CONFIG_FILES
+            if path.suffix in suffixes or path.name in CONFIG_FILES
         ],
     )
 

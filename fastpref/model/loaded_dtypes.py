@@ -14,7 +14,7 @@ from fastpref.config import ModelConfig
 from fastpref.model.archives import load_pickle, read_policy
 from fastpref.model.configs import load_base_config
 from fastpref.model.full_weights import WEIGHT_FILES
-from fastpref.model.paths import find_model, local_folder, matching_files
+from fastpref.model.paths import archived_model, local_folder, matching_files, named_model
 from fastpref.model.reading import reading
 
 DTYPES = {
@@ -47,8 +47,7 @@ def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
     if model.archive and Path(model.archive).expanduser().is_file():
         weights = read_policy(Path(model.archive).expanduser())
         return _summary({name: (x.dtype, x.numel()) for name, x in weights.items()})
-    name = model.archive or model.name_or_path
-    source = find_model(name, None if model.archive else model.revision)
+    source = archived_model(model) if model.archive else named_model(model)
     with reading("the weights", source.base):
         files = local_folder(source.base, source.revision, WEIGHT_FILES)
         found = _summary(_in_safetensors(files) or _in_pickles(files))

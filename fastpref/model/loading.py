@@ -11,13 +11,14 @@ from fastpref.config import ModelConfig
 from fastpref.distributed import World
 from fastpref.model.adapter_base import find_adapter_base
 from fastpref.model.checks import Findings, check_model
+from fastpref.model.families import other_parts
 from fastpref.model.frozen import (
     frozen_dtype,
     round_buffers,
     rounds_more_than_parameters,
     store_parameters,
 )
-from fastpref.model.paths import ModelSource, find_model
+from fastpref.model.paths import ModelSource, named_model
 from fastpref.model.source import build_empty, load_model
 
 logger = logging.getLogger("fastpref")
@@ -39,7 +40,7 @@ def load_causal_lm(
     Raises:
         CheckpointError: there is none, or its weights do not fill it.
     """
-    source = find_model(config.name_or_path, config.revision)
+    source = named_model(config)
     stored = loaded = config.policy_dtype
     if not trainable:
         stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
@@ -153,6 +154,15 @@ def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool)
     )
     if findings.rounds_buffers:
         round_buffers(model, getattr(torch, config.compute_dtype))
+    parts = other_parts(model)
+    if parts and trainable:
+        logger.info(
+            "%s: what reads text is trained; %s, which rows of text do not go through, %s not "
+            "loaded, and an export has them as the source does",
+            type(model).__name__,
+            ", ".join(parts),
+            "is" if len(parts) == 1 else "are",
+        )
     kept = sorted(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if kept and trainable and config.compute_dtype != "float32":
         logger.info(

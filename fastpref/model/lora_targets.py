@@ -1,6 +1,6 @@
 """Which matrices of a model get adapters."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from fastpref.checks import hint
 from fastpref.config import AdapterConfig
 from fastpref.errors import ConfigError
 from fastpref.model.blocks import find_blocks
+from fastpref.model.families import other_parts
 from fastpref.model.tied_head import ends_so
 
 LINEAR = (nn.Linear, Conv1D)
@@ -22,6 +23,9 @@ def choose_targets(
     model: Any, options: AdapterConfig, block_name: str | None
 ) -> tuple[list[str], list[str]]:
     """Ends of the names of layers, and of matrices that are no layers, that get adapters.
+
+    Of a wrapper's layers whole names: where the adapter is used its other parts are there as well,
+    and have layers that end so too.
 
     Args:
         model: A causal LM of transformers.
@@ -36,8 +40,17 @@ def choose_targets(
     modules = list(options.target_modules or ())
     parameters = list(options.target_parameters or ())
     _check_ends("target_modules", modules, [name for name, _ in model.named_modules()])
+    modules = whole_names(model, modules)
     _check_ends("target_parameters", parameters, [name for name, _ in model.named_parameters()])
     return modules, parameters
+
+
+def whole_names(model: Any, ends: Iterable[str]) -> list[str]:
+    """Of a wrapper the names of the layers that end so, of any other model the ends."""
+    if not other_parts(model):
+        return list(ends)
+    names = [name for name, _ in model.named_modules()]
+    return [name for name in names if any(ends_so(name, end) for end in ends)]
 
 
 def linear_layers(model: Any, block_name: str | None) -> list[str]:
@@ -56,7 +69,7 @@ def linear_layers(model: Any, block_name: str | None) -> list[str]:
     ends = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
     # whole names where a layer outside of the blocks, or another kind of module, ends so too
-    return sorted(ends if meant == names else names)
+    return sorted(ends if meant == names and not other_parts(model) else names)
 
 
 def expert_matrices(model: Any, block_name: str | None) -> list[str]:
@@ -84,7 +97,7 @@ def _is_read_past(model: Any, name: str) -> bool:
     path, _, end = name.rpartition(".")
     is_state_space = hasattr(model.get_submodule(path), "A_log")
     return (end == "dt_proj" and is_state_space) or (
-        end == "out_proj" and model.config.model_type in STATE_SPACE
+        end == "out_proj" and model.config.get_text_config().model_type in STATE_SPACE
     )
 
 

@@ -28,7 +28,9 @@ def load_merged(
         CheckpointError: what is merged does not compute what the two do beside one another.
     """
     if not adapter.quantized:
-        return load_model(find_model(folder), dtype=torch.float32)
+        return load_model(
+            find_model(folder, trust_remote_code=model.trust_remote_code), dtype=torch.float32
+        )
     source = find_adapter_base(model).source
     base = load_model(source, dtype=getattr(torch, model.compute_dtype))
     round_blocks(base, model.block_name, device)

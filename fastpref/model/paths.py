@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from fastpref.checks import hint
+from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
@@ -118,10 +119,30 @@ class ModelSource(NamedTuple):
     """The base's, on the hub."""
     adapters: tuple[str, ...]
     """Folders of peft adapters, in the order in which they are merged; empty for most models."""
+    trust_remote_code: bool = False
+    """Whether Python code that lies beside the base may run."""
+
+
+def named_model(model: ModelConfig, *, key: str = "model.name_or_path") -> ModelSource:
+    """The model of a run's options, its archive left out, see `find_model`."""
+    return find_model(
+        model.name_or_path, model.revision, key=key, trust_remote_code=model.trust_remote_code
+    )
+
+
+def archived_model(model: ModelConfig) -> ModelSource:
+    """The model that `model.archive` names, which is no file, see `find_model`."""
+    assert model.archive is not None
+    trust = model.trust_remote_code
+    return find_model(model.archive, key="model.archive", trust_remote_code=trust)
 
 
 def find_model(
-    name_or_path: str, revision: str | None = None, *, key: str = "model.name_or_path"
+    name_or_path: str,
+    revision: str | None = None,
+    *,
+    key: str = "model.name_or_path",
+    trust_remote_code: bool = False,
 ) -> ModelSource:
     """What a model option names: the base of the model, and its adapters.
 
@@ -129,6 +150,7 @@ def find_model(
         name_or_path: What the user wrote, see `resolve_model`.
         revision: Hub revision.
         key: The option it was written under, for the message.
+        trust_remote_code: Whether Python code that lies beside the base may run.
 
     Raises:
         CheckpointError: nothing usable lies there, an adapter's config is damaged, or its base is
@@ -139,7 +161,8 @@ def find_model(
     while True:
         folder = _adapter_folder(name, revision)
         if folder is None:
-            return ModelSource(asked, name, revision, tuple(reversed(adapters)))
+            ordered = tuple(reversed(adapters))
+            return ModelSource(asked, name, revision, ordered, trust_remote_code)
         if folder in adapters:
             raise CheckpointError(f"model: {Path(folder) / ADAPTER_CONFIG} is its own {BASE_FIELD}")
         adapters.append(folder)

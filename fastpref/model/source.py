@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -17,7 +16,8 @@ from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter
 from fastpref.model.archives import read_policy
-from fastpref.model.configs import load_base_config
+from fastpref.model.configs import code_of, code_refused, load_base_config, say_what_runs
+from fastpref.model.families import find_family
 from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
 from fastpref.model.paths import (
     ModelSource,
@@ -79,7 +79,8 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
     if path.is_file():
         weights = read_policy(path)
     else:
-        folder = find_model(archive, key="model.archive")
+        trust = source.trust_remote_code
+        folder = find_model(archive, key="model.archive", trust_remote_code=trust)
         if not Path(folder.name).is_dir():
             raise CheckpointError(
                 f"model.archive: no file or folder {path}{nearest_neighbour(path)}"
@@ -118,11 +119,13 @@ def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "au
 def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
     """The same model without memory: its modules, shapes and dtypes."""
     config = load_base_config(source)
+    trust = source.trust_remote_code
+    family = find_family(config, trust_remote_code=trust)
 
     def build() -> Any:
         options = _attention_option(attention)
         with reading("ModelForCausalLM", source.base), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+            return family.from_config(config, dtype=dtype, trust_remote_code=trust, **options)
 
     model = build()
     for adapter in source.adapters:
@@ -159,7 +162,8 @@ def load_model_tokenizer(model: ModelConfig, *, key: str = "model.name_or_path")
         CheckpointError: there is none.
         ConfigError: it has no end-of-sequence token.
     """
-    return load_tokenizer(*find_tokenizer(model, key=key))
+    name, revision = find_tokenizer(model, key=key)
+    return load_tokenizer(name, revision, trust_remote_code=model.trust_remote_code)
 
 
 def find_tokenizer(
@@ -181,20 +185,34 @@ def find_tokenizer(
     return name, model.revision
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> Any:
     """The tokenizer of a folder or hub name.
 
     Args:
         name: What `resolve_tokenizer` returned.
         revision: Hub revision.
+        trust_remote_code: Whether Python code that lies beside it may run.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it needs code that may not run.
         ConfigError: it has no end-of-sequence token, so no response could ever end.
     """
     with reading("Tokenizer", name):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
-        saved_class = get_tokenizer_config(name, revision=revision).get("tokenizer_class")
+        fields = get_tokenizer_config(name, revision=revision)
+        code = code_of(fields.get("auto_map") or {})
+        if trust_remote_code and fields.get("auto_map"):
+            say_what_runs(name, code)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                name, revision=revision, trust_remote_code=trust_remote_code
+            )
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise code_refused(name, "transformers has no such tokenizer", code) from error
+        saved_class = fields.get("tokenizer_class")
         # for a model of type qwen2, say, it makes a tokenizer of that family of whatever lies there
         if saved_class in GENERIC_TOKENIZERS and type(tokenizer).__name__ not in GENERIC_TOKENIZERS:
             options: dict[str, Any] = {} if revision is None else {"revision": revision}

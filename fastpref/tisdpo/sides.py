@@ -15,7 +15,7 @@ from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.model.identity import model_identity, side_model
-from fastpref.model.paths import find_model
+from fastpref.model.paths import named_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text
@@ -42,7 +42,7 @@ def build_sides(
         ("negative", weights.negative, weights.negative_template),
     ):
         own = side_model(scoring_precision(model, world), name)
-        find_model(own.name_or_path, own.revision, key=f"weights.{label}")
+        named_model(own, key=f"weights.{label}")
         # gigabytes are read once, not by every rank
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:
@@ -89,7 +89,7 @@ def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
         CheckpointError: naming the file, the row and the token.
     """
     model = side.model
-    source = find_model(model.name_or_path, model.revision, key=f"weights.{side.label}")
+    source = named_model(model, key=f"weights.{side.label}")
     vocab_size = read_vocab_size(source)
     for i, ids in enumerate(encoded):
         highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))

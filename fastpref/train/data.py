@@ -12,7 +12,7 @@ from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.data.source import check_sources, log_layouts, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.model.paths import find_model
+from fastpref.model.paths import named_model
 from fastpref.model.source import load_model_tokenizer, pad_token_id, read_vocab_size
 from fastpref.train.fingerprints import take_fingerprints
 
@@ -66,7 +66,7 @@ def load_data(config: Config, world: World) -> Data:
     )
     if world.is_main:
         log_layouts(read)
-    vocab_size = read_vocab_size(find_model(config.model.name_or_path, config.model.revision))
+    vocab_size = read_vocab_size(named_model(config.model))
     tokenizer = load_model_tokenizer(config.model)
 
     def encode() -> list[PreferenceSplit]:

@@ -9,21 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fastpref.config import AdapterConfig, ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.adapter_base import AdapterBase, find_adapter_base
+from fastpref.model.families import has_family
 from fastpref.model.loaded_dtypes import LoadedDtypes, loaded_dtypes
 from fastpref.model.paths import (
+    CONFIG,
     EXPORT_FOLDER,
     TOKENIZER_FILES,
-    find_model,
+    ModelSource,
     local_folder,
     matching_files,
+    named_model,
+    read_object,
 )
 from fastpref.model.reading import reading
 from fastpref.model.source import find_tokenizer
+from fastpref.model.source_weights import SourceWeights, open_weights
+from fastpref.train.export_config import json_bytes
 
 GENERATION_CONFIG = "generation_config.json"
 MODEL_FILES = (
@@ -49,6 +54,10 @@ class ExportPlan:
     """The run's options."""
     loaded: LoadedDtypes
     """Of the checkpoint that the run started from."""
+    source: SourceWeights
+    """Its files, held open."""
+    architectures: list[str] | None
+    """What its config says that it is."""
     adapter: AdapterConfig | None
     """The run's options; None: the model itself is trained."""
     base: AdapterBase | None
@@ -84,13 +93,13 @@ def plan_export(
         CheckpointError: transformers cannot save config or tokenizer or load what was saved, or a
             file cannot be read.
     """
-    if type(model_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not has_family(model_config):
         # the text part of some models that see, which transformers loads with the rest alone
         raise CheckpointError(
             f"model: what is trained of {model.name_or_path}, {model_config.model_type}, is no "
             f"causal language model by itself, so nothing could load {EXPORT_FOLDER}"
         )
-    source = find_model(model.name_or_path, model.revision)
+    source = named_model(model)
     others = _read_files(source.base, source.revision, MODEL_FILES)
     for folder in source.adapters:
         others |= _read_files(folder, None, MODEL_FILES)
@@ -104,9 +113,17 @@ def plan_export(
         others=_with_template(others, chat_template),
         model=model,
         loaded=loaded_dtypes(model),
+        source=open_weights(model),
+        architectures=_architectures(source),
         base=find_adapter_base(model) if adapter else None,
         adapter=adapter,
     )
+
+
+def _architectures(source: ModelSource) -> list[str] | None:
+    with reading("the files", source.base):
+        folder = local_folder(source.base, source.revision, (CONFIG,))
+        return read_object(folder / CONFIG).get("architectures")
 
 
 def _read_files(name: str, revision: str | None, patterns: tuple[str, ...]) -> dict[str, bytes]:
@@ -137,7 +154,3 @@ def _with_template(files: Mapping[str, bytes], chat_template: str | None) -> dic
         if isinstance(fields, dict) and "chat_template" in fields:
             replaced[name] = json_bytes(fields | {"chat_template": chat_template})
     return replaced
-
-
-def json_bytes(fields: Any) -> bytes:
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()

@@ -34,7 +34,10 @@ FIELDS = {
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\)"),
     "unnamed format": ({"quantization_config": {}}, "quantized"),
     "text for a format": ({"quantization_config": "4bit"}, "cannot load Config"),
-    "custom code": (CUSTOM, r"needs code of its own \(model type 'mine'\)"),
+    "custom code": (
+        CUSTOM,
+        r"without running configuration_mine\.py: .* 'mine'.*trust_remote_code=true",
+    ),
     "unknown family": ({"model_type": "nosuch"}, "nosuch"),
     "no family": ({"model_type": None}, "cannot load Config"),
     "text for a number": ({"hidden_size": "many"}, "expected int, got str"),
