@@ -38,6 +38,7 @@ from fastpref.distributed import World, init_world
 from fastpref.errors import FastprefError
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.families import other_parts
+from fastpref.model.mixers import describe_mixers, isolated_mixers
 from fastpref.model.paths import resolve_model
 from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
@@ -158,7 +159,8 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         type(run.policy.model).__name__.removeprefix("FSDP"),
         run.train.layout.name,
         attention.name if attention else "its own",
-        ", ".join(sorted(trained.asked)),
+        tuple(sorted(trained.asked)),
+        describe_mixers(isolated_mixers(run.policy.model)),
         _adapters(folder, world),
         *trained[1:4],
         wrapper=_other_parts(run.policy.model),
