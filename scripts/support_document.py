@@ -65,8 +65,8 @@ was asked for; a family that has windows by default has shorter ones than the ro
         "",
         textwrap.fill(" ".join(made.split()), 120, break_on_hyphens=False),
         "",
-        "| family | class | packs | shares | window | sinks | softcap | recurrent | adapters | wrapper "
-        "| attention | scores off, nats | loss off | export off, nats | why |",
+        "| family | class | packs | shares | window | sinks | softcap | recurrent | adapters "
+        "| wrapper | attention | scores off, nats | loss off | export off, nats | why |",
         f"|{'---|' * 15}",
     ]
     lines += [
