@@ -1,17 +1,15 @@
 """`task=audit`: what training would say of the data."""
 
 from fastpref.config import ModelConfig
+from fastpref.data.announce import read_splits
 from fastpref.data.audit import run_audit
 from fastpref.data.options import DataOptions
-from fastpref.data.source import SPLITS, check_sources, read_rows
-from fastpref.model.paths import find_model
-from fastpref.model.source import load_model_tokenizer, read_vocab_size
+from fastpref.data.source import SPLITS
+from fastpref.model.source import load_vocabulary
 
 
 def audit(options: DataOptions, model: ModelConfig) -> None:
     """Read, check and encode every split; no model's weights are loaded."""
-    check_sources(options)
-    for split in SPLITS:
-        read_rows(options, split, quiet=False)
-    vocab_size = read_vocab_size(find_model(model.name_or_path, model.revision))
-    run_audit(options, load_model_tokenizer(model), vocab_size=vocab_size)
+    read_splits(options, SPLITS, quiet=False)
+    tokenizer, vocab_size = load_vocabulary(model)
+    run_audit(options, tokenizer, vocab_size=vocab_size)

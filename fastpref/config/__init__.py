@@ -5,8 +5,8 @@ Nothing here imports torch, so that a wrong option is refused before anything he
 """
 
 from fastpref.config.adapter import AdapterConfig
+from fastpref.config.data import DataConfig
 from fastpref.config.groups import (
-    DataConfig,
     HeadConfig,
     ModelConfig,
     OptimConfig,

@@ -1,4 +1,4 @@
-"""Schemas of the option groups `model packing data optim head wandb tensorboard weights`."""
+"""Schemas of the option groups `model packing optim head wandb tensorboard weights`."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -132,54 +132,6 @@ class PackingConfig:
                 "packing.share_prompt=true needs packing.enabled=true, got false: padded rows "
                 "have a copy of the prompt each"
             )
-
-
-@dataclass(kw_only=True)
-class DataConfig:
-    """How rows are read, checked, tokenized and ordered."""
-
-    on_error: str = "raise"
-    """A malformed row: raise stops with file:row:field, skip drops and counts it."""
-    strict: bool = False
-    """Make an error of what is otherwise dropped and counted, such as an empty response."""
-    max_dropped: float = 0.5
-    """Largest share of pairs that may be dropped before that is an error, in [0, 1]."""
-    drop_last: bool = True
-    """Drop the pairs that do not fill the last batch of an epoch."""
-    truncation: str = "seed"
-    """seed: responses get max_length - max_prompt_length tokens. fill: they get what the prompt
-    left. drop: pairs longer than max_length are dropped."""
-    truncation_mode: str = "auto"
-    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end for hh only)."""
-    order: str = "fastpref"
-    """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
-    eos_weight: float | None = None
-    """Token weight of the end-of-sequence token; null: the last kept token weighs 0."""
-    allow_roles: bool = False
-    """Accept message roles beyond system, user, assistant and tool."""
-    chat_template: str | None = None
-    """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
-    cache_dir: str | None = None
-    """Where read and tokenized rows are cached; null: the cache of `datasets`."""
-    num_proc: str = "auto"
-    """Processes that tokenize: auto, or a number >= 1. auto: one for each core where the rows keep
-    it busy for some seconds."""
-
-    @property
-    def num_processes(self) -> int | None:
-        """`num_proc` as a number; None for auto."""
-        return as_count("data.num_proc", self.num_proc)
-
-    def __post_init__(self) -> None:
-        self.num_proc = str(self.num_proc).lower()
-        check_number("data.num_proc", self.num_processes, ge=1)
-        check_choice("data.on_error", self.on_error, ("raise", "skip"))
-        check_number("data.max_dropped", self.max_dropped, ge=0, le=1)
-        check_choice("data.truncation", self.truncation, ("seed", "fill", "drop"))
-        modes = ("auto", "keep_start", "keep_end")
-        check_choice("data.truncation_mode", self.truncation_mode, modes)
-        check_choice("data.order", self.order, ("fastpref", "dpo", "tdpo", "tisdpo"))
-        check_number("data.eos_weight", self.eos_weight)
 
 
 @dataclass(kw_only=True)

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from fastpref.checks import check_choice, check_number
 from fastpref.config.adapter import AdapterConfig
+from fastpref.config.data import DataConfig
 from fastpref.config.groups import (
     CUDA_ATTENTIONS,
-    DataConfig,
     HeadConfig,
     ModelConfig,
     OptimConfig,
@@ -184,6 +184,7 @@ class Config:
         self._check_run_dir()
         if not self.datasets or not all(self.datasets):
             raise ValueError(f"datasets must name at least one dataset, got {list(self.datasets)}")
+        self.data.check_datasets(self.datasets)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length must be < max_length ({self.max_length}), "

@@ -1,10 +1,11 @@
 """What decides which rows a run has, how they are read and how they become token ids."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from fastpref.data.chat import read_chat_template
 from fastpref.data.encode_row import EncodeOptions
+from fastpref.data.selection import HeldOut
 
 if TYPE_CHECKING:
     from fastpref.config import Config
@@ -38,8 +39,17 @@ class DataOptions:
     """Of `datasets`; None for its default."""
     num_proc: int | None
     """Processes that tokenize; None leaves that to us."""
+    held_out: HeldOut
+    """What a dataset without a test split has instead."""
+    deduplicate: bool
+    """Leave out copies of earlier rows."""
     read: ReadOptions
     encode: EncodeOptions
+
+    def of_files(self) -> "DataOptions":
+        """The same of the rows as the files have them: nothing held out, no copy left out."""
+        held_out = replace(self.held_out, fraction=0.0)
+        return replace(self, held_out=held_out, deduplicate=False)
 
 
 def data_options(config: "Config") -> DataOptions:
@@ -54,6 +64,8 @@ def data_options(config: "Config") -> DataOptions:
         base_data_dir=config.base_data_dir,
         cache_dir=data.cache_dir,
         num_proc=data.num_processes,
+        held_out=HeldOut(fraction=data.test_fraction, seed=config.seed),
+        deduplicate=data.deduplicate,
         read=ReadOptions(
             weighted=needs.weights,
             paired=needs.pairs,

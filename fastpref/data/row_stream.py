@@ -28,6 +28,9 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
         # ascending by first appearance of the prompt, those of rows to drop included; -1: none
         "group": datasets.Value("int64"),
+        # equal for equal prompts and for equal pairs, of any source
+        "prompt_hash": datasets.Value("int64"),
+        "pair_hash": datasets.Value("int64"),
         "remarks": datasets.Value("int32"),
         "drop": datasets.Value("string"),
         # the message of a malformed row
@@ -73,7 +76,7 @@ def generate_rows(
             row = make_row(drop=MALFORMED)
         if strict and row["drop"] not in ("", MALFORMED):
             raise DataError(f"{source}:{number}: {row['drop']} (data.strict=true)")
-        group, remarks = tracker.add(row, paired=paired)
+        noted = tracker.add(row, paired=paired)
         unread = []
         if path is not None and row["drop"] != MALFORMED:
             read = fields_read(row, weighted=weighted)
@@ -85,8 +88,10 @@ def generate_rows(
             # only a built-in dataset says what to imitate: a file's other fields are ignored
             "sft_target": _nonblank(record.get("sft_target")) if path is None else None,
             "row": number,
-            "group": group,
-            "remarks": int(remarks | row_remarks(row)),
+            "group": noted.group,
+            "prompt_hash": noted.prompt_hash,
+            "pair_hash": noted.pair_hash,
+            "remarks": int(noted.remarks | row_remarks(row)),
             "note": message,
             "unread": unread,
         }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -13,9 +13,10 @@ from fastpref.checks import hint, listed
 from fastpref.data.built_in import SOURCES
 from fastpref.data.cache import cache_errors, code_digest, file_state, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
-from fastpref.data.options import DataOptions, ReadOptions
+from fastpref.data.options import DataOptions
 from fastpref.data.readers import SUFFIXES
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
+from fastpref.data.selection import COPY, Division, Selection, select_rows
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
 from fastpref.errors import DataError
 
@@ -32,12 +33,16 @@ class Rows:
     dataset: datasets.Dataset
     """Columns as `FEATURES`."""
     fingerprint: str
-    """Changes with the source, the options and the code that reads."""
+    """Changes with the source, the options, the code that reads and which rows they are."""
     counts: AuditCounts
     num_prompts: int
     """Different prompts of the source, those of rows left out included."""
     path: Path | None
     """The file; None for a built-in dataset."""
+    file_split: str
+    """The split that the source calls them: train also where they are held out of it."""
+    division: Division | None
+    """How the prompts of a source without a test split are divided."""
     state: str
     """Of the file when it was read, see `file_state`."""
     cache_dir: str | None
@@ -59,9 +64,7 @@ class Rows:
         numbers = iter(self.dataset["row"])
         wanted = next(numbers, None)
         self._check_unchanged()
-        for number, record in source_records(
-            self.name, self.counts.split, self.path, self.cache_dir
-        ):
+        for number, record in source_records(self.name, self.file_split, self.path, self.cache_dir):
             if number == wanted:
                 yield record
                 wanted = next(numbers, None)
@@ -84,7 +87,7 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
     """
     for name in options.names:
         for split in splits:
-            find_source(name, split, options.base_data_dir)
+            find_part(name, split, options)
 
 
 def available_splits(options: DataOptions) -> list[str]:
@@ -113,17 +116,36 @@ def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
     """
     check_sources(options, [split])
-    return [
-        load_rows(
-            name,
-            split,
-            options.read,
-            base_data_dir=options.base_data_dir,
-            cache_dir=options.cache_dir,
-            quiet=quiet,
-        )
-        for name in options.names
-    ]
+    earlier: set[int] | None = set() if options.deduplicate else None
+    return [load_rows(name, split, options, earlier=earlier, quiet=quiet) for name in options.names]
+
+
+class Part(NamedTuple):
+    """Where the rows of a split of a dataset are."""
+
+    path: Path | None
+    """The file; None for a built-in dataset."""
+    split: str
+    """What the source calls it."""
+    is_divided: bool = False
+    """The file has the rows of both splits."""
+
+
+def find_part(name: str, split: str, options: DataOptions) -> Part:
+    """Where the rows of a split are: in a file of its own, or where nothing else is there and
+    `data.test_fraction` is set, in that of the train split.
+
+    Raises:
+        DataError: no such dataset, see `find_source`.
+    """
+    train, test = SPLITS
+    if options.held_out.fraction:
+        try:
+            find_source(name, test, options.base_data_dir)
+        except DataError:
+            # a dataset that is nowhere has no train split either, and this says so
+            return Part(find_source(name, train, options.base_data_dir), train, is_divided=True)
+    return Part(find_source(name, split, options.base_data_dir), split)
 
 
 def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None:
@@ -163,79 +185,114 @@ def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None
 
 
 def load_rows(
-    name: str,
-    split: str,
-    options: ReadOptions,
-    *,
-    base_data_dir: str | None,
-    cache_dir: str | None,
-    quiet: bool,
+    name: str, split: str, options: DataOptions, *, earlier: set[int] | None, quiet: bool
 ) -> Rows:
     """Read and check one source, or take the result of an earlier reading from the cache.
 
     Args:
-        name, split, base_data_dir: See `find_source`.
+        name, split: Of the dataset.
         options, quiet: How to read; whether without progress bar.
-        cache_dir: Of `datasets`; None for its default.
+        earlier: See `select_rows`.
 
     Raises:
         DataError: the source is missing, a row breaks a rule (file:row: field), or too few rows
             are left.
     """
-    path = find_source(name, split, base_data_dir)
-    source = str(path) if path else SOURCES[name].origin
-    origin = read_origin(path) if path and options.weighted else None
-    state = file_state(path) if path else ""
-    with progress_bars(quiet), cache_errors(cache_dir):
-        dataset = datasets.Dataset.from_generator(
-            generate_rows,
-            features=FEATURES,
-            cache_dir=cache_dir,
-            split=datasets.NamedSplit(split),
-            gen_kwargs={
-                "name": name,
-                "split": split,
-                "path": str(path) if path else None,
-                "cache_dir": cache_dir,
-                "state": code_digest("data") + state,
-                "weighted": options.weighted,
-                "paired": options.paired,
-                "on_error": options.on_error,
-                "strict": options.strict,
-                "allow_roles": options.allow_roles,
-            },
-        )
+    part = find_part(name, split, options)
+    source = str(part.path) if part.path else SOURCES[name].origin
+    origin = read_origin(part.path) if part.path and options.read.weighted else None
+    state = file_state(part.path) if part.path else ""
+    dataset = _checked_rows(name, part, state, options, quiet=quiet)
     if origin is not None:
         check_complete(source, len(dataset), origin)
-    counts, kept = count_dataset(dataset, source, split)
-    check_counts(counts, max_dropped=options.max_dropped)
+    selection = select_rows(
+        dataset,
+        source,
+        held_out=options.held_out if part.is_divided else None,
+        is_test=split != part.split,
+        earlier=earlier,
+    )
+    counts, kept = count_dataset(dataset, source, split, selection)
+    check_counts(counts, max_dropped=options.read.max_dropped)
     unread = pc.list_flatten(dataset.with_format("arrow")["unread"][:]).to_pylist()
     return Rows(
         name=name,
         source=source,
         dataset=dataset if len(kept) == len(dataset) else dataset.select(kept),
-        fingerprint=dataset._fingerprint,
+        fingerprint=selection.fingerprint(dataset),
         counts=replace(counts, unread={source: unread} if unread else {}),
         num_prompts=int(np.max(dataset.with_format("numpy")["group"][:])) + 1,
-        path=path,
+        path=part.path,
+        file_split=part.split,
+        division=selection.division,
         state=state,
-        cache_dir=cache_dir,
+        cache_dir=options.cache_dir,
         origin=origin,
     )
 
 
+def _checked_rows(
+    name: str, part: Part, state: str, options: DataOptions, *, quiet: bool
+) -> datasets.Dataset:
+    """All rows of a source, those to drop included, in the cache of `datasets`."""
+    read, cache_dir = options.read, options.cache_dir
+    with progress_bars(quiet), cache_errors(cache_dir):
+        return datasets.Dataset.from_generator(
+            generate_rows,
+            features=FEATURES,
+            cache_dir=cache_dir,
+            split=datasets.NamedSplit(part.split),
+            gen_kwargs={
+                "name": name,
+                "split": part.split,
+                "path": str(part.path) if part.path else None,
+                "cache_dir": cache_dir,
+                "state": code_digest("data") + state,
+                "weighted": read.weighted,
+                "paired": read.paired,
+                "on_error": read.on_error,
+                "strict": read.strict,
+                "allow_roles": read.allow_roles,
+            },
+        )
+
+
 def count_dataset(
-    dataset: datasets.Dataset, source: str, split: str
+    dataset: datasets.Dataset, source: str, split: str, selection: Selection | None = None
 ) -> tuple[AuditCounts, np.ndarray]:
-    """`count_rows` on the columns `drop note row group remarks` of a dataset."""
+    """`count_rows` on the columns `drop note row group remarks` of a dataset.
+
+    Args:
+        dataset, source, split: Whose rows.
+        selection: Which of them; None: all.
+
+    Returns:
+        The counts, and the indices in the dataset of the rows to keep.
+    """
     columns = dataset.select_columns(["drop", "note", "row", "group", "remarks"])
     table = columns.with_format("arrow")[:]
-    return count_rows(
+    if selection is not None:
+        table = table.take(selection.rows)
+    drop = table["drop"].to_pylist()
+    if selection is not None:
+        drop = [
+            COPY if copy else reason for copy, reason in zip(selection.is_copy, drop, strict=True)
+        ]
+    counts, kept = count_rows(
         split=split,
         source=source,
-        drop=table["drop"].to_pylist(),
+        drop=drop,
         note=table["note"].to_pylist(),
         row=table["row"].to_numpy(),
         group=table["group"].to_numpy(),
         remarks=table["remarks"].to_numpy(),
     )
+    return counts, kept if selection is None else selection.rows[kept]
+
+
+def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
+    """The last row of each prompt, in the order in which prompts appear first."""
+    groups = dataset.with_format("numpy")["group"][:]
+    _, first = np.unique(groups, return_index=True)
+    _, last_from_end = np.unique(groups[::-1], return_index=True)
+    return dataset.select((len(groups) - 1 - last_from_end)[np.argsort(first)])

@@ -10,7 +10,7 @@ once both are done.
 import logging
 
 from fastpref.config import Config
-from fastpref.data.encode import log_counts
+from fastpref.data.counts import log_counts
 from fastpref.data.options import data_options
 from fastpref.data.source import Rows, available_splits, read_rows
 from fastpref.distributed import World, main_first
@@ -43,7 +43,7 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     """
     sides = build_sides(config.weights, config.model, config.adapter, world)
     tokenizer = shared_tokenizer(sides)
-    sources = data_options(config)
+    sources = data_options(config).of_files()
     splits = available_splits(sources)
     options = JobOptions(weights=config.weights, data=config.data, packing=config.packing)
     quiet = not world.is_main

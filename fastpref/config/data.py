@@ -1,0 +1,104 @@
+"""Schema of the group `data`: which rows a run has, how they are read and ordered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastpref.checks import as_count, check_choice, check_number
+
+SMALLEST_SHARE = 1e-6
+"""Shares are taken to a millionth, and may be as far from 1 in all."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """How rows are read, checked, tokenized and ordered."""
+
+    on_error: str = "raise"
+    """A malformed row: raise stops with file:row:field, skip drops and counts it."""
+    strict: bool = False
+    """Make an error of what is otherwise dropped and counted, such as an empty response."""
+    max_dropped: float = 0.5
+    """Largest share of pairs that may be dropped before that is an error, in [0, 1]."""
+    drop_last: bool = True
+    """Drop the pairs that do not fill the last batch of an epoch."""
+    truncation: str = "seed"
+    """seed: responses get max_length - max_prompt_length tokens. fill: they get what the prompt
+    left. drop: pairs longer than max_length are dropped."""
+    truncation_mode: str = "auto"
+    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end for hh only)."""
+    order: str = "fastpref"
+    """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
+    shares: list[float] | None = None
+    """Share of the training examples that each of `datasets` has, one number for each, 1 in all:
+    any run of examples has them to within one. An epoch has as many examples as there are rows;
+    smaller datasets come again in it, each time in another order, of larger ones a part comes, in
+    the next epoch the next one. null: all rows of all datasets are shuffled together."""
+    test_fraction: float = 0.0
+    """Where a dataset has no test split, the share of its prompts that is held out as one, in
+    [0, 1): which ones follows from `seed` and the prompt alone. 0: a missing test split is an
+    error."""
+    deduplicate: bool = False
+    """Leave out exact copies of an earlier row of its split, also of another dataset, and count
+    them."""
+    eos_weight: float | None = None
+    """Token weight of the end-of-sequence token; null: the last kept token weighs 0."""
+    allow_roles: bool = False
+    """Accept message roles beyond system, user, assistant and tool."""
+    chat_template: str | None = None
+    """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
+    cache_dir: str | None = None
+    """Where read and tokenized rows are cached; null: the cache of `datasets`."""
+    num_proc: str = "auto"
+    """Processes that tokenize: auto, or a number >= 1. auto: one for each core where the rows keep
+    it busy for some seconds."""
+
+    @property
+    def num_processes(self) -> int | None:
+        """`num_proc` as a number; None for auto."""
+        return as_count("data.num_proc", self.num_proc)
+
+    def __post_init__(self) -> None:
+        self.num_proc = str(self.num_proc).lower()
+        check_number("data.num_proc", self.num_processes, ge=1)
+        check_choice("data.on_error", self.on_error, ("raise", "skip"))
+        check_number("data.max_dropped", self.max_dropped, ge=0, le=1)
+        check_choice("data.truncation", self.truncation, ("seed", "fill", "drop"))
+        modes = ("auto", "keep_start", "keep_end")
+        check_choice("data.truncation_mode", self.truncation_mode, modes)
+        check_choice("data.order", self.order, ("fastpref", "dpo", "tdpo", "tisdpo"))
+        check_number("data.eos_weight", self.eos_weight)
+        check_number("data.test_fraction", self.test_fraction, ge=0, lt=1)
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        # without any it is `check_datasets` that says what is missing
+        if not self.shares:
+            return
+        for share in self.shares:
+            check_number("data.shares", share, ge=SMALLEST_SHARE, le=1)
+        total = sum(self.shares)
+        # sums of decimals are off by some 1e-16
+        if not abs(total - 1) <= 1.001 * SMALLEST_SHARE:
+            proportional = ",".join(f"{share / total:.6g}" for share in self.shares)
+            raise ValueError(
+                f"data.shares must be 1 in all, got {listed_numbers(self.shares)}, which is "
+                f"{total:g}; in these proportions: data.shares=[{proportional}]"
+            )
+        if self.order != "fastpref":
+            raise ValueError(
+                f"data.shares needs data.order=fastpref, got {self.order}: that repository mixes "
+                "all rows of all datasets"
+            )
+
+    def check_datasets(self, datasets: Sequence[str]) -> None:
+        """Refuse shares that are not one for each dataset."""
+        if self.shares is not None and len(self.shares) != len(datasets):
+            raise ValueError(
+                f"data.shares must be one share for each of the {len(datasets)} datasets "
+                f"({', '.join(datasets)}), got {listed_numbers(self.shares)}"
+            )
+
+
+def listed_numbers(numbers: Sequence[float]) -> str:
+    """ "[0.7,0.3]", as on a command line."""
+    return f"[{','.join(f'{number:g}' for number in numbers)}]"

@@ -1,0 +1,78 @@
+"""The order in which a run takes its rows."""
+
+from collections.abc import Iterator, Sequence
+
+from fastpref.batches.mixed_order import MixedOrder
+from fastpref.batches.order import GlobalOrder
+from fastpref.config import DataConfig
+from fastpref.data.encode import PreferenceSplit
+
+
+def build_train_order(
+    train: PreferenceSplit,
+    options: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    n_epochs: int | None,
+    n_examples: int | None,
+) -> GlobalOrder:
+    """The order of the rows to train on: all shuffled together, or mixed by `data.shares`.
+
+    Raises:
+        ConfigError: not a single step.
+    """
+    if options.shares is not None:
+        return MixedOrder(
+            train.groups,
+            sources=train.places.source,
+            shares=options.shares,
+            batch_size=batch_size,
+            seed=seed,
+            n_epochs=n_epochs,
+            n_examples=n_examples,
+            drop_last=options.drop_last,
+        )
+    return GlobalOrder(
+        train.groups,
+        batch_size=batch_size,
+        seed=seed,
+        n_epochs=n_epochs,
+        n_examples=n_examples,
+        drop_last=options.drop_last,
+        order=options.order,
+        num_prompts=train.num_prompts,
+    )
+
+
+def build_eval_order(
+    held_out: PreferenceSplit, options: DataConfig, *, seed: int, batch_size: int, n_examples: int
+) -> GlobalOrder:
+    """The order of held-out rows, of which the first ones are evaluated; shares have no say."""
+    return GlobalOrder(
+        held_out.groups,
+        batch_size=batch_size,
+        seed=seed,
+        n_epochs=1,
+        n_examples=n_examples,
+        drop_last=False,
+        order=options.order,
+        num_prompts=held_out.num_prompts,
+    )
+
+
+def describe_mix(order: GlobalOrder, names: Sequence[str]) -> Iterator[str]:
+    """Share and passes of each source, where they are mixed by shares."""
+    if not isinstance(order, MixedOrder):
+        return
+    in_epoch = order.mix(order.examples_per_epoch)
+    in_run = order.mix(order.num_examples)
+    yield (
+        f"data.shares: an epoch has {order.examples_per_epoch:,} examples, the run "
+        f"{order.num_examples:,}"
+    )
+    for name, epoch, run in zip(names, in_epoch, in_run, strict=True):
+        yield (
+            f"  {name}: {epoch.num_rows:,} rows, share {epoch.share:.4g}, passed "
+            f"{epoch.passes:.3g} times in an epoch, {run.passes:.3g} times in the run"
+        )
