@@ -126,5 +126,5 @@ def _check_division(division: Division, held_out: HeldOut, source: str) -> None:
     raise DataError(
         f"data.test_fraction={held_out.fraction:g}: of the {num_prompts:,} different prompts of "
         f"{source} {division.test_prompts:,} would be held out and {division.train_prompts:,} "
-        "trained on; each side needs at least one"
+        "trained on; each side needs at least one: set another fraction, or another seed"
     )

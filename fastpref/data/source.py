@@ -139,13 +139,18 @@ def find_part(name: str, split: str, options: DataOptions) -> Part:
         DataError: no such dataset, see `find_source`.
     """
     train, test = SPLITS
-    if options.held_out.fraction:
+    base_data_dir, is_divided = options.base_data_dir, False
+    if split == test or options.held_out.fraction:
         try:
-            find_source(name, test, options.base_data_dir)
-        except DataError:
-            # a dataset that is nowhere has no train split either, and this says so
-            return Part(find_source(name, train, options.base_data_dir), train, is_divided=True)
-    return Part(find_source(name, split, options.base_data_dir), split)
+            find_source(name, test, base_data_dir)
+        except DataError as error:
+            is_divided = options.held_out.fraction > 0
+            if not is_divided:
+                # a dataset that is nowhere has no train split either, and this says so
+                find_source(name, train, base_data_dir)
+                raise DataError(f"{error}; or hold out prompts: data.test_fraction=0.05") from None
+    own_split = train if is_divided else split
+    return Part(find_source(name, own_split, base_data_dir), own_split, is_divided)
 
 
 def find_source(name: str, split: str, base_data_dir: str | None) -> Path | None:
