@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,25 +13,37 @@ from fastpref.data.source import SPLITS, Rows, check_sources, read_rows
 logger = logging.getLogger("fastpref")
 
 
-def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> list[list[Rows]]:
+class ReadSplits(NamedTuple):
+    """Rows that were read, and what of them concerns more than one file, in words."""
+
+    rows: list[list[Rows]]
+    """Of all datasets of each split."""
+    facts: list[str]
+    warnings: list[str]
+
+
+def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> ReadSplits:
     """Read and check the rows of some splits, and say what of them concerns more than one file.
 
     Args:
         options: What the data depends on.
         splits: train first.
-        quiet: Neither progress bars nor log lines.
+        quiet: Neither progress bars nor log lines, nor anything looked for to say.
 
     Raises:
         DataError: see `read_rows`.
     """
     check_sources(options, splits)
     rows = [read_rows(options, split, quiet=quiet) for split in splits]
+    facts, warnings = list[str](), list[str]()
     if not quiet:
-        for line in describe_division(options, rows[0]):
-            logger.info(line)
-        for line in find_repetitions(rows):
-            logger.warning(line)
-    return rows
+        facts += describe_division(options, rows[0])
+        warnings += find_repetitions(rows)
+    for line in facts:
+        logger.info(line)
+    for line in warnings:
+        logger.warning(line)
+    return ReadSplits(rows, facts, warnings)
 
 
 def describe_division(options: DataOptions, train: Sequence[Rows]) -> Iterator[str]:

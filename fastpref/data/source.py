@@ -32,6 +32,8 @@ class Rows:
     """The file, the hub name, or `planted`."""
     dataset: datasets.Dataset
     """Columns as `FEATURES`."""
+    dropped: datasets.Dataset
+    """The rows of the split that are left out, copies without a reason in `drop`."""
     fingerprint: str
     """Changes with the source, the options, the code that reads and which rows they are."""
     counts: AuditCounts
@@ -224,6 +226,7 @@ def load_rows(
         name=name,
         source=source,
         dataset=dataset if len(kept) == len(dataset) else dataset.select(kept),
+        dropped=dataset.select(np.setdiff1d(selection.rows, kept)),
         fingerprint=selection.fingerprint(dataset),
         counts=replace(counts, unread={source: unread} if unread else {}),
         num_prompts=int(np.max(dataset.with_format("numpy")["group"][:])) + 1,

@@ -14,7 +14,7 @@ from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
 from fastpref.model.source import load_vocabulary, pad_token_id
 from fastpref.train.fingerprints import take_fingerprints
-from fastpref.train.orders import build_eval_order, build_train_order, describe_mix
+from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 
 logger = logging.getLogger("fastpref")
 
@@ -70,8 +70,7 @@ def load_data(config: Config, world: World) -> Data:
         train, config.data, seed=config.seed, batch_size=config.batch_size, **limits
     )
     if world.is_main:
-        for line in describe_mix(train_order, config.datasets):
-            logger.info(line)
+        log_mix(train_order, config.datasets)
         if train_order.warning:
             logger.warning(train_order.warning)
     template = options.encode.chat_template

@@ -1,11 +1,14 @@
 """The order in which a run takes its rows."""
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Sequence
 
 from fastpref.batches.mixed_order import MixedOrder
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import DataConfig
 from fastpref.data.encode import PreferenceSplit
+
+logger = logging.getLogger("fastpref")
 
 
 def build_train_order(
@@ -61,18 +64,24 @@ def build_eval_order(
     )
 
 
-def describe_mix(order: GlobalOrder, names: Sequence[str]) -> Iterator[str]:
-    """Share and passes of each source, where they are mixed by shares."""
+def log_mix(order: GlobalOrder, names: Sequence[str]) -> list[str]:
+    """Say how often each source is passed, where they are mixed by shares.
+
+    Returns:
+        What was said.
+    """
     if not isinstance(order, MixedOrder):
-        return
-    in_epoch = order.mix(order.examples_per_epoch)
-    in_run = order.mix(order.num_examples)
-    yield (
+        return []
+    lines = [
         f"data.shares: an epoch has {order.examples_per_epoch:,} examples, the run "
         f"{order.num_examples:,}"
-    )
+    ]
+    in_epoch, in_run = order.mix(order.examples_per_epoch), order.mix(order.num_examples)
     for name, epoch, run in zip(names, in_epoch, in_run, strict=True):
-        yield (
+        lines.append(
             f"  {name}: {epoch.num_rows:,} rows, share {epoch.share:.4g}, passed "
             f"{epoch.passes:.3g} times in an epoch, {run.passes:.3g} times in the run"
         )
+    for line in lines:
+        logger.info(line)
+    return lines

@@ -112,7 +112,7 @@ def test_a_test_split_that_is_there_is_taken_as_it_is(tmp_path, caplog):
     write(tmp_path, pairs(40), "divided")
     write(tmp_path, [pair("T", " yes", " no")], "whole", "test")
     options = options_of(tmp_path, "whole", "divided")
-    (whole, divided), (test, held_out) = read_splits(options, SPLITS, quiet=False)
+    (whole, divided), (test, held_out) = read_splits(options, SPLITS, quiet=False).rows
     assert (len(whole.dataset), len(test.dataset)) == (40, 1)
     assert len(divided.dataset) + len(held_out.dataset) == 40 and len(held_out.dataset)
     assert "whole has a test split, taken as it is" in caplog.text
