@@ -60,11 +60,11 @@ class Config:
     """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
 
     task: str = "train"
-    """train, audit (the checks of the data alone), plan (what training takes of GPUs, which need
-    not be here), estimate_weights (TIS-DPO's second step) or tisdpo (all of its steps, one after
-    the other)."""
+    """train, audit (the checks of the data, and a page that shows it), plan (what training takes of
+    GPUs, which need not be here), estimate_weights (TIS-DPO's second step) or tisdpo (all of its
+    steps, one after the other)."""
     seed: int = 0
-    """Seeds torch, numpy, random and the order of the data, >= 0."""
+    """Seeds torch, numpy, random, the order of the data and which prompts are held out, >= 0."""
 
     exp_name: str | None = None
     """First part of the run folder's name; null: made from loss, model and datasets."""
@@ -82,7 +82,8 @@ class Config:
     datasets: list[str] = field(default_factory=lambda: ["hh"])
     """Data to mix: planted (embedded), hh, shp, se (hub), or folders of base_data_dir."""
     base_data_dir: str | None = None
-    """Holds {name}/{split}.jsonl, .jsonl.gz or .parquet with splits train and test."""
+    """Holds {name}/{split}.jsonl, .jsonl.gz or .parquet with splits train and test; without the
+    latter see data.test_fraction."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512
@@ -90,7 +91,7 @@ class Config:
     max_prompt_length: int = 256
     """Length that a prompt is cut to when prompt + response is too long, tokens, < max_length."""
     n_epochs: int | None = 1
-    """Passes over the data; null: as many as n_examples takes."""
+    """Passes over the data, with data.shares epochs; null: as many as n_examples takes."""
     n_examples: int | None = None
     """Examples to train on, rounded up to whole batches; null: as many as n_epochs takes."""
 
