@@ -136,6 +136,16 @@ def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
 
 
+def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
+    """The tokenizer of a model's options, and the rows of its embedding; no weights are loaded.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    num_embeddings = read_vocab_size(find_model(config.name_or_path, config.revision))
+    return load_model_tokenizer(config), num_embeddings
+
+
 def read_vocab_size(source: ModelSource) -> int:
     """Rows of a model's embedding, without loading weights.
 
