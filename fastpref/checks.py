@@ -64,6 +64,11 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def share_of(part: int, whole: int) -> str:
+    """ "3 of 1,200 (0.25 %)"."""
+    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
+
+
 def hint(name: str, candidates: Iterable[str]) -> str:
     """ "; nearest: X" to end a message with, or "" where nothing is close."""
     close = nearest(name, candidates)

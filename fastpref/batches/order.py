@@ -1,6 +1,7 @@
 """The global order of training: which rows make up optimizer step n."""
 
 import random
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,11 +66,7 @@ class GlobalOrder:
         self.seed = seed
         self.order = order
         self.shuffle = shuffle
-        prompts, groups = by_first_row(groups)
-        self._rows_by_group = np.argsort(groups, kind="stable")
-        _, self._starts, self._counts = np.unique(
-            groups[self._rows_by_group], return_index=True, return_counts=True
-        )
+        prompts, self._rows = rows_by_prompt(groups)
         self._prompts = np.arange(len(prompts)) if num_prompts is None else prompts
         self._num_prompts = len(prompts) if num_prompts is None else num_prompts
         full_batches, remainder = divmod(self.num_rows, batch_size)
@@ -92,18 +89,20 @@ class GlobalOrder:
     def epoch_rows(self, epoch: int) -> np.ndarray:
         """All rows in the order of epoch `epoch`, incomplete batch included. Shape (rows,)."""
         if epoch != self._cached_epoch:
-            self._cached_rows = self._rows_of_groups(self._group_order(epoch))
+            self._cached_rows = self._visit(epoch)
             self._cached_epoch = epoch
         return self._cached_rows
 
+    def _visit(self, epoch: int) -> np.ndarray:
+        """What `epoch_rows` returns, computed."""
+        return self._rows.in_order(self._group_order(epoch))
+
     def _group_order(self, epoch: int) -> np.ndarray:
-        num_groups = len(self._counts)
+        num_groups = len(self._rows.counts)
         if not self.shuffle:
             return np.arange(num_groups)
         if self.order == "fastpref":
-            # raw words: numpy promises their stream for ever, not that of Generator.permutation
-            bits = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(epoch,)))
-            return np.argsort(bits.random_raw(num_groups), kind="stable")
+            return shuffled(num_groups, self.seed, epoch)
         prompt_order = list(range(self._num_prompts))
         for shuffle_seed in compatible_shuffle_seeds(self.order, epoch + 1):
             random.Random(shuffle_seed).shuffle(prompt_order)
@@ -111,12 +110,6 @@ class GlobalOrder:
         group_of_prompt[self._prompts] = np.arange(num_groups)
         group_order = group_of_prompt[prompt_order]
         return group_order[group_order >= 0]
-
-    def _rows_of_groups(self, group_order: np.ndarray) -> np.ndarray:
-        counts = self._counts[group_order]
-        ends = np.cumsum(counts)
-        within_group = np.arange(self.num_rows) - np.repeat(ends - counts, counts)
-        return self._rows_by_group[np.repeat(self._starts[group_order], counts) + within_group]
 
     def _count_steps(self, n_epochs: int | None, n_examples: int | None, drop_last: bool) -> int:
         if self.steps_per_epoch == 0:
@@ -158,6 +151,43 @@ class GlobalOrder:
                 "every step is one incomplete batch"
             )
         return None
+
+
+class PromptRows(NamedTuple):
+    """The rows of each prompt."""
+
+    rows: np.ndarray
+    """(rows,) int64: those of the first prompt, of the second, …, each as they come."""
+    starts: np.ndarray
+    """(prompts,) int64: where those of a prompt begin in `rows`."""
+    counts: np.ndarray
+    """(prompts,) int64: how many it has, > 0."""
+
+    def in_order(self, prompts: np.ndarray) -> np.ndarray:
+        """The rows of prompts in that order. Shape (rows,)."""
+        counts = self.counts[prompts]
+        ends = np.cumsum(counts)
+        within_prompt = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
+        return self.rows[np.repeat(self.starts[prompts], counts) + within_prompt]
+
+
+def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
+    """Ids of prompts in the order of their first row, and the rows of each.
+
+    Args:
+        groups: Prompt id of each row. Shape (rows,), int64.
+    """
+    ids, places = by_first_row(groups)
+    rows = np.argsort(places, kind="stable")
+    _, starts, counts = np.unique(places[rows], return_index=True, return_counts=True)
+    return ids, PromptRows(rows, starts, counts)
+
+
+def shuffled(number: int, seed: int, *keys: int) -> np.ndarray:
+    """0 … number - 1 in an order that follows from the seed and the keys alone."""
+    # raw words: numpy promises their stream for ever, not that of Generator.permutation
+    bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=keys))
+    return np.argsort(bits.random_raw(number), kind="stable")
 
 
 def by_first_row(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

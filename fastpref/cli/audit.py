@@ -1,16 +1,66 @@
-"""`task=audit`: what training would say of the data."""
+"""`task=audit`: what training would say of the data, its lengths, and a page to look at."""
 
-from fastpref.config import ModelConfig
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+from fastpref.cli.length_table import show_lengths
+from fastpref.complete_files import complete_file
+from fastpref.config import Config
+from fastpref.data.announce import read_splits
 from fastpref.data.audit import run_audit
-from fastpref.data.options import DataOptions
-from fastpref.data.source import SPLITS, check_sources, log_layouts, read_rows
-from fastpref.model.paths import named_model
-from fastpref.model.source import load_model_tokenizer, read_vocab_size
+from fastpref.data.audit_html import AuditPage
+from fastpref.data.audit_report import report_split
+from fastpref.data.options import SPLITS, data_options
+from fastpref.model.source import load_vocabulary
+from fastpref.train.orders import build_train_order, log_mix
+from fastpref.train.run_folder import AUDIT_PAGE, check_writable, run_place
+
+logger = logging.getLogger("fastpref")
 
 
-def audit(options: DataOptions, model: ModelConfig) -> None:
-    """Read, check and encode every split; no model's weights are loaded."""
-    check_sources(options)
-    log_layouts([rows for split in SPLITS for rows in read_rows(options, split, quiet=False)])
-    vocab_size = read_vocab_size(named_model(model))
-    run_audit(options, load_model_tokenizer(model), vocab_size=vocab_size)
+def audit(config: Config) -> None:
+    """Read, check and encode every split; no model's weights are loaded.
+
+    `audit.html` goes into the folder that `run_dir` names, which may be one of a run, else into a
+    new one beside those of runs.
+
+    Raises:
+        FastprefError: as training on this data would; nothing can be written there.
+    """
+    place = run_place(config)
+    place = replace(place, name=f"audit_{place.name}")
+    key, folder = ("run_dir", place.run_dir) if place.run_dir else ("output_dir", place.root)
+    check_writable(key, folder)
+    options = data_options(config)
+    read = read_splits(options, SPLITS, quiet=False)
+    tokenizer, vocab_size = load_vocabulary(config.model)
+    splits = run_audit(options, tokenizer, vocab_size=vocab_size)
+    facts = list(read.facts)
+    if config.data.shares is not None:
+        order = build_train_order(
+            splits[0],
+            config.data,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            n_epochs=config.n_epochs,
+            n_examples=config.n_examples,
+        )
+        facts += log_mix(order, config.datasets)
+    reports = [
+        report_split(split, rows, tokenizer, options.encode)
+        for split, rows in zip(splits, read.rows, strict=True)
+    ]
+    for report in reports:
+        show_lengths(report.counts.split, report.lengths)
+    page = AuditPage(options.names, describe_source(tokenizer), facts, read.warnings, reports)
+    path = (place.run_dir or place.create(config.to_yaml())) / AUDIT_PAGE
+    with complete_file(path) as file:
+        file.write(page.render())
+    logger.info("rows token by token: %s", path)
+
+
+def describe_source(tokenizer: object) -> str:
+    """Where a tokenizer comes from, by the end of its path."""
+    name = str(getattr(tokenizer, "name_or_path", ""))
+    return Path(name).name if Path(name).is_absolute() else name

@@ -43,9 +43,10 @@ def main(config: Config) -> int:
         config.check_device(*_device())
         if config.task == "audit":
             from fastpref.cli.audit import audit
-            from fastpref.data.options import data_options
 
-            audit(data_options(config), config.model)
+            # of several ranks one is enough
+            if os.environ.get("RANK", "0") == "0":
+                audit(config)
             return 0
         for line in Advice(config).on_task():
             logger.warning(line)

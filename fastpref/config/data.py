@@ -1,7 +1,8 @@
-"""Schema of the option group `data`: how rows are found, read and made text."""
+"""Schema of the option group `data`: which rows a run has, how they are found, read, made text and
+ordered."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,8 @@ OWN_ARGUMENTS = (
     *("eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )
 """What a chat template is told by the rows, the tokenizer or this program."""
+SMALLEST_SHARE = 1e-6
+"""Shares are taken to a millionth, and may be as far from 1 in all."""
 
 
 @dataclass(kw_only=True)
@@ -43,6 +46,18 @@ class DataConfig:
     """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end for hh only)."""
     order: str = "fastpref"
     """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
+    shares: list[float] | None = None
+    """Share of the training examples that each of `datasets` has, one number for each, 1 in all:
+    any run of examples has them to within one. An epoch has as many examples as there are rows;
+    smaller datasets come again in it, each time in another order, of larger ones a part comes, in
+    the next epoch the next one. null: all rows of all datasets are shuffled together."""
+    test_fraction: float = 0.0
+    """Where a dataset has no test split, the share of its prompts that is held out as one, in
+    [0, 1): which ones follows from `seed` and the prompt alone. 0: a missing test split is an
+    error."""
+    deduplicate: bool = False
+    """Leave out exact copies of an earlier row of its split, also of another dataset, and count
+    them."""
     eos_weight: float | None = None
     """Token weight of the end-of-sequence token; null: the last kept token weighs 0."""
     allow_roles: bool = False
@@ -83,6 +98,36 @@ class DataConfig:
         check_columns(self.columns)
         check_split_names(self.split_names)
         check_template_kwargs(self.template_kwargs)
+        check_number("data.test_fraction", self.test_fraction, ge=0, lt=1)
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        # without any it is `check_datasets` that says what is missing
+        if not self.shares:
+            return
+        for share in self.shares:
+            check_number("data.shares", share, ge=SMALLEST_SHARE, le=1)
+        total = sum(self.shares)
+        # sums of decimals are off by some 1e-16
+        if not abs(total - 1) <= 1.001 * SMALLEST_SHARE:
+            proportional = ",".join(f"{share / total:.6g}" for share in self.shares)
+            raise ValueError(
+                f"data.shares must be 1 in all, got {listed_numbers(self.shares)}, which is "
+                f"{total:g}; in these proportions: data.shares=[{proportional}]"
+            )
+        if self.order != "fastpref":
+            raise ValueError(
+                f"data.shares needs data.order=fastpref, got {self.order}: that repository mixes "
+                "all rows of all datasets"
+            )
+
+    def check_datasets(self, datasets: Sequence[str]) -> None:
+        """Refuse shares that are not one for each dataset."""
+        if self.shares is not None and len(self.shares) != len(datasets):
+            raise ValueError(
+                f"data.shares must be one share for each of the {len(datasets)} datasets "
+                f"({', '.join(datasets)}), got {listed_numbers(self.shares)}"
+            )
 
 
 def check_columns(columns: Mapping[str, str | None]) -> None:
@@ -147,3 +192,8 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, str | bool | int)
+
+
+def listed_numbers(numbers: Sequence[float]) -> str:
+    """ "[0.7,0.3]", as on a command line."""
+    return f"[{','.join(f'{number:g}' for number in numbers)}]"

@@ -58,11 +58,11 @@ class Config:
     """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
 
     task: str = "train"
-    """train, audit (the checks of the data alone), plan (what training takes of GPUs, which need
-    not be here), estimate_weights (TIS-DPO's second step) or tisdpo (all of its steps, one after
-    the other)."""
+    """train, audit (the checks of the data, and a page that shows it), plan (what training takes of
+    GPUs, which need not be here), estimate_weights (TIS-DPO's second step) or tisdpo (all of its
+    steps, one after the other)."""
     seed: int = 0
-    """Seeds torch, numpy, random and the order of the data, >= 0."""
+    """Seeds torch, numpy, random, the order of the data and which prompts are held out, >= 0."""
 
     exp_name: str | None = None
     """First part of the run folder's name; null: made from loss, model and datasets."""
@@ -82,7 +82,8 @@ class Config:
     the hub, org/name."""
     base_data_dir: str | None = None
     """Holds folders {name}/ with the splits train and test: {split}.jsonl, .jsonl.gz, .parquet,
-    .json or .json.gz, or shards of them in it or in its folder data/, as on the hub."""
+    .json or .json.gz, or shards of them in it or in its folder data/, as on the hub. Without a
+    test split see data.test_fraction."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512
@@ -90,7 +91,7 @@ class Config:
     max_prompt_length: int = 256
     """Length that a prompt is cut to when prompt + response is too long, tokens, < max_length."""
     n_epochs: int | None = 1
-    """Passes over the data; null: as many as n_examples takes."""
+    """Passes over the data, with data.shares epochs; null: as many as n_examples takes."""
     n_examples: int | None = None
     """Examples to train on, rounded up to whole batches; null: as many as n_epochs takes."""
 
@@ -188,6 +189,7 @@ class Config:
         self._check_run_dir()
         if not self.datasets or not all(self.datasets):
             raise ValueError(f"datasets must name at least one dataset, got {list(self.datasets)}")
+        self.data.check_datasets(self.datasets)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length must be < max_length ({self.max_length}), "

@@ -4,8 +4,7 @@ import logging
 from typing import Any
 
 from fastpref.data.encode import PreferenceSplit, load_split
-from fastpref.data.options import DataOptions
-from fastpref.data.source import SPLITS
+from fastpref.data.options import SPLITS, DataOptions
 
 logger = logging.getLogger("fastpref")
 

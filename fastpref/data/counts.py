@@ -2,16 +2,17 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntFlag, auto
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from fastpref.checks import listed
+from fastpref.checks import listed, share_of
 from fastpref.data.places import Places
 from fastpref.data.rows import MALFORMED
+from fastpref.data.selection import COPY
 from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
@@ -68,6 +69,7 @@ REMARK_TEXTS = {
 }
 SUSPICIOUS = (
     Remark.IDENTICAL
+    | Remark.DUPLICATE
     | Remark.CONTRADICTION
     | Remark.EOS_INSIDE
     | Remark.TEMPLATE_SPLIT
@@ -218,14 +220,15 @@ def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
         DataError: saying which rule, how many rows and why.
     """
     name = f"split {counts.split!r} of {', '.join(counts.sources)}"
-    num_dropped = sum(counts.dropped.values())
+    # copies are left out because that was asked for
+    num_dropped = sum(count for reason, count in counts.dropped.items() if reason != COPY)
     if counts.kept == 0 or num_dropped > max_dropped * counts.rows:
         rule = "no row is left" if counts.kept == 0 else f"data.max_dropped={max_dropped:g}"
         raise DataError(f"{name}: {rule}: {_dropped_text(counts)}")
     num_identical = counts.remarks.get(Remark.IDENTICAL, 0)
     if num_identical > MAX_IDENTICAL * counts.kept:
         raise DataError(
-            f"{name}: chosen equals rejected in {_share(num_identical, counts.kept)} pairs, "
+            f"{name}: chosen equals rejected in {share_of(num_identical, counts.kept)} pairs, "
             f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer{_not_rendered(counts)}"
         )
 
@@ -248,9 +251,9 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
         warnings.append(f"{counts.split}: {_dropped_text(counts)}")
     for remark, count in counts.remarks.items():
         lines = warnings if remark in SUSPICIOUS else facts
-        rows = f"{_share(count, counts.kept)} rows"
+        rows = f"{share_of(count, counts.kept)} rows"
         if remark is Remark.JOINED_DIFFERS:
-            rows = f"{_share(count, counts.joined_rows)} text rows"
+            rows = f"{share_of(count, counts.joined_rows)} text rows"
             if counts.joined_rows < counts.text_rows:
                 rows += f", of {counts.text_rows:,} only the first {JOINED_ROWS:,} of each source "
                 rows += "were looked at"
@@ -270,12 +273,32 @@ def log_audit(counts: AuditCounts) -> None:
         logger.warning(line)
 
 
+def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bool = True) -> None:
+    """The account of each split, and once what a user may not expect of prompts that are texts."""
+    for audit in audits:
+        log_audit(audit)
+    if about_texts:
+        log_missing_bos(audits, tokenizer)
+
+
+def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
+    """Say that texts get no BOS where the tokenizer by itself begins every text with it."""
+    [ids] = tokenizer(["a"], verbose=False)["input_ids"]
+    has_texts = any(counts.text_rows for counts in audits)
+    if has_texts and ids and ids[0] == tokenizer.bos_token_id:
+        logger.info(
+            "no %s is put before prompts that are texts, though this tokenizer begins every text "
+            "with it: the rule of the seed repositories; a prompt may spell it",
+            tokenizer.bos_token,
+        )
+
+
 def _not_rendered(counts: AuditCounts) -> str:
     """What may have made responses equal, to end a message with."""
     remark = Remark.RESPONSE_NOT_RENDERED
     if remark not in counts.remarks:
         return ""
-    rows = _share(counts.remarks[remark], counts.kept)
+    rows = share_of(counts.remarks[remark], counts.kept)
     return f"; {REMARK_TEXTS[remark]} in {rows} of them (first: {counts.first_remarks[remark]})"
 
 
@@ -284,12 +307,8 @@ def _dropped_text(counts: AuditCounts) -> str:
         f"{reason} {count:,} (first: {counts.first_dropped[reason]})"
         for reason, count in counts.dropped.items()
     )
-    share = _share(sum(counts.dropped.values()), counts.rows)
+    share = share_of(sum(counts.dropped.values()), counts.rows)
     return f"dropped {share} rows" + (f": {reasons}" if reasons else "")
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
 
 
 def _summed(one: Mapping[Key, int], other: Mapping[Key, int]) -> dict[Key, int]:

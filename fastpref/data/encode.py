@@ -30,21 +30,19 @@ from fastpref.data.chat import (
     current_date,
     prints_date,
 )
-from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_audit
+from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_counts
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
-from fastpref.data.options import DataOptions
+from fastpref.data.options import SPLITS, DataOptions
 from fastpref.data.places import Places, join_places, place_of, places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.row_values import RowError
 from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
-from fastpref.data.source import SPLITS, Rows, count_dataset, read_rows
+from fastpref.data.source import Rows, count_dataset, read_rows, sft_targets
 from fastpref.data.tokenizer_checks import ID_COLUMNS, check_tokenizer, check_vocabulary
 from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
 
-NO_RESPONSE = ("", "[]")
-"""A side that a row does not have, as a text and as messages."""
 WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
 LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
 BOOKKEEPING = {
@@ -53,6 +51,8 @@ BOOKKEEPING = {
     "remarks": datasets.Value("int32"),
     "drop": datasets.Value("string"),
     "note": datasets.Value("string"),
+    # tokens of the prompt and of each response with its EOS before anything was cut
+    "lengths": datasets.List(datasets.Value("int32")),
 }
 
 
@@ -73,6 +73,8 @@ class PreferenceSplit:
     audit: AuditCounts
     places: Places
     """Where each row comes from."""
+    sizes: tuple[int, ...]
+    """Rows of each data set, one after another."""
 
 
 def load_split(
@@ -122,6 +124,7 @@ def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
         num_prompts=offset,
         audit=audit,
         places=join_places([part.places for part in parts]),
+        sizes=tuple(len(part.dataset) for part in parts),
     )
 
 
@@ -141,25 +144,24 @@ def encode_rows(
         DataError: a row breaks a rule (file:row: field), or a token id reaches `vocab_size`.
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
     """
+    dataset, encoded = encode_source(rows, tokenizer, options, num_proc=num_proc)
+    # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
+    check_vocabulary(encoded, vocab_size, tokenizer)
+    return _as_split(rows, dataset, encoded)
+
+
+def encode_source(
+    rows: Rows, tokenizer: Any, options: EncodeOptions, *, num_proc: int = 1
+) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The checked rows of a source that are encoded, and the same encoded, each with what became
+    of it; columns `FEATURES` and `encoded_features`.
+
+    Raises:
+        DataError, ConfigError: see `encode_rows`.
+    """
     check_tokenizer(tokenizer)
-    if options.truncation_mode == "auto" and rows.name == "hh":
-        options = replace(options, truncation_mode="keep_end")
-    if options.weighted and rows.origin is not None:
-        options = replace(
-            options,
-            weights_have_eos=rows.origin.includes_eos,
-            weights_mismatch=rows.origin.explain_mismatch(
-                tokenizer_digest(tokenizer),
-                options.chat_template,
-                options.template_kwargs,
-            ),
-        )
+    options = options_of_source(rows, tokenizer, options)
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
-    if rows.has_chats:
-        check_chat_template(tokenizer, options.chat_template, options.template_kwargs)
-        if prints_date(tokenizer, options.chat_template):
-            estimated = rows.origin.chat_date if rows.origin else None
-            options = replace(options, chat_date=estimated or current_date(tokenizer))
     with tokenizing_in(num_proc):
         encoded = dataset.map(
             encode_batch,
@@ -173,14 +175,37 @@ def encode_rows(
             new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
             desc=f"tokenizing {rows.name} {rows.counts.split}",
         )
-    # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
-    check_vocabulary(encoded, vocab_size, tokenizer)
-    return _as_split(rows, dataset, encoded)
+    return dataset, encoded
+
+
+def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> EncodeOptions:
+    """The options with what a source decides: the end of a prompt that stays, what is known of its
+    weights, the day that its chat template prints.
+
+    Raises:
+        ConfigError: no chat template for rows of messages.
+    """
+    if options.truncation_mode == "auto" and rows.name == "hh":
+        options = replace(options, truncation_mode="keep_end")
+    if options.weighted and rows.origin is not None:
+        options = replace(
+            options,
+            weights_have_eos=rows.origin.includes_eos,
+            weights_mismatch=rows.origin.explain_mismatch(
+                tokenizer_digest(tokenizer), options.chat_template, options.template_kwargs
+            ),
+        )
+    if rows.has_chats:
+        check_chat_template(tokenizer, options.chat_template, options.template_kwargs)
+        if prints_date(tokenizer, options.chat_template):
+            estimated = rows.origin.chat_date if rows.origin else None
+            options = replace(options, chat_date=estimated or current_date(tokenizer))
+    return options
 
 
 def _as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
     """Encoded rows, those to drop left out, and the account of all of them."""
-    counts, kept = count_dataset(encoded, rows.location)
+    counts, kept = count_dataset(encoded, rows.location, rows.counts.split)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
     counts = replace(
         count_tokens(encoded, rows.counts.then(counts)),
@@ -196,27 +221,8 @@ def _as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) 
         num_prompts=rows.num_prompts,
         dataset=encoded.remove_columns(list(BOOKKEEPING)),
         audit=counts,
+        sizes=(len(encoded),),
     )
-
-
-def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bool = True) -> None:
-    """The account of each split, and once what a user may not expect of prompts that are texts."""
-    for audit in audits:
-        log_audit(audit)
-    if about_texts:
-        log_missing_bos(audits, tokenizer)
-
-
-def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
-    """Say that texts get no BOS where the tokenizer by itself begins every text with it."""
-    [ids] = tokenizer(["a"], verbose=False)["input_ids"]
-    has_texts = any(counts.text_rows for counts in audits)
-    if has_texts and ids and ids[0] == tokenizer.bos_token_id:
-        logger.info(
-            "no %s is put before prompts that are texts, though this tokenizer begins every text "
-            "with it: the rule of the seed repositories; a prompt may spell it",
-            tokenizer.bos_token,
-        )
 
 
 def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
@@ -231,18 +237,6 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
         response_tokens=int(chosen.sum() + rejected.sum()),
         longest_tokens=int((prompt + np.maximum(chosen, rejected)).max(initial=0)),
     )
-
-
-def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The last row of each prompt, in the order in which prompts appear first; rows of one response
-    as they are, each is an example."""
-    # of a pair it would have been an empty response; a source has one layout
-    if dataset[0]["rejected"] in NO_RESPONSE:
-        return dataset
-    groups = dataset.with_format("numpy")["group"][:]
-    _, first = np.unique(groups, return_index=True)
-    _, last_from_end = np.unique(groups[::-1], return_index=True)
-    return dataset.select((len(groups) - 1 - last_from_end)[np.argsort(first)])
 
 
 def encoded_features(options: EncodeOptions) -> datasets.Features:

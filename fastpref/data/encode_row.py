@@ -55,6 +55,8 @@ class EncodedPair(NamedTuple):
     remarks: Remark = Remark(0)
     drop: str = ""
     note: str = ""
+    lengths: Sequence[int] = ()
+    """Tokens of the prompt and of each response with its EOS before anything was cut."""
 
     def columns(self) -> dict[str, Any]:
         """The same as columns of the encoded dataset; a side that is not there is empty."""
@@ -69,6 +71,7 @@ class EncodedPair(NamedTuple):
             "remarks": int(self.remarks),
             "drop": self.drop,
             "note": self.note,
+            "lengths": self.lengths,
         }
 
 
@@ -112,9 +115,10 @@ def encode_row(
     if options.reverse_dataset and not options.sft:
         responses, weights = responses[::-1], weights[::-1]
     full = [[*response, eos_id] for response in responses]
-    cut = truncate(prompt, full, options, keep_end=_keeps_end(row["form"], options))
+    lengths = [len(part) for part in (prompt, *full)]
+    cut = truncate(prompt, full, options, keep_end=keeps_end(row["form"], options))
     if cut is None:
-        return EncodedPair(drop=TOO_LONG)
+        return EncodedPair(drop=TOO_LONG, lengths=lengths)
     prompt_ids, response_ids = cut
     kept_weights = [
         align_weights(
@@ -126,7 +130,9 @@ def encode_row(
         for side, kept in enumerate(response_ids[: len(weights)])
     ]
     remarks |= _cut_remarks((prompt, *full), (prompt_ids, *response_ids))
-    return EncodedPair(prompt_ids, response_ids, kept_weights, remarks, note=tokens.note)
+    return EncodedPair(
+        prompt_ids, response_ids, kept_weights, remarks, note=tokens.note, lengths=lengths
+    )
 
 
 def check_weights_digest(
@@ -227,7 +233,8 @@ def truncate(
     return prompt, [response[:budget] for response in responses]
 
 
-def _keeps_end(form: str, options: EncodeOptions) -> bool:
+def keeps_end(form: str, options: EncodeOptions) -> bool:
+    """Whether of a prompt that is too long the end stays."""
     if options.truncation_mode == "auto":
         return form == "hh"
     return options.truncation_mode == "keep_end"

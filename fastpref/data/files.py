@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fastpref.checks import hint, listed
 from fastpref.data.built_in import SOURCES
 from fastpref.data.cache import file_state
-from fastpref.data.hub import hub_state
+from fastpref.data.hub import hub_splits, hub_state
 from fastpref.data.readers import SUFFIXES
 from fastpref.errors import DataError
 
@@ -16,6 +16,10 @@ ENDINGS = "|".join(map(re.escape, SUFFIXES))
 OTHER_NAMES = {"test": ("validation", "valid", "val", "eval", "dev")}
 """What else a split is called."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class MissingSplitError(DataError):
+    """A data set is there, and the split that was asked for is not."""
 
 
 class Location(NamedTuple):
@@ -83,7 +87,8 @@ def find_source(
         split_names: What splits of folders and of the hub are called there.
 
     Raises:
-        DataError: there is none; names what lies there instead.
+        DataError: there is none; names what lies there instead. A `MissingSplitError` where a
+            folder is there and only the split is not.
     """
     there = split_names.get(split, split)
     folder = Path(base_data_dir).expanduser() / name if base_data_dir is not None else None
@@ -117,6 +122,22 @@ def find_source(
         f"it; folders there: {listed(found) or 'none'}; {built_in}"
         f"{hint(name, [*found, *SOURCES])}"
     )
+
+
+def check_hub_split(location: Location, cache_dir: str | None) -> None:
+    """See that a data set of the hub has a split.
+
+    Raises:
+        MissingSplitError: it has not; names those that it has.
+        DataError: the hub cannot be reached.
+    """
+    there, found = location.split_there, hub_splits(location.name, cache_dir)
+    # a part of a split is written train[:90%], two of them train+validation
+    if not {part.partition("[")[0] for part in there.split("+")} <= set(found):
+        advice = _split_names(set(found)) if location.split == there else hint(there, found)
+        raise MissingSplitError(
+            f"datasets: {location.name} has no split {there!r}, only {listed(found)}{advice}"
+        )
 
 
 def find_files(folder: Path, split: str) -> list[Path]:
@@ -189,12 +210,12 @@ def _contents(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _no_files(folder: Path, split: str, there: str) -> DataError:
+def _no_files(folder: Path, split: str, there: str) -> MissingSplitError:
     contents = list(_contents(folder))
     found = [str(path.relative_to(folder)) for path in contents]
     splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
     advice = _split_names(splits) if split == there else ""
-    return DataError(
+    return MissingSplitError(
         f"datasets: no file {folder / there}.jsonl (or .jsonl.gz, .parquet, .json, or shards of "
         f"one); found {listed(found) or 'an empty folder'}{advice or hint(f'{there}.jsonl', found)}"
     )

@@ -6,6 +6,7 @@ records.
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -64,14 +65,15 @@ def hub_state(hub_id: str, split: str, cache_dir: str | None) -> str:
     return str(load_from_hub(hub_id, split, cache_dir)._fingerprint)
 
 
-def hub_splits(hub_id: str) -> list[str]:
-    """Names of the splits of a data set of the hub.
+@cache
+def hub_splits(hub_id: str, cache_dir: str | None) -> tuple[str, ...]:
+    """Names of the splits of a data set of the hub, asked for once.
 
     Raises:
         DataError: the hub cannot be reached.
     """
     try:
-        return list(datasets.get_dataset_split_names(hub_id))
+        return tuple(datasets.get_dataset_split_names(hub_id, cache_dir=cache_dir))
     except Exception as error:
         raise _unreachable(hub_id, "", error) from error
 

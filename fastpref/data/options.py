@@ -1,13 +1,16 @@
 """What decides which rows a run has, how they are read and how they become token ids."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fastpref.data.chat import read_chat_template
 from fastpref.data.encode_row import EncodeOptions
+from fastpref.data.selection import HeldOut
 
 if TYPE_CHECKING:
     from fastpref.config import Config
+
+SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,17 @@ class DataOptions:
     """Of `datasets`; None for its default."""
     num_proc: int | None
     """Processes that tokenize; None leaves that to us."""
+    held_out: HeldOut
+    """What a dataset without a test split has instead."""
+    deduplicate: bool
+    """Leave out copies of earlier rows."""
     read: ReadOptions
     encode: EncodeOptions
+
+    def of_files(self) -> "DataOptions":
+        """The same of the rows as the files have them: nothing held out, no copy left out."""
+        held_out = replace(self.held_out, fraction=0.0)
+        return replace(self, held_out=held_out, deduplicate=False)
 
 
 def data_options(config: "Config") -> DataOptions:
@@ -61,6 +73,8 @@ def data_options(config: "Config") -> DataOptions:
         split_names=dict(data.split_names),
         cache_dir=data.cache_dir,
         num_proc=data.num_processes,
+        held_out=HeldOut(fraction=data.test_fraction, seed=config.seed),
+        deduplicate=data.deduplicate,
         read=ReadOptions(
             weighted=needs.weights,
             paired=needs.pairs,

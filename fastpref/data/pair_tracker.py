@@ -1,6 +1,7 @@
 """What is remarkable about rows as texts: equal prompts, pairs that come again, idle weights."""
 
 import hashlib
+from typing import NamedTuple
 
 from fastpref.data.counts import Remark
 from fastpref.data.rows import MALFORMED, Row, comparable
@@ -22,6 +23,18 @@ def row_remarks(row: Row) -> Remark:
     return remarks
 
 
+class Noted(NamedTuple):
+    """What is known of a row among the others of its source."""
+
+    group: int
+    """Number of its prompt by first appearance, -1 if it has none."""
+    remarks: Remark = Remark(0)
+    prompt_hash: int = 0
+    """64 bits with a sign: equal for equal prompts, of any source."""
+    pair_hash: int = 0
+    """The same of prompt, chosen and rejected."""
+
+
 class PairTracker:
     """Numbers prompts by first appearance and notices pairs that come again."""
 
@@ -29,28 +42,35 @@ class PairTracker:
         self.groups: dict[bytes, int] = {}
         self.pairs: set[bytes] = set()
 
-    def add(self, row: Row, *, paired: bool) -> tuple[int, Remark]:
-        """The row's prompt number (-1 if it has none) and what is remarkable about its pair.
+    def add(self, row: Row, *, paired: bool) -> Noted:
+        """What is known of the row now.
 
         The prompt of a row to drop has a number too: it keeps its place in the order of the data.
         """
         texts = comparable(row)
         if row["drop"] == MALFORMED or (row["drop"] and texts[0] == NO_MESSAGES):
-            return -1, Remark(0)
+            return Noted(-1)
         prompt, chosen, rejected = map(_digest, texts)
         group = self.groups.setdefault(prompt, len(self.groups))
+        pair = prompt + chosen + rejected
+        noted = Noted(group, Remark(0), _as_integer(prompt), _as_integer(_digest(pair)))
         if row["drop"] or not paired:
-            return group, Remark(0)
+            return noted
         if row["chosen"] == row["rejected"]:
-            return group, Remark.IDENTICAL
+            return noted._replace(remarks=Remark.IDENTICAL)
         remarks = Remark(0)
-        if prompt + chosen + rejected in self.pairs:
+        if pair in self.pairs:
             remarks |= Remark.DUPLICATE
         if prompt + rejected + chosen in self.pairs and chosen != rejected:
             remarks |= Remark.CONTRADICTION
-        self.pairs.add(prompt + chosen + rejected)
-        return group, remarks
+        self.pairs.add(pair)
+        return noted._replace(remarks=remarks)
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+def _digest(text: str | bytes) -> bytes:
+    encoded = text if isinstance(text, bytes) else text.encode()
+    return hashlib.blake2b(encoded, digest_size=16).digest()
+
+
+def _as_integer(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little", signed=True)

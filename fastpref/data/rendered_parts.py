@@ -28,7 +28,7 @@ def field_left_out(name: str, messages: Messages, text: str, start: int) -> str:
         The way to the text, "chosen.tool_calls.function.name", or "" where nothing is left out.
     """
     for message in messages:
-        for path, leaf in _leaves(message):
+        for path, leaf in text_leaves(message):
             said = leaf.strip()
             if not _holds(text[max(0, start - len(said) + 1) :], said):
                 return f"{name}.{path}"
@@ -43,11 +43,11 @@ def prompt_is_left_out(messages: Messages, tools: Messages | None, text: str) ->
     return any(isinstance(part, str) and not _holds(text, part.strip()) for part in said)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def text_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     """Texts in a message that a template should show, with the keys that lead to them."""
     if isinstance(value, list):
         for item in value:
-            yield from _leaves(item, path)
+            yield from text_leaves(item, path)
     elif not isinstance(value, dict):
         yield from string_leaves(value, path)
     else:
@@ -56,7 +56,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
             if key in ARGUMENTS:
                 yield from string_leaves(_decoded(item), way)
             elif key not in UNSAID:
-                yield from _leaves(item, way)
+                yield from text_leaves(item, way)
 
 
 def _holds(text: str, said: str) -> bool:

@@ -37,6 +37,9 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
         # ascending by first appearance of the prompt, those of rows to drop included; -1: none
         "group": datasets.Value("int64"),
+        # equal for equal prompts and for equal pairs, of any source
+        "prompt_hash": datasets.Value("int64"),
+        "pair_hash": datasets.Value("int64"),
         "remarks": datasets.Value("int32"),
         "drop": datasets.Value("string"),
         # the message of a malformed row
@@ -83,15 +86,17 @@ def generate_rows(
             unread = [] if location.is_built_in else unread_of.add(record, layout)
         if options.strict and row["drop"] not in ("", MALFORMED):
             raise DataError(f"{place}: {row['drop']} (data.strict=true)")
-        group, remarks = tracker.add(row, paired=options.paired)
+        noted = tracker.add(row, paired=options.paired)
         yield {
             **row,
             "layout": what,
             # only a built-in dataset says what to imitate: a file's other fields are ignored
             "sft_target": _nonblank(record.get("sft_target")) if location.is_built_in else None,
             "row": number,
-            "group": group,
-            "remarks": int(remarks | row_remarks(row)),
+            "group": noted.group,
+            "prompt_hash": noted.prompt_hash,
+            "pair_hash": noted.pair_hash,
+            "remarks": int(noted.remarks | row_remarks(row)),
             "note": message,
             "unread": unread,
         }

@@ -22,6 +22,7 @@ from fastpref.model.full_weights import load_checkpoint, load_weights, named_wei
 from fastpref.model.paths import (
     ModelSource,
     find_model,
+    named_model,
     nearest_neighbour,
     resolve_tokenizer,
 )
@@ -137,6 +138,16 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
 
 def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+
+
+def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
+    """The tokenizer of a model's options, and the rows of its embedding; no weights are loaded.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    num_embeddings = read_vocab_size(named_model(config))
+    return load_model_tokenizer(config), num_embeddings
 
 
 def read_vocab_size(source: ModelSource) -> int:

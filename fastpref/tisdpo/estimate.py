@@ -10,9 +10,9 @@ once both are done.
 import logging
 
 from fastpref.config import Config
-from fastpref.data.encode import log_counts
+from fastpref.data.announce import read_files
+from fastpref.data.counts import log_counts
 from fastpref.data.options import data_options
-from fastpref.data.source import Rows, available_splits, log_layouts, read_rows
 from fastpref.distributed import World, main_first
 from fastpref.scoring.score import score_sides
 from fastpref.signals import say_if_stopped
@@ -43,18 +43,9 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     """
     sides = build_sides(config.weights, config.model, config.adapter, world)
     tokenizer = shared_tokenizer(sides)
-    sources = data_options(config)
-    splits = available_splits(sources)
     options = JobOptions(weights=config.weights, data=config.data, packing=config.packing)
-    quiet = not world.is_main
-
-    def read() -> list[Rows]:
-        return [rows for split in splits for rows in read_rows(sources, split, quiet=quiet)]
-
-    read_back = main_first(world, read)
-    if world.is_main:
-        log_layouts(read_back)
-    jobs = [open_job(options, sides, rows, tokenizer, world) for rows in read_back]
+    sources = main_first(world, lambda: read_files(data_options(config), quiet=not world.is_main))
+    jobs = [open_job(options, sides, rows, tokenizer, world) for rows in sources]
     if world.is_main:
         log_counts([job.counts for job in jobs], tokenizer)
     finished = world.on_main(lambda: [job.is_finished() for job in jobs])

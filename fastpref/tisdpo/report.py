@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
+from fastpref.data.token_texts import token_texts
 from fastpref.data.weights_file import WeightsOrigin
 from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
 
@@ -176,17 +177,6 @@ def build_example(
         )
     prompt = tokenizer.decode(row.prompt_ids)
     return Example(prompt=prompt, chosen=sides[0], rejected=sides[1])
-
-
-def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; a character spread over tokens belongs to the last."""
-    texts, shown = [], ""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
-        is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or end == len(ids)
-        texts.append(text[len(shown) :] if is_whole else "")
-        shown = text if is_whole else shown
-    return texts
 
 
 def describe_side(name: str, template: str) -> str:

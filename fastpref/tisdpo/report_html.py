@@ -8,59 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.complete_files import complete_file
+from fastpref.page import render_page, render_tiles
 from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c1917; --muted: #6b6560; --page: #fbfaf8;
-  --card: #ffffff; --line: #e7e2dc; --high: 234 88 12; --low: 37 99 235; --strength: .72; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ece8e3; --muted: #a49c93; --page: #161412;
-  --card: #1f1c1a; --line: #35302c; --high: 249 115 22; --low: 96 145 250; --strength: .62; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 66rem; padding: 2.5rem 1.5rem 4rem; color: var(--ink);
-  background: var(--page); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .35rem; letter-spacing: -.015em; }
-h2 { font-size: 1.05rem; margin: 2.4rem 0 .8rem; }
-p { margin: 0 0 .6rem; max-width: 46rem; }
-.muted, dt, figcaption, .side { color: var(--muted); font-size: .875rem; }
-figcaption b { color: var(--ink); font-weight: 600; }
-code { font: .875em ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
-  margin: 1.5rem 0 0; }
-.tiles div, .pair, figure { background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; padding: .8rem 1rem; }
-dd { margin: 0; font-size: 1.4rem; font-variant-numeric: tabular-nums; letter-spacing: -.01em; }
-dl { margin: 0; }
 .scale { display: flex; align-items: center; gap: .7rem; font-size: .875rem; margin: 1rem 0 0;
   font-variant-numeric: tabular-nums; flex-wrap: wrap; }
 .scale i { width: 13rem; height: .8rem; border-radius: .4rem; background: linear-gradient(90deg,
   rgb(var(--low) / var(--strength)), transparent, rgb(var(--high) / var(--strength)));
   border: 1px solid var(--line); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .75rem; }
-figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
-svg .high { fill: rgb(var(--high)); } svg .low { fill: rgb(var(--low)); }
 svg .none { fill: var(--muted); opacity: .55; }
-svg .axis { stroke: var(--line); } 
-.pair { margin: 0 0 .75rem; }
 .prompt { white-space: pre-wrap; margin: 0 0 .6rem; color: var(--muted); max-width: none; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr));
   gap: .4rem 2rem; }
-.response { font: .95rem/2 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
-.t { position: relative; padding: .2em .04em; border-radius: .22em; }
 .h { background: rgb(var(--high) / calc(var(--a) * var(--strength))); }
 .l { background: rgb(var(--low) / calc(var(--a) * var(--strength))); }
 .x { text-decoration: underline 2px; text-underline-offset: .28em; }
-.t:hover { outline: 2px solid var(--ink); z-index: 1; }
-.t:hover::after { content: attr(data-w); position: absolute; left: 0; top: 100%; margin-top: .3em;
-  padding: .25em .6em; border-radius: .35em; background: var(--ink); color: var(--page);
-  font: .8rem/1.4 system-ui, sans-serif; white-space: pre; pointer-events: none; z-index: 2; }
-details { margin-top: .5rem; } summary { cursor: pointer; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 td, th { padding: .1rem .9rem .1rem 0; text-align: right; font-weight: 400; }
 td:first-child, th:first-child { text-align: left; white-space: pre; }
 th { color: var(--muted); }
 """
+"""Beside `page.STYLE`."""
 
 
 def write_html(report: WeightsReport, path: Path) -> None:
@@ -84,7 +53,6 @@ def render_html(report: WeightsReport) -> str:
     ]
     if report.auc is not None:
         tiles.append(("ROC-AUC, planted", f"{report.auc:.3f}"))
-    facts = "".join(f"<div><dl><dt>{name}</dt><dd>{value}</dd></dl></div>" for name, value in tiles)
     underlined = (
         "<p class=muted>Underlined: the wrong tokens that were planted in the rejected response. "
         "The ROC-AUC says how well a rejected token's weight singles them out.</p>"
@@ -99,27 +67,19 @@ def render_html(report: WeightsReport) -> str:
         for side, values in (("chosen", report.chosen), ("rejected", report.rejected))
     )
     pairs = "".join(render_pair(example, report.limit) for example in report.examples)
-    return f"""<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width, initial-scale=1">
-<title>Token weights: {escape(report.title)}</title>
-<style>{STYLE}</style>
-<h1>Token weights: {escape(report.title)}</h1>
-<p class=muted>π⁺ <code>{escape(report.positive)}</code> &nbsp; π⁻
+    body = f"""<p class=muted>π⁺ <code>{escape(report.positive)}</code> &nbsp; π⁻
 <code>{escape(report.negative)}</code></p>
 <p>The weight of a token is log(π⁺/π⁻) where the response was chosen and its negative where it was
 rejected, in nats: high where a token decides the preference.</p>
-<div class=tiles>{facts}</div>
+{render_tiles(tiles)}
 <div class=scale aria-hidden=true><span>&minus;{report.limit:g}</span><i></i><span>{report.limit:+g}
 nats</span></div>
 <h2>How weights are spread</h2>
 <div class=charts>{charts}</div>
 <h2>Pairs, token by token</h2>
 {underlined}
-{pairs}
-</html>
-"""
+{pairs}"""
+    return render_page(f"Token weights: {report.title}", body, style=STYLE)
 
 
 def histogram_svg(values: NDArray[np.float64], span: float, side: str) -> str:

@@ -226,6 +226,18 @@ class Advice(NamedTuple):
                 f"adapter={config.adapter.kind} has no effect with task={config.task}, which "
                 "trains nothing; models that are adapter folders are read as they are"
             )
+        data = config.data
+        names = {
+            "shares": data.shares is not None,
+            "test_fraction": data.test_fraction > 0,
+            "deduplicate": data.deduplicate,
+        }
+        if config.task == "estimate_weights" and any(names.values()):
+            given = ", ".join(f"data.{name}" for name, is_given in names.items() if is_given)
+            yield (
+                f"{given}: no effect with task=estimate_weights, which gives weights to every row "
+                "of the files; training on them then divides and mixes"
+            )
         if config.task != "tisdpo" and config.stages != StagesConfig():
             yield (
                 f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "

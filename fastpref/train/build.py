@@ -55,22 +55,23 @@ def build_run(config: Config, world: World, start: Start) -> Run:
         num_tokens=data.num_tokens,
     )
     fingerprints = fingerprints or data.fingerprints(config.model, world)
+    place = place_of(world, recomputes=config.activation_checkpointing)
     work = build_workload(
         objective,
         pair,
         config.training,
         world,
-        limit=config.packing.token_limit or start.state.tokens_found(place_of(config, world)),
+        limit=config.packing.token_limit or start.state.tokens_found(place),
         longest=data.longest,
     )
     return _Parts(config, world, start, data, pair, work).assemble(fingerprints)
 
 
-def place_of(config: Config, world: World) -> str:
+def place_of(world: World, *, recomputes: bool) -> str:
     """What the memory that a token takes, and that there is, depends on between two starts."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    keeps = "block inputs" if config.activation_checkpointing else "activations"
+    keeps = "block inputs" if recomputes else "activations"
     return f"{world.size} x {name}, {keeps} kept"
 
 
@@ -110,7 +111,7 @@ class _Parts(NamedTuple):
         state = self.start.load(policy, updates, world.device, num_steps=train.order.num_steps)
         if config.packing.token_limit is None:
             state.max_tokens = self.work.layout.max_tokens
-        state.place = place_of(config, world)
+        state.place = place_of(world, recomputes=config.activation_checkpointing)
         run_dir = open_run_dir(self.start, config.to_yaml(), world)
         log = open_log(
             run_dir,

@@ -7,14 +7,14 @@ from fastpref.batches.layouts import RowLayout
 from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, ModelConfig
+from fastpref.data.announce import read_splits
 from fastpref.data.audit import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
-from fastpref.data.source import check_sources, log_layouts, read_rows
 from fastpref.distributed import World, main_first
-from fastpref.model.paths import named_model
-from fastpref.model.source import load_model_tokenizer, pad_token_id, read_vocab_size
+from fastpref.model.source import load_vocabulary, pad_token_id
 from fastpref.train.fingerprints import take_fingerprints
+from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 
 logger = logging.getLogger("fastpref")
 
@@ -60,14 +60,8 @@ def load_data(config: Config, world: World) -> Data:
     quiet = not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
-    check_sources(options, splits)
-    read = main_first(
-        world, lambda: [rows for split in splits for rows in read_rows(options, split, quiet=quiet)]
-    )
-    if world.is_main:
-        log_layouts(read)
-    vocab_size = read_vocab_size(named_model(config.model))
-    tokenizer = load_model_tokenizer(config.model)
+    main_first(world, lambda: read_splits(options, splits, quiet=quiet))
+    tokenizer, vocab_size = load_vocabulary(config.model)
 
     def encode() -> list[PreferenceSplit]:
         return [
@@ -78,30 +72,23 @@ def load_data(config: Config, world: World) -> Data:
     train, *held_out = main_first(world, encode)
     if world.is_main:
         logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
-    train_order = GlobalOrder(
-        train.groups,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        n_epochs=config.n_epochs,
-        n_examples=config.n_examples,
-        drop_last=config.data.drop_last,
-        order=config.data.order,
-        num_prompts=train.num_prompts,
+    limits = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
+    train_order = build_train_order(
+        train, config.data, seed=config.seed, batch_size=config.batch_size, **limits
     )
+    if world.is_main:
+        log_mix(train_order, config.datasets)
+        if train_order.warning:
+            logger.warning(train_order.warning)
     template = options.encode.chat_template
-    if world.is_main and train_order.warning:
-        logger.warning(train_order.warning)
     if not held_out:
         return Data(train, train_order, None, None, tokenizer, template)
-    eval_order = GlobalOrder(
-        held_out[0].groups,
-        batch_size=config.eval_batch_size,
+    eval_order = build_eval_order(
+        held_out[0],
+        config.data,
         seed=config.seed,
-        n_epochs=1,
+        batch_size=config.eval_batch_size,
         n_examples=config.n_eval_examples,
-        drop_last=False,
-        order=config.data.order,
-        num_prompts=held_out[0].num_prompts,
     )
     return Data(train, train_order, held_out[0], eval_order, tokenizer, template)
 

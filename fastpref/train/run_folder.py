@@ -49,7 +49,7 @@ class RunPlace:
             check_writable("exp_name", self.root / self._timed_name())
             return
         check_writable("run_dir", folder)
-        if not folder.is_dir() or not any(folder.iterdir()) or took_no_step(folder):
+        if not folder.is_dir() or not names_in(folder) or took_no_step(folder):
             return
         is_run = (folder / OPTIONS).is_file()
         if not (may_go_on and is_run):
@@ -79,7 +79,7 @@ class RunPlace:
             return _claim(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock(self.run_dir)
-        if {path.name for path in self.run_dir.iterdir()} - {LOCK}:
+        if names_in(self.run_dir) - {LOCK}:
             logger.info("%s: what a start without a single step has left is replaced", self.run_dir)
             clear_start(self.run_dir)
         return self.run_dir
@@ -102,6 +102,8 @@ OPTIONS = "config.yaml"
 """In every run folder: the options of its last start."""
 LOCK = ".lock"
 """In a run folder: locked by the process that writes there."""
+AUDIT_PAGE = "audit.html"
+"""What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
 LEFT_AT_THE_START = (
     *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"),
     *("wandb", "wandb-id"),
@@ -111,9 +113,14 @@ LEFT_AT_THE_START = (
 """What a run may have written before its first step, by name."""
 
 
+def names_in(run_dir: Path) -> set[str]:
+    """What lies in a run folder, but for the page of an audit."""
+    return {child.name for child in run_dir.iterdir()} - {AUDIT_PAGE}
+
+
 def took_no_step(run_dir: Path) -> bool:
     """Whether a folder holds what a run leaves that ended before its first step, and no more."""
-    names = {child.name for child in run_dir.iterdir()}
+    names = names_in(run_dir)
     if OPTIONS not in names or not names <= set(LEFT_AT_THE_START):
         return False
     if step_folders(run_dir / CHECKPOINTS):

@@ -334,6 +334,32 @@ def test_a_wrong_file_under_configs_is_named(tmp_path, monkeypatch, text, messag
         read("model=mine")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["datasets=[a,b]", "data.shares=[0.7,0.2]"], r"1 in all, got \[0.7,0.2\], which is 0.9; "),
+        (["datasets=[a,b]", "data.shares=[3,1]"], r"data.shares must be .* <= 1, got 3"),
+        (["datasets=[a,b]", "data.shares=[0.6,0.2]"], r"proportions: data.shares=\[0.75,0.25\]$"),
+        (["datasets=[a,b]", "data.shares=[1,0]"], r"data.shares must be >= 1e-06 .*, got 0"),
+        (["datasets=[a,b]", "data.shares=[1]"], r"each of the 2 datasets \(a, b\), got \[1\]"),
+        (["data.shares=[]"], r"each of the 1 datasets \(planted\), got \[\]"),
+        (["data.shares=[1]", "data.order=dpo"], "data.shares needs data.order=fastpref, got dpo"),
+        (["data.shares=0.5"], r"data.shares must be a list"),
+        (["data.test_fraction=1"], r"data.test_fraction must be >= 0 and < 1, got 1"),
+        (["data.test_fraction=-0.1"], r"data.test_fraction must be >= 0 and < 1"),
+        (["data.deduplicate=some"], r"data.deduplicate must be true or false, got some"),
+    ],
+)
+def test_shares_and_fractions_that_are_none_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        read(*arguments)
+
+
+def test_shares_may_be_off_by_what_six_digits_are():
+    shares = "data.shares=[0.333333,0.333333,0.333333]"
+    assert len(read("datasets=[a,b,c]", shares).data.shares or []) == 3
+
+
 def test_sharing_prompts_of_padded_rows_is_refused():
     with pytest.raises(ValueError, match=r"share_prompt=true needs packing\.enabled=true"):
         PackingConfig(enabled=False, share_prompt="true")

@@ -11,7 +11,8 @@ from small_data import byte_tokenizer, count_calls, make_config, pairs, write_js
 from fastpref.data.encode import load_split
 from fastpref.data.files import find_source, split_of
 from fastpref.data.options import data_options
-from fastpref.data.source import available_splits, check_sources, read_rows
+from fastpref.data.parts import available_splits, check_sources
+from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 
 ROWS = pairs(7)

@@ -9,10 +9,11 @@ import pytest
 from small_data import make_config, pair, write_jsonl
 
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig
+from fastpref.data.announce import log_layouts
 from fastpref.data.layout_reader import LayoutReader
 from fastpref.data.options import data_options
 from fastpref.data.row_values import RowError
-from fastpref.data.source import log_layouts, read_rows
+from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 
 SIDES = ("chosen", "rejected")

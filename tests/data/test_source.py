@@ -11,7 +11,8 @@ from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.data.built_in import SOURCES, BuiltIn
 from fastpref.data.counts import Remark, format_audit
 from fastpref.data.options import data_options
-from fastpref.data.source import check_sources, read_rows
+from fastpref.data.parts import check_sources
+from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 
 SIDES = ("chosen", "rejected")

@@ -13,6 +13,7 @@ from fastpref.cli.command_line import main
 from fastpref.config import (
     AdapterConfig,
     Config,
+    DataConfig,
     DPOConfig,
     ModelConfig,
     OptimConfig,
@@ -181,6 +182,15 @@ def test_options_that_adapters_are_not_trained_well_with_are_said(options, messa
 )
 def test_adapters_that_nothing_trains_are_said(options, messages):
     assert_messages(Advice(make_config(**options)).on_task(), messages)
+
+
+def test_rows_that_get_weights_are_neither_divided_nor_mixed():
+    data = DataConfig(shares=[1.0], test_fraction=0.1)
+    weights = WeightsConfig(positive="a", negative="b", output_dir="c")
+    config = make_config(task="estimate_weights", weights=weights, data=data)
+    said = r"data\.shares, data\.test_fraction: no effect with task=estimate_weights"
+    assert_messages(Advice(config).on_task(), [said])
+    assert_messages(Advice(make_config(data=data)).on_task(), [])
 
 
 def test_a_run_says_what_its_options_come_to(tmp_path, capsys):

@@ -1,0 +1,43 @@
+"""The lengths of a split as a table of the terminal."""
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fastpref.data.lengths import Histogram
+
+LEVELS = " ▁▂▃▄▅▆▇█"
+LIMIT = "┃"
+
+
+def show_lengths(split: str, lengths: Sequence[Histogram]) -> None:
+    """Print how long the texts of a split are, before anything is cut."""
+    table = Table(title=f"{split}: tokens before anything is cut; {LIMIT} is the limit")
+    for i, title in enumerate(
+        ("", "rows by length", "median", "95 %", "longest", "limit", "over it")
+    ):
+        table.add_column(title, justify="left" if i < 2 else "right", no_wrap=i < 2)
+    for histogram in lengths:
+        table.add_row(
+            histogram.name,
+            draw(histogram),
+            f"{histogram.median:,}",
+            f"{histogram.most:,}",
+            f"{histogram.longest:,}",
+            f"{histogram.limit:,}",
+            f"{100 * histogram.num_over / max(1, histogram.num_rows):.3g} %",
+        )
+    Console(file=sys.stdout, width=100).print(table)
+
+
+def draw(histogram: Histogram) -> str:
+    """A histogram in one line: a block for each bin, and a stroke behind those within the limit."""
+    highest = max(histogram.counts, default=0) or 1
+    top = len(LEVELS) - 1
+    # any row at all shows
+    blocks = [LEVELS[-(-count * top // highest)] for count in histogram.counts]
+    if histogram.bins_within is not None:
+        blocks.insert(histogram.bins_within, LIMIT)
+    return "".join(blocks)

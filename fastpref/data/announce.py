@@ -1,0 +1,160 @@
+"""What the log says of the rows of a run: how they are laid out, held out, what comes twice."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastpref.checks import share_of
+from fastpref.data.options import SPLITS, DataOptions
+from fastpref.data.parts import available_splits, check_sources
+from fastpref.data.source import Rows, read_rows
+
+logger = logging.getLogger("fastpref")
+
+EXAMPLE_CHARACTERS = 160
+"""Of each part of the row that the log shows."""
+
+
+class ReadSplits(NamedTuple):
+    """Rows that were read, and what of them concerns more than one file, in words."""
+
+    rows: list[list[Rows]]
+    """Of all datasets of each split."""
+    facts: list[str]
+    warnings: list[str]
+
+
+def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> ReadSplits:
+    """Read and check the rows of some splits, and say what of them concerns more than one file.
+
+    Args:
+        options: What the data depends on.
+        splits: train first.
+        quiet: Neither progress bars nor log lines, nor anything looked for to say.
+
+    Raises:
+        DataError: see `read_rows`.
+    """
+    check_sources(options, splits)
+    rows = [read_rows(options, split, quiet=quiet) for split in splits]
+    facts, warnings = list[str](), list[str]()
+    if not quiet:
+        log_layouts([part for parts in rows for part in parts])
+        facts += describe_division(options, rows[0])
+        warnings += find_repetitions(rows)
+    for line in facts:
+        logger.info(line)
+    for line in warnings:
+        logger.warning(line)
+    return ReadSplits(rows, facts, warnings)
+
+
+def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
+    """Read and check the rows of every split that all datasets have, as the files have them.
+
+    Args:
+        options: What the data depends on.
+        quiet: Neither progress bars nor log lines.
+
+    Raises:
+        DataError: there is no such split; see `read_rows`.
+    """
+    whole = options.of_files()
+    splits = available_splits(whole)
+    rows = [part for split in splits for part in read_rows(whole, split, quiet=quiet)]
+    if not quiet:
+        log_layouts(rows)
+    return rows
+
+
+def log_layouts(sources: Sequence[Rows]) -> None:
+    """Say how the rows of each source were recognised, with the first row of each data set."""
+    shown: dict[str, str] = {}
+    for rows in sources:
+        if rows.location.is_built_in:
+            continue
+        row = rows.dataset[0]
+        lines = [f"{rows.counts.split}: {rows.source}: rows of {row['layout']}"]
+        if shown.get(rows.name) != row["layout"]:
+            parts = {field: example_text(row, field) for field in ("prompt", "chosen", "rejected")}
+            lines += [f"  {field}: {text}" for field, text in parts.items() if text]
+            shown[rows.name] = row["layout"]
+        logger.info("\n".join(lines))
+
+
+def example_text(row: dict[str, Any], field: str) -> str:
+    """A part of a checked row, its middle left out where long; messages with their roles."""
+    text: str = row[field]
+    if row["form"] == "chat":
+        messages = json.loads(text)
+        said = (message.get("content") or json.dumps(message) for message in messages)
+        text = " ".join(f"[{m['role']}] {part}" for m, part in zip(messages, said, strict=True))
+    if len(text) > EXAMPLE_CHARACTERS:
+        half = EXAMPLE_CHARACTERS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return repr(text) if text else ""
+
+
+def describe_division(options: DataOptions, train: Sequence[Rows]) -> Iterator[str]:
+    """Which prompts are held out where `data.test_fraction` asks for it, dataset by dataset."""
+    fraction = options.held_out.fraction
+    if not fraction:
+        return
+    called = f" {options.split_names['test']!r}" if "test" in options.split_names else ""
+    for rows in train:
+        if rows.division is None:
+            yield f"data.test_fraction={fraction:g}: {rows.name} has a test split, taken as it is"
+            continue
+        _, test_prompts, _, test_rows = rows.division
+        num_prompts = rows.division.train_prompts + test_prompts
+        yield (
+            f"data.test_fraction={fraction:g}: {rows.name} has no test split{called}: "
+            f"{share_of(test_prompts, num_prompts)} prompts of {rows.source} are held out, with "
+            f"{test_rows:,} rows"
+        )
+
+
+def find_repetitions(splits: Sequence[Sequence[Rows]]) -> Iterator[str]:
+    """What a user may not expect to come twice: rows of one dataset in another of the same split,
+    and held-out prompts that are trained on."""
+    for parts in splits:
+        for index, rows in enumerate(parts):
+            earlier = parts[:index]
+            if repeated := _repeated(rows, earlier, "pair_hash"):
+                count, _, first = repeated
+                others = ", ".join(other.source for other in earlier)
+                yield (
+                    f"{rows.counts.split}: {share_of(count, len(rows.dataset))} rows of "
+                    f"{rows.source} are in {others} too (first: {first}); data.deduplicate=true "
+                    "leaves copies out"
+                )
+    if len(splits) < len(SPLITS):
+        return
+    train, test = splits
+    for rows in test:
+        if repeated := _repeated(rows, train, "prompt_hash"):
+            count, num_prompts, first = repeated
+            yield (
+                f"{rows.counts.split}: {share_of(num_prompts, rows.counts.prompts)} prompts of "
+                f"{rows.source} are in the train split too ({count:,} rows, first: {first}): "
+                "held-out numbers will be too good"
+            )
+
+
+def _repeated(rows: Rows, others: Sequence[Rows], column: str) -> tuple[int, int, str] | None:
+    """Rows of a source whose hash others have: how many, how many different, where the first is."""
+    if not others:
+        return None
+    own = _hashes(rows, column)
+    is_repeated = np.isin(own, np.concatenate([_hashes(other, column) for other in others]))
+    if not is_repeated.any():
+        return None
+    first = rows.place(int(np.argmax(is_repeated)))
+    return int(is_repeated.sum()), len(np.unique(own[is_repeated])), first
+
+
+def _hashes(rows: Rows, column: str) -> np.ndarray:
+    return rows.dataset.select_columns([column]).with_format("arrow")[:][column].to_numpy()

@@ -1,0 +1,114 @@
+"""How long the texts of a split are, in tokens, before anything is cut."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+
+from fastpref.data.encode_row import EncodeOptions
+
+MOST_BINS = 30
+SHOWN_SHARE = 0.995
+"""Of the rows: longer ones are in the last bin."""
+FAR = 3
+"""A limit farther away than so many times the longest is not in the picture."""
+
+
+class Histogram(NamedTuple):
+    """How one of the lengths of a split is spread."""
+
+    name: str
+    """What is measured."""
+    counts: list[int]
+    """Rows of each bin; the last one has all that are longer too."""
+    edges: list[int]
+    """(bins + 1,): bin i has lengths from edges[i] + 1 to edges[i + 1], the first one 0 too."""
+    median: int
+    most: int
+    """95 % of the rows are no longer."""
+    longest: int
+    limit: int
+    """Tokens it is cut to, if a row is too long."""
+    limit_name: str
+    """The option that says so."""
+    num_over: int
+    """Rows that are longer than the limit."""
+    num_rows: int
+
+    @property
+    def bins_within(self) -> int | None:
+        """Bins up to the limit; None where it is beyond them."""
+        return self.edges.index(self.limit) if self.limit in self.edges else None
+
+
+def measure_lengths(encoded: Sequence[datasets.Dataset], options: EncodeOptions) -> list[Histogram]:
+    """The lengths of prompt, responses and whole sequences, beside their limits.
+
+    Args:
+        encoded: The encoded rows of each source; those that are dropped as too long count.
+        options: For the limits.
+    """
+    parts = [dataset.with_format("arrow")[:]["lengths"] for dataset in encoded]
+    # a row that was dropped before it had tokens has none
+    columns = 2 if options.sft else 3
+    flat = np.concatenate([pc.list_flatten(part).to_numpy() for part in parts])
+    lengths = flat.reshape(-1, columns).astype(np.int64)
+    prompt, responses = lengths[:, 0], lengths[:, 1:]
+    names = ("response",) if options.sft else ("chosen", "rejected")
+    response_limit, response_limit_name = options.max_length, "max_length"
+    if options.truncation == "seed":
+        response_limit -= options.max_prompt_length
+        response_limit_name = "max_length - max_prompt_length"
+    return [
+        _histogram("prompt", prompt, options.max_prompt_length, "max_prompt_length"),
+        *(
+            _histogram(name, values, response_limit, response_limit_name)
+            for name, values in zip(names, responses.T, strict=True)
+        ),
+        _histogram(
+            "sequence" if options.sft else "longer sequence",
+            prompt + responses.max(axis=1),
+            options.max_length,
+            "max_length",
+        ),
+    ]
+
+
+def _histogram(name: str, values: np.ndarray, limit: int, limit_name: str) -> Histogram:
+    longest = int(values.max(initial=1))
+    # to the right of it are a few rows, which would press all others together
+    end = max(1, _quantile(values, SHOWN_SHARE))
+    is_near = limit <= FAR * longest
+    width = _round_width(max(end, limit if is_near else 1))
+    # the limit is an edge, so that a bin is on one side of it
+    first = limit % width if is_near else 0
+    edges = np.arange(first, max(end, limit if is_near else 0) + width, width)
+    edges = np.concatenate([[0], edges[edges > 0]])
+    places = np.searchsorted(edges, values.clip(1, edges[-1])) - 1
+    return Histogram(
+        name=name,
+        counts=np.bincount(places, minlength=len(edges) - 1).tolist(),
+        edges=edges.tolist(),
+        median=_quantile(values, 0.5),
+        most=_quantile(values, 0.95),
+        longest=longest,
+        limit=limit,
+        limit_name=limit_name,
+        num_over=int((values > limit).sum()),
+        num_rows=len(values),
+    )
+
+
+def _quantile(values: np.ndarray, share: float) -> int:
+    return int(np.quantile(values, share, method="higher")) if len(values) else 0
+
+
+def _round_width(end: int) -> int:
+    """A width of 1, 2 or 5 times a power of ten, with which `end` is within `MOST_BINS` bins."""
+    width = 1
+    while end / width > MOST_BINS:
+        leading = int(str(width)[0])
+        width = width * 5 // 2 if leading == 2 else width * 2
+    return width

@@ -1,0 +1,90 @@
+"""Where the rows of each split of a data set lie: by themselves, or among those to train on."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fastpref.data.files import Location, MissingSplitError, check_hub_split, find_source
+from fastpref.data.options import SPLITS, DataOptions
+from fastpref.errors import DataError
+
+
+class Part(NamedTuple):
+    """Where the rows of a split of a data set are."""
+
+    location: Location
+    split: str
+    """train or test; another one than the location's where rows are held out of that."""
+    is_divided: bool = False
+    """The location has the rows of both splits."""
+
+
+def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
+    """See that every dataset has its files, before anything heavy is loaded.
+
+    Raises:
+        DataError: the path, what was expected, what lies there.
+    """
+    parts = [find_part(name, split, options) for name in options.names for split in splits]
+    if all(part.location.is_built_in for part in parts):
+        for key, value in (("columns", options.read.columns), ("split_names", options.split_names)):
+            if value:
+                raise DataError(
+                    f"data.{key} is for files and data sets of the hub; all of datasets="
+                    f"[{','.join(options.names)}] are built in"
+                )
+
+
+def available_splits(options: DataOptions) -> list[str]:
+    """The splits that every dataset has by itself.
+
+    Raises:
+        DataError: none.
+    """
+    splits, errors = [], []
+    for split in SPLITS:
+        try:
+            for name in options.names:
+                _find_own(name, split, options)
+            splits.append(split)
+        except DataError as error:
+            errors.append(error)
+    if not splits:
+        raise errors[0]
+    return splits
+
+
+def find_part(name: str, split: str, options: DataOptions) -> Part:
+    """Where the rows of a split are: in a split of its own, or where a data set has none to test on
+    and `data.test_fraction` is set, in that to train on.
+
+    Raises:
+        DataError: no such data set or split, see `find_source`.
+    """
+    train, test = SPLITS
+    is_divided, fraction = False, options.held_out.fraction
+    if split == test or fraction:
+        try:
+            own = _find_own(name, test, options)
+        except MissingSplitError as error:
+            # where there is nothing to train on either, that is what is missing
+            own = _find_own(name, train, options)
+            is_divided = fraction > 0
+            if not is_divided:
+                raise MissingSplitError(
+                    f"{error}; or hold out prompts of the train split: data.test_fraction=0.05"
+                ) from None
+        if split == test or is_divided:
+            return Part(own, split, is_divided)
+    return Part(find_source(name, split, options.base_data_dir, options.split_names), split)
+
+
+def _find_own(name: str, split: str, options: DataOptions) -> Location:
+    """Where a split of its own lies, of the hub too.
+
+    Raises:
+        DataError: see `find_source`.
+    """
+    location = find_source(name, split, options.base_data_dir, options.split_names)
+    if location.is_hub:
+        check_hub_split(location, options.cache_dir)
+    return location

@@ -1,0 +1,89 @@
+"""The order in which a run takes its rows."""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastpref.batches.mixed_order import MixedOrder
+from fastpref.batches.order import GlobalOrder
+from fastpref.config import DataConfig
+from fastpref.data.encode import PreferenceSplit
+
+logger = logging.getLogger("fastpref")
+
+
+def build_train_order(
+    train: PreferenceSplit,
+    options: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    n_epochs: int | None,
+    n_examples: int | None,
+) -> GlobalOrder:
+    """The order of the rows to train on: all shuffled together, or mixed by `data.shares`.
+
+    Raises:
+        ConfigError: not a single step.
+    """
+    if options.shares is not None:
+        return MixedOrder(
+            train.groups,
+            sources=np.repeat(np.arange(len(train.sizes)), train.sizes),
+            shares=options.shares,
+            batch_size=batch_size,
+            seed=seed,
+            n_epochs=n_epochs,
+            n_examples=n_examples,
+            drop_last=options.drop_last,
+        )
+    return GlobalOrder(
+        train.groups,
+        batch_size=batch_size,
+        seed=seed,
+        n_epochs=n_epochs,
+        n_examples=n_examples,
+        drop_last=options.drop_last,
+        order=options.order,
+        num_prompts=train.num_prompts,
+    )
+
+
+def build_eval_order(
+    held_out: PreferenceSplit, options: DataConfig, *, seed: int, batch_size: int, n_examples: int
+) -> GlobalOrder:
+    """The order of held-out rows, of which the first ones are evaluated; shares have no say."""
+    return GlobalOrder(
+        held_out.groups,
+        batch_size=batch_size,
+        seed=seed,
+        n_epochs=1,
+        n_examples=n_examples,
+        drop_last=False,
+        order=options.order,
+        num_prompts=held_out.num_prompts,
+    )
+
+
+def log_mix(order: GlobalOrder, names: Sequence[str]) -> list[str]:
+    """Say how often each source is passed, where they are mixed by shares.
+
+    Returns:
+        What was said.
+    """
+    if not isinstance(order, MixedOrder):
+        return []
+    lines = [
+        f"data.shares: an epoch has {order.examples_per_epoch:,} examples, the run "
+        f"{order.num_examples:,}"
+    ]
+    in_epoch, in_run = order.mix(order.examples_per_epoch), order.mix(order.num_examples)
+    for name, epoch, run in zip(names, in_epoch, in_run, strict=True):
+        lines.append(
+            f"  {name}: {epoch.num_rows:,} rows, share {epoch.share:.4g}, passed "
+            f"{epoch.passes:.3g} times in an epoch, {run.passes:.3g} times in the run"
+        )
+    for line in lines:
+        logger.info(line)
+    return lines
