@@ -19,7 +19,7 @@ EXAMPLE_CHARACTERS = 160
 
 
 class ReadSplits(NamedTuple):
-    """Rows that were read, and what of them concerns more than one file, in words."""
+    """Rows that were read, how, and what of them concerns more than one file, in words."""
 
     rows: list[list[Rows]]
     """Of all datasets of each split."""
@@ -28,7 +28,7 @@ class ReadSplits(NamedTuple):
 
 
 def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> ReadSplits:
-    """Read and check the rows of some splits, and say what of them concerns more than one file.
+    """Read and check the rows of some splits; say how, and what concerns more than one file.
 
     Args:
         options: What the data depends on.
@@ -40,16 +40,17 @@ def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> 
     """
     check_sources(options, splits)
     rows = [read_rows(options, split, quiet=quiet) for split in splits]
-    facts, warnings = list[str](), list[str]()
-    if not quiet:
-        log_layouts([part for parts in rows for part in parts])
-        facts += describe_division(options, rows[0])
-        warnings += find_repetitions(rows)
-    for line in facts:
+    if quiet:
+        return ReadSplits(rows, [], [])
+    every_part = [part for parts in rows for part in parts]
+    log_layouts(every_part)
+    division, warnings = list(describe_division(options, rows[0])), list(find_repetitions(rows))
+    for line in division:
         logger.info(line)
     for line in warnings:
         logger.warning(line)
-    return ReadSplits(rows, facts, warnings)
+    layouts = filter(None, map(describe_layout, every_part))
+    return ReadSplits(rows, [*layouts, *division], warnings)
 
 
 def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
@@ -74,15 +75,22 @@ def log_layouts(sources: Sequence[Rows]) -> None:
     """Say how the rows of each source were recognised, with the first row of each data set."""
     shown: dict[str, str] = {}
     for rows in sources:
-        if rows.location.is_built_in:
+        lines = [describe_layout(rows)]
+        if not lines[0]:
             continue
         row = rows.dataset[0]
-        lines = [f"{rows.counts.split}: {rows.source}: rows of {row['layout']}"]
         if shown.get(rows.name) != row["layout"]:
             parts = {field: example_text(row, field) for field in ("prompt", "chosen", "rejected")}
             lines += [f"  {field}: {text}" for field, text in parts.items() if text]
             shown[rows.name] = row["layout"]
         logger.info("\n".join(lines))
+
+
+def describe_layout(rows: Rows) -> str:
+    """How the rows of a source were recognised; "" of built-in data."""
+    if rows.location.is_built_in:
+        return ""
+    return f"{rows.counts.split}: {rows.source}: rows of {rows.dataset[0]['layout']}"
 
 
 def example_text(row: dict[str, Any], field: str) -> str:

@@ -134,7 +134,8 @@ def check_hub_split(location: Location, cache_dir: str | None) -> None:
     there, found = location.split_there, hub_splits(location.name, cache_dir)
     # a part of a split is written train[:90%], two of them train+validation
     if not {part.partition("[")[0] for part in there.split("+")} <= set(found):
-        advice = _split_names(set(found)) if location.split == there else hint(there, found)
+        is_named = location.split != there
+        advice = hint(there, found) if is_named else _split_names(there, set(found))
         raise MissingSplitError(
             f"datasets: {location.name} has no split {there!r}, only {listed(found)}{advice}"
         )
@@ -214,15 +215,16 @@ def _no_files(folder: Path, split: str, there: str) -> MissingSplitError:
     contents = list(_contents(folder))
     found = [str(path.relative_to(folder)) for path in contents]
     splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
-    advice = _split_names(splits) if split == there else ""
+    advice = _split_names(split, splits) if split == there else ""
     return MissingSplitError(
         f"datasets: no file {folder / there}.jsonl (or .jsonl.gz, .parquet, .json, or shards of "
         f"one); found {listed(found) or 'an empty folder'}{advice or hint(f'{there}.jsonl', found)}"
     )
 
 
-def _split_names(splits: set[str]) -> str:
-    """What the splits may be called that are there, to end a message with; "" for no idea."""
+def _split_names(missing: str, splits: set[str]) -> str:
+    """What a missing split may be called there, and the other one with it, to end a message with;
+    "" for no idea."""
     meant = {}
     for split in ("train", "test"):
         names = [name for name in sorted(splits) if name.startswith(f"{split}_")]
@@ -230,4 +232,4 @@ def _split_names(splits: set[str]) -> str:
         if split not in splits and names:
             meant[split] = names[0] if len(names) == 1 else f"one of {' '.join(names)}"
     named = ", ".join(f"{split}: {name}" for split, name in meant.items())
-    return f"; splits of other names: data.split_names={{{named}}}" if named else ""
+    return f"; splits of other names: data.split_names={{{named}}}" if missing in meant else ""

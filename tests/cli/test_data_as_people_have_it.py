@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,42 @@ def test_shards_of_whole_conversations_as_on_the_hub_train_by_tdpo(tmp_path):
     assert "rows of prompt as text, chosen and rejected as messages" in result.stderr
     assert "prompt: '[user] What is 0 + 1?'" in result.stderr
     assert steps(tmp_path) == [1, 2]
+
+
+def test_shards_without_a_test_split_are_audited_and_trained_on_with_prompts_held_out(tmp_path):
+    rows = [ultrafeedback(*question) for question in QUESTIONS]
+    rows[15] = rows[2]
+    for i in range(2):
+        write(tmp_path, f"data/train_prefs-0000{i}-of-00002.parquet", rows[i * 10 : i * 10 + 10])
+    named = ("datasets=[set]", "data.split_names={train: train_prefs}")
+    result = run(tmp_path, *named)
+    assert result.returncode == 3
+    assert "or hold out prompts of the train split: data.test_fraction=0.05" in result.stderr
+    held_out = (*named, "data.test_fraction=0.3", "data.deduplicate=true")
+    for options in (("task=audit", "run_dir=run"), ()):
+        result = run(tmp_path, *held_out, *options)
+        assert result.returncode == 0, result.stderr
+        for split in ("train", "test"):
+            place = f"{split}: .*00000-of-00002.parquet … .* \\(2 files\\): rows of prompt as text"
+            assert re.search(place, result.stderr)
+        assert "set has no test split: " in result.stderr
+        assert "copy of an earlier row 1 (first: " in result.stderr
+        assert "train_prefs-00001-of-00002.parquet:6)" in result.stderr
+    assert steps(tmp_path) == [1, 2]
+    page = (tmp_path / "run" / "audit.html").read_text()
+    assert "train_prefs-00001-of-00002.parquet:6<" in page and "has no test split" in page
+    assert "rows of prompt as text, chosen and rejected as messages" in page
+
+
+def test_what_can_be_read_in_two_ways_is_refused_by_an_audit_too(tmp_path):
+    answers = {"prompt": "What?", "response_0": "This.", "response_1": "That."}
+    rows = [answers | {"better_response_id": 0, "safer_response_id": 1}]
+    for name in ("train.json", "test.json"):
+        write(tmp_path, name, rows)
+    result = run(tmp_path, "datasets=[set]", "task=audit", "data.on_error=skip")
+    assert (result.returncode, "Traceback" in result.stderr) == (3, False), result.stderr
+    assert "better_response_id" in result.stderr and "data.columns" in result.stderr
+    assert not (tmp_path / "run" / "audit.html").exists()
 
 
 def test_questions_with_a_system_text_in_an_array_train_by_dpo(tmp_path):
