@@ -160,7 +160,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         run.train.layout.name,
         attention.name if attention else "its own",
         tuple(sorted(trained.asked)),
-        describe_mixers(isolated_mixers(run.policy.model)),
+        describe_mixers(isolated_mixers(run.policy.model) if attention else []),
         _adapters(folder, world),
         *trained[1:4],
         wrapper=_other_parts(run.policy.model),
