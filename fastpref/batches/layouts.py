@@ -32,6 +32,10 @@ class RowLayout(Protocol):
     def shares_prompts(self) -> bool:
         """Whether both responses of a pair attend to one copy of its prompt."""
 
+    @property
+    def repeats_prompts(self) -> bool:
+        """Whether some layers compute a shared prompt once for each response all the same."""
+
     def limited_to(self, max_tokens: int) -> "RowLayout":
         """The same layout with another limit."""
 
@@ -82,6 +86,10 @@ class PackedRows:
     """Most tokens of a micro-batch."""
     few_lengths: bool = False
     """Fill rows up to one of a few lengths, see `fill_up`."""
+    among_rows: bool = True
+    """Share prompts among pairs too. Where some layers compute a prompt once for each response all
+    the same, a row of many pairs with one prompt would take them far more memory than its tokens
+    say; of a pair it is less than twice as much."""
 
     @property
     def name(self) -> str:
@@ -92,6 +100,11 @@ class PackedRows:
     def shares_prompts(self) -> bool:
         """Whether both responses of a pair attend to one copy of its prompt."""
         return self.share_prompt
+
+    @property
+    def repeats_prompts(self) -> bool:
+        """Whether some layers compute a shared prompt once for each response all the same."""
+        return self.share_prompt and not self.among_rows
 
     def limited_to(self, max_tokens: int) -> "PackedRows":
         """The same layout with another limit."""
@@ -105,6 +118,7 @@ class PackedRows:
             num_ranks=num_ranks,
             min_micro_batches=min_micro_batches,
             share_prompt=self.share_prompt,
+            among_rows=self.among_rows,
         )
         return [[self._filled(batch) for batch in of_ranks] for of_ranks in plan]
 
@@ -114,6 +128,7 @@ class PackedRows:
             columns,
             max_tokens=min(self.max_tokens, most_tokens or self.max_tokens),
             share_prompt=self.share_prompt,
+            among_rows=self.among_rows,
         )
         return [batch.rows.tolist() for [batch] in plan]
 
@@ -122,7 +137,12 @@ class PackedRows:
     ) -> list[MicroBatch]:
         """By its tokens."""
         of_rows = columns.take(micro_batch.rows)
-        plan = plan_step(of_rows, max_tokens=max_tokens, share_prompt=self.share_prompt)
+        plan = plan_step(
+            of_rows,
+            max_tokens=max_tokens,
+            share_prompt=self.share_prompt,
+            among_rows=self.among_rows,
+        )
         smaller = self.limited_to(max_tokens)
         return [smaller._filled(part._replace(rows=micro_batch.rows[part.rows])) for [part] in plan]
 
@@ -139,7 +159,12 @@ class PackedRows:
 
     def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
         """One packed row."""
-        batch = pack_rows(rows, pad_token_id=pad_token_id, share_prompt=self.share_prompt)
+        batch = pack_rows(
+            rows,
+            pad_token_id=pad_token_id,
+            share_prompt=self.share_prompt,
+            among_rows=self.among_rows,
+        )
         if not self.few_lengths:
             return batch
         length = self._length(batch.input_ids.shape[1])
@@ -173,6 +198,11 @@ class PaddedRows:
     @property
     def shares_prompts(self) -> bool:
         """Never: every sequence is a row of its own."""
+        return False
+
+    @property
+    def repeats_prompts(self) -> bool:
+        """Nothing is shared."""
         return False
 
     def limited_to(self, max_tokens: int) -> "PaddedRows":

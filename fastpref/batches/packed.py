@@ -25,6 +25,7 @@ def plan_step(
     num_ranks: int = 1,
     min_micro_batches: int = 1,
     share_prompt: bool = True,
+    among_rows: bool = True,
 ) -> StepPlan:
     """Divide a step's rows among micro-batches and ranks: as few as the budget allows, balanced.
 
@@ -37,9 +38,10 @@ def plan_step(
         max_tokens: Most tokens of a micro-batch; a pair that has more gets one of its own.
         num_ranks: Ranks that share the step.
         min_micro_batches: Micro-batches of a rank, at least.
-        share_prompt: Whether rows may share a prompt.
+        share_prompt: Whether responses may share a prompt.
+        among_rows: Whether those of several rows may.
     """
-    prompts = _equal_prompts(columns) if share_prompt else np.arange(len(columns))
+    prompts = _prompts(columns, among_rows=share_prompt and among_rows)
     num_shared = _count_shared(columns, prompts, share_prompt=share_prompt)
     trunk_tokens = columns.prompt.lengths + num_shared
     branch_tokens = columns.branch_tokens - columns.num_sides * num_shared
@@ -72,6 +74,11 @@ class _Piece(NamedTuple):
     num_tokens: int
     """Trunk and branches."""
     rows: list[int]
+
+
+def _prompts(columns: EncodedColumns, *, among_rows: bool) -> np.ndarray:
+    """(rows,) numbers, equal for rows that share a prompt."""
+    return _equal_prompts(columns) if among_rows else np.arange(len(columns))
 
 
 def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
@@ -162,16 +169,23 @@ def _micro_batch(pieces: list[_Piece], num_shared: np.ndarray) -> MicroBatch:
     return MicroBatch(rows, prompts, num_shared[rows], num_tokens)
 
 
-def pack_rows(rows: Sequence[EncodedRow], *, pad_token_id: int, share_prompt: bool = True) -> Batch:
+def pack_rows(
+    rows: Sequence[EncodedRow],
+    *,
+    pad_token_id: int,
+    share_prompt: bool = True,
+    among_rows: bool = True,
+) -> Batch:
     """Lay P rows out as one packed row, in their order.
 
     Args:
         rows: P encoded rows, all with a rejected response or all without.
         pad_token_id: The only token of a batch without rows, which scores nothing.
         share_prompt: Compute equal prompts, and what their responses begin with, once.
+        among_rows: Those of several rows as well.
     """
     columns = EncodedColumns.of_rows(rows)
-    prompts = _equal_prompts(columns) if share_prompt else np.arange(len(rows))
+    prompts = _prompts(columns, among_rows=share_prompt and among_rows)
     num_shared = _count_shared(columns, prompts, share_prompt=share_prompt)
     batch = MicroBatch(np.arange(len(rows)), prompts, num_shared, 0)
     return pack(columns, batch, pad_token_id=pad_token_id, share_prompt=share_prompt)

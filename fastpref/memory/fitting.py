@@ -100,6 +100,7 @@ class Fitting:
                 pairs=needs.pairs,
                 weighted=needs.weights,
                 shares_prompts=self.layout.shares_prompts,
+                long_prompts=self.layout.repeats_prompts,
             )
             peak = self._peak(rows, tried)
             if peak is None:
@@ -116,7 +117,9 @@ class Fitting:
     def _peak(self, rows: Sequence[EncodedRow], num_tokens: int) -> int | None:
         """Bytes allocated at most while rows are computed at once; None if memory ran out."""
         world, device = self.world, self.world.device
-        batch = self.layout.build_rows(rows, pad_token_id=0).to(device)
+        # filled up as a row of the limit is
+        layout = self.layout.limited_to(num_tokens)
+        batch = layout.build_rows(rows, pad_token_id=0).to(device)
         torch.cuda.reset_peak_memory_stats(device)
         fits = True
         try:
@@ -170,6 +173,7 @@ def worst_rows(
     pairs: bool,
     weighted: bool,
     shares_prompts: bool,
+    long_prompts: bool = False,
 ) -> list[EncodedRow]:
     """Rows as long as they come that are so many computed tokens together, no two prompts alike.
 
@@ -180,19 +184,23 @@ def worst_rows(
         pairs: Whether rows have a rejected response.
         weighted: Whether tokens have weights.
         shares_prompts: Whether the prompt of a pair is computed once.
+        long_prompts: Prompts are as much the longer part as they come: layers that compute them
+            once for each response take most then.
     """
-    # a prompt as long as each of the responses
-    num_parts = (3 if shares_prompts else 4) if pairs else 2
-    part = max(2, longest // 2)
+    # a prompt as long as each of the responses, or seven times as long
+    of_prompt = 7 if long_prompts else 1
+    num_parts = (of_prompt + 2 if shares_prompts else 2 * of_prompt + 2) if pairs else of_prompt + 1
+    part = max(2, longest // (of_prompt + 1))
     num_rows = max(1, math.ceil(num_tokens / (num_parts * part)))
     part = max(2, min(part, num_tokens // (num_parts * num_rows)))
-    ids = probe_ids(scorer.model, num_rows, (3 if pairs else 2) * part).tolist()
+    end = of_prompt * part
+    ids = probe_ids(scorer.model, num_rows, end + (2 if pairs else 1) * part).tolist()
     weights = [1.0] * part if weighted else None
     return [
         EncodedRow(
-            prompt_ids=row[:part],
-            chosen_ids=row[part : 2 * part],
-            rejected_ids=row[2 * part :],
+            prompt_ids=row[:end],
+            chosen_ids=row[end : end + part],
+            rejected_ids=row[end + part :],
             chosen_weights=weights,
             rejected_weights=weights if pairs else None,
         )

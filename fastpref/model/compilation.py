@@ -36,7 +36,10 @@ def choose_compilation(wish: str, model: Any, world: World, *, num_tokens: int) 
         return wish == "true"
     if world.device.type != "cuda":
         return False
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    # of experts a token sees few
+    num_weights = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if ".experts." not in name
+    )
     operations = OPERATIONS_OF_A_WEIGHT * num_weights * num_tokens / world.size
     pays = operations >= PAYS_FROM
     logger.info(

@@ -22,6 +22,8 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from fastpref.model.paths import ModelSource
+
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 """What the code of a folder may say that it is for."""
 
@@ -41,17 +43,36 @@ def has_family(config: Any) -> bool:
     return any(type(config) in mapping for mapping in mappings) or _own_class(config) is not None
 
 
-def find_family(config: Any, *, trust_remote_code: bool = False) -> Any:
+def code_options(config: Any, source: ModelSource) -> dict[str, Any]:
+    """What `from_config` takes so that code of the folder may run, and no other revision of it than
+    the weights'.
+
+    Args:
+        config: Of the model.
+        source: Where it lies.
+    """
+    options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    own = _own_class(config) if source.trust_remote_code else None
+    # code of another repository has revisions of its own
+    if own is not None and "--" not in config.auto_map[own]:
+        options["code_revision"] = source.revision
+    return options
+
+
+def find_family(config: Any, source: ModelSource) -> Any:
     """What has `from_config` and `from_pretrained` for a config: a class, or one of transformers'
     that choose one.
 
     Args:
         config: Of a model for which `has_family` holds.
-        trust_remote_code: Whether code of the folder may run.
+        source: Where the model lies, and whether its code may run.
     """
-    own = _own_class(config) if trust_remote_code else None
+    own = _own_class(config) if source.trust_remote_code else None
     if own is not None and is_wrapper(config):
-        return text_part(get_class_from_dynamic_module(config.auto_map[own], config.name_or_path))
+        code = get_class_from_dynamic_module(
+            config.auto_map[own], config.name_or_path, revision=source.revision
+        )
+        return text_part(code)
     wrapper = _class_in(MODEL_FOR_MULTIMODAL_LM_MAPPING, config)
     causal = _class_in(MODEL_FOR_CAUSAL_LM_MAPPING, config)
     is_text_alone = causal is not None and causal.__name__ in (config.architectures or ())
@@ -95,7 +116,12 @@ def text_part(family: Any) -> Any:
 
         @classmethod
         def from_config(
-            cls, config: Any, *, trust_remote_code: bool = False, **options: Any
+            cls,
+            config: Any,
+            *,
+            trust_remote_code: bool = False,
+            code_revision: str | None = None,
+            **options: Any,
         ) -> Any:
             return cls._from_config(config, **options)
 

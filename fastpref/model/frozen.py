@@ -13,9 +13,9 @@ from torch import nn
 
 from fastpref.config import ModelConfig
 from fastpref.model.exact_arithmetic import cast_in_forward
-from fastpref.model.full_weights import WEIGHT_FILES
-from fastpref.model.paths import ModelSource, local_folder, matching_files, named_model
+from fastpref.model.paths import ModelSource, named_model
 from fastpref.model.source import build_meta
+from fastpref.model.weight_files import weight_files, weights_folder
 
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 """Safetensors' names of the dtypes that float32 contains."""
@@ -59,9 +59,9 @@ def checkpoint_dtypes(source: ModelSource) -> set[str]:
         An empty set if there are no such files or one of them is damaged.
     """
     try:
-        folder = local_folder(source.name, source.revision, WEIGHT_FILES)
+        folder = weights_folder(source.name, source.revision)
         dtypes: set[str] = set()
-        for path in matching_files(folder, WEIGHT_FILES):
+        for path in weight_files(folder):
             with safe_open(path, "pt") as file:
                 keys = file.keys()
                 dtypes |= {file.get_slice(key).get_dtype() for key in keys}

@@ -14,16 +14,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from fastpref.errors import CheckpointError
 from fastpref.model.archives import load_pickle
 from fastpref.model.configs import load_base_config, quantization_options
-from fastpref.model.families import find_family
+from fastpref.model.families import code_options, find_family
 from fastpref.model.paths import ModelSource, matching_files, read_object
 from fastpref.model.reading import reading
+from fastpref.model.weight_files import INDEX, WHOLE, weight_files
 
 logger = logging.getLogger("fastpref")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
-"""What transformers loads; variants such as model.fp16.safetensors are not it."""
 LFS_POINTER = b"version https://git-lfs"
 TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
 """Masks and rotary tables that older versions of transformers saved and newer ones compute."""
@@ -42,7 +41,7 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     """
     name, trust = source.base, source.trust_remote_code
     config = load_base_config(source)
-    family = find_family(config, trust_remote_code=trust)
+    family = find_family(config, source)
     if Path(name).is_dir():
         check_files(Path(name))
 
@@ -62,7 +61,7 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     opening = f"model: the weights in {name} do not fill the model"
 
     def build() -> Any:
-        return family.from_config(config, trust_remote_code=trust)
+        return family.from_config(config, **code_options(config, source))
 
     with reading("ModelForCausalLM", name):
         return _load_full(load, opening, build, lambda: shapes_in(Path(name)))
@@ -75,8 +74,8 @@ def check_files(folder: Path) -> None:
         CheckpointError: its index is damaged or names files that are not there, or a file is what
             Git LFS puts in its place.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
+    index = folder / INDEX
+    if index.is_file() and not (folder / WHOLE).is_file():
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"model: {index} has no weight_map that says where weights lie")
@@ -198,7 +197,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def shapes_in(folder: Path) -> Shapes:
     """Shape of each weight in the files of a folder; of a hub name nothing."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in matching_files(folder, WEIGHT_FILES):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             names = file.keys()
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from fastpref.config import ModelConfig
 from fastpref.model.archives import load_pickle, read_policy
 from fastpref.model.configs import load_base_config
-from fastpref.model.full_weights import WEIGHT_FILES
-from fastpref.model.paths import archived_model, local_folder, matching_files, named_model
+from fastpref.model.paths import archived_model, named_model
 from fastpref.model.reading import reading
+from fastpref.model.weight_files import weight_files, weights_folder
 
 DTYPES = {
     "F32": torch.float32,
@@ -49,7 +49,7 @@ def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
         return _summary({name: (x.dtype, x.numel()) for name, x in weights.items()})
     source = archived_model(model) if model.archive else named_model(model)
     with reading("the weights", source.base):
-        files = local_folder(source.base, source.revision, WEIGHT_FILES)
+        files = weights_folder(source.base, source.revision)
         found = _summary(_in_safetensors(files) or _in_pickles(files))
     if found.commonest is None:
         return LoadedDtypes({}, getattr(load_base_config(source), "dtype", None))
@@ -58,7 +58,7 @@ def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
 
 def _in_safetensors(folder: Path) -> dict[str, tuple[torch.dtype, int]]:
     found: dict[str, tuple[torch.dtype, int]] = {}
-    for path in matching_files(folder, WEIGHT_FILES):
+    for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             names = file.keys()
             for name in names:

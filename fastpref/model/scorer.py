@@ -272,10 +272,13 @@ class TokenScorer(nn.Module):
             (B, L + new tokens) int64: prompts and continuations.
         """
         self._lend_masters()
+        # a cache is longer after every token, and blocks may be compiled for each length apart
+        eager = torch.compiler.set_stance("force_eager")
         try:
-            return self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
-            )
+            with eager:
+                return self.model.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
+                )
         finally:
             self.release()
 

@@ -17,7 +17,7 @@ from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter
 from fastpref.model.archives import read_policy
 from fastpref.model.configs import code_of, code_refused, load_base_config, say_what_runs
-from fastpref.model.families import find_family
+from fastpref.model.families import code_options, find_family
 from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
 from fastpref.model.paths import (
     ModelSource,
@@ -120,13 +120,14 @@ def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "au
 def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
     """The same model without memory: its modules, shapes and dtypes."""
     config = load_base_config(source)
-    trust = source.trust_remote_code
-    family = find_family(config, trust_remote_code=trust)
+    family = find_family(config, source)
 
     def build() -> Any:
         options = _attention_option(attention)
         with reading("ModelForCausalLM", source.base), torch.device("meta"):
-            return family.from_config(config, dtype=dtype, trust_remote_code=trust, **options)
+            return family.from_config(
+                config, dtype=dtype, **code_options(config, source), **options
+            )
 
     model = build()
     for adapter in source.adapters:

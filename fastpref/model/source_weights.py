@@ -25,18 +25,17 @@ from transformers.core_model_loading import (
 )
 
 from fastpref.config import ModelConfig
+from fastpref.errors import CheckpointError
 from fastpref.model.archives import load_pickle
 from fastpref.model.configs import load_base_config, quantization_options
-from fastpref.model.full_weights import WEIGHT_FILES
 from fastpref.model.loaded_dtypes import DTYPES
 from fastpref.model.paths import (
     ModelSource,
     archived_model,
-    local_folder,
-    matching_files,
     named_model,
 )
 from fastpref.model.reading import reading
+from fastpref.model.weight_files import weight_files, weights_folder
 
 
 class FileWeight(NamedTuple):
@@ -74,20 +73,37 @@ class Arranged(NamedTuple):
     """Weights of few bits that the model does not have."""
 
 
-def open_weights(model: ModelConfig) -> SourceWeights:
+def open_weights(model: ModelConfig, *, wrapper: bool) -> SourceWeights:
     """The files that a run's weights come from: of an archive that is a folder, unless they hold
     less than the model's own.
 
     Args:
         model: For `name_or_path`, `revision` and `archive`.
+        wrapper: There is more of the model than is loaded.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: a file cannot be read, or where weights that are not loaded lie is not
+            known.
     """
-    sources = [named_model(model)]
-    if model.archive and not Path(model.archive).expanduser().is_file():
+    own = named_model(model)
+    sources = [own]
+    if model.archive and Path(model.archive).expanduser().is_file():
+        # its weights are those of the whole model, and its own are not looked for
+        sources = [own] if wrapper else []
+    elif model.archive:
         sources.insert(0, archived_model(model))
-    return max(map(_open, sources), key=lambda source: len(source.weights))
+    # the first one among equals; weights of few bits are no weights to train
+    found = max(map(_open, sources), key=_num_weights, default=SourceWeights({}, ()))
+    if wrapper and not found.weights:
+        raise CheckpointError(
+            f"model: {own.base} is more than its text part, and none of its files of weights is "
+            "known, so the rest of it cannot be exported"
+        )
+    return found
+
+
+def _num_weights(source: SourceWeights) -> int:
+    return sum(weight.dtype is not None for weight in source.weights.values())
 
 
 def arrange(model: Any, weights: Mapping[str, Tensor], source: SourceWeights) -> Arranged:
@@ -178,6 +194,46 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+class _Held:
+    """A safetensors file that stays open: what replaces it, or deletes it, changes nothing here."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: Any = safe_open(path, "pt")
+        self._state = _state(path)
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def get_slice(self, name: str) -> Any:
+        return self._file.get_slice(name)
+
+    def get_tensor(self, name: str) -> Tensor:
+        """A tensor of it.
+
+        Raises:
+            CheckpointError: the file itself was written to, so that it may not be read any more.
+        """
+        now = _state(self._path)
+        # another file under that name has another number
+        if now and now[0] == self._state[0] and now != self._state:
+            raise CheckpointError(
+                f"model: {self._path} was written to while a run used it, so what is not trained "
+                "of it cannot be exported; the trained weights are in the last checkpoint: put the "
+                "file back and go on with resume=auto"
+            )
+        return self._file.get_tensor(name)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Number, size and time of a file; () where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class _Pickled:
     """A file that `torch.save` wrote, as safetensors' handles are."""
 
@@ -190,7 +246,7 @@ class _Pickled:
 
 def _open(source: ModelSource) -> SourceWeights:
     with reading("the weights", source.base):
-        folder = local_folder(source.base, source.revision, WEIGHT_FILES)
+        folder = weights_folder(source.base, source.revision)
         found = _in_safetensors(folder) or _in_pickles(folder)
     if not quantization_options(source.base, load_base_config(source)):
         return SourceWeights(found, ())
@@ -201,8 +257,8 @@ def _open(source: ModelSource) -> SourceWeights:
 
 def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
-    for path in matching_files(folder, WEIGHT_FILES):
-        file: Any = safe_open(path, "pt")
+    for path in weight_files(folder):
+        file: Any = _Held(path)
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
             kind = part.get_dtype()

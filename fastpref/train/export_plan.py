@@ -13,7 +13,7 @@ from torch import Tensor
 from fastpref.config import AdapterConfig, ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.adapter_base import AdapterBase, find_adapter_base
-from fastpref.model.families import has_family
+from fastpref.model.families import has_family, is_wrapper
 from fastpref.model.loaded_dtypes import LoadedDtypes, loaded_dtypes
 from fastpref.model.paths import (
     CONFIG,
@@ -42,8 +42,8 @@ MODEL_FILES = (
 class ExportPlan:
     """What LATEST will hold, known before training starts.
 
-    What cannot be saved is found out before it costs a trained model, and a source that changes or
-    goes away meanwhile changes nothing.
+    What cannot be saved is found out before it costs a trained model, and a source that is replaced
+    or goes away meanwhile changes nothing.
     """
 
     texts: Mapping[str, bytes]
@@ -113,7 +113,7 @@ def plan_export(
         others=_with_template(others, chat_template),
         model=model,
         loaded=loaded_dtypes(model),
-        source=open_weights(model),
+        source=open_weights(model, wrapper=is_wrapper(model_config)),
         architectures=_architectures(source),
         base=find_adapter_base(model) if adapter else None,
         adapter=adapter,

@@ -90,6 +90,24 @@ def test_lengths_are_few_and_pass_the_limit_only_where_a_row_does():
         assert all(filled_length(n, max_tokens=most) == n for n in lengths)
 
 
+def test_pairs_share_prompts_among_themselves_where_layers_compute_each_response():
+    pairs = [EncodedRow([5] * 20, [6, 7, i], [8, i]) for i in range(9, 19)]
+    columns = EncodedColumns.of_rows(pairs)
+    for among_rows, computed in ((True, 20 + 10 * 3), (False, 10 * 23)):
+        layout = PackedRows(share_prompt=True, max_tokens=100, among_rows=among_rows)
+        plan = layout.plan(columns, num_ranks=1, min_micro_batches=1)
+        assert sum(batch.num_tokens for [batch] in plan) == computed
+        built = [layout.build(columns, batch, pad_token_id=0) for [batch] in plan]
+        assert sum(batch.input_ids.numel() for batch in built) == computed
+        assert layout.build_rows(pairs, pad_token_id=0).input_ids.numel() == computed
+        for [batch] in plan:
+            # what such a layer computes, every response with its prompt
+            alone = len(batch.rows) * (2 * 20 + 3)
+            assert among_rows or alone < 2 * batch.num_tokens
+        [first, *_] = layout.split(columns, plan[0][0], 50)
+        assert first.num_tokens <= 50
+
+
 def test_a_plan_says_how_long_its_rows_are_built():
     generator = np.random.default_rng(0)
 

@@ -12,8 +12,11 @@ from tiny_models import save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
-from fastpref.model.configs import say_what_runs
+from fastpref.model import families
+from fastpref.model.configs import load_base_config, say_what_runs
+from fastpref.model.families import code_options
 from fastpref.model.identity import model_identity
+from fastpref.model.paths import find_model
 
 MARK = "print('this code ran')\n"
 CONFIGURATION = """
@@ -124,3 +127,22 @@ def test_other_code_is_another_model_where_it_runs(base):
         file.write("\nX = 1\n")
     after = identities()
     assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_code_is_that_of_the_weights_revision(base, monkeypatch):
+    source = find_model(str(base / "mine"), trust_remote_code=True)._replace(revision="abc")
+    config = load_base_config(source._replace(revision=None))
+    assert code_options(config, source) == {"trust_remote_code": True, "code_revision": "abc"}
+    # of another repository it has revisions of its own
+    config.auto_map = {name: f"else/where--{code}" for name, code in AUTO_MAP.items()}
+    assert code_options(config, source) == {"trust_remote_code": True}
+    asked = []
+    monkeypatch.setattr(families, "is_wrapper", lambda config: True)
+    monkeypatch.setattr(families, "text_part", lambda family: family)
+    monkeypatch.setattr(
+        families,
+        "get_class_from_dynamic_module",
+        lambda code, name, revision: asked.append(revision),
+    )
+    families.find_family(config, source)
+    assert asked == ["abc"]

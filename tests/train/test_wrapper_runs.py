@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from fastpref.config import ModelConfig
 from fastpref.distributed import init_world
+from fastpref.errors import CheckpointError
 from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
@@ -78,6 +79,50 @@ def test_an_untrained_export_is_its_source_tensor_by_tensor(tmp_path, kind, old_
     assert_same_bits(load_file(again / "model.safetensors"), weights)
 
 
+def test_files_are_those_of_the_index_whatever_they_are_called(tmp_path, caplog):
+    source = tmp_path / "source"
+    weights = save_wrapper(source, "qwen3_vl", dtype=torch.bfloat16)
+    (source / "model.safetensors").unlink()
+    names = sorted(weights)
+    # as some families are published, and a shard of an earlier version beside them
+    files = {f"model.safetensors-0000{i}-of-00002.safetensors": names[i - 1 :: 2] for i in (1, 2)}
+    for file, own in files.items():
+        save_file({name: weights[name] for name in own}, source / file, metadata={"format": "pt"})
+    save_file({"stale": torch.ones(1)}, source / "model-00001-of-00001.safetensors")
+    weight_map = {name: file for file, own in files.items() for name in own}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with caplog.at_level(logging.INFO, logger="fastpref"):
+        latest = export(source, tmp_path / "run", save_dtype="checkpoint")
+    assert_same_bits(load_file(latest / "model.safetensors"), weights)
+    assert any(line.startswith("copied") for line in caplog.messages)
+
+
+def test_a_source_written_to_is_not_read_and_one_replaced_is_what_it_was(tmp_path):
+    save_wrapper(tmp_path / "source", "llava")
+    path = tmp_path / "source" / "model.safetensors"
+    options = ModelConfig(name_or_path=str(tmp_path / "source"))
+    weight = next(iter(open_weights(options, wrapper=True).weights.values()))
+    before = weight.read().clone()
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes()[:-64] + bytes(64))
+    other.replace(path)
+    assert torch.equal(weight.read(), before)
+    weight = next(iter(open_weights(options, wrapper=True).weights.values()))
+    with path.open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(CheckpointError, match=r"was written to while a run used it.*resume=auto"):
+        weight.read()
+
+
+def test_an_archive_that_is_a_file_needs_no_weights_beside_a_plain_model(tmp_path):
+    save_tiny_model(tmp_path / "plain")
+    (tmp_path / "policy.pt").touch()
+    options = ModelConfig(name_or_path=str(tmp_path / "plain"), archive=str(tmp_path / "policy.pt"))
+    assert not open_weights(options, wrapper=False).weights
+    assert open_weights(options, wrapper=True).weights
+
+
 def test_what_is_trained_has_the_dtype_of_training_and_all_else_its_own(tmp_path):
     weights = save_wrapper(tmp_path / "source", "llava", dtype=torch.bfloat16)
     latest = export(tmp_path / "source", tmp_path / "run")
@@ -125,7 +170,7 @@ def test_weights_of_few_bits_that_are_not_trained_are_left_out_and_said(tmp_path
 def test_files_of_a_size_hold_together_what_one_would(tmp_path):
     weights = save_wrapper(tmp_path / "source", "llava")
     model = load_model(find_model(str(tmp_path / "source")), dtype=torch.float32)
-    source = open_weights(ModelConfig(name_or_path=str(tmp_path / "source")))
+    source = open_weights(ModelConfig(name_or_path=str(tmp_path / "source")), wrapper=True)
     arranged = arrange(model, dict(model.named_parameters()), source)
     assert arranged.own and arranged.untouched and not arranged.left_out
     (tmp_path / "several").mkdir()

@@ -65,8 +65,13 @@ def choose_rows(
         )
     if found is None:
         return ChosenRows(PaddedRows(max_tokens=max_tokens), None)
-    name, share_prompt = found
-    layout = PackedRows(share_prompt=share_prompt, max_tokens=max_tokens, few_lengths=few_lengths)
+    name, share_prompt, mixers = found
+    layout = PackedRows(
+        share_prompt=share_prompt,
+        max_tokens=max_tokens,
+        few_lengths=few_lengths,
+        among_rows=not mixers,
+    )
     return ChosenRows(layout, build_attention(name))
 
 
@@ -77,8 +82,9 @@ def _find_packing(
     device: torch.device,
     path: LogitPath,
     longest: int,
-) -> tuple[str, bool] | None:
-    """The name of a packed attention, and whether prompts are shared; None: rows are padded."""
+) -> tuple[str, bool, str] | None:
+    """The name of a packed attention, whether prompts are shared, and which layers go sequence by
+    sequence; None: rows are padded."""
     wishes = {"auto": (True, False), "true": (True,), "false": (False,)}
     before = model.config._attn_implementation
     obstacle: str | None = None
@@ -92,6 +98,8 @@ def _find_packing(
         attention = choose_attention(options.attention, device, dtype, calls)
         if isinstance(attention, PackedAttention):
             shared = "equal prompts computed once" if share_prompt else "every prompt by itself"
+            if mixers and share_prompt:
+                shared = "a pair's prompt computed once"
             logger.info("packed rows, %s, attention by %s", shared, attention.name)
             if mixers:
                 logger.info(
@@ -99,7 +107,7 @@ def _find_packing(
                     "packed row one by one; measured in float32, no row moves another one",
                     mixers,
                 )
-            return attention.name, share_prompt
+            return attention.name, share_prompt, mixers
         # no attention here computes the model's packed rows, shared or not
         model.set_attn_implementation(before)
         obstacle = attention
