@@ -121,7 +121,9 @@ def test_mappings_are_yaml_and_may_be_given_entry_by_entry():
 
 
 def test_a_colon_without_a_space_gives_the_same_values_as_one_with_it():
-    config = read("data.template_kwargs={thinking:false,n:1,at:http://a,text:'1',in:{x:1.5,y:null}}")
+    config = read(
+        "data.template_kwargs={thinking:false,n:1,at:http://a,text:'1',in:{x:1.5,y:null}}"
+    )
     assert config.data.template_kwargs == {
         "thinking": False,
         "n": 1,

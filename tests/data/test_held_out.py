@@ -7,10 +7,10 @@ import pytest
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig
-from fastpref.data.announce import read_splits
+from fastpref.data.announce import read_files, read_splits
 from fastpref.data.encode import load_split
 from fastpref.data.options import SPLITS, data_options
-from fastpref.data.parts import available_splits
+from fastpref.data.parts import own_parts
 from fastpref.data.selection import COPY
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
@@ -144,10 +144,25 @@ def test_a_fraction_that_leaves_a_side_without_prompts_is_refused(tmp_path, frac
 def test_weights_are_estimated_for_the_rows_as_the_files_have_them(tmp_path):
     write(tmp_path, [*pairs(20), *pairs(20)])
     options = options_of(tmp_path, deduplicate=True).of_files()
-    assert available_splits(options) == ["train"]
+    assert [part.split for part in own_parts(options)] == ["train"]
     [rows] = read_rows(options, "train", quiet=True)
     assert len(rows.dataset) == 40
     assert len(list(rows.records())) == 40
+
+
+def test_every_split_that_a_dataset_has_gets_weights_whatever_the_others_have(tmp_path):
+    for name, split in (("whole", "train"), ("whole", "test"), ("divided", "train")):
+        write(tmp_path, pairs(6), name, split)
+    options = options_of(tmp_path, "whole", "divided")
+    read = [(rows.name, rows.counts.split) for rows in read_files(options, quiet=True)]
+    assert read == [("whole", "train"), ("divided", "train"), ("whole", "test")]
+    # under these names a run on the weights holds out what a run on the rows does
+    for name, split in read:
+        write(tmp_path / "weights", pairs(6), name, split)
+    assert sides(options_of(tmp_path / "weights", "whole", "divided")) == sides(options)
+    write(tmp_path, pairs(6), "none", "other")
+    with pytest.raises(DataError, match=r"none.train\.jsonl"):
+        read_files(options_of(tmp_path, "whole", "none"), quiet=True)
 
 
 def test_records_of_held_out_rows_are_theirs(tmp_path):
