@@ -119,8 +119,8 @@ def test_splits_of_other_names_are_offered_and_read(tmp_path):
     rows = read(tmp_path, split="test", split_names=names)
     assert rows.source.endswith("test_prefs-00000-of-00001.parquet")
     assert rows.counts.split == "test"
-    for names, splits in ((names, ["train", "test"]), ({"train": "train_sft"}, ["train"])):
-        parts = own_parts(options_of(tmp_path, split_names=names))
+    for called, splits in ((names, ["train", "test"]), ({"train": "train_sft"}, ["train"])):
+        parts = own_parts(options_of(tmp_path, split_names=called))
         assert [part.split for part in parts] == splits
 
 

@@ -107,6 +107,37 @@ def test_a_conversation_is_drawn_by_its_messages(tmp_path):
     assert len(train) + len(test) == 80 and not train & test and test
 
 
+def test_prompts_that_say_the_same_are_on_one_side_and_warned_about(tmp_path, caplog):
+    composed = [pair(f"Is caf\u00e9 {i} good?", " yes", " no") for i in range(80)]
+    spaced = [pair(f" Is  cafe\u0301 {i}\tgood? \n", " sure", " no") for i in range(80)]
+    write(tmp_path, [*composed, *spaced])
+
+    def chat(i, **more):
+        turns = [{"role": "user", "content": f"Q{i}"}], [{"role": "assistant", "content": "a"}]
+        turns[0][0].update(more)
+        return {
+            "prompt": turns[0],
+            "chosen": turns[1],
+            "rejected": [turns[1][0] | {"content": "b"}],
+        }
+
+    write(tmp_path, [row for i in range(80) for row in (chat(i), chat(i, id=str(i)))], "chats")
+    for name in ("set", "chats"):
+        sizes = []
+        for split in SPLITS:
+            [rows] = read_rows(options_of(tmp_path, name), split, quiet=True)
+            sizes.append(len(rows.dataset))
+            assert len(set(rows.dataset["prompt_hash"][:])) * 2 == len(rows.dataset)
+            # their numbers, by which SFT takes one row of each, tell them apart as before
+            assert rows.num_prompts == 160
+        assert sum(sizes) == 160 and sizes[1]
+    write(tmp_path, spaced[:1], split="test")
+    write(tmp_path, [chat(1, speaker=3), chat(99, name="Ann")], "chats", "test")
+    read_splits(options_of(tmp_path, "set", "chats"), SPLITS, quiet=False)
+    assert "test: 1 of 1 (100 %) prompts of" in caplog.text
+    assert "test: 1 of 2 (50 %) prompts of" in caplog.text
+
+
 def test_a_test_split_that_is_there_is_taken_as_it_is(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="fastpref")
     write(tmp_path, pairs(40), "whole")
