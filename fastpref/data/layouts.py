@@ -22,7 +22,7 @@ from fastpref.data.readings import (
     with_two_answers,
 )
 from fastpref.data.row_values import RowError
-from fastpref.data.rows import CHAT_FIELDS, SIDES, TEXT_FIELDS, check_columns, split_dialogues
+from fastpref.data.rows import ASSISTANT_TURN, CHAT_FIELDS, SIDES, TEXT_FIELDS, check_columns
 from fastpref.data.turns import is_messages, is_response, is_sharegpt
 
 PROMPTS = ("question", "instruction", "conversations")
@@ -87,7 +87,10 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
         RowError: in no way that is known.
         AmbiguousRowError: in two ways.
     """
-    if single and any(field in named for field in RESPONSES):
+    # beside two responses what may be a prompt is that
+    is_pair = any(all(field in record for field in pair) for pair in (SIDES, NUMBERED))
+    responses = [field for field in RESPONSES if not (is_pair and field in PROMPTS)]
+    if single and any(field in named for field in responses):
         return _recognise_single(record, named)
     if all(side in record for side in SIDES):
         return _recognise_pair(record, named)
@@ -243,10 +246,8 @@ def _is_whole(record: Record) -> bool:
     """Whether chosen and rejected are whole dialogues or conversations, which need no prompt."""
     chosen, rejected = record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        try:
-            return split_dialogues(chosen, rejected) is not None
-        except RowError:
-            return False
+        # that they share no prompt is a reason to leave the row out, not another layout
+        return ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected
     return isinstance(chosen, list) and is_messages(chosen) and not is_response(chosen[0])
 
 

@@ -292,6 +292,12 @@ def test_a_column_beside_rows_that_are_complete_changes_nothing(tmp_path, extra)
         beside = read(tmp_path, record | extra)
         assert parts(beside.dataset[0]) == plain
         assert list(beside.counts.unread.values()) == [list(extra)]
+    dialogues = {"chosen": start + " a", "rejected": start + " b"}
+    other = {"chosen": start + " a", "rejected": start.replace("hi", "ho") + " b"}
+    for records in ((dialogues, other), (other, dialogues)):
+        read_so = read(tmp_path, *(record | extra for record in records))
+        assert read_so.counts.dropped == {"no shared prompt": 1}
+        assert parts(read_so.dataset[0]) == (start, " a", " b")
 
 
 @pytest.mark.parametrize(
@@ -412,6 +418,16 @@ def test_pairs_with_messages_beside_them_are_pairs_for_sft_too_unless_columns_sa
     assert parts(read(tmp_path, record, loss=SFTConfig).dataset[0]) == CHAT
     chosen = read(tmp_path, loss=SFTConfig, data={"columns": {"messages": "messages"}})
     assert parts(chosen.dataset[0]) == ([say("user", "R")], [YES], [])
+
+
+@pytest.mark.parametrize("sides", [SIDES, ("response_1", "response_0")])
+def test_conversations_named_beside_pairs_are_their_prompt_for_sft_too(tmp_path, sides):
+    record = {"turns": [USER], **dict(zip(sides, ([YES], [NO]), strict=True))}
+    if sides != SIDES:
+        record["better_response_id"] = 1
+    columns = {"columns": {"conversations": "turns"}}
+    for loss in (SFTConfig, DPOConfig):
+        assert parts(read(tmp_path, record, loss=loss, data=columns).dataset[0]) == CHAT
 
 
 def test_a_system_message_or_an_earlier_turn_may_come_before_the_text_prompt(tmp_path):
