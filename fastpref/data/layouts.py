@@ -173,6 +173,12 @@ def _recognise_numbered(record: Record, named: Sequence[str]) -> Layout:
 
 def _recognise_single(record: Record, named: Sequence[str]) -> Layout:
     response = _only(_present(RESPONSES, record, named), "the response to imitate")
+    if isinstance(record.get("label"), bool) and response not in named:
+        raise AmbiguousRowError(
+            "two readings: label says which responses are good and which bad, as in KTO's data, or "
+            "something else; to imitate good ones only take the rows with label=false out of the "
+            f"file, data.columns={{{response}: {response}}} imitates all"
+        )
     if response in ("messages", "conversations"):
         return Layout(
             f"{response}, the response being what follows the last message of the user",

@@ -404,6 +404,18 @@ def test_one_response_a_row_is_for_sft_that_is_not_reversed(tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("name", ["messages alone", "prompt and completion"])
+def test_responses_labelled_good_or_bad_are_not_imitated_unasked(tmp_path, name):
+    case = CASES[name]
+    records = [case.record | {"label": label} for label in (True, False)]
+    for on_error in ("raise", "skip"):
+        message = refusal(tmp_path, *records, loss=SFTConfig, data={"on_error": on_error})
+        assert "train.jsonl:1: two readings: label says which responses are good" in message
+    response = message.split("data.columns={")[1].split(":")[0]
+    rows = read(tmp_path, loss=SFTConfig, data={"columns": {response: response}})
+    assert [parts(row)[1] for row in rows.dataset] == [case.chosen] * 2
+
+
 def test_an_empty_single_response_is_dropped(tmp_path):
     records = [{"prompt": f"Q{i}", "completion": text} for i, text in enumerate(("a", " ", "b"))]
     assert read(tmp_path, *records, loss=SFTConfig).counts.dropped == {"empty response": 1}
