@@ -223,12 +223,29 @@ def _parse_mapping(text: str) -> dict[str, Any]:
     """
     if not re.fullmatch(r"\{.*\}", text.strip(), re.DOTALL):
         raise ValidationError(text)
-    parsed = OmegaConf.to_container(OmegaConf.create(text))
+    parsed = _spaced(_read_yaml(text))
     assert isinstance(parsed, dict)
+    return parsed
+
+
+def _read_yaml(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.create(text))
+
+
+def _spaced(value: Any) -> Any:
+    """What YAML would have read had a space stood after each colon: of `{a:false}` it makes a key
+    without a value."""
+    if isinstance(value, list):
+        return [_spaced(item) for item in value]
+    if not isinstance(value, dict):
+        return value
     entries: dict[str, Any] = {}
-    for key, value in parsed.items():
+    for key, item in value.items():
         name, colon, rest = str(key).partition(":")
-        entries[name] = rest if colon and value is None else value
+        is_joined = colon and item is None
+        entries[name if is_joined else str(key)] = _spaced(
+            _read_yaml(f"{{value: {rest}}}")["value"] if is_joined else item
+        )
     return entries
 
 

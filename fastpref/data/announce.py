@@ -9,8 +9,8 @@ import numpy as np
 
 from fastpref.checks import share_of
 from fastpref.data.options import SPLITS, DataOptions
-from fastpref.data.parts import available_splits, check_sources
-from fastpref.data.source import Rows, read_rows
+from fastpref.data.parts import check_sources, own_parts
+from fastpref.data.source import Rows, load_rows, read_rows
 
 logger = logging.getLogger("fastpref")
 
@@ -54,18 +54,17 @@ def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> 
 
 
 def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
-    """Read and check the rows of every split that all datasets have, as the files have them.
+    """Read and check the rows of every split that a dataset has, as the files have them.
 
     Args:
         options: What the data depends on.
         quiet: Neither progress bars nor log lines.
 
     Raises:
-        DataError: there is no such split; see `read_rows`.
+        DataError: a dataset has no split; see `read_rows`.
     """
     whole = options.of_files()
-    splits = available_splits(whole)
-    rows = [part for split in splits for part in read_rows(whole, split, quiet=quiet)]
+    rows = [load_rows(part, whole, earlier=None, quiet=quiet) for part in own_parts(whole)]
     if not quiet:
         log_layouts(rows)
     return rows

@@ -83,6 +83,8 @@ SUSPICIOUS = (
     | Remark.TOKENIZED_APART
     | Remark.JOINED_DIFFERS
 )
+PROMPT_COLUMNS = ("system", "system_prompt", "history", "context", "input")
+"""Columns without which a prompt may be another one than was meant."""
 MAX_IDENTICAL = 0.5
 JOINED_ROWS = 1000
 """Rows of a source, its first ones, that `Remark.JOINED_DIFFERS` is looked for in."""
@@ -260,7 +262,15 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
         first = counts.first_remarks[remark]
         lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {rows} (first: {first})")
     for source, columns in counts.unread.items():
-        facts.append(f"{counts.split}: columns of {source} that are not read: {listed(columns)}")
+        missed = [column for column in columns if column.lower() in PROMPT_COLUMNS]
+        others = [column for column in columns if column not in missed]
+        if missed:
+            warnings.append(
+                f"{counts.split}: columns of {source} that are not read and may belong to the "
+                f"prompt: {listed(missed)}; write into it what the model is to read"
+            )
+        if others:
+            facts.append(f"{counts.split}: columns of {source} that are not read: {listed(others)}")
     return facts, warnings
 
 

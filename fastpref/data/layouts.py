@@ -22,7 +22,7 @@ from fastpref.data.readings import (
     with_two_answers,
 )
 from fastpref.data.row_values import RowError
-from fastpref.data.rows import CHAT_FIELDS, SIDES, TEXT_FIELDS, check_columns, split_dialogues
+from fastpref.data.rows import ASSISTANT_TURN, CHAT_FIELDS, SIDES, TEXT_FIELDS, check_columns
 from fastpref.data.turns import is_messages, is_response, is_sharegpt
 
 PROMPTS = ("question", "instruction", "conversations")
@@ -87,7 +87,10 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
         RowError: in no way that is known.
         AmbiguousRowError: in two ways.
     """
-    if single and any(field in named for field in RESPONSES):
+    # beside two responses what may be a prompt is that
+    is_pair = any(all(field in record for field in pair) for pair in (SIDES, NUMBERED))
+    responses = [field for field in RESPONSES if not (is_pair and field in PROMPTS)]
+    if single and any(field in named for field in responses):
         return _recognise_single(record, named)
     if all(side in record for side in SIDES):
         return _recognise_pair(record, named)
@@ -170,6 +173,12 @@ def _recognise_numbered(record: Record, named: Sequence[str]) -> Layout:
 
 def _recognise_single(record: Record, named: Sequence[str]) -> Layout:
     response = _only(_present(RESPONSES, record, named), "the response to imitate")
+    if isinstance(record.get("label"), bool) and response not in named:
+        raise AmbiguousRowError(
+            "two readings: label says which responses are good and which bad, as in KTO's data, or "
+            "something else; to imitate good ones only take the rows with label=false out of the "
+            f"file, data.columns={{{response}: {response}}} imitates all"
+        )
     if response in ("messages", "conversations"):
         return Layout(
             f"{response}, the response being what follows the last message of the user",
@@ -243,10 +252,8 @@ def _is_whole(record: Record) -> bool:
     """Whether chosen and rejected are whole dialogues or conversations, which need no prompt."""
     chosen, rejected = record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        try:
-            return split_dialogues(chosen, rejected) is not None
-        except RowError:
-            return False
+        # that they share no prompt is a reason to leave the row out, not another layout
+        return ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected
     return isinstance(chosen, list) and is_messages(chosen) and not is_response(chosen[0])
 
 

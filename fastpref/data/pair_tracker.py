@@ -4,7 +4,7 @@ import hashlib
 from typing import NamedTuple
 
 from fastpref.data.counts import Remark
-from fastpref.data.rows import MALFORMED, Row, comparable
+from fastpref.data.rows import MALFORMED, Row, comparable, prompt_said
 
 NO_MESSAGES = "[]"
 """The prompt of a row of messages that has none."""
@@ -30,9 +30,9 @@ class Noted(NamedTuple):
     """Number of its prompt by first appearance, -1 if it has none."""
     remarks: Remark = Remark(0)
     prompt_hash: int = 0
-    """64 bits with a sign: equal for equal prompts, of any source."""
+    """64 bits with a sign: equal for prompts of any source that say the same, `prompt_said`."""
     pair_hash: int = 0
-    """The same of prompt, chosen and rejected."""
+    """The same of prompt, chosen and rejected, as they are."""
 
 
 class PairTracker:
@@ -53,7 +53,8 @@ class PairTracker:
         prompt, chosen, rejected = map(_digest, texts)
         group = self.groups.setdefault(prompt, len(self.groups))
         pair = prompt + chosen + rejected
-        noted = Noted(group, Remark(0), _as_integer(prompt), _as_integer(_digest(pair)))
+        said, whole = _digest(prompt_said(row)), _digest(pair)
+        noted = Noted(group, Remark(0), _as_integer(said), _as_integer(whole))
         if row["drop"] or not paired:
             return noted
         if row["chosen"] == row["rejected"]:

@@ -34,23 +34,24 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
                 )
 
 
-def available_splits(options: DataOptions) -> list[str]:
-    """The splits that every dataset has by itself.
+def own_parts(options: DataOptions) -> list[Part]:
+    """Every split that a dataset has by itself, whichever the others have: all to train on first.
 
     Raises:
-        DataError: none.
+        DataError: a dataset has none, or a split of it is not complete.
     """
-    splits, errors = [], []
+    parts, missing = [], dict[str, MissingSplitError]()
     for split in SPLITS:
-        try:
-            for name in options.names:
-                _find_own(name, split, options)
-            splits.append(split)
-        except DataError as error:
-            errors.append(error)
-    if not splits:
-        raise errors[0]
-    return splits
+        for name in options.names:
+            try:
+                parts.append(Part(_find_own(name, split, options), split))
+            except MissingSplitError as error:
+                missing.setdefault(name, error)
+    found = {part.location.name for part in parts}
+    for name in options.names:
+        if name not in found:
+            raise missing[name]
+    return parts
 
 
 def find_part(name: str, split: str, options: DataOptions) -> Part:

@@ -37,7 +37,7 @@ FEATURES = datasets.Features(
         "row": datasets.Value("int64"),
         # ascending by first appearance of the prompt, those of rows to drop included; -1: none
         "group": datasets.Value("int64"),
-        # equal for equal prompts and for equal pairs, of any source
+        # equal for prompts that say the same and for equal pairs, of any source
         "prompt_hash": datasets.Value("int64"),
         "pair_hash": datasets.Value("int64"),
         "remarks": datasets.Value("int32"),

@@ -4,7 +4,7 @@ import base64
 import datetime
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -55,6 +55,17 @@ def string_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from string_leaves(item, path)
+
+
+def map_strings(change: Callable[[str], str], value: Any) -> Any:
+    """A value with every text in it changed, keys as they are."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_strings(change, item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [map_strings(change, item) for item in value]
+    return value
 
 
 def says_something(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """The rules a row must keep, and the one form that every kind of row is brought to."""
 
 import json
+import unicodedata
 from typing import Any, TypedDict
 
 from fastpref.checks import listed, nearest
@@ -16,7 +17,14 @@ from fastpref.data.messages import (
     read_messages,
     read_tools,
 )
-from fastpref.data.row_values import RowError, check_unicode, json_text, kind, normal_form
+from fastpref.data.row_values import (
+    RowError,
+    check_unicode,
+    json_text,
+    kind,
+    map_strings,
+    normal_form,
+)
 
 ASSISTANT_TURN = "\n\nAssistant:"
 SIDES = ("chosen", "rejected")
@@ -25,6 +33,8 @@ WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
 DIGEST_FIELD = "weights_digest"
 CHAT_FIELDS = ("tools", "system")
 """What rows of messages may have beside `TEXT_FIELDS`."""
+SAID_FIELDS = ("role", "content", "tool_calls", "name")
+"""What of a message makes it another one to a reader."""
 MAX_WEIGHT = 1e30
 
 EMPTY_RESPONSE = "empty response"
@@ -116,6 +126,22 @@ def comparable(row: Row) -> tuple[str, str, str]:
     if row["tools"] is not None:
         prompt += normal_form(json.loads(row["tools"]))
     return prompt, chosen, rejected
+
+
+def prompt_said(row: Row) -> str:
+    """The prompt, tools included, as a text that is equal where a reader finds it the same.
+
+    Blanks count once and not at the ends, characters in their composed form, and of messages only
+    `SAID_FIELDS`.
+    """
+    if row["form"] != "chat":
+        return _squeezed(row["prompt"])
+    said = [
+        {field: message[field] for field in SAID_FIELDS if message.get(field) is not None}
+        for message in json.loads(row["prompt"])
+    ]
+    tools = json.loads(row["tools"]) if row["tools"] is not None else []
+    return normal_form(map_strings(_squeezed, [said, tools]))
 
 
 def check_columns(columns: list[str]) -> None:
@@ -264,6 +290,10 @@ def _chat_row(
         # what messages say was looked at before; their keys are left
         check_unicode(field, text)
     return make_row(form="chat", drop=drop, **texts)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _rename_hint(wanted: str, columns: list[str]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.complete_files import complete_file
+from fastpref.data.readers import SUFFIXES
 from fastpref.errors import DataError
 
 
@@ -81,9 +82,12 @@ def template_digest(chat_template: str | None) -> str:
 
 
 def sidecar_path(path: Path) -> Path:
-    """`train.weights.json` for `train.jsonl`."""
-    split = path.name.split(".")[0]
-    return path.with_name(f"{split}.weights.json")
+    """`train.weights.json` for `train.jsonl`; the split's name may have dots itself."""
+    # the longest first: of train.jsonl.gz both are taken off
+    for suffix in sorted(SUFFIXES, key=len, reverse=True):
+        if path.name.endswith(suffix):
+            return path.with_name(f"{path.name.removesuffix(suffix)}.weights.json")
+    return path.with_name(f"{path.name}.weights.json")
 
 
 def write_origin(path: Path, origin: WeightsOrigin) -> None:

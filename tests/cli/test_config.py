@@ -112,12 +112,25 @@ def test_text_options_take_text_as_it_stands():
 def test_mappings_are_yaml_and_may_be_given_entry_by_entry():
     columns = {"prompt": "a b", "chosen": "c", "rejected": None}
     assert read("data.columns={prompt: a b, chosen: c, rejected: null}").data.columns == columns
-    assert read("data.columns={prompt:a b,chosen:c,rejected: null}").data.columns == columns
+    assert read("data.columns={prompt:a b,chosen:c,rejected:null}").data.columns == columns
     by_entry = [f"data.columns.{key}={value or 'null'}" for key, value in columns.items()]
     assert read(*by_entry).data.columns == columns
     config = read("data.template_kwargs={thinking: false, date: 2026-11-30, places: [{n: 1.5}]}")
     arguments = {"thinking": False, "date": "2026-11-30", "places": [{"n": 1.5}]}
     assert config.data.template_kwargs == arguments
+
+
+def test_a_colon_without_a_space_gives_the_same_values_as_one_with_it():
+    config = read(
+        "data.template_kwargs={thinking:false,n:1,at:http://a,text:'1',in:{x:1.5,y:null}}"
+    )
+    assert config.data.template_kwargs == {
+        "thinking": False,
+        "n": 1,
+        "at": "http://a",
+        "text": "1",
+        "in": {"x": 1.5, "y": None},
+    }
 
 
 def test_lists_and_null():

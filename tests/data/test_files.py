@@ -11,7 +11,7 @@ from small_data import byte_tokenizer, count_calls, make_config, pairs, write_js
 from fastpref.data.encode import load_split
 from fastpref.data.files import find_source, split_of
 from fastpref.data.options import data_options
-from fastpref.data.parts import available_splits, check_sources
+from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 
@@ -119,8 +119,9 @@ def test_splits_of_other_names_are_offered_and_read(tmp_path):
     rows = read(tmp_path, split="test", split_names=names)
     assert rows.source.endswith("test_prefs-00000-of-00001.parquet")
     assert rows.counts.split == "test"
-    assert available_splits(options_of(tmp_path, split_names=names)) == ["train", "test"]
-    assert available_splits(options_of(tmp_path, split_names={"train": "train_sft"})) == ["train"]
+    for called, splits in ((names, ["train", "test"]), ({"train": "train_sft"}, ["train"])):
+        parts = own_parts(options_of(tmp_path, split_names=called))
+        assert [part.split for part in parts] == splits
 
 
 def test_a_validation_split_is_offered_for_test(tmp_path):
@@ -188,7 +189,7 @@ def test_a_hub_data_set_that_cannot_be_reached_offers_a_folder(tmp_path):
     with pytest.raises(DataError, match=r"org/name on .*hub.*'train' could not .*DIR/org/name/"):
         read(tmp_path, names=["org/name"])
     with pytest.raises(DataError, match="org/name on the Hugging Face hub could not be read"):
-        available_splits(options_of(tmp_path, names=["org/name"]))
+        own_parts(options_of(tmp_path, names=["org/name"]))
 
 
 @pytest.fixture
@@ -224,7 +225,7 @@ def test_a_hub_data_set_is_loaded_by_its_id(hub_folder):
     assert record["prompt"] == "Q3:"
     # a second start finds what the first one read
     assert count_calls(lambda: read_rows(options, "train", quiet=True), "parse_row") == 0
-    assert available_splits(options) == ["train", "test"]
+    assert [part.split for part in own_parts(options)] == ["train", "test"]
     message = refusal(hub_folder, names=["org/name"])
     assert "whose split 'train' could not be read" in message
     assert "train_prefs" in message and "data.split_names={train: NAME}" in message

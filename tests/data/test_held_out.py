@@ -7,10 +7,10 @@ import pytest
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig
-from fastpref.data.announce import read_splits
+from fastpref.data.announce import read_files, read_splits
 from fastpref.data.encode import load_split
 from fastpref.data.options import SPLITS, data_options
-from fastpref.data.parts import available_splits
+from fastpref.data.parts import own_parts
 from fastpref.data.selection import COPY
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
@@ -107,6 +107,37 @@ def test_a_conversation_is_drawn_by_its_messages(tmp_path):
     assert len(train) + len(test) == 80 and not train & test and test
 
 
+def test_prompts_that_say_the_same_are_on_one_side_and_warned_about(tmp_path, caplog):
+    composed = [pair(f"Is caf\u00e9 {i} good?", " yes", " no") for i in range(80)]
+    spaced = [pair(f" Is  cafe\u0301 {i}\tgood? \n", " sure", " no") for i in range(80)]
+    write(tmp_path, [*composed, *spaced])
+
+    def chat(i, **more):
+        turns = [{"role": "user", "content": f"Q{i}"}], [{"role": "assistant", "content": "a"}]
+        turns[0][0].update(more)
+        return {
+            "prompt": turns[0],
+            "chosen": turns[1],
+            "rejected": [turns[1][0] | {"content": "b"}],
+        }
+
+    write(tmp_path, [row for i in range(80) for row in (chat(i), chat(i, id=str(i)))], "chats")
+    for name in ("set", "chats"):
+        sizes = []
+        for split in SPLITS:
+            [rows] = read_rows(options_of(tmp_path, name), split, quiet=True)
+            sizes.append(len(rows.dataset))
+            assert len(set(rows.dataset["prompt_hash"][:])) * 2 == len(rows.dataset)
+            # their numbers, by which SFT takes one row of each, tell them apart as before
+            assert rows.num_prompts == 160
+        assert sum(sizes) == 160 and sizes[1]
+    write(tmp_path, spaced[:1], split="test")
+    write(tmp_path, [chat(1, speaker=3), chat(99, name="Ann")], "chats", "test")
+    read_splits(options_of(tmp_path, "set", "chats"), SPLITS, quiet=False)
+    assert "test: 1 of 1 (100 %) prompts of" in caplog.text
+    assert "test: 1 of 2 (50 %) prompts of" in caplog.text
+
+
 def test_a_test_split_that_is_there_is_taken_as_it_is(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="fastpref")
     write(tmp_path, pairs(40), "whole")
@@ -144,10 +175,25 @@ def test_a_fraction_that_leaves_a_side_without_prompts_is_refused(tmp_path, frac
 def test_weights_are_estimated_for_the_rows_as_the_files_have_them(tmp_path):
     write(tmp_path, [*pairs(20), *pairs(20)])
     options = options_of(tmp_path, deduplicate=True).of_files()
-    assert available_splits(options) == ["train"]
+    assert [part.split for part in own_parts(options)] == ["train"]
     [rows] = read_rows(options, "train", quiet=True)
     assert len(rows.dataset) == 40
     assert len(list(rows.records())) == 40
+
+
+def test_every_split_that_a_dataset_has_gets_weights_whatever_the_others_have(tmp_path):
+    for name, split in (("whole", "train"), ("whole", "test"), ("divided", "train")):
+        write(tmp_path, pairs(6), name, split)
+    options = options_of(tmp_path, "whole", "divided")
+    read = [(rows.name, rows.counts.split) for rows in read_files(options, quiet=True)]
+    assert read == [("whole", "train"), ("divided", "train"), ("whole", "test")]
+    # under these names a run on the weights holds out what a run on the rows does
+    for name, split in read:
+        write(tmp_path / "weights", pairs(6), name, split)
+    assert sides(options_of(tmp_path / "weights", "whole", "divided")) == sides(options)
+    write(tmp_path, pairs(6), "none", "other")
+    with pytest.raises(DataError, match=r"none.train\.jsonl"):
+        read_files(options_of(tmp_path, "whole", "none"), quiet=True)
 
 
 def test_records_of_held_out_rows_are_theirs(tmp_path):

@@ -292,6 +292,12 @@ def test_a_column_beside_rows_that_are_complete_changes_nothing(tmp_path, extra)
         beside = read(tmp_path, record | extra)
         assert parts(beside.dataset[0]) == plain
         assert list(beside.counts.unread.values()) == [list(extra)]
+    dialogues = {"chosen": start + " a", "rejected": start + " b"}
+    other = {"chosen": start + " a", "rejected": start.replace("hi", "ho") + " b"}
+    for records in ((dialogues, other), (other, dialogues)):
+        read_so = read(tmp_path, *(record | extra for record in records))
+        assert read_so.counts.dropped == {"no shared prompt": 1}
+        assert parts(read_so.dataset[0]) == (start, " a", " b")
 
 
 @pytest.mark.parametrize(
@@ -398,6 +404,18 @@ def test_one_response_a_row_is_for_sft_that_is_not_reversed(tmp_path, name):
     )
 
 
+@pytest.mark.parametrize("name", ["messages alone", "prompt and completion"])
+def test_responses_labelled_good_or_bad_are_not_imitated_unasked(tmp_path, name):
+    case = CASES[name]
+    records = [case.record | {"label": label} for label in (True, False)]
+    for on_error in ("raise", "skip"):
+        message = refusal(tmp_path, *records, loss=SFTConfig, data={"on_error": on_error})
+        assert "train.jsonl:1: two readings: label says which responses are good" in message
+    response = message.split("data.columns={")[1].split(":")[0]
+    rows = read(tmp_path, loss=SFTConfig, data={"columns": {response: response}})
+    assert [parts(row)[1] for row in rows.dataset] == [case.chosen] * 2
+
+
 def test_an_empty_single_response_is_dropped(tmp_path):
     records = [{"prompt": f"Q{i}", "completion": text} for i, text in enumerate(("a", " ", "b"))]
     assert read(tmp_path, *records, loss=SFTConfig).counts.dropped == {"empty response": 1}
@@ -412,6 +430,16 @@ def test_pairs_with_messages_beside_them_are_pairs_for_sft_too_unless_columns_sa
     assert parts(read(tmp_path, record, loss=SFTConfig).dataset[0]) == CHAT
     chosen = read(tmp_path, loss=SFTConfig, data={"columns": {"messages": "messages"}})
     assert parts(chosen.dataset[0]) == ([say("user", "R")], [YES], [])
+
+
+@pytest.mark.parametrize("sides", [SIDES, ("response_1", "response_0")])
+def test_conversations_named_beside_pairs_are_their_prompt_for_sft_too(tmp_path, sides):
+    record = {"turns": [USER], **dict(zip(sides, ([YES], [NO]), strict=True))}
+    if sides != SIDES:
+        record["better_response_id"] = 1
+    columns = {"columns": {"conversations": "turns"}}
+    for loss in (SFTConfig, DPOConfig):
+        assert parts(read(tmp_path, record, loss=loss, data=columns).dataset[0]) == CHAT
 
 
 def test_a_system_message_or_an_earlier_turn_may_come_before_the_text_prompt(tmp_path):

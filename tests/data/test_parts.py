@@ -12,7 +12,7 @@ from fastpref.data.announce import read_files, read_splits
 from fastpref.data.audit_report import report_split
 from fastpref.data.encode import load_split
 from fastpref.data.options import SPLITS, data_options
-from fastpref.data.parts import available_splits, check_sources
+from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.selection import COPY
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
@@ -89,7 +89,7 @@ def test_a_missing_split_of_the_hub_is_answered_with_its_other_names_and_a_fract
     # parts of a split are written beside its name
     names = {"train": "train_prefs[:50%]", "test": "train_prefs[50%:]"}
     options = options_of(repository, "org/other", split_names=names, test_fraction=0.1)
-    assert available_splits(options) == ["train", "test"]
+    assert [part.split for part in own_parts(options)] == ["train", "test"]
     [[train], [test]] = read_splits(options, SPLITS, quiet=True).rows
     assert (len(train.dataset), len(test.dataset)) == (2, 2)
 

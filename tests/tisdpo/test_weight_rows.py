@@ -15,6 +15,7 @@ from tiny_models import save_tiny_model, text_rows, write_rows
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
+from fastpref.data.weights_file import sidecar_path
 from fastpref.errors import DataError
 from fastpref.tisdpo.weight_rows import record_line
 
@@ -214,6 +215,12 @@ def test_another_chat_template_is_named_as_the_reason_of_other_tokens(chatml_mod
     template.write_text(CHATML_TOOLS.replace("user", "asker"))
     with pytest.raises(DataError, match=r"estimated with another data\.chat_template"):
         load(config, chat_template=str(template))
+
+
+def test_splits_with_dots_in_their_names_have_records_of_their_own(tmp_path):
+    names = ("train.jsonl", "train.v1.jsonl", "train.v2.jsonl.gz", "train.v3.json")
+    records = [sidecar_path(tmp_path / name).name for name in names]
+    assert records == [f"train{part}.weights.json" for part in ("", ".v1", ".v2", ".v3")]
 
 
 def test_a_record_that_utf8_cannot_hold_is_written_with_escapes():
