@@ -53,8 +53,9 @@ def code_options(config: Any, source: ModelSource) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     own = _own_class(config) if source.trust_remote_code else None
-    # code of another repository has revisions of its own
-    if own is not None and "--" not in config.auto_map[own]:
+    # code of another repository has revisions of its own; a class that was loaded is known
+    is_new = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    if own is not None and source.revision and is_new and "--" not in config.auto_map[own]:
         options["code_revision"] = source.revision
     return options
 
