@@ -44,7 +44,8 @@ def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> 
         return ReadSplits(rows, [], [])
     every_part = [part for parts in rows for part in parts]
     log_layouts(every_part)
-    division, warnings = list(describe_division(options, rows[0])), list(find_repetitions(rows))
+    division = list(describe_division(options, rows[0]))
+    warnings = [*find_copied(options, splits, rows), *find_repetitions(rows)]
     for line in division:
         logger.info(line)
     for line in warnings:
@@ -122,6 +123,19 @@ def describe_division(options: DataOptions, train: Sequence[Rows]) -> Iterator[s
             f"{share_of(test_prompts, num_prompts)} prompts of {rows.source} are held out, with "
             f"{test_rows:,} rows"
         )
+
+
+def find_copied(
+    options: DataOptions, splits: Sequence[str], read: Sequence[Sequence[Rows]]
+) -> Iterator[str]:
+    """Datasets of which `data.deduplicate` leaves nothing."""
+    for split, parts in zip(splits, read, strict=True):
+        for name in options.names:
+            if name not in {rows.name for rows in parts}:
+                yield (
+                    f"{split}: every row of {name} is a copy of one of an earlier dataset and left "
+                    "out (data.deduplicate=true)"
+                )
 
 
 def find_repetitions(splits: Sequence[Sequence[Rows]]) -> Iterator[str]:

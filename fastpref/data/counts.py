@@ -211,12 +211,15 @@ def count_rows(
     return counts, kept
 
 
-def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
+def check_counts(
+    counts: AuditCounts, *, max_dropped: float, has_earlier_rows: bool = False
+) -> None:
     """Refuse a split that loses too many rows, or all, or has nothing to tell apart.
 
     Args:
         counts: Of the whole split.
         max_dropped: Largest share of rows that may be dropped, in [0, 1].
+        has_earlier_rows: What is left out as copies stands in a source before it: none need stay.
 
     Raises:
         DataError: saying which rule, how many rows and why.
@@ -224,8 +227,9 @@ def check_counts(counts: AuditCounts, *, max_dropped: float) -> None:
     name = f"split {counts.split!r} of {', '.join(counts.sources)}"
     # copies are left out because that was asked for
     num_dropped = sum(count for reason, count in counts.dropped.items() if reason != COPY)
-    if counts.kept == 0 or num_dropped > max_dropped * counts.rows:
-        rule = "no row is left" if counts.kept == 0 else f"data.max_dropped={max_dropped:g}"
+    is_gone = counts.kept == 0 and not has_earlier_rows
+    if is_gone or num_dropped > max_dropped * counts.rows:
+        rule = "no row is left" if is_gone else f"data.max_dropped={max_dropped:g}"
         raise DataError(f"{name}: {rule}: {_dropped_text(counts)}")
     num_identical = counts.remarks.get(Remark.IDENTICAL, 0)
     if num_identical > MAX_IDENTICAL * counts.kept:

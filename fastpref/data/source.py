@@ -89,13 +89,18 @@ class Rows:
 def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
     """Read and check the rows of all datasets; needs neither tokenizer nor model.
 
+    Returns:
+        Those of each dataset that has any: of one that lies wholly in earlier ones
+        `data.deduplicate` leaves nothing.
+
     Raises:
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
     """
     # all are looked for before any is read
     parts = [find_part(name, split, options) for name in options.names]
     earlier: set[int] | None = set() if options.deduplicate else None
-    return [load_rows(part, options, earlier=earlier, quiet=quiet) for part in parts]
+    read = (load_rows(part, options, earlier=earlier, quiet=quiet) for part in parts)
+    return [rows for rows in read if len(rows.dataset)]
 
 
 def load_rows(part: Part, options: DataOptions, *, earlier: set[int] | None, quiet: bool) -> Rows:
@@ -124,7 +129,8 @@ def load_rows(part: Part, options: DataOptions, *, earlier: set[int] | None, qui
         earlier=earlier,
     )
     counts, kept = count_dataset(dataset, location, split, selection)
-    check_counts(counts, max_dropped=options.read.max_dropped)
+    has_copies = bool(selection.is_copy.any())
+    check_counts(counts, max_dropped=options.read.max_dropped, has_earlier_rows=has_copies)
     unread = pc.list_flatten(dataset.with_format("arrow")["unread"][:]).to_pylist()
     return Rows(
         name=location.name,

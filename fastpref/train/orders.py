@@ -9,6 +9,7 @@ from fastpref.batches.mixed_order import MixedOrder
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import DataConfig
 from fastpref.data.encode import PreferenceSplit
+from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
 
@@ -26,8 +27,10 @@ def build_train_order(
 
     Raises:
         ConfigError: not a single step.
+        DataError: no row is left of a dataset that has a share.
     """
     if options.shares is not None:
+        _check_sources(train, options.shares)
         return MixedOrder(
             train.groups,
             sources=np.repeat(np.arange(len(train.sizes)), train.sizes),
@@ -47,6 +50,17 @@ def build_train_order(
         drop_last=options.drop_last,
         order=options.order,
         num_prompts=train.num_prompts,
+    )
+
+
+def _check_sources(train: PreferenceSplit, shares: Sequence[float]) -> None:
+    if len(train.sizes) == len(shares):
+        return
+    raise DataError(
+        f"data.shares has {len(shares)} shares, and rows to train on are left of "
+        f"{len(train.sizes)} datasets only, {', '.join(train.audit.sources)}: every row of the "
+        "others is a copy of one in an earlier dataset; leave these out with their shares, or set "
+        "data.deduplicate=false"
     )
 
 

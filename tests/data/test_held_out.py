@@ -6,7 +6,7 @@ import random
 import pytest
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
-from fastpref.config import SFTConfig
+from fastpref.config import DataConfig, SFTConfig
 from fastpref.data.announce import read_files, read_splits
 from fastpref.data.encode import load_split
 from fastpref.data.options import SPLITS, data_options
@@ -15,6 +15,7 @@ from fastpref.data.selection import COPY
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 from fastpref.train.fingerprints import split_digest
+from fastpref.train.orders import build_train_order
 
 
 def write(tmp_path, rows, name="set", split="train"):
@@ -268,6 +269,25 @@ def test_copies_in_another_dataset_are_warned_about_and_left_out(tmp_path, caplo
         options_of(tmp_path, "other", fraction=0, deduplicate=True), "train", quiet=True
     )
     assert alone.fingerprint != two.fingerprint
+
+
+def test_a_dataset_that_lies_in_an_earlier_one_is_told_of_and_left_out(tmp_path, caplog):
+    empty = pair("E:", "", "")
+    one = write(tmp_path, [*pairs(30), empty], "one")
+    write(tmp_path, [*pairs(20), empty], "other")
+    names = ("one", "other")
+    options = options_of(tmp_path, *names, fraction=0, deduplicate=True, max_dropped=0.1)
+    read_splits(options, ["train"], quiet=False)
+    assert "train: every row of other is a copy of one of an earlier dataset" in caplog.text
+    train = load_split(options, "train", byte_tokenizer(), vocab_size=258, quiet=True)
+    assert (train.sizes, train.audit.sources) == ((30,), [str(one)])
+    mixed = DataConfig(shares=[0.5, 0.5], deduplicate=True)
+    with pytest.raises(DataError, match=r"2 shares, .* left of 1 datasets only, .*one.train"):
+        build_train_order(train, mixed, seed=0, batch_size=2, n_epochs=1, n_examples=None)
+    # other reasons to leave rows out are judged as ever
+    strict = options_of(tmp_path, *names, fraction=0, deduplicate=True, max_dropped=0.04)
+    with pytest.raises(DataError, match=r"other.*data.max_dropped=0.04: .*empty response 1"):
+        read_rows(strict, "train", quiet=True)
 
 
 def test_held_out_prompts_of_sft_are_not_among_the_demonstrations(tmp_path):
