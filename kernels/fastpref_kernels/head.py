@@ -135,6 +135,15 @@ def put_target(values_RC: Tensor, target_R: Tensor, cols: slice, value_R: Tensor
     values_RC.scatter_(1, index_R1, torch.where(inside_R1, value_R[:, None], kept_R1))
 
 
+class Begun(NamedTuple):
+    """Gradients of a head from rows that are not its call's, which a call adds its own to."""
+
+    weight: Callable[[slice], Tensor] | None
+    """cols -> (C, D) float32 that is overwritten; None for what wants none, as below."""
+    bias: Tensor | None
+    """(V,) float32, overwritten."""
+
+
 class _Totals(NamedTuple):
     """Gradients of a head in the making; None for what wants none."""
 
@@ -183,6 +192,7 @@ def head_gradients(
     dlogits: Callable[[slice, slice, Tensor, Tensor], Tensor],
     *,
     unit: Tensor | None = None,
+    begun: Begun | None = None,
 ) -> Gradients:
     """Gradients of the hidden states, head weight and bias, from gradients of logits tiles.
 
@@ -198,17 +208,26 @@ def head_gradients(
         dlogits: (rows, cols, input tile, weight tile) -> gradient of h·Wᵀ + b, (R, C), float32 or
             the GEMMs' dtype.
         unit: What `dlogits` is too large by, (1,); None for 1.
+        begun: What the head's sums begin with, where `unit` is None; None for zeros.
     """
     N, (tile_rows, tile_cols) = len(head.input), tile
     totals = _Totals.empty(head, needs_grad, unit)
+    if totals.bias is not None and begun is not None and begun.bias is not None:
+        totals = totals._replace(bias=begun.bias)
     # with all rows in one tile a slice is one product, rounded as it is written
     one_product = 0 < N <= tile_rows and unit is None and head.weight.dtype == head.gemm_dtype
+    one_product = one_product and begun is None
     sums_slices = totals.weight is not None and not one_product
+
+    def first_sums(cols: slice, head_CD: Tensor) -> Tensor:
+        if begun is not None and begun.weight is not None:
+            return begun.weight(cols)
+        return head_CD.new_zeros(head_CD.shape, dtype=torch.float32)
 
     # functions, so that a tile is gone before the next one is made
     def add_slice(cols: slice) -> None:
         head_CD = head.weight_tile(cols)
-        total_CD = head_CD.new_zeros(head_CD.shape, dtype=torch.float32) if sums_slices else None
+        total_CD = first_sums(cols, head_CD) if sums_slices else None
         for rows in slices(N, tile_rows):
             add_tile(rows, cols, head_CD, total_CD)
         if totals.weight is not None and total_CD is not None:

@@ -2,6 +2,7 @@
 
     store    3 passes: the reference's exponentials are kept for the head's gradient, if the
              workspace holds them
+    partial  between 3 and 4: exponentials of the first rows, as many as the workspace holds
     lean     4 passes: the backward makes the reference's logits again
     frozen   2 passes: only the hidden states want a gradient, which the forward makes
     scores   2 passes: nothing wants a gradient
@@ -19,9 +20,15 @@ from fastpref_kernels.head import Gradients, Head, Heads, NeedsGrad, Targets
 from fastpref_kernels.launch import Operands, aligned_columns
 from fastpref_kernels.row_sums import TokenStats, ValueStats
 from fastpref_kernels.tdpo1_token_values_torch import scaled_slopes, share_head, values_of
+from fastpref_kernels.token_logps_backward import Call, lean_bwd, partial_bwd, store_bwd
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
-from fastpref_kernels.token_logps_triton import lean_bwd, store_bwd
-from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
+from fastpref_kernels.workspace import (
+    ROW_MULTIPLE,
+    get_workspace_mib,
+    keeping_mode,
+    kept_rows,
+    slices,
+)
 
 _SWEEP_ROWS = 2048
 """Rows whose exponentials are multiplied with the policy's head at once."""
@@ -44,8 +51,7 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
         return "frozen"
     if policy.gemm_dtype == torch.float16:
         return "lean"
-    kept_bytes = len(policy.input) * _row_bytes(reference)
-    return "store" if kept_bytes <= get_workspace_mib() * 2**20 else "lean"
+    return keeping_mode(len(policy.input), _row_bytes(reference))
 
 
 def empty_stats(heads: Heads, mode: str) -> ValueStats:
@@ -53,12 +59,12 @@ def empty_stats(heads: Heads, mode: str) -> ValueStats:
     policy, reference = heads
     input, N = policy.input, len(policy.input)
     columns = aligned_columns(policy.weight.shape[0])
-    shape, num_sums = ((N, columns), N) if mode == "store" else ((0,), 0)
+    num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(reference))}.get(mode, 0)
     return ValueStats.empty(
         input,
         input.new_empty(0) if mode == "scores" else input.new_empty(input.shape),
-        kept=input.new_empty(shape, dtype=reference.exp_dtype),
-        kept_sums=input.new_empty(num_sums, dtype=torch.float32),
+        kept=input.new_empty(num_kept, columns, dtype=reference.exp_dtype),
+        kept_sums=input.new_empty(num_kept, dtype=torch.float32),
     )
 
 
@@ -67,16 +73,16 @@ def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueSt
     policy, reference = (Operands.of(head, targets) for head in heads)
     stats = empty_stats(heads, mode)
     N, V = len(targets.ids), policy.head.weight.shape[0]
-    if mode == "store":
+    K, step = len(stats.kept), _sweep_rows(heads[1])
+    if K:
         # columns that only round a row up: an op's results hold nothing by chance
         stats.kept[:, V:] = 0
-    step = _sweep_rows(heads[1])
     scratch = policy.head.input.new_empty(
-        0 if mode == "store" else min(step, N), aligned_columns(V), dtype=reference.exp_dtype
+        min(step, N - K), aligned_columns(V), dtype=reference.exp_dtype
     )
-    for rows in slices(N, step):
-        kept_RC = stats.kept[rows] if mode == "store" else scratch[: rows.stop - rows.start]
-        _score_rows((policy, reference), heads, rows, kept_RC[:, :V], stats, mode)
+    for rows in [*slices(K, step), *slices(N, step, start=K)]:
+        kept_RC = stats.kept[rows] if rows.stop <= K else scratch[: rows.stop - rows.start]
+        _score_rows((policy, reference), heads, rows, kept_RC[:, :V], stats)
     for scores_N in (stats.values, stats.reference_logps):
         scores_N.masked_fill_(targets.ignored, 0)
     return stats
@@ -99,11 +105,12 @@ def tdpo1_token_values_bwd(
         return input_ND, None, None
     operands, scored = (Operands.of(head, targets) for head in heads)
     # a softmax in place of the policy's: whose logits it is made of does not matter
-    of_reference = TokenStats(*stats[2:])
+    call = Call(grad, policy, operands, targets, TokenStats(*stats[2:]))
     if mode == "store":
-        gradients = store_bwd(grad, policy, operands, targets, of_reference, of_head)
+        gradients = store_bwd(call, of_head)
     else:
-        gradients = lean_bwd(grad, policy, operands, targets, of_reference, of_head, scored=scored)
+        backward = partial_bwd if mode == "partial" else lean_bwd
+        gradients = backward(call, of_head, scored=scored)
     return input_ND, *gradients[1:]
 
 
@@ -113,7 +120,6 @@ def _score_rows(
     rows: slice,
     kept_RV: Tensor,
     stats: ValueStats,
-    mode: str,
 ) -> None:
     policy, reference = operands
     head, ids_R = policy.head, policy.ids[rows]
@@ -134,9 +140,9 @@ def _score_rows(
         gap_R -= over_R * head.scale
     stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * gap_R)
     stats.reference_logps[rows], stats.reference_lse[rows] = sums.logps, sums.lse
-    if mode != "scores":
+    if len(stats.slopes):
         stats.slopes[rows] = slopes_RD.masked_fill_(ids_R[:, None] < 0, 0)
-    if mode == "store":
+    if rows.stop <= len(stats.kept):
         stats.kept_sums[rows] = stored_sum_R
         weigh_target(kept_RV, ids_R, stored_sum_R)
 

@@ -2,6 +2,7 @@
 
     store    4 passes, 3 if the head is frozen: what both models say of every column is kept for the
              backward, if the workspace holds it
+    partial  between these and lean's: the same of the first rows, as many as the workspace holds
     lean     6 passes, 5 if the head is frozen: the backward makes both models' logits again
     scores   2 passes: nothing wants a gradient
 
@@ -18,6 +19,7 @@ from fastpref_kernels.gemm import matmul
 from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE
 from fastpref_kernels.head import (
     Gradients,
+    Head,
     Heads,
     NeedsGrad,
     Targets,
@@ -40,7 +42,7 @@ from fastpref_kernels.launch import (
 )
 from fastpref_kernels.row_sums import JointStats
 from fastpref_kernels.token_logps_kl_sweep import JointSweep, joint_transforms
-from fastpref_kernels.workspace import get_workspace_mib, slices
+from fastpref_kernels.workspace import keeping_mode, kept_rows, slices
 
 _SWEEP_ROWS = 4096
 """Rows of a sweep: bounds the sums of its column blocks, five a row and block."""
@@ -53,21 +55,19 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
         return "scores"
     if policy.gemm_dtype == torch.float16:
         return "lean"
-    num_kept = 2 * len(policy.input) * aligned_columns(policy.weight.shape[0])
-    fits = num_kept * _kept_dtype(heads).itemsize <= get_workspace_mib() * 2**20
-    return "store" if fits else "lean"
+    return keeping_mode(len(policy.input), _row_bytes(heads))
 
 
 def empty_stats(heads: Heads, mode: str) -> JointStats:
     """Uninitialised results of the forward, with what the mode keeps for its backward."""
     policy, _ = heads
     N, V = len(policy.input), policy.weight.shape[0]
-    stored = mode == "store"
-    kept_shape = (2, N, aligned_columns(V)) if stored else (0,)
+    num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(heads))}.get(mode, 0)
+    kept_shape = (2, num_kept, aligned_columns(V))
     return JointStats.empty(
         policy.input,
         kept=policy.input.new_empty(kept_shape, dtype=_kept_dtype(heads)),
-        kept_scales=policy.input.new_empty((2, N) if stored else (0,), dtype=torch.float32),
+        kept_scales=policy.input.new_empty((2, num_kept), dtype=torch.float32),
     )
 
 
@@ -76,12 +76,13 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str
     stats = empty_stats(heads, mode)
     operands = _operands(heads, targets)
     V = heads[0].weight.shape[0]
-    if mode == "store":
+    K, N = stats.kept.shape[1], len(targets.ids)
+    if K:
         # columns that only round a row up: an op's results hold nothing by chance
         stats.kept[:, :, V:] = 0
-    for rows in slices(len(targets.ids), _SWEEP_ROWS):
+    for rows in [*slices(K, _SWEEP_ROWS), *slices(N, _SWEEP_ROWS, start=K)]:
         sweep = JointSweep(operands, rows, under_reference=direction == "reference_policy")
-        kept_RV = [kept_NV[rows, :V] for kept_NV in _kept(stats)] if mode == "store" else None
+        kept_RV = [kept_KV[rows, :V] for kept_KV in _kept(stats)] if rows.stop <= K else None
         sweep.run(kept_RV)
         policy, reference, kl_R = sweep.finish()
         results = (policy.logps, policy.lse, reference.logps, reference.lse, kl_R)
@@ -108,23 +109,23 @@ def token_logps_kl_bwd(
     policy, _ = heads
     (grad_logps_N, grad_kl_N), unit = logit_gradients(policy, targets, *grads)
     operands = _operands(heads, targets)
-    vectors: dict[str, Any] = {
+    vectors = {
         "grad_logps_ptr": grad_logps_N,
         "grad_kl_ptr": grad_kl_N,
         "kl_ptr": stats.kl,
         "target_grad_ptr": kl_target_gradients(stats, grad_logps_N, grad_kl_N, direction),
         "target_ptr": operands[0].ids,
     }
-    if mode == "store":
-        fill = _from_stored
-        vectors["log_scale_ptr"], vectors["reference_log_scale_ptr"] = stats.kept_scales
-        slope_N = policy.softcap_slope(stats.lse + stats.logps)
-        if slope_N is not None:
-            # the other columns were stored with theirs
-            vectors["target_grad_ptr"] = vectors["target_grad_ptr"] * slope_N
-    else:
-        fill = _from_products if operands[0].tile is None else _from_fused
-        vectors |= {"lse_ptr": stats.lse, "reference_lse_ptr": stats.reference_lse}
+    K, N = stats.kept.shape[1], len(targets.ids)
+    remake = _from_products if operands[0].tile is None else _from_fused
+    sources = (
+        (slice(0, K), _from_stored, vectors | _stored_vectors(policy, stats, vectors)),
+        (
+            slice(K, N),
+            remake,
+            vectors | {"lse_ptr": stats.lse, "reference_lse_ptr": stats.reference_lse},
+        ),
+    )
     # padding may hold anything, and 0 · NaN would reach the head's gradient
     clean_ND = operands[0].head.input
     if needs_grad[1]:
@@ -133,13 +134,37 @@ def token_logps_kl_bwd(
     def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, weight_CD: Tensor) -> Tensor:
         R, C = len(hidden_RD), len(weight_CD)
         dlogits_RC = hidden_RD.new_empty(R, aligned_columns(C))[:, :C]
-        arguments = {name: vector_N[rows] for name, vector_N in vectors.items()}
-        arguments["UNDER_REFERENCE"] = direction == "reference_policy"
-        fill(operands, stats, rows, cols, dlogits_RC, arguments)
+        for of_source, fill, row_arguments in sources:
+            part = slice(max(rows.start, of_source.start), min(rows.stop, of_source.stop))
+            if part.start >= part.stop:
+                continue
+            arguments: dict[str, Any] = {
+                name: vector[part] for name, vector in row_arguments.items()
+            }
+            arguments["UNDER_REFERENCE"] = direction == "reference_policy"
+            part_RC = dlogits_RC[part.start - rows.start : part.stop - rows.start]
+            fill(operands, stats, part, cols, part_RC, arguments)
         return dlogits_RC
 
     tile = gradient_tile(operands[0])
     return head_gradients(policy, needs_grad, tile, lambda rows: clean_ND[rows], dlogits, unit=unit)
+
+
+def _stored_vectors(
+    policy: Head, stats: JointStats, vectors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Arguments of `_from_stored` that are the kept rows' own, (K,)."""
+    log_scale_K, reference_log_scale_K = stats.kept_scales
+    target_K = vectors["target_grad_ptr"][: len(log_scale_K)]
+    slope_N = policy.softcap_slope(stats.lse + stats.logps)
+    if slope_N is not None:
+        # the other columns were stored with theirs
+        target_K = target_K * slope_N[: len(log_scale_K)]
+    return {
+        "log_scale_ptr": log_scale_K,
+        "reference_log_scale_ptr": reference_log_scale_K,
+        "target_grad_ptr": target_K,
+    }
 
 
 def _from_stored(
@@ -241,6 +266,11 @@ def _kept(stats: JointStats) -> tuple[Tensor, Tensor]:
     larger_NV, log_ratio_NV = stats.kept
     in_half = larger_NV.dtype == torch.bfloat16
     return larger_NV, log_ratio_NV.view(torch.float16) if in_half else log_ratio_NV
+
+
+def _row_bytes(heads: Heads) -> int:
+    """Of what is kept of a row."""
+    return 2 * aligned_columns(heads[0].weight.shape[0]) * _kept_dtype(heads).itemsize
 
 
 def _kept_dtype(heads: Heads) -> torch.dtype:

@@ -11,6 +11,7 @@ from oracle import (
     ROUNDED_TWICE,
     count_gemms,
     double,
+    half_kept,
     nearby,
     random_head,
     random_target,
@@ -33,6 +34,11 @@ SHAPES = {"fused": (300, 700, 136), "products": (300, 2100, 123)}
 both_routes = pytest.mark.parametrize("route", SHAPES, indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def partial_keeps_half(monkeypatch):
+    monkeypatch.setattr(tdpo1_token_values_triton, "kept_rows", half_kept)
+
+
 @pytest.fixture
 def route(request, monkeypatch):
     tile = FUSED_TILES["sm_90"] if request.param == "fused" else None
@@ -42,11 +48,12 @@ def route(request, monkeypatch):
 
 @pytest.mark.parametrize("route", ["products"], indirect=True)
 @pytest.mark.parametrize(
-    ("mode", "passes"), [("scores", 2), ("store", 3), ("lean", 4), ("frozen", 2)]
+    ("mode", "passes"),
+    [("scores", 2), ("store", 3), ("partial", 3.5), ("lean", 4), ("frozen", 2)],
 )
 def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, passes):
     # a GPU's products are padded to whole tiles of rows
-    N, V, D = launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
+    N, V, D = 2 * launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
     input, weight, _ = (leaf.detach().to(DEVICE) for leaf in random_head(N, V, D))
     heads = (Head(input, weight, None, 1.0, None), Head(input.clone(), weight, None, 1.0, None))
     targets = Targets.of(random_target(N, V).to(DEVICE), -100)
@@ -62,7 +69,7 @@ def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, passes):
 
 
 @both_routes
-@pytest.mark.parametrize("mode", ["store", "lean", "frozen"])
+@pytest.mark.parametrize("mode", ["store", "partial", "lean", "frozen"])
 def test_every_mode_matches_float64(route, mode, monkeypatch):
     N, V, D = SHAPES[route]
     monkeypatch.setattr(tdpo1_token_values_triton, "choose_mode", lambda heads, needs_grad: mode)
@@ -95,7 +102,7 @@ def test_a_row_has_the_same_bits_in_every_mode(route, heads):
     targets = Targets.of(random_target(N, V).to(DEVICE), -100)
     scores, *others = (
         tdpo1_token_values_triton.tdpo1_token_values_fwd(models, targets, mode)
-        for mode in ("scores", "store", "lean", "frozen")
+        for mode in ("scores", "store", "partial", "lean", "frozen")
     )
     for stats in others:
         assert torch.equal(stats.values, scores.values)

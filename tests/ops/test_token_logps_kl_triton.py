@@ -10,6 +10,7 @@ from oracle import (
     TIMES_TORCH,
     count_gemms,
     double,
+    half_kept,
     random_head,
     random_target,
     workspace,
@@ -35,8 +36,13 @@ TRANSFORMS = {"plain": {}, "softcap": {"logit_scale": 0.7, "logit_softcap": 20.0
 GRADIENT_BOUND = ROUNDED_TWICE if torch.cuda.is_available() else 4.5e-3
 
 both_routes = pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
-both_modes = pytest.mark.parametrize("mode", ["store", "lean"])
+all_modes = pytest.mark.parametrize("mode", ["store", "partial", "lean"])
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+@pytest.fixture(autouse=True)
+def partial_keeps_half(monkeypatch):
+    monkeypatch.setattr(token_logps_kl_triton, "kept_rows", half_kept)
 
 
 @pytest.fixture
@@ -116,7 +122,7 @@ def assert_exact(policy, reference, target_N, grads, *, bounds, **options):
 
 
 @both_routes
-@both_modes
+@all_modes
 @both_directions
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("bias", [False, True])
@@ -130,7 +136,7 @@ def test_every_mode_is_exact_in_float32(route, mode, direction, transform, bias,
 
 
 @both_routes
-@both_modes
+@all_modes
 @both_directions
 @pytest.mark.parametrize(("near", "transform"), [(None, "plain"), (0.02, "softcap")])
 def test_every_mode_keeps_the_bounds_of_16_bits(
@@ -147,7 +153,7 @@ def test_every_mode_keeps_the_bounds_of_16_bits(
 
 
 @both_routes
-@both_modes
+@all_modes
 @both_directions
 def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
     route, mode, direction, monkeypatch
@@ -162,7 +168,7 @@ def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
 
 
 @both_routes
-@both_modes
+@all_modes
 @both_directions
 @pytest.mark.parametrize(
     ("dtype", "transform"),
@@ -183,7 +189,7 @@ def test_identical_models_differ_by_exactly_nothing(
 
 
 @both_routes
-@both_modes
+@all_modes
 @both_directions
 @pytest.mark.parametrize("margin", [60.0, -200.0])
 def test_certain_and_hopeless_tokens_are_exact(route, mode, direction, margin, monkeypatch):
@@ -204,7 +210,7 @@ def test_certain_and_hopeless_tokens_are_exact(route, mode, direction, margin, m
 
 
 @both_routes
-@both_modes
+@all_modes
 def test_a_frozen_head_has_the_same_gradient_of_the_hidden_states(route, mode, monkeypatch):
     force(mode, monkeypatch)
     policy, reference, target_N = models(route, bias=False)
@@ -217,7 +223,7 @@ def test_a_frozen_head_has_the_same_gradient_of_the_hidden_states(route, mode, m
 
 
 @both_routes
-@both_modes
+@all_modes
 def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, monkeypatch):
     force(mode, monkeypatch)
     policy, reference, target_N = models(route)
@@ -241,14 +247,14 @@ def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
     targets = token_logps_kl_triton.Targets.of(target_N[:60], -100)
     scores, *others = (
         token_logps_kl_triton.token_logps_kl_fwd(heads, targets, direction, mode)[:5]
-        for mode in ("scores", "store", "lean")
+        for mode in ("scores", "store", "partial", "lean")
     )
     for stats in others:
         assert all(map(torch.equal, stats, scores))
 
 
 @both_routes
-@both_modes
+@all_modes
 @both_directions
 def test_two_runs_have_the_same_bits(route, mode, direction, monkeypatch):
     force(mode, monkeypatch)
@@ -277,12 +283,19 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
 
 @pytest.mark.parametrize(
     ("mode", "frozen", "passes"),
-    [("store", False, 4), ("store", True, 3), ("lean", False, 6), ("lean", True, 5)],
+    [
+        ("store", False, 4),
+        ("store", True, 3),
+        ("partial", False, 5),
+        ("partial", True, 4),
+        ("lean", False, 6),
+        ("lean", True, 5),
+    ],
 )
 @pytest.mark.parametrize("route", ["products"], indirect=True)
 def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, frozen, passes):
     # a GPU's products are padded to whole tiles of rows
-    N, V, D = launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
+    N, V, D = 2 * launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
     heads = tuple(
         Head(input.to(DEVICE), weight.to(DEVICE), None, 1.0, None)
         for input, weight, _ in (random_head(N, V, D, seed=seed) for seed in range(2))

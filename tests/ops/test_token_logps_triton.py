@@ -11,6 +11,7 @@ from oracle import (
     count_gemms,
     double,
     gradients,
+    half_kept,
     random_head,
     random_target,
     workspace,
@@ -22,18 +23,24 @@ if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
 
 from fastpref_kernels import launch, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES
+from fastpref_kernels.workspace import keeping_mode, kept_rows
 
 # the whole file on a GPU, where it is what the kernels are
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, V, D: several blocks of rows and columns with ragged ends; rows that no tensor descriptor takes
 SHAPES = {"fused": (300, 700, 136), "products": (300, 2100, 123)}
-MODES = ["store", "lean", "frozen"]
+MODES = ["store", "partial", "lean", "frozen"]
 TRANSFORMS = {
     "plain": {},
     "scale": {"logit_scale": 0.7},
     "softcap": {"logit_scale": 0.7, "logit_softcap": 20.0},
 }
+
+
+@pytest.fixture(autouse=True)
+def partial_keeps_half(monkeypatch):
+    monkeypatch.setattr(token_logps_triton, "kept_rows", half_kept)
 
 
 @pytest.fixture
@@ -281,13 +288,23 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
         assert mode() == "store" and mode(torch.float32) == mode(V=1025) == "lean"
 
 
+def test_what_the_workspace_holds_of_many_rows_is_kept():
+    with workspace(2048 * 1024 * 2 / 2**20):
+        assert [kept_rows(N, 2048) for N in (2048, 2049, 100_000)] == [2048] * 3
+        assert [kept_rows(N, 2049) for N in (2047, 100_000)] == [2047, 0]
+        assert kept_rows(5000, 1000) == 4096
+        assert [keeping_mode(N, 2048) for N in (2048, 2049)] == ["store", "partial"]
+        assert keeping_mode(2049, 2049) == "lean"
+
+
 @pytest.mark.parametrize(
-    ("mode", "passes"), [("scores", 1), ("store", 3), ("lean", 4), ("frozen", 2)]
+    ("mode", "passes"),
+    [("scores", 1), ("store", 3), ("partial", 3.5), ("lean", 4), ("frozen", 2)],
 )
 @pytest.mark.parametrize("route", ["products"], indirect=True)
 def test_a_mode_takes_as_many_gemms_as_it_says(route, mode, passes):
     # a GPU's products are padded to whole tiles of rows
-    N, V, D = launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
+    N, V, D = 2 * launch.product_tile()[0] if DEVICE == "cuda" else 64, 2048, 96
     input, weight, _ = (leaf.detach().to(DEVICE) for leaf in random_head(N, V, D))
     head = token_logps_triton.Head(input, weight, None, 1.0, None)
     targets = token_logps_triton.Targets.of(random_target(N, V).to(DEVICE), -100)
