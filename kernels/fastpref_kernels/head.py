@@ -157,15 +157,18 @@ class _Totals(NamedTuple):
     """What is added is too large by, (1,); None for 1."""
 
     @classmethod
-    def empty(cls, head: Head, needs_grad: NeedsGrad, unit: Tensor | None) -> "_Totals":
-        """Zeros where sums begin; the weight's is uninitialised."""
+    def empty(
+        cls, head: Head, needs_grad: NeedsGrad, unit: Tensor | None, begun: Begun | None
+    ) -> "_Totals":
+        """Zeros or `begun` where sums begin; the weight's is uninitialised."""
         needs_input, needs_weight, needs_bias = needs_grad
+        bias_V = None if begun is None else begun.bias
         (N, D), V = head.input.shape, head.weight.shape[0]
         zeros = partial(head.input.new_zeros, dtype=torch.float32)
         return cls(
             zeros(N, D) if needs_input else None,
             head.weight.new_empty(V, D) if needs_weight else None,
-            zeros(V) if needs_bias else None,
+            zeros(V) if needs_bias and bias_V is None else bias_V,
             unit,
         )
 
@@ -211,23 +214,15 @@ def head_gradients(
         begun: What the head's sums begin with, where `unit` is None; None for zeros.
     """
     N, (tile_rows, tile_cols) = len(head.input), tile
-    totals = _Totals.empty(head, needs_grad, unit)
-    if totals.bias is not None and begun is not None and begun.bias is not None:
-        totals = totals._replace(bias=begun.bias)
+    totals = _Totals.empty(head, needs_grad, unit, begun)
     # with all rows in one tile a slice is one product, rounded as it is written
-    one_product = 0 < N <= tile_rows and unit is None and head.weight.dtype == head.gemm_dtype
-    one_product = one_product and begun is None
-    sums_slices = totals.weight is not None and not one_product
-
-    def first_sums(cols: slice, head_CD: Tensor) -> Tensor:
-        if begun is not None and begun.weight is not None:
-            return begun.weight(cols)
-        return head_CD.new_zeros(head_CD.shape, dtype=torch.float32)
+    plain = unit is None and begun is None and head.weight.dtype == head.gemm_dtype
+    sums_slices = totals.weight is not None and not (plain and 0 < N <= tile_rows)
 
     # functions, so that a tile is gone before the next one is made
     def add_slice(cols: slice) -> None:
         head_CD = head.weight_tile(cols)
-        total_CD = first_sums(cols, head_CD) if sums_slices else None
+        total_CD = _first_sums(head_CD, cols, begun) if sums_slices else None
         for rows in slices(N, tile_rows):
             add_tile(rows, cols, head_CD, total_CD)
         if totals.weight is not None and total_CD is not None:
@@ -251,6 +246,13 @@ def head_gradients(
         with matrix_units(head.on_matrix_units):
             add_slice(cols)
     return totals.finish(head)
+
+
+def _first_sums(head_CD: Tensor, cols: slice, begun: Begun | None) -> Tensor:
+    """What a slice of the weight's gradient is added to, (C, D) float32."""
+    if begun is not None and begun.weight is not None:
+        return begun.weight(cols)
+    return head_CD.new_zeros(head_CD.shape, dtype=torch.float32)
 
 
 def logit_gradients(
