@@ -24,7 +24,6 @@ import triton.language as tl
 from fastpref_kernels.tiles import (
     cap_logits,
     column_parts,
-    head_rows,
     locate_tile,
     product_columns,
     product_tile,
@@ -279,63 +278,3 @@ def _combine_kernel(
     tl.store(row_sum_ptr + offs_n, row_sum, mask=mask_n)
     if EXTRA:
         tl.store(row_extra_ptr + offs_n, row_extra, mask=mask_n)
-
-
-@triton.jit
-def _rescue_kernel(
-    input_ptr, weight_ptr, bias_ptr,        # (N, D), (V, D), (V,) float
-    target_ptr, anchor_ptr,                 # (N,) int64, -1 where ignored; (N,) float32
-    row_max_ptr, row_sum_ptr,               # (N,) float32
-    stored_ptr, total_ptr,                  # (N, V) or None, (N, D) float32 or None
-    stored_sum_ptr, gap_ptr,                # (N,) float32, the second or None
-    stride_n, stride_v, stride_stored, scale, softcap,
-    V: tl.constexpr, D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    STORE: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """What a row of drift > MAX_DRIFT stores, or its product with the head, with the log-sum-exp of
-    its other columns as the anchor; one program per row, grid (N,).
-
-    Slow, as each reads the whole head, and almost never anything to do: such a token has a
-    probability below e^-70.
-    """
-    i_n = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + i_n)
-    row_max = tl.load(row_max_ptr + i_n)
-    anchor = tl.load(anchor_ptr + i_n)
-    drift = row_max - anchor
-    if (drift > MAX_DRIFT) & (target >= 0):
-        lse = row_max + tl.log(tl.load(row_sum_ptr + i_n))
-        offs_d = tl.arange(0, BLOCK_D)
-        mask_d = offs_d < D
-        hidden = tl.load(input_ptr + i_n * stride_n + offs_d, mask=mask_d, other=0.0)
-        hidden = hidden.to(tl.float32)
-        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-        stored_sum = tl.zeros((BLOCK_V,), dtype=tl.float32)
-        gap = stored_sum
-        for start_v in range(0, V, BLOCK_V):
-            offs_v = start_v + tl.arange(0, BLOCK_V)
-            mask_v = offs_v < V
-            weight = head_rows(weight_ptr, offs_v, mask_v, offs_d, mask_d, stride_v)
-            logits = tl.sum(weight * hidden[None, :], 1)[None, :]
-            logits = transform_logits(
-                logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP
-            )
-            keep = (mask_v & (offs_v != target))[None, :]
-            exp_logits = tl.where(keep, tl.exp(logits - lse), 0.0)
-            stored_sum += tl.sum(exp_logits, 0)
-            if GAP:
-                over = tl.where(exp_logits > 0, logits - anchor, 0.0)
-                gap += tl.sum(exp_logits * over, 0)
-            if HAS_SOFTCAP:
-                exp_logits *= softcap_slope(logits, softcap)
-            exp_logits = tl.sum(exp_logits, 0)
-            if STORE:
-                offs = i_n * stride_stored + offs_v
-                tl.store(stored_ptr + offs, exp_logits.to(stored_ptr.dtype.element_ty), mask=mask_v)
-            else:
-                total += tl.sum(weight * exp_logits[:, None], 0)
-        tl.store(stored_sum_ptr + i_n, tl.sum(stored_sum, 0))
-        if GAP:
-            tl.store(gap_ptr + i_n, tl.sum(gap, 0))
-        if not STORE:
-            tl.store(total_ptr + i_n * D + offs_d, total, mask=mask_d)

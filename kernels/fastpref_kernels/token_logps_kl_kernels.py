@@ -15,7 +15,6 @@ import triton.language as tl
 
 from fastpref_kernels.tiles import (
     eighths,
-    head_rows,
     product_columns,
     product_tile,
     softcap_slope,
@@ -224,61 +223,3 @@ def _joint_sweep_tile_kernel(
         row_max, row_sum, reference_max, reference_sum, gap,
         start_v // BLOCK_V + i_v, offs_n, mask_n, N,
     )  # fmt: skip
-
-
-@triton.jit
-def _joint_rescue_kernel(
-    input_ptr, weight_ptr, bias_ptr,                                # (N, D), (V, D), (V,) float
-    reference_input_ptr, reference_weight_ptr, reference_bias_ptr,  # of width D_REFERENCE
-    target_ptr, rescued_ptr,                     # (N,) int64, -1 where ignored; (N,) bool
-    others_lse_ptr, reference_others_lse_ptr,    # (N,) float32, log-sum-exp without the target
-    larger_ptr, log_ratio_ptr,                   # (N, V) float
-    stride_n, stride_v, stride_reference_n, stride_reference_v, stride_stored, scale, softcap,
-    V: tl.constexpr, D: tl.constexpr, D_REFERENCE: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """What a row of drift > MAX_DRIFT stores, with the log-sum-exp of the other columns as anchors;
-    one program per row, grid (N,). Slow, and almost never anything to do."""
-    i_n = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_ptr + i_n)
-    if tl.load(rescued_ptr + i_n):
-        anchor = tl.load(others_lse_ptr + i_n + tl.arange(0, 1))
-        reference_anchor = tl.load(reference_others_lse_ptr + i_n + tl.arange(0, 1))
-        offs_d = tl.arange(0, BLOCK_D)
-        hidden = tl.load(input_ptr + i_n * stride_n + offs_d, mask=offs_d < D, other=0.0)
-        reference_hidden = tl.load(
-            reference_input_ptr + i_n * stride_reference_n + offs_d,
-            mask=offs_d < D_REFERENCE,
-            other=0.0,
-        )
-        for start_v in range(0, V, BLOCK_V):
-            offs_v = start_v + tl.arange(0, BLOCK_V)
-            mask_v = offs_v < V
-            weight = head_rows(weight_ptr, offs_v, mask_v, offs_d, offs_d < D, stride_v)
-            logits = transform_logits(
-                tl.sum(weight * hidden.to(tl.float32)[None, :], 1)[None, :],
-                bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP,
-            )  # fmt: skip
-            weight = head_rows(
-                reference_weight_ptr,
-                offs_v,
-                mask_v,
-                offs_d,
-                offs_d < D_REFERENCE,
-                stride_reference_v,
-            )
-            reference_logits = transform_logits(
-                tl.sum(weight * reference_hidden.to(tl.float32)[None, :], 1)[None, :],
-                reference_bias_ptr, offs_v, mask_v,
-                scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
-            )  # fmt: skip
-            keep = (mask_v & (offs_v != target))[None, :]
-            larger, log_ratio = _larger_and_log_ratio(
-                logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP
-            )
-            offs = i_n * stride_stored + offs_v[None, :]
-            larger = larger.to(larger_ptr.dtype.element_ty)
-            log_ratio = log_ratio.to(log_ratio_ptr.dtype.element_ty)
-            tl.store(larger_ptr + offs, larger, mask=mask_v[None, :])
-            tl.store(log_ratio_ptr + offs, log_ratio, mask=mask_v[None, :])

@@ -22,6 +22,7 @@ from fastpref_kernels.launch import (
     row_blocks,
     row_grid,
 )
+from fastpref_kernels.rescue_kernels import RESCUE_ROWS, _joint_rescue_kernel
 from fastpref_kernels.row_sums import JointSums, RowSums
 from fastpref_kernels.token_logps_kernels import MAX_DRIFT
 
@@ -86,7 +87,8 @@ class JointSweep:
         (head, reference_head), D = (model.head for model in self.operands), self.inputs[0].shape[1]
         D_reference = self.inputs[1].shape[1]
         block_d = triton.next_power_of_2(max(D, D_reference))
-        kernels._joint_rescue_kernel[(len(self.ids_R),)](
+        R = len(self.ids_R)
+        _joint_rescue_kernel[(triton.cdiv(R, RESCUE_ROWS),)](
             self.inputs[0],
             head.weight,
             reference_input_ptr=self.inputs[1],
@@ -102,9 +104,11 @@ class JointSweep:
             stride_reference_n=self.inputs[1].stride(0),
             stride_reference_v=reference_head.weight.stride(0),
             stride_stored=kept_RV[0].stride(0),
+            N=R,
             V=head.weight.shape[0],
             D=D,
             D_REFERENCE=D_reference,
+            ROWS=RESCUE_ROWS,
             BLOCK_V=max(1, 4096 // block_d),
             BLOCK_D=block_d,
             num_warps=8,

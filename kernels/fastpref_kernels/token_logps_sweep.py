@@ -22,6 +22,7 @@ from fastpref_kernels.launch import (
     row_blocks,
     row_grid,
 )
+from fastpref_kernels.rescue_kernels import RESCUE_ROWS, _rescue_kernel
 from fastpref_kernels.row_sums import RowSums
 
 
@@ -75,7 +76,8 @@ class Sweep:
         """
         weight_VD, D = self.operands.head.weight, self.input_RD.shape[1]
         block_d = triton.next_power_of_2(D)
-        kernels._rescue_kernel[(len(self.ids_R),)](
+        R = len(self.ids_R)
+        _rescue_kernel[(triton.cdiv(R, RESCUE_ROWS),)](
             self.input_RD,
             weight_VD,
             target_ptr=self.ids_R,
@@ -89,8 +91,10 @@ class Sweep:
             stride_n=self.input_RD.stride(0),
             stride_v=weight_VD.stride(0),
             stride_stored=0 if stored_RV is None else stored_RV.stride(0),
+            N=R,
             V=weight_VD.shape[0],
             D=D,
+            ROWS=RESCUE_ROWS,
             BLOCK_V=max(1, 8192 // block_d),
             BLOCK_D=block_d,
             STORE=stored_RV is not None,

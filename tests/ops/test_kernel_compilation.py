@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET"):
 
 import triton.language as tl
 from compilation import SHARED_LIMIT, TARGETS, compile_kernel
+from fastpref_kernels import rescue_kernels
 from fastpref_kernels import sequence_log_ratios_kernels as sequence_kernels
 from fastpref_kernels import token_logps_gradient_kernels as gradient_kernels
 from fastpref_kernels import token_logps_kernels as kernels
@@ -170,11 +171,17 @@ def row_cases():
             for store in (True, False):
                 types = operands | {
                     "D": 2304, "BLOCK_D": 4096, "V": 128256, "BLOCK_V": 2, "STORE": store,
+                    "ROWS": rescue_kernels.RESCUE_ROWS,
                     "GAP": store and not options["HAS_SOFTCAP"],
                     "stored_ptr": "*bf16" if store else None,
                     "total_ptr": None if store else "*fp32",
                 }  # fmt: skip
-                yield f"rescue {dtype} {transform}", kernels._rescue_kernel, types, {"num_warps": 8}
+                yield (
+                    f"rescue {dtype} {transform}",
+                    rescue_kernels._rescue_kernel,
+                    types,
+                    {"num_warps": 8},
+                )
     for extra, over_max in [(False, False), (True, False), (True, True)]:
         types = {
             "NUM_BLOCKS": 1002,
@@ -246,7 +253,8 @@ def joint_row_cases():
             pointers += ("reference_input_ptr", "reference_weight_ptr")
             types = options | dict.fromkeys(pointers, f"*{dtype}")
             types |= {"V": 128256, "D": 4096, "D_REFERENCE": 2304, "BLOCK_V": 1, "BLOCK_D": 4096}
-            kernel = joint_kernels._joint_rescue_kernel
+            types |= {"ROWS": rescue_kernels.RESCUE_ROWS}
+            kernel = rescue_kernels._joint_rescue_kernel
             yield f"joint rescue {dtype} {transform}", kernel, types, {"num_warps": 8}
 
 
@@ -318,7 +326,7 @@ def test_fused_kernels_compile_to_matrix_instructions_and_fit(target, cases):
 def test_row_kernels_compile_without_spills(target, cases):
     for name, kernel, compiled in compiled_cases(target, cases):
         assert compiled.shared_bytes <= SHARED_LIMIT[target], name
-        limit = RESCUE_SPILL_LIMIT if kernel is kernels._rescue_kernel else 0
+        limit = RESCUE_SPILL_LIMIT if kernel is rescue_kernels._rescue_kernel else 0
         assert compiled.spilled_bytes <= limit, name
 
 
