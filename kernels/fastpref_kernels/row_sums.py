@@ -1,5 +1,7 @@
 """What a sweep over the vocabulary adds up for each row, and what is left of it."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -7,8 +9,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-class RowSums(NamedTuple):
-    """Online log-sum-exp of R rows over the columns seen so far, the target's column left out."""
+@dataclass(frozen=True)
+class RowSums:
+    """Online log-sum-exp of R rows over the columns seen so far, the target's column left out.
+
+    What is left of it is made once: for few rows a GPU waits for the launches.
+    """
 
     max: Tensor
     """(R,) largest logit, the lowest float32 before the first."""
@@ -34,7 +40,7 @@ class RowSums(NamedTuple):
     # float64: a row's last bits would depend on whether its place among the others falls into a
     # vector instruction or behind the last one
 
-    @property
+    @cached_property
     def logps(self) -> Tensor:
         """(R,) log p(target) = -softplus(lse_others - z_y).
 
@@ -42,24 +48,25 @@ class RowSums(NamedTuple):
         """
         return -F.softplus(self._lse_others - self.target_logit).float()
 
-    @property
+    @cached_property
     def lse(self) -> Tensor:
         """(R,) log Σ exp(z) over the whole row."""
         return torch.logaddexp(self._lse_others, self.target_logit.double()).float()
 
-    @property
+    @cached_property
     def lse_over_max(self) -> Tensor:
         """(R,) lse - max, with the digits that lse loses when max is large."""
         over_max_R = self.target_logit.double() - self.max
         return torch.logaddexp(self.sum_exp.double().log(), over_max_R).float()
 
-    @property
+    @cached_property
     def _lse_others(self) -> Tensor:
         """(R,) float64."""
         return self.max + self.sum_exp.double().log()
 
 
-class JointSums(NamedTuple):
+@dataclass(frozen=True)
+class JointSums:
     """Online sums of R rows over the columns seen so far, the target's column left out."""
 
     first: RowSums
@@ -70,7 +77,7 @@ class JointSums(NamedTuple):
     base_gap: Tensor
     """(R,) What the sum counts from; any number serves, the targets' gap best."""
 
-    @property
+    @cached_property
     def kl(self) -> Tensor:
         """KL(first ‖ second), (R,).
 

@@ -92,7 +92,7 @@ class _Shares(NamedTuple):
         others_N, v_N, exp_NV = self
         ids_N, head, weight_VD = call.targets.ids, call.head, call.operands.head.weight
         # what rounding the target's column to 16 bits took away
-        target_N = others_N * slope_at(head, call.stats.lse + call.stats.logps)
+        target_N = times_slope(others_N, head, call.stats.lse + call.stats.logps)
         rest_N = target_N - v_N * exp_NV.gather(1, ids_N[:, None])[:, 0]
         input_ND = torch.empty_like(head.input, memory_format=torch.contiguous_format)
         for rows in slices(len(ids_N), _PRODUCT_ROWS):
@@ -257,7 +257,7 @@ def _dlogits_of_products(
 BACKWARD = {"store": store_bwd, "partial": partial_bwd, "lean": lean_bwd}
 
 
-def slope_at(head: Head, logits: Tensor) -> Tensor:
-    """Derivative of the softcap where logits are these, 1 without one; (N,)."""
+def times_slope(values: Tensor, head: Head, logits: Tensor) -> Tensor:
+    """`values` times the softcap's derivative at `logits`; (N,)."""
     slope = head.softcap_slope(logits)
-    return torch.ones_like(logits) if slope is None else slope
+    return values if slope is None else values * slope

@@ -116,7 +116,8 @@ def _sweep(
     sums = JointSums(RowSums.empty(R, device), RowSums.empty(R, device), zeros_R, zeros_R)
     for cols in slices(heads[0].weight.shape[0], tile_cols):
         sums = _add_columns(sums, models, targets.ids[rows], cols)
-    policy, reference = sums[:2] if first_is_policy else (sums.second, sums.first)
+    first, second = sums.first, sums.second
+    policy, reference = (first, second) if first_is_policy else (second, first)
     return policy.logps, policy.lse, reference.logps, reference.lse, sums.kl
 
 

@@ -18,7 +18,7 @@ from fastpref_kernels.gemm import add_matmul
 from fastpref_kernels.head import Gradients, Head, NeedsGrad, Targets
 from fastpref_kernels.launch import Operands, aligned_columns, product_tile
 from fastpref_kernels.row_sums import TokenStats
-from fastpref_kernels.token_logps_backward import BACKWARD, Call, slope_at
+from fastpref_kernels.token_logps_backward import BACKWARD, Call, times_slope
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import get_workspace_mib, keeping_mode, kept_rows, slices
 
@@ -107,7 +107,7 @@ def _sweep_fwd(operands: Operands, stats: TokenStats) -> None:
         sweep.rescue(sums, stored_sum_R, stored_RV=stored_RV)
         stats.kept_sums[rows] = stored_sum_R
         weigh_target(
-            stored_RV, operands.ids[rows], stored_sum_R * slope_at(head, sums.target_logit)
+            stored_RV, operands.ids[rows], times_slope(stored_sum_R, head, sums.target_logit)
         )
 
 
@@ -139,7 +139,7 @@ def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
         ids_R = operands.ids[rows]
         others_R = -sums.logps.expm1().masked_fill(ids_R < 0, 0) * head.scale
         total_RD.mul_(-shared(others_R, stored_sum_R)[:, None])
-        target_R = others_R * slope_at(head, sums.target_logit)
+        target_R = times_slope(others_R, head, sums.target_logit)
         total_RD += target_R[:, None] * head.weight[ids_R.clamp_min(0)]
         stats.logps[rows], stats.lse[rows], stats.kept[rows] = sums.logps, sums.lse, total_RD
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from launches import Launches
 from tiny_models import build_family
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref.batch import EncodedRow
 from fastpref.batches.packed import pack_rows
@@ -23,30 +23,12 @@ from fastpref.model.build import freeze
 from fastpref.model.low_rank import adapted_linear, take_apart
 from fastpref.model.scorer import TokenScorer
 
-WITHOUT_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "_unsafe_view")
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operators that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = operator.overloadpacket.__name__
-        makes_view = any(
-            r.alias_info and not r.alias_info.is_write for r in operator._schema.returns
-        )
-        if not makes_view and name not in WITHOUT_KERNEL:
-            self.calls[name] += 1
-        return operator(*args, **(kwargs or {}))
 
 
 def one_kernel(shapes: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:

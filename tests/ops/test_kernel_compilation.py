@@ -281,7 +281,7 @@ LOOPING_SPILL_LIMIT = 56
 gradients under a softcap, both at a D of one block; without these two nothing spills."""
 RESCUE_SPILL_LIMIT = 8
 """Bytes a thread of a kernel that hardly ever has anything to do: Triton 3.6 spills two numbers on
-sm_80."""
+sm_90."""
 SWEEPS = (
     kernels._sweep_kernel,
     kernels._sweep_tile_kernel,
