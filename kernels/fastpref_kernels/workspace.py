@@ -19,6 +19,8 @@ _LEAST_KEPT = 2048
 """Fewest rows that are kept of a call that is not kept whole. Reckoned for an H100: K rows save a
 pass of 2·K·D·V operations at 790 TFLOP/s and read the head once more and its float32 slices twice,
 10·D·V bytes at 3 TB/s, which is even at 1,300 rows."""
+_SLICE_BYTES = 256 * 2**20
+"""Left for slices of the other rows' logits and their gradients, or half of a small workspace."""
 
 _LEAN_BYTES = 1024 * 2**20
 """More than this a GPU's tiles, rows and slices never take, exponentials that are kept left out."""
@@ -58,9 +60,9 @@ def get_workspace_mib() -> float:
 def kept_rows(num_rows: int, row_bytes: int) -> int:
     """Rows of a call whose exponentials the workspace holds, the first ones: all, or whole groups
     of 128, or none where it holds so few that keeping them would not pay."""
-    fitting = int(_workspace_bytes / row_bytes)
-    if num_rows <= fitting:
+    if num_rows * row_bytes <= _workspace_bytes:
         return num_rows
+    fitting = (_workspace_bytes - min(_SLICE_BYTES, _workspace_bytes // 2)) // row_bytes
     whole = fitting // _KEPT_MULTIPLE * _KEPT_MULTIPLE
     return whole if whole >= _LEAST_KEPT else 0
 
