@@ -291,10 +291,10 @@ def test_the_mode_follows_from_what_is_trained_and_what_fits():
 def test_what_the_workspace_holds_of_many_rows_is_kept():
     with workspace(8):
         assert [kept_rows(N, 2048) for N in (4096, 4097, 100_000)] == [4096, 2048, 2048]
-        assert [kept_rows(N, 2049) for N in (4093, 4094, 100_000)] == [4093, 0, 0]
+        assert [kept_rows(N, 2049) for N in (4094, 4095, 100_000)] == [4094, 0, 0]
         assert kept_rows(10_000, 1000) == 4096
         assert [keeping_mode(N, 2048) for N in (4096, 4097)] == ["store", "partial"]
-        assert keeping_mode(4094, 2049) == "lean"
+        assert keeping_mode(4095, 2049) == "lean"
     with workspace(1024):
         # the rest is for slices of the other rows
         assert kept_rows(5000, 2**18) == 3072
