@@ -13,6 +13,8 @@ from fastpref.page import render_page, render_tiles
 
 MOST_TOKENS = 400
 """Of a stretch of tokens with one fate: of a longer one the middle is left out."""
+MOST_CHARACTERS = 4000
+"""The same of a text that was not tokenized."""
 
 STYLE = """
 :root { --loss: 13 148 136; } @media (prefers-color-scheme: dark) { :root { --loss: 45 190 170; } }
@@ -186,7 +188,7 @@ def _part(part: ShownPart) -> str:
     if not part.tokens:
         return (
             f"<div class=part><div class=side>{escape(part.name)}</div>"
-            f'<p class=response><span class="t c">{visible(part.text)}</span></p></div>'
+            f"<p class=response>{_text(part.text)}</p></div>"
         )
     num_tokens = f"{len(part.tokens):,} tokens"
     if part.num_kept < len(part.tokens):
@@ -196,6 +198,18 @@ def _part(part: ShownPart) -> str:
     return (
         f"<div class=part><div class=side>{escape(part.name)}, {num_tokens}</div>"
         f"<p class=response>{spans}</p></div>"
+    )
+
+
+def _text(text: str) -> str:
+    """A text that was not tokenized; the middle of a long one is left out."""
+    half = MOST_CHARACTERS // 2
+    left_out = len(text) - 2 * half
+    if left_out <= 0:
+        return f'<span class="t c">{visible(text)}</span>'
+    gap = f"<span class=gap>… {left_out:,} characters …</span>"
+    return gap.join(
+        f'<span class="t c">{visible(end)}</span>' for end in (text[:half], text[-half:])
     )
 
 

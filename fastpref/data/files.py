@@ -1,6 +1,7 @@
 """Where the rows of a data set lie: files of a folder, whole or in shards, or the hub."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -148,12 +149,12 @@ def find_files(folder: Path, split: str) -> list[Path]:
     {split}-00000-of-00003.SUFFIX or {split}_0.SUFFIX; a folder {split}/ of files.
 
     Raises:
-        DataError: a shard is missing.
+        DataError: a shard is missing, there or in the split's folder.
     """
     for place in (folder, folder / "data"):
         whole = [place / f"{split}{suffix}" for suffix in SUFFIXES]
         found = [path for path in whole if path.is_file()][:1]
-        if found := found or _shards(place, split) or _of_one_suffix(place / split):
+        if found := found or _shards(place, split) or _in_folder(place / split, split):
             return found
     return []
 
@@ -177,14 +178,30 @@ def _shards(folder: Path, split: str) -> list[Path]:
             f"{listed(sorted(path.name for path in numbers))}"
         )
     if totals and (total := totals.pop()) is not None:
-        # from 0 on the hub, from 1 elsewhere
-        complete = [set(range(first, first + int(total))) for first in (0, 1)]
-        if set(numbers.values()) not in complete or len(numbers) != int(total):
-            raise DataError(
-                f"{folder}: {len(numbers)} of {int(total)} shards of {split!r} are there: "
-                f"{listed(sorted(path.name for path in numbers))}"
-            )
+        _check_complete(folder, split, numbers, int(total))
     return sorted(numbers, key=lambda path: (numbers[path], path.name))
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    """All data files of a split's own folder, whatever they are called."""
+    paths = _of_one_suffix(folder)
+    sets: dict[tuple[str, int], dict[Path, int]] = defaultdict(dict)
+    for path in paths:
+        if match := re.match(r"(.*?)(\d+)-of-(\d+)", path.name, re.ASCII):
+            sets[match[1], int(match[3])][path] = int(match[2])
+    for (_, total), numbers in sets.items():
+        _check_complete(folder, split, numbers, total)
+    return paths
+
+
+def _check_complete(folder: Path, split: str, numbers: dict[Path, int], total: int) -> None:
+    """Raises DataError unless shards are numbered 0 to total - 1, as on the hub, or from 1 on."""
+    complete = [set(range(first, first + total)) for first in (0, 1)]
+    if set(numbers.values()) not in complete or len(numbers) != total:
+        raise DataError(
+            f"{folder}: {len(numbers)} of {total} shards of {split!r} are there: "
+            f"{listed(sorted(path.name for path in numbers))}"
+        )
 
 
 def _of_one_suffix(folder: Path, pattern: re.Pattern[str] | None = None) -> list[Path]:

@@ -33,7 +33,7 @@ class HeadBytes(NamedTuple):
 
     fixed: int
     per_token: int = 0
-    """Exponentials that a forward keeps for its backward where those of all tokens fit."""
+    """Exponentials that a forward keeps for its backward, of as many tokens as fit."""
     limit: int = 0
     """Of all exponentials."""
 

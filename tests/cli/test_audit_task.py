@@ -9,7 +9,7 @@ import pytest
 from stopped_runs import run
 from tiny_models import save_tiny_model, text_rows, write_rows
 
-from fastpref.data.audit_html import visible
+from fastpref.data.audit_html import MOST_CHARACTERS, _text, visible
 
 EVIL = "</span></p><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
@@ -143,3 +143,11 @@ def test_wrong_options_are_refused_and_leave_nothing(base, tmp_path, option, cod
 )
 def test_no_character_is_unseen_and_none_is_markup(text, shown):
     assert visible(text) == shown
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5000])
+def test_the_middle_of_a_long_text_is_left_out(extra):
+    half = MOST_CHARACTERS // 2
+    page = _text("a" * half + "b" * extra + "c" * half)
+    assert (page.count("a" * half), page.count("c" * half), "b" in page) == (1, 1, False)
+    assert (f"… {extra:,} characters …" in page) == bool(extra)

@@ -98,6 +98,14 @@ def test_a_shard_that_is_missing_or_of_another_set_is_refused(tmp_path):
     assert "shards of 'train' that do not belong together" in refusal(tmp_path)
 
 
+def test_a_shard_that_is_missing_in_the_folder_of_a_split_is_refused(tmp_path):
+    names = ("extra", "part-00000-of-00002", "part-00001-of-00002")
+    _, first, _ = (write(tmp_path, f"train/{name}.jsonl") for name in names)
+    assert len(read(tmp_path).dataset) == 3 * len(ROWS)
+    first.unlink()
+    assert "1 of 2 shards of 'train' are there: part-00001-of-00002" in refusal(tmp_path)
+
+
 def test_whole_files_come_before_shards_and_the_folder_before_its_folder_data(tmp_path):
     write(tmp_path, "data/train-00000-of-00001.parquet", ROWS[:1])
     write(tmp_path, "train-00000-of-00001.jsonl", ROWS[:2])
