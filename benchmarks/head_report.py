@@ -13,12 +13,12 @@ COLUMNS = {
     "input_grad_error": ("dH error", "{:.1e}"),
     "weight_grad_error": ("dW error", "{:.1e}"),
 }
-COLORS = {"fastpref": "#d1495b", "fastpref large": "#e99aa6"}
+COLORS = {"fastpref": "#d1495b", "fastpref half": "#dd7480", "fastpref large": "#e99aa6"}
 OTHER = "#7d8ca3"
 
 
 def table(results: list[dict], *, markdown: bool = False) -> str:
-    """A line a result; the ratio is to fastpref at its default workspace."""
+    """A line a result; the ratio is to fastpref with its small workspace."""
     heads = ["case", "job", "contender", *(title for title, _ in COLUMNS.values()), "remark"]
     body = [
         [f"{row['shape']} N={row['rows']}", row["job"], row["contender"], *_cells(row, results)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from fastpref_kernels import tdpo1_token_values, token_logps_and_kl
 from head_cases import Case
-from head_contenders import STORE_MIB, CannotRunError, needs_gpu, workspace
+from head_contenders import LEAN_MIB, STORE_MIB, CannotRunError, needs_gpu, workspace
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -104,9 +104,14 @@ def fastpref(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
     return models.values(scores.logps - scores.reference_logps, scores.kl, kappa), scores.kl
 
 
-def fastpref_large_workspace(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
-    with workspace(STORE_MIB):
-        return fastpref(models, kappa)
+def fastpref_within(mib: float) -> Callable[[Models, float], tuple[Tensor, Tensor | None]]:
+    """`fastpref` with a workspace, which its forward chooses the mode by."""
+
+    def score(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
+        with workspace(mib):
+            return fastpref(models, kappa)
+
+    return score
 
 
 def trl_composed(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
@@ -179,8 +184,8 @@ def _logits(input_ND: Tensor, weight_VD: Tensor, softcap: float | None) -> Tenso
 KL_CONTENDERS = {
     contender.name: contender
     for contender in [
-        KLContender("fastpref", fastpref, note="default workspace of 1 GiB"),
-        KLContender("fastpref large", fastpref_large_workspace, note="workspace of 16 GiB"),
+        KLContender("fastpref", fastpref_within(LEAN_MIB), note="workspace of 640 MiB"),
+        KLContender("fastpref large", fastpref_within(STORE_MIB), note="workspace of 16 GiB"),
         KLContender("TRL", trl_composed, note="its divergence and two of its log-probabilities"),
         KLContender("TDPO repository", seed_loss, note="softmax, then logarithm, of full logits"),
         KLContender("torch.compile", compiled, note="log-softmax of full logits"),
