@@ -27,10 +27,10 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file
 from support_document import LOSS_BOUND, SCORE_BOUND, Entry, format_document
-from tiny_families import EVERY, VOCABULARY, build_tiny, plain_class
+from support_scores import largest_difference, plain_scores, score_held_out
+from tiny_families import EVERY, VOCABULARY, build_tiny
 from torch import Tensor
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
@@ -53,9 +53,6 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
 SECONDS = 300
 """For one family: most take two."""
 WORDS = ["the", "one", "red", "cat", "sees", "old"]
-
-Sequences = list[tuple[list[int], list[int]]]
-"""Prompt and response ids."""
 
 
 def check_family(family: str, world: World, folder: Path) -> Entry:
@@ -259,64 +256,6 @@ def listening(policy: TokenScorer) -> Iterator[set[str]]:
         yield asked
     finally:
         policy.attention = attention
-
-
-def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
-    """The held-out sequences, and the policy's log-probabilities of their response tokens."""
-    assert run.eval is not None
-    columns, plan = run.eval.plan(0, 1)
-    sequences: Sequences = []
-    scores: list[Tensor] = []
-    for [micro_batch] in plan:
-        rows = [columns.row(int(i)) for i in micro_batch.rows]
-        sequences += [(list(row.prompt_ids), list(row.chosen_ids)) for row in rows]
-        sequences += [(list(row.prompt_ids), list(row.rejected_ids)) for row in rows]
-        batch = run.eval.build(columns, micro_batch)
-        scores += _by_sequence(run.policy, batch)
-    return sequences, scores
-
-
-@torch.no_grad()
-def _by_sequence(policy: TokenScorer, batch: Any) -> list[Tensor]:
-    logps_N = policy(batch).double()
-    return [logps_N[batch.sequence_ids == i] for i in range(batch.num_sequences)]
-
-
-@torch.no_grad()
-def plain_scores(folder: Path, source: Path, sequences: Sequences) -> list[Tensor]:
-    """The same from transformers' own forward, each sequence alone, in float64 where it can.
-
-    Args:
-        folder: Of a model or an adapter.
-        source: Of the model.
-        sequences: To score.
-    """
-    family = plain_class(AutoConfig.from_pretrained(source))
-    model = family.from_pretrained(folder, dtype=torch.float32).eval()
-    try:
-        return _plain_scores(model.double(), sequences)
-    # some families compute a part in float32 whatever they are asked for
-    except RuntimeError:
-        return _plain_scores(model.float(), sequences)
-
-
-def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
-    scores = []
-    for prompt, response in sequences:
-        ids = torch.tensor([[*prompt, *response]])
-        try:
-            logits = model(input_ids=ids, use_cache=False).logits[0]
-        # Llama 4's wrapper fails in transformers 5.24 once it has its logits, BLIP-2's wants images
-        except (AttributeError, TypeError):
-            logits = model.language_model(input_ids=ids, use_cache=False).logits[0]
-        logps = F.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
-        scores.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])
-    return scores
-
-
-def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Nats of the token that differs most."""
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
 
 class _Collector(logging.Handler):

@@ -105,7 +105,10 @@ def token_logps_kl_bwd(
     mode: str,
     needs_grad: NeedsGrad,
 ) -> Gradients:
-    """Gradients of the policy's input, weight and bias; formulas as in the portable path."""
+    """Gradients of the policy's input, weight and bias; formulas as in the portable path.
+
+    Any mode's: what was kept tells which rows are made again.
+    """
     policy, _ = heads
     (grad_logps_N, grad_kl_N), unit = logit_gradients(policy, targets, *grads)
     operands = _operands(heads, targets)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -469,8 +470,7 @@ def test_arguments_of_the_chat_template_are_in_the_tokens_and_in_the_cache_key(t
     assert [prompt(), prompt(thought="A"), prompt(thought="B"), prompt(thought="A")] == [
         f"<s>{thought}[user]Q</s>\n[assistant]" for thought in ("hm", "A", "B", "A")
     ]
-    again = lambda: prompt(thought="B")  # noqa: E731
-    assert count_calls(again, "encode_row") == 0
+    assert count_calls(partial(prompt, thought="B"), "encode_row") == 0
     with pytest.raises(ConfigError, match=r"template_kwargs\.thougt.*nearest: thought"):
         prompt(thougt="A")
     assert not caplog.messages

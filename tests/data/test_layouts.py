@@ -1,6 +1,8 @@
 """Files of every layout that people have, the rows that they hold, and what a bad row says."""
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -44,7 +46,7 @@ class Case(NamedTuple):
     says: str
     """Field and message of its error."""
     loss: type = DPOConfig
-    data: dict[str, Any] = {}  # noqa: RUF012 a NamedTuple's default
+    data: Mapping[str, Any] = MappingProxyType({})
 
 
 CHAT = ([USER], [YES], [NO])
@@ -211,7 +213,7 @@ def refusal(tmp_path, *records, **options):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_file_of_each_layout_has_its_rows(tmp_path, case):
-    rows = read(tmp_path, case.record, loss=case.loss, data=case.data)
+    rows = read(tmp_path, case.record, loss=case.loss, data=dict(case.data))
     assert parts(rows.dataset[0]) == (case.prompt, case.chosen, case.rejected)
     assert not rows.counts.dropped
     assert list(rows.records()) == [case.record]
@@ -227,7 +229,7 @@ def test_parquet_and_arrays_hold_the_same_rows(tmp_path, case):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([case.record]), path)
         else:
             path.write_text(json.dumps([case.record], indent=2))
-        rows = read(tmp_path / form, loss=case.loss, data=case.data)
+        rows = read(tmp_path / form, loss=case.loss, data=dict(case.data))
         assert parts(rows.dataset[0]) == expected
 
 
@@ -235,8 +237,8 @@ def test_parquet_and_arrays_hold_the_same_rows(tmp_path, case):
 def test_a_bad_row_of_each_layout_is_named_by_file_row_and_field(tmp_path, case):
     path = write(tmp_path, case.record, case.record | case.bad, case.record)
     with pytest.raises(DataError, match=rf"^{path}:2:{case.says}"):
-        read(tmp_path, loss=case.loss, data=case.data)
-    rows = read(tmp_path, loss=case.loss, data=case.data | {"on_error": "skip"})
+        read(tmp_path, loss=case.loss, data=dict(case.data))
+    rows = read(tmp_path, loss=case.loss, data={**case.data, "on_error": "skip"})
     assert rows.counts.dropped == {"malformed row": 1}
     assert rows.dataset["row"][:] == [1, 3]
 

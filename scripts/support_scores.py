@@ -1,0 +1,75 @@
+"""Log-probabilities of held-out responses: of a run's policy, and by transformers' own forward."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_families import plain_class
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig
+
+from fastpref.model.scorer import TokenScorer
+from fastpref.train.run import Run
+
+Sequences = list[tuple[list[int], list[int]]]
+"""Prompt and response ids."""
+
+
+def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
+    """The held-out sequences, and the policy's log-probabilities of their response tokens."""
+    assert run.eval is not None
+    columns, plan = run.eval.plan(0, 1)
+    sequences: Sequences = []
+    scores: list[Tensor] = []
+    for [micro_batch] in plan:
+        rows = [columns.row(int(i)) for i in micro_batch.rows]
+        sequences += [(list(row.prompt_ids), list(row.chosen_ids)) for row in rows]
+        sequences += [(list(row.prompt_ids), list(row.rejected_ids)) for row in rows]
+        batch = run.eval.build(columns, micro_batch)
+        scores += _by_sequence(run.policy, batch)
+    return sequences, scores
+
+
+@torch.no_grad()
+def _by_sequence(policy: TokenScorer, batch: Any) -> list[Tensor]:
+    logps_N = policy(batch).double()
+    return [logps_N[batch.sequence_ids == i] for i in range(batch.num_sequences)]
+
+
+@torch.no_grad()
+def plain_scores(folder: Path, source: Path, sequences: Sequences) -> list[Tensor]:
+    """The same from transformers' own forward, each sequence alone, in float64 where it can.
+
+    Args:
+        folder: Of a model or an adapter.
+        source: Of the model.
+        sequences: To score.
+    """
+    family = plain_class(AutoConfig.from_pretrained(source))
+    model = family.from_pretrained(folder, dtype=torch.float32).eval()
+    try:
+        return _plain_scores(model.double(), sequences)
+    # some families compute a part in float32 whatever they are asked for
+    except RuntimeError:
+        return _plain_scores(model.float(), sequences)
+
+
+def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
+    scores = []
+    for prompt, response in sequences:
+        ids = torch.tensor([[*prompt, *response]])
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        # Llama 4's wrapper fails in transformers 5.24 once it has its logits, BLIP-2's wants images
+        except (AttributeError, TypeError):
+            logits = model.language_model(input_ids=ids, use_cache=False).logits[0]
+        logps = F.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
+        scores.append(logps.gather(1, torch.tensor(response)[:, None])[:, 0])
+    return scores
+
+
+def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Nats of the token that differs most."""
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
