@@ -63,6 +63,11 @@ class Operands(NamedTuple):
         ids_N = targets.ids.masked_fill(targets.ignored, -1)
         return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain, joint=joint))
 
+    def of_rows(self, rows: slice) -> "Operands":
+        """The same of some rows."""
+        head = self.head._replace(input=self.head.input[rows])
+        return self._replace(head=head, ids=self.ids[rows])
+
     @property
     def transform(self) -> dict[str, Any]:
         """Kernel arguments of bias, scale and softcap."""

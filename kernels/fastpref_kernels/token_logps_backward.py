@@ -56,14 +56,11 @@ class Call(NamedTuple):
 
     def of_rows(self, rows: slice) -> "Call":
         """The same of some rows; what is kept stays what it is."""
-        operands, stats = self.operands, self.stats
+        stats = self.stats
         return Call(
             self.grad[rows],
             self.head._replace(input=self.head.input[rows]),
-            operands._replace(
-                head=operands.head._replace(input=operands.head.input[rows]),
-                ids=operands.ids[rows],
-            ),
+            self.operands.of_rows(rows),
             Targets(self.targets.ids[rows], self.targets.ignored[rows]),
             stats._replace(logps=stats.logps[rows], lse=stats.lse[rows]),
         )
@@ -144,10 +141,7 @@ def partial_bwd(call: Call, needs_grad: NeedsGrad, *, scored: Operands | None = 
         None if scaled_KD is None else lambda cols: matmul(shares.exp[:, cols].t(), scaled_KD),
         shares.bias_gradient() if needs_bias else None,
     )
-    if scored is not None:
-        scored = scored._replace(
-            head=scored.head._replace(input=scored.head.input[K:]), ids=scored.ids[K:]
-        )
+    scored = None if scored is None else scored.of_rows(slice(K, N))
     input_RD, weight_VD, bias_V = lean_bwd(others, needs_grad, scored=scored, begun=begun)
     input_ND = None
     if needs_input and input_RD is not None:
