@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,13 @@ def _read_reductions(ir: str) -> frozenset[str]:
 
 def _read_nvidia(binary: Any) -> tuple[int, int, str]:
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    path = Path(triton.knobs.cache.dir or ".") / f"{binary.hash}.cubin"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(binary.asm["cubin"])
-    report = subprocess.run(
-        [tool, "-res-usage", path], capture_output=True, text=True, check=True
-    ).stdout
-    path.unlink()
+    # another worker may read the same kernel's
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(binary.asm["cubin"])
+        report = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
     assert found is not None, report
     registers, stack, local = map(int, found.groups())

@@ -80,11 +80,11 @@ class Operands(NamedTuple):
             "HAS_SOFTCAP": head.softcap is not None,
         }
 
-    def target_logits(self, rows: slice) -> Tensor:
+    def target_logits(self, rows: slice, *, out: Tensor | None = None) -> Tensor:
         """Logits of the targets, (R,) float32, 0 where ignored."""
         input_RD, weight_VD = self.head.input[rows], self.head.weight
         R, D = input_RD.shape
-        logits_R = input_RD.new_empty(R, dtype=torch.float32)
+        logits_R = input_RD.new_empty(R, dtype=torch.float32) if out is None else out
         kernels._target_logits_kernel[(R,)](
             input_RD,
             weight_VD,
@@ -101,23 +101,28 @@ class Operands(NamedTuple):
 
 
 def combine(
-    max_BR: Tensor, sum_BR: Tensor, extra_BR: Tensor | None = None, *, over_max: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over all column blocks: max, Σ exp(z - max) and a third, undefined if there is none.
+    max_BR: Tensor,
+    sum_BR: Tensor,
+    extra_BR: Tensor | None = None,
+    *,
+    over_max: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Sums over all column blocks: max, Σ exp(z - max) and a third, (3, R).
 
     Args:
-        max_BR, sum_BR, extra_BR: Of each block and row, (B, R) float32.
+        max_BR, sum_BR, extra_BR: Of each block and row, (B, R) float32; where there is no third,
+            its sums are undefined.
         over_max: The third is in units of exp(max) too.
+        out: Filled with the result, each sum's rows side by side in memory.
     """
     num_blocks, R = max_BR.shape
-    row_max_R, row_sum_R, row_extra_R = (max_BR.new_empty(R) for _ in range(3))
+    sums_3R = max_BR.new_empty(3, aligned_columns(R))[:, :R] if out is None else out
     kernels._combine_kernel[(triton.cdiv(R, 32),)](
         max_BR,
         sum_BR,
         extra_BR,
-        row_max_R,
-        row_sum_R,
-        row_extra_R,
+        *sums_3R,
         N=R,
         NUM_BLOCKS=num_blocks,
         BLOCK_N=32,
@@ -126,7 +131,7 @@ def combine(
         OVER_MAX=over_max,
         **COMPILE,
     )
-    return row_max_R, row_sum_R, row_extra_R
+    return sums_3R
 
 
 def _fused_tile(head: Head, *, joint: bool) -> GemmTile | None:
@@ -146,7 +151,7 @@ def _fused_tile(head: Head, *, joint: bool) -> GemmTile | None:
 
 
 def aligned_columns(V: int) -> int:
-    """Columns of a tensor whose rows begin at multiples of 128 bytes."""
+    """Columns of a tensor whose rows begin at multiples of 128 bytes, of 256 in float32."""
     return -(-V // 64) * 64
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 class RowSums:
     """Online log-sum-exp of R rows over the columns seen so far, the target's column left out.
 
-    What is left of it is made once: for few rows a GPU waits for the launches.
+    What is left of it is made once, and for several models, (M, R) for each (R,) below, together:
+    for few rows a GPU waits for the launches.
     """
 
     max: Tensor
@@ -29,6 +30,15 @@ class RowSums:
         # finite, so that a row of nothing but -inf adds exp(-inf) and never exp(-inf + inf)
         lowest_R = torch.full_like(zeros_R, torch.finfo(torch.float32).min)
         return cls(lowest_R, zeros_R, torch.full_like(zeros_R, float("-inf")))
+
+    @classmethod
+    def of_both(cls, policy: "RowSums", reference: "RowSums") -> "RowSums":
+        """(2, R) of two times (R,)."""
+        return cls(
+            torch.stack([policy.max, reference.max]),
+            torch.stack([policy.sum_exp, reference.sum_exp]),
+            torch.stack([policy.target_logit, reference.target_logit]),
+        )
 
     def add(self, logits_RC: Tensor, target_logit_R: Tensor) -> "RowSums":
         """Add columns whose target was taken out; `logits_RC` becomes exp(z - max)."""
@@ -46,40 +56,49 @@ class RowSums:
 
         Exact for a confident token too: lse - z_y in float32 is 0 from a margin of 16 nats on.
         """
-        return -F.softplus(self._lse_others - self.target_logit).float()
+        return -F.softplus(self.lse_others - self.target_logit).float()
 
     @cached_property
     def lse(self) -> Tensor:
         """(R,) log Σ exp(z) over the whole row."""
-        return torch.logaddexp(self._lse_others, self.target_logit.double()).float()
+        return torch.logaddexp(self.lse_others, self._target_logit).float()
 
     @cached_property
     def lse_over_max(self) -> Tensor:
         """(R,) lse - max, with the digits that lse loses when max is large."""
-        over_max_R = self.target_logit.double() - self.max
-        return torch.logaddexp(self.sum_exp.double().log(), over_max_R).float()
+        return torch.logaddexp(self._log_sum_exp, self._target_logit - self.max).float()
 
     @cached_property
-    def _lse_others(self) -> Tensor:
-        """(R,) float64."""
-        return self.max + self.sum_exp.double().log()
+    def lse_others(self) -> Tensor:
+        """(R,) float64, log Σ exp(z) without the target."""
+        return self.max + self._log_sum_exp
+
+    @cached_property
+    def _log_sum_exp(self) -> Tensor:
+        return self.sum_exp.double().log()
+
+    @cached_property
+    def _target_logit(self) -> Tensor:
+        return self.target_logit.double()
 
 
 @dataclass(frozen=True)
 class JointSums:
-    """Online sums of R rows over the columns seen so far, the target's column left out."""
+    """Sums of R rows over both models' columns, the target's column left out."""
 
-    first: RowSums
-    """Of the model the KL's expectation is under."""
-    second: RowSums
+    models: RowSums
+    """(2, R), of policy and reference."""
     gap: Tensor
-    """(R,) Σ exp(z - max) · (z - z' - base_gap), z of the first model, z' of the second."""
+    """(R,) Σ exp(z - max) · (z - z' - base_gap), z of the model the KL's expectation is under, z'
+    of the other."""
     base_gap: Tensor
     """(R,) What the sum counts from; any number serves, the targets' gap best."""
+    under_reference: bool
+    """Which model the expectation is under."""
 
     @cached_property
     def kl(self) -> Tensor:
-        """KL(first ‖ second), (R,).
+        """KL(first ‖ second), (R,), the first being the model its expectation is under.
 
             KL = Σ p_j · [(z_j - a) - (z'_j - a')] - (lse - a) + (lse' - a')
 
@@ -87,19 +106,25 @@ class JointSums:
         likeliest column, else each model's largest other logit, so that no term is larger than
         the KL asks for: plain logits near 200 would leave an error of 2e-5.
         """
-        first, second = self.first, self.second
-        first_max_R = first.max.double()
-        at_target_R = first.target_logit >= first.max
-        target_gap_R = first.target_logit.double() - second.target_logit
-        pivot_gap_R = torch.where(at_target_R, target_gap_R, first_max_R - second.max)
-        lse_R, second_lse_R = (
-            torch.where(at_target_R, -sums.logps.double(), sums.lse_over_max.double())
-            for sums in (first, second)
-        )
-        over_base_R = self.gap - first.sum_exp * (pivot_gap_R - self.base_gap)
-        others_R = over_base_R * (first_max_R - first.lse).exp()
-        target_R = first.logps.double().exp() * (target_gap_R - pivot_gap_R)
-        return (others_R + target_R - lse_R + second_lse_R).float()
+        models = self.models
+        first, second = (1, 0) if self.under_reference else (0, 1)
+        # differences in float64: from a margin of 2^24 on float32 has none left
+        max_2R, target_logit_2R = models.max.double(), models.target_logit.double()
+        at_target_R = models.target_logit[first] >= models.max[first]
+        pivot_2R = torch.where(at_target_R, target_logit_2R, max_2R)
+        pivot_gap_R = pivot_2R[first] - pivot_2R[second]
+        lse_2R = torch.where(at_target_R, -models.logps, models.lse_over_max)
+        over_base_R = self.gap - models.sum_exp[first] * (pivot_gap_R - self.base_gap)
+        others_R = over_base_R * (max_2R[first] - models.lse[first]).exp()
+        target_gap_R = target_logit_2R[first] - target_logit_2R[second]
+        target_R = models.logps[first].double().exp() * (target_gap_R - pivot_gap_R)
+        return (others_R + target_R - lse_2R[first] + lse_2R[second]).float()
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The first five of JointStats, (R,)."""
+        (logps_R, reference_logps_R), (lse_R, reference_lse_R) = self.models.logps, self.models.lse
+        return logps_R, lse_R, reference_logps_R, reference_lse_R, self.kl
 
 
 class JointStats(NamedTuple):

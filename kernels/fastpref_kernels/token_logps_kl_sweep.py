@@ -1,5 +1,6 @@
 """One joint sweep of policy and reference on a GPU: the launchers behind the sums of its rows."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fastpref_kernels.launch import (
     COMPILE,
     TRITON_DTYPES,
     Operands,
+    aligned_columns,
     combine,
     descriptors,
     fused_blocks,
@@ -36,13 +38,18 @@ class JointSweep:
         self.operands, self.under_reference = operands, under_reference
         self.ids_R = operands[0].ids[rows]
         self.inputs = [model.head.input[rows] for model in operands]
-        self.anchors = [model.target_logits(rows) for model in operands]
         tile = operands[0].tile or JOINT_ROW_TILE
-        num_blocks = triton.cdiv(operands[0].head.weight.shape[0], tile.block_v)
-        self.sums_BR = {
-            name: self.anchors[0].new_empty(num_blocks, len(self.ids_R))
-            for name in ("max", "sum", "reference_max", "reference_sum", "gap")
-        }
+        B, R = triton.cdiv(operands[0].head.weight.shape[0], tile.block_v), len(self.ids_R)
+        empty = partial(self.inputs[0].new_empty, dtype=torch.float32)
+        # of target logits, largest others and their sums, gap; both models' rows begin at multiples
+        # of 256 bytes: a kernel that is compiled for others may add a row up in another order
+        self.row_sums_42R = empty(4, 2, aligned_columns(R))[..., :R]
+        self.anchor_2R = self.row_sums_42R[0]
+        for model, anchor_R in zip(operands, self.anchor_2R, strict=True):
+            model.target_logits(rows, out=anchor_R)
+        self.max_BR, self.reference_max_BR = empty(B, R), empty(B, R)
+        self.sum_BR, self.reference_sum_BR = empty(B, R), empty(B, R)
+        self.gap_BR = empty(B, R)
 
     def run(self, kept_RV: list[Tensor] | None) -> None:
         """Sweep the vocabulary; fill `kept_RV` with the larger exponentials and log-ratios."""
@@ -52,38 +59,29 @@ class JointSweep:
         else:
             self._run_fused(tile, kept_RV)
 
-    def finish(self) -> tuple[RowSums, RowSums, Tensor]:
-        """Row sums of policy and reference, and the KL, (R,)."""
-        sums = self.sums_BR
-        of_policy, of_reference = (
-            (sums["max"], sums["sum"]),
-            (sums["reference_max"], sums["reference_sum"]),
-        )
-        gaps = (None, sums["gap"]) if self.under_reference else (sums["gap"], None)
-        max_R, sum_R, gap_R = combine(*of_policy, gaps[0], over_max=True)
-        reference_max_R, reference_sum_R, reference_gap_R = combine(
-            *of_reference, gaps[1], over_max=True
-        )
-        policy = RowSums(max_R, sum_R, self.anchors[0])
-        reference = RowSums(reference_max_R, reference_sum_R, self.anchors[1])
-        base_gap_R = self.anchors[0] - self.anchors[1]
-        if self.under_reference:
-            kl_R = JointSums(reference, policy, reference_gap_R, -base_gap_R).kl
-        else:
-            kl_R = JointSums(policy, reference, gap_R, base_gap_R).kl
-        return policy, reference, kl_R
+    def finish(self) -> JointSums:
+        """Sums over all columns."""
+        sums = (self.max_BR, self.sum_BR), (self.reference_max_BR, self.reference_sum_BR)
+        first = int(self.under_reference)
+        for model, (max_BR, sum_BR) in enumerate(sums):
+            gap_BR = self.gap_BR if model == first else None
+            combine(max_BR, sum_BR, gap_BR, over_max=True, out=self.row_sums_42R[1:, model])
+        anchor_2R, max_2R, sum_2R, gap_2R = self.row_sums_42R
+        base_gap_R = anchor_2R[first] - anchor_2R[1 - first]
+        models = RowSums(max_2R, sum_2R, anchor_2R)
+        return JointSums(models, gap_2R[first], base_gap_R, self.under_reference)
 
-    def rescue(self, policy: RowSums, reference: RowSums, kept_RV: list[Tensor]) -> Tensor:
+    def rescue(self, sums: JointSums, kept_RV: list[Tensor]) -> Tensor:
         """Do rows again whose target is more than MAX_DRIFT nats below another column.
 
         Returns:
             log p and log q of what is stored as 1, (2, R).
         """
-        models = (policy, reference)
-        drifts = torch.stack([sums.max - sums.target_logit for sums in models])
-        rescued_R = (self.ids_R >= 0) & (drifts > MAX_DRIFT.value).any(0)
+        models = sums.models
+        drift_2R = models.max - models.target_logit
+        rescued_R = (self.ids_R >= 0) & (drift_2R > MAX_DRIFT.value).any(0)
         # the others' log-sum-exp is their anchor then: log p of it is log(1 - p_y)
-        others = [sums.max + sums.sum_exp.log() for sums in models]
+        others_lse_R, reference_others_lse_R = (lse_R.float() for lse_R in models.lse_others)
         (head, reference_head), D = (model.head for model in self.operands), self.inputs[0].shape[1]
         D_reference = self.inputs[1].shape[1]
         block_d = triton.next_power_of_2(max(D, D_reference))
@@ -95,8 +93,8 @@ class JointSweep:
             reference_weight_ptr=reference_head.weight,
             target_ptr=self.ids_R,
             rescued_ptr=rescued_R,
-            others_lse_ptr=others[0],
-            reference_others_lse_ptr=others[1],
+            others_lse_ptr=others_lse_R,
+            reference_others_lse_ptr=reference_others_lse_R,
             larger_ptr=kept_RV[0],
             log_ratio_ptr=kept_RV[1],
             stride_n=self.inputs[0].stride(0),
@@ -115,12 +113,7 @@ class JointSweep:
             **joint_transforms(self.operands),
             **COMPILE,
         )
-        return torch.stack(
-            [
-                torch.where(rescued_R, other_R - sums.lse, sums.logps)
-                for other_R, sums in zip(others, models, strict=True)
-            ]
-        )
+        return torch.where(rescued_R, models.lse_others - models.lse, models.logps)
 
     def _run_fused(self, tile: GemmTile, kept_RV: list[Tensor] | None) -> None:
         heads = [model.head for model in self.operands]
@@ -166,12 +159,17 @@ class JointSweep:
 
     def _arguments(self, kept_RV: list[Tensor] | None) -> dict[str, Any]:
         """Kernel arguments of what a sweep reads and leaves for each row."""
-        sums = {f"{name}_ptr": sums_BR for name, sums_BR in self.sums_BR.items()}
+        anchor_R, reference_anchor_R = self.anchor_2R
         exp, ratio = (TRITON_DTYPES[kept.dtype] for kept in kept_RV) if kept_RV else (None, None)
-        return sums | {
+        return {
             "target_ptr": self.ids_R,
-            "anchor_ptr": self.anchors[0],
-            "reference_anchor_ptr": self.anchors[1],
+            "anchor_ptr": anchor_R,
+            "reference_anchor_ptr": reference_anchor_R,
+            "max_ptr": self.max_BR,
+            "sum_ptr": self.sum_BR,
+            "reference_max_ptr": self.reference_max_BR,
+            "reference_sum_ptr": self.reference_sum_BR,
+            "gap_ptr": self.gap_BR,
             "N": len(self.ids_R),
             "EXP": exp,
             "RATIO": ratio,

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from fastpref_kernels.head import (
     Gradients,
-    Head,
     Heads,
     NeedsGrad,
     Targets,
@@ -42,8 +41,8 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str
     tile_rows, tile_cols = _tile_shape(heads)
     stats = empty_stats(heads, mode)
     for rows in slices(N, tile_rows):
-        sweep = _sweep(heads, targets, rows, tile_cols, direction)
-        for total_N, part_R in zip(stats[:5], sweep, strict=True):
+        sums = _sweep(heads, targets, rows, tile_cols, direction)
+        for total_N, part_R in zip(stats[:5], sums.results, strict=True):
             total_N[rows] = part_R
     for scores_N in (stats.logps, stats.reference_logps, stats.kl):
         scores_N.masked_fill_(targets.ignored, 0)
@@ -103,44 +102,46 @@ def token_logps_kl_bwd(
 
 def _sweep(
     heads: Heads, targets: Targets, rows: slice, tile_cols: int, direction: str
-) -> tuple[Tensor, ...]:
-    """The first five of JointStats for R rows, from one sweep over the vocabulary."""
+) -> JointSums:
+    """Sums of R rows, from one sweep over the vocabulary."""
     R, device = rows.stop - rows.start, targets.ids.device
-    # the model the KL's expectation is under comes first
-    first_is_policy = direction == "policy_reference"
-    models = [
-        (head, head.input_tile(rows, targets.ignored))
-        for head in (heads if first_is_policy else reversed(heads))
-    ]
+    under_reference = direction == "reference_policy"
+    hidden = [head.input_tile(rows, targets.ignored) for head in heads]
+    models = (RowSums.empty(R, device), RowSums.empty(R, device))
     zeros_R = torch.zeros(R, dtype=torch.float32, device=device)
-    sums = JointSums(RowSums.empty(R, device), RowSums.empty(R, device), zeros_R, zeros_R)
+    gap_R = zeros_R
     for cols in slices(heads[0].weight.shape[0], tile_cols):
-        sums = _add_columns(sums, models, targets.ids[rows], cols)
-    first, second = sums.first, sums.second
-    policy, reference = (first, second) if first_is_policy else (second, first)
-    return policy.logps, policy.lse, reference.logps, reference.lse, sums.kl
+        logits = [
+            head.logits(hidden_RD, head.weight_tile(cols), cols)[:R]
+            for head, hidden_RD in zip(heads, hidden, strict=True)
+        ]
+        models, gap_R = _add_columns(
+            models, gap_R, logits, targets.ids[rows], cols, first=int(under_reference)
+        )
+    policy, reference = models
+    return JointSums(RowSums.of_both(policy, reference), gap_R, zeros_R, under_reference)
 
 
 def _add_columns(
-    sums: JointSums, models: list[tuple[Head, Tensor]], target_R: Tensor, cols: slice
-) -> JointSums:
-    first_RC, second_RC = (
-        head.logits(hidden_RD, head.weight_tile(cols), cols)[: len(target_R)]
-        for head, hidden_RD in models
-    )
-    first_target_R, second_target_R = (
-        take_target(logits_RC, target_R, cols) for logits_RC in (first_RC, second_RC)
-    )
-    gap_RC = first_RC - second_RC
-    first, second = (
-        sums.first.add(first_RC, first_target_R),
-        sums.second.add(second_RC, second_target_R),
+    models: tuple[RowSums, RowSums],
+    gap_R: Tensor,
+    logits: list[Tensor],
+    target_R: Tensor,
+    cols: slice,
+    *,
+    first: int,
+) -> tuple[tuple[RowSums, RowSums], Tensor]:
+    """Sums of both models, and of the gap under model `first`, with a tile's added."""
+    target_logits = [take_target(logits_RC, target_R, cols) for logits_RC in logits]
+    gap_RC = logits[first] - logits[1 - first]
+    policy, reference = (
+        sums.add(logits_RC, target_logit_R)
+        for sums, logits_RC, target_logit_R in zip(models, logits, target_logits, strict=True)
     )
     # -inf columns have no weight and no gap that is a number
-    gap_RC.masked_fill_(first_RC == 0, 0)
-    rescale_R = (sums.first.max - first.max).exp()
-    gap_R = sums.gap * rescale_R + gap_RC.mul_(first_RC).sum(1)
-    return JointSums(first, second, gap_R, sums.base_gap)
+    gap_RC.masked_fill_(logits[first] == 0, 0)
+    rescale_R = (models[first].max - (policy, reference)[first].max).exp()
+    return (policy, reference), gap_R * rescale_R + gap_RC.mul_(logits[first]).sum(1)
 
 
 def _tile_shape(heads: Heads) -> tuple[int, int]:

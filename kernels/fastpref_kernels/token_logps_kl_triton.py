@@ -84,12 +84,11 @@ def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str
         sweep = JointSweep(operands, rows, under_reference=direction == "reference_policy")
         kept_RV = [kept_KV[rows, :V] for kept_KV in _kept(stats)] if rows.stop <= K else None
         sweep.run(kept_RV)
-        policy, reference, kl_R = sweep.finish()
-        results = (policy.logps, policy.lse, reference.logps, reference.lse, kl_R)
-        for total_N, part_R in zip(stats[:5], results, strict=True):
+        sums = sweep.finish()
+        for total_N, part_R in zip(stats[:5], sums.results, strict=True):
             total_N[rows] = part_R
         if kept_RV is not None:
-            stats.kept_scales[:, rows] = sweep.rescue(policy, reference, kept_RV)
+            stats.kept_scales[:, rows] = sweep.rescue(sums, kept_RV)
     for scores_N in (stats.logps, stats.reference_logps, stats.kl):
         scores_N.masked_fill_(targets.ignored, 0)
     return stats

@@ -37,9 +37,9 @@ HELD = {
     ("token_logps", "frozen"): (36, 2),
     ("tdpo1_token_values", "scores"): (43, 0),
     ("tdpo1_token_values", "store"): (53, 17),
-    ("token_logps_kl", "scores"): (77, 0),
-    ("token_logps_kl", "store"): (96, 26),
-    ("token_logps_kl", "lean"): (77, 26),
+    ("token_logps_kl", "scores"): (51, 0),
+    ("token_logps_kl", "store"): (63, 26),
+    ("token_logps_kl", "lean"): (51, 26),
 }
 """Most launches of a forward and of a backward."""
 
