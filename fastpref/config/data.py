@@ -72,6 +72,9 @@ class DataConfig:
     split_names: dict[str, str] = field(default_factory=dict)
     """What the splits of files and hub data sets are called there, as in '{train: train_prefs,
     test: test_prefs}'."""
+    config_names: dict[str, str] = field(default_factory=dict)
+    """Which configuration of a data set of the hub is read, where it has several, by its id, as in
+    '{PKU-Alignment/PKU-SafeRLHF: alpaca-7b}'."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as in '{enable_thinking: false}'."""
     cache_dir: str | None = None
@@ -122,7 +125,13 @@ class DataConfig:
             )
 
     def check_datasets(self, datasets: Sequence[str]) -> None:
-        """Refuse shares that are not one for each dataset."""
+        """Refuse shares that are not one for each dataset, and configurations of none of them."""
+        for name, config_name in self.config_names.items():
+            check_choice("data.config_names", name, tuple(datasets))
+            if not isinstance(config_name, str) or not config_name:
+                raise ValueError(
+                    f"data.config_names.{name} must name a configuration, got {config_name!r}"
+                )
         if self.shares is not None and len(self.shares) != len(datasets):
             raise ValueError(
                 f"data.shares must be one share for each of the {len(datasets)} datasets "

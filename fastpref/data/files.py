@@ -36,6 +36,8 @@ class Location(NamedTuple):
     """Files, in their order."""
     is_hub: bool = False
     """`name` is a data set of the hub."""
+    hub_config: str | None = None
+    """Which configuration of it; None for its only or default one."""
 
     @property
     def is_built_in(self) -> bool:
@@ -66,7 +68,7 @@ class Location(NamedTuple):
             DataError: a file is gone, or the hub cannot be reached.
         """
         if self.is_hub:
-            return hub_state(self.name, self.split_there, cache_dir)
+            return hub_state(self.name, self.hub_config, self.split_there, cache_dir)
         try:
             return "\n".join(file_state(Path(path)) for path in self.paths)
         except OSError as error:
@@ -132,7 +134,8 @@ def check_hub_split(location: Location, cache_dir: str | None) -> None:
         MissingSplitError: it has not; names those that it has.
         DataError: the hub cannot be reached.
     """
-    there, found = location.split_there, hub_splits(location.name, cache_dir)
+    there = location.split_there
+    found = hub_splits(location.name, location.hub_config, cache_dir)
     # a part of a split is written train[:90%], two of them train+validation
     if not {part.partition("[")[0] for part in there.split("+")} <= set(found):
         is_named = location.split != there

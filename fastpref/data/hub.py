@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 
+from fastpref.checks import listed
 from fastpref.data.readers import read_batches
 from fastpref.data.rows import ASSISTANT_TURN
 from fastpref.errors import DataError
@@ -42,40 +43,42 @@ def hub_rows(name: str, split: str, cache_dir: str | None) -> Iterator[dict[str,
     derive = {"hh": hh_rows, "shp": shp_rows, "se": se_rows}[name]
     # se has no test split of its own: it is cut from train
     there = "train" if name == "se" else split
-    records = load_from_hub(HUB_PATHS[name], there, cache_dir, name=name)
+    records = load_from_hub(HUB_PATHS[name], None, there, cache_dir, name=name)
     return derive(_split_se(records, split) if name == "se" else records)
 
 
-def hub_records(hub_id: str, split: str, cache_dir: str | None) -> Iterator[tuple[int, Any]]:
+def hub_records(
+    hub_id: str, config: str | None, split: str, cache_dir: str | None
+) -> Iterator[tuple[int, Any]]:
     """Records of a split of any data set of the hub, numbered from 1.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
     """
-    table = load_from_hub(hub_id, split, cache_dir).with_format("arrow")
+    table = load_from_hub(hub_id, config, split, cache_dir).with_format("arrow")
     yield from read_batches(table.iter(batch_size=1000))
 
 
-def hub_state(hub_id: str, split: str, cache_dir: str | None) -> str:
+def hub_state(hub_id: str, config: str | None, split: str, cache_dir: str | None) -> str:
     """What tells that a split of a data set of the hub has changed.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
     """
-    return str(load_from_hub(hub_id, split, cache_dir)._fingerprint)
+    return str(load_from_hub(hub_id, config, split, cache_dir)._fingerprint)
 
 
 @cache
-def hub_splits(hub_id: str, cache_dir: str | None) -> tuple[str, ...]:
+def hub_splits(hub_id: str, config: str | None, cache_dir: str | None) -> tuple[str, ...]:
     """Names of the splits of a data set of the hub, asked for once.
 
     Raises:
         DataError: the hub cannot be reached.
     """
     try:
-        return tuple(datasets.get_dataset_split_names(hub_id, cache_dir=cache_dir))
+        return tuple(datasets.get_dataset_split_names(hub_id, config, cache_dir=cache_dir))
     except Exception as error:
-        raise _unreachable(hub_id, "", error) from error
+        raise _unreachable(hub_id, config, "", error) from error
 
 
 def hh_rows(records: Records) -> Iterator[dict[str, Any]]:
@@ -183,12 +186,13 @@ def _strip_record(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_from_hub(
-    hub_id: str, split: str, cache_dir: str | None, *, name: str = ""
+    hub_id: str, config: str | None, split: str, cache_dir: str | None, *, name: str = ""
 ) -> datasets.Dataset:
     """A split of a data set of the hub, downloaded on first use.
 
     Args:
         hub_id: Its id there, or a built-in one's.
+        config: Its configuration; None for the only or default one.
         split: As it is called there.
         cache_dir: Of `datasets`; None for its default.
         name: Of a built-in one.
@@ -197,13 +201,23 @@ def load_from_hub(
         DataError: the hub cannot be reached or has no such split.
     """
     try:
-        return datasets.load_dataset(hub_id, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(hub_id, config, split=split, cache_dir=cache_dir)
     # the hub client raises errors of many unrelated classes; each means that there is no data
     except Exception as error:
-        raise _unreachable(hub_id, split, error, name=name) from error
+        raise _unreachable(hub_id, config, split, error, name=name) from error
 
 
-def _unreachable(hub_id: str, split: str, error: Exception, *, name: str = "") -> DataError:
+def _unreachable(
+    hub_id: str, config: str | None, split: str, error: Exception, *, name: str = ""
+) -> DataError:
+    # what `datasets` raises of a configuration; nothing else is asked for twice
+    configs = _other_configs(hub_id, config) if isinstance(error, ValueError) else []
+    if configs:
+        rule = f"has no configuration {config!r}, only" if config else "has several configurations:"
+        return DataError(
+            f"datasets: {hub_id} {rule} {listed(configs)}; "
+            f"data.config_names={{{hub_id}: NAME}} chooses one"
+        )
     reason = str(error).strip().split("\n")[0][:200]
     name, called = name or hub_id, f"{name} is {hub_id}" if name else hub_id
     what = f", whose split {split!r} could not be read" if split else " could not be read"
@@ -215,3 +229,17 @@ def _unreachable(hub_id: str, split: str, error: Exception, *, name: str = "") -
         f"local folder works too: set base_data_dir=DIR with rows in DIR/{name}/"
         f"{split or 'train'}.jsonl{other}"
     )
+
+
+def _other_configs(hub_id: str, config: str | None) -> list[str]:
+    """Configurations of a data set that has not the one asked for; [] where that is not why it
+    could not be read."""
+    try:
+        configs = datasets.get_dataset_config_names(hub_id)
+    # as above
+    except Exception:
+        return []
+    if config is None:
+        has_default = datasets.get_dataset_default_config_name(hub_id) is not None
+        return [] if has_default else configs
+    return [] if config in configs else configs

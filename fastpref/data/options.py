@@ -43,6 +43,8 @@ class DataOptions:
     """Where local ones lie."""
     split_names: dict[str, str] = field(default_factory=dict)
     """What the splits of files and of the hub are called there."""
+    config_names: dict[str, str] = field(default_factory=dict)
+    """Configurations of data sets of the hub, by their ids."""
     cache_dir: str | None
     """Of `datasets`; None for its default."""
     num_proc: int | None
@@ -71,6 +73,7 @@ def data_options(config: "Config") -> DataOptions:
         names=tuple(config.datasets),
         base_data_dir=config.base_data_dir,
         split_names=dict(data.split_names),
+        config_names=dict(data.config_names),
         cache_dir=data.cache_dir,
         num_proc=data.num_processes,
         held_out=HeldOut(fraction=data.test_fraction, seed=config.seed),

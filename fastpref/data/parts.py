@@ -76,7 +76,7 @@ def find_part(name: str, split: str, options: DataOptions) -> Part:
                 ) from None
         if split == test or is_divided:
             return Part(own, split, is_divided)
-    return Part(find_source(name, split, options.base_data_dir, options.split_names), split)
+    return Part(_locate(name, split, options), split)
 
 
 def _find_own(name: str, split: str, options: DataOptions) -> Location:
@@ -85,7 +85,14 @@ def _find_own(name: str, split: str, options: DataOptions) -> Location:
     Raises:
         DataError: see `find_source`.
     """
-    location = find_source(name, split, options.base_data_dir, options.split_names)
+    location = _locate(name, split, options)
     if location.is_hub:
         check_hub_split(location, options.cache_dir)
+    return location
+
+
+def _locate(name: str, split: str, options: DataOptions) -> Location:
+    location = find_source(name, split, options.base_data_dir, options.split_names)
+    if location.is_hub:
+        return location._replace(hub_config=options.config_names.get(name))
     return location

@@ -133,7 +133,7 @@ def source_records(location: Location, cache_dir: str | None) -> Iterator[tuple[
         for line, record in read_records(Path(path)):
             yield i * LINES + line, record
     if location.is_hub:
-        yield from hub_records(location.name, location.split_there, cache_dir)
+        yield from hub_records(location.name, location.hub_config, location.split_there, cache_dir)
     elif location.is_built_in:
         rows = SOURCES[location.name].rows(location.split, cache_dir)
         yield from enumerate(rows, start=1)

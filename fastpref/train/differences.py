@@ -33,7 +33,7 @@ BY_CONTENT = (
     *("datasets", "base_data_dir", "reverse_dataset", "max_length", "max_prompt_length"),
     *("data.on_error", "data.strict", "data.max_dropped", "data.truncation"),
     *("data.truncation_mode", "data.eos_weight", "data.allow_roles", "data.chat_template"),
-    *("data.columns", "data.split_names", "data.template_kwargs"),
+    *("data.columns", "data.split_names", "data.config_names", "data.template_kwargs"),
     *("data.test_fraction", "data.deduplicate"),
     *("transform", "model.name_or_path", "model.archive", "model.revision"),
     "model.tokenizer_name_or_path",

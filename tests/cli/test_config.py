@@ -192,6 +192,8 @@ def test_lists_and_null():
         ("data.columns={prompt: [a]}", r"data.columns.prompt must name a column, .* got \['a'\]"),
         ("data.split_names={tran: a}", "data.split_names must be one of train, test.*: train"),
         ("data.split_names={train: a/b}", "data.split_names.train must be the name of a split"),
+        ("data.config_names={hh: a}", "data.config_names must be one of planted"),
+        ("data.config_names={planted: ''}", "data.config_names.planted must name a configuration"),
         ("data.template_kwargs={tokenize: true}", "template_kwargs.tokenize: the rows, the token"),
         ("data.template_kwargs={messages: []}", "the program itself give messages"),
         ("data.template_kwargs={a b: 1}", "'a b' is no name of an argument"),

@@ -242,17 +242,44 @@ def test_a_hub_data_set_is_loaded_by_its_id(hub_folder):
 def test_the_hub_is_asked_for_id_split_and_cache(tmp_path, monkeypatch):
     asked = []
 
-    def load_dataset(path, *, split, cache_dir):
-        asked.append((path, split, cache_dir))
+    def load_dataset(path, name, *, split, cache_dir):
+        asked.append((path, name, split, cache_dir))
         return datasets.Dataset.from_list(ROWS if len(asked) < 4 else ROWS[:3])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = {"names": ["org/name"], "split_names": {"train": "train_prefs"}}
     assert len(read(tmp_path, **options).dataset) == 7
-    assert set(asked) == {("org/name", "train_prefs", str(tmp_path / "cache"))}
+    assert set(asked) == {("org/name", None, "train_prefs", str(tmp_path / "cache"))}
     asked += [None] * 4
     # another revision: the cache of rows is not taken
     assert len(read(tmp_path, **options).dataset) == 3
+
+
+def test_a_configuration_of_a_hub_data_set_is_chosen_and_others_are_offered(tmp_path, monkeypatch):
+    repository = tmp_path / "org" / "several"
+    for name, rows in (("long", ROWS), ("short", ROWS[:3])):
+        for split in ("train", "test"):
+            write_jsonl(repository / name, split, rows)
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        f"  - {{split: train, path: {name}/train.jsonl}}\n"
+        f"  - {{split: test, path: {name}/test.jsonl}}\n"
+        for name in ("long", "short")
+    )
+    (repository / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)
+    several = {"names": ["org/several"]}
+    for name, num_rows in (("long", len(ROWS)), ("short", 3)):
+        options = options_of(tmp_path, **several, config_names={"org/several": name})
+        check_sources(options)
+        [rows] = read_rows(options, "train", quiet=True)
+        assert (len(rows.dataset), rows.place(1)) == (num_rows, "org/several:2")
+        assert len(list(rows.records())) == num_rows
+    offer = r"data\.config_names={org/several: NAME} chooses one"
+    with pytest.raises(DataError, match=rf"has several configurations: long, short; {offer}"):
+        check_sources(options_of(tmp_path, **several))
+    with pytest.raises(DataError, match=rf"no configuration 'lon', only long, short; {offer}"):
+        check_sources(options_of(tmp_path, **several, config_names={"org/several": "lon"}))
 
 
 def test_a_path_is_answered_with_the_two_options_that_read_it(tmp_path):
