@@ -1,6 +1,6 @@
 """Checked rows of a source, one at a time: what `datasets` writes to its cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def generate_rows(
         weighted=options.weighted,
         allow_roles=options.allow_roles,
     )
-    unread_of = UnreadColumns(layouts, weighted=options.weighted)
+    left_out = [column for column, as_field in options.columns.items() if as_field is None]
+    unread_of = UnreadColumns(layouts, weighted=options.weighted, left_out=left_out)
     tracker = PairTracker()
     number = 0
     for number, record in source_records(location, cache_dir):
@@ -105,12 +106,14 @@ def generate_rows(
 
 
 class UnreadColumns:
-    """Notices columns of a source that are read in no row so far."""
+    """Notices columns of a source that are read in no row so far, save those left out by name."""
 
-    def __init__(self, layouts: LayoutReader, *, weighted: bool) -> None:
+    def __init__(
+        self, layouts: LayoutReader, *, weighted: bool, left_out: Sequence[str] = ()
+    ) -> None:
         self._layouts = layouts
         self._weights = (*WEIGHT_FIELDS, DIGEST_FIELD) if weighted else ()
-        self._known: set[str] = set()
+        self._known = set(left_out)
 
     def add(self, record: dict[str, Any], layout: Layout) -> list[str]:
         """Columns of a record that neither it nor an earlier one has in use, each once."""
