@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastpref_kernels.gemm import add_matmul, cpu_multiplies_bfloat16, matmul, matrix_units
 from fastpref_kernels.row_sums import JointStats
-from fastpref_kernels.workspace import ROW_MULTIPLE, slices
+from fastpref_kernels.workspace import LEAST_COLUMNS, ROW_MULTIPLE, slices
 
 NeedsGrad = tuple[bool, bool, bool]
 """Which of input, weight and bias want a gradient."""
@@ -87,8 +88,11 @@ class Head(NamedTuple):
 
     def logits(self, input_RD: Tensor, weight_CD: Tensor, cols: slice) -> Tensor:
         """Logits of a tile, (R, C) float32; the caller may overwrite them."""
+        C = len(weight_CD)
+        if C < LEAST_COLUMNS and weight_CD.device.type == "cpu":
+            weight_CD = F.pad(weight_CD, (0, 0, 0, LEAST_COLUMNS - C))
         with matrix_units(self.on_matrix_units):
-            logits_RC = matmul(input_RD, weight_CD.t())
+            logits_RC = matmul(input_RD, weight_CD.t())[:, :C]
         if self.bias is not None:
             logits_RC += self.bias[cols]
         if self.softcap is not None:

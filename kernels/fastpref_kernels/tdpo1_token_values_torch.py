@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastpref_kernels.gemm import matmul
 from fastpref_kernels.head import (
@@ -19,7 +20,7 @@ from fastpref_kernels.head import (
     take_target,
 )
 from fastpref_kernels.row_sums import RowSums, ValueStats
-from fastpref_kernels.workspace import slices, tile_shape
+from fastpref_kernels.workspace import ROW_MULTIPLE, slices, tile_shape
 
 
 class Means(NamedTuple):
@@ -185,8 +186,15 @@ def _add_columns(
     rescale_R = (means.reference.max - sums.max).exp()
     weights_RD = means.weights.mul_(rescale_R[:, None])
     # not added into in place: for one row MKL then sums all columns one after another
-    weights_RD += matmul(logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
+    weights_RD += _whole_matmul(logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
     return Means(sums, weights_RD, means.logits * rescale_R + over_RC.mul_(logits_RC).sum(1))
+
+
+def _whole_matmul(exp_RC: Tensor, weight_CD: Tensor) -> Tensor:
+    """(R, D) float32, of rows padded as `ROW_MULTIPLE` asks for."""
+    R = len(exp_RC)
+    whole_RC = F.pad(exp_RC, (0, 0, 0, -R % ROW_MULTIPLE))
+    return matmul(whole_RC, weight_CD)[:R]
 
 
 def _target_logits(head: Head, hidden_RD: Tensor, target_R: Tensor) -> Tensor:

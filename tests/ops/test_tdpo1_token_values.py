@@ -229,7 +229,11 @@ def test_the_same_inputs_give_the_same_bits_and_a_row_the_same_in_any_batch():
             linear_bias=policy[2],
             reference_linear_bias=reference[2],
         )
-        torch.testing.assert_close(values_R, first[0][rows], rtol=1e-6, atol=2e-6)
+        if INTERPRETED:
+            # a GPU's library chooses the order of its sums by the number of rows
+            torch.testing.assert_close(values_R, first[0][rows], rtol=1e-6, atol=2e-6)
+        else:
+            assert torch.equal(values_R, first[0][rows])
 
 
 def test_torch_compile_traces_it_with_its_backward():

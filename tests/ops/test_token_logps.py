@@ -173,22 +173,29 @@ def test_a_vocabulary_that_no_block_divides_is_whole():
     assert_matches_float64(random_head(5, 129_920, 8), torch.tensor([0, 129_919, 64, 128_000, 7]))
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("ignore", [-100, 3, 0, -1])
-def test_ignored_rows_score_zero_whatever_they_hold(ignore):
+def test_ignored_rows_score_zero_whatever_they_hold(ignore, softcap):
     input, weight, bias = random_head(252, 507, 123)
     target_N = random_target(252, 507, ignore=ignore)
+    options = {"ignore_index": ignore, "logit_softcap": softcap}
     with torch.no_grad():
         clean = input.clone().requires_grad_()
         input[::5] = float("nan")
     grad_N = torch.randn(252)
     logps_N, (grad_ND, grad_VD, grad_V) = gradients(
-        lambda h, w, b: token_logps(h, w, target_N, linear_bias=b, ignore_index=ignore),
+        lambda h, w, b: token_logps(h, w, target_N, linear_bias=b, **options),
         (input, weight, bias),
         grad_N,
     )
     assert not logps_N[target_N == ignore].any() and not grad_ND[target_N == ignore].any()
     assert grad_VD.isfinite().all() and grad_V.isfinite().all()
-    assert_matches_float64((clean, weight, bias), target_N, ignore=ignore)
+    # in the mode of a frozen head too
+    frozen_N = token_logps(input, weight.detach(), target_N, linear_bias=bias.detach(), **options)
+    (frozen_ND,) = torch.autograd.grad(frozen_N, input, grad_N)
+    assert torch.equal(frozen_N, logps_N) and not frozen_ND[target_N == ignore].any()
+    torch.testing.assert_close(frozen_ND, grad_ND, rtol=1e-4, atol=1e-5)
+    assert_matches_float64((clean, weight, bias), target_N, ignore=ignore, softcap=softcap)
 
 
 def test_a_batch_of_ignored_rows_keeps_the_graph_connected():
@@ -268,9 +275,13 @@ def test_the_same_inputs_give_the_same_bits():
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="seen with MKL only")
-def test_a_row_has_the_same_bits_in_any_batch():
-    input, weight, _ = random_head(252, 507, 123)
-    target_N = random_target(252, 507, ignore=None)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("V", "D"), [(507, 123), (2049, 64), (7, 31), (2, 64)])
+def test_a_row_has_the_same_bits_in_any_batch(V, D, dtype):
+    if INTERPRETED and V < 16:
+        pytest.skip("narrow products are a GPU library's there")
+    input, weight, _ = random_head(252, V, D, dtype)
+    target_N = random_target(252, V, ignore=None)
     batch_N = token_logps(input, weight, target_N)
     for rows in (slice(0, 1), slice(17, 20), slice(100, 233)):
         assert torch.equal(token_logps(input[rows], weight, target_N[rows]), batch_N[rows])
