@@ -88,8 +88,8 @@ def _fold(
         stored *= drift[:, None]
         if HAS_SOFTCAP:
             stored_sum = row_sum * drift
-            # an ignored row may hold anything, also a slope that is not a number
-            stored = tl.where(keep, stored * softcap_slope(logits, softcap), 0.0).to(EXP)
+            # an ignored row may hold anything: the larger of 0 and no number is 0
+            stored = tl.maximum(stored * softcap_slope(logits, softcap), 0.0).to(EXP)
         else:
             # of the rounded numbers: what the columns share out is then exactly all of it
             stored = stored.to(EXP)
