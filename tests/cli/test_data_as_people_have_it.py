@@ -1,32 +1,33 @@
 """Data sets as they are published, trained on with the embedded model by the command line."""
 
+import contextlib
+import io
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from stopped_runs import run as run_here
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = [(f"What is {i} + 1?", f"{i + 1}.", f"{i + 2}.") for i in range(20)]
 
 
-def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+class Ended(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+def run(folder: Path, *options: str) -> Ended:
     small = ["batch_size=4", "n_examples=8", "n_epochs=null", "n_eval_examples=4"]
     small += ["sample_during_eval=false", "run_dir=run", "base_data_dir=data"]
     small += [f"data.cache_dir={folder / 'cache'}"]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *small, *options],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120"},
-        timeout=240,
-    )
+    said = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stderr(said):
+        code = run_here([*small, *options])
+    return Ended(code, said.getvalue())
 
 
 def steps(folder: Path) -> list[int]:
@@ -140,15 +141,17 @@ def test_messages_alone_train_by_sft_and_columns_and_template_are_checked(tmp_pa
 
 @pytest.mark.parametrize("task", ["audit", "train"])
 def test_a_truncated_table_an_empty_file_and_no_array_end_in_one_message(tmp_path, task):
+    def refusal() -> str:
+        result = run(tmp_path, "datasets=[set]", f"task={task}")
+        assert (result.returncode, "Traceback" in result.stderr) == (3, False), result.stderr
+        return result.stderr
+
     write(tmp_path, "train.parquet", [ultrafeedback(*question) for question in QUESTIONS])
     write(tmp_path, "test.json", [ultrafeedback(*question) for question in QUESTIONS])
     path = tmp_path / "data" / "set" / "train.parquet"
     path.write_bytes(path.read_bytes()[:-100])
-    result = run(tmp_path, "datasets=[set]", f"task={task}")
-    assert (result.returncode, "train.parquet: cannot be read" in result.stderr) == (3, True)
+    assert "train.parquet: cannot be read" in refusal()
     path.unlink()
     for text, says in (("", "0 rows in split 'train'"), ('{"data":\n []}', "must be one array")):
         path.with_suffix(".json").write_text(text)
-        result = run(tmp_path, "datasets=[set]", f"task={task}")
-        assert (result.returncode, says in result.stderr) == (3, True), result.stderr
-        assert "Traceback" not in result.stderr
+        assert says in refusal()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from stopped_runs import run as run_here
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
 from fastpref.cli.launch import launch_on_every_gpu
@@ -68,7 +69,10 @@ def with_row(base: Path, name: str, index: int, row: object) -> str:
     return name
 
 
-def test_bad_data_is_named_by_file_row_and_field_before_any_model(base, tmp_path):
+def test_bad_data_is_named_by_file_row_and_field_before_any_model(
+    base, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
     good = text_rows(1)[0]
     empty = base / "empty_split"
     write_rows(empty, "train", text_rows(12))
@@ -82,9 +86,10 @@ def test_bad_data_is_named_by_file_row_and_field_before_any_model(base, tmp_path
     ]
     for name, expected in cases:
         # the model does not exist: data errors come first
-        result = run(tmp_path, *job(base, name, **{"model.name_or_path": base / "no-model"}))
-        assert result.returncode == 3, result.stderr
-        assert expected in result.stderr and "Traceback" not in result.stderr
+        code = run_here(job(base, name, **{"model.name_or_path": base / "no-model"}))
+        said = capsys.readouterr().err
+        assert code == 3, said
+        assert expected in said and "Traceback" not in said
     assert not list(tmp_path.glob("output/*"))
 
 
@@ -100,10 +105,13 @@ def test_bad_data_is_named_by_file_row_and_field_before_any_model(base, tmp_path
         ({"optimizer": "RMSprop", "optim.betas": "[0.9,0.95]"}, 2, "RMSprop takes no betas"),
     ],
 )
-def test_what_cannot_work_ends_in_one_message(base, tmp_path, options, code, message):
-    result = run(tmp_path, *job(base, **options))
-    assert result.returncode == code, result.stderr
-    assert message in result.stderr and "Traceback" not in result.stderr
+def test_what_cannot_work_ends_in_one_message(
+    base, tmp_path, options, code, message, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run_here(job(base, **options)) == code
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
 
 
 def test_a_diverging_run_stops_before_the_update_with_exit_5(base, tmp_path):

@@ -124,8 +124,7 @@ def assert_exact(policy, reference, target_N, grads, *, bounds, **options):
 @both_routes
 @all_modes
 @both_directions
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("transform", "bias"), [("plain", False), ("softcap", True)])
 def test_every_mode_is_exact_in_float32(route, mode, direction, transform, bias, monkeypatch):
     force(mode, monkeypatch)
     policy, reference, target_N = models(route, bias=bias)
@@ -172,7 +171,7 @@ def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
 @both_directions
 @pytest.mark.parametrize(
     ("dtype", "transform"),
-    [(torch.float32, "softcap"), (torch.bfloat16, "plain"), (torch.bfloat16, "softcap")],
+    [(torch.float32, "softcap"), (torch.bfloat16, "plain")],
 )
 def test_identical_models_differ_by_exactly_nothing(
     route, mode, direction, dtype, transform, monkeypatch
@@ -255,9 +254,9 @@ def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
 
 @both_routes
 @all_modes
-@both_directions
-def test_two_runs_have_the_same_bits(route, mode, direction, monkeypatch):
+def test_two_runs_have_the_same_bits(route, mode, monkeypatch):
     force(mode, monkeypatch)
+    direction = "policy_reference"
     policy, reference, target_N = models(route, dtype=torch.bfloat16)
     first, second = (
         run(

@@ -96,8 +96,9 @@ def assert_exact(leaves, wanted, target_N, grad_N, *, logp_bound, gradient_bound
 
 @pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("transform", "bias"), [("plain", False), ("scale", True), ("softcap", False)]
+)
 def test_every_mode_is_exact_in_float32(route, mode, transform, bias, monkeypatch):
     force(mode, monkeypatch)
     assert_exact(
@@ -132,7 +133,7 @@ def test_float16_gradients_do_not_underflow(route):
 
 @pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("margin", [14.0, 60.0, -60.0, -200.0])
+@pytest.mark.parametrize("margin", [60.0, -60.0, -200.0])
 def test_certain_and_hopeless_tokens_are_exact(route, mode, margin, monkeypatch):
     force(mode, monkeypatch)
     N, V, D = SHAPES[route]
