@@ -1,6 +1,7 @@
 """Matrix products that sum in float32, on GPUs and on a CPU's matrix units."""
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,17 +10,51 @@ import torch
 from torch import Tensor
 
 
+class _MatrixUnits:
+    """torch's setting for float32 GEMMs of a CPU, which is the whole process's: the first of
+    several threads turns it on, the last one gives back what it was."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before = ""
+
+    def enter(self) -> None:
+        mkldnn: Any = torch.backends.mkldnn
+        with self._lock:
+            if self._users == 0:
+                self._before = mkldnn.matmul.fp32_precision
+                # written only where it is another one: a setting that follows torch's general one
+                # would no longer do so
+                if self._before != "bf16":
+                    mkldnn.matmul.fp32_precision = "bf16"
+            self._users += 1
+
+    def leave(self) -> None:
+        mkldnn: Any = torch.backends.mkldnn
+        with self._lock:
+            self._users -= 1
+            if self._users == 0 and self._before != "bf16":
+                mkldnn.matmul.fp32_precision = self._before
+
+
+_units = _MatrixUnits()
+
+
 @contextmanager
 def matrix_units(enabled: bool) -> Iterator[None]:
-    """Float32 GEMMs of a CPU on its bfloat16 units: operands are rounded, sums are not."""
-    mkldnn: Any = torch.backends.mkldnn
-    settings = mkldnn.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16" if enabled else before
+    """Float32 GEMMs of a CPU on its bfloat16 units: operands are rounded, sums are not.
+
+    Those of other threads are too, for as long as this one multiplies.
+    """
+    if not enabled:
+        yield
+        return
+    _units.enter()
     try:
         yield
     finally:
-        settings.fp32_precision = before
+        _units.leave()
 
 
 @functools.cache

@@ -87,7 +87,7 @@ def sweep_heads(
     return OPS[op].stats(*stats)
 
 
-@custom_op("fastpref::head_v2", mutates_args=())
+@custom_op("fastpref::head_v3", mutates_args=())
 def head_fwd(
     policy: list[Tensor],
     reference: list[Tensor],
@@ -123,7 +123,7 @@ def _(
     return list(_Call.of(policy, reference, **options).empty_stats())
 
 
-@custom_op("fastpref::head_bwd_v2", mutates_args=())
+@custom_op("fastpref::head_bwd_v3", mutates_args=())
 def head_bwd(
     grads: list[Tensor],
     policy: list[Tensor],
@@ -291,4 +291,4 @@ def _differentiate(
     return leaves, [None] * len(reference), None
 
 
-register_autograd("fastpref::head_v2", _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::head_v3", _differentiate, setup_context=_setup_context)

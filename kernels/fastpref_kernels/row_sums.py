@@ -155,8 +155,8 @@ class ValueStats(NamedTuple):
     values: Tensor
     """(N,) float32, 0 where ignored."""
     slopes: Tensor
-    """(N, D) derivatives of the values in the hidden states, the input's dtype; no elements if
-    nothing wants a gradient."""
+    """(N, D) derivatives of the values in the hidden states, in the input's dtype, for float16 in
+    float32; no elements if nothing wants a gradient."""
     reference_logps: Tensor
     """(N,) float32, 0 where ignored."""
     reference_lse: Tensor

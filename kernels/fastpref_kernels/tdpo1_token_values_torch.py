@@ -44,8 +44,9 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
 def empty_stats(heads: Heads, mode: str) -> ValueStats:
     """Uninitialised results of the forward."""
     input = heads[0].input
-    slopes = torch.empty_like(input) if mode != "scores" else input.new_empty(0)
-    return ValueStats.empty(input, slopes, kept=input.new_empty(0), kept_sums=input.new_empty(0))
+    return ValueStats.empty(
+        input, empty_slopes(input, mode), kept=input.new_empty(0), kept_sums=input.new_empty(0)
+    )
 
 
 def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueStats:
@@ -125,6 +126,16 @@ def tdpo1_token_values_bwd(
         unit=unit,
     )
     return input_ND, weight_VD, bias_V
+
+
+def empty_slopes(input: Tensor, mode: str) -> Tensor:
+    """Uninitialised `slopes` of ValueStats; no elements in the mode "scores".
+
+    Those of a confident token are below float16's smallest number until the upstream gradient, or
+    the scale of a loss in it, has multiplied them.
+    """
+    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
+    return input.new_empty(0 if mode == "scores" else input.shape, dtype=dtype)
 
 
 def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor) -> Tensor:

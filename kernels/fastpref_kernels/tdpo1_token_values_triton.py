@@ -19,7 +19,12 @@ from fastpref_kernels.gemm import add_matmul
 from fastpref_kernels.head import Gradients, Head, Heads, NeedsGrad, Targets
 from fastpref_kernels.launch import Operands, aligned_columns
 from fastpref_kernels.row_sums import TokenStats, ValueStats
-from fastpref_kernels.tdpo1_token_values_torch import scaled_slopes, share_head, values_of
+from fastpref_kernels.tdpo1_token_values_torch import (
+    empty_slopes,
+    scaled_slopes,
+    share_head,
+    values_of,
+)
 from fastpref_kernels.token_logps_backward import Call, lean_bwd, partial_bwd, store_bwd
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import (
@@ -62,7 +67,7 @@ def empty_stats(heads: Heads, mode: str) -> ValueStats:
     num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(reference))}.get(mode, 0)
     return ValueStats.empty(
         input,
-        input.new_empty(0) if mode == "scores" else input.new_empty(input.shape),
+        empty_slopes(input, mode),
         kept=input.new_empty(num_kept, columns, dtype=reference.exp_dtype),
         kept_sums=input.new_empty(num_kept, dtype=torch.float32),
     )

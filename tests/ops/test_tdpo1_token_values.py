@@ -250,6 +250,37 @@ def test_torch_compile_traces_it_with_its_backward():
     assert all(map(torch.equal, torch.autograd.grad(compiled(*leaves), leaves), expected))
 
 
+def test_hidden_states_of_any_strides_give_gradients_of_those_that_are_traced():
+    policy, reference = random_head(60, 61, 17), random_head(60, 61, 17, seed=1)
+    input_ND = policy[0].detach().t().contiguous().t().requires_grad_()
+    values_N = tdpo1_token_values(input_ND, policy[1], random_target(60, 61), *reference[:2])
+    (grad_ND,) = torch.autograd.grad(values_N.sum(), input_ND)
+    # a compiled graph takes them for what a new tensor of that shape is
+    assert not input_ND.is_contiguous() and grad_ND.is_contiguous()
+
+
+def test_a_certain_token_keeps_its_gradient_in_float16_under_the_scale_of_a_loss():
+    input, weight, _ = (leaf.detach().half() for leaf in random_head(4, 61, 16))
+    input[:, 0], weight[:, 0] = 1.0, 0.0
+    # all others together have a probability near 1e-6 in the reference
+    reference_weight = weight.clone()
+    reference_weight[7, 0] = 24.0
+    target_N = torch.full((4,), 7)
+    input.requires_grad_()
+
+    def gradient(op, *tensors):
+        hidden, *others = tensors
+        values_N = op(hidden, others[0], target_N, hidden.detach(), others[1])
+        return torch.autograd.grad(values_N.sum() * 2.0**16, hidden)[0]
+
+    exact = double([input, weight, reference_weight])
+    true = gradient(naive.tdpo1_token_values, exact[0].requires_grad_(), *exact[1:])
+    ours = gradient(tdpo1_token_values, input, weight, reference_weight)
+    assert ours.dtype == torch.float16
+    # one rounding, to float16
+    assert ((ours.double() - true).norm() / true.norm()).item() <= 2.0**-11
+
+
 def test_the_reference_gets_no_gradient():
     policy = random_head(60, 61, 17)
     reference = tuple(leaf.requires_grad_() for leaf in nearby(policy))

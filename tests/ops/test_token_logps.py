@@ -395,7 +395,7 @@ def test_the_registered_ops_keep_the_dispatchers_rules(op):
         "ignore_index": -100,
         "needs_grad": [True] * 3,
     }
-    torch.library.opcheck(torch.ops.fastpref.head_v2.default, arguments, options)
+    torch.library.opcheck(torch.ops.fastpref.head_v3.default, arguments, options)
 
 
 def test_arguments_that_do_not_fit_are_named():
