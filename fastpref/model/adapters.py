@@ -107,7 +107,8 @@ def merge_adapter(model: Any, folder: str) -> Any:
         difference = (logits - expected).abs().max().item()
         raise _not_mergeable(folder, f"merged, its logits are off by {difference:.2g}")
     logger.info("merged the adapter %s into its base model", folder)
-    return merged
+    # peft froze the base
+    return merged.requires_grad_(True)
 
 
 def load_adapter(folder: str) -> dict[str, Tensor]:

@@ -354,6 +354,26 @@ def train_in_bfloat16(base: Path, out: Path, kinds: list[str]) -> None:
         assert run([*command, "model.fsdp_policy_mp=bfloat16", "lr=1e-6"]) == 0
 
 
+@pytest.mark.parametrize("named_by", ["model.name_or_path", "model.archive"])
+def test_all_weights_are_trained_on_from_a_base_with_its_adapter(base, tmp_path, named_by):
+    adapter = base / "llama-adapter"
+    merged = tmp_path / "merged"
+    plain = AutoModelForCausalLM.from_pretrained(base / "llama")
+    peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload().save_pretrained(merged)
+    source_tokenizer = load_tokenizer(base / "llama")
+    source_tokenizer.save_pretrained(merged)
+    whole = ("adapter=none", "loss=tdpo")
+    ends = []
+    for name, option in [("one", f"{named_by}={adapter}"), ("two", f"model.name_or_path={merged}")]:
+        folder = tmp_path / name
+        assert run(arguments(base, "llama", folder, *whole, option)) == 0
+        ends.append(load_file(folder / "LATEST" / "model.safetensors"))
+    before = load_file(merged / "model.safetensors")
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(weight, ends[1][name], rtol=1e-5, atol=1e-6)
+        assert not torch.equal(weight, before[name]), name
+
+
 def test_adapters_are_trained_in_float32_beside_a_model_in_bfloat16(base, tmp_path):
     """A step of 1e-6 times a gradient is lost in 16 bits, beside weights of 1e-1."""
     train_in_bfloat16(base, tmp_path, ["auto"])
