@@ -40,6 +40,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_hidden_layers": 6},
     "gpt-neox": {"model_type": "gpt_neox", "intermediate_size": 512},
+    # experts, in float32
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 192,
+    },
 }
 SIZE = {
     "hidden_size": 128,
@@ -119,8 +127,14 @@ def assert_planned(config: Config, world: World) -> None:
     assert planned == pytest.approx(large - small, rel=0.1)
 
 
-@pytest.mark.parametrize("kind", ["none", "lora"])
-@pytest.mark.parametrize("shape", list(SHAPES))
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [
+        *((shape, kind) for shape in SHAPES for kind in ("none", "lora") if shape != "qwen3-moe"),
+        # peft's adapters of experts turn autocast off, which torch cannot without memory
+        ("qwen3-moe", "none"),
+    ],
+)
 def test_tokens_take_what_the_plan_says_to_a_tenth(models, world: World, shape, kind):
     assert_planned(make_config(models / shape, adapter=AdapterConfig(kind=kind)), world)
 
