@@ -329,6 +329,31 @@ def test_without_a_scored_row_gradients_are_zero(N, direction):
     assert grad_VD.shape == (61, 17)
 
 
+@both_directions
+def test_a_kl_of_large_logits_is_no_worse_than_torchs(direction):
+    """A bias that all words share moves no probability, and takes digits of every logit."""
+    policy, target_N = random_head(60, 61, 17), random_target(60, 61, ignore=None)
+    reference = random_head(60, 61, 17, seed=1)
+    options = {"direction": direction}
+    exact = [[leaf.detach().double() for leaf in model] for model in (policy, reference)]
+    with torch.no_grad():
+        for bias_V in (policy[2], reference[2], exact[0][2], exact[1][2]):
+            bias_V += 1024
+        for (*_, ours_V), (*_, exact_V) in zip((policy, reference), exact, strict=True):
+            exact_V.copy_(ours_V)
+
+    def kl(op, policy, reference):
+        biases = {"linear_bias": policy[2], "reference_linear_bias": reference[2]}
+        return op(*policy[:2], target_N, *reference[:2], **biases, **options).kl.detach()
+
+    true_N = kl(naive.token_logps_and_kl, *exact)
+    ours_N, torchs_N = (
+        kl(op, policy, reference) for op in (token_logps_and_kl, torch_token_logps_and_kl)
+    )
+    error, of_torch = ((kl_N.double() - true_N).abs().max() for kl_N in (ours_N, torchs_N))
+    assert error <= 2 * of_torch < 1e-2
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="seen with MKL only")
 @both_directions
 @pytest.mark.parametrize(("V", "D"), [(507, 123), (2049, 64), (7, 31)])
