@@ -236,7 +236,7 @@ def _other_configs(hub_id: str, config: str | None) -> list[str]:
     could not be read."""
     try:
         configs = datasets.get_dataset_config_names(hub_id)
-    # as above
+    # the hub's client again; what it said first is told
     except Exception:
         return []
     if config is None:

@@ -116,7 +116,7 @@ class JointSums:
         lse_2R = torch.where(at_target_R, -models.logps, models.lse_over_max)
         over_base_R = self.gap - models.sum_exp[first] * (pivot_gap_R - self.base_gap)
         # not max - lse, whose digits go where logits are large
-        others_R = over_base_R * models.lse_over_max[first].double().neg().exp()
+        others_R = over_base_R / models.lse_over_max[first].double().exp()
         target_gap_R = target_logit_2R[first] - target_logit_2R[second]
         target_R = models.logps[first].double().exp() * (target_gap_R - pivot_gap_R)
         return (others_R + target_R - lse_2R[first] + lse_2R[second]).float()
