@@ -113,6 +113,9 @@ class Batch:
     """(N,) float32, or None when every token weighs 1."""
     sequence_ids: Tensor
     """(N,) int64 in [0, num_sequences): the sequence a target belongs to."""
+    reference_logps: Tensor | None = None
+    """(N,) float32: log-probabilities of the targets under the reference, in nats, where they were
+    computed before; None where they were not."""
     num_sequences: int
     """2P for P pairs, P in SFT; 0 for a rank without work, which then scores nothing."""
 

@@ -49,6 +49,9 @@ class EncodedColumns:
     """float32: the token weights of all responses; None when every token weighs 1."""
     chosen_weights: Ranges | None = None
     rejected_weights: Ranges | None = None
+    reference_logps: np.ndarray | None = None
+    """float32, beside `ids`: of every response token under the reference, in nats; a prompt's are
+    not read. None where they are not known beforehand."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen"):
@@ -105,7 +108,8 @@ class EncodedColumns:
             chosen=of_ids["chosen_ids"],
             rejected=of_ids["rejected_ids"],
             weights=weights if of_weights else None,
-            **of_weights,
+            chosen_weights=of_weights.get("chosen_weights"),
+            rejected_weights=of_weights.get("rejected_weights"),
         )
 
     def __len__(self) -> int:

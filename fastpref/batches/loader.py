@@ -1,10 +1,12 @@
 """From rows to batches: what each step computes, made ahead of the loop in a thread."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import datasets
+import torch
 
 from fastpref.batch import Batch
 from fastpref.batches.columns import EncodedColumns
@@ -52,15 +54,21 @@ class Loader:
     layout: RowLayout
     pad_token_id: int
     min_micro_batches: int = 1
+    known: Callable[[EncodedColumns], EncodedColumns] | None = None
+    """Adds the reference's log-probabilities to rows; None where they are not known beforehand."""
 
     @cached_property
     def _table(self) -> datasets.Dataset:
         return self.data.dataset.with_format("arrow")
 
+    def columns(self, index: int) -> EncodedColumns:
+        """The rows of step `index`."""
+        columns = EncodedColumns.of_arrow(self._table[self.order.batch(index)])
+        return columns if self.known is None else self.known(columns)
+
     def plan(self, index: int, num_ranks: int) -> tuple[EncodedColumns, StepPlan]:
         """The rows of step `index`, and which of them each rank computes at once."""
-        rows = self.order.batch(index)
-        columns = EncodedColumns.of_arrow(self._table[rows])
+        columns = self.columns(index)
         # a micro-batch in which no rank has a row would be computed for nothing
         most = max(1, -(-len(columns) // num_ranks))
         plan = self.layout.plan(
@@ -72,7 +80,12 @@ class Loader:
 
     def build(self, columns: EncodedColumns, micro_batch: MicroBatch) -> Batch:
         """The batch of a micro-batch of a plan."""
-        return self.layout.build(columns, micro_batch, pad_token_id=self.pad_token_id)
+        batch = self.layout.build(columns, micro_batch, pad_token_id=self.pad_token_id)
+        if columns.reference_logps is None:
+            return batch
+        # scored tokens lie as the responses do: chosen ones of all rows, then rejected ones
+        scored = columns.responses(micro_batch.rows).flat()
+        return replace(batch, reference_logps=torch.from_numpy(columns.reference_logps[scored]))
 
     def step(self, index: int, world: World) -> StepBatches:
         """What step `index` computes."""

@@ -29,6 +29,7 @@ from fastpref.config.loss import (
 from fastpref.config.plan import (
     PlanConfig,
 )
+from fastpref.config.reference import ReferenceConfig
 from fastpref.config.run import (
     Config,
     TrainingOptions,
@@ -56,6 +57,7 @@ __all__ = [
     "PackingConfig",
     "ParallelConfig",
     "PlanConfig",
+    "ReferenceConfig",
     "ResumeConfig",
     "SFTConfig",
     "SimPOConfig",

@@ -27,6 +27,7 @@ from fastpref.config.loss import (
     TransformConfig,
 )
 from fastpref.config.plan import PlanConfig
+from fastpref.config.reference import ReferenceConfig
 from fastpref.config.stages import StagesConfig
 from fastpref.config.survival import (
     RESUME_WORDS,
@@ -51,6 +52,13 @@ class TrainingOptions(NamedTuple):
     seed: int
     batch_size: int
     """Rows of an optimizer step."""
+    caches_reference: bool
+    """Whether its log-probabilities are there before the first step."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a reference computes in every step."""
+        return self.loss.needs.reference and not self.caches_reference
 
 
 @dataclass(kw_only=True)
@@ -150,6 +158,8 @@ class Config:
     """What becomes of token weights: transform=NAME is configs/transform/NAME.yaml."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """What of the model is trained: adapter=NAME is configs/adapter/NAME.yaml."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """What the policy is compared with."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     """How rows are laid out for the model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -190,6 +200,7 @@ class Config:
         if not self.datasets or not all(self.datasets):
             raise ValueError(f"datasets must name at least one dataset, got {list(self.datasets)}")
         self.data.check_datasets(self.datasets)
+        self.reference.check_loss(self.loss)
         if self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length must be < max_length ({self.max_length}), "
@@ -272,7 +283,13 @@ class Config:
             compile=self.compile,
             seed=self.seed,
             batch_size=self.batch_size,
+            caches_reference=self.caches_reference,
         )
+
+    @property
+    def caches_reference(self) -> bool:
+        """Whether the reference's log-probabilities are there before the first step."""
+        return self.reference.is_cached(self.loss, self.n_epochs)
 
     @property
     def trackers(self) -> TrackerOptions:

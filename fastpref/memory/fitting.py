@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,7 +119,10 @@ class Fitting:
         world, device = self.world, self.world.device
         # filled up as a row of the limit is
         layout = self.layout.limited_to(num_tokens)
-        batch = layout.build_rows(rows, pad_token_id=0).to(device)
+        batch = layout.build_rows(rows, pad_token_id=0)
+        if self.training.caches_reference:
+            batch = replace(batch, reference_logps=torch.zeros(batch.num_scored))
+        batch = batch.to(device)
         torch.cuda.reset_peak_memory_stats(device)
         fits = True
         try:

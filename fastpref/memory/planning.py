@@ -101,7 +101,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
     else:
         weights = count_weights(model, options.block_name)
     reference = None
-    if training.loss.needs.reference:
+    if training.has_reference:
         own = adapter.trained
         reference = 0 if own else _itemsize(frozen_dtype(options, beside_policy=True))
     tokens = count_token_bytes(

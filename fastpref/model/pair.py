@@ -27,6 +27,7 @@ class Pair(NamedTuple):
 
     policy: TokenScorer
     reference: TokenScorer | OwnReference | None
+    """None where the loss has none, or it is cached."""
     layout: RowLayout
     """How the models take rows."""
     starts_equal: bool
@@ -35,6 +36,11 @@ class Pair(NamedTuple):
     """Every rank has the whole of a frozen model."""
     compiled: bool
     """Blocks are compiled."""
+
+    @property
+    def beginning(self) -> TokenScorer | OwnReference:
+        """The policy as it is before its first update: what a reference is."""
+        return self.policy if self.policy.adapters is None else OwnReference(self.policy)
 
 
 def build_pair(
@@ -45,7 +51,7 @@ def build_pair(
     longest: int,
     num_tokens: int = 0,
 ) -> Pair:
-    """Policy and, where the loss has one, reference: loaded, tried, on their device.
+    """Policy and, where one computes beside it, reference: loaded, tried, on their device.
 
     Args:
         options: Of the run.
@@ -86,9 +92,9 @@ def build_pair(
         router=findings.router,
     )
     reference: TokenScorer | OwnReference | None = None
-    if options.loss.needs.reference and adapters is not None:
+    if options.has_reference and adapters is not None:
         reference = OwnReference(policy)
-    elif options.loss.needs.reference:
+    elif options.has_reference:
         reference = build(load_reference(options.model, world, findings), trainable=False)
     starts_equal = not options.adapter.dropout and starts_exactly_equal(
         options.model,

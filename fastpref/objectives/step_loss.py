@@ -21,7 +21,8 @@ class StepLoss:
     Args:
         objective: The loss, and what it needs.
         policy: Gets gradients.
-        reference: Gets none; None where the loss has no reference.
+        reference: Gets none; None where the loss has no reference, or what it says of a batch is
+            there beforehand.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ def _choose_scores(
 ) -> Callable[[Batch], TokenScores]:
     """Token scores of a micro-batch: policy with gradients, reference without."""
     if reference is None:
-        return lambda batch: TokenScores(policy(batch), None, None)
+        # None where the loss has no reference
+        return lambda batch: TokenScores(policy(batch), batch.reference_logps, None)
     direction = objective.needs.kl
 
     def score_log_ratios(batch: Batch) -> TokenScores:

@@ -2,12 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
 
-from fastpref.batch import EncodedRow
-from fastpref.data.source import Rows
 from fastpref.progress import Progress
-from fastpref.scoring.shards import Shards
 
 logger = logging.getLogger("fastpref")
 
@@ -18,22 +14,11 @@ LOG_SECONDS = 10.0
 class ScoringProgress:
     """Tokens done, speed and time left: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(
-        self,
-        label: str,
-        sources: Sequence[tuple[Rows, Shards]],
-        missing: Sequence[Sequence[int]],
-        *,
-        visible: bool,
-    ) -> None:
-        self._num_shards = sum(map(len, missing))
+    def __init__(self, label: str, num_tokens: int, *, num_shards: int = 0, visible: bool) -> None:
+        self._num_shards = num_shards
         self._num_done = 0
-        self._label = f"{label} model"
-        self._total = sum(
-            part.num_tokens(shard)
-            for (_, part), wanted in zip(sources, missing, strict=True)
-            for shard in wanted
-        )
+        self._label = label
+        self._total = num_tokens
         self._tokens = 0
         self._visible = visible
         self._started = self._told = time.perf_counter()
@@ -51,11 +36,8 @@ class ScoringProgress:
         """How many shards of this start are on the disk, in words."""
         return f"{self._num_done} of {self._num_shards} shards of the {self._label}"
 
-    def advance(self, rows: Sequence[EncodedRow]) -> None:
-        """These rows are scored."""
-        tokens = sum(
-            2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids) for row in rows
-        )
+    def advance(self, tokens: int) -> None:
+        """So many tokens more are scored: prompt and response of every sequence."""
         self._tokens += tokens
         now = time.perf_counter()
         rate = self._tokens / (now - self._started)

@@ -15,7 +15,7 @@ from fastpref.distributed import World
 from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
-from fastpref.scoring.shards import PairLogps
+from fastpref.scoring.shards import PairLogps, num_tokens
 from fastpref.signals import StopRequest
 
 CPU_TOKENS = 2048
@@ -85,7 +85,8 @@ class Ranks:
                 undo=self.scorer.release,
             )
             mine += zip(places, scored, strict=True)
-            self.progress.advance([rows[i] for batch_places in dealt for i in batch_places])
+            done = (rows[i] for batch_places in dealt for i in batch_places)
+            self.progress.advance(sum(map(num_tokens, done)))
         gathered = [mine]
         if world.size > 1:
             gathered = [[] for _ in range(world.size)]

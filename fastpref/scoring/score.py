@@ -98,10 +98,12 @@ def score_missing(
     scorer, layout = models.load(side)
     check_positions(scorer, side, sources)
     warn_beyond_training(scorer.model, longest)
-    with (
-        StopRequest() as stop,
-        ScoringProgress(side.label, sources, missing, visible=world.is_main) as progress,
-    ):
+    wanted = zip(sources, missing, strict=True)
+    num_tokens = sum(shards.num_tokens(of_source) for (_, shards), of_source in wanted)
+    progress = ScoringProgress(
+        f"{side.label} model", num_tokens, num_shards=num_missing, visible=world.is_main
+    )
+    with StopRequest() as stop, progress:
         ranks = Ranks(
             scorer=scorer,
             layout=layout,

@@ -17,6 +17,11 @@ PairLogps = tuple[NDArray[np.float32], NDArray[np.float32]]
 logger = logging.getLogger("fastpref")
 
 
+def num_tokens(row: EncodedRow) -> int:
+    """Tokens of a row's sequences: prompt + chosen and prompt + rejected."""
+    return 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shards:
     """What one model says of one source's rows: shard k is a file of `rows_per_shard` rows.
@@ -55,10 +60,9 @@ class Shards:
         start = shard * self.rows_per_shard
         return self.order[start : start + self.rows_per_shard].tolist()
 
-    def num_tokens(self, shard: int) -> int:
-        """Tokens of a shard's sequences: prompt + chosen and prompt + rejected."""
-        rows = [self.rows[i] for i in self.rows_of(shard)]
-        return sum(2 * len(row[0]) + len(row[1]) + len(row[2]) for row in rows)
+    def num_tokens(self, shards: Sequence[int]) -> int:
+        """Tokens of the sequences of some shards, see the function of this name."""
+        return sum(num_tokens(self.rows[i]) for shard in shards for i in self.rows_of(shard))
 
     def missing(self) -> list[int]:
         """Shards that have no complete file."""

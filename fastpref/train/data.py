@@ -52,6 +52,13 @@ class Data(NamedTuple):
         return int(of_row * self.train_order.num_steps * self.train_order.batch_size)
 
 
+class Loaders(NamedTuple):
+    """All rows that a run reads, as batches."""
+
+    train: Loader
+    eval: Loader | None
+
+
 def load_data(config: Config, world: World) -> Data:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.
 
@@ -95,7 +102,7 @@ def load_data(config: Config, world: World) -> Data:
 
 def build_loaders(
     data: Data, layout: RowLayout, *, num_embeddings: int, min_micro_batches: int
-) -> tuple[Loader, Loader | None]:
+) -> Loaders:
     """How the rows of each split become batches.
 
     Args:
@@ -113,6 +120,6 @@ def build_loaders(
         min_micro_batches=min_micro_batches,
     )
     if data.eval is None or data.eval_order is None:
-        return train, None
+        return Loaders(train, None)
     held_out = Loader(data=data.eval, order=data.eval_order, layout=layout, pad_token_id=filler)
-    return train, held_out
+    return Loaders(train, held_out)

@@ -18,6 +18,7 @@ WITHOUT_EFFECT = (
         "plan",
         "data.cache_dir",
         "data.num_proc",
+        "reference.cache_dir",
         "model.save_dtype",
         "adapter.merge",
     ),
@@ -25,7 +26,7 @@ WITHOUT_EFFECT = (
 """Options and groups that no update depends on."""
 ROUNDING = (
     *("trainer", "gradient_accumulation_steps", "activation_checkpointing", "compile", "packing"),
-    *("head", "model.attention", "model.liger", "model.reference_dtype"),
+    *("head", "model.attention", "model.liger", "model.reference_dtype", "reference.mode"),
     *("model.block_name", "model.block", "adapter.base"),
 )
 """Those that say how a number is computed: the same up to rounding."""

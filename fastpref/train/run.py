@@ -31,6 +31,7 @@ class Run:
     eval: Loader | None
     policy: TokenScorer
     reference: TokenScorer | OwnReference | None
+    """What is sampled from beside the policy before the first update."""
     step_loss: StepLoss
     repetition: Repetition
     """What to do where memory runs out."""

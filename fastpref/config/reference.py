@@ -1,0 +1,48 @@
+"""Schema of the group `reference`: where the reference's log-probabilities come from."""
+
+from dataclasses import dataclass
+
+from fastpref.checks import check_choice
+from fastpref.config.loss import LossConfig
+
+MODES = ("online", "cache", "auto")
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig:
+    """What the policy is compared with, where the loss has a reference."""
+
+    mode: str = "online"
+    """online: the reference computes in every step. cache: every row is scored once, before the
+    first step, by the model that training starts from; no reference is held or computed after
+    that. For losses of log-ratios alone (dpo, ipo, tisdpo without token_level). auto: cache for
+    them where rows are read more than once (n_epochs > 1)."""
+    cache_dir: str | None = None
+    """Where the log-probabilities are kept, by model and by row, for other runs to find;
+    null: <output_dir>/reference."""
+
+    def __post_init__(self) -> None:
+        check_choice("reference.mode", self.mode, MODES)
+
+    def check_loss(self, loss: LossConfig) -> None:
+        """Refuse to keep what a loss cannot do with.
+
+        Raises:
+            ValueError: it needs the reference's distribution over all words.
+        """
+        if self.mode == "cache" and loss.needs.kl is not None:
+            raise ValueError(
+                f"reference.mode=cache keeps log-probabilities of response tokens, and the KL of "
+                f"loss={loss.name} needs those of every word; set reference.mode=online"
+            )
+
+    def is_cached(self, loss: LossConfig, n_epochs: int | None) -> bool:
+        """Whether a run's reference is scored before its first step.
+
+        Args:
+            loss: Of the run.
+            n_epochs: Passes over the data; None where n_examples alone says how many.
+        """
+        if self.mode == "online" or not loss.needs.reference or loss.needs.kl is not None:
+            return False
+        return self.mode == "cache" or (n_epochs or 1) > 1

@@ -1,0 +1,149 @@
+"""Log-probabilities of rows under one model, found by the rows' tokens: in memory, on the disk."""
+
+import hashlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastpref.batches.columns import EncodedColumns, Ranges, alternate
+from fastpref.complete_files import complete_file
+
+logger = logging.getLogger("fastpref")
+
+ABOUT = "about.json"
+"""Beside the files: what they belong to, for people."""
+DIGEST_BYTES = 16
+
+ScoredRow = tuple[bytes, NDArray[np.float32]]
+"""Digest of its tokens; log-probabilities of its responses' tokens: chosen, then rejected."""
+
+
+class RowCache:
+    """What one model says of rows, whichever run scored them, in whichever order.
+
+    Every file names its rows by their tokens, so rows that a data set has besides, or that other
+    options cut in another way, are the only ones that are missing. Several processes may write at
+    once; of a row that is there twice the older numbers count.
+
+    Args:
+        folder: Of the model. It need not be there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._values: dict[bytes, NDArray[np.float32]] = {}
+        self._unsaved: list[ScoredRow] = []
+
+    def files(self) -> list[str]:
+        """Names of the files that are there, oldest first."""
+        return sorted(path.name for path in self.folder.glob("*.npz"))
+
+    def read(self, names: Sequence[str]) -> None:
+        """Take rows from files; one that is damaged is left out, and said."""
+        for name in names:
+            for digest, logps in _read(self.folder / name):
+                self._values.setdefault(digest, logps)
+
+    def lacks(self, columns: EncodedColumns) -> NDArray[np.bool_]:
+        """(rows,) Which of some rows are not there."""
+        return np.array([digest not in self._values for digest in row_digests(columns)], bool)
+
+    def beside(self, columns: EncodedColumns) -> EncodedColumns:
+        """Rows that are there, with what the model says of them."""
+        logps = np.zeros(len(columns.ids), np.float32)
+        values = [self._values[digest] for digest in row_digests(columns)]
+        logps[_responses(columns).flat()] = np.concatenate(values)
+        return replace(columns, reference_logps=logps)
+
+    def add(self, columns: EncodedColumns, logps: NDArray[np.float32]) -> None:
+        """Rows that were scored; of those that are there already the numbers stay.
+
+        Args:
+            columns: The rows.
+            logps: Beside their `ids`, in nats; those of prompts are not read.
+        """
+        lengths = columns.chosen.lengths + columns.rejected.lengths
+        of_rows = np.split(logps[_responses(columns).flat()], np.cumsum(lengths)[:-1])
+        for digest, values in zip(row_digests(columns), of_rows, strict=True):
+            if digest not in self._values:
+                self._values[digest] = values
+                self._unsaved.append((digest, values))
+
+    @property
+    def num_unsaved(self) -> int:
+        """Rows that are in memory alone."""
+        return len(self._unsaved)
+
+    def take_unsaved(self) -> list[ScoredRow]:
+        """Those rows, which then count as saved."""
+        unsaved, self._unsaved = self._unsaved, []
+        return unsaved
+
+    def write(self, rows: Sequence[ScoredRow], about: dict[str, Any]) -> None:
+        """Save rows in a file of their own; one process of a run does it.
+
+        Args:
+            rows: At least one.
+            about: What they belong to, in words.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        if not (self.folder / ABOUT).is_file():
+            with complete_file(self.folder / ABOUT) as file:
+                file.write(json.dumps(about, indent=2) + "\n")
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.npz"
+        with complete_file(self.folder / name, "wb") as file:
+            np.savez(
+                file,
+                digests=np.frombuffer(b"".join(digest for digest, _ in rows), np.uint8),
+                lengths=np.array([len(logps) for _, logps in rows]),
+                logps=np.concatenate([logps for _, logps in rows]),
+            )
+
+
+def _read(path: Path) -> list[ScoredRow]:
+    """Rows of a file, none if it is not what was written: its sums are checked."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            digests, lengths, logps = (file[name] for name in ("digests", "lengths", "logps"))
+        ends = np.cumsum(lengths)
+        if digests.size != DIGEST_BYTES * len(lengths) or ends[-1] != len(logps):
+            raise ValueError(f"{digests.size} bytes of digests, {len(logps)} numbers")
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        logger.warning("%s is damaged, and its rows are scored again: %s", path, error)
+        return []
+    named = digests.tobytes()
+    names = (named[i : i + DIGEST_BYTES] for i in range(0, len(named), DIGEST_BYTES))
+    return list(zip(names, np.split(logps, ends[:-1]), strict=True))
+
+
+def row_digests(columns: EncodedColumns) -> list[bytes]:
+    """What rows are known by: a digest of the token ids of each."""
+    parts = (columns.prompt, columns.chosen, columns.rejected)
+    ids = columns.ids.astype("<i4")
+    starts = np.stack([part.starts for part in parts], axis=1)
+    lengths = np.stack([part.lengths for part in parts], axis=1).astype("<i8")
+    stops = (starts + lengths).tolist()
+    digests = []
+    for of_row, (begin, end) in enumerate(zip(starts.tolist(), stops, strict=True)):
+        # lengths first: tokens must not wander from one part to the next unnoticed
+        digest = hashlib.blake2b(lengths[of_row].tobytes(), digest_size=DIGEST_BYTES)
+        for start, stop in zip(begin, end, strict=True):
+            digest.update(ids[start:stop].tobytes())
+        digests.append(digest.digest())
+    return digests
+
+
+def _responses(columns: EncodedColumns) -> Ranges:
+    """Where responses lie in `ids`, row by row: chosen, rejected."""
+    return alternate(columns.chosen, columns.rejected)
