@@ -39,6 +39,7 @@ ARMS = {
     "F0": "fastpref, padded, reference online",
     "F1": "fastpref, packed, reference online",
     "F3": "fastpref, packed, prompts shared, reference online",
+    "F4": "fastpref, packed, prompts shared, reference beforehand",
 }
 GATE_TOLERANCE = {"losses": 1e-5, "grad_norms": 1e-5, "weights": 1e-5, "a_matrix": 5e-5}
 """Relative, of all weights together and of the one matrix that differs most. AdamW divides a

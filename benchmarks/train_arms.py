@@ -56,7 +56,10 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     if config.packing.enabled:
         # max_tokens alone splits a packed step
         config.gradient_accumulation_steps = 1
-    config.packing.share_prompt = "true" if job["arm"] == "F3" else "false"
+    config.packing.share_prompt = "true" if job["arm"] in ("F3", "F4") else "false"
+    if job["arm"] == "F4":
+        config.reference.mode = "cache"
+        config.reference.cache_dir = str(run_dir.parent / "reference")
     with profiling(job.get("profile", False)) as profile, saying_memory() as memory:
         train(config, init_world())
     records = read_lines(run_dir / "metrics.jsonl")

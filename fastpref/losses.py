@@ -1,13 +1,17 @@
 """The losses: pure functions of per-sequence numbers, one value per pair, nothing reduced.
 
-Every log probability, log-ratio and KL is a sum over response tokens, in nats, float32, shape (P,)
-for P preference pairs. A log-ratio is log π(response | prompt) - log π_ref(response | prompt).
-Rewards come back detached.
+Every log probability, log-ratio and KL is a sum over response tokens, in nats, shape (P,) for P
+preference pairs; float32 or float64, and what comes in 16 bits is computed in float32. A log-ratio
+is log π(response | prompt) - log π_ref(response | prompt). Rewards come back detached.
+
+Each raises ValueError where its tensors differ in shape or an option is out of its range.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from fastpref.checks import check_number
 
 PairLoss = tuple[Tensor, Tensor, Tensor]
 
@@ -21,6 +25,7 @@ def sft_loss(logps: Tensor) -> Tensor:
     Returns:
         losses, shape (S,). Long responses weigh more: the sum is not divided by the length.
     """
+    (logps,) = _numbers(logps=logps)
     return -logps
 
 
@@ -49,6 +54,15 @@ def dpo_loss(
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (log π - log ref).
     """
+    check_number("beta", beta, gt=0)
+    check_number("label_smoothing", label_smoothing, ge=0, lt=0.5)
+    policy_chosen_logps, policy_rejected_logps, *reference = _numbers(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    reference_chosen_logps, reference_rejected_logps = (logps.detach() for logps in reference)
     chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
     rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
     if reference_free:
@@ -56,7 +70,9 @@ def dpo_loss(
     else:
         margins = chosen_log_ratios - rejected_log_ratios
     losses = -(1 - label_smoothing) * logsigmoid(beta * margins)
-    losses = losses - label_smoothing * logsigmoid(-beta * margins)
+    # 0 · log σ(-∞) is not 0
+    if label_smoothing:
+        losses = losses - label_smoothing * logsigmoid(-beta * margins)
     return losses, beta * chosen_log_ratios.detach(), beta * rejected_log_ratios.detach()
 
 
@@ -80,6 +96,14 @@ def ipo_loss(
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,).
     """
+    check_number("beta", beta, gt=0)
+    policy_chosen_logps, policy_rejected_logps, *reference = _numbers(
+        policy_chosen_logps=policy_chosen_logps,
+        policy_rejected_logps=policy_rejected_logps,
+        reference_chosen_logps=reference_chosen_logps,
+        reference_rejected_logps=reference_rejected_logps,
+    )
+    reference_chosen_logps, reference_rejected_logps = (logps.detach() for logps in reference)
     chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
     rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
     losses = (chosen_log_ratios - rejected_log_ratios - 1 / (2 * beta)).square()
@@ -108,6 +132,14 @@ def simpo_loss(
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β log π / |y|.
     """
+    check_number("beta", beta, gt=0)
+    check_number("gamma", gamma, ge=0)
+    chosen_logps, rejected_logps, chosen_num_tokens, rejected_num_tokens = _numbers(
+        chosen_logps=chosen_logps,
+        rejected_logps=rejected_logps,
+        chosen_num_tokens=chosen_num_tokens,
+        rejected_num_tokens=rejected_num_tokens,
+    )
     chosen_rewards = beta * chosen_logps / chosen_num_tokens
     rejected_rewards = beta * rejected_logps / rejected_num_tokens
     losses = -logsigmoid(chosen_rewards - rejected_rewards - gamma)
@@ -141,6 +173,14 @@ def tdpo_loss(
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (M + K) in both
         variants, as the TDPO repository logs them; their difference is the TDPO1 margin.
     """
+    check_number("beta", beta, gt=0)
+    check_number("alpha", alpha, ge=0)
+    chosen_log_ratios, rejected_log_ratios, chosen_kl, rejected_kl = _numbers(
+        chosen_log_ratios=chosen_log_ratios,
+        rejected_log_ratios=rejected_log_ratios,
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+    )
     margins = chosen_log_ratios - rejected_log_ratios
     if if_tdpo2:
         # only the rejected KL is pushed: the chosen side may drift as far as it pays
@@ -178,6 +218,14 @@ def tisdpo_loss(
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β M, or β (M - K)
         with token_level (the code applies no α there).
     """
+    check_number("beta", beta, gt=0)
+    check_number("alpha", alpha, ge=0)
+    chosen_log_ratios, rejected_log_ratios, chosen_kl, rejected_kl = _numbers(
+        chosen_log_ratios=chosen_log_ratios,
+        rejected_log_ratios=rejected_log_ratios,
+        chosen_kl=chosen_kl,
+        rejected_kl=rejected_kl,
+    )
     margins = chosen_log_ratios - rejected_log_ratios
     chosen_rewards, rejected_rewards = chosen_log_ratios, rejected_log_ratios
     if token_level:
@@ -191,3 +239,20 @@ def tisdpo_loss(
 def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """1 where the chosen reward is strictly the higher one, else 0: a tie is not a success."""
     return (chosen_rewards > rejected_rewards).to(torch.float32)
+
+
+def _numbers(**tensors: Tensor) -> list[Tensor]:
+    """The tensors, all of one shape, in float32 where they came in 16 bits.
+
+    Raises:
+        ValueError: they differ in shape, so that one would be spread over the others.
+    """
+    (first_name, first), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got "
+                f"{tuple(tensor.shape)}"
+            )
+    in_16_bits = (torch.bfloat16, torch.float16)
+    return [x.float() if x.dtype in in_16_bits else x for x in tensors.values()]

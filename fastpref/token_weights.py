@@ -3,12 +3,13 @@
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastpref.checks import check_choice
+from fastpref.checks import check_choice, check_number, hint
 from fastpref.choices import TIES
 
 Array = NDArray[np.float64]
@@ -40,10 +41,27 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
         As many weights as came in.
 
     Raises:
-        ValueError: unknown method, or bounds that are reversed or divide by zero.
+        ValueError: a weight is not finite, method or parameter is unknown, or bounds are reversed,
+            out of range or divide by zero.
     """
     check_choice("transform.method", method, TRANSFORMS)
-    return TRANSFORMS[method](np.asarray(weights, dtype=np.float64), **params).tolist()
+    transform = TRANSFORMS[method]
+    known = list(signature(transform).parameters)[1:]
+    for name, value in params.items():
+        if name not in known:
+            raise ValueError(
+                f"transform.{method} has no parameter {name!r}, only {', '.join(known) or 'none'}"
+                f"{hint(name, known)}"
+            )
+        if name not in ("ties", "rng"):
+            check_number(f"transform.{method}.{name}", value)
+    values = np.asarray(weights, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"weights must be a list of numbers, got the shape {values.shape}")
+    if not np.isfinite(values).all():
+        place = int(np.argmin(np.isfinite(values)))
+        raise ValueError(f"weights must be finite, got {values[place]} at place {place}")
+    return transform(values, **params).tolist()
 
 
 def _origin(weights: Array) -> Array:
@@ -52,6 +70,7 @@ def _origin(weights: Array) -> Array:
 
 def _binary(weights: Array, top_percent: float = 100, ties: str = "seed") -> Array:
     check_choice("transform.binary.ties", ties, TIES)
+    check_number("transform.binary.top_percent", top_percent, ge=0, le=100)
     num_kept = int(len(weights) * top_percent / 100)
     if num_kept >= len(weights):
         return np.ones(len(weights))
@@ -80,6 +99,7 @@ def _threshold_and_scale(
     max_scale: float = 1.3,
 ) -> Array:
     _check_bounds("threshold_and_scale", "min_val", min_val, "max_val", max_val)
+    _check_bounds("threshold_and_scale", "min_scale", min_scale, "max_scale", max_scale)
     if min_val == max_val:
         raise ValueError(
             f"transform.threshold_and_scale: min_val must be < max_val, both are {min_val}"
@@ -104,6 +124,7 @@ def _rank_based(
     weights: Array, min_scale: float = 0.7, max_scale: float = 1.3, ties: str = "seed"
 ) -> Array:
     check_choice("transform.rank_based.ties", ties, TIES)
+    _check_bounds("rank_based", "min_scale", min_scale, "max_scale", max_scale)
     if len(weights) == 1:
         return np.ones(1)
     ranks = np.empty(len(weights))
@@ -116,6 +137,7 @@ def _rank_based(
 
 def _paper(weights: Array, k: float = 1.0, L: float = -0.5, U: float = 1.5) -> Array:
     _check_bounds("paper", "L", L, "U", U)
+    check_number("transform.paper.k", k, gt=0)
     return k * np.exp(weights.clip(L, U))
 
 

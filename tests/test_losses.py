@@ -117,3 +117,67 @@ def test_simpo_compares_means_over_tokens_and_asks_for_a_margin():
 def test_a_tie_is_not_an_accuracy():
     accuracies = implicit_accuracies(torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3))
     assert accuracies.tolist() == [1.0, 0.0, 0.0]
+
+
+PAIR_LOSSES = [dpo_loss, ipo_loss, simpo_loss, tdpo_loss, tisdpo_loss]
+
+
+def options_of(loss):
+    return {"beta": 0.1} | ({"gamma": 1.0} if loss is simpo_loss else {})
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+@pytest.mark.parametrize("place", [1, 2, 3])
+def test_tensors_of_other_shapes_are_refused_by_name(loss, place):
+    inputs = [torch.ones(3)] * 4
+    inputs[place] = torch.ones(3, 1)
+    with pytest.raises(ValueError, match=r"must have the shape of \w+, \(3,\), got \(3, 1\)"):
+        loss(*inputs, **options_of(loss))
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
+def test_a_beta_out_of_its_range_is_refused(loss, beta):
+    with pytest.raises(ValueError, match="beta must be > 0"):
+        loss(*[torch.ones(3)] * 4, **options_of(loss) | {"beta": beta})
+
+
+@pytest.mark.parametrize(
+    ("loss", "option", "value"),
+    [
+        (dpo_loss, "label_smoothing", 0.5),
+        (dpo_loss, "label_smoothing", -0.1),
+        (simpo_loss, "gamma", -1.0),
+        (tdpo_loss, "alpha", -1.0),
+        (tisdpo_loss, "alpha", math.nan),
+    ],
+)
+def test_other_options_too(loss, option, value):
+    with pytest.raises(ValueError, match=f"{option} must be"):
+        loss(*[torch.ones(3)] * 4, **options_of(loss) | {option: value})
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_comes_in_16_bits_is_computed_in_float32(loss, dtype):
+    inputs = [torch.tensor([100.0, 3.0, 1.0]) * factor for factor in (1.01, 0.97, 1.0, 0.9)]
+    inputs = [x.to(dtype) for x in inputs]
+    ours = loss(*inputs, **options_of(loss))
+    expected = loss(*[x.double() for x in inputs], **options_of(loss))
+    for value, exact in zip(ours, expected, strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss])
+def test_the_reference_gets_no_gradient(loss):
+    leaves = [torch.randn(4, requires_grad=True) for _ in range(4)]
+    loss(*leaves, beta=0.1)[0].sum().backward()
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    assert leaves[2].grad is None and leaves[3].grad is None
+
+
+def test_an_infinite_margin_is_a_loss_of_zero():
+    inputs = [torch.tensor([x], requires_grad=i < 2) for i, x in enumerate((0.0, -math.inf, 0, 0))]
+    losses, *_ = dpo_loss(*[x.float() for x in inputs], beta=0.1)
+    assert losses.item() == 0

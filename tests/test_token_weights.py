@@ -77,11 +77,34 @@ def test_rank_based_weights_ascend_with_the_log_ratio(weights):
         ("random", {"min_val": 2.0}, "min_val"),
         ("paper", {"L": 3.0}, "L=3.0"),
         ("rank_based", {"ties": "sed"}, "rank_based.ties .*nearest: seed"),
+        ("rank_based", {"min_scale": 2.0}, "min_scale"),
+        ("threshold_and_scale", {"max_scale": 0.0}, "max_scale"),
+        ("binary", {"top_percent": -20}, "top_percent must be >= 0"),
+        ("binary", {"top_percent": 120}, "top_percent must be .*<= 100"),
+        ("binary", {"top_percent": math.nan}, "top_percent must be"),
+        ("binary", {"percent": 20}, "no parameter 'percent'.*top_percent"),
+        ("origin", {"k": 1.0}, "no parameter 'k', only none"),
+        ("paper", {"U": math.inf}, "paper.U must be finite"),
+        ("paper", {"k": -1.0}, "paper.k must be > 0"),
     ],
 )
 def test_an_unknown_method_or_reversed_bounds_are_refused_by_name(method, params, named):
     with pytest.raises(ValueError, match=named):
         transform_weights([1.0], method, **params)
+
+
+@pytest.mark.parametrize("method", ["origin", "binary", "rank_based", "paper", "random"])
+@pytest.mark.parametrize(
+    ("weights", "named"),
+    [
+        ([0.5, math.nan], "finite, got nan at place 1"),
+        ([-math.inf], "finite, got -inf at place 0"),
+        ([[0.5, 1.0]], r"list of numbers, got the shape \(1, 2\)"),
+    ],
+)
+def test_weights_that_are_no_list_of_finite_numbers_are_refused(method, weights, named):
+    with pytest.raises(ValueError, match=named):
+        transform_weights(weights, method)
 
 
 def test_random_follows_the_global_generator_unless_given_one():

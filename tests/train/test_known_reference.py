@@ -1,0 +1,270 @@
+"""A reference scored before the first step: the numbers of one that computes in every step."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from exhaustion import Exhaustion
+from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
+from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
+from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+
+from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
+from fastpref.model.scorer import TokenScorer
+from fastpref.scoring.reference import ReferenceScoring
+
+SPLITS = {"train": 24, "test": 10}
+LOSSES = {
+    "dpo": ["loss=dpo"],
+    "tisdpo": ["loss=tisdpo", "transform=paper"],
+    "padded": ["loss=dpo", "packing.enabled=false"],
+    "16 bits": ["loss=dpo", "model.policy_dtype=bfloat16"],
+    "lora": ["loss=dpo", "adapter=lora"],
+    "given adapter": ["loss=dpo", "adapter=lora"],
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("known")
+    save_dataset(base, "words", num_train=SPLITS["train"], num_test=SPLITS["test"])
+    save_tiny_model(base / "model")
+    command = arguments(base, base / "model", base / "adapted", "adapter=lora", "lr=1e-2")
+    assert run([*command, "loss=dpo"]) == 0
+    return base
+
+
+def arguments(base: Path, model: Path, run_dir: Path, *options: str) -> list[str]:
+    return [
+        *("model=blank_model", f"model.name_or_path={model}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", f"run_dir={run_dir}", "max_length=64"),
+        *("max_prompt_length=32", "batch_size=8", "n_epochs=1", "lr=1e-3", "warmup_steps=0"),
+        *("eval_every=16", f"n_eval_examples={SPLITS['test']}", "eval_batch_size=4"),
+        *("n_eval_model_samples=2", "minimum_log_interval_secs=0", *options),
+    ]
+
+
+def cached(base: Path, out: Path, name: str, *options: str, model: Path | None = None) -> list[str]:
+    """A run that scores its reference beforehand, into a folder of all such runs of a test."""
+    mode = ("reference.mode=cache", f"reference.cache_dir={out / 'reference'}")
+    return arguments(base, model or base / "model", out / name, *mode, *options)
+
+
+def scored_rows(out: Path) -> list[bytes]:
+    """Digests of all rows in all files."""
+    digests = []
+    for path in sorted(out.glob("reference/*/*.npz")):
+        with np.load(path) as file:
+            digests += [row.tobytes() for row in file["digests"].reshape(-1, 16)]
+    return digests
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    return [record["loss/train"] for record in read_metrics(run_dir, "train")]
+
+
+def train_both_ways(base: Path, out: Path, names: list[str]) -> None:
+    for name in names:
+        model = base / "adapted" / "LATEST" if name == "given adapter" else base / "model"
+        online, known = out / name / "online", out / name / "known"
+        assert run(arguments(base, model, online, *LOSSES[name])) == 0
+        cache = [f"reference.cache_dir={out / name / 'reference'}", "reference.mode=cache"]
+        assert run(arguments(base, model, known, *LOSSES[name], *cache)) == 0
+
+
+def files_of(name: str) -> tuple[str, ...]:
+    adapted = name in ("lora", "given adapter")
+    return "samples.jsonl", f"LATEST/{'adapter_model' if adapted else 'model'}.safetensors"
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_rows_that_are_read_once_give_the_same_run_to_the_last_bit(base, tmp_path, name):
+    train_both_ways(base, tmp_path, [name])
+    folder = tmp_path / name
+    assert_same_end(folder / "known", folder / "online", files=files_of(name))
+    rows = scored_rows(folder)
+    assert len(rows) == len(set(rows)) == sum(SPLITS.values())
+
+
+def test_on_two_ranks_too(base, tmp_path):
+    run_on_ranks(train_both_ways, 2, base, tmp_path, ["dpo"])
+    assert_same_end(tmp_path / "dpo" / "known", tmp_path / "dpo" / "online")
+
+
+def test_the_policy_alone_computes_and_the_reference_takes_no_memory(base, tmp_path, monkeypatch):
+    scorers, calls = set(), []
+
+    def forward(self: TokenScorer, *args: Any, real: Any = TokenScorer.forward) -> Any:
+        scorers.add(id(self))
+        calls.append(torch.is_grad_enabled())
+        return real(self, *args)
+
+    monkeypatch.setattr(TokenScorer, "forward", forward)
+    command = cached(base, tmp_path, "run", "loss=dpo", "n_eval_examples=0", "n_epochs=4")
+    assert run(command) == 0
+    assert len(scorers) == 1
+    # every row once without gradients, in three steps, and then the policy's own twelve
+    assert calls.count(False) == 3
+    assert calls.count(True) == 12
+
+
+def test_a_second_run_finds_every_row_however_it_divides_them(base, tmp_path, capsys):
+    assert run(cached(base, tmp_path, "first", "loss=dpo")) == 0
+    assert "are scored once" in capsys.readouterr().err
+    rows = scored_rows(tmp_path)
+    options = ["n_epochs=2", "batch_size=6", "packing.max_tokens=128", "n_eval_examples=0"]
+    for loss in ("dpo", "ipo"):
+        assert run(cached(base, tmp_path, loss, f"loss={loss}", *options)) == 0
+        error = capsys.readouterr().err
+        assert "reference: all rows are in" in error and "scored once" not in error
+    assert scored_rows(tmp_path) == rows
+    online = arguments(base, base / "model", tmp_path / "online", "loss=dpo", *options)
+    assert run(online) == 0
+    assert losses_of(tmp_path / "dpo") == pytest.approx(losses_of(tmp_path / "online"), rel=1e-5)
+
+
+def test_only_rows_that_are_new_are_scored(base, tmp_path):
+    rows = text_rows(SPLITS["train"], seed=1)
+    options = ["loss=dpo", f"base_data_dir={tmp_path}", "n_eval_examples=0"]
+    write_rows(tmp_path / "words", "train", rows)
+    assert run(cached(base, tmp_path, "first", *options)) == 0
+    before = scored_rows(tmp_path)
+    rows[3]["chosen"] = " a new end."
+    write_rows(tmp_path / "words", "train", [*rows, *text_rows(8, seed=7)])
+    assert run(cached(base, tmp_path, "second", *options)) == 0
+    assert len(set(scored_rows(tmp_path)) - set(before)) == 9
+
+
+def test_another_model_or_arithmetic_is_another_reference(base, tmp_path):
+    save_tiny_model(tmp_path / "changed")
+    path = tmp_path / "changed" / "model.safetensors"
+    weights = load_file(path)
+    weights["lm_head.weight"][0] += 1e-3
+    save_file(weights, path, metadata={"format": "pt"})
+    options = ["loss=dpo", "n_eval_examples=0"]
+    for name, model in (("first", base / "model"), ("second", tmp_path / "changed")):
+        assert run(cached(base, tmp_path, name, *options, model=model)) == 0
+        assert losses_of(tmp_path / name)[0] == pytest.approx(np.log(2), abs=1e-6)
+    command = cached(base, tmp_path, "16 bits", *options)
+    command[command.index("model.fsdp_policy_mp=null")] = "model.fsdp_policy_mp=bfloat16"
+    assert run(command) == 0
+    folders = list((tmp_path / "reference").iterdir())
+    assert len(folders) == 3
+    about = [json.loads((folder / "about.json").read_text()) for folder in folders]
+    assert {record["compute_dtype"] for record in about} == {"float32", "bfloat16"}
+
+
+def test_stopped_after_every_step_a_run_of_two_epochs_ends_the_same(base, tmp_path):
+    options = ["loss=dpo", "n_epochs=null", "n_examples=40", "n_eval_examples=0"]
+    assert run(cached(base, tmp_path, "whole", *options)) == 0
+    # to begin with nothing, as the run that is stopped does
+    shutil.rmtree(tmp_path / "reference")
+    codes = run_in_starts(cached(base, tmp_path, "cut", *options), 1)
+    assert codes[0] == 75 and codes[-1] == 0
+    assert_same_end(tmp_path / "cut", tmp_path / "whole", files=files_of("dpo")[1:])
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_rows_are_scored_costs_none_that_are(
+    base, tmp_path, capsys, monkeypatch, number, code
+):
+    real, calls = ReferenceScoring._logps, []
+
+    def stopping(self: ReferenceScoring, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return real(self, *args)
+
+    monkeypatch.setattr(ReferenceScoring, "_logps", stopping)
+    command = cached(base, tmp_path, "run", "loss=dpo")
+    assert run(command) == code
+    assert "rows that were scored are kept in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    # two steps of eight rows
+    assert len(scored_rows(tmp_path)) == 16
+    assert run(command) == 0
+    rows = scored_rows(tmp_path)
+    assert len(rows) == len(set(rows)) == sum(SPLITS.values())
+
+
+def test_a_damaged_file_is_said_and_its_rows_scored_again(base, tmp_path, capsys):
+    command = cached(base, tmp_path, "first", "loss=dpo")
+    assert run(command) == 0
+    [path] = tmp_path.glob("reference/*/*.npz")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    for damaged in (bytes(content), bytes(content[:100])):
+        path.write_bytes(damaged)
+        shutil.rmtree(tmp_path / "second", ignore_errors=True)
+        capsys.readouterr()
+        assert run(cached(base, tmp_path, "second", "loss=dpo")) == 0
+        assert f"{path} is damaged" in capsys.readouterr().err
+        assert lines_of(tmp_path / "second") == lines_of(tmp_path / "first")
+        for newer in set(path.parent.glob("*.npz")) - {path}:
+            newer.unlink()
+
+
+def test_memory_that_runs_out_costs_nothing(base, tmp_path, capsys, monkeypatch):
+    online = arguments(base, base / "model", tmp_path / "online", "loss=dpo")
+    assert run(online) == 0
+    real, failed = ReferenceScoring._logps, []
+
+    def failing(self: ReferenceScoring, *args: Any) -> Any:
+        if failed:
+            return real(self, *args)
+        with Exhaustion(40) as mode:
+            failed.append(mode)
+            return real(self, *args)
+
+    monkeypatch.setattr(ReferenceScoring, "_logps", failing)
+    capsys.readouterr()
+    assert run(cached(base, tmp_path, "run", "loss=dpo")) == 0
+    assert failed[0].failed and "computing them again" in capsys.readouterr().err
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "online"), rel=1e-6)
+
+
+def test_a_reference_that_is_not_finite_is_named_with_its_row(base, tmp_path, capsys, monkeypatch):
+    real = ReferenceScoring._logps
+
+    def broken(self: ReferenceScoring, *args: Any) -> Any:
+        parts = real(self, *args)
+        parts[0][0] = float("nan")
+        return parts
+
+    monkeypatch.setattr(ReferenceScoring, "_logps", broken)
+    assert run(cached(base, tmp_path, "run", "loss=dpo")) == 4
+    error = capsys.readouterr().err
+    assert "log-probability of nan at" in error and "train.jsonl:" in error
+    assert ":chosen, token 1" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_kept_is_refused_and_auto_keeps_it_not(base, tmp_path, capsys):
+    assert run(cached(base, tmp_path, "run", "loss=tdpo")) == 2
+    error = capsys.readouterr().err
+    assert "reference.mode=cache" in error and "loss=tdpo" in error
+    auto = ReferenceConfig(mode="auto")
+    assert [auto.is_cached(DPOConfig(), epochs) for epochs in (None, 1, 2)] == [False, False, True]
+    assert auto.is_cached(TISDPOConfig(), 2) and not auto.is_cached(
+        TISDPOConfig(token_level=True), 2
+    )
+    assert not auto.is_cached(TDPOConfig(), 2) and not auto.is_cached(SFTConfig(), 2)
+    with pytest.raises(ValueError, match=r"reference\.mode must be one of .*'offline'"):
+        ReferenceConfig(mode="offline")
+
+
+def test_a_run_may_go_on_with_the_other_mode(base, tmp_path, capsys):
+    options = ["loss=dpo", "n_eval_examples=0", "resume=auto"]
+    with stopping_after(1):
+        assert run(arguments(base, base / "model", tmp_path / "run", *options)) == 75
+    capsys.readouterr()
+    assert run(cached(base, tmp_path, "run", *options)) == 0
+    assert "reference.mode was online, is cache" in capsys.readouterr().err
+    assert len(losses_of(tmp_path / "run")) == 3
