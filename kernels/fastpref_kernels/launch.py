@@ -20,7 +20,7 @@ from fastpref_kernels.gemm_tiles import (
     multiprocessors,
 )
 from fastpref_kernels.head import Head, Targets
-from fastpref_kernels.workspace import ROW_MULTIPLE, get_workspace_mib, slices
+from fastpref_kernels.workspace import ROW_MULTIPLE, limit, slices
 
 TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -159,7 +159,7 @@ def gradient_tile(operands: Operands) -> tuple[int, int]:
     """Rows and columns of a slice of logit gradients; the other half of the workspace holds the
     products it is made of."""
     rows, cols = _GRADIENT_TILE
-    budget = min(_GRADIENT_BYTES, get_workspace_mib() * 2**20 / 2)
+    budget = min(_GRADIENT_BYTES, limit() / 2)
     block_v = (operands.tile or ROW_TILE).block_v
     itemsize = operands.head.input.itemsize
     N = max(1, len(operands.ids))
@@ -172,7 +172,7 @@ def gradient_tile(operands: Operands) -> tuple[int, int]:
 def product_tile() -> tuple[int, int]:
     """Rows and columns of a product of the library, shrunk to half the workspace."""
     rows, cols = PRODUCT_TILE
-    numbers = get_workspace_mib() * 2**20 / 2 / 4
+    numbers = limit() / 2 / 4
     while rows > ROW_MULTIPLE and rows * ROW_TILE.block_v > numbers:
         rows //= 2
     return rows, max(1, min(cols, int(numbers / rows)) // ROW_TILE.block_v) * ROW_TILE.block_v

@@ -21,6 +21,7 @@ from fastpref_kernels.checks import check_target_range
 from fastpref_kernels.dispatch import implementation
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.row_sums import JointStats, TokenStats, ValueStats
+from fastpref_kernels.workspace import bounded_by, bytes_set
 
 
 class HeadOp(NamedTuple):
@@ -83,11 +84,12 @@ def sweep_heads(
         softcap=policy.softcap,
         ignore_index=ignore_index,
         needs_grad=needs_grad,
+        workspace=bytes_set(),
     )
     return OPS[op].stats(*stats)
 
 
-@custom_op("fastpref::head_v3", mutates_args=())
+@custom_op("fastpref::head_v4", mutates_args=())
 def head_fwd(
     policy: list[Tensor],
     reference: list[Tensor],
@@ -99,6 +101,7 @@ def head_fwd(
     softcap: float | None,
     ignore_index: int,
     needs_grad: list[bool],
+    workspace: int,
 ) -> list[Tensor]:
     """The op's stats."""
     check_target_range(target, ignore_index, len(policy[1]))
@@ -111,8 +114,9 @@ def head_fwd(
         softcap=softcap,
         ignore_index=ignore_index,
         needs_grad=needs_grad,
+        workspace=workspace,
     )
-    with inside_op(target.device):
+    with inside_op(target.device), bounded_by(workspace):
         return list(call.forward(target))
 
 
@@ -120,10 +124,11 @@ def head_fwd(
 def _(
     policy: list[Tensor], reference: list[Tensor], target: Tensor, **options: Any
 ) -> list[Tensor]:
-    return list(_Call.of(policy, reference, **options).empty_stats())
+    with bounded_by(options["workspace"]):
+        return list(_Call.of(policy, reference, **options).empty_stats())
 
 
-@custom_op("fastpref::head_bwd_v3", mutates_args=())
+@custom_op("fastpref::head_bwd_v4", mutates_args=())
 def head_bwd(
     grads: list[Tensor],
     policy: list[Tensor],
@@ -137,6 +142,7 @@ def head_bwd(
     softcap: float | None,
     ignore_index: int,
     needs_grad: list[bool],
+    workspace: int,
     mode: str,
 ) -> list[Tensor]:
     """Those gradients of the policy's input, weight and bias that are needed."""
@@ -149,9 +155,10 @@ def head_bwd(
         softcap=softcap,
         ignore_index=ignore_index,
         needs_grad=needs_grad,
+        workspace=workspace,
         mode=mode,
     )
-    with inside_op(target.device):
+    with inside_op(target.device), bounded_by(workspace):
         gradients = call.backward(grads, target, stats)
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -193,13 +200,17 @@ class _Call(NamedTuple):
         softcap: float | None,
         ignore_index: int,
         needs_grad: list[bool],
+        workspace: int,
         mode: str | None = None,
     ) -> "_Call":
         """From the arguments of a registered op; `mode` is chosen where it is not given."""
         models = (policy, reference)[: OPS[op].num_models]
         heads = tuple(_head(tensors, scale, softcap) for tensors in models)
         call = cls(op, heads, direction, ignore_index, tuple(needs_grad), mode or "")
-        return call if mode else call._replace(mode=call._impl.choose_mode(*call._who))
+        if mode:
+            return call
+        with bounded_by(workspace):
+            return call._replace(mode=call._impl.choose_mode(*call._who))
 
     @property
     def _impl(self) -> ModuleType:
@@ -291,4 +302,4 @@ def _differentiate(
     return leaves, [None] * len(reference), None
 
 
-register_autograd("fastpref::head_v3", _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::head_v4", _differentiate, setup_context=_setup_context)

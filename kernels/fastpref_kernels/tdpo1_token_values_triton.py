@@ -29,9 +29,9 @@ from fastpref_kernels.token_logps_backward import Call, lean_bwd, partial_bwd, s
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import (
     ROW_MULTIPLE,
-    get_workspace_mib,
     keeping_mode,
     kept_rows,
+    limit,
     slices,
 )
 
@@ -169,7 +169,7 @@ def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
 
 def _sweep_rows(reference: Head) -> int:
     """Rows at once: their exponentials take no more than half the workspace."""
-    fitting = int(get_workspace_mib() * 2**20 / 2 / _row_bytes(reference))
+    fitting = int(limit() / 2 / _row_bytes(reference))
     return max(ROW_MULTIPLE, min(_SWEEP_ROWS, fitting // ROW_MULTIPLE * ROW_MULTIPLE))
 
 

@@ -20,7 +20,7 @@ from fastpref_kernels.launch import Operands, aligned_columns, product_tile
 from fastpref_kernels.row_sums import TokenStats
 from fastpref_kernels.token_logps_backward import BACKWARD, Call, times_slope
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
-from fastpref_kernels.workspace import get_workspace_mib, keeping_mode, kept_rows, slices
+from fastpref_kernels.workspace import keeping_mode, kept_rows, limit, slices
 
 _SWEEP_ROWS = 8192
 """Rows of a sweep: bounds the sums of its column blocks. Reading the head once for each such group
@@ -155,7 +155,7 @@ def _frozen_tile(operands: Operands) -> tuple[int, int]:
     A product of the library has other bits in another width, and half the workspace.
     """
     rows, cols = _FROZEN_TILE
-    budget = get_workspace_mib() * 2**20
+    budget = float(limit())
     row_bytes = operands.head.input.shape[1] * 4
     if operands.tile is not None:
         block_v = operands.tile.block_v

@@ -1,7 +1,9 @@
 """How much memory the ops may use beside their inputs and results, and the tiles that follow."""
 
 import math
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -28,6 +30,7 @@ _SLICE_BYTES = 256 * 2**20
 _LEAN_BYTES = 1024 * 2**20
 """More than this a GPU's tiles, rows and slices never take, exponentials that are kept left out."""
 _workspace_bytes = 1024 * 2**20
+_of_call = threading.local()
 
 
 def set_workspace_mib(mib: float) -> None:
@@ -40,7 +43,7 @@ def set_workspace_mib(mib: float) -> None:
     global _workspace_bytes
     if not (mib > 0 and math.isfinite(mib)):
         raise ValueError(f"workspace_mib must be > 0 and finite, got {mib}")
-    _workspace_bytes = int(mib * 2**20)
+    _workspace_bytes = max(1, int(mib * 2**20))
 
 
 def auto_workspace_mib(device_memory: int | None) -> int:
@@ -60,12 +63,36 @@ def get_workspace_mib() -> float:
     return _workspace_bytes / 2**20
 
 
+def bytes_set() -> int:
+    """That bound, in bytes."""
+    return _workspace_bytes
+
+
+@contextmanager
+def bounded_by(num_bytes: int) -> Iterator[None]:
+    """The bound of what runs inside, in this thread: a call has one, from its forward to its
+    backward, whatever is set in between."""
+    before = getattr(_of_call, "num_bytes", None)
+    _of_call.num_bytes = num_bytes
+    try:
+        yield
+    finally:
+        _of_call.num_bytes = before
+
+
+def limit() -> int:
+    """Bytes that the call which runs in this thread may take; outside of one, those set."""
+    num_bytes = getattr(_of_call, "num_bytes", None)
+    return _workspace_bytes if num_bytes is None else num_bytes
+
+
 def kept_rows(num_rows: int, row_bytes: int) -> int:
     """Rows of a call whose exponentials the workspace holds, the first ones: all, or whole groups
     of 128, or none where it holds so few that keeping them would not pay."""
-    if num_rows * row_bytes <= _workspace_bytes:
+    most = limit()
+    if num_rows * row_bytes <= most:
         return num_rows
-    fitting = (_workspace_bytes - min(_SLICE_BYTES, _workspace_bytes // 2)) // row_bytes
+    fitting = (most - min(_SLICE_BYTES, most // 2)) // row_bytes
     whole = fitting // _KEPT_MULTIPLE * _KEPT_MULTIPLE
     return whole if whole >= _LEAST_KEPT else 0
 
@@ -92,7 +119,7 @@ def tile_shape(vocab: int, hidden: int, device: torch.device) -> tuple[int, int]
         device: Where the op runs.
     """
     rows, cols = _PREFERRED_TILE.get(device.type, _PREFERRED_TILE_GPU)
-    numbers = _workspace_bytes // 4
+    numbers = limit() // 4
     cols = max(1, min(vocab, cols, numbers // 4 // (3 * hidden)))
     # behind its sweep TDPO1's value takes four tiles in float64
     rows = min(rows, numbers * 3 // 4 // max(4 * cols + 2 * hidden, 8 * hidden))
@@ -107,9 +134,9 @@ def workspace_bytes(vocab: int, hidden: int, device_type: str) -> int:
         device_type: "cpu" or "cuda".
     """
     if device_type != "cpu":
-        return min(_workspace_bytes, _LEAN_BYTES)
+        return min(limit(), _LEAN_BYTES)
     rows, cols = tile_shape(vocab, hidden, torch.device(device_type))
-    return min(_workspace_bytes, 4 * (4 * rows * cols + 3 * cols * hidden + 2 * rows * hidden))
+    return min(limit(), 4 * (4 * rows * cols + 3 * cols * hidden + 2 * rows * hidden))
 
 
 def slices(stop: int, step: int, *, start: int = 0) -> Iterator[slice]:

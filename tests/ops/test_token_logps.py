@@ -381,6 +381,32 @@ def test_torch_compile_sees_one_call_and_no_tiles(dynamic):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_another_workspace_after_compilation_is_that_of_the_calls_that_follow(dynamic):
+    def loss(h: Tensor, w: Tensor, target_N: Tensor) -> Tensor:
+        return token_logps(h, w, target_N).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    input, weight, _ = random_head(60, 61, 17)
+    target_N = random_target(60, 61)
+    # what is kept of a call fits in the first one alone
+    for mib in (1024.0, 0.001, 1024.0):
+        with workspace(mib):
+            expected = gradients(loss, (input, weight), torch.ones(()), target_N)
+            actual = gradients(compiled, (input, weight), torch.ones(()), target_N)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_another_workspace_between_forward_and_backward_is_that_of_the_next_call():
+    input, weight, _ = random_head(60, 61, 17)
+    target_N = random_target(60, 61)
+    _, expected = gradients(token_logps, (input, weight), torch.ones(60), target_N)
+    logps_N = token_logps(input, weight, target_N)
+    with workspace(0.001):
+        actual = torch.autograd.grad(logps_N, (input, weight), torch.ones(60))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("op", ["token_logps", "token_logps_kl"])
 def test_the_registered_ops_keep_the_dispatchers_rules(op):
     policy = list(random_head(60, 61, 17))
@@ -394,8 +420,9 @@ def test_the_registered_ops_keep_the_dispatchers_rules(op):
         "softcap": 20.0,
         "ignore_index": -100,
         "needs_grad": [True] * 3,
+        "workspace": 2**20,
     }
-    torch.library.opcheck(torch.ops.fastpref.head_v3.default, arguments, options)
+    torch.library.opcheck(torch.ops.fastpref.head_v4.default, arguments, options)
 
 
 def test_arguments_that_do_not_fit_are_named():
