@@ -7,6 +7,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int64, torch.int32)
@@ -20,9 +21,10 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: st
         prefix: "reference_" for the reference's, whose arguments carry it.
     """
     names = (f"{prefix}input", f"{prefix}linear_weight", f"{prefix}linear_bias")
-    for name, tensor in zip(names, (input, weight, bias), strict=True):
-        if tensor is not None:
-            check_tensor(name, tensor, INPUT_DTYPES, device=input.device)
+    check_tensor(names[0], input, INPUT_DTYPES, device=None)
+    check_tensor(names[1], weight, INPUT_DTYPES, device=input.device)
+    if bias is not None:
+        check_tensor(names[2], bias, INPUT_DTYPES, device=input.device)
     if input.dim() != 2:
         raise ValueError(f"{names[0]} must be (N, D), got {tuple(input.shape)}")
     if weight.dim() != 2 or weight.shape[1] != input.shape[1] or 0 in weight.shape:
@@ -55,7 +57,13 @@ def check_models(
 
 
 def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
-    """Scale and softcap are positive and finite."""
+    """Scale and softcap are numbers, positive and finite."""
+    for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
+        if isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} must be a number, got a tensor, which would get no gradient; scale the "
+                "hidden states by one that is learned"
+            )
     if not 0 < logit_scale < math.inf:
         raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
     if logit_softcap is not None and not 0 < logit_softcap < math.inf:
@@ -76,9 +84,11 @@ def check_target_range(target: Tensor, ignore_index: int, vocab: int) -> None:
 
 
 def check_tensor(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *, device: torch.device
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *, device: torch.device | None
 ) -> None:
-    """A plain tensor of one of `dtypes` on `device`."""
+    """A plain tensor of one of `dtypes` on `device`, None for any; without a forward gradient."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     # DTensor's own method: no import of torch.distributed for the sake of a check
     if hasattr(tensor, "full_tensor"):
         raise ValueError(
@@ -88,8 +98,13 @@ def check_tensor(
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be one of {expected}, got {tensor.dtype}")
-    if tensor.device != device:
+    if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
+    if not torch.compiler.is_compiling() and _has_tangent(tensor):
+        raise ValueError(
+            f"{name} has a forward-mode gradient, and the op has a backward one alone: "
+            "torch.autograd.grad, not torch.func.jvp"
+        )
 
 
 def check_range(name: str, index: Tensor, end: int) -> None:
@@ -100,6 +115,11 @@ def check_range(name: str, index: Tensor, end: int) -> None:
     if low < 0 or high >= end:
         worst = low if low < 0 else high
         raise ValueError(f"{name} must be in [0, {end}), got {worst.item()}")
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    in_forward_mode = forward_ad._current_level >= 0
+    return in_forward_mode and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -303,3 +303,17 @@ def _differentiate(
 
 
 register_autograd("fastpref::head_v4", _differentiate, setup_context=_setup_context)
+
+
+def _differentiate_twice(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        f"fastpref_kernels.{ctx.op} is differentiable once: its gradient has no gradient; call "
+        "torch.autograd.grad without create_graph, or the definition in fastpref_kernels.naive"
+    )
+
+
+def _remember_op(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    ctx.op = keyword_only_inputs["op"]
+
+
+register_autograd("fastpref::head_bwd_v4", _differentiate_twice, setup_context=_remember_op)

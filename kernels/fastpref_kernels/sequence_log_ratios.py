@@ -115,11 +115,13 @@ def _check(
 ) -> None:
     if num_sequences < 0:
         raise ValueError(f"num_sequences must be >= 0, got {num_sequences}")
+    check_tensor("logps", logps, INPUT_DTYPES, device=None)
     check_tensor("sequence_ids", sequence_ids, INDEX_DTYPES, device=logps.device)
-    values = {"logps": logps, "reference_logps": reference_logps, "token_weights": token_weights}
+    values = {"reference_logps": reference_logps}
+    if token_weights is not None:
+        values["token_weights"] = token_weights
     for name, tensor in values.items():
-        if tensor is not None:
-            check_tensor(name, tensor, INPUT_DTYPES, device=logps.device)
-    for name, tensor in (values | {"sequence_ids": sequence_ids}).items():
-        if tensor is not None and (tensor.dim() != 1 or tensor.shape != logps.shape):
+        check_tensor(name, tensor, INPUT_DTYPES, device=logps.device)
+    for name, tensor in (values | {"logps": logps, "sequence_ids": sequence_ids}).items():
+        if tensor.dim() != 1 or tensor.shape != logps.shape:
             raise ValueError(f"{name} must be (N,) like logps, got {tuple(tensor.shape)}")
