@@ -10,6 +10,8 @@ INITS = ("kaiming", "gaussian")
 """Those that leave the model as it is until the first update."""
 CHANGING_INITS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "orthogonal")
 """Others of peft: they move the base, or do not start at zero to the last bit."""
+ALL_LINEAR = "all-linear"
+"""What peft calls its widest choice."""
 BASES = ("auto", "replicated", "sharded")
 
 
@@ -35,8 +37,8 @@ class AdapterConfig:
     """Share of an adapter's input that is dropped in training, in [0, 1). Above 0 policy and
     reference differ from the first step on."""
     target_modules: list[str] | None = None
-    """Ends of the names of linear layers, such as [q_proj,v_proj]; null: all in the transformer
-    blocks, and all experts."""
+    """Ends of the names of linear layers, such as [q_proj,v_proj]; null or [all-linear]: all in the
+    transformer blocks, and all experts."""
     target_parameters: list[str] | None = None
     """Ends of the names of matrices that are no layer by themselves, such as a mixture's
     [experts.gate_up_proj]; null: none, where target_modules is given."""
@@ -88,6 +90,8 @@ class AdapterConfig:
                 f"choose {' or '.join(INITS)}"
             )
         check_choice("adapter.init", self.init, INITS)
+        if self.target_modules == [ALL_LINEAR]:
+            self.target_modules = None
         for name in ("target_modules", "target_parameters"):
             targets = getattr(self, name)
             if targets is not None and not (targets and all(targets)):
