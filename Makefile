@@ -32,6 +32,7 @@ REAL_HEAD ?=
 SHAPE ?= qwen2.5-0.5b
 RANK ?=
 COMPILE ?=
+REFERENCE ?=
 LAW ?= UF
 ifeq ($(origin PYTHON),command line)
 BENCH_PYTHON := PYTHONPATH=.:kernels:$(PYTHONPATH) $(PYTHON)
@@ -55,7 +56,7 @@ else ifeq ($(PART),train)
 	  $(if $(COMPILE),--compile $(COMPILE))
 else ifeq ($(PART),profile)
 	$(BENCH_PYTHON) benchmarks/profile_step.py --shape $(SHAPE) --law $(LAW) --json --results $(RESULTS) \
-	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile)
+	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile) $(if $(REFERENCE),--reference $(REFERENCE))
 else ifeq ($(PART),sweep)
 	$(BENCH_PYTHON) benchmarks/sweep_tiles.py --results $(RESULTS)
 else

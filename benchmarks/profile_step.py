@@ -1,7 +1,8 @@
 """Where a step's time goes, in one process: python benchmarks/profile_step.py --shape qwen2.5-0.5b
 
-DPO on random rows of a law of length with a random model of a shape, as the benchmark's arm F3:
-packed, prompts shared, reference online. Steps are timed one by one; then one more is profiled.
+DPO on random rows of a law of length with a random model of a shape, as the benchmark's arms F3 and
+F4: packed, prompts shared, the reference online or beforehand (--reference cache). Steps are timed
+one by one; then one more is profiled.
 It prints real policy tokens a second, the share of the time that the device computes, kernels
 launched, and of the profiled step the device's time (on a CPU the processor's) by what it is for.
 MFU is as in metrics.jsonl: see `fastpref.train.utilization`.
@@ -167,6 +168,8 @@ def main() -> None:
         }
         config = config_of(case, folder / "run")
         config.packing.max_tokens = arguments.max_tokens
+        config.reference.mode = arguments.reference
+        config.reference.cache_dir = str(folder / "reference")
         config.compile, config.model.liger = str(arguments.compile).lower(), arguments.liger
         profile = Profile(arguments.steps)
         loop.train_step = profile.around(loop.train_step)
@@ -186,7 +189,8 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     for row in found["most"]:
         print(f"{row['seconds'] * 1e3:10.1f} ms {row['calls']:7} {row['operation'][:90]}")
     if arguments.json:
-        file = f"profile-{arguments.shape}-{arguments.law}{'-lora' if arguments.rank else ''}.json"
+        kind = ("-lora" if arguments.rank else "") + "-cache" * (arguments.reference == "cache")
+        file = f"profile-{arguments.shape}-{arguments.law}{kind}.json"
         options = {key: value for key, value in vars(arguments).items() if key != "results"}
         record = {**describe_machine(), "options": options, **found}
         path = results_folder(arguments.results) / file
@@ -203,6 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", default="auto", help="of a micro-batch")
     parser.add_argument("--rank", type=int, help="of adapters; all weights are trained without")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--reference", choices=("online", "cache"), default="online")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--liger", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--json", action="store_true", help="write to the results folder")
