@@ -57,3 +57,8 @@ class OwnReference:
 
     def release(self) -> None:
         """Nothing: what it holds, the policy releases."""
+
+
+def beginning_of(policy: TokenScorer) -> TokenScorer | OwnReference:
+    """A policy before its first update, which is what its reference is."""
+    return policy if policy.adapters is None else OwnReference(policy)

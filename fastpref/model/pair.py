@@ -16,7 +16,7 @@ from fastpref.model.loading import (
     starts_exactly_equal,
     try_model,
 )
-from fastpref.model.own_reference import OwnReference
+from fastpref.model.own_reference import OwnReference, beginning_of
 from fastpref.model.positions import check_positions
 from fastpref.model.replicate import place_adapters
 from fastpref.model.scorer import TokenScorer
@@ -39,8 +39,8 @@ class Pair(NamedTuple):
 
     @property
     def beginning(self) -> TokenScorer | OwnReference:
-        """The policy as it is before its first update: what a reference is."""
-        return self.policy if self.policy.adapters is None else OwnReference(self.policy)
+        """See `beginning_of`."""
+        return beginning_of(self.policy)
 
 
 def build_pair(

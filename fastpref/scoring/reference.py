@@ -16,7 +16,7 @@ from fastpref.batches.prefetch import Prefetch
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.memory.repetition import Repetition
-from fastpref.model.own_reference import OwnReference
+from fastpref.model.own_reference import beginning_of
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.row_cache import RowCache
@@ -45,7 +45,8 @@ class ReferenceScoring:
     the last bit, and equal models start at a log-ratio of exactly zero.
     """
 
-    scorer: TokenScorer | OwnReference
+    policy: TokenScorer
+    """As training starts from it."""
     cache: RowCache
     world: World
     repetition: Repetition
@@ -119,7 +120,7 @@ class ReferenceScoring:
             self._logps,
             split=lambda batches, limit: loader.split(batches, limit, world),
             size=lambda batches: batches.most_tokens,
-            undo=self.scorer.release,
+            undo=self.policy.release,
         )
         logps = torch.zeros(len(columns.ids), device=world.device)
         for micro_batch, part_N in zip(computed.micro_batches, parts, strict=True):
@@ -131,12 +132,12 @@ class ReferenceScoring:
 
     def _logps(self, step: StepBatches) -> list[Tensor]:
         """(N,) of each micro-batch."""
-        parts = []
+        reference, parts = beginning_of(self.policy), []
         for batch in step.batches:
-            logps_N = self.scorer(batch.to(self.world.device))
+            logps_N = reference(batch.to(self.world.device))
             assert isinstance(logps_N, Tensor)
             parts.append(logps_N)
-            self.scorer.release()
+            self.policy.release()
         return parts
 
     def _check(

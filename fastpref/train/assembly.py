@@ -111,7 +111,7 @@ class Parts(NamedTuple):
         return know_reference(
             loaders,
             self.world,
-            scorer=self.pair.beginning,
+            policy=self.pair.policy,
             origin=Origin(config.model, digest, config.adapter.quantized),
             folder=Path(config.reference.cache_dir or self.start.place.root / REFERENCE),
             repetition=self.work.repetition,

@@ -13,7 +13,6 @@ from fastpref.config import ModelConfig
 from fastpref.data.cache import code_digest
 from fastpref.distributed import World
 from fastpref.memory.repetition import Repetition
-from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring
 from fastpref.scoring.row_cache import RowCache
@@ -45,7 +44,7 @@ def know_reference(
     loaders: Loaders,
     world: World,
     *,
-    scorer: TokenScorer | OwnReference,
+    policy: TokenScorer,
     origin: Origin,
     folder: Path,
     repetition: Repetition,
@@ -55,7 +54,7 @@ def know_reference(
     Args:
         loaders: Of the run.
         world: Whoever runs.
-        scorer: The policy as training starts from it.
+        policy: As training starts from it.
         origin: What that is.
         folder: Of all models' log-probabilities.
         repetition: What to do where memory runs out.
@@ -74,7 +73,7 @@ def know_reference(
     names = world.on_main(cache.files)
     cache.read(names)
     scoring = ReferenceScoring(
-        scorer=scorer,
+        policy=policy,
         cache=cache,
         world=world,
         repetition=repetition,
