@@ -314,10 +314,11 @@ def test_an_export_is_what_was_trained_for_peft_transformers_and_merged(
         taken = AutoModelForCausalLM.from_pretrained(latest)(IDS).logits
         alone = AutoModelForCausalLM.from_pretrained(merged)
         torch.testing.assert_close(taken, adapted)
-        torch.testing.assert_close(alone(IDS).logits, adapted, rtol=1e-5, atol=1e-5)
+        # a product with a sum of weights beside a sum of products
+        torch.testing.assert_close(alone(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - bare).abs().max() > 1e-2
     chosen = read_metrics(tmp_path / "run", "eval")[-1]["logps_eval/chosen"]
-    assert mean_logp(base, alone) == pytest.approx(chosen, rel=1e-5)
+    assert mean_logp(base, alone) == pytest.approx(chosen, rel=1e-4)
     assert load_tokenizer(str(latest)).get_vocab() == load_tokenizer(str(merged)).get_vocab()
     # all of the model, and nothing of peft's names
     assert load_file(merged / "model.safetensors").keys() == (
