@@ -83,16 +83,16 @@ class ReferenceScoring:
 
     def _visits(self, loaders: Sequence[Loader]) -> Iterator[Visits]:
         """The first steps that see what is missing."""
-        seen = RowCache(self.cache.folder)
+        seen = set[bytes]()
         for loader in loaders:
             steps, num_tokens = [], 0
             for index in range(loader.order.num_steps):
                 columns = loader.columns(index)
-                wanted = self.cache.lacks(columns) & seen.lacks(columns)
-                if wanted.any():
+                missing = self.cache.missing(columns)
+                if missing - seen:
                     steps.append(index)
                     num_tokens += int(columns.num_tokens.sum())
-                    seen.add(columns, np.zeros(len(columns.ids), np.float32))
+                    seen |= missing
             yield Visits(loader, steps, num_tokens)
 
     def _score_visit(self, visit: Visits, stop: StopRequest, progress: ScoringProgress) -> None:

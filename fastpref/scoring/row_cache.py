@@ -53,9 +53,12 @@ class RowCache:
             for digest, logps in _read(self.folder / name):
                 self._values.setdefault(digest, logps)
 
-    def lacks(self, columns: EncodedColumns) -> NDArray[np.bool_]:
-        """(rows,) Which of some rows are not there."""
-        return np.array([digest not in self._values for digest in row_digests(columns)], bool)
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def missing(self, columns: EncodedColumns) -> set[bytes]:
+        """Digests of those of some rows that are not there."""
+        return set(row_digests(columns)) - self._values.keys()
 
     def beside(self, columns: EncodedColumns) -> EncodedColumns:
         """Rows that are there, with what the model says of them."""

@@ -12,6 +12,7 @@ import transformers
 from fastpref.config import ModelConfig
 from fastpref.data.cache import code_digest
 from fastpref.distributed import World
+from fastpref.errors import CheckpointError
 from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring
@@ -64,6 +65,7 @@ def know_reference(
         start computed all of these, in the micro-batches of this run.
 
     Raises:
+        CheckpointError: processes see different folders.
         CheckpointError, InterruptionError, PreemptionError: see `ReferenceScoring.complete`.
     """
     facts = origin.facts()
@@ -72,6 +74,11 @@ def know_reference(
     # what rank 0 sees counts: another node may see the folder later
     names = world.on_main(cache.files)
     cache.read(names)
+    if world.agree_max(len(cache)) != -world.agree_max(-len(cache)):
+        raise CheckpointError(
+            f"{cache.folder}: processes find other rows in it than others do; name a folder that all "
+            "machines share: reference.cache_dir"
+        )
     scoring = ReferenceScoring(
         policy=policy,
         cache=cache,

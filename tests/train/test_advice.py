@@ -17,6 +17,8 @@ from fastpref.config import (
     DPOConfig,
     ModelConfig,
     OptimConfig,
+    ReferenceConfig,
+    SimPOConfig,
     TransformConfig,
     WeightsConfig,
 )
@@ -135,6 +137,11 @@ def test_steps_and_gradients_that_a_dtype_cannot_hold_are_said(model, optimizer,
         ({"weights": WeightsConfig(round=2)}, [r"weights\.\* have no effect with task=train"]),
         ({"stages": StagesConfig(contrast="sft")}, [r"stages\.\* have no effect with task=train"]),
         ({"transform": TransformConfig(method="paper")}, [r"transform\.\* .* with loss=dpo"]),
+        (
+            {"reference": ReferenceConfig(mode="cache"), "loss": SimPOConfig()},
+            [r"reference\.\* have no effect with loss=simpo"],
+        ),
+        ({"reference": ReferenceConfig(mode="cache")}, []),
     ],
 )
 def test_groups_of_options_that_the_task_does_not_read_are_said(options, messages):
