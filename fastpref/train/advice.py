@@ -244,12 +244,12 @@ class Advice(NamedTuple):
                 f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "
                 "them"
             )
-        if config.task in ("train", "plan") and not config.loss.needs.reference:
-            if config.reference != ReferenceConfig():
-                yield (
-                    f"the options reference.* have no effect with loss={config.loss.name}, which "
-                    "has no reference"
-                )
+        has_none = config.task in ("train", "plan") and not config.loss.needs.reference
+        if has_none and config.reference != ReferenceConfig():
+            yield (
+                f"the options reference.* have no effect with loss={config.loss.name}, which has "
+                "no reference"
+            )
         if config.plan != PlanConfig():
             yield f"the options plan.* have no effect with task={config.task}; task=plan reads them"
         if (

@@ -76,8 +76,8 @@ def know_reference(
     cache.read(names)
     if world.agree_max(len(cache)) != -world.agree_max(-len(cache)):
         raise CheckpointError(
-            f"{cache.folder}: processes find other rows in it than others do; name a folder that all "
-            "machines share: reference.cache_dir"
+            f"{cache.folder}: processes find other rows in it than others do; name a folder that "
+            "all machines share: reference.cache_dir"
         )
     scoring = ReferenceScoring(
         policy=policy,
