@@ -4,6 +4,7 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from inspect import signature
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,9 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
                 f"{hint(name, known)}"
             )
         if name not in ("ties", "rng"):
-            check_number(f"transform.{method}.{name}", value)
+            if not isinstance(value, Real):
+                raise ValueError(f"transform.{method}.{name} must be a number, got {value!r}")
+            check_number(f"transform.{method}.{name}", float(value))
     values = np.asarray(weights, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"weights must be a list of numbers, got the shape {values.shape}")

@@ -86,6 +86,7 @@ def test_rank_based_weights_ascend_with_the_log_ratio(weights):
         ("origin", {"k": 1.0}, "no parameter 'k', only none"),
         ("paper", {"U": math.inf}, "paper.U must be finite"),
         ("paper", {"k": -1.0}, "paper.k must be > 0"),
+        ("paper", {"k": None}, "paper.k must be a number, got None"),
     ],
 )
 def test_an_unknown_method_or_reversed_bounds_are_refused_by_name(method, params, named):

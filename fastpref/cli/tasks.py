@@ -25,7 +25,11 @@ def check_task(config: Config, num_ranks: int) -> None:
         check_writable("weights.output_dir", Path(config.weights.output_dir))
         return
     if config.task == "train":
-        run_place(config).check(may_go_on=config.resume.path != "never")
+        place = run_place(config)
+        place.check(may_go_on=config.resume.path != "never")
+        if config.caches_reference:
+            folder = place.references(config.reference.cache_dir)
+            check_writable("reference.cache_dir", folder)
     else:
         from fastpref.tisdpo.recipe_folder import check_run_folder
 

@@ -19,7 +19,7 @@ class ReferenceConfig:
     them where rows are read more than once (n_epochs > 1)."""
     cache_dir: str | None = None
     """Where the log-probabilities are kept, by model and by row, for other runs to find;
-    null: <output_dir>/reference."""
+    null: <output_dir>/reference-logps."""
 
     def __post_init__(self) -> None:
         check_choice("reference.mode", self.mode, MODES)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import datasets
+import fastpref_kernels
 import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
@@ -28,11 +29,12 @@ def code_digest(*rooms: str) -> str:
     outlive the code that computed it.
 
     Args:
-        rooms: Folders of this package, "data".
+        rooms: Folders of this package, "data"; "kernels" for the package of the head's ops.
     """
-    package = Path(__file__).parents[1]
-    in_rooms = (path for room in rooms for path in package.glob(f"{room}/**/*.py"))
-    paths = sorted([*package.glob("*.py"), *in_rooms])
+    package, kernels = Path(__file__).parents[1], Path(fastpref_kernels.__file__).parent
+    folders = (kernels if room == "kernels" else package / room for room in rooms)
+    in_rooms = (path for folder in folders for path in sorted(folder.rglob("*.py")))
+    paths = [*sorted(package.glob("*.py")), *in_rooms]
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 

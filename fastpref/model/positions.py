@@ -18,6 +18,8 @@ _NAMES = (
     "model_max_length",
 )
 
+_CHANGING_ROPE = ("longrope", "dynamic")
+
 
 def config_value(config: Any, name: str) -> Any:
     """A value of a transformers config; None where it is absent or differs from layer to layer."""
@@ -36,6 +38,26 @@ def declared_positions(config: Any) -> int | None:
         if isinstance(value, int) and value > 0:
             return value
     return None
+
+
+def frequencies_change_beyond(config: Any) -> int | None:
+    """Tokens of a sequence from which on all sequences computed beside it are rotated otherwise
+    (longrope, dynamic scaling of rotary embeddings); None where no sequence has such an effect.
+
+    Args:
+        config: Of a model of transformers.
+    """
+    config = config.get_text_config()
+    options = config_value(config, "rope_parameters") or config_value(config, "rope_scaling") or {}
+    # of the whole model, or of each type of layer
+    groups = [options, *(value for value in options.values() if isinstance(value, dict))]
+    changing = [g for g in groups if g.get("rope_type", g.get("type")) in _CHANGING_ROPE]
+    if not changing:
+        return None
+    original = "original_max_position_embeddings"
+    lengths = [group.get(original) for group in changing]
+    known = [length for length in (*lengths, config_value(config, original)) if length]
+    return min(known, default=declared_positions(config) or 0)
 
 
 def position_limit(model: Any) -> int | None:

@@ -1,7 +1,7 @@
 """The reference of a run, scored before its first step: no second model, no pass of it later."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import beginning_of
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
-from fastpref.scoring.row_cache import RowCache
+from fastpref.scoring.row_cache import RowCache, row_digests
 from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
@@ -28,13 +28,29 @@ ROWS_OF_A_FILE = 256
 """Rows between two savings: what a kill costs at most."""
 
 
-class Visits(NamedTuple):
-    """Steps of a loader whose rows are missing."""
+class Visit(NamedTuple):
+    """A step that is the first one to see some rows."""
 
-    loader: Loader
-    steps: list[int]
+    step: int
+    rows: NDArray[np.int64]
+    """Of the split, in the step's order."""
+    digests: list[bytes]
     num_tokens: int
-    """Of all their rows."""
+
+
+def first_visits(loader: Loader) -> list[Visit]:
+    """The steps that a loader's rows are first seen in."""
+    seen = np.zeros(len(loader.data.dataset), bool)
+    visits = []
+    for index in range(loader.order.num_steps):
+        rows = loader.order.batch(index)
+        if seen[rows].all():
+            continue
+        seen[rows] = True
+        columns = loader.columns(index)
+        tokens = int(columns.num_tokens.sum())
+        visits.append(Visit(index, rows, row_digests(columns), tokens))
+    return visits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,65 +70,76 @@ class ReferenceScoring:
     about: dict[str, Any]
     """What the numbers belong to, in words."""
 
-    def complete(self, loaders: Sequence[Loader]) -> None:
+    def complete(self, visits: Sequence[tuple[Loader, Sequence[Visit]]]) -> None:
         """Score and save every row that is missing.
 
         Args:
-            loaders: Of all rows that the run reads.
+            visits: Of all rows that the run reads, see `first_visits`.
 
         Raises:
             CheckpointError: a log-probability is not finite, or a file cannot be written.
             InterruptionError, PreemptionError: a signal came; what was scored is kept.
         """
-        visible = self.world.is_main
-        visits = list(self._visits(loaders))
-        num_tokens = sum(visit.num_tokens for visit in visits)
+        visible, folder = self.world.is_main, self.cache.folder
+        missing = self._missing(visits)
+        num_tokens = sum(visit.num_tokens for _, of_loader in missing for visit in of_loader)
         if not num_tokens:
             if visible:
-                logger.info("reference: all rows are in %s", self.cache.folder)
+                logger.info("reference: all rows are in %s", folder)
             return
         if visible:
-            logger.info("reference: rows that %s lacks are scored once", self.cache.folder)
+            logger.info("reference: rows that %s lacks are scored once", folder)
         with (
             StopRequest() as stop,
             ScoringProgress("reference", num_tokens, visible=visible) as progress,
         ):
-            for visit in visits:
-                self._score_visit(visit, stop, progress)
-        self._save()
+            for loader, of_loader in missing:
+                self._score_visits(loader, of_loader, stop, progress)
+            self._save()
+            self._end_if_asked(stop)
 
-    def _visits(self, loaders: Sequence[Loader]) -> Iterator[Visits]:
-        """The first steps that see what is missing."""
+    def _missing(
+        self, visits: Sequence[tuple[Loader, Sequence[Visit]]]
+    ) -> list[tuple[Loader, list[Visit]]]:
+        """The first visits of rows that the cache lacks; equal rows count once."""
         seen = set[bytes]()
-        for loader in loaders:
-            steps, num_tokens = [], 0
-            for index in range(loader.order.num_steps):
-                columns = loader.columns(index)
-                missing = self.cache.missing(columns)
-                if missing - seen:
-                    steps.append(index)
-                    num_tokens += int(columns.num_tokens.sum())
-                    seen |= missing
-            yield Visits(loader, steps, num_tokens)
+        missing = list[tuple[Loader, list[Visit]]]()
+        for loader, of_loader in visits:
+            missing.append((loader, []))
+            for visit in of_loader:
+                lacking = {x for x in visit.digests if x not in self.cache} - seen
+                if lacking:
+                    seen |= lacking
+                    missing[-1][1].append(visit)
+        return missing
 
-    def _score_visit(self, visit: Visits, stop: StopRequest, progress: ScoringProgress) -> None:
-        """A loader's steps, as they are trained on."""
-        loader, world = visit.loader, self.world
-        with Prefetch(lambda index: loader.step(index, world), visit.steps) as steps:
-            for index, step in zip(visit.steps, steps, strict=True):
-                if stop.agreed(world):
-                    self._save()
-                    stop.raise_saying(
-                        f"rows that were scored are kept in {self.cache.folder}; the same command "
-                        "goes on there"
-                    )
-                self._score(loader, index, step)
-                progress.advance(step.num_tokens)
+    def _score_visits(
+        self,
+        loader: Loader,
+        visits: Sequence[Visit],
+        stop: StopRequest,
+        progress: ScoringProgress,
+    ) -> None:
+        """Steps of a loader, as they are trained on."""
+        world, indices = self.world, [visit.step for visit in visits]
+        with Prefetch(lambda index: loader.step(index, world), indices) as steps:
+            for visit, step in zip(visits, steps, strict=True):
+                self._end_if_asked(stop)
+                self._score(loader, visit, step)
+                progress.advance(visit.num_tokens)
                 if self.cache.num_unsaved >= ROWS_OF_A_FILE:
                     self._save()
 
+    def _end_if_asked(self, stop: StopRequest) -> None:
+        if stop.agreed(self.world):
+            self._save()
+            stop.raise_saying(
+                f"rows that were scored are kept in {self.cache.folder}; the same command goes on "
+                "there"
+            )
+
     @torch.no_grad()
-    def _score(self, loader: Loader, index: int, step: StepBatches) -> None:
+    def _score(self, loader: Loader, visit: Visit, step: StepBatches) -> None:
         """A step's rows, on every rank its own, put together on all of them."""
         world, columns = self.world, step.columns
         parts, computed = self.repetition.compute(
@@ -127,7 +154,7 @@ class ReferenceScoring:
             scored = torch.from_numpy(columns.responses(micro_batch.rows).flat())
             logps[scored.to(world.device)] = part_N
         values = world.sum(logps).cpu().numpy()
-        self._check(loader, index, columns, values)
+        self._check(loader, visit, columns, values)
         self.cache.add(columns, values)
 
     def _logps(self, step: StepBatches) -> list[Tensor]:
@@ -141,13 +168,13 @@ class ReferenceScoring:
         return parts
 
     def _check(
-        self, loader: Loader, index: int, columns: EncodedColumns, logps: NDArray[np.float32]
+        self, loader: Loader, visit: Visit, columns: EncodedColumns, logps: NDArray[np.float32]
     ) -> None:
         """Refuse NaN and infinity, with the same outcome on every rank."""
         if np.isfinite(logps).all():
             return
         self._save()
-        for i, row in enumerate(loader.order.batch(index).tolist()):
+        for i, row in enumerate(visit.rows.tolist()):
             for side in ("chosen", "rejected"):
                 of_side = getattr(columns, side).take(np.array([i])).flat()
                 wrong = np.flatnonzero(~np.isfinite(logps[of_side]))

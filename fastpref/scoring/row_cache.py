@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate
-from fastpref.complete_files import complete_file
+from fastpref.complete_files import complete_file, writing
 
 logger = logging.getLogger("fastpref")
 
@@ -47,18 +46,24 @@ class RowCache:
         """Names of the files that are there, oldest first."""
         return sorted(path.name for path in self.folder.glob("*.npz"))
 
-    def read(self, names: Sequence[str]) -> None:
-        """Take rows from files; one that is damaged is left out, and said."""
+    def read(self, names: Sequence[str], wanted: set[bytes]) -> None:
+        """Take rows from files; one that is damaged is left out, and said.
+
+        Args:
+            names: Of the files.
+            wanted: Digests of the rows to take.
+        """
         for name in names:
             for digest, logps in _read(self.folder / name):
-                self._values.setdefault(digest, logps)
+                if digest in wanted and digest not in self._values:
+                    # not a view, which would keep all of the file in memory
+                    self._values[digest] = logps.copy()
 
     def __len__(self) -> int:
         return len(self._values)
 
-    def missing(self, columns: EncodedColumns) -> set[bytes]:
-        """Digests of those of some rows that are not there."""
-        return set(row_digests(columns)) - self._values.keys()
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._values
 
     def beside(self, columns: EncodedColumns) -> EncodedColumns:
         """Rows that are there, with what the model says of them."""
@@ -78,8 +83,8 @@ class RowCache:
         of_rows = np.split(logps[_responses(columns).flat()], np.cumsum(lengths)[:-1])
         for digest, values in zip(row_digests(columns), of_rows, strict=True):
             if digest not in self._values:
-                self._values[digest] = values
-                self._unsaved.append((digest, values))
+                self._values[digest] = values.copy()
+                self._unsaved.append((digest, self._values[digest]))
 
     @property
     def num_unsaved(self) -> int:
@@ -101,17 +106,20 @@ class RowCache:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        if not (self.folder / ABOUT).is_file():
-            with complete_file(self.folder / ABOUT) as file:
-                file.write(json.dumps(about, indent=2) + "\n")
-        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.npz"
-        with complete_file(self.folder / name, "wb") as file:
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        with complete_file(self.folder / f"{name}.npz", "wb") as file:
             np.savez(
                 file,
                 digests=np.frombuffer(b"".join(digest for digest, _ in rows), np.uint8),
                 lengths=np.array([len(logps) for _, logps in rows]),
                 logps=np.concatenate([logps for _, logps in rows]),
             )
+        if not (self.folder / ABOUT).is_file():
+            with writing(self.folder):
+                # of a name of its own: another run may write it in this moment
+                partial = self.folder / f"{name}.partial"
+                partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                partial.replace(self.folder / ABOUT)
 
 
 def _read(path: Path) -> list[ScoredRow]:
@@ -122,7 +130,8 @@ def _read(path: Path) -> list[ScoredRow]:
         ends = np.cumsum(lengths)
         if digests.size != DIGEST_BYTES * len(lengths) or ends[-1] != len(logps):
             raise ValueError(f"{digests.size} bytes of digests, {len(logps)} numbers")
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    # of a damaged archive anything may come
+    except Exception as error:
         logger.warning("%s is damaged, and its rows are scored again: %s", path, error)
         return []
     named = digests.tobytes()

@@ -137,7 +137,7 @@ def scoring_settings(
         "batch_size": options.weights.batch_size,
         "packing": asdict(options.packing),
         "shard_rows": options.weights.shard_rows,
-        "code": code_digest("data", "batches", "model", "scoring", "tisdpo"),
+        "code": code_digest("data", "batches", "model", "scoring", "tisdpo", "kernels"),
     }
 
 

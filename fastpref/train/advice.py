@@ -244,7 +244,7 @@ class Advice(NamedTuple):
                 f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "
                 "them"
             )
-        has_none = config.task in ("train", "plan") and not config.loss.needs.reference
+        has_none = config.task == "train" and not config.loss.needs.reference
         if has_none and config.reference != ReferenceConfig():
             yield (
                 f"the options reference.* have no effect with loss={config.loss.name}, which has "

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,9 +18,6 @@ from fastpref.train.run import Run
 from fastpref.train.start import Start
 from fastpref.train.updates import Updates, build_updates
 from fastpref.train.workload import Workload
-
-REFERENCE = "reference"
-"""Folder of what is known of references, among the folders of runs."""
 
 
 def place_of(world: World, *, recomputes: bool) -> str:
@@ -67,7 +63,7 @@ class Parts(NamedTuple):
         )
         export = world.only_on_main(plan)
         # the policy is still the model that training starts from
-        loaders, is_new = self.with_reference(loaders, fingerprints["model"])
+        loaders = self.with_reference(loaders, fingerprints["model"])
         state = self.start.load(policy, updates, world.device, num_steps=num_steps)
         if config.packing.token_limit is None:
             state.max_tokens = self.work.layout.max_tokens
@@ -80,7 +76,7 @@ class Parts(NamedTuple):
             options=asdict(config),
             min_interval_seconds=config.minimum_log_interval_secs,
             starts_at_log_two=self.work.step_loss.objective.starts_at_log_two,
-            exactly=self.pair.starts_equal and is_new,
+            exactly=self.pair.starts_equal and not config.caches_reference,
             examples=state.examples,
             work=self.work.useful,
         )
@@ -103,17 +99,17 @@ class Parts(NamedTuple):
             export=export,
         )
 
-    def with_reference(self, loaders: Loaders, digest: str) -> tuple[Loaders, bool]:
+    def with_reference(self, loaders: Loaders, digest: str) -> Loaders:
         """Loaders that know of the reference what is to be known beforehand."""
         config = self.config
         if not config.caches_reference:
-            return loaders, True
+            return loaders
         return know_reference(
             loaders,
             self.world,
             policy=self.pair.policy,
             origin=Origin(config.model, digest, config.adapter.quantized),
-            folder=Path(config.reference.cache_dir or self.start.place.root / REFERENCE),
+            folder=self.start.place.references(config.reference.cache_dir),
             repetition=self.work.repetition,
         )
 

@@ -3,19 +3,18 @@
 import hashlib
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
-import transformers
+from typing import Any, NamedTuple
 
 from fastpref.config import ModelConfig
 from fastpref.data.cache import code_digest
 from fastpref.distributed import World
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, ConfigError
 from fastpref.memory.repetition import Repetition
+from fastpref.model.positions import frequencies_change_beyond
 from fastpref.model.scorer import TokenScorer
-from fastpref.scoring.reference import ReferenceScoring
+from fastpref.scoring.reference import ReferenceScoring, first_visits
 from fastpref.scoring.row_cache import RowCache
 from fastpref.train.data import Loaders
 
@@ -26,18 +25,23 @@ class Origin(NamedTuple):
     model: ModelConfig
     digest: str
     """Of its weights."""
-    in_four_bits: bool
+    quantized: bool
+    """Its layers are in 4 bits."""
 
-    def facts(self) -> dict[str, str | bool]:
+    def facts(self, policy: TokenScorer) -> dict[str, Any]:
         """All that log-probabilities depend on beside a row's tokens, but for rounding."""
+        libraries = ["torch", "transformers"]
+        # merged into weights in 16 bits, an adapter is another model than beside them
+        beside = policy.adapters is not None and policy.adapters.continued
+        libraries += ["peft"] * beside + ["bitsandbytes"] * self.quantized
         return {
             "weights": self.digest,
             "policy_dtype": self.model.policy_dtype,
             "compute_dtype": self.model.compute_dtype,
-            "in_four_bits": self.in_four_bits,
-            "code": code_digest("batches", "model", "scoring"),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "adapter": "beside the weights" if beside else "none, or in the weights",
+            "in_four_bits": self.model.block_name or "blocks" if self.quantized else "",
+            "code": code_digest("batches", "model", "scoring", "kernels"),
+            "libraries": {name: version(name) for name in libraries},
         }
 
 
@@ -49,7 +53,7 @@ def know_reference(
     origin: Origin,
     folder: Path,
     repetition: Repetition,
-) -> tuple[Loaders, bool]:
+) -> Loaders:
     """Score the rows of a run that no run before it scored.
 
     Args:
@@ -61,19 +65,28 @@ def know_reference(
         repetition: What to do where memory runs out.
 
     Returns:
-        Loaders whose rows have the reference's log-probabilities beside them, and whether this
-        start computed all of these, in the micro-batches of this run.
+        Loaders whose rows have the reference's log-probabilities beside them.
 
     Raises:
+        ConfigError: the model computes a row in another way beside longer ones.
         CheckpointError: processes see different folders.
         CheckpointError, InterruptionError, PreemptionError: see `ReferenceScoring.complete`.
     """
-    facts = origin.facts()
+    longest = max(loader.data.audit.longest_tokens for loader in loaders if loader is not None)
+    limit = frequencies_change_beyond(policy.model.config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"reference.mode: a sequence of more than {limit} tokens changes how this model "
+            f"computes those beside it, and the longest one has {longest}; set "
+            "reference.mode=online or a smaller max_length"
+        )
+    facts = origin.facts(policy)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    cache = RowCache(folder.expanduser() / key[:16])
+    cache = RowCache(folder / key[:16])
+    visits = [(loader, first_visits(loader)) for loader in loaders if loader is not None]
+    wanted = {digest for _, steps in visits for step in steps for digest in step.digests}
     # what rank 0 sees counts: another node may see the folder later
-    names = world.on_main(cache.files)
-    cache.read(names)
+    cache.read(world.on_main(cache.files), wanted)
     if world.agree_max(len(cache)) != -world.agree_max(-len(cache)):
         raise CheckpointError(
             f"{cache.folder}: processes find other rows in it than others do; name a folder that "
@@ -86,10 +99,9 @@ def know_reference(
         repetition=repetition,
         about={"model": origin.model.name_or_path, **facts},
     )
-    scoring.complete([loader for loader in loaders if loader is not None])
+    scoring.complete(visits)
     train, held_out = loaders
-    known = Loaders(
+    return Loaders(
         replace(train, known=cache.beside),
         held_out and replace(held_out, known=cache.beside),
     )
-    return known, not names

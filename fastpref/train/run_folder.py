@@ -74,6 +74,11 @@ class RunPlace:
         folders = [path.parent for path in self.root.glob(f"{self.name}_*/{name}")]
         return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
+    def references(self, cache_dir: str | None) -> Path:
+        """Where log-probabilities of references are kept: the folder that was named, or one among
+        those of runs."""
+        return Path(cache_dir).expanduser() if cache_dir else self.root / "reference-logps"
+
     def _claim(self) -> Path:
         if self.run_dir is None:
             return _claim(self.root, self._timed_name())

@@ -13,11 +13,20 @@ from exhaustion import Exhaustion
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
-from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+from tiny_models import (
+    random_rows,
+    read_metrics,
+    save_dataset,
+    save_tiny_model,
+    text_rows,
+    write_rows,
+)
 
+from fastpref.batches.columns import EncodedColumns
 from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring
+from fastpref.scoring.row_cache import RowCache, row_digests
 
 SPLITS = {"train": 24, "test": 10}
 LOSSES = {
@@ -170,28 +179,68 @@ def test_stopped_after_every_step_a_run_of_two_epochs_ends_the_same(base, tmp_pa
     assert_same_end(tmp_path / "cut", tmp_path / "whole", files=files_of("dpo")[1:])
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "call", "rows"),
+    # of three steps of eight rows
+    [(signal.SIGTERM, 75, 2, 16), (signal.SIGINT, 130, 2, 16), (signal.SIGTERM, 75, 3, 24)],
+)
 def test_a_signal_while_rows_are_scored_costs_none_that_are(
-    base, tmp_path, capsys, monkeypatch, number, code
+    base, tmp_path, capsys, monkeypatch, number, code, call, rows
 ):
     real, calls = ReferenceScoring._logps, []
 
     def stopping(self: ReferenceScoring, *args: Any) -> Any:
         calls.append(args)
-        if len(calls) == 2:
+        if len(calls) == call:
             signal.raise_signal(number)
         return real(self, *args)
 
     monkeypatch.setattr(ReferenceScoring, "_logps", stopping)
-    command = cached(base, tmp_path, "run", "loss=dpo")
+    command = cached(base, tmp_path, "run", "loss=dpo", "n_eval_examples=0")
     assert run(command) == code
     assert "rows that were scored are kept in" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-    # two steps of eight rows
-    assert len(scored_rows(tmp_path)) == 16
+    assert len(scored_rows(tmp_path)) == rows
     assert run(command) == 0
-    rows = scored_rows(tmp_path)
-    assert len(rows) == len(set(rows)) == sum(SPLITS.values())
+    assert len(scored_rows(tmp_path)) == len(set(scored_rows(tmp_path))) == SPLITS["train"]
+
+
+def test_no_damage_raises_or_gives_other_numbers(tmp_path):
+    columns = EncodedColumns.of_rows(random_rows(3))
+    logps = -np.arange(1, 1 + len(columns.ids), dtype=np.float32)
+    cache = RowCache(tmp_path)
+    cache.add(columns, logps)
+    digests = set(row_digests(columns))
+    cache.write(cache.take_unsaved(), {"model": "none"})
+    [path] = tmp_path.glob("*.npz")
+    content = path.read_bytes()
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 0x09]) + content[place + 1 :])
+        damaged = RowCache(tmp_path)
+        damaged.read(damaged.files(), digests)
+        if len(damaged) == len(digests):
+            ours, expected = (x.beside(columns).reference_logps for x in (damaged, cache))
+            assert np.array_equal(ours, expected), place
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
+    base, tmp_path, capsys
+):
+    (tmp_path / "reference").write_text("a file")
+    assert run(cached(base, tmp_path, "run", "loss=dpo")) == 2
+    error = capsys.readouterr().err
+    assert "reference.cache_dir" in error and "is a file" in error and "train:" not in error
+
+
+def test_a_model_whose_rows_depend_on_longer_ones_beside_them_is_refused(base, tmp_path, capsys):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 40, **factors}
+    save_tiny_model(tmp_path / "long", head_dim=8, rope_parameters={"rope_theta": 1e4, **rope})
+    for max_length, code in ((64, 2), (40, 0)):
+        command = cached(base, tmp_path, "run", "loss=dpo", model=tmp_path / "long")
+        command[command.index("max_length=64")] = f"max_length={max_length}"
+        assert run(command) == code
+        assert ("set reference.mode=online" in capsys.readouterr().err) == bool(code)
 
 
 def test_a_damaged_file_is_said_and_its_rows_scored_again(base, tmp_path, capsys):
