@@ -16,7 +16,7 @@ class ReferenceConfig:
     """online: the reference computes in every step. cache: every row is scored once, before the
     first step, by the model that training starts from; no reference is held or computed after
     that. For losses of log-ratios alone (dpo, ipo, tisdpo without token_level). auto: cache for
-    them where rows are read more than once (n_epochs > 1)."""
+    them where n_epochs is above 1, else online."""
     cache_dir: str | None = None
     """Where the log-probabilities are kept, by model and by row, for other runs to find;
     null: <output_dir>/reference-logps."""

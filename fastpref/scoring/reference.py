@@ -1,6 +1,7 @@
 """The reference of a run, scored before its first step: no second model, no pass of it later."""
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.loader import Loader, StepBatches
 from fastpref.batches.prefetch import Prefetch
+from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.memory.repetition import Repetition
@@ -20,12 +22,12 @@ from fastpref.model.own_reference import beginning_of
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.row_cache import RowCache, row_digests
-from fastpref.signals import StopRequest
+from fastpref.signals import DEADLINE, StopRequest
 
 logger = logging.getLogger("fastpref")
 
 ROWS_OF_A_FILE = 256
-"""Rows between two savings: what a kill costs at most."""
+"""Rows between two savings, in whole steps: what a kill costs at most."""
 
 
 class Visit(NamedTuple):
@@ -69,6 +71,7 @@ class ReferenceScoring:
     """What to do where memory runs out."""
     about: dict[str, Any]
     """What the numbers belong to, in words."""
+    deadline: Deadline
 
     def complete(self, visits: Sequence[tuple[Loader, Sequence[Visit]]]) -> None:
         """Score and save every row that is missing.
@@ -80,15 +83,20 @@ class ReferenceScoring:
             CheckpointError: a log-probability is not finite, or a file cannot be written.
             InterruptionError, PreemptionError: a signal came; what was scored is kept.
         """
-        visible, folder = self.world.is_main, self.cache.folder
+        visible, started = self.world.is_main, time.perf_counter()
+        num_found = len(self.cache)
         missing = self._missing(visits)
         num_tokens = sum(visit.num_tokens for _, of_loader in missing for visit in of_loader)
+        if visible and num_found:
+            logger.info(
+                "reference: %s rows were scored by earlier runs, of which a policy that is equal "
+                "differs by rounding",
+                f"{num_found:,}",
+            )
         if not num_tokens:
-            if visible:
-                logger.info("reference: all rows are in %s", folder)
             return
         if visible:
-            logger.info("reference: rows that %s lacks are scored once", folder)
+            logger.info("reference: scoring the rows that %s lacks", self.cache.folder)
         with (
             StopRequest() as stop,
             ScoringProgress("reference", num_tokens, visible=visible) as progress,
@@ -97,6 +105,10 @@ class ReferenceScoring:
                 self._score_visits(loader, of_loader, stop, progress)
             self._save()
             self._end_if_asked(stop)
+        if visible:
+            num_scored = len(self.cache) - num_found
+            seconds = time.perf_counter() - started
+            logger.info("reference: %s rows scored in %.1f s", f"{num_scored:,}", seconds)
 
     def _missing(
         self, visits: Sequence[tuple[Loader, Sequence[Visit]]]
@@ -131,6 +143,8 @@ class ReferenceScoring:
                     self._save()
 
     def _end_if_asked(self, stop: StopRequest) -> None:
+        if self.world.is_main and self.deadline.is_near():
+            stop.ask(DEADLINE)
         if stop.agreed(self.world):
             self._save()
             stop.raise_saying(

@@ -132,7 +132,7 @@ def _read(path: Path) -> list[ScoredRow]:
             raise ValueError(f"{digests.size} bytes of digests, {len(logps)} numbers")
     # of a damaged archive anything may come
     except Exception as error:
-        logger.warning("%s is damaged, and its rows are scored again: %s", path, error)
+        logger.warning("%s is damaged and passed over, it may be deleted: %s", path, error)
         return []
     named = digests.tobytes()
     names = (named[i : i + DIGEST_BYTES] for i in range(0, len(named), DIGEST_BYTES))

@@ -47,6 +47,7 @@ def advise(run: Run) -> list[str]:
         *advice.on_micro_batches(run.train, run.world.data_size),
         *advice.on_precision(share),
         *advice.on_adapter(),
+        *advice.on_reference(),
     ]
 
 
@@ -203,6 +204,24 @@ class Advice(NamedTuple):
                 "from the first step on, and the first loss is not that of equal models"
             )
 
+    def on_reference(self) -> Iterator[str]:
+        """Options of a reference where there is none, none is kept, or none is held."""
+        config, reference = self.config, self.config.reference
+        if not config.loss.needs.reference:
+            if reference != ReferenceConfig():
+                yield (
+                    f"the options reference.* have no effect with loss={config.loss.name}, which "
+                    "has no reference"
+                )
+            return
+        if reference.mode == "auto":
+            chosen = "cache" if config.caches_reference else "online"
+            yield f"reference.mode=auto is {chosen} here: n_epochs={config.n_epochs}"
+        if reference.cache_dir is not None and not config.caches_reference:
+            yield "reference.cache_dir has no effect: the reference computes in every step"
+        if config.model.reference_dtype is not None and config.caches_reference:
+            yield "model.reference_dtype has no effect: no reference is held"
+
     def on_task(self) -> Iterator[str]:
         """Groups of options that were set and that the task does not read.
 
@@ -243,12 +262,6 @@ class Advice(NamedTuple):
             yield (
                 f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "
                 "them"
-            )
-        has_none = config.task == "train" and not config.loss.needs.reference
-        if has_none and config.reference != ReferenceConfig():
-            yield (
-                f"the options reference.* have no effect with loss={config.loss.name}, which has "
-                "no reference"
             )
         if config.plan != PlanConfig():
             yield f"the options plan.* have no effect with task={config.task}; task=plan reads them"

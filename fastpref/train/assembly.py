@@ -111,6 +111,7 @@ class Parts(NamedTuple):
             origin=Origin(config.model, digest, config.adapter.quantized),
             folder=self.start.place.references(config.reference.cache_dir),
             repetition=self.work.repetition,
+            deadline_seconds=config.checkpoint.deadline_seconds(),
         )
 
     def updates(self, num_steps: int) -> Updates:

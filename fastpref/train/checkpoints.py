@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from fastpref.checkpoint.size import available_memory, estimate_bytes, free_byte
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.checks import hint
 from fastpref.config import CheckpointConfig
+from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.signals import DEADLINE, StopRequest
 from fastpref.train.comparison import FORMAT
@@ -112,7 +112,7 @@ class Checkpoints:
     def _hear(self, reports: list[SaveReport]) -> None:
         for report in reports:
             self._error = report.error
-            self._deadline.heard(report)
+            self._deadline.expect(2 * (report.standstill_seconds + report.write_seconds))
             say(report)
 
     def check_metric(self, evaluation: Record | None) -> None:
@@ -144,43 +144,6 @@ class Checkpoints:
             return False
         state.best = value
         return True
-
-
-class Deadline:
-    """When a run has to be saved at the latest.
-
-    Args:
-        seconds: Since the start of the command; None: never.
-        save_seconds: What a save is expected to take.
-    """
-
-    def __init__(self, seconds: int | None, save_seconds: float) -> None:
-        self._seconds = seconds
-        self._save_seconds = save_seconds
-        self._longest_step = 0.0
-        self._last = time.monotonic()
-
-    def heard(self, report: SaveReport) -> None:
-        """A save took as long as it says."""
-        self._save_seconds = 2 * (report.standstill_seconds + report.write_seconds)
-
-    def is_near(self) -> bool:
-        """Whether another step may be one too many; to be called once a step."""
-        now = time.monotonic()
-        self._longest_step = max(self._longest_step, now - self._last)
-        self._last = now
-        if self._seconds is None:
-            return False
-        return seconds_since_start() + self._longest_step + self._save_seconds > self._seconds
-
-
-def seconds_since_start() -> float:
-    """Since this process was started."""
-    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
-        # after the name in brackets, which may hold spaces
-        fields = file.read().rpartition(")")[2].split()
-    ticks = os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from fastpref.config import ModelConfig
 from fastpref.data.cache import code_digest
+from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.memory.repetition import Repetition
@@ -53,6 +54,7 @@ def know_reference(
     origin: Origin,
     folder: Path,
     repetition: Repetition,
+    deadline_seconds: int | None,
 ) -> Loaders:
     """Score the rows of a run that no run before it scored.
 
@@ -63,6 +65,7 @@ def know_reference(
         origin: What that is.
         folder: Of all models' log-probabilities.
         repetition: What to do where memory runs out.
+        deadline_seconds: Since the start of the command, when what was scored has to be saved.
 
     Returns:
         Loaders whose rows have the reference's log-probabilities beside them.
@@ -72,14 +75,7 @@ def know_reference(
         CheckpointError: processes see different folders.
         CheckpointError, InterruptionError, PreemptionError: see `ReferenceScoring.complete`.
     """
-    longest = max(loader.data.audit.longest_tokens for loader in loaders if loader is not None)
-    limit = frequencies_change_beyond(policy.model.config)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"reference.mode: a sequence of more than {limit} tokens changes how this model "
-            f"computes those beside it, and the longest one has {longest}; set "
-            "reference.mode=online or a smaller max_length"
-        )
+    _check_company(loaders, policy)
     facts = origin.facts(policy)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     cache = RowCache(folder / key[:16])
@@ -98,6 +94,8 @@ def know_reference(
         world=world,
         repetition=repetition,
         about={"model": origin.model.name_or_path, **facts},
+        # rows are saved in no time
+        deadline=Deadline(deadline_seconds, save_seconds=0),
     )
     scoring.complete(visits)
     train, held_out = loaders
@@ -105,3 +103,15 @@ def know_reference(
         replace(train, known=cache.beside),
         held_out and replace(held_out, known=cache.beside),
     )
+
+
+def _check_company(loaders: Loaders, policy: TokenScorer) -> None:
+    """Refuse a model that computes a row in another way beside longer ones."""
+    longest = max(loader.data.audit.longest_tokens for loader in loaders if loader is not None)
+    limit = frequencies_change_beyond(policy.model.config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"reference.mode: a sequence of more than {limit} tokens changes how this model "
+            f"computes those beside it, and the longest one has {longest}; set "
+            "reference.mode=online or a smaller max_length"
+        )

@@ -97,7 +97,8 @@ def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:
         return Start(agreement=agreement, place=place)
     run_dir, checkpoint = agreement.on_main(lambda: _find(resume, place))
     if checkpoint is None:
-        logger.info("resume=auto: no checkpoint in %s, a new start", run_dir or place.root)
+        looked_in = run_dir or place.run_dir or place.root
+        logger.info("resume=auto: no checkpoint in %s, a new start", looked_in)
         return Start(agreement=agreement, place=place, run_dir=run_dir)
     record = read_record(checkpoint, agreement)
     return Start(

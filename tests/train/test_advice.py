@@ -137,11 +137,6 @@ def test_steps_and_gradients_that_a_dtype_cannot_hold_are_said(model, optimizer,
         ({"weights": WeightsConfig(round=2)}, [r"weights\.\* have no effect with task=train"]),
         ({"stages": StagesConfig(contrast="sft")}, [r"stages\.\* have no effect with task=train"]),
         ({"transform": TransformConfig(method="paper")}, [r"transform\.\* .* with loss=dpo"]),
-        (
-            {"reference": ReferenceConfig(mode="cache"), "loss": SimPOConfig()},
-            [r"reference\.\* have no effect with loss=simpo"],
-        ),
-        ({"reference": ReferenceConfig(mode="cache")}, []),
     ],
 )
 def test_groups_of_options_that_the_task_does_not_read_are_said(options, messages):
@@ -189,6 +184,26 @@ def test_options_that_adapters_are_not_trained_well_with_are_said(options, messa
 )
 def test_adapters_that_nothing_trains_are_said(options, messages):
     assert_messages(Advice(make_config(**options)).on_task(), messages)
+
+
+AUTO = ReferenceConfig(mode="auto", cache_dir="kept")
+CACHE = ReferenceConfig(mode="cache")
+STORED = ModelConfig(name_or_path="tiny", reference_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("options", "messages"),
+    [
+        ({}, []),
+        ({"reference": CACHE}, []),
+        ({"reference": CACHE, "loss": SimPOConfig()}, [r"reference\.\* .* with loss=simpo"]),
+        ({"reference": CACHE, "model": STORED}, [r"model\.reference_dtype has no effect"]),
+        ({"reference": AUTO}, ["auto is online here", r"reference\.cache_dir has no effect"]),
+        ({"reference": AUTO, "n_epochs": 2}, ["auto is cache here"]),
+    ],
+)
+def test_options_of_a_reference_that_is_not_kept_or_held_are_said(options, messages):
+    assert_messages(Advice(make_config(**options)).on_reference(), messages)
 
 
 def test_rows_that_get_weights_are_neither_divided_nor_mixed():

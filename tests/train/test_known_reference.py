@@ -22,6 +22,7 @@ from tiny_models import (
     write_rows,
 )
 
+from fastpref import deadline
 from fastpref.batches.columns import EncodedColumns
 from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
 from fastpref.model.scorer import TokenScorer
@@ -125,13 +126,14 @@ def test_the_policy_alone_computes_and_the_reference_takes_no_memory(base, tmp_p
 
 def test_a_second_run_finds_every_row_however_it_divides_them(base, tmp_path, capsys):
     assert run(cached(base, tmp_path, "first", "loss=dpo")) == 0
-    assert "are scored once" in capsys.readouterr().err
+    num_rows = sum(SPLITS.values())
+    assert f"reference: {num_rows} rows scored in" in capsys.readouterr().err
     rows = scored_rows(tmp_path)
     options = ["n_epochs=2", "batch_size=6", "packing.max_tokens=128", "n_eval_examples=0"]
     for loss in ("dpo", "ipo"):
         assert run(cached(base, tmp_path, loss, f"loss={loss}", *options)) == 0
         error = capsys.readouterr().err
-        assert "reference: all rows are in" in error and "scored once" not in error
+        assert "rows were scored by earlier runs" in error and "rows scored in" not in error
     assert scored_rows(tmp_path) == rows
     online = arguments(base, base / "model", tmp_path / "online", "loss=dpo", *options)
     assert run(online) == 0
@@ -203,6 +205,14 @@ def test_a_signal_while_rows_are_scored_costs_none_that_are(
     assert len(scored_rows(tmp_path)) == rows
     assert run(command) == 0
     assert len(scored_rows(tmp_path)) == len(set(scored_rows(tmp_path))) == SPLITS["train"]
+
+
+def test_a_deadline_is_kept_while_rows_are_scored(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(deadline, "seconds_since_start", lambda: 100.0)
+    command = cached(base, tmp_path, "run", "loss=dpo", "n_eval_examples=0")
+    assert run([*command, "checkpoint.deadline=00:01:40"]) == 75
+    error = capsys.readouterr().err
+    assert "checkpoint.deadline is near; rows that were scored are kept" in error
 
 
 def test_no_damage_raises_or_gives_other_numbers(tmp_path):
