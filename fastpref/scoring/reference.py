@@ -89,8 +89,8 @@ class ReferenceScoring:
         num_tokens = sum(visit.num_tokens for _, of_loader in missing for visit in of_loader)
         if visible and num_found:
             logger.info(
-                "reference: %s rows were scored by earlier runs, of which a policy that is equal "
-                "differs by rounding",
+                "reference: %s rows were scored by earlier runs; log-ratios of equal models are "
+                "zero there up to rounding",
                 f"{num_found:,}",
             )
         if not num_tokens:
