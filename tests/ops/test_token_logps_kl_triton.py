@@ -244,15 +244,18 @@ def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
         for input, weight, bias in (policy, reference)
     )
     targets = token_logps_kl_triton.Targets.of(target_N[:60], -100)
-    scores, *others = (
+    scores, store, lean, partial = (
         token_logps_kl_triton.token_logps_kl_fwd(heads, targets, direction, mode)[:5]
-        for mode in ("scores", "store", "partial", "lean")
+        for mode in ("scores", "store", "lean", "partial")
     )
-    for stats in others:
-        for ours, expected in zip(stats, scores, strict=True):
-            # numpy multiplies for the interpreter: on CPUs without AVX-512 to other bits where
-            # operands lie elsewhere in memory
-            torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    for stats in (store, lean):
+        assert all(map(torch.equal, stats, scores))
+    # here a second sweep begins within a block (on a GPU rows are kept in whole blocks), and numpy's
+    # product of a row may have other bits at another place in its block
+    num_kept = half_kept(60, 0)
+    for ours, expected in zip(partial, scores, strict=True):
+        assert torch.equal(ours[:num_kept], expected[:num_kept])
+        torch.testing.assert_close(ours[num_kept:], expected[num_kept:], rtol=0, atol=2e-6)
 
 
 @both_routes
