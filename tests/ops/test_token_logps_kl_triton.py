@@ -250,8 +250,8 @@ def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
     )
     for stats in (store, lean):
         assert all(map(torch.equal, stats, scores))
-    # here a second sweep begins within a block (on a GPU rows are kept in whole blocks), and numpy's
-    # product of a row may have other bits at another place in its block
+    # here a second sweep begins within a block (on a GPU rows are kept in whole blocks), and
+    # numpy's product of a row may have other bits at another place in its block
     num_kept = half_kept(60, 0)
     for ours, expected in zip(partial, scores, strict=True):
         assert torch.equal(ours[:num_kept], expected[:num_kept])
