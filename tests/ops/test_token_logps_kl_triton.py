@@ -240,22 +240,16 @@ def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
     options = TRANSFORMS[transform]
     transform = options.get("logit_scale", 1.0), options.get("logit_softcap")
     heads = tuple(
-        Head(input.detach()[:60], weight.detach(), bias.detach(), *transform)
+        Head(input.detach(), weight.detach(), bias.detach(), *transform)
         for input, weight, bias in (policy, reference)
     )
-    targets = token_logps_kl_triton.Targets.of(target_N[:60], -100)
-    scores, store, lean, partial = (
+    targets = token_logps_kl_triton.Targets.of(target_N, -100)
+    scores, *others = (
         token_logps_kl_triton.token_logps_kl_fwd(heads, targets, direction, mode)[:5]
-        for mode in ("scores", "store", "lean", "partial")
+        for mode in ("scores", "store", "partial", "lean")
     )
-    for stats in (store, lean):
+    for stats in others:
         assert all(map(torch.equal, stats, scores))
-    # here a second sweep begins within a block (on a GPU rows are kept in whole blocks), and
-    # numpy's product of a row may have other bits at another place in its block
-    num_kept = half_kept(60, 0)
-    for ours, expected in zip(partial, scores, strict=True):
-        assert torch.equal(ours[:num_kept], expected[:num_kept])
-        torch.testing.assert_close(ours[num_kept:], expected[num_kept:], rtol=0, atol=2e-6)
 
 
 @both_routes
