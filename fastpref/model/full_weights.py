@@ -179,7 +179,11 @@ def find_misfit(build: Callable[[], Any], found: Shapes) -> tuple[list[str], lis
     second_names = names - dict(model.named_parameters()).keys()
     state = {name: x for name, x in model.state_dict().items() if name not in second_names}
     in_memory, on_disk = shapes_of(state), shapes_of(revert_weight_conversion(model, state))
-    needed = max((on_disk, in_memory), key=lambda shapes: len(shapes.keys() & found.keys()))
+    # saved without its head: transformers adds the prefix
+    prefix = f"{model.base_model_prefix}."
+    of_body = {name.removeprefix(prefix): shape for name, shape in on_disk.items()}
+    spellings = (on_disk, in_memory, of_body)
+    needed = max(spellings, key=lambda shapes: len(shapes.keys() & found.keys()))
     missing = [name for name in needed if name not in found]
     wrong = [
         f"{name} ({list(found[name])}, the model has {list(shape)})"
