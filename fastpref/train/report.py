@@ -150,9 +150,13 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
         return
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(4.6 * columns, 3.2 * rows), squeeze=False, layout="constrained"
+    width, height = 4.6 * columns, 3.2 * rows
+    figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    # room for labels in inches: a layout that finds it out takes as long as the drawing
+    figure.subplots_adjust(
+        left=0.85 / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.3 / height
     )
+    figure.subplots_adjust(wspace=1.0 / 3.6, hspace=0.85 / 2.35)
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
     for axes, (title, metrics, unit) in zip(grid.flat, panels, strict=False):

@@ -94,7 +94,7 @@ def test_a_rank_that_is_gone_ends_the_other_and_is_named(base, tmp_path, victim,
     assert message in said.splitlines()[-1] and "Traceback" not in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_rank_ends_both_at_the_same_step_with_everything_saved(
     base, tmp_path, number
 ):

@@ -55,20 +55,20 @@ def train_in_starts(base: Path, run_dir: Path, options: list[str], steps_of_star
     assert codes == [75] * starts + [0] * (len(codes) - starts) and codes[-1] == 0, codes
 
 
-def train_whole_and_in_starts(base: Path, out: Path, names: list[str]) -> None:
-    for name in names:
+def train_whole_and_in_starts(base: Path, out: Path, steps_of_starts: dict[str, int]) -> None:
+    for name, num_steps in steps_of_starts.items():
         assert run(arguments(base, out / name / "whole", *JOBS[name])) == 0
-        train_in_starts(base, out / name / "cut", JOBS[name], 1)
+        train_in_starts(base, out / name / "cut", JOBS[name], num_steps)
 
 
-@pytest.mark.parametrize("name", list(JOBS))
-def test_stopped_after_every_step_a_run_ends_bitwise_the_same(base, tmp_path, name, monkeypatch):
-    train_whole_and_in_starts(base, tmp_path, [name])
+@pytest.mark.parametrize(("name", "num_steps"), [("dpo", 1), ("tdpo2", 2), ("sft", 3)])
+def test_stopped_again_and_again_a_run_ends_bitwise_the_same(base, tmp_path, name, num_steps):
+    train_whole_and_in_starts(base, tmp_path, {name: num_steps})
     assert_same_end(tmp_path / name / "cut", tmp_path / name / "whole")
 
 
-def test_stopped_after_every_step_two_ranks_end_bitwise_the_same(base, tmp_path):
-    run_on_ranks(train_whole_and_in_starts, 2, base, tmp_path, list(JOBS))
+def test_stopped_again_and_again_two_ranks_end_bitwise_the_same(base, tmp_path):
+    run_on_ranks(train_whole_and_in_starts, 2, base, tmp_path, dict.fromkeys(JOBS, 4))
     for name in JOBS:
         assert_same_end(tmp_path / name / "cut", tmp_path / name / "whole")
 
@@ -303,8 +303,13 @@ SEAMS = {
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("doing", list(SEAMS))
+@pytest.mark.parametrize(
+    ("doing", "number"),
+    [
+        *((doing, signal.SIGTERM) for doing in SEAMS),
+        *(("saving", number) for number in (signal.SIGINT, signal.SIGUSR1)),
+    ],
+)
 def test_a_signal_at_any_time_is_answered_when_everything_is_saved(
     base, whole, tmp_path, monkeypatch, doing, number
 ):
