@@ -105,9 +105,10 @@ def values_and_gradients(
 
 
 def half_kept(num_rows, row_bytes):
-    """Of a call in the partial mode: about half of its rows, in whole blocks of 128 as on a GPU:
-    NumPy's product of a row has other last bits at another place in its block."""
-    return min(num_rows, -(-num_rows // 256) * 128)
+    """Of a call in the partial mode: about half of its rows, in whole blocks of 128 as on a GPU,
+    without which NumPy's product of a row has other last bits; of fewer rows in blocks of 32."""
+    multiple = 128 if num_rows > 128 else 32
+    return min(num_rows, -(-num_rows // (2 * multiple)) * multiple)
 
 
 @contextmanager

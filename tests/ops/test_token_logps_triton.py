@@ -29,7 +29,7 @@ from fastpref_kernels.workspace import keeping_mode, kept_rows
 pytestmark = [pytest.mark.gpu] if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, V, D: several blocks of rows and columns with ragged ends; rows that no tensor descriptor takes
-SHAPES = {"fused": (300, 700, 136), "products": (300, 2100, 123)}
+SHAPES = {"fused": (150, 700, 136), "products": (60, 1100, 123)}
 MODES = ["store", "partial", "lean", "frozen"]
 TRANSFORMS = {
     "plain": {},
@@ -164,8 +164,8 @@ def test_gradients_of_certain_tokens_keep_their_digits(route, monkeypatch):
 
 
 @pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
-def test_a_row_alone_is_the_same_row_among_4096(route, monkeypatch):
-    N, V, D = 4096, 300, 64
+def test_a_row_alone_is_the_same_row_among_2048(route, monkeypatch):
+    N, V, D = 2048, 300, 64
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
     (input, weight, bias), _, target_N, _ = case(N, V, D, dtype=dtype)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_row_alone_is_the_same_row_among_4096(route, monkeypatch):
         force(mode, monkeypatch)
         weight.requires_grad_(mode != "frozen")
         bias.requires_grad_(mode != "frozen")
-        for rows in (slice(1, 2), slice(131, 150), slice(4000, 4096)):
+        for rows in (slice(1, 2), slice(131, 150), slice(2000, 2048)):
             part_R = token_logps(input[rows], weight, target_N[rows], linear_bias=bias)
             assert torch.equal(part_R, batch_N[rows])
 
@@ -187,7 +187,8 @@ def test_a_row_alone_is_the_same_row_among_4096(route, monkeypatch):
 @pytest.mark.parametrize("transform", ["plain", "softcap"])
 def test_a_row_has_the_same_bits_in_every_mode(route, transform, monkeypatch):
     """A policy with gradients and its reference without begin at a log-ratio of exactly zero."""
-    (input, weight, bias), _, target_N, _ = case(*SHAPES[route], dtype=torch.bfloat16)
+    _, V, D = SHAPES[route]
+    (input, weight, bias), _, target_N, _ = case(150, V, D, dtype=torch.bfloat16)
     head = token_logps_triton.Head(
         input.detach(),
         weight.detach(),
