@@ -9,18 +9,18 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from triton import language as tl
     from triton.runtime import interpreter
 
-    languages = (tl, tl.core)
-
     @cache
     def languages_of(function: Any) -> list[ModuleType]:
         values = function.__globals__.values()
-        return [lang for lang in languages if any(value is lang for value in values)]
+        return [lang for lang in (tl, tl.core) if any(value is lang for value in values)]
 
-    def make_interpreted(function: Any, patch_anew: Any = interpreter._patch_lang) -> Any:
-        """Looking for what is to be replaced takes half of a test's time, and within a kernel it
-        has been replaced."""
+    def patch_once(function: Any, patch: Any = getattr(interpreter, "_patch_lang", None)) -> Any:
+        """Looking for what is to be replaced takes half of a test's time, and a function that a
+        kernel calls finds it replaced."""
         if any(tl.core.is_builtin(lang.load) for lang in languages_of(function)):
-            return patch_anew(function)
+            return patch(function)
         return interpreter._LangPatchScope()
 
-    interpreter._patch_lang = make_interpreted
+    # private names: another version may do without them
+    if hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = patch_once
