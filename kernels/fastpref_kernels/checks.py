@@ -100,7 +100,7 @@ def check_tensor(
         raise ValueError(f"{name} must be one of {expected}, got {tensor.dtype}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the first argument, got {tensor.device}")
-    if not torch.compiler.is_compiling() and _has_tangent(tensor):
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(tensor).tangent is not None:
         raise ValueError(
             f"{name} has a forward-mode gradient, and the op has a backward one alone: "
             "torch.autograd.grad, not torch.func.jvp"
@@ -115,11 +115,6 @@ def check_range(name: str, index: Tensor, end: int) -> None:
     if low < 0 or high >= end:
         worst = low if low < 0 else high
         raise ValueError(f"{name} must be in [0, {end}), got {worst.item()}")
-
-
-def _has_tangent(tensor: Tensor) -> bool:
-    in_forward_mode = forward_ad._current_level >= 0
-    return in_forward_mode and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _on_cpu(tensor: Tensor) -> bool:
