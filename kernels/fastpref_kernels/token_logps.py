@@ -32,11 +32,11 @@ def token_logps(
 
     Args:
         input: Hidden states, (N, D), bfloat16, float16 or float32, any strides; N may be 0.
-        linear_weight: LM-head weight, (V, D), the same dtypes, not necessarily input's. Bias
-            columns of -inf (a padded vocabulary) have probability 0.
+        linear_weight: LM-head weight, (V, D), the same dtypes, not necessarily input's.
         target: Token ids, (N,) int64 or int32, in [0, V) or `ignore_index`. Checked on the CPU;
             on a GPU an id out of range scores -inf.
-        linear_bias: LM-head bias, (V,).
+        linear_bias: LM-head bias, (V,). A column of -inf (a padded vocabulary) has probability 0;
+            under a softcap it has the logit -cap, as in the definition.
         logit_scale: Multiplies the logits before the softcap, > 0.
         logit_softcap: Bounds the logits by cap · tanh(z / cap), > 0; None for no bound.
         ignore_index: Rows with this target score 0 and get zero gradient, whatever `input` holds
