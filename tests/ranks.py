@@ -5,7 +5,8 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from multiprocessing import reduction
+from typing import Any, NamedTuple
 
 import torch.multiprocessing as mp
 
@@ -14,8 +15,36 @@ from fastpref.cli.command_line import leave
 # many times what any test needs; a deadlock must not hang the suite
 TIMEOUT_SECONDS = 300
 
-# ranks are forked from a process that imported what takes seconds, and did nothing else
+# ranks are forked from a process that has imported what takes seconds, and did nothing else
 multiprocessing.set_forkserver_preload(["fastpref.train.task", "hydra", "peft", "pytest"])
+
+
+class OfTest(NamedTuple):
+    """What that process cannot know: it has the variables and the streams of its own start."""
+
+    variables: dict[str, str]
+    streams: tuple["Stream", "Stream"]
+
+    def take(self) -> None:
+        """Have them in this process."""
+        os.environ.clear()
+        os.environ.update(self.variables)
+        for stream, number in zip(self.streams, (1, 2), strict=True):
+            os.dup2(stream.number, number)
+
+
+class Stream:
+    """A file descriptor, whatever its number becomes in another process."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _stream_of, (reduction.DupFd(self.number),)
+
+
+def _stream_of(duplicate: Any) -> Stream:
+    return Stream(duplicate.detach())
 
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> None:
@@ -23,11 +52,10 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> N
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    # the process that ranks are forked from has the variables of its own start
-    environment = dict(os.environ)
+    of_test = OfTest(dict(os.environ), (Stream(1), Stream(2)))
     ranks = mp.start_processes(
         _enter,
-        (world_size, port, environment, function, args),
+        (world_size, port, of_test, function, args),
         world_size,
         join=False,
         start_method="forkserver",
@@ -45,12 +73,11 @@ def _enter(
     rank: int,
     world_size: int,
     port: int,
-    environment: dict[str, str],
+    of_test: OfTest,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+    of_test.take()
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
