@@ -72,8 +72,8 @@ def test_a_tokenizer_of_a_folder_of_its_own_serves_every_task(model_dir, tmp_pat
         "base_data_dir": str(tmp_path),
         "n_eval_examples": 0,
     }
-    assert main(Config(task="audit", **options)) == 0
-    assert main(Config(task="train", run_dir=str(tmp_path / "run"), **options)) == 0
+    for task, run_dir in (("audit", tmp_path / "audit"), ("train", tmp_path / "run")):
+        assert main(Config(task=task, run_dir=str(run_dir), **options)) == 0
     weights = WeightsConfig(
         positive=str(tmp_path / "run"), negative=str(bare), output_dir=str(tmp_path / "weights")
     )
