@@ -20,7 +20,7 @@ multiprocessing.set_forkserver_preload(["fastpref.train.task", "hydra", "peft", 
 
 
 class OfTest(NamedTuple):
-    """What that process cannot know: it has the variables and the streams of its own start."""
+    """What the process that ranks are forked from has not: it began before this test did."""
 
     variables: dict[str, str]
     streams: tuple["Stream", "Stream"]

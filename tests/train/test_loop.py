@@ -208,7 +208,6 @@ def test_compiled_blocks_give_the_same_step(base, tmp_path, loss, recompute):
         assert records[1][key] == pytest.approx(records[0][key], rel=1e-5), key
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_rows_of_one_length_are_compiled_once(base, tmp_path, monkeypatch):
     # what is compiled again is the tracer's decision, not the compiler's behind it
     traced = partial(torch.compile, backend="aot_eager")

@@ -246,27 +246,26 @@ def test_a_tied_adapter_is_trained_on_with_the_options_that_made_it(base, tmp_pa
 STEPS = ["n_epochs=6", "batch_size=4", "optimizer=AdamW", "lr=1e-3", "adapter.r=4"]
 
 
-def stopped_and_whole(base: Path, out: Path, *options: str) -> None:
-    for name in ("whole", "cut"):
-        command = [*arguments(base, "llama", out / name, "loss=dpo", *STEPS), *options]
-        if name == "whole":
-            assert run(command) == 0
-        else:
-            assert run_in_starts(command, 5)[-1] == 0
+def stopped_and_whole(base: Path, out: Path) -> None:
+    for name, options in (("new", ["adapter.dropout=0.1"]), ("sharded", ["adapter.base=sharded"])):
+        command = [*arguments(base, "llama", out / name / "whole", "loss=dpo", *STEPS), *options]
+        assert run(command) == 0
+        command = [*arguments(base, "llama", out / name / "cut", "loss=dpo", *STEPS), *options]
+        assert run_in_starts(command, 5)[-1] == 0
 
 
 def test_stopped_and_resumed_a_run_ends_bitwise_the_same(base, tmp_path):
-    dropout = "adapter.dropout=0.1"
-    stopped_and_whole(base, tmp_path / "one", dropout)
-    run_on_ranks(stopped_and_whole, 2, base, tmp_path / "two", dropout, "adapter.base=sharded")
-    for folder in ("one", "two"):
-        assert_same_end(
-            tmp_path / folder / "cut",
-            tmp_path / folder / "whole",
-            files=["LATEST/adapter_model.safetensors", "LATEST/adapter_config.json"],
-        )
+    stopped_and_whole(base, tmp_path)
+    run_on_ranks(stopped_and_whole, 2, base, tmp_path / "ranks")
+    for folder in (tmp_path, tmp_path / "ranks"):
+        for name in ("new", "sharded"):
+            assert_same_end(
+                folder / name / "cut",
+                folder / name / "whole",
+                files=["LATEST/adapter_model.safetensors", "LATEST/adapter_config.json"],
+            )
     # of adapters and what trains them, and nothing of the model
-    [newest] = (tmp_path / "one" / "whole" / "checkpoints").glob("step-00000012")
+    [newest] = (tmp_path / "new" / "whole" / "checkpoints").glob("step-00000012")
     saved = FileSystemReader(newest).read_metadata().state_dict_metadata
     assert saved and all("lora_" in name and ".default" in name for name in saved)
 

@@ -1,10 +1,12 @@
 """The closing table and the curves take what a run may leave: every metric in every line or not."""
 
+import itertools
 import logging
 import math
 import sys
 
 import pytest
+from matplotlib import pyplot
 from rich.table import Table
 
 from fastpref.train.report import MIN_WIDTH, by_metric, plot_curves, render, show_results, summarize
@@ -54,6 +56,26 @@ def test_a_run_that_was_stopped_early_or_diverged_has_a_table_and_curves(tmp_pat
     is_drawn = any(isinstance(r.get(f"loss/{r['split']}"), float) for r in records)
     is_finite = is_drawn and not math.isnan(by_metric(records, records[0]["split"]).popitem()[1][0])
     assert (tmp_path / "curves.png").exists() == is_finite
+
+
+@pytest.mark.parametrize("size", [1e-7, 2.5e-4, 0.7, 123.4, 98_765.4, 1e12])
+@pytest.mark.parametrize("metrics", [["loss"], ["loss", "kl"]])
+def test_no_label_leaves_its_panel(tmp_path, monkeypatch, size, metrics):
+    records = [
+        line("train", step, **dict.fromkeys(metrics, value))
+        for step, value in ((1, -size), (50_000, 1.0001 * size), (200_000, -0.9999 * size))
+    ]
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot_curves(records, tmp_path / "curves.png")
+    [figure] = figures
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(panels) == len(metrics)
+    boxes = [axes.get_tightbbox() for axes in panels]
+    for box in boxes:
+        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1), box
+        assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1), box
+    assert all(one.x1 <= other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_the_table_names_the_files_that_are_there(tmp_path):
