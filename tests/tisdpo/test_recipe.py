@@ -235,6 +235,7 @@ def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base,
     assert weights.config.weights.positive == str(tmp_path / "positive")
 
 
+@pytest.mark.looks_at_pictures
 def test_the_sft_recipe_runs_to_the_end(base, tmp_path):
     run_dir = tmp_path / "run"
     assert run(job(base, "tisdpo_s", run_dir=run_dir, n_examples=8)) == 0

@@ -14,6 +14,8 @@ from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogr
 from fastpref.tisdpo.report_html import write_html
 from fastpref.tisdpo.report_plot import lay_out, plot_weights
 
+pytestmark = pytest.mark.looks_at_pictures
+
 
 @pytest.fixture(scope="module")
 def tokenizer():

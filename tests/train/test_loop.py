@@ -274,6 +274,7 @@ def test_two_ranks_give_the_single_process_run(base, tmp_path):
     assert samples[0].splitlines()[:16] == samples[1].splitlines()[:16]
 
 
+@pytest.mark.looks_at_pictures
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path, loss):
     run_dir = run(make_config(base, tmp_path / "run", loss=LOSSES[loss](), n_epochs=8))

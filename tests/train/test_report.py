@@ -12,6 +12,9 @@ from rich.table import Table
 from fastpref.train.report import MIN_WIDTH, by_metric, plot_curves, render, show_results, summarize
 
 
+pytestmark = pytest.mark.looks_at_pictures
+
+
 def line(split: str, step: int, **metrics: object) -> dict[str, object]:
     names = {"loss": f"loss/{split}", "kl": f"kl_{split}/chosen"}
     record = {"step": step, "examples": 8 * step, "split": split, "lr": 1e-6}
