@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from multiprocessing import reduction
+from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
 import torch.multiprocessing as mp
@@ -24,6 +25,11 @@ class OfTest(NamedTuple):
 
     variables: dict[str, str]
     streams: tuple["Stream", "Stream"]
+
+    @classmethod
+    def here(cls) -> "OfTest":
+        """Those of this process."""
+        return cls(dict(os.environ), (Stream(1), Stream(2)))
 
     def take(self) -> None:
         """Have them in this process."""
@@ -49,13 +55,9 @@ def _stream_of(duplicate: Any) -> Stream:
 
 def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> None:
     """Call `function(*args)` in `world_size` processes that see torchrun's variables."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    of_test = OfTest(dict(os.environ), (Stream(1), Stream(2)))
     ranks = mp.start_processes(
         _enter,
-        (world_size, port, of_test, function, args),
+        (world_size, free_port(), OfTest.here(), function, args),
         world_size,
         join=False,
         start_method="forkserver",
@@ -67,6 +69,24 @@ def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> N
             for process in ranks.processes:
                 process.kill()
             raise TimeoutError(f"ranks still running after {TIMEOUT_SECONDS} s")
+
+
+def start_on_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any
+) -> list[ForkServerProcess]:
+    """The same, but the processes are the caller's to wait for and to end."""
+    world = (world_size, free_port(), OfTest.here(), function, args)
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=_enter, args=(rank, *world)) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def _enter(

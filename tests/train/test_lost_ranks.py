@@ -3,16 +3,18 @@
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from ranks import start_on_ranks
+from stopped_runs import run
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
-ROOT = Path(__file__).resolve().parents[2]
+from fastpref.cli.command_line import leave
+
 TIMEOUT_SECONDS = 3
 PATIENT_SECONDS = 60
 """Where no rank is lost, however busy the cores are."""
@@ -28,48 +30,51 @@ def base(tmp_path_factory) -> Path:
     return base
 
 
+class Rank(NamedTuple):
+    """One of two processes of a run."""
+
+    process: ForkServerProcess
+    stderr: Path
+
+
 def start_two(
     base: Path, run_dir: Path, *options: str, timeout: int = TIMEOUT_SECONDS
-) -> list[subprocess.Popen[str]]:
+) -> list[Rank]:
     """Two processes of one run that does not end by itself."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "train.py", "model=blank_model", f"model.name_or_path={base / 'model'}"),
-        *("model.fsdp_policy_mp=null", "datasets=[words]", f"base_data_dir={base}", "loss=dpo"),
-        *(f"run_dir={run_dir}", "max_length=64", "max_prompt_length=32", "batch_size=4"),
-        *("n_epochs=100000", "n_eval_examples=0", "minimum_log_interval_secs=0"),
-        *("checkpoint.every=0", f"parallel.timeout={timeout}", *options),
+        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", "loss=dpo", f"run_dir={run_dir}"),
+        *("max_length=64", "max_prompt_length=32", "batch_size=4", "n_epochs=100000"),
+        *("n_eval_examples=0", "minimum_log_interval_secs=0", "checkpoint.every=0"),
+        *(f"parallel.timeout={timeout}", *options),
     ]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
+    run_dir.parent.mkdir(exist_ok=True)
+    stderr = [run_dir.parent / f"stderr-{rank}" for rank in range(2)]
+    processes = start_on_ranks(train_and_leave, 2, command, stderr)
+    return [Rank(*of_rank) for of_rank in zip(processes, stderr, strict=True)]
 
 
-def wait_for_steps(ranks: list[subprocess.Popen[str]], run_dir: Path) -> None:
+def train_and_leave(command: list[str], stderr: list[Path]) -> None:
+    """What `python train.py` does, its stderr in a file."""
+    with stderr[int(os.environ["RANK"])].open("w") as file:
+        os.dup2(file.fileno(), 2)
+    leave(run(command))
+
+
+def wait_for_steps(ranks: list[Rank], run_dir: Path) -> None:
     deadline = time.monotonic() + 120
     metrics = run_dir / "metrics.jsonl"
     while not metrics.exists() or len(read_metrics(run_dir, "train")) < 3:
-        assert time.monotonic() < deadline and all(rank.poll() is None for rank in ranks)
+        assert time.monotonic() < deadline and all(rank.process.is_alive() for rank in ranks)
         time.sleep(0.1)
 
 
-def end_of(rank: subprocess.Popen[str]) -> tuple[int, str]:
-    try:
-        _, said = rank.communicate(timeout=TIMEOUT_SECONDS + NAMING_SECONDS)
-    finally:
-        rank.kill()
-    return rank.returncode, said
+def end_of(rank: Rank) -> tuple[int | None, str]:
+    """Its exit code, None if it goes on, and what it said."""
+    rank.process.join(timeout=TIMEOUT_SECONDS + NAMING_SECONDS)
+    code = rank.process.exitcode
+    rank.process.kill()
+    return code, rank.stderr.read_text()
 
 
 @pytest.mark.parametrize(
@@ -85,11 +90,11 @@ def test_a_rank_that_is_gone_ends_the_other_and_is_named(base, tmp_path, victim,
     ranks = start_two(base, tmp_path / "run")
     try:
         wait_for_steps(ranks, tmp_path / "run")
-        ranks[victim].send_signal(number)
+        os.kill(ranks[victim].process.pid, number)
         code, said = end_of(ranks[1 - victim])
     finally:
-        ranks[victim].kill()
-        ranks[victim].wait()
+        ranks[victim].process.kill()
+        ranks[victim].process.join()
     assert code == 7
     assert message in said.splitlines()[-1] and "Traceback" not in said
 
@@ -101,7 +106,7 @@ def test_a_signal_to_one_rank_ends_both_at_the_same_step_with_everything_saved(
     run_dir = tmp_path / "run"
     ranks = start_two(base, run_dir, timeout=PATIENT_SECONDS)
     wait_for_steps(ranks, run_dir)
-    ranks[1].send_signal(number)
+    os.kill(ranks[1].process.pid, number)
     codes, said = zip(*(end_of(rank) for rank in ranks), strict=True)
     assert codes == ((130, 130) if number == signal.SIGINT else (75, 75))
     last = read_metrics(run_dir, "train")[-1]["step"]

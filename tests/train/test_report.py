@@ -11,7 +11,6 @@ from rich.table import Table
 
 from fastpref.train.report import MIN_WIDTH, by_metric, plot_curves, render, show_results, summarize
 
-
 pytestmark = pytest.mark.looks_at_pictures
 
 
