@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from pictures import leave_pictures_blank
 
 # before anything imports torch, datasets or huggingface_hub, which read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -36,9 +37,9 @@ def logger_as_it_was():
 
 @pytest.fixture(autouse=True)
 def blank_pictures(request, monkeypatch):
-    """Pictures are blank but where a test looks at one: drawing is a quarter of a small run."""
+    """Pictures are blank but where a test looks at one."""
     if request.node.get_closest_marker("looks_at_pictures") is None:
-        monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
+        leave_pictures_blank(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
 import torch.multiprocessing as mp
+from pictures import leave_pictures_blank
 
 from fastpref.cli.command_line import leave
 
@@ -17,7 +18,9 @@ from fastpref.cli.command_line import leave
 TIMEOUT_SECONDS = 300
 
 # ranks are forked from a process that has imported what takes seconds, and did nothing else
-multiprocessing.set_forkserver_preload(["fastpref.train.task", "hydra", "peft", "pytest"])
+multiprocessing.set_forkserver_preload(
+    ["fastpref.train.task", "hydra", "matplotlib.pyplot", "peft", "pytest"]
+)
 
 
 class OfTest(NamedTuple):
@@ -106,5 +109,6 @@ def _enter(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    leave_pictures_blank()
     function(*args)
     leave(0)
