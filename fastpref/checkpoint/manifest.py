@@ -7,7 +7,7 @@ digest of itself, so a file that is missing, cut short or altered is found and n
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,17 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     }
     with complete_file(folder / MANIFEST) as file:
         json.dump({"content": content, "xxh3": _digest_of_content(content)}, file, indent=1)
+
+
+def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
+    """Add to a complete checkpoint what was measured of its weights afterwards.
+
+    Raises:
+        CheckpointError: its manifest cannot be read or written.
+    """
+    manifest = read_manifest(folder)
+    if manifest.metrics | metrics != manifest.metrics:
+        write_manifest(folder, replace(manifest, metrics=manifest.metrics | metrics))
 
 
 def read_manifest(folder: Path) -> Manifest:

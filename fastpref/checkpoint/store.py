@@ -25,7 +25,7 @@ from fastpref.checkpoint.folders import (
     step_folders,
     step_of,
 )
-from fastpref.checkpoint.manifest import Checkpoint
+from fastpref.checkpoint.manifest import Checkpoint, add_metrics
 from fastpref.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot
 from fastpref.checkpoint.writer import write_checkpoint
 from fastpref.errors import CheckpointError
@@ -107,8 +107,11 @@ class CheckpointStore:
         self._bug: BaseException | None = None
         # steps that need not be saved again
         self._saved: set[int] = set()
-        if resumed_from and resumed_from.folder.resolve().parent == self.folder.resolve():
-            self._saved.add(resumed_from.step)
+        self._newest = -1
+        if resumed_from and self._is_here(resumed_from.folder):
+            self._newest = resumed_from.step
+            if step_of(resumed_from.folder) is not None:
+                self._saved.add(resumed_from.step)
         agreement.on_main(self._open)
 
     def __enter__(self) -> "CheckpointStore":
@@ -130,7 +133,7 @@ class CheckpointStore:
     ) -> None:
         """Save the state after `step` optimizer steps; waits for the save before it.
 
-        A step that this store has saved already is not saved again.
+        A step that this store has saved already is not saved again; metrics are added to it.
 
         Args:
             step: Optimizer steps done.
@@ -144,6 +147,7 @@ class CheckpointStore:
         self._join()
         beside = self.asynchronous and not last
         if step in self._saved:
+            self.agreement.on_main(lambda: self._add_metrics(step, metrics or {}))
             return
         try:
             snapshot = take_snapshot(
@@ -201,15 +205,27 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
-            newest = max(self._saved, default=-1)
             for path in step_folders(self.folder):
-                if (step_of(path) or 0) > newest:
+                step = step_of(path) or 0
+                if step >= self._newest and step not in self._saved:
                     aside = set_aside(path)
                     logger.warning("%s is not what this run goes on from: now %s", path, aside.name)
         except OSError as error:
             raise CheckpointError(
                 f"{self.folder} cannot be used for checkpoints: {error}"
             ) from error
+
+    def _is_here(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this folder's, which may be a link to another disk."""
+        own = self.folder / checkpoint.name
+        return own.exists() and own.samefile(checkpoint)
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Rank 0: what was measured of a checkpoint that was saved before it was."""
+        try:
+            add_metrics(self.folder / folder_name(step), metrics)
+        except CheckpointError as error:
+            logger.warning("the metrics of step %d are not beside its checkpoint: %s", step, error)
 
     def _write(self, snapshot: Snapshot, started: float, *, beside: bool) -> None:
         """Write a snapshot and report how it went."""

@@ -1,6 +1,7 @@
 """When a run's state is saved, and what is said of it."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.signals import DEADLINE, StopRequest
-from fastpref.train.comparison import FORMAT
+from fastpref.train.comparison import FORMAT, HELD_OUT
 from fastpref.train.metrics import Record
 from fastpref.train.run import Run
 
@@ -46,7 +47,15 @@ class Checkpoints:
         self._options = options
         self._deadline = Deadline(options.deadline_seconds(), num_bytes / WRITE_RATE)
         self._error: str | None = None
-        self._metrics: dict[str, float] = {}
+        start = run.start.checkpoint
+        self._metrics = dict(start.manifest.metrics) if start else {}
+
+    def after_evaluation(self, evaluation: Record | None, stop: StopRequest) -> None:
+        """One that an earlier start did not come to the end of, or that of the beginning; its
+        numbers are added to those of the checkpoint that the run goes on from."""
+        self.check_metric(evaluation)
+        if evaluation is not None and self._run.state.step and self._is_best(evaluation):
+            self.save(stop)
 
     def after_step(self, evaluation: Record | None, stop: StopRequest) -> None:
         """Save if it is time to, and ask to stop if the deadline comes near.
@@ -86,6 +95,7 @@ class Checkpoints:
             "state": state.to_json() | {"seconds": state.seconds + run.seconds()},
             "options": asdict(run.config),
             "fingerprints": run.fingerprints,
+            "unwritten": run.log.unwritten,
         }
         metrics = self._metrics if state.evaluated == state.step else {}
         parts = (run.policy, run.updates.optimizer, run.updates.scheduler)
@@ -134,15 +144,18 @@ class Checkpoints:
         self._metrics = {
             name: value for name, value in evaluation.items() if isinstance(value, float)
         }
-        best, state = self._store.best, self._run.state
+        best, run = self._store.best, self._run
         if best is None:
             return False
         self.check_metric(evaluation)
-        value = self._metrics[best.metric]
+        state, value = run.state, self._metrics[best.metric]
+        # of another metric or other rows, an earlier best says nothing
+        best_of = f"{best.metric} of {run.fingerprints[HELD_OUT]}"
+        before = state.best if state.best_of == best_of else None
         sign = 1 if best.higher_is_better else -1
-        if state.best is not None and not sign * value > sign * state.best:
+        if not math.isfinite(value) or (before is not None and not sign * value > sign * before):
             return False
-        state.best = value
+        state.best, state.best_of = value, best_of
         return True
 
 

@@ -12,6 +12,8 @@ logger = logging.getLogger("fastpref")
 
 FORMAT = 1
 """Of the record in a checkpoint."""
+HELD_OUT = "held-out data"
+"""The fingerprint that updates do not depend on; "none" where there are no such rows."""
 
 
 def check_same_run(
@@ -29,7 +31,7 @@ def check_same_run(
         folder: Of the checkpoint.
         record: Its own.
         options: All of this start.
-        fingerprints: Of data, tokenizer and model.
+        fingerprints: Of data, held-out data, tokenizer and model.
         allow: Names of what may differ all the same.
 
     Raises:
@@ -45,10 +47,12 @@ def check_same_run(
         for difference in list_differences(record["options"], options)
     ]
     before = record["fingerprints"]
+    effects = {HELD_OUT: "no effect on the updates, other numbers of evaluations"}
     found += [
-        (Difference(name, before[name][:12], digest[:12]), "")
+        (Difference(name, before[name][:12], digest[:12]), effects.get(name, ""))
         for name, digest in fingerprints.items()
-        if before[name] != digest
+        # checkpoints of earlier versions have no digest of the held-out data
+        if before.get(name, digest) != digest
     ]
     lines = [_line(difference, effect, allow) for difference, effect in found]
     refused = [d.key for d, effect in found if not effect and not is_among(d.key, allow)]

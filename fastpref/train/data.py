@@ -37,7 +37,7 @@ class Data(NamedTuple):
 
     def fingerprints(self, model: ModelConfig, world: World) -> dict[str, str]:
         """What tells rows, tokenizer and model from others, see `take_fingerprints`."""
-        return take_fingerprints(model, self.train, self.texts, world)
+        return take_fingerprints(model, (self.train, self.eval), self.texts, world)
 
     @property
     def longest(self) -> int:

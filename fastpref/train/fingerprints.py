@@ -1,7 +1,8 @@
 """What tells one run's data, tokenizer and model from another's, wherever they lie."""
 
 import hashlib
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -10,41 +11,42 @@ from fastpref.data.encode import PreferenceSplit, tokenizer_digest
 from fastpref.data.weights_file import template_digest
 from fastpref.distributed import World
 from fastpref.model.identity import model_identity
+from fastpref.train.comparison import HELD_OUT
 
 ROWS_AT_ONCE = 8192
 
 
-class Fingerprints(NamedTuple):
-    """64 hexadecimal digits each."""
-
-    data: str
-    """Token ids, weights and order of the rows to train on."""
-    tokenizer: str
-    """Vocabulary and chat template, which the exported model has beside it."""
-    model: str
-    """The weights that the run started from, and its reference."""
-
-
 def take_fingerprints(
-    model: ModelConfig, train: PreferenceSplit, texts: tuple[Any, str | None], world: World
+    model: ModelConfig,
+    splits: Sequence[PreferenceSplit | None],
+    texts: tuple[Any, str | None],
+    world: World,
 ) -> dict[str, str]:
-    """Those of a run by name, computed by rank 0, which reads every byte: a second a gigabyte.
+    """Those of a run, computed by rank 0, which reads every byte: a second a gigabyte.
 
     Args:
         model: Options of the model.
-        train: Rows to train on.
+        splits: Rows to train on, and those held out or None.
         texts: Tokenizer, and the chat template that replaces its own or None.
         world: Whoever runs.
+
+    Returns:
+        64 hexadecimal digits each. data: token ids, weights and order of the rows to train on;
+        held-out data: the same of the others; tokenizer: vocabulary and chat template, which the
+        exported model has beside it; model: the weights that the run started from, and its
+        reference.
     """
 
     def compute() -> dict[str, str]:
         tokenizer, chat_template = texts
         digests = tokenizer_digest(tokenizer) + str(template_digest(chat_template))
-        return Fingerprints(
-            data=split_digest(train),
-            tokenizer=hashlib.sha256(digests.encode()).hexdigest(),
-            model=model_identity(model),
-        )._asdict()
+        train, held_out = (split_digest(split) if split else "none" for split in splits)
+        return {
+            "data": train,
+            HELD_OUT: held_out,
+            "tokenizer": hashlib.sha256(digests.encode()).hexdigest(),
+            "model": model_identity(model),
+        }
 
     return world.on_main(compute)
 

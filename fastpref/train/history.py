@@ -1,7 +1,7 @@
 """What a run folder tells of the steps before a checkpoint, without those that came after it."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from fastpref.train.state import RunState
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
-def bring_history(source: Path, run_dir: Path, state: RunState) -> None:
+def bring_history(
+    source: Path, run_dir: Path, state: RunState, unwritten: Sequence[str] = ()
+) -> None:
     """Bring metrics and samples to where a run is gone on with, in its folder.
 
     What a start that did not end well wrote after its last checkpoint is computed again.
@@ -20,6 +22,7 @@ def bring_history(source: Path, run_dir: Path, state: RunState) -> None:
         source: The run folder that the checkpoint is of; `run_dir` itself or another one.
         run_dir: The run folder to write in.
         state: Of the checkpoint.
+        unwritten: Lines of metrics that only the checkpoint has: their file did not take them.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -28,6 +31,8 @@ def bring_history(source: Path, run_dir: Path, state: RunState) -> None:
         if not (source / name).is_file():
             continue
         kept = [line for line, record in _lines(source / name) if is_before(record, state)]
+        if name == METRICS:
+            kept += [line for line in unwritten if line not in kept]
         with complete_file(run_dir / name) as file:
             file.writelines(kept)
 

@@ -19,7 +19,7 @@ def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
     order, state = run.train.order, run.state
     eval_steps = steps_between_evals(run.config.eval_every, run.config.batch_size)
     if is_evaluation_due(run, eval_steps):
-        checkpoints.check_metric(evaluate(run, stop))
+        checkpoints.after_evaluation(evaluate(run, stop), stop)
     progress = Progress(total=order.num_steps, visible=run.world.is_main)
     progress.advance(state.step)
     with progress, run.train.steps(run.world, state.step) as steps:

@@ -81,7 +81,9 @@ class MetricsLog:
     """Of a step; None where it is not known."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
-    _is_writable: bool = True
+    unwritten: list[str] = field(default_factory=list)
+    """Lines that the file did not take; tried again where it is brought to the disk."""
+    _is_refused: bool = False
     _pending: list[PendingStep] = field(default_factory=list)
     _last_flush: float = field(default_factory=time.perf_counter)
 
@@ -118,11 +120,12 @@ class MetricsLog:
                 "counters/examples": step.examples,
                 "counters/updates": step.step,
             }
-            self.write(record)
+            self._add(record)
             if step.step == 1 and self.first_loss_tolerance is not None:
                 check_first_loss(record["loss/train"], self.first_loss_tolerance)
         self._pending.clear()
         self.restart_clock()
+        self._write_lines()
         return self.records[-1]
 
     def _utilization(self, seconds: float) -> dict[str, float]:
@@ -141,35 +144,54 @@ class MetricsLog:
         """Append one record; a number that is not finite is written as null, as JSON has none.
 
         Raises:
-            CheckpointError: the file cannot be written; said once, then records are kept in
-                memory only.
+            CheckpointError: the file cannot be written; said once, then lines are kept in memory
+                until `bring_to_disk`.
         """
+        self._add(record)
+        self._write_lines()
+
+    def _add(self, record: Record) -> None:
         self.records.append(record)
         for tracker in list(self.trackers):
             self._try(tracker, partial(tracker.log, record))
-        if not self._is_writable:
-            return
         line = {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        # until it is written
-        self._is_writable = False
-        with writing(self.path), self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
-        self._is_writable = True
+        self.unwritten.append(json.dumps(line) + "\n")
+
+    def _write_lines(self) -> None:
+        """All of them, or none and the file as it was."""
+        if self._is_refused:
+            return
+        self._is_refused = True
+        content = "".join(self.unwritten).encode()
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self.unwritten.clear()
+        self._is_refused = False
 
     def forget_from(self, step: int) -> None:
         """Do not write the waiting steps from `step` on."""
         self._pending = [pending for pending in self._pending if pending.step < step]
 
     def bring_to_disk(self) -> None:
-        """What was written survives a power failure.
+        """What was written survives a power failure; lines that the file did not take have another
+        chance.
 
         Raises:
             CheckpointError: it cannot be brought there.
         """
-        if self.is_main and self._is_writable and self.path.is_file():
+        self._is_refused = False
+        if self.unwritten:
+            self._write_lines()
+        if self.is_main and self.path.is_file():
             with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 

@@ -16,7 +16,8 @@ from fastpref.errors import ConfigError
 from fastpref.train.differences import effect_of, list_differences
 from fastpref.train.history import METRICS, bring_history, read_records
 from fastpref.train.metrics import MetricsLog, first_loss_tolerance
-from fastpref.train.run_folder import OPTIONS, clear_start, lock, took_no_step
+from fastpref.train.origin import keep_origin
+from fastpref.train.run_folder import OPTIONS, clear_start, names_in, took_no_step
 from fastpref.train.start import Start
 from fastpref.train.trackers import build_trackers
 from fastpref.train.utilization import UsefulWork
@@ -38,55 +39,51 @@ def open_run_dir(start: Start, options: str, world: World) -> Path:
     """
     if start.checkpoint is None:
         return world.on_main(partial(_open_without_checkpoint, start, options))
-    source = start.checkpoint.folder.resolve().parents[1]
-    return world.on_main(partial(_open_with_checkpoint, start, source, options))
+    return world.on_main(partial(_open_with_checkpoint, start, start.checkpoint.folder, options))
 
 
 def _open_without_checkpoint(start: Start, options: str) -> Path:
     run_dir = start.run_dir
-    if run_dir is None or _is_new(run_dir):
+    if run_dir is None or not names_in(run_dir) or took_no_step(run_dir):
         return start.place.create(options)
-    lock(run_dir)
-    begin_anew(run_dir, options)
-    return run_dir
-
-
-def _open_with_checkpoint(start: Start, source: Path, options: str) -> Path:
-    """The checkpoint's own run folder, or a new one with its history."""
-    run_dir = start.run_dir
-    if run_dir is None or run_dir.resolve() != source:
-        start.place.check()
-        run_dir = start.place.create(options)
-    lock(run_dir)
-    with writing(run_dir):
-        keep_options(run_dir, options, start.state.step)
-        bring_history(source, run_dir, start.state)
-    return run_dir
-
-
-def _is_new(run_dir: Path) -> bool:
-    return not run_dir.is_dir() or not any(run_dir.iterdir()) or took_no_step(run_dir)
-
-
-def begin_anew(run_dir: Path, options: str) -> None:
-    """Take the folder of a run that ended before its first checkpoint; a model in it stays until
-    there is another.
-
-    Raises:
-        ConfigError: the folder's run had other numbers.
-    """
-    before = read_options(run_dir)
-    now: Any = OmegaConf.to_container(OmegaConf.create(options))
-    changed = [
-        str(difference)
-        for difference in list_differences(before, now)
-        if not effect_of(difference, now["optim"]["schedule"])
-    ]
+    changed = changes_of_numbers(run_dir, options)
+    if changed and start.place.run_dir is None:
+        return start.place.create(options)
     if changed:
         raise ConfigError(
             f"run_dir: {run_dir} holds another run, without a checkpoint to go on from: "
             f"{'; '.join(changed)}; name a new folder"
         )
+    begin_anew(run_dir, options)
+    return run_dir
+
+
+def _open_with_checkpoint(start: Start, checkpoint: Path, options: str) -> Path:
+    """The folder to go on in, or a new one with the checkpoint's history."""
+    run_dir = start.run_dir
+    if run_dir is None:
+        run_dir = start.place.create(options)
+        keep_origin(run_dir, checkpoint)
+    with writing(run_dir):
+        keep_options(run_dir, options, start.state.step)
+        if start.source is not None:
+            bring_history(start.source, run_dir, start.state, start.unwritten)
+    return run_dir
+
+
+def changes_of_numbers(run_dir: Path, options: str) -> list[str]:
+    """Options of the run in a folder that differ now, and change its numbers."""
+    now: Any = OmegaConf.to_container(OmegaConf.create(options))
+    return [
+        str(difference)
+        for difference in list_differences(read_options(run_dir), now)
+        if not effect_of(difference, now["optim"]["schedule"])
+    ]
+
+
+def begin_anew(run_dir: Path, options: str) -> None:
+    """Take the folder of a run that ended before its first checkpoint; a model in it stays until
+    there is another."""
     logger.info("%s: the run in it ended before its first checkpoint and begins anew", run_dir)
     clear_start(run_dir, keep_model=True)
     with complete_file(run_dir / OPTIONS) as file:

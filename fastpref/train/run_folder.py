@@ -5,6 +5,7 @@ import fcntl
 import getpass
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,7 @@ class RunPlace:
             raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
 
     def create(self, options: str) -> Path:
-        """A new run folder with the options in it as `config.yaml`.
+        """A new run folder, locked, with the options in it as `config.yaml`.
 
         Two starts in one second get two folders: making a folder is what claims its name.
 
@@ -66,13 +67,22 @@ class RunPlace:
         """
         with writing(self.run_dir or self.root):
             run_dir = self._claim()
+            lock(run_dir)
             (run_dir / OPTIONS).write_text(options, encoding="utf-8")
         return run_dir
 
     def newest_with(self, name: str) -> Path | None:
-        """The newest folder of a run of this name that holds `name`."""
-        folders = [path.parent for path in self.root.glob(f"{self.name}_*/{name}")]
-        return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+        """Of this name's run folders that hold `name` the one that was made last, by their names:
+        a folder's time changes with what is put into it."""
+        named = self.root / self.name
+        made = re.compile(rf"{re.escape(named.name)}_({TIME})(?:_(\d+))?")
+        folders = named.parent.iterdir() if named.parent.is_dir() else ()
+        found = [
+            (match[1], int(match[2] or 1), folder)
+            for folder in folders
+            if (match := made.fullmatch(folder.name)) and os.path.lexists(folder / name)
+        ]
+        return max(found)[2] if found else None
 
     def references(self, cache_dir: str | None) -> Path:
         """Where log-probabilities of references are kept: the folder that was named, or one among
@@ -84,7 +94,7 @@ class RunPlace:
             return _claim(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock(self.run_dir)
-        if names_in(self.run_dir) - {LOCK}:
+        if names_in(self.run_dir):
             logger.info("%s: what a start without a single step has left is replaced", self.run_dir)
             clear_start(self.run_dir)
         return self.run_dir
@@ -109,6 +119,10 @@ LOCK = ".lock"
 """In a run folder: locked by the process that writes there."""
 AUDIT_PAGE = "audit.html"
 """What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
+PROBE = ".fastpref-"
+"""How a folder's name begins that is made to see whether one can be, and goes at once."""
+TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
+"""In the name of a run folder."""
 LEFT_AT_THE_START = (
     *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"),
     *("wandb", "wandb-id"),
@@ -119,8 +133,9 @@ LEFT_AT_THE_START = (
 
 
 def names_in(run_dir: Path) -> set[str]:
-    """What lies in a run folder, but for the page of an audit."""
-    return {child.name for child in run_dir.iterdir()} - {AUDIT_PAGE}
+    """What a run has left in its folder, but for its lock."""
+    names = {child.name for child in run_dir.iterdir()} - {AUDIT_PAGE, LOCK}
+    return {name for name in names if not name.startswith(PROBE)}
 
 
 def took_no_step(run_dir: Path) -> bool:
@@ -152,13 +167,24 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
     try:
         # permissions do not tell: the disk may be mounted read-only, or full, or belong to others
-        os.rmdir(tempfile.mkdtemp(prefix=".fastpref-", dir=existing))
+        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=existing))
     except OSError as error:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
 _locks: dict[Path, IO[str]] = {}
 """Open files of the run folders that this process has locked."""
+
+
+@contextmanager
+def keeping_locks() -> Iterator[None]:
+    """Run folders that are locked while this is entered are let go of when it is left."""
+    before = set(_locks)
+    try:
+        yield
+    finally:
+        for run_dir in _locks.keys() - before:
+            _locks.pop(run_dir).close()
 
 
 @contextmanager
@@ -187,7 +213,7 @@ def lock(run_dir: Path) -> None:
     if run_dir.resolve() in _locks:
         return
     with writing(run_dir):
-        file = (run_dir / LOCK).open("w", encoding="utf-8")
+        file = (run_dir / LOCK).open("a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

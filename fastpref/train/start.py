@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,8 @@ from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.comparison import check_same_run
-from fastpref.train.run_folder import OPTIONS, RunPlace
+from fastpref.train.origin import is_branch_of, origin_of, run_of
+from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
 from fastpref.train.state import RunState
 from fastpref.train.updates import Updates
 
@@ -31,8 +32,11 @@ class Start:
     place: RunPlace
     """Where a new run folder is made."""
     run_dir: Path | None = None
-    """The run folder to go on in; None: a new one."""
+    """The run folder to go on in, locked; None: a new one."""
     checkpoint: Checkpoint | None = None
+    source: Path | None = None
+    """The run folder that the checkpoint lies in: `run_dir`, or the one that it branches off from;
+    None: it lies in none."""
     record: dict[str, Any] = field(default_factory=dict)
     """What the run said of itself when it was saved: state, options, fingerprints."""
 
@@ -40,6 +44,11 @@ class Start:
     def state(self) -> RunState:
         """Where the run is gone on with."""
         return RunState.from_json(self.record["state"]) if self.record else RunState()
+
+    @property
+    def unwritten(self) -> list[str]:
+        """Lines of metrics that could not be written when it was saved."""
+        return self.record.get("unwritten", [])
 
     def check(
         self, options: dict[str, Any], fingerprints: dict[str, str], *, allow: Sequence[str]
@@ -95,25 +104,64 @@ def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:
     """
     if resume == "never":
         return Start(agreement=agreement, place=place)
-    run_dir, checkpoint = agreement.on_main(lambda: _find(resume, place))
-    if checkpoint is None:
-        looked_in = run_dir or place.run_dir or place.root
+    found = agreement.on_main(lambda: _find(resume, place))
+    if found.checkpoint is None:
+        looked_in = found.run_dir or place.run_dir or place.root
         logger.info("resume=auto: no checkpoint in %s, a new start", looked_in)
-        return Start(agreement=agreement, place=place, run_dir=run_dir)
-    record = read_record(checkpoint, agreement)
-    return Start(
-        agreement=agreement, place=place, run_dir=run_dir, checkpoint=checkpoint, record=record
-    )
+        return Start(agreement=agreement, place=place, run_dir=found.run_dir)
+    record = read_record(found.checkpoint, agreement)
+    return Start(agreement=agreement, place=place, record=record, **found._asdict())
 
 
-def _find(resume: str, place: RunPlace) -> tuple[Path | None, Checkpoint | None]:
-    """The run folder to go on in, if it is there, and the checkpoint."""
+class Found(NamedTuple):
+    """What there is to go on with, see `Start`."""
+
+    run_dir: Path | None = None
+    checkpoint: Checkpoint | None = None
+    source: Path | None = None
+
+
+def _find(resume: str, place: RunPlace) -> Found:
+    """A run folder is locked before anything is looked for in it: whoever writes there may have
+    saved something newer, or deleted what was found, by the time it is read."""
     if resume == "auto":
         run_dir = place.run_dir or place.newest_with(CHECKPOINTS)
-        if run_dir is None or not run_dir.is_dir():
-            return None, None
-        return run_dir, find_newest(run_dir / CHECKPOINTS)
-    checkpoint = find_named(Path(resume).expanduser())
-    own = checkpoint.folder.resolve().parents[1]
-    is_run = (own / OPTIONS).is_file()
-    return place.run_dir or (own if is_run else None), checkpoint
+        return _find_in(run_dir) if run_dir and run_dir.is_dir() else Found()
+    path = Path(resume).expanduser()
+    source, run_dir = run_of(path), place.run_dir
+    if run_dir and run_dir.is_dir() and is_branch_of(run_dir, path):
+        return _find_in(run_dir)
+    if source and (run_dir is None or (run_dir.is_dir() and run_dir.samefile(source))):
+        lock(source)
+        return Found(source, find_named(path), source)
+    # before models are loaded for nothing
+    place.check()
+    return Found(None, find_named(path), source)
+
+
+def _find_in(run_dir: Path) -> Found:
+    """The newest checkpoint of a run folder, else the one that it branched off from."""
+    lock(run_dir)
+    check_not_lost(run_dir)
+    checkpoint = find_newest(run_dir / CHECKPOINTS)
+    if checkpoint is not None:
+        return Found(run_dir, checkpoint, run_dir)
+    origin = origin_of(run_dir)
+    return Found(run_dir, find_named(origin), run_of(origin)) if origin else Found(run_dir)
+
+
+def check_not_lost(run_dir: Path) -> None:
+    """Refuse a run folder whose checkpoints were there and are not: its numbers are not to be
+    taken for those of a run that never had one.
+
+    Raises:
+        CheckpointError: they are gone, or on a disk that is.
+    """
+    folder = run_dir / CHECKPOINTS
+    if folder.is_dir() or not names_in(run_dir) or took_no_step(run_dir):
+        return
+    where = f"a link to {folder.readlink()}, which is not there" if folder.is_symlink() else "gone"
+    raise CheckpointError(
+        f"resume=auto: {folder} is {where}, and {run_dir} holds the numbers of a run that had it: "
+        "bring it back, or name a new run_dir"
+    )

@@ -21,6 +21,8 @@ class RunState:
     """Steps done before the last evaluation that came to its end; -1: there was none."""
     best: float | None = None
     """Best value of `checkpoint.keep_best` so far."""
+    best_of: str = ""
+    """Which metric that is, and of which rows."""
     seconds: float = 0.0
     """Wall time of the starts before this one."""
     max_tokens: int | None = None

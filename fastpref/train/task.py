@@ -16,7 +16,7 @@ from fastpref.train.build import build_run
 from fastpref.train.checkpoints import open_checkpoints
 from fastpref.train.ending import finish
 from fastpref.train.loop import run_loop
-from fastpref.train.run_folder import locked, run_place
+from fastpref.train.run_folder import keeping_locks, run_place
 from fastpref.train.start import find_start
 
 logger = logging.getLogger("fastpref")
@@ -30,7 +30,7 @@ def train(config: Config, world: World) -> None:
             and the CheckpointError of a file that cannot be written after the state was saved.
     """
     seed_everything(config.seed)
-    with Agreement(world) as agreement:
+    with keeping_locks(), Agreement(world) as agreement:
         start = find_start(config.resume.path, run_place(config), agreement)
         run = build_run(config, world, start)
         for line in advise(run):
@@ -39,7 +39,6 @@ def train(config: Config, world: World) -> None:
         # for it
         with (
             say_if_stopped(f"what there is lies in {run.run_dir}"),
-            locked(run.run_dir, world),
             closing(run.log),
             StopRequest() as stop,
             open_checkpoints(run) as checkpoints,

@@ -16,6 +16,7 @@ from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
 from fastpref.checkpoint import writer
+from fastpref.checkpoint.manifest import read_manifest
 from fastpref.train import ending, evaluation
 
 STEPS = 12
@@ -325,12 +326,17 @@ def test_a_signal_at_any_time_is_answered_when_everything_is_saved(
     monkeypatch.setattr(module, name, interrupted)
     run_dir = tmp_path / "run"
     # written by the main thread: Python's handlers run there alone
-    command = arguments(base, run_dir, "loss=dpo", "checkpoint.every=4", "checkpoint.mode=sync")
+    options = ["checkpoint.mode=sync", "checkpoint.keep=9", "checkpoint.keep_best=loss/eval"]
+    command = arguments(base, run_dir, "loss=dpo", "checkpoint.every=4", *options)
     assert run([*command, "resume=auto"]) == (130 if number == signal.SIGINT else 75)
     assert (run_dir / "checkpoints" / "latest").is_file()
     monkeypatch.undo()
     assert run([*command, "resume=auto"]) == 0
     assert_same_end(run_dir, whole)
+    # whenever they were measured, the numbers that the best one is chosen by stand beside it
+    for step in (4, 8, 12):
+        manifest = read_manifest(run_dir / "checkpoints" / f"step-{step:08d}")
+        assert "loss/eval" in manifest.metrics
 
 
 def test_a_deadline_ends_the_run_in_time_with_everything_saved(base, tmp_path, capsys):

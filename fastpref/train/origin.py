@@ -1,0 +1,47 @@
+"""Which run a checkpoint is of, and which checkpoint a run branched off from."""
+
+from pathlib import Path
+
+from fastpref.checkpoint.folders import CHECKPOINTS, LATEST
+from fastpref.complete_files import complete_file
+from fastpref.train.run_folder import OPTIONS
+
+ORIGIN = "branched-off-from"
+"""In the folder of a run that began with another run's checkpoint: that checkpoint's path."""
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a path names, or names a checkpoint of; None: it is in none.
+
+    Checkpoints may be links to another disk, so the path as it was given comes first.
+    """
+    for way in (path.absolute(), path.resolve()):
+        runs = [way, *(folder.parent for folder in (way, way.parent) if folder.name == CHECKPOINTS)]
+        found = next((run for run in runs if (run / OPTIONS).is_file()), None)
+        if found is not None:
+            return found
+    return None
+
+
+def keep_origin(run_dir: Path, checkpoint: Path) -> None:
+    """Write into a new run folder which checkpoint it begins with: until it has one of its own that
+    is what it goes on from.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with complete_file(run_dir / ORIGIN) as file:
+        file.write(f"{checkpoint.resolve()}\n")
+
+
+def origin_of(run_dir: Path) -> Path | None:
+    """The checkpoint that a run branched off from, if it did; it may be gone."""
+    path = run_dir / ORIGIN
+    return Path(path.read_text(encoding="utf-8").strip()) if path.is_file() else None
+
+
+def is_branch_of(run_dir: Path, path: Path) -> bool:
+    """Whether a run branched off from the checkpoint that a path names, or one below it."""
+    origin = origin_of(run_dir)
+    below = path.parent if path.name == LATEST else path
+    return origin is not None and origin.is_relative_to(below.resolve())

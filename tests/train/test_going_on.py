@@ -1,0 +1,200 @@
+"""Which checkpoint, in which folder: nothing that a run has left is taken for nothing."""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stopped_runs import assert_same_end, lines_of, run, stopping_after
+from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+
+from fastpref.errors import CheckpointError
+from fastpref.train import loop, metrics, start
+from fastpref.train.run_folder import RunPlace
+
+
+class MachineIsGone(BaseException):
+    """What a run does not get to answer."""
+
+
+FILES = ("LATEST/model.safetensors",)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("going_on")
+    save_dataset(base, "words")
+    save_tiny_model(base / "model")
+    return base
+
+
+def arguments(base: Path, run_dir: Path | None, *options: str) -> list[str]:
+    return [
+        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", "loss=dpo", "max_length=64"),
+        *("max_prompt_length=32", "batch_size=8", "n_examples=32", "n_epochs=null", "lr=1e-3"),
+        *("eval_every=16", "n_eval_examples=8", "eval_batch_size=8", "sample_during_eval=false"),
+        *("minimum_log_interval_secs=0", "checkpoint.every=0", *options),
+        *([f"run_dir={run_dir}"] if run_dir else []),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    assert run(arguments(base, run_dir)) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def stopped(base, tmp_path_factory) -> Path:
+    """After one step of four."""
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    with stopping_after(1):
+        assert run(arguments(base, run_dir)) == 75
+    return run_dir
+
+
+def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
+    base, stopped, whole, tmp_path, monkeypatch
+):
+    branch, before = tmp_path / "branch", lines_of(stopped)
+    command = arguments(base, branch, f"resume={stopped}")
+    real = loop.train_step
+
+    def killed(run: Any, *args: Any) -> Any:
+        if run.state.step == 2:
+            raise MachineIsGone
+        return real(run, *args)
+
+    monkeypatch.setattr(loop, "train_step", killed)
+    with pytest.raises(MachineIsGone):
+        run(command)
+    monkeypatch.undo()
+    assert [line["step"] for line in lines_of(branch)][-1] == 2
+    assert not list((branch / "checkpoints").glob("step-*"))
+    # the same command, or the one that goes on wherever there is something
+    with stopping_after(1):
+        assert run(arguments(base, branch, "resume=auto")) == 75
+    assert run(command) == 0
+    assert_same_end(branch, whole, files=FILES)
+    assert lines_of(stopped) == before
+    # another checkpoint's branch is not this one
+    assert run(arguments(base, branch, f"resume={whole}")) == 2
+
+
+def test_checkpoints_that_were_there_are_missed(base, stopped, tmp_path, capsys):
+    run_dir, disk = tmp_path / "run", tmp_path / "disk"
+    shutil.copytree(stopped, run_dir)
+    (run_dir / "checkpoints").rename(disk)
+    before = lines_of(run_dir)
+    assert run(arguments(base, run_dir, "resume=auto")) == 4
+    assert f"{run_dir / 'checkpoints'} is gone, and" in capsys.readouterr().err
+    (run_dir / "checkpoints").symlink_to(tmp_path / "unmounted")
+    assert run(arguments(base, run_dir, "resume=auto")) == 4
+    assert "unmounted, which is not there, and" in capsys.readouterr().err
+    assert lines_of(run_dir) == before
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step-00000001"])
+def test_checkpoints_may_lie_on_another_disk(base, stopped, whole, tmp_path, linked):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    shutil.move(run_dir / linked, tmp_path / "disk")
+    (run_dir / linked).symlink_to(tmp_path / "disk")
+    assert run(arguments(base, run_dir, "resume=auto")) == 0
+    assert_same_end(run_dir, whole, files=FILES)
+    assert (run_dir / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_a_checkpoint_that_was_set_aside_is_saved_again_under_its_step(base, stopped, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    folder = run_dir / "checkpoints"
+    aside = (folder / "step-00000001").rename(folder / "step-00000001.abandoned")
+    with stopping_after(1):
+        assert run(arguments(base, run_dir, f"resume={aside}")) == 75
+    assert sorted(path.name for path in folder.glob("step-*"))[-1] == "step-00000002"
+    assert [line["step"] for line in lines_of(run_dir) if line["split"] == "train"] == [1, 2]
+
+
+def test_a_folder_is_locked_before_anything_is_looked_for_in_it(
+    base, stopped, tmp_path, monkeypatch, capsys
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    for name in ("find_newest", "find_named"):
+        monkeypatch.setattr(start, name, lambda *_: pytest.fail("looked for"))
+    with (run_dir / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        for resume in ("auto", run_dir):
+            assert run(arguments(base, run_dir, f"resume={resume}")) == 2
+            assert "another process is writing to" in capsys.readouterr().err
+
+
+def test_the_newest_run_of_a_name_is_of_that_name(tmp_path):
+    def make(name: str) -> Path:
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        return tmp_path / name
+
+    def newest(name: str) -> Path | None:
+        return RunPlace(run_dir=None, root=tmp_path, name=name).newest_with("checkpoints")
+
+    run = make("mine_2026-01-02_00-00-00_10")
+    make("mine_2026-01-02_00-00-00_9")
+    make("mine_2026-01-01_00-00-00")
+    make("mine_reverse_2026-02-01_00-00-00")
+    make("mine_2026-02-01_00-00-00.copy")
+    (tmp_path / "mine_2026-03-01_00-00-00").mkdir()
+    assert newest("mine") == run
+    assert newest("min?") is None and newest("m") is None and newest("no/such") is None
+    run = make("a[1]/b*_2026-01-01_00-00-00")
+    assert newest("a[1]/b*") == run
+
+
+def test_a_line_that_the_disk_did_not_take_is_written_with_the_checkpoint(
+    base, whole, tmp_path, monkeypatch
+):
+    run_dir, real = tmp_path / "run", metrics.MetricsLog._write_lines
+    calls = []
+
+    def refused(log: metrics.MetricsLog) -> None:
+        calls.append(log)
+        # of the first step, and again where the checkpoint is saved
+        if 2 <= len(calls) <= num_refused:
+            raise CheckpointError("metrics.jsonl: no space left")
+        real(log)
+
+    monkeypatch.setattr(metrics.MetricsLog, "_write_lines", refused)
+    for num_refused in (2, 3):
+        calls.clear()
+        shutil.rmtree(run_dir, ignore_errors=True)
+        assert run(arguments(base, run_dir, "resume=auto")) == 4
+        steps = [line["step"] for line in lines_of(run_dir)]
+        assert steps == ([0, 1] if num_refused == 2 else [0])
+        assert run(arguments(base, run_dir, "resume=auto")) == 0
+        assert_same_end(run_dir, whole, files=FILES)
+
+
+def test_other_held_out_rows_are_said_and_begin_another_best(base, stopped, tmp_path, capsys):
+    run_dir, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(stopped, run_dir)
+    shutil.copytree(base, moved)
+    write_rows(moved / "words", "test", text_rows(10, seed=7))
+    with stopping_after(1):
+        options = ["resume=auto", "checkpoint.keep_best=loss/eval"]
+        assert run(arguments(moved, run_dir, *options)) == 75
+    assert "held-out data was" in capsys.readouterr().err
+    bests = []
+    for metric in ("loss/eval", "rewards_eval/margins"):
+        options = ["resume=auto", f"checkpoint.keep_best={metric}"]
+        with stopping_after(1 if metric == "loss/eval" else 9):
+            run(arguments(moved, run_dir, *options))
+        newest = max((run_dir / "checkpoints").glob("step-*"))
+        state = json.loads((newest / "state.json").read_text())["record"]["state"]
+        bests.append((state["best_of"].split(" of ")[0], state["best"]))
+        held_out = [record[metric] for record in read_metrics(run_dir, "eval")]
+        assert state["best"] in held_out
+    assert [name for name, _ in bests] == ["loss/eval", "rewards_eval/margins"]
