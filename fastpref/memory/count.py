@@ -7,12 +7,14 @@ from torch import Tensor
 
 from fastpref.errors import first_line
 from fastpref.memory.live_bytes import LiveBytes
+from fastpref.memory.stack import SHALLOW, Stack, find_stack
 from fastpref.memory.stand_ins import ATTENTION, replace_layers
 from fastpref.model.attention.interface import IMPLEMENTATION, PackedRow
 from fastpref.model.blocks import find_blocks
 from fastpref.model.logit_path import last_hidden_states
 from fastpref.model.parallelize import wrap_blocks
 from fastpref.model.quantize import linear_layers
+from fastpref.model.rotary import keep_steady
 from fastpref.model.router import has_router, states_and_router_logits
 
 _ROWS = 8
@@ -110,17 +112,23 @@ def count_token_bytes(
     router_logits = balanced and bool(body) and has_router(model)
     model.eval()
     model.set_attn_implementation(IMPLEMENTATION)
+    keep_steady(model)
     if fused_layers:
         replace_layers(model)
     wrap_blocks(model, block_name, activation_checkpointing=activation_checkpointing)
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         # what becomes of a weight's gradient is no matter of tokens
         parameter.register_post_accumulate_grad_hook(_forget)
+    stack = find_stack(model, find_blocks(model, block_name))
+    batches = [(_ROWS, 0), (2 * _ROWS, 0), (_ROWS, 2)]
+    if not all(parameter.requires_grad for parameter in model.parameters()):
+        # adapters keep what their first forward makes of their weights, which no token takes
+        batches.insert(0, batches[0])
     try:
-        small, large = (
-            _Passes.of(model, body, (rows, length), 0, router_logits) for rows in (_ROWS, 2 * _ROWS)
-        )
-        gathering = _Passes.of(model, body, (_ROWS, length), 2, router_logits)
+        small, large, gathering = [
+            _Passes.of_all_blocks(stack, model, body, (rows, length), gathered, router_logits)
+            for rows, gathered in batches
+        ][-3:]
     # of a family's own code: values that steer it, operators that have no meta kernel
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
@@ -137,8 +145,22 @@ def count_token_bytes(
 class _Passes(NamedTuple):
     """Bytes of a forward and a backward over one batch."""
 
-    kept: int
-    peak: int
+    kept: float
+    peak: float
+
+    @classmethod
+    def of_all_blocks(cls, stack: Stack | None, *model_and_batch: Any) -> "_Passes":
+        """Of a model, or of what its first blocks tell of it: each one keeps as much, and the
+        backward begins where all of it is there."""
+        if stack is None:
+            return cls.of(*model_and_batch)
+        shallow = []
+        for num_blocks in SHALLOW:
+            with stack.cut_to(num_blocks):
+                shallow.append(cls.of(*model_and_batch))
+        few, more = shallow
+        beyond = stack.steps_beyond * (more.kept - few.kept)
+        return cls(kept=more.kept + beyond, peak=more.peak + beyond)
 
     @classmethod
     def of(

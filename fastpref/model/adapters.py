@@ -45,6 +45,9 @@ def check_adapter(folder: str) -> None:
         config = PeftConfig.from_pretrained(folder)
     if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
         raise _not_mergeable(folder, "it adds tokens to the input instead of changing weights")
+    if getattr(config, "layer_replication", None):
+        layers = f"layer_replication={config.layer_replication}"
+        raise _not_mergeable(folder, f"it has {layers}, so it is of a model of other layers")
 
 
 def adapt_config(config: Any, model: Any, folder: str) -> bool:

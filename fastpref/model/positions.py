@@ -18,7 +18,8 @@ _NAMES = (
     "model_max_length",
 )
 
-_CHANGING_ROPE = ("longrope", "dynamic")
+CHANGING_ROPE = ("longrope", "dynamic")
+"""Types of rotary embeddings that rotate all sequences by the longest one beside them."""
 
 
 def config_value(config: Any, name: str) -> Any:
@@ -51,7 +52,7 @@ def frequencies_change_beyond(config: Any) -> int | None:
     options = config_value(config, "rope_parameters") or config_value(config, "rope_scaling") or {}
     # of the whole model, or of each type of layer
     groups = [options, *(value for value in options.values() if isinstance(value, dict))]
-    changing = [g for g in groups if g.get("rope_type", g.get("type")) in _CHANGING_ROPE]
+    changing = [g for g in groups if g.get("rope_type", g.get("type")) in CHANGING_ROPE]
     if not changing:
         return None
     original = "original_max_position_embeddings"
@@ -69,8 +70,8 @@ def position_limit(model: Any) -> int | None:
     declared = declared_positions(model.config)
     if declared is None:
         return None
-    # MPT lays the distances of its ALiBi out for so many positions
-    if config_value(config_value(model.config, "attn_config"), "alibi"):
+    # MPT lays the distances of its ALiBi out for so many positions, used or not
+    if hasattr(config_value(model.config, "attn_config"), "alibi"):
         return declared
     embedding = model.get_input_embeddings()
     for module in model.get_decoder().modules():

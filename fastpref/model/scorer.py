@@ -28,6 +28,7 @@ from fastpref.model.lora import Adapters
 from fastpref.model.masters import MasterWeights
 from fastpref.model.mixers import Sequences, computing
 from fastpref.model.positions import position_limit
+from fastpref.model.rotary import keep_steady
 from fastpref.model.router import RouterBalance
 from fastpref.model.tied_head import adapted_head
 
@@ -79,6 +80,7 @@ class TokenScorer(nn.Module):
             model.set_attn_implementation(IMPLEMENTATION)
         self.path = measure_logit_path(model) if path is None else path
         self._masters: MasterWeights | None = None
+        keep_steady(model)
         self.eval()
 
     def keep_masters(self, dtype: torch.dtype) -> None:

@@ -28,6 +28,8 @@ from fastpref.memory.here import bound_workspace
 from fastpref.memory.live_bytes import LiveBytes
 from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan
 from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
+from fastpref.memory.stack import find_stack
+from fastpref.model.blocks import find_blocks
 from fastpref.model.lora import insert_adapters
 from fastpref.model.pair import Pair, build_pair
 from fastpref.objectives.objective import build_objective
@@ -147,6 +149,45 @@ def test_so_do_those_of_adapters_in_bfloat16(models, world: World, shape, option
         pytest.importorskip("bitsandbytes")
     adapter = AdapterConfig(**({"kind": "lora"} | options))
     assert_planned(make_config(models / shape, "bfloat16", adapter=adapter), world)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "recomputes"), [("llama", "lora", True), ("qwen3-moe", "none", False)]
+)
+def test_two_shallow_models_tell_what_a_deep_one_takes(
+    tmp_path, monkeypatch, shape, kind, recomputes
+):
+    save_tiny_model(tmp_path, **(SIZE | SHAPES[shape] | {"num_hidden_layers": 7}))
+    options = {"activation_checkpointing": recomputes, "adapter": AdapterConfig(kind=kind)}
+    config = make_config(tmp_path, "bfloat16", **options)
+    device, found = Device("cuda", 1, 80 * GIB), []
+    shallow = counted_of(config, device)
+
+    def remember(*args: Any) -> None:
+        found.append(find_stack(*args))
+
+    monkeypatch.setattr("fastpref.memory.count.find_stack", remember)
+    deep = counted_of(config, device)
+    assert deep._replace(tokens=shallow.tokens) == shallow
+    # which experts take a token is not the same in every block
+    assert deep.tokens == pytest.approx(shallow.tokens, rel=2e-3)
+    assert [len(stack.blocks) for stack in found] == [7]
+
+
+def test_blocks_that_differ_are_all_counted():
+    for family, options in {
+        "qwen3": {},
+        "gemma2": {"layer_types": 3 * ["sliding_attention", "full_attention"]},
+        # the first block of these has no experts
+        "qwen3_moe": {"mlp_only_layers": [0], "num_experts": 4},
+    }.items():
+        config = AutoConfig.for_model(
+            family, **SIZE | {"num_hidden_layers": 6, "num_attention_heads": 4} | options
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        is_one = find_stack(model, find_blocks(model, None)) is not None
+        assert is_one == (family == "qwen3"), family
 
 
 def test_adapters_take_what_they_are(models):

@@ -135,6 +135,10 @@ NOT_MERGEABLE = {
         peft.LoraConfig(**LORA, alora_invocation_tokens=[3], task_type="CAUSAL_LM"),
         r"\(LORA\) cannot be merged .*aLoRA",
     ),
+    "other layers": (
+        peft.LoraConfig(**LORA, layer_replication=[(0, 2), (1, 2)], task_type="CAUSAL_LM"),
+        r"cannot be merged .*layer_replication=\[\[0, 2\], \[1, 2\]\]",
+    ),
     "other task": (
         peft.LoraConfig(**LORA, task_type="FEATURE_EXTRACTION"),
         "for the task FEATURE_EXTRACTION, expected CAUSAL_LM",

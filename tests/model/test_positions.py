@@ -24,6 +24,8 @@ TABLES = {
     "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 20},
     # distances laid out beforehand
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 20},
+    "mpt without": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 20}
+    | {"attn_config": {"alibi": False}},
     # counted from behind the position of padding
     "roberta": SIZES | {"intermediate_size": 48, "max_position_embeddings": 21, "is_decoder": True},
 }
@@ -40,7 +42,7 @@ NO_TABLES = {
 
 @pytest.mark.parametrize("model_type", TABLES)
 def test_the_limit_is_where_the_model_itself_ends(model_type):
-    model = build_family(model_type, **TABLES[model_type]).eval()
+    model = build_family(model_type.split()[0], **TABLES[model_type]).eval()
     limit = position_limit(model)
     assert limit == 20
     ids = torch.full((1, limit), 5)

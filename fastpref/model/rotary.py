@@ -1,0 +1,67 @@
+"""Rotary embeddings whose frequencies follow from the longest sequence of a forward (longrope,
+dynamic scaling): from that alone, whatever was computed before, and however the rows lie."""
+
+from inspect import unwrap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastpref.model.mixers import current_sequences
+from fastpref.model.positions import CHANGING_ROPE
+
+ORIGINAL, GROWN = "original_inv_freq", "max_seq_len_cached"
+"""How the names of a module's values end: the frequencies of short sequences, and the longest one
+that was seen, of the whole module or of one type of layers."""
+
+
+class _Steady:
+    """In place of the forward of a rotary module of transformers.
+
+    Args:
+        module: Whose.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward: Any = type(self.module).forward
+        if position_ids.is_meta:
+            # without the search for the longest position: there are none
+            with torch.no_grad():
+                return unwrap(forward)(self.module, x, position_ids, *args, **kwargs)
+        self._forget()
+        if current_sequences() is None:
+            return forward(self.module, x, position_ids, *args, **kwargs)
+        # a packed row does without the last token of each sequence, whose position counts
+        last = (position_ids.amax() + 1).expand(*position_ids.shape[:-1], 1)
+        longer = torch.cat([position_ids, last], dim=-1)
+        angles = forward(self.module, x, longer, *args, **kwargs)
+        return tree_map(lambda values: values[..., :-1, :], angles)
+
+    def _forget(self) -> None:
+        """What transformers keeps of a longer sequence until there is a much shorter one."""
+        module: Any = self.module
+        for name, value in [*vars(module).items(), *module._buffers.items()]:
+            if name.endswith(GROWN):
+                setattr(module, name, module.original_max_seq_len)
+            if name.endswith(ORIGINAL):
+                used = name.removesuffix(ORIGINAL) + "inv_freq"
+                # a copy: transformers may write into what it uses
+                setattr(module, used, value.to(getattr(module, used).device, copy=True))
+
+
+def keep_steady(model: nn.Module) -> None:
+    """Make frequencies that change with the length of sequences a function of those of one forward.
+
+    Args:
+        model: Of transformers; its modules of that kind are changed, once.
+    """
+    for module in model.modules():
+        rope_type = getattr(module, "rope_type", None)
+        rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+        changes = any(kind in str(rope) for rope in rope_types for kind in CHANGING_ROPE)
+        if changes and hasattr(type(module).forward, "__wrapped__"):
+            module.forward = _Steady(module)
