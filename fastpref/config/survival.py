@@ -63,7 +63,8 @@ class ResumeConfig:
     path: str = "never"
     """never; auto: the newest whole checkpoint of run_dir, or of the newest run folder of this name
     in output_dir, or a new start where there is none; or the path of a run folder or of one
-    checkpoint. The same options, data and model give the bits of a run that never stopped."""
+    checkpoint. The same options, data and model give the bits of a run that never stopped.
+    task=tisdpo knows no paths, and with run_dir it goes on there whether this is auto or never."""
     allow: list[str] = field(default_factory=list)
     """Options, or groups of them, and data, model or tokenizer, that may differ from those of the
     checkpoint though the numbers depend on them."""

@@ -26,7 +26,7 @@ from fastpref.tisdpo.closing_report import (
     mark_done,
 )
 from fastpref.tisdpo.estimate import estimate_weights
-from fastpref.tisdpo.recipe_folder import open_run_dir
+from fastpref.tisdpo.recipe_folder import find_place, open_run_dir
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stages import Stage, build_stages
 from fastpref.train.run_folder import locked, run_place
@@ -41,20 +41,22 @@ def run_tisdpo(config: Config, world: World) -> None:
     Raises:
         FastprefError: whatever a stage raises; what was done before it stays done.
     """
-    run_dir = open_run_dir(run_place(config), config.to_yaml(), world)
+    place = world.on_main(lambda: find_place(run_place(config), config.resume.path, config.stages))
+    run_dir = open_run_dir(place, config.to_yaml(), world)
     stages = build_stages(config, run_dir)
-    go_on = f"stages that are done stay done, run_dir={run_dir} goes on with the next one"
+    command = f"the same command with run_dir={run_dir}"
+    go_on = f"stages that are done stay done, {command} goes on with the next one"
     try:
         with say_if_stopped(go_on), locked(run_dir, world):
-            run_stages(stages, run_dir, world)
+            run_stages(stages, run_dir, world, command)
     except (InterruptionError, PreemptionError) as stopped:
-        if go_on in str(stopped):
+        if command in str(stopped):
             raise
         raise type(stopped)(f"{stopped}; {go_on}") from None
 
 
-def run_stages(stages: list[Stage], run_dir: Path, world: World) -> None:
-    """What is left to do."""
+def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -> None:
+    """What is left to do; `command` says in words how to go on once it was stopped."""
     for number, stage in enumerate(stages, start=1):
         folder = run_dir / stage.name
         place = f"stage {number} of {len(stages)}, {stage.name}"
@@ -62,11 +64,11 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World) -> None:
             logger.info("%s: done already", place)
             continue
         logger.info("%s: %s", place, stage.what)
-        run_stage(stage, folder, world)
+        run_stage(stage, folder, world, command)
     world.on_main(lambda: close_run(run_dir, stages))
 
 
-def run_stage(stage: Stage, folder: Path, world: World) -> None:
+def run_stage(stage: Stage, folder: Path, world: World, command: str) -> None:
     """One stage, from where an earlier start has left it; its own closing table goes to
     `summary.txt`."""
     is_training = stage.config.task == "train"
@@ -76,15 +78,15 @@ def run_stage(stage: Stage, folder: Path, world: World) -> None:
     try:
         with contextlib.redirect_stdout(table):
             if is_training:
-                train(stage.config, world)
+                seconds = train(stage.config, world, command=command)
             else:
                 reports = estimate_weights(stage.config, world)
+                seconds = time.perf_counter() - started
     finally:
         free_memory()
 
     def close() -> None:
         result = describe_training(folder) if is_training else describe_weights(reports)
-        seconds = time.perf_counter() - started
         mark_done(folder, what=stage.what, result=result, seconds=seconds, table=table.getvalue())
 
     # no rank starts on a stage whose input rank 0 has not finished

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
+from stopped_runs import stopping_after
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -153,6 +154,22 @@ def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, 
     before = stamps(run_dir)
     assert run(arguments) == 0
     assert stamps(run_dir) == before
+
+
+def test_without_a_run_folder_the_newest_recipe_of_that_name_is_taken(base, tmp_path, capsys):
+    options = {"output_dir": tmp_path, "exp_name": "mine", "resume": "auto", "n_examples": 16}
+    command = job(base, "tisdpo_d", **options)
+    # a run of the same name that is no recipe
+    (tmp_path / "mine_2999-01-01_00-00-00" / "checkpoints").mkdir(parents=True)
+    for _ in range(2):
+        with stopping_after(1):
+            assert run(command) == 75
+        [run_dir] = [path.parent for path in tmp_path.glob("*/positive")]
+        message = f"the same command with run_dir={run_dir} goes on after step"
+        error = capsys.readouterr().err
+        assert message in error and "resume=auto" not in error.splitlines()[-1]
+    assert "going on after step 1" in error
+    assert [r["step"] for r in read_metrics(run_dir / "positive", "train")] == [1, 2]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
