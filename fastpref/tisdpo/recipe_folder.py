@@ -69,10 +69,14 @@ def check_run_folder(place: RunPlace, options: str) -> None:
 
 def has_begun(run_dir: Path) -> bool:
     """Whether an earlier start has got as far as a training step or a row's weights."""
-    return any(
-        not took_no_step(child) if child.is_dir() else child.name not in (OPTIONS, LOCK)
-        for child in run_dir.iterdir()
-    )
+    return any(_is_result(child) for child in run_dir.iterdir())
+
+
+def _is_result(child: Path) -> bool:
+    if not child.is_dir():
+        return child.name not in (OPTIONS, LOCK)
+    files = (path for path in child.rglob("*") if path.is_file())
+    return not took_no_step(child) and any(path.name != LOCK for path in files)
 
 
 def list_changes(before: Any, now: Any) -> list[str]:

@@ -118,7 +118,7 @@ def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, 
     is_in = {
         "positive": lambda: (run_dir / "positive" / "checkpoints" / "latest").exists(),
         "negative": lambda: (run_dir / "negative" / "checkpoints" / "latest").exists(),
-        "weights": lambda: any((run_dir / "weights").glob("*/*.shards/*/*.npy")),
+        "weights": lambda: any((run_dir / "weights").glob("*/*.shards/*/*.npz")),
         "policy": lambda: (run_dir / "policy" / "checkpoints" / "latest").exists(),
     }
     for number, stage in enumerate(STAGES):
@@ -177,10 +177,10 @@ def test_signals_keep_their_exit_codes_and_say_how_to_go_on(base, tmp_path, numb
     run_dir = tmp_path / "run"
     process = start(job(base, "tisdpo_p", run_dir=run_dir), tmp_path)
     shards = run_dir / "weights"
-    assert stop_when(process, lambda: any(shards.glob("*/*.shards/*/*.npy")), number) == code
+    assert stop_when(process, lambda: any(shards.glob("*/*.shards/*/*.npz")), number) == code
     log = (tmp_path / "log").read_text()
     assert f"run_dir={run_dir} goes on" in log and "Traceback" not in log
-    assert any(shards.glob("*/*.shards/*/*.npy"))
+    assert any(shards.glob("*/*.shards/*/*.npz"))
 
 
 def test_the_three_estimators_train_what_they_are_named_for(base, tmp_path):
