@@ -5,32 +5,20 @@ subfolder of the run folder. A stage that is done leaves `stage.json` in its sub
 done again; the same command with the same `run_dir` goes on with the first one that is not.
 """
 
-import contextlib
-import gc
-import io
 import logging
-import time
 from pathlib import Path
 
-import torch
-
 from fastpref.config import Config
+from fastpref.deadline import end_if_past
 from fastpref.distributed import World
 from fastpref.errors import InterruptionError, PreemptionError
 from fastpref.signals import say_if_stopped
-from fastpref.tisdpo.closing_report import (
-    MARKER,
-    close_run,
-    describe_training,
-    describe_weights,
-    mark_done,
-)
-from fastpref.tisdpo.estimate import estimate_weights
+from fastpref.tisdpo.closing_report import close_run
 from fastpref.tisdpo.recipe_folder import find_place, open_run_dir
-from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.run_stage import run_stage
+from fastpref.tisdpo.stage_record import check_inputs, is_done, take_inputs
 from fastpref.tisdpo.stages import Stage, build_stages
 from fastpref.train.run_folder import locked, run_place
-from fastpref.train.task import train
 
 logger = logging.getLogger("fastpref")
 
@@ -56,45 +44,32 @@ def run_tisdpo(config: Config, world: World) -> None:
 
 
 def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -> None:
-    """What is left to do; `command` says in words how to go on once it was stopped."""
-    for number, stage in enumerate(stages, start=1):
-        folder = run_dir / stage.name
+    """What is left to do, none of it beside stages that were computed from something else.
+
+    Args:
+        stages: Of the run.
+        run_dir: Of the run.
+        world: Whoever runs.
+        command: What goes on with the run once it was stopped, in words.
+
+    Raises:
+        CheckpointError: data, tokenizer or model are not those of the stages that are done.
+        PreemptionError: the deadline has come between two stages.
+    """
+    folders = [run_dir / stage.name for stage in stages]
+    done = world.on_main(lambda: [folder for folder in folders if is_done(folder)])
+    if len(done) == len(stages):
+        check_inputs(done, take_inputs(stages, world), stages[-1])
+    for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), start=1):
         place = f"stage {number} of {len(stages)}, {stage.name}"
-        if world.on_main((folder / MARKER).is_file):
+        if folder in done:
             logger.info("%s: done already", place)
             continue
+        end_if_past(stage.config.checkpoint.deadline_seconds(), world, f"{command} goes on")
+        # again before each: a command may take days, and files are replaced meanwhile
+        inputs = take_inputs(stages, world)
+        check_inputs(done, inputs, stage)
         logger.info("%s: %s", place, stage.what)
-        run_stage(stage, folder, world, command)
+        run_stage(stage, folder, world, inputs=inputs, command=command)
+        done.append(folder)
     world.on_main(lambda: close_run(run_dir, stages))
-
-
-def run_stage(stage: Stage, folder: Path, world: World, command: str) -> None:
-    """One stage, from where an earlier start has left it; its own closing table goes to
-    `summary.txt`."""
-    is_training = stage.config.task == "train"
-    started = time.perf_counter()
-    table = io.StringIO()
-    reports: list[WeightsReport] = []
-    try:
-        with contextlib.redirect_stdout(table):
-            if is_training:
-                seconds = train(stage.config, world, command=command)
-            else:
-                reports = estimate_weights(stage.config, world)
-                seconds = time.perf_counter() - started
-    finally:
-        free_memory()
-
-    def close() -> None:
-        result = describe_training(folder) if is_training else describe_weights(reports)
-        mark_done(folder, what=stage.what, result=result, seconds=seconds, table=table.getvalue())
-
-    # no rank starts on a stage whose input rank 0 has not finished
-    world.on_main(close)
-
-
-def free_memory() -> None:
-    """Give a stage's models back before the next one loads its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

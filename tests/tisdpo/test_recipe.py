@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fastpref.errors import ConfigError
 from fastpref.model import loading
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
+from fastpref.train.run import Run
 
 STAGES = ["positive", "negative", "weights", "policy"]
 
@@ -170,6 +172,52 @@ def test_without_a_run_folder_the_newest_recipe_of_that_name_is_taken(base, tmp_
         assert message in error and "resume=auto" not in error.splitlines()[-1]
     assert "going on after step 1" in error
     assert [r["step"] for r in read_metrics(run_dir / "positive", "train")] == [1, 2]
+
+
+def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
+    base, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    run_dir, rows, model = (tmp_path / name for name in ("run", "words", "model"))
+    command = job(tmp_path, "tisdpo_d", run_dir=run_dir, n_examples=8)
+    with monkeypatch.context() as patch, stopping_after(3):
+        patch.setattr(Run, "seconds", lambda self: 1000.0)
+        assert run(command) == 75
+    assert done(run_dir) == ["positive"]
+
+    def refused(arguments: list[str], code: int) -> str:
+        capsys.readouterr()
+        assert run(arguments) == code
+        assert done(run_dir) == ["positive"]
+        return capsys.readouterr().err
+
+    weights, marker = model / "model.safetensors", run_dir / "positive" / "stage.json"
+    for path, content, words in (
+        (rows / "train.jsonl", (rows / "test.jsonl").read_bytes() * 8, "data was "),
+        (weights, weights.read_bytes()[:-1] + b"\x01", "model was "),
+        (marker, b"", f"{marker} is not the record of a stage"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        error = refused(command, 4)
+        assert words in error and "stage 2 of 4" not in error
+        path.write_bytes(before)
+    error = refused([*command, "checkpoint.deadline=00:00:01"], 75)
+    assert f"is near; the same command with run_dir={run_dir} goes on" in error
+
+    # killed between its record and its checkpoints
+    left = run_dir / "positive" / "checkpoints" / "step-00000002"
+    left.mkdir(parents=True)
+    assert run(command) == 0
+    assert not list(run_dir.glob("*/checkpoints"))
+    records = [json.loads((run_dir / s / "stage.json").read_text()) for s in STAGES]
+    assert [record["seconds"] > 1000 for record in records] == [False, True, False, False]
+    # a copy that follows links
+    shutil.copytree(run_dir, tmp_path / "copy")
+    assert run(job(tmp_path, "tisdpo_d", run_dir=tmp_path / "copy", n_examples=8)) == 0
+    # nothing is left to do, and all of it belongs to other rows
+    shutil.copy(rows / "test.jsonl", rows / "train.jsonl")
+    assert run(command) == 4
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
