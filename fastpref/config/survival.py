@@ -27,8 +27,8 @@ class CheckpointConfig:
     checkpoint is also written after each evaluation that is the best so far, and stays. Lower is
     better for names that begin with loss or kl."""
     deadline: str | None = None
-    """HH:MM:SS since the start of the command: so that a checkpoint is written by then, the run
-    ends in time with exit code 75, as if a signal had come."""
+    """HH:MM:SS since the start of the command, whatever its task: so that what was computed is
+    saved by then, it ends in time with exit code 75, as if a signal had come."""
     mode: str = "auto"
     """async: copy the state to the host's memory and write while training goes on. sync: write
     while training waits. auto: async where there is memory for the copy."""
