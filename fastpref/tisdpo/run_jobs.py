@@ -35,7 +35,7 @@ def run_jobs(
         for job, is_done in zip(jobs, finished, strict=True):
             if is_done:
                 logger.info("%s is there already, with these models and settings", job.path)
-                job.drop_shards()
+                job.drop_remains()
             else:
                 job.keep_date()
 

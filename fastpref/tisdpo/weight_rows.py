@@ -66,8 +66,10 @@ class SourceJob:
             with complete_file(shards_folder(self.path) / DATE_FILE) as file:
                 file.write(self.origin.chat_date)
 
-    def drop_shards(self) -> None:
-        """Remove what a kill has left of the shards once the file was written."""
+    def drop_remains(self) -> None:
+        """Remove what kills have left beside a file that is written: shards, and half a file."""
+        for name in (f"{self.path.name}.complete", f"{self.path.name}.complete.partial"):
+            self.path.with_name(name).unlink(missing_ok=True)
         for shards in self.shards.values():
             shutil.rmtree(shards.folder, ignore_errors=True)
         folder = shards_folder(self.path)

@@ -476,11 +476,13 @@ def test_a_finished_file_is_not_estimated_again_until_something_changes(
         before = estimate(config)
     path = output_path(config)
     assert len(list(path.parent.glob("train.shards/*"))) == 2
+    (path.parent / "train.jsonl.complete.partial").write_text("half a row")
     written = path.stat().st_mtime_ns
     os.utime(data, (1, 1))
     estimate(config)
     assert path.stat().st_mtime_ns == written
-    assert not list(path.parent.glob("train.shards*"))
+    left = {child.name for child in path.parent.iterdir()} - {"weights.html", "weights.png"}
+    assert left == {".lock", "train.jsonl", "train.weights.json"}
     # a column that no weight depends on
     write_rows(data.parent, "train", [row | {"source": "web"} for row in ROWS])
     assert estimate(config) == [row | {"source": "web"} for row in before]
