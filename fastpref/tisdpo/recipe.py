@@ -16,7 +16,7 @@ from fastpref.signals import say_if_stopped
 from fastpref.tisdpo.closing_report import close_run
 from fastpref.tisdpo.recipe_folder import find_place, open_run_dir
 from fastpref.tisdpo.run_stage import run_stage
-from fastpref.tisdpo.stage_record import check_inputs, is_done, take_inputs
+from fastpref.tisdpo.stage_record import is_done, take_inputs
 from fastpref.tisdpo.stages import Stage, build_stages
 from fastpref.train.run_folder import locked, run_place
 
@@ -59,7 +59,7 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
     folders = [run_dir / stage.name for stage in stages]
     done = world.on_main(lambda: [folder for folder in folders if is_done(folder)])
     if len(done) == len(stages):
-        check_inputs(done, take_inputs(stages, world), stages[-1])
+        take_inputs(stages, done, world)
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), start=1):
         place = f"stage {number} of {len(stages)}, {stage.name}"
         if folder in done:
@@ -67,8 +67,7 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
             continue
         end_if_past(stage.config.checkpoint.deadline_seconds(), world, f"{command} goes on")
         # again before each: a command may take days, and files are replaced meanwhile
-        inputs = take_inputs(stages, world)
-        check_inputs(done, inputs, stage)
+        inputs = take_inputs(stages, done, world)
         logger.info("%s: %s", place, stage.what)
         run_stage(stage, folder, world, inputs=inputs, command=command)
         done.append(folder)

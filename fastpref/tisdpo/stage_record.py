@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -69,36 +69,42 @@ def read_record(folder: Path) -> dict[str, Any]:
     )
 
 
-def take_inputs(stages: list[Stage], world: World) -> dict[str, str]:
+def take_inputs(stages: list[Stage], done: Sequence[Path], world: World) -> dict[str, str]:
     """Fingerprints of what the run is given, as it lies there now: the same for every stage.
 
+    Args:
+        stages: Of the run.
+        done: Folders of those that are done.
+        world: Whoever runs.
+
     Raises:
-        FastprefError: there is no such model, or whatever is wrong with the data.
+        CheckpointError: stages that are done were computed from other data, or from another model;
+            with a table of what differs.
+        FastprefError: whatever is wrong with the data or the model.
     """
     [weights] = [stage for stage in stages if stage.name == "weights"]
     # rows as pairs, as the files have them, and the model before the first stage
     config = replace(weights.config, model=stages[0].config.model)
-    return load_data(config, world, quiet=True).fingerprints(config.model, world)
+    inputs = load_data(config, world, quiet=True).fingerprints(config.model, world)
+    options = asdict(config)
+
+    def compare() -> None:
+        for folder in done:
+            check_inputs(folder, inputs, options, allow=config.resume.allow)
+
+    world.on_main(compare)
+    return inputs
 
 
-def check_inputs(done: Iterable[Path], inputs: dict[str, str], stage: Stage) -> None:
-    """Refuse to go on beside stages that were computed from other data, or from another model.
-
-    Args:
-        done: Folders of the stages that are done.
-        inputs: See `take_inputs`.
-        stage: For its options.
-
-    Raises:
-        CheckpointError: with a table of what differs.
-    """
-    options = asdict(stage.config)
-    for folder in done:
-        before = read_record(folder).get("fingerprints", {})
-        check_same_run(
-            folder,
-            {"format": FORMAT, "options": options, "fingerprints": before},
-            options,
-            {name: digest for name, digest in inputs.items() if name in before},
-            allow=stage.config.resume.allow,
-        )
+def check_inputs(
+    folder: Path, inputs: dict[str, str], options: dict[str, Any], *, allow: Sequence[str]
+) -> None:
+    """Refuse to go on beside a stage that was computed from something else, see `take_inputs`."""
+    before = read_record(folder).get("fingerprints", {})
+    check_same_run(
+        folder,
+        {"format": FORMAT, "options": options, "fingerprints": before},
+        options,
+        {name: digest for name, digest in inputs.items() if name in before},
+        allow=allow,
+    )
