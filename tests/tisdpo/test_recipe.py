@@ -179,7 +179,8 @@ def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
 ):
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     run_dir, rows, model = (tmp_path / name for name in ("run", "words", "model"))
-    command = job(tmp_path, "tisdpo_d", run_dir=run_dir, n_examples=8)
+    options = {"n_examples": 8, "n_eval_examples": 0}
+    command = job(tmp_path, "tisdpo_d", run_dir=run_dir, **options)
     with monkeypatch.context() as patch, stopping_after(3):
         patch.setattr(Run, "seconds", lambda self: 1000.0)
         assert run(command) == 75
@@ -214,7 +215,7 @@ def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
     assert [record["seconds"] > 1000 for record in records] == [False, True, False, False]
     # a copy that follows links
     shutil.copytree(run_dir, tmp_path / "copy")
-    assert run(job(tmp_path, "tisdpo_d", run_dir=tmp_path / "copy", n_examples=8)) == 0
+    assert run(job(tmp_path, "tisdpo_d", run_dir=tmp_path / "copy", **options)) == 0
     # nothing is left to do, and all of it belongs to other rows
     shutil.copy(rows / "test.jsonl", rows / "train.jsonl")
     assert run(command) == 4
