@@ -3,6 +3,9 @@
 import os
 import time
 
+from fastpref.distributed import World
+from fastpref.signals import DEADLINE, StopRequest, stop_error
+
 
 class Deadline:
     """When all that was computed has to be saved at the latest.
@@ -30,6 +33,26 @@ class Deadline:
         if self._seconds is None:
             return False
         return seconds_since_start() + self._longest_step + self._save_seconds > self._seconds
+
+    def ask(self, stop: StopRequest, world: World) -> None:
+        """Ask all ranks to stop if another step may be one too many; to be called once a step."""
+        if world.is_main and self.is_near():
+            stop.ask(DEADLINE)
+
+
+def end_if_past(seconds: int | None, world: World, outcome: str) -> None:
+    """End before something long is begun, if the time has come already.
+
+    Args:
+        seconds: Since the start of the command; None: never.
+        world: Whoever runs.
+        outcome: What there is, in words.
+
+    Raises:
+        PreemptionError: on every rank, saying `outcome`.
+    """
+    if world.on_main(Deadline(seconds, save_seconds=0).is_near):
+        raise stop_error(DEADLINE, outcome)
 
 
 def seconds_since_start() -> float:

@@ -31,9 +31,10 @@ def check_task(config: Config, num_ranks: int) -> None:
             folder = place.references(config.reference.cache_dir)
             check_writable("reference.cache_dir", folder)
     else:
-        from fastpref.tisdpo.recipe_folder import check_run_folder
+        from fastpref.tisdpo.recipe_folder import check_run_folder, find_place
 
-        check_run_folder(run_place(config), config.to_yaml())
+        place = find_place(run_place(config), config.resume.path, config.stages)
+        check_run_folder(place, config.to_yaml())
     check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
 
 

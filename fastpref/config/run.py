@@ -219,9 +219,10 @@ class Config:
                 f"optimizer must be the name of a class in torch.optim, got {self.optimizer!r}"
             )
         if self.task != "train" and self.resume.path not in RESUME_WORDS:
+            key = "run_dir" if self.task == "tisdpo" else "weights.output_dir"
             raise ValueError(
                 f"resume.path: task={self.task} goes on by itself with what is in its own folder, "
-                f"got {self.resume.path!r}; a path is for task=train"
+                f"got {self.resume.path!r}; name that with {key}"
             )
         if self.task == "estimate_weights":
             self.weights.check_task(self.base_data_dir)

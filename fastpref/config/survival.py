@@ -27,8 +27,8 @@ class CheckpointConfig:
     checkpoint is also written after each evaluation that is the best so far, and stays. Lower is
     better for names that begin with loss or kl."""
     deadline: str | None = None
-    """HH:MM:SS since the start of the command: so that a checkpoint is written by then, the run
-    ends in time with exit code 75, as if a signal had come."""
+    """HH:MM:SS since the start of the command, whatever its task: so that what was computed is
+    saved by then, it ends in time with exit code 75, as if a signal had come."""
     mode: str = "auto"
     """async: copy the state to the host's memory and write while training goes on. sync: write
     while training waits. auto: async where there is memory for the copy."""
@@ -64,7 +64,8 @@ class ResumeConfig:
     """never; auto: the newest whole checkpoint of run_dir, or of the newest run folder of this name
     in output_dir, or a new start where there is none; or the path of a run folder or of one
     checkpoint; with another run_dir that is a branch, which the same command goes on with. The same
-    options, data and model give the bits of a run that never stopped."""
+    options, data and model give the bits of a run that never stopped. task=tisdpo knows no paths,
+    and with run_dir it goes on there whether this is auto or never."""
     allow: list[str] = field(default_factory=list)
     """Options, or groups of them, and data, model or tokenizer, that may differ from those of the
     checkpoint though the numbers depend on them."""

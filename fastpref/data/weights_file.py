@@ -45,6 +45,8 @@ class WeightsOrigin:
     negative: ModelOrigin
     fingerprint: str
     """Changes with all that the weights depend on."""
+    records: str = ""
+    """Digest of the source's records, whose columns the file has."""
     chat_date: str | None = None
     """The day that a chat template which prints the date was told; None where none does."""
     chat_template: str | None = None

@@ -22,7 +22,7 @@ from fastpref.model.own_reference import beginning_of
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.row_cache import RowCache, row_digests
-from fastpref.signals import DEADLINE, StopRequest
+from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
 
@@ -143,8 +143,7 @@ class ReferenceScoring:
                     self._save()
 
     def _end_if_asked(self, stop: StopRequest) -> None:
-        if self.world.is_main and self.deadline.is_near():
-            stop.ask(DEADLINE)
+        self.deadline.ask(stop, self.world)
         if stop.agreed(self.world):
             self._save()
             stop.raise_saying(

@@ -1,5 +1,7 @@
 """Log-probabilities of rows under one model, found by the rows' tokens: in memory, on the disk."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -8,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +22,8 @@ logger = logging.getLogger("fastpref")
 
 ABOUT = "about.json"
 """Beside the files: what they belong to, for people."""
+LOCK = ".lock"
+"""Beside the files: shared by the processes that write."""
 DIGEST_BYTES = 16
 
 ScoredRow = tuple[bytes, NDArray[np.float32]]
@@ -107,19 +111,40 @@ class RowCache:
             CheckpointError: the file cannot be written.
         """
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        with complete_file(self.folder / f"{name}.npz", "wb") as file:
-            np.savez(
-                file,
-                digests=np.frombuffer(b"".join(digest for digest, _ in rows), np.uint8),
-                lengths=np.array([len(logps) for _, logps in rows]),
-                logps=np.concatenate([logps for _, logps in rows]),
-            )
-        if not (self.folder / ABOUT).is_file():
-            with writing(self.folder):
-                # of a name of its own: another run may write it in this moment
-                partial = self.folder / f"{name}.partial"
-                partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-                partial.replace(self.folder / ABOUT)
+        with _share(self.folder):
+            with complete_file(self.folder / f"{name}.npz", "wb") as file:
+                np.savez(
+                    file,
+                    digests=np.frombuffer(b"".join(digest for digest, _ in rows), np.uint8),
+                    lengths=np.array([len(logps) for _, logps in rows]),
+                    logps=np.concatenate([logps for _, logps in rows]),
+                )
+            if not (self.folder / ABOUT).is_file():
+                with writing(self.folder):
+                    # of a name of its own: another run may write it in this moment
+                    partial = self.folder / f"{name}.partial"
+                    partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                    partial.replace(self.folder / ABOUT)
+
+
+def _share(folder: Path) -> IO[str]:
+    """A lock on a folder that several processes may write to at once; it is given back by closing
+    it. Whoever comes while nobody writes removes what kills have left half written.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a", encoding="utf-8")
+    # a file system without locks: then nobody has one to himself, and nothing is removed
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for partial in folder.glob("*.partial"):
+                partial.unlink(missing_ok=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
 
 
 def _read(path: Path) -> list[ScoredRow]:

@@ -10,6 +10,7 @@ import torch
 
 from fastpref.config import PackingConfig
 from fastpref.data.source import Rows
+from fastpref.deadline import Deadline, end_if_past
 from fastpref.distributed import World
 from fastpref.model.positions import warn_beyond_training
 from fastpref.model.source import pad_token_id
@@ -22,6 +23,9 @@ from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
 
+KEPT = "shards that are complete are kept; the same command goes on there"
+"""What is said of an estimation that is stopped."""
+
 
 def score_sides(
     sides: Sequence[Side],
@@ -31,6 +35,7 @@ def score_sides(
     tokenizer: Any,
     packing: PackingConfig,
     batch_size: int | None,
+    deadline_seconds: int | None,
 ) -> None:
     """Score what the models have not scored yet, one model after the other.
 
@@ -41,10 +46,11 @@ def score_sides(
         tokenizer: For its padding token.
         packing: Whether rows are to be packed.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
+        deadline_seconds: Since the start of the command, when what was scored has to be saved.
 
     Raises:
         CheckpointError: a log-probability is not finite.
-        InterruptionError, PreemptionError: a signal came.
+        InterruptionError, PreemptionError: a signal came, or the deadline is near.
     """
     longest = max((part.longest for _, parts in sources for part in parts.values()), default=0)
     models = SideModels(sides, packing, world, longest=longest)
@@ -56,6 +62,7 @@ def score_sides(
             models=models,
             tokenizer=tokenizer,
             batch_size=batch_size,
+            deadline_seconds=deadline_seconds,
         )
         # one model at a time: half the memory of the two together
         models.release(side)
@@ -70,6 +77,7 @@ def score_missing(
     models: SideModels,
     tokenizer: Any,
     batch_size: int | None,
+    deadline_seconds: int | None,
 ) -> None:
     """Score the shards that one model has not scored yet; it is loaded only if there are any.
 
@@ -78,12 +86,10 @@ def score_missing(
         sources: Rows and the shards of this model for them.
         world: Who we are.
         models: Of all sides.
-        tokenizer: For its padding token.
-        batch_size: Rows scored at once; None leaves that to how rows are laid out.
+        tokenizer, batch_size, deadline_seconds: See `score_sides`.
 
     Raises:
-        CheckpointError: a log-probability is not finite.
-        InterruptionError, PreemptionError: a signal came.
+        CheckpointError, InterruptionError, PreemptionError: see `score_sides`.
     """
     # what rank 0 sees counts: another node may see the folder later
     missing = world.on_main(lambda: [shards.missing() for _, shards in sources])
@@ -94,6 +100,7 @@ def score_missing(
         logger.info("%s model: %d of %d shards are there already", side.label, done, num_shards)
     if num_missing == 0:
         return
+    end_if_past(deadline_seconds, world, KEPT)
     longest = max(shards.longest for _, shards in sources)
     scorer, layout = models.load(side)
     check_positions(scorer, side, sources)
@@ -110,14 +117,22 @@ def score_missing(
             pad_token_id=pad_token_id(tokenizer, scorer.num_embeddings),
             world=world,
             stop=stop,
+            deadline=Deadline(deadline_seconds, save_seconds=0),
             progress=progress,
             repetition=repeat_scoring(world, batch_size),
         )
         for (source, shards), shards_to_score in zip(sources, missing, strict=True):
             for shard in shards_to_score:
-                places = shards.rows_of(shard)
-                parts = ranks.score_rows([shards.rows[i] for i in places], batch_size)
-                check_finite(parts, places, source, side)
-                logps = np.concatenate([x for pair in parts for x in pair])
-                world.on_main(partial(shards.write, shard, logps))
-                progress.shard_is_done()
+                score_shard(shard, shards, source, side, ranks, batch_size=batch_size)
+
+
+def score_shard(
+    shard: int, shards: Shards, source: Rows, side: Side, ranks: Ranks, *, batch_size: int | None
+) -> None:
+    """Score and save one shard of a source's rows, see `score_missing`."""
+    places = shards.rows_of(shard)
+    parts = ranks.score_rows([shards.rows[i] for i in places], batch_size)
+    check_finite(parts, places, source, side)
+    logps = np.concatenate([x for pair in parts for x in pair])
+    ranks.world.on_main(partial(shards.write, shard, logps))
+    ranks.progress.shard_is_done()

@@ -1,5 +1,6 @@
 """Log-probabilities of response tokens on disk, shard by shard, so that a killed run goes on."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file
+from fastpref.errors import CheckpointError
 
 PairLogps = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Of one row: chosen, rejected; one log-probability per response token, in nats."""
@@ -20,6 +22,18 @@ logger = logging.getLogger("fastpref")
 def num_tokens(row: EncodedRow) -> int:
     """Tokens of a row's sequences: prompt + chosen and prompt + rejected."""
     return 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+
+
+def rows_digest(rows: Sequence[EncodedRow]) -> str:
+    """Digest of the token ids of rows in their order, wherever they were read from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        parts = [np.asarray(part, "<i4") for part in row[:3]]
+        # lengths first: tokens must not wander from one part to the next unnoticed
+        digest.update(np.array([len(part) for part in parts], "<i8").tobytes())
+        for part in parts:
+            digest.update(part.tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +85,23 @@ class Shards:
     def write(self, shard: int, logps: NDArray[np.float32]) -> None:
         """Save a shard: of each row in turn chosen, then rejected, in nats. Shape (tokens,)."""
         with complete_file(self._path(shard), "wb") as file:
-            np.save(file, logps)
+            # an archive has sums of what is in it
+            np.savez(file, logps=logps)
 
     def read(self) -> list[PairLogps]:
-        """Of each row in file order: chosen, rejected; every shard must be there."""
+        """Of each row in file order: chosen, rejected.
+
+        Raises:
+            CheckpointError: a shard is not there any more, or damaged.
+        """
         nothing = np.empty(0, np.float32)
         parts = [(nothing, nothing)] * len(self.rows)
         for shard in range(len(self)):
             logps = self._load(shard)
-            assert logps is not None, self._path(shard)
+            if logps is None:
+                raise CheckpointError(
+                    f"{self._path(shard)} is not what was written; start again: it is scored anew"
+                )
             start = 0
             for i in self.rows_of(shard):
                 middle = start + len(self.rows[i].chosen_ids)
@@ -89,7 +111,7 @@ class Shards:
         return parts
 
     def _path(self, shard: int) -> Path:
-        return self.folder / f"{shard:06d}.npy"
+        return self.folder / f"{shard:06d}.npz"
 
     def _load(self, shard: int) -> NDArray[np.float32] | None:
         """A shard's numbers; None where it is missing or not what was written."""
@@ -101,11 +123,12 @@ class Shards:
             for i in self.rows_of(shard)
         )
         try:
-            logps = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with np.load(path, allow_pickle=False) as file:
+                logps: NDArray[np.float32] = file["logps"]
+            if logps.shape != (expected,):
+                raise ValueError(f"{logps.shape} numbers, expected {expected}")
+        # of a damaged archive anything may come
+        except Exception as error:
             logger.warning("%s is damaged and scored again: %s", path, error)
-            return None
-        if logps.shape != (expected,):
-            logger.warning("%s is damaged and scored again: %s numbers", path, logps.shape)
             return None
         return logps

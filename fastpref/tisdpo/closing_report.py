@@ -1,21 +1,19 @@
 """What `task=tisdpo` says of its stages: each one's result in words, and the closing report."""
 
-import json
-import shutil
+import logging
 from pathlib import Path
 
 from rich.table import Table
 
-from fastpref.checkpoint.folders import CHECKPOINTS
-from fastpref.complete_files import complete_file, writing
+from fastpref.complete_files import writing
 from fastpref.model.paths import EXPORT_FOLDER, MERGED_FOLDER
 from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.stage_record import read_record
 from fastpref.tisdpo.stages import Stage
 from fastpref.train.history import read_records
 from fastpref.train.report import by_metric, print_text, render
 
-MARKER = "stage.json"
-"""In a stage's folder once it is done: its seconds and its result in words."""
+logger = logging.getLogger("fastpref")
 
 
 def describe_training(folder: Path) -> str:
@@ -39,23 +37,6 @@ def describe_weights(reports: list[WeightsReport]) -> str:
     return f"{words}, mean {report.chosen.mean():+.3f}, {report.rejected.mean():+.3f}"
 
 
-def mark_done(folder: Path, *, what: str, result: str, seconds: float, table: str) -> None:
-    """Leave word in a stage's folder that it is done: never again is anything computed there.
-
-    Args:
-        folder: Of the stage.
-        what, result, seconds: For the closing report.
-        table: Its own closing table, for `summary.txt`; "" if it has none.
-    """
-    if table:
-        (folder / "summary.txt").write_text(table, encoding="utf-8")
-    record = {"what": what, "result": result, "seconds": seconds}
-    with complete_file(folder / MARKER) as file:
-        file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    # nothing goes on inside a stage that is done
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-
-
 def close_run(run_dir: Path, stages: list[Stage]) -> None:
     """The model under the run folder's own name, and the closing report."""
     link_model(run_dir, stages[-1])
@@ -66,6 +47,9 @@ def link_model(run_dir: Path, last: Stage) -> None:
     """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's."""
     for name in (EXPORT_FOLDER, MERGED_FOLDER):
         link = run_dir / name
+        if link.is_dir() and not link.is_symlink():
+            logger.info("%s stays: a copy that followed links has the model itself there", link)
+            continue
         link.unlink(missing_ok=True)
         if (run_dir / last.name / name).is_dir():
             link.symlink_to(Path(last.name) / name)
@@ -78,7 +62,7 @@ def print_report(run_dir: Path, stages: list[Stage]) -> None:
         table.add_column(column, justify="right" if column == "seconds" else "left")
     total = 0.0
     for stage in stages:
-        record = json.loads((run_dir / stage.name / MARKER).read_text(encoding="utf-8"))
+        record = read_record(run_dir / stage.name)
         total += record["seconds"]
         table.add_row(stage.name, record["what"], record["result"], f"{record['seconds']:.0f}")
     table.add_section()

@@ -15,7 +15,7 @@ from fastpref.data.encode import tokenizer_digest
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, template_digest
 from fastpref.distributed import World
-from fastpref.scoring.shards import Shards
+from fastpref.scoring.shards import Shards, rows_digest
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.sides import check_ids
 from fastpref.tisdpo.source_tokens import encode_source
@@ -91,11 +91,12 @@ def build_job(
         strict=data.strict,
         max_dropped=data.max_dropped,
     )
-    settings = scoring_settings(options, sides[0].model, rows, chat)
+    settings = scoring_settings(options, sides[0].model, chat)
     prints, shards = {}, {}
     for side in sides:
         check_ids(rows, encoded[side.template], side)
-        prints[side.label] = fingerprint([settings, side.origin.identity, side.template])
+        tokens = rows_digest(encoded[side.template])
+        prints[side.label] = fingerprint([settings, tokens, side.origin.identity, side.template])
         folder = shards_folder(path) / f"{side.label}-{prints[side.label][:16]}"
         shards[side.label] = Shards.of(folder, encoded[side.template], weights.shard_rows)
     origin = WeightsOrigin(
@@ -118,15 +119,13 @@ def build_job(
     )
 
 
-def scoring_settings(
-    options: JobOptions, model: ModelConfig, rows: Rows, chat: ChatFormat
-) -> dict[str, Any]:
-    """All that log-probabilities depend on beside the model: what a shard's folder is named by.
+def scoring_settings(options: JobOptions, model: ModelConfig, chat: ChatFormat) -> dict[str, Any]:
+    """All that log-probabilities depend on beside the model and the tokens: what a shard's folder
+    is named by.
 
     Batches belong to it: another padding rounds differently, and one file has one rounding.
     """
     return {
-        "rows": rows.fingerprint,
         "tokenizer": tokenizer_digest(chat.tokenizer),
         "chat_template": chat.template,
         "template_kwargs": dict(chat.arguments),

@@ -1,14 +1,17 @@
 """The run folder of `task=tisdpo`: one that an earlier start has left is gone on in."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from fastpref.complete_files import complete_file
+from fastpref.config import StagesConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
+from fastpref.tisdpo.stages import first_stage
 from fastpref.train.differences import is_among, list_differences
 from fastpref.train.opening import read_options
 from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, lock, took_no_step
@@ -20,6 +23,20 @@ MAY_CHANGE = (
     *("minimum_log_interval_secs", "wandb", "tensorboard", "checkpoint", "resume", "parallel"),
 )
 """Options that may differ between two starts of one run: nothing is computed from them."""
+
+
+def find_place(place: RunPlace, resume: str, stages: StagesConfig) -> RunPlace:
+    """Where a recipe runs: in the folder that was named, else with `resume=auto` in the newest one
+    of its name whose first stage has begun, else in a new one.
+
+    Args:
+        place: By the options of the run.
+        resume: "never" or "auto", see `ResumeConfig.path`.
+        stages: Which stage comes first.
+    """
+    if place.run_dir is not None or resume != "auto":
+        return place
+    return replace(place, run_dir=place.newest_with(first_stage(stages)))
 
 
 def check_run_folder(place: RunPlace, options: str) -> None:
@@ -52,10 +69,14 @@ def check_run_folder(place: RunPlace, options: str) -> None:
 
 def has_begun(run_dir: Path) -> bool:
     """Whether an earlier start has got as far as a training step or a row's weights."""
-    return any(
-        not took_no_step(child) if child.is_dir() else child.name not in (OPTIONS, LOCK)
-        for child in run_dir.iterdir()
-    )
+    return any(_is_result(child) for child in run_dir.iterdir())
+
+
+def _is_result(child: Path) -> bool:
+    if not child.is_dir():
+        return child.name not in (OPTIONS, LOCK)
+    files = (path for path in child.rglob("*") if path.is_file())
+    return not took_no_step(child) and any(path.name != LOCK for path in files)
 
 
 def list_changes(before: Any, now: Any) -> list[str]:
@@ -71,12 +92,14 @@ def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
     """The run folder: a new one, or the one that an earlier start has left.
 
     Args:
-        place: Where it is to be.
+        place: Where it is to be, see `find_place`.
         options: The text of its `config.yaml`.
         world: Whoever runs.
     """
     named = place.run_dir
     if named and world.on_main(lambda: go_on_in(named, options)):
+        if world.is_main:
+            logger.info("run folder: %s, gone on with", named)
         return named
     run_dir = world.on_main(lambda: place.create(options))
     if world.is_main:

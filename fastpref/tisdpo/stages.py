@@ -11,6 +11,7 @@ from fastpref.config import (
     LossConfig,
     ModelConfig,
     SFTConfig,
+    StagesConfig,
     TISDPOConfig,
 )
 from fastpref.errors import ConfigError
@@ -30,6 +31,13 @@ class Stage:
     what: str
     """For the log and the closing report."""
     config: Config
+
+
+def first_stage(options: StagesConfig) -> str:
+    """The subfolder of the stage that comes first."""
+    if options.sft_first:
+        return "sft"
+    return "weights" if options.contrast == "prompt" else "positive"
 
 
 def build_stages(config: Config, run_dir: Path) -> list[Stage]:

@@ -1,9 +1,12 @@
 """A file of weights: what is known of it before it is written, and how it is."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
-from fastpref.complete_files import complete_file
+from fastpref.complete_files import complete_file, writing
 from fastpref.data.chat import ChatFormat, current_date
 from fastpref.data.counts import AuditCounts
 from fastpref.data.row_values import json_text
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, read_origin, write_origin
+from fastpref.distributed import World
 from fastpref.errors import DataError
 from fastpref.scoring.shards import Shards
 from fastpref.token_weights import token_digest
+from fastpref.train.run_folder import locked
 
 DATE_FILE = "date"
 """Beside a source's shards: the day that the chat template is told."""
@@ -51,6 +56,8 @@ class SourceJob:
             origin is not None
             and origin.fingerprint == self.origin.fingerprint
             and origin.size_bytes == self.path.stat().st_size
+            # last, as it reads the source once more
+            and origin.records == records_digest(self.rows)
         )
 
     def keep_date(self) -> None:
@@ -58,6 +65,37 @@ class SourceJob:
         if self.origin.chat_date is not None:
             with complete_file(shards_folder(self.path) / DATE_FILE) as file:
                 file.write(self.origin.chat_date)
+
+    def drop_remains(self) -> None:
+        """Remove what kills have left beside a file that is written: shards, and half a file."""
+        for name in (f"{self.path.name}.complete", f"{self.path.name}.complete.partial"):
+            self.path.with_name(name).unlink(missing_ok=True)
+        for shards in self.shards.values():
+            shutil.rmtree(shards.folder, ignore_errors=True)
+        folder = shards_folder(self.path)
+        # those of other models or settings are gone on with
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {DATE_FILE}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def writing_alone(paths: Sequence[Path], world: World) -> Iterator[None]:
+    """While entered, no other process writes weights files beside these.
+
+    Raises:
+        ConfigError: another one does.
+        CheckpointError: a folder cannot be made.
+    """
+
+    def make(folder: Path) -> None:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    with ExitStack() as locks:
+        for folder in dict.fromkeys(path.parent for path in paths):
+            world.on_main(partial(make, folder))
+            locks.enter_context(locked(folder, world, key="weights.output_dir"))
+        yield
 
 
 def shards_folder(path: Path) -> Path:
@@ -90,17 +128,40 @@ def write_weights(job: SourceJob, decimals: int | None) -> None:
         DataError: the source is no longer what was read.
     """
     good, bad = (job.shards[label].read() for label in ("positive", "negative"))
-    complete = job.path.with_name(f"{job.path.name}.complete")
+    complete, digest = job.path.with_name(f"{job.path.name}.complete"), hashlib.sha256()
     with complete_file(complete) as lines:
-        for i, source_record in enumerate(job.rows.records()):
+        for i, source_record in enumerate(digested(job.rows.records(), digest)):
             chosen, rejected = (weigh(good[i][k], bad[i][k], decimals) for k in range(2))
             record = source_record | {"rejected_weight": rejected, "chosen_weight": chosen}
             record["weights_digest"] = digest_of(job.encoded[i], job.origin.includes_eos)
             lines.write(record_line(record))
     job.path.unlink(missing_ok=True)
-    write_origin(job.path, replace(job.origin, size_bytes=complete.stat().st_size))
+    size_bytes = complete.stat().st_size
+    origin = replace(job.origin, records=digest.hexdigest(), size_bytes=size_bytes)
+    write_origin(job.path, origin)
     complete.replace(job.path)
     shutil.rmtree(shards_folder(job.path), ignore_errors=True)
+
+
+def digested(
+    records: Iterator[dict[str, Any]], digest: "hashlib._Hash"
+) -> Iterator[dict[str, Any]]:
+    """Records as they come, each of which goes into a digest."""
+    for record in records:
+        digest.update(record_line(record).encode())
+        yield record
+
+
+def records_digest(rows: Rows) -> str:
+    """Digest of a source's records, wherever they lie.
+
+    Raises:
+        DataError: the source is no longer what was read.
+    """
+    digest = hashlib.sha256()
+    for _ in digested(rows.records(), digest):
+        pass
+    return digest.hexdigest()
 
 
 def record_line(record: dict[str, Any]) -> str:

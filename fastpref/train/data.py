@@ -59,12 +59,13 @@ class Loaders(NamedTuple):
     eval: Loader | None
 
 
-def load_data(config: Config, world: World) -> Data:
+def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.
 
-    Rows are validated before the tokenizer is loaded, and everything before any model.
+    Rows are validated before the tokenizer is loaded, and everything before any model. `quiet`:
+    without a word on what there is.
     """
-    quiet = not world.is_main
+    quiet = quiet or not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
     main_first(world, lambda: read_splits(options, splits, quiet=quiet))
@@ -77,13 +78,13 @@ def load_data(config: Config, world: World) -> Data:
         ]
 
     train, *held_out = main_first(world, encode)
-    if world.is_main:
+    if not quiet:
         logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
     limits = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
     train_order = build_train_order(
         train, config.data, seed=config.seed, batch_size=config.batch_size, **limits
     )
-    if world.is_main:
+    if not quiet:
         log_mix(train_order, config.datasets)
         if train_order.warning:
             logger.warning(train_order.warning)

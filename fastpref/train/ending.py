@@ -8,8 +8,16 @@ from fastpref.train.report import show_results
 from fastpref.train.run import Run
 
 
-def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
+def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: str) -> float:
     """Save and say what there is.
+
+    Args:
+        run: That ends.
+        checkpoints, stop: Of the run.
+        command: What goes on with it, in words.
+
+    Returns:
+        Its seconds, those of earlier starts included.
 
     Raises:
         NonFiniteError: a step was not finite; nothing was saved since.
@@ -22,12 +30,13 @@ def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
     # first what cannot be had again
     checkpoints.finish(stop)
     export_model(run.policy, run.export, run.run_dir, run.world)
+    seconds = run.state.seconds + run.seconds()
     if run.world.is_main:
-        seconds = run.state.seconds + run.seconds()
         show_results(run.log.records, run.run_dir, seconds)
     checkpoints.raise_if_unsaved()
     what_is_saved = (
-        f"the model so far is in {run.run_dir / 'LATEST'}, resume=auto run_dir={run.run_dir} goes "
-        f"on after step {run.state.step}"
+        f"the model so far is in {run.run_dir / 'LATEST'}, {command} goes on after step "
+        f"{run.state.step}"
     )
     stop.raise_if_requested(what_is_saved, run.world)
+    return seconds

@@ -188,13 +188,13 @@ def keeping_locks() -> Iterator[None]:
 
 
 @contextmanager
-def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """While entered, no other process can open the run folder.
+def locked(run_dir: Path, world: World, *, key: str = "run_dir") -> Iterator[None]:
+    """While entered, no other process can open the run folder, or what `key` names.
 
     Raises:
         ConfigError: another one writes there.
     """
-    world.on_main(lambda: lock(run_dir))
+    world.on_main(lambda: lock(run_dir, key=key))
     try:
         yield
     finally:
@@ -203,7 +203,7 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
             file.close()
 
 
-def lock(run_dir: Path) -> None:
+def lock(run_dir: Path, *, key: str = "run_dir") -> None:
     """Keep other processes out of a run folder, before anything is changed there; the system lets
     go of it when this process ends, however it does.
 
@@ -218,7 +218,7 @@ def lock(run_dir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ConfigError(f"run_dir: another process is writing to {run_dir}") from None
+        raise ConfigError(f"{key}: another process is writing to {run_dir}") from None
     except OSError as error:
         # a file system without locks
         logger.warning("%s cannot be locked: %s", run_dir, error.strerror)

@@ -22,8 +22,16 @@ from fastpref.train.start import find_start
 logger = logging.getLogger("fastpref")
 
 
-def train(config: Config, world: World) -> None:
+def train(config: Config, world: World, *, command: str | None = None) -> float:
     """Train a policy.
+
+    Args:
+        config: Of the run.
+        world: Whoever runs.
+        command: What goes on with the run once it was stopped, in words; None: `resume=auto`.
+
+    Returns:
+        Seconds of the training, those of earlier starts included.
 
     Raises:
         FastprefError: with the exit code of what went wrong; InterruptionError, PreemptionError
@@ -44,7 +52,8 @@ def train(config: Config, world: World) -> None:
             open_checkpoints(run) as checkpoints,
         ):
             run_loop(run, checkpoints, stop)
-            finish(run, checkpoints, stop)
+            command = command or f"resume=auto run_dir={run.run_dir}"
+            return finish(run, checkpoints, stop, command=command)
 
 
 def seed_everything(seed: int) -> None:

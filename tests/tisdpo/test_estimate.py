@@ -1,6 +1,8 @@
 """Estimated token weights are what the two models' own logits say, in every row form."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -23,14 +25,22 @@ from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpref import deadline
 from fastpref.batch import EncodedRow
 from fastpref.batches.padded import pad_rows
 from fastpref.config import DataConfig, ModelConfig, PackingConfig, SFTConfig
 from fastpref.distributed import init_world
-from fastpref.errors import CheckpointError, DataError, InterruptionError
+from fastpref.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InterruptionError,
+    PreemptionError,
+)
 from fastpref.model.identity import side_model
-from fastpref.scoring.models import find_shared_base, load_frozen_scorer
+from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.side import check_finite
+from fastpref.tisdpo import weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
 ROWS = text_rows(7)
@@ -376,13 +386,14 @@ class Interrupter(threading.Thread):
     def run(self) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if len(list(self.folder.glob("*/*.npy"))) >= self.num_shards:
+            if len(list(self.folder.glob("*/*.npz"))) >= self.num_shards:
                 os.kill(os.getpid(), signal.SIGINT)
                 return
             time.sleep(0.0005)
 
 
-def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models, tmp_path):
+def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="fastpref")
     write_rows(tmp_path / "data" / "rows", "train", text_rows(120))
     config = make_config(models, tmp_path, batch_size=1, shard_rows=6)
     estimate(config)
@@ -396,13 +407,18 @@ def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models,
     with pytest.raises(InterruptionError, match="shards of the positive model"):
         run(config)
     stopper.join()
-    kept = {file: file.stat().st_mtime_ns for file in shards.glob("*/*.npy")}
+    kept = {file: file.stat().st_mtime_ns for file in shards.glob("*/*.npz")}
     assert 3 <= len(kept) < 20 and not path.exists()
 
     # what a power failure may leave: half a shard, and a file that was being written
     damaged = min(kept)
     damaged.write_bytes(damaged.read_bytes()[:100])
-    (damaged.parent / "000019.npy.partial").write_bytes(b"x")
+    # and a disk in the end: one bit of a number
+    flipped = max(kept)
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (damaged.parent / "000019.npz.partial").write_bytes(b"x")
     # another model's shards lie in the same place and are not taken for its own
     other = replace(config, weights=replace(config.weights, negative=models[0], positive=models[1]))
     stopper = Interrupter(shards, len(kept) + 2)
@@ -410,26 +426,85 @@ def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models,
     with pytest.raises(InterruptionError):
         run(other)
     stopper.join()
-    assert len({file.parent.name for file in shards.glob("*/*.npy")}) == 2
+    assert len({file.parent.name for file in shards.glob("*/*.npz")}) == 2
 
+    # the rows were staged anew
+    os.utime(tmp_path / "data" / "rows" / "train.jsonl", (1, 1))
+    caplog.clear()
     run(config)
     assert path.read_bytes() == whole
     assert not shards.exists()
+    assert f"positive model: {len(kept) - 2} of 20 shards are there already" in caplog.text
+    for file in (damaged, flipped):
+        assert f"{file} is damaged and scored again" in caplog.text
 
 
-def test_a_finished_file_is_not_estimated_again_until_something_changes(models, tmp_path):
-    write_rows(tmp_path / "data" / "rows", "train", ROWS)
-    config = make_config(models, tmp_path)
-    estimate(config)
+def test_an_estimation_ends_by_its_deadline_and_goes_on(models, tmp_path, monkeypatch):
+    write_rows(tmp_path / "data" / "rows", "train", text_rows(12))
+    config = make_config(models, tmp_path, shard_rows=3)
+    whole = estimate(config)
     path = output_path(config)
+    path.unlink()
+    shards = path.with_name("train.shards")
+
+    def seconds_since_start() -> float:
+        return 100.0 if len(list(shards.glob("*/*.npz"))) == 2 else 0.0
+
+    config.checkpoint.deadline = "00:01:30"
+    with monkeypatch.context() as patch:
+        patch.setattr(deadline, "seconds_since_start", seconds_since_start)
+        words = "checkpoint.deadline is near; 2 of 4 shards of the positive model are kept"
+        with pytest.raises(PreemptionError, match=words):
+            run(config)
+        # no model is loaded when the time is over
+        patch.setattr(SideModels, "load", None)
+        with pytest.raises(PreemptionError, match="is near; shards that are complete are kept"):
+            run(config)
+    assert len(list(shards.glob("*/*.npz"))) == 2
+    config.checkpoint.deadline = None
+    assert estimate(config) == whole
+
+
+def test_a_finished_file_is_not_estimated_again_until_something_changes(
+    models, tmp_path, monkeypatch
+):
+    data = write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    # killed once it was written
+    with monkeypatch.context() as patch:
+        patch.setattr(weight_rows.shutil, "rmtree", lambda *args, **options: None)
+        before = estimate(config)
+    path = output_path(config)
+    assert len(list(path.parent.glob("train.shards/*"))) == 2
+    (path.parent / "train.jsonl.complete.partial").write_text("half a row")
     written = path.stat().st_mtime_ns
+    os.utime(data, (1, 1))
     estimate(config)
     assert path.stat().st_mtime_ns == written
+    left = {child.name for child in path.parent.iterdir()} - {"weights.html", "weights.png"}
+    assert left == {".lock", "train.jsonl", "train.weights.json"}
+    # a column that no weight depends on
+    write_rows(data.parent, "train", [row | {"source": "web"} for row in ROWS])
+    assert estimate(config) == [row | {"source": "web"} for row in before]
     path.write_text(path.read_text(encoding="utf-8")[:-200], encoding="utf-8")
     assert len(estimate(config)) == len(ROWS)
     before = estimate(config)
     config.weights.negative_template = "You lie a lot."
     assert estimate(config)[0]["chosen_weight"] != before[0]["chosen_weight"]
+
+
+def test_one_process_at_a_time_writes_the_weights_of_a_dataset(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    folder = output_path(config).parent
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        words = f"weights.output_dir: another process is writing to {folder}"
+        with pytest.raises(ConfigError, match=words):
+            run(config)
+    assert [child.name for child in folder.iterdir()] == [".lock"]
+    assert len(estimate(config)) == len(load(config)) == len(ROWS)
 
 
 def test_the_options_that_read_the_rows_read_their_weights(models, tmp_path):
@@ -523,7 +598,7 @@ def test_a_model_of_nan_is_named_with_its_weights(models, tmp_path):
         run(config)
     assert not output_path(config).exists()
     # what the sound model said is kept
-    assert list(output_path(config).parent.glob("train.shards/positive-*/*.npy"))
+    assert list(output_path(config).parent.glob("train.shards/positive-*/*.npz"))
 
 
 def test_a_log_probability_of_nan_is_named_with_its_row_and_token():

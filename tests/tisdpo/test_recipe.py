@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
+from stopped_runs import stopping_after
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +25,7 @@ from fastpref.errors import ConfigError
 from fastpref.model import loading
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
+from fastpref.train.run import Run
 
 STAGES = ["positive", "negative", "weights", "policy"]
 
@@ -117,7 +120,7 @@ def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, 
     is_in = {
         "positive": lambda: (run_dir / "positive" / "checkpoints" / "latest").exists(),
         "negative": lambda: (run_dir / "negative" / "checkpoints" / "latest").exists(),
-        "weights": lambda: any((run_dir / "weights").glob("*/*.shards/*/*.npy")),
+        "weights": lambda: any((run_dir / "weights").glob("*/*.shards/*/*.npz")),
         "policy": lambda: (run_dir / "policy" / "checkpoints" / "latest").exists(),
     }
     for number, stage in enumerate(STAGES):
@@ -155,15 +158,78 @@ def test_killed_in_every_stage_it_goes_on_and_ends_as_if_nothing_had_been(base, 
     assert stamps(run_dir) == before
 
 
+def test_without_a_run_folder_the_newest_recipe_of_that_name_is_taken(base, tmp_path, capsys):
+    options = {"output_dir": tmp_path, "exp_name": "mine", "resume": "auto", "n_examples": 16}
+    command = job(base, "tisdpo_d", **options)
+    # a run of the same name that is no recipe
+    (tmp_path / "mine_2999-01-01_00-00-00" / "checkpoints").mkdir(parents=True)
+    for _ in range(2):
+        with stopping_after(1):
+            assert run(command) == 75
+        [run_dir] = [path.parent for path in tmp_path.glob("*/positive")]
+        message = f"the same command with run_dir={run_dir} goes on after step"
+        error = capsys.readouterr().err
+        assert message in error and "resume=auto" not in error.splitlines()[-1]
+    assert "going on after step 1" in error
+    assert [r["step"] for r in read_metrics(run_dir / "positive", "train")] == [1, 2]
+
+
+def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
+    base, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    run_dir, rows, model = (tmp_path / name for name in ("run", "words", "model"))
+    options = {"n_examples": 8, "n_eval_examples": 0}
+    command = job(tmp_path, "tisdpo_d", run_dir=run_dir, **options)
+    with monkeypatch.context() as patch, stopping_after(3):
+        patch.setattr(Run, "seconds", lambda self: 1000.0)
+        assert run(command) == 75
+    assert done(run_dir) == ["positive"]
+
+    def refused(arguments: list[str], code: int) -> str:
+        capsys.readouterr()
+        assert run(arguments) == code
+        assert done(run_dir) == ["positive"]
+        return capsys.readouterr().err
+
+    weights, marker = model / "model.safetensors", run_dir / "positive" / "stage.json"
+    for path, content, words in (
+        (rows / "train.jsonl", (rows / "test.jsonl").read_bytes() * 8, "data was "),
+        (weights, weights.read_bytes()[:-1] + b"\x01", "model was "),
+        (marker, b"", f"{marker} is not the record of a stage"),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        error = refused(command, 4)
+        assert words in error and "stage 2 of 4" not in error
+        path.write_bytes(before)
+    error = refused([*command, "checkpoint.deadline=00:00:01"], 75)
+    assert f"is near; the same command with run_dir={run_dir} goes on" in error
+
+    # killed between its record and its checkpoints
+    left = run_dir / "positive" / "checkpoints" / "step-00000002"
+    left.mkdir(parents=True)
+    assert run(command) == 0
+    assert not list(run_dir.glob("*/checkpoints"))
+    records = [json.loads((run_dir / s / "stage.json").read_text()) for s in STAGES]
+    assert [record["seconds"] > 1000 for record in records] == [False, True, False, False]
+    # a copy that follows links
+    shutil.copytree(run_dir, tmp_path / "copy")
+    assert run(job(tmp_path, "tisdpo_d", run_dir=tmp_path / "copy", **options)) == 0
+    # nothing is left to do, and all of it belongs to other rows
+    shutil.copy(rows / "test.jsonl", rows / "train.jsonl")
+    assert run(command) == 4
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_signals_keep_their_exit_codes_and_say_how_to_go_on(base, tmp_path, number, code):
     run_dir = tmp_path / "run"
     process = start(job(base, "tisdpo_p", run_dir=run_dir), tmp_path)
     shards = run_dir / "weights"
-    assert stop_when(process, lambda: any(shards.glob("*/*.shards/*/*.npy")), number) == code
+    assert stop_when(process, lambda: any(shards.glob("*/*.shards/*/*.npz")), number) == code
     log = (tmp_path / "log").read_text()
     assert f"run_dir={run_dir} goes on" in log and "Traceback" not in log
-    assert any(shards.glob("*/*.shards/*/*.npy"))
+    assert any(shards.glob("*/*.shards/*/*.npz"))
 
 
 def test_the_three_estimators_train_what_they_are_named_for(base, tmp_path):

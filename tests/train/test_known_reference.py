@@ -1,5 +1,6 @@
 """A reference scored before the first step: the numbers of one that computes in every step."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -231,6 +232,22 @@ def test_no_damage_raises_or_gives_other_numbers(tmp_path):
         if len(damaged) == len(digests):
             ours, expected = (x.beside(columns).reference_logps for x in (damaged, cache))
             assert np.array_equal(ours, expected), place
+
+
+def test_what_kills_left_goes_once_nobody_else_writes(tmp_path):
+    columns = EncodedColumns.of_rows(random_rows(3))
+    cache = RowCache(tmp_path)
+    cache.add(columns, np.zeros(len(columns.ids), np.float32))
+    rows = cache.take_unsaved()
+    half = tmp_path / "00000000000000000001-0000abcd.npz.partial"
+    half.write_text("")
+    with (tmp_path / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        cache.write(rows, {})
+        assert half.is_file()
+    cache.write(rows, {})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".lock", *cache.files(), "about.json"] and len(cache.files()) == 2
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(

@@ -244,7 +244,9 @@ def test_a_run_folder_is_gone_on_with_only_where_it_is_asked_for(base, stopped, 
     assert not (tmp_path / "new").exists()
     # a path for a task that goes on by itself
     assert run(["recipe=tisdpo_p", "resume=/nowhere"]) == 2
-    assert "resume.path: task=tisdpo goes on by itself" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "resume.path: task=tisdpo goes on by itself" in error
+    assert "got '/nowhere'; name that with run_dir" in error
 
 
 def test_without_a_run_folder_the_newest_one_of_that_name_is_taken(base, tmp_path):

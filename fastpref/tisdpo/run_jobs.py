@@ -1,0 +1,60 @@
+"""Weights files that are not there yet: scored by both models, then written."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fastpref.data.counts import log_counts
+from fastpref.distributed import World
+from fastpref.scoring.score import score_sides
+from fastpref.scoring.side import Side
+from fastpref.tisdpo.jobs import JobOptions
+from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.report_files import report_on
+from fastpref.tisdpo.weight_rows import SourceJob, write_weights
+
+logger = logging.getLogger("fastpref")
+
+
+def run_jobs(
+    jobs: Sequence[SourceJob],
+    sides: Sequence[Side],
+    options: JobOptions,
+    world: World,
+    *,
+    tokenizer: Any,
+    deadline_seconds: int | None,
+) -> list[WeightsReport]:
+    """Score and write what is not there yet, see `estimate_weights`."""
+    if world.is_main:
+        log_counts([job.counts for job in jobs], tokenizer)
+    finished = world.on_main(lambda: [job.is_finished() for job in jobs])
+    unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
+
+    def begin() -> None:
+        for job, is_done in zip(jobs, finished, strict=True):
+            if is_done:
+                logger.info("%s is there already, with these models and settings", job.path)
+                job.drop_remains()
+            else:
+                job.keep_date()
+
+    def write() -> list[WeightsReport]:
+        for job in unfinished:
+            write_weights(job, options.weights.round)
+            logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
+        # the first split of each dataset, the one to train on where it is there
+        first_jobs = {job.path.parent: job for job in reversed(jobs)}
+        return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
+
+    world.on_main(begin)
+    score_sides(
+        sides,
+        [(job.rows, job.shards) for job in unfinished],
+        world,
+        tokenizer=tokenizer,
+        packing=options.packing,
+        batch_size=options.weights.batch_size,
+        deadline_seconds=deadline_seconds,
+    )
+    return world.only_on_main(write) or []

@@ -1,0 +1,60 @@
+"""One stage of `task=tisdpo`, with its models in memory for as long as it takes."""
+
+import contextlib
+import gc
+import io
+import time
+from pathlib import Path
+
+import torch
+
+from fastpref.distributed import World
+from fastpref.tisdpo.closing_report import describe_training, describe_weights
+from fastpref.tisdpo.estimate import estimate_weights
+from fastpref.tisdpo.report import WeightsReport
+from fastpref.tisdpo.stage_record import mark_done
+from fastpref.tisdpo.stages import Stage
+from fastpref.train.task import train
+
+
+def run_stage(
+    stage: Stage, folder: Path, world: World, *, inputs: dict[str, str], command: str
+) -> None:
+    """One stage, from where an earlier start has left it; its own closing table goes to
+    `summary.txt`.
+
+    Args:
+        stage: What to do.
+        folder: Of the stage.
+        world: Whoever runs.
+        inputs: Fingerprints of what the run is given.
+        command: What goes on with the run once it was stopped, in words.
+    """
+    is_training = stage.config.task == "train"
+    started = time.perf_counter()
+    table = io.StringIO()
+    reports: list[WeightsReport] = []
+    try:
+        with contextlib.redirect_stdout(table):
+            if is_training:
+                seconds = train(stage.config, world, command=command)
+            else:
+                reports = estimate_weights(stage.config, world)
+                seconds = time.perf_counter() - started
+    finally:
+        free_memory()
+
+    def close() -> None:
+        result = describe_training(folder) if is_training else describe_weights(reports)
+        record = {"what": stage.what, "result": result, "seconds": seconds}
+        mark_done(folder, record | {"fingerprints": inputs}, table.getvalue())
+
+    # no rank starts on a stage whose input rank 0 has not finished
+    world.on_main(close)
+
+
+def free_memory() -> None:
+    """Give a stage's models back before the next one loads its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

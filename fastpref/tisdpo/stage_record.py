@@ -1,0 +1,110 @@
+"""What a stage of `task=tisdpo` leaves once it is done: its result, and of what it was made."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fastpref.checkpoint.folders import CHECKPOINTS
+from fastpref.complete_files import complete_file
+from fastpref.distributed import World
+from fastpref.errors import CheckpointError
+from fastpref.tisdpo.stages import Stage
+from fastpref.train.comparison import FORMAT, check_same_run
+from fastpref.train.data import load_data
+
+MARKER = "stage.json"
+"""In a stage's folder once it is done: its seconds, its result in words, and the fingerprints of
+what the run is given."""
+IN_WORDS = ("what", "result", "seconds")
+
+
+def mark_done(folder: Path, record: dict[str, Any], table: str) -> None:
+    """Leave word in a stage's folder that it is done: never again is anything computed there.
+
+    Args:
+        folder: Of the stage.
+        record: `what`, `result` and `seconds` for the closing report; `fingerprints`.
+        table: Its own closing table, for `summary.txt`; "" if it has none.
+    """
+    if table:
+        (folder / "summary.txt").write_text(table, encoding="utf-8")
+    with complete_file(folder / MARKER) as file:
+        file.write(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    drop_checkpoints(folder)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Nothing goes on inside a stage that is done."""
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def is_done(folder: Path) -> bool:
+    """Whether a stage is done; what a kill has left of its checkpoints then goes."""
+    if not (folder / MARKER).is_file():
+        return False
+    read_record(folder)
+    drop_checkpoints(folder)
+    return True
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `mark_done` has left.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    path = folder / MARKER
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if all(name in record for name in IN_WORDS):
+            return record
+    except (ValueError, TypeError):
+        pass
+    raise CheckpointError(
+        f"{path} is not the record of a stage that is done: copy the folder anew, or delete this "
+        "file to have the stage done again"
+    )
+
+
+def take_inputs(stages: list[Stage], done: Sequence[Path], world: World) -> dict[str, str]:
+    """Fingerprints of what the run is given, as it lies there now: the same for every stage.
+
+    Args:
+        stages: Of the run.
+        done: Folders of those that are done.
+        world: Whoever runs.
+
+    Raises:
+        CheckpointError: stages that are done were computed from other data, or from another model;
+            with a table of what differs.
+        FastprefError: whatever is wrong with the data or the model.
+    """
+    [weights] = [stage for stage in stages if stage.name == "weights"]
+    # rows as pairs, as the files have them, and the model before the first stage
+    config = replace(weights.config, model=stages[0].config.model)
+    inputs = load_data(config, world, quiet=True).fingerprints(config.model, world)
+    options = asdict(config)
+
+    def compare() -> None:
+        for folder in done:
+            check_inputs(folder, inputs, options, allow=config.resume.allow)
+
+    world.on_main(compare)
+    return inputs
+
+
+def check_inputs(
+    folder: Path, inputs: dict[str, str], options: dict[str, Any], *, allow: Sequence[str]
+) -> None:
+    """Refuse to go on beside a stage that was computed from something else, see `take_inputs`."""
+    before = read_record(folder).get("fingerprints", {})
+    check_same_run(
+        folder,
+        {"format": FORMAT, "options": options, "fingerprints": before},
+        options,
+        {name: digest for name, digest in inputs.items() if name in before},
+        allow=allow,
+    )
