@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +98,10 @@ def quit_saying(error: FastprefError) -> None:
     _ending.append(error)
     if _ending[0] is not error:
         return
-    if os.isatty(2):
-        os.write(2, SHOW_CURSOR)
-    text = error_text(error)
-    if text:
-        os.write(2, text.encode(sys.getfilesystemencoding(), "replace"))
+    text = error_text(error).encode(sys.getfilesystemencoding(), "replace")
+    # nobody may be there to read it
+    with suppress(OSError):
+        os.write(2, SHOW_CURSOR * os.isatty(2) + text)
     os._exit(error.exit_code)
 
 

@@ -93,6 +93,17 @@ def test_where_nothing_is_to_be_saved_the_first_signal_of_a_burst_ends_the_proce
         assert stderr == said[code]
 
 
+def test_a_signal_ends_a_process_that_cannot_say_so():
+    for stderr in ("/dev/full", "/dev/null"):
+        with open(stderr, "wb") as unheard:
+            process = subprocess.Popen(
+                [sys.executable, "-c", LOADING], stdout=subprocess.PIPE, stderr=unheard, cwd=ROOT
+            )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(60) == 75
+
+
 def test_in_training_the_first_is_remembered_and_the_second_acts_at_once():
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         code, stderr = burst(TRAINING, [number], 0)
