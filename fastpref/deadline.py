@@ -9,27 +9,26 @@ class Deadline:
 
     Args:
         seconds: Since the start of the command; None: never.
-        save_seconds: What a save is expected to take.
     """
 
-    def __init__(self, seconds: int | None, save_seconds: float) -> None:
+    def __init__(self, seconds: int | None) -> None:
         self._seconds = seconds
-        self._save_seconds = save_seconds
-        self._longest_step = 0.0
+        self._save_seconds = 0.0
+        self._longest_wait = 0.0
         self._last = time.monotonic()
 
     def expect(self, save_seconds: float) -> None:
-        """What a save will take, now that one was seen."""
+        """What a save will take, by its size or by one that was seen."""
         self._save_seconds = save_seconds
 
     def is_near(self) -> bool:
-        """Whether another step may be one too many; to be called once a step."""
+        """Whether it may be over, and what was computed not saved, before this is asked again."""
         now = time.monotonic()
-        self._longest_step = max(self._longest_step, now - self._last)
+        self._longest_wait = max(self._longest_wait, now - self._last)
         self._last = now
         if self._seconds is None:
             return False
-        return seconds_since_start() + self._longest_step + self._save_seconds > self._seconds
+        return seconds_since_start() + self._longest_wait + self._save_seconds > self._seconds
 
 
 def seconds_since_start() -> float:

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fastpref.deadline import Deadline
 from fastpref.errors import (
     CheckpointError,
     FastprefError,
@@ -184,10 +185,15 @@ def _handlers(handle: Handler) -> Iterator[None]:
 class StopRequest:
     """While entered, the first signal is remembered; a second one acts at once.
 
-    A file that cannot be written, and what calls `ask`, wants the same: to save and end.
+    A file that cannot be written, a deadline that is near, and what calls `ask`, want the same: to
+    save and end.
+
+    Args:
+        deadline: By which everything has to be saved; None: there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: Deadline | None = None) -> None:
+        self._deadline = deadline or Deadline(None)
         self._received = 0
         self._received_at = 0.0
         self._asked = 0
@@ -206,10 +212,11 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop; others may not know of it yet."""
+        self._look_at_the_clock()
         return bool(self._received or self._asked or self._agreed or self._failure)
 
     def ask(self, reason: int) -> None:
-        """Ask all ranks to stop: for `DEADLINE` or `NON_FINITE`."""
+        """Ask all ranks to stop: for `NON_FINITE`."""
         self._asked = max(self._asked, reason)
 
     def agreed(self, world: "World") -> bool:
@@ -218,8 +225,13 @@ class StopRequest:
             self._was_told = True
             name = signal.Signals(self._received).name
             logger.warning("%s: stopping here; once more ends the process at once", name)
+        self._look_at_the_clock()
         self._agree(world)
         return self._agreed != 0
+
+    def _look_at_the_clock(self) -> None:
+        if self._deadline.is_near():
+            self.ask(DEADLINE)
 
     def _agree(self, world: "World") -> None:
         # what this rank received stays apart: its own signal may come after another rank's

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastpref.cli.launch import passing_on
+from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError, InterruptionError, PreemptionError
 from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
 from fastpref.train.sampling import StopOnSignal
@@ -193,10 +194,12 @@ def test_a_process_that_starts_others_passes_a_signal_on():
     assert child.wait(30) == -signal.SIGUSR1
 
 
-def test_sampling_ends_with_the_token_at_which_a_signal_comes():
+def test_sampling_ends_with_the_token_at_which_a_signal_or_the_deadline_comes():
     ids = torch.zeros(3, 5, dtype=torch.int64)
     with StopRequest() as stop:
         criterion = StopOnSignal(stop)
         assert not criterion(ids, None).any()
         signal.raise_signal(signal.SIGINT)
         assert criterion(ids, None).tolist() == [True] * 3
+    with StopRequest(Deadline(0)) as stop:
+        assert StopOnSignal(stop)(ids, None).tolist() == [True] * 3

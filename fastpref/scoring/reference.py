@@ -22,7 +22,7 @@ from fastpref.model.own_reference import beginning_of
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.row_cache import RowCache, row_digests
-from fastpref.signals import DEADLINE, StopRequest
+from fastpref.signals import StopRequest
 
 logger = logging.getLogger("fastpref")
 
@@ -98,7 +98,7 @@ class ReferenceScoring:
         if visible:
             logger.info("reference: scoring the rows that %s lacks", self.cache.folder)
         with (
-            StopRequest() as stop,
+            StopRequest(self.deadline) as stop,
             ScoringProgress("reference", num_tokens, visible=visible) as progress,
         ):
             for loader, of_loader in missing:
@@ -143,8 +143,6 @@ class ReferenceScoring:
                     self._save()
 
     def _end_if_asked(self, stop: StopRequest) -> None:
-        if self.world.is_main and self.deadline.is_near():
-            stop.ask(DEADLINE)
         if stop.agreed(self.world):
             self._save()
             stop.raise_saying(
