@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -112,10 +112,16 @@ def die(number: int, _: FrameType | None = None) -> None:
     signal.raise_signal(number)
 
 
+def heard(numbers: Iterable[signal.Signals] = SIGNALS) -> list[signal.Signals]:
+    """Signals of some that whoever started this process did not tell it to ignore: what stands in
+    the background of a script ignores the Ctrl-C that is meant for the foreground."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def signals_kill() -> None:
     """From now on a signal just ends the process."""
     # not SIG_DFL itself: Python complains of a signal that it has noted and finds no handler for
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, die)
 
 
@@ -151,7 +157,7 @@ def _begin_as_fork() -> None:
     if not _forks_work_for_us:
         return
     # no handler of Python's: one that is noted as a fork begins to wait would wait with it
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, signal.SIG_DFL)
     # of Linux; elsewhere it waits for work that never comes
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -166,14 +172,12 @@ os.register_at_fork(
 
 @contextmanager
 def _handlers(handle: Handler) -> Iterator[None]:
-    """Install a handler of the signals; at the end those before it."""
+    """Install a handler of the signals that are not ignored; at the end those before it."""
     # only the main thread may
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in heard()}
     try:
         yield
     finally:

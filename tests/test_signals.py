@@ -94,6 +94,14 @@ def test_where_nothing_is_to_be_saved_the_first_signal_of_a_burst_ends_the_proce
         assert stderr == said[code]
 
 
+def test_a_signal_that_is_to_be_ignored_from_the_start_stays_ignored():
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code, stderr = burst(ignoring + LOADING, [signal.SIGINT] * 2 + [signal.SIGTERM], 1e-3)
+    assert (code, stderr) == (75, "fastpref: terminated; nothing to save yet\n")
+    code, stderr = burst(ignoring + TRAINING, [signal.SIGINT] * 2 + [signal.SIGTERM], 1e-3)
+    assert code == 0 and stderr.startswith("SIGTERM: stopping here")
+
+
 def test_a_signal_ends_a_process_that_cannot_say_so():
     for stderr in ("/dev/full", "/dev/null"):
         with open(stderr, "wb") as unheard:
