@@ -10,6 +10,7 @@ import torch
 
 from fastpref.config import PackingConfig
 from fastpref.data.source import Rows
+from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.model.positions import warn_beyond_training
 from fastpref.model.source import pad_token_id
@@ -31,6 +32,7 @@ def score_sides(
     tokenizer: Any,
     packing: PackingConfig,
     batch_size: int | None,
+    deadline_seconds: int | None,
 ) -> None:
     """Score what the models have not scored yet, one model after the other.
 
@@ -41,10 +43,11 @@ def score_sides(
         tokenizer: For its padding token.
         packing: Whether rows are to be packed.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
+        deadline_seconds: Since the start of the command, when it has to end; None: never.
 
     Raises:
         CheckpointError: a log-probability is not finite.
-        InterruptionError, PreemptionError: a signal came.
+        InterruptionError, PreemptionError: a signal came, or the deadline is near.
     """
     longest = max((part.longest for _, parts in sources for part in parts.values()), default=0)
     models = SideModels(sides, packing, world, longest=longest)
@@ -56,6 +59,7 @@ def score_sides(
             models=models,
             tokenizer=tokenizer,
             batch_size=batch_size,
+            deadline_seconds=deadline_seconds,
         )
         # one model at a time: half the memory of the two together
         models.release(side)
@@ -70,6 +74,7 @@ def score_missing(
     models: SideModels,
     tokenizer: Any,
     batch_size: int | None,
+    deadline_seconds: int | None,
 ) -> None:
     """Score the shards that one model has not scored yet; it is loaded only if there are any.
 
@@ -80,10 +85,11 @@ def score_missing(
         models: Of all sides.
         tokenizer: For its padding token.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
+        deadline_seconds: Since the start of the command, when it has to end; None: never.
 
     Raises:
         CheckpointError: a log-probability is not finite.
-        InterruptionError, PreemptionError: a signal came.
+        InterruptionError, PreemptionError: a signal came, or the deadline is near.
     """
     # what rank 0 sees counts: another node may see the folder later
     missing = world.on_main(lambda: [shards.missing() for _, shards in sources])
@@ -103,7 +109,7 @@ def score_missing(
     progress = ScoringProgress(
         f"{side.label} model", num_tokens, num_shards=num_missing, visible=world.is_main
     )
-    with StopRequest() as stop, progress:
+    with StopRequest(Deadline(deadline_seconds)) as stop, progress:
         ranks = Ranks(
             scorer=scorer,
             layout=layout,

@@ -74,5 +74,6 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
         tokenizer=tokenizer,
         packing=config.packing,
         batch_size=config.weights.batch_size,
+        deadline_seconds=config.checkpoint.deadline_seconds(),
     )
     return world.only_on_main(write) or []

@@ -27,7 +27,7 @@ from fastpref.batch import EncodedRow
 from fastpref.batches.padded import pad_rows
 from fastpref.config import DataConfig, ModelConfig, PackingConfig, SFTConfig
 from fastpref.distributed import init_world
-from fastpref.errors import CheckpointError, DataError, InterruptionError
+from fastpref.errors import CheckpointError, DataError, InterruptionError, PreemptionError
 from fastpref.model.identity import side_model
 from fastpref.scoring.models import find_shared_base, load_frozen_scorer
 from fastpref.scoring.side import check_finite
@@ -389,6 +389,11 @@ def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models,
     path = output_path(config)
     whole = path.read_bytes()
     path.unlink()
+
+    config.checkpoint.deadline = "00:00:00"
+    with pytest.raises(PreemptionError, match=r"deadline is near; 0 of \d+ shards of the positive"):
+        estimate(config)
+    config.checkpoint.deadline = None
 
     shards = path.with_name("train.shards")
     stopper = Interrupter(shards, 3)
