@@ -84,8 +84,7 @@ def score_missing(
         world: Who we are.
         models: Of all sides.
         tokenizer: For its padding token.
-        batch_size: Rows scored at once; None leaves that to how rows are laid out.
-        deadline_seconds: Since the start of the command, when it has to end; None: never.
+        batch_size, deadline_seconds: See `score_sides`.
 
     Raises:
         CheckpointError: a log-probability is not finite.
