@@ -3,56 +3,32 @@
 import os
 import time
 
-from fastpref.distributed import World
-from fastpref.signals import DEADLINE, StopRequest, stop_error
-
 
 class Deadline:
     """When all that was computed has to be saved at the latest.
 
     Args:
         seconds: Since the start of the command; None: never.
-        save_seconds: What a save is expected to take.
     """
 
-    def __init__(self, seconds: int | None, save_seconds: float) -> None:
+    def __init__(self, seconds: int | None) -> None:
         self._seconds = seconds
-        self._save_seconds = save_seconds
-        self._longest_step = 0.0
+        self._save_seconds = 0.0
+        self._longest_wait = 0.0
         self._last = time.monotonic()
 
     def expect(self, save_seconds: float) -> None:
-        """What a save will take, now that one was seen."""
+        """What a save will take, by its size or by one that was seen."""
         self._save_seconds = save_seconds
 
     def is_near(self) -> bool:
-        """Whether another step may be one too many; to be called once a step."""
+        """Whether it may be over, and what was computed not saved, before this is asked again."""
         now = time.monotonic()
-        self._longest_step = max(self._longest_step, now - self._last)
+        self._longest_wait = max(self._longest_wait, now - self._last)
         self._last = now
         if self._seconds is None:
             return False
-        return seconds_since_start() + self._longest_step + self._save_seconds > self._seconds
-
-    def ask(self, stop: StopRequest, world: World) -> None:
-        """Ask all ranks to stop if another step may be one too many; to be called once a step."""
-        if world.is_main and self.is_near():
-            stop.ask(DEADLINE)
-
-
-def end_if_past(seconds: int | None, world: World, outcome: str) -> None:
-    """End before something long is begun, if the time has come already.
-
-    Args:
-        seconds: Since the start of the command; None: never.
-        world: Whoever runs.
-        outcome: What there is, in words.
-
-    Raises:
-        PreemptionError: on every rank, saying `outcome`.
-    """
-    if world.on_main(Deadline(seconds, save_seconds=0).is_near):
-        raise stop_error(DEADLINE, outcome)
+        return seconds_since_start() + self._longest_wait + self._save_seconds > self._seconds
 
 
 def seconds_since_start() -> float:

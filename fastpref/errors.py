@@ -1,6 +1,5 @@
 """The errors a user can cause, each with the exit code that a scheduler sees."""
 
-import contextlib
 import os
 import sys
 
@@ -101,7 +100,6 @@ def error_text(error: FastprefError) -> str:
 
 
 def say_error(error: FastprefError) -> None:
-    """`error_text` on stderr; if that is closed, the exit code must do."""
-    with contextlib.suppress(OSError):
-        sys.stderr.write(error_text(error))
-        sys.stderr.flush()
+    """`error_text` on stderr."""
+    sys.stderr.write(error_text(error))
+    sys.stderr.flush()

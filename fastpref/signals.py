@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fastpref.deadline import Deadline
 from fastpref.errors import (
     CheckpointError,
     FastprefError,
@@ -62,6 +63,21 @@ def stop_error(number: int, outcome: str) -> FastprefError:
     return PreemptionError(f"{reasons.get(number, 'terminated')}; {outcome}")
 
 
+def end_if_past(seconds: int | None, world: "World", outcome: str) -> None:
+    """End before something long is begun, if the deadline has come already.
+
+    Args:
+        seconds: Since the start of the command; None: never.
+        world: Whoever runs.
+        outcome: What there is, in words.
+
+    Raises:
+        PreemptionError: on every rank, saying `outcome`.
+    """
+    if world.on_main(Deadline(seconds).is_near):
+        raise stop_error(DEADLINE, outcome)
+
+
 @contextmanager
 def signals_end_the_process() -> Iterator[None]:
     """While entered, a signal ends the process where it stands, with their exit codes and
@@ -98,11 +114,10 @@ def quit_saying(error: FastprefError) -> None:
     _ending.append(error)
     if _ending[0] is not error:
         return
-    if os.isatty(2):
-        os.write(2, SHOW_CURSOR)
-    text = error_text(error)
-    if text:
-        os.write(2, text.encode(sys.getfilesystemencoding(), "replace"))
+    text = error_text(error).encode(sys.getfilesystemencoding(), "replace")
+    # nobody may be there to read it
+    with suppress(OSError):
+        os.write(2, SHOW_CURSOR * os.isatty(2) + text)
     os._exit(error.exit_code)
 
 
@@ -112,10 +127,16 @@ def die(number: int, _: FrameType | None = None) -> None:
     signal.raise_signal(number)
 
 
+def heard(numbers: Iterable[signal.Signals] = SIGNALS) -> list[signal.Signals]:
+    """Signals of some that whoever started this process did not tell it to ignore: what stands in
+    the background of a script ignores the Ctrl-C that is meant for the foreground."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+
+
 def signals_kill() -> None:
     """From now on a signal just ends the process."""
     # not SIG_DFL itself: Python complains of a signal that it has noted and finds no handler for
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, die)
 
 
@@ -151,7 +172,7 @@ def _begin_as_fork() -> None:
     if not _forks_work_for_us:
         return
     # no handler of Python's: one that is noted as a fork begins to wait would wait with it
-    for number in SIGNALS:
+    for number in heard():
         signal.signal(number, signal.SIG_DFL)
     # of Linux; elsewhere it waits for work that never comes
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
@@ -166,14 +187,12 @@ os.register_at_fork(
 
 @contextmanager
 def _handlers(handle: Handler) -> Iterator[None]:
-    """Install a handler of the signals; at the end those before it."""
+    """Install a handler of the signals that are not ignored; at the end those before it."""
     # only the main thread may
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number in SIGNALS:
-        signal.signal(number, handle)
+    before = {number: signal.signal(number, handle) for number in heard()}
     try:
         yield
     finally:
@@ -185,10 +204,15 @@ def _handlers(handle: Handler) -> Iterator[None]:
 class StopRequest:
     """While entered, the first signal is remembered; a second one acts at once.
 
-    A file that cannot be written, and what calls `ask`, wants the same: to save and end.
+    A file that cannot be written, a deadline that is near, and what calls `ask`, want the same: to
+    save and end.
+
+    Args:
+        deadline: By which everything has to be saved; None: there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, deadline: Deadline | None = None) -> None:
+        self._deadline = deadline or Deadline(None)
         self._received = 0
         self._received_at = 0.0
         self._asked = 0
@@ -207,10 +231,11 @@ class StopRequest:
     @property
     def requested(self) -> bool:
         """Whether this process was asked to stop; others may not know of it yet."""
+        self._look_at_the_clock()
         return bool(self._received or self._asked or self._agreed or self._failure)
 
     def ask(self, reason: int) -> None:
-        """Ask all ranks to stop: for `DEADLINE` or `NON_FINITE`."""
+        """Ask all ranks to stop: for `NON_FINITE`."""
         self._asked = max(self._asked, reason)
 
     def agreed(self, world: "World") -> bool:
@@ -219,8 +244,13 @@ class StopRequest:
             self._was_told = True
             name = signal.Signals(self._received).name
             logger.warning("%s: stopping here; once more ends the process at once", name)
+        self._look_at_the_clock()
         self._agree(world)
         return self._agreed != 0
+
+    def _look_at_the_clock(self) -> None:
+        if self._deadline.is_near():
+            self.ask(DEADLINE)
 
     def _agree(self, world: "World") -> None:
         # what this rank received stays apart: its own signal may come after another rank's

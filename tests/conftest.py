@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from pictures import leave_pictures_blank
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+# what is started in the background of a script ignores Ctrl-C, and so would all that tests start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # gone when the process ends
 DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="fastpref-tests-", ignore_cleanup_errors=True)
 os.environ["HF_DATASETS_CACHE"] = DATASETS_CACHE.name

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastpref.cli.launch import passing_on
+from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError, InterruptionError, PreemptionError
 from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
 from fastpref.train.sampling import StopOnSignal
@@ -91,6 +92,25 @@ def test_where_nothing_is_to_be_saved_the_first_signal_of_a_burst_ends_the_proce
         code, stderr = burst(LOADING, numbers, gap)
         assert code in {130 if number == signal.SIGINT else 75 for number in numbers}, stderr
         assert stderr == said[code]
+
+
+def test_a_signal_that_is_to_be_ignored_from_the_start_stays_ignored():
+    ignoring = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code, stderr = burst(ignoring + LOADING, [signal.SIGINT] * 2 + [signal.SIGTERM], 1e-3)
+    assert (code, stderr) == (75, "fastpref: terminated; nothing to save yet\n")
+    code, stderr = burst(ignoring + TRAINING, [signal.SIGINT] * 2 + [signal.SIGTERM], 1e-3)
+    assert code == 0 and stderr.startswith("SIGTERM: stopping here")
+
+
+def test_a_signal_ends_a_process_that_cannot_say_so():
+    for stderr in ("/dev/full", "/dev/null"):
+        with open(stderr, "wb") as unheard:
+            process = subprocess.Popen(
+                [sys.executable, "-c", LOADING], stdout=subprocess.PIPE, stderr=unheard, cwd=ROOT
+            )
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        process.terminate()
+        assert process.wait(60) == 75
 
 
 def test_in_training_the_first_is_remembered_and_the_second_acts_at_once():
@@ -182,10 +202,12 @@ def test_a_process_that_starts_others_passes_a_signal_on():
     assert child.wait(30) == -signal.SIGUSR1
 
 
-def test_sampling_ends_with_the_token_at_which_a_signal_comes():
+def test_sampling_ends_with_the_token_at_which_a_signal_or_the_deadline_comes():
     ids = torch.zeros(3, 5, dtype=torch.int64)
     with StopRequest() as stop:
         criterion = StopOnSignal(stop)
         assert not criterion(ids, None).any()
         signal.raise_signal(signal.SIGINT)
         assert criterion(ids, None).tolist() == [True] * 3
+    with StopRequest(Deadline(0)) as stop:
+        assert StopOnSignal(stop)(ids, None).tolist() == [True] * 3

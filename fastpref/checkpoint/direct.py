@@ -26,7 +26,8 @@ DIRECT = getattr(os, "O_DIRECT", 0)
 class DirectFile(io.RawIOBase):
     """A new file of bytes that are digested on their way, on the disk when it is closed.
 
-    A file system that cannot write past the cache writes through it.
+    A file system that cannot write past the cache writes through it. After an error there is no
+    file: whatever became of that error in the hands of a library, closing raises it again.
 
     Args:
         path: A file there is replaced.
@@ -41,6 +42,7 @@ class DirectFile(io.RawIOBase):
         # the device takes it from there itself: it has to begin with a page
         self._block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         self._filled = 0
+        self._error: OSError | None = None
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         try:
             self._descriptor = os.open(path, flags | DIRECT, 0o666)
@@ -79,6 +81,8 @@ class DirectFile(io.RawIOBase):
         if self.closed:
             return
         try:
+            if self._error is not None:
+                raise self._error
             self._through_cache()
             self._empty()
             os.fsync(self._descriptor)
@@ -94,6 +98,7 @@ class DirectFile(io.RawIOBase):
                 rest = rest[os.write(self._descriptor, rest) :]
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._through_cache():
+                    self._error = error
                     raise
 
     def _through_cache(self) -> bool:

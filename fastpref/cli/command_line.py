@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import io
 import os
 import re
 import signal
@@ -11,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fastpref.cli.streams import fill_standard_streams, outlive_readers
 from fastpref.errors import ConfigError, FastprefError, say_error
 from fastpref.signals import signals_end_the_process, signals_kill, stop_error
 
@@ -33,9 +33,7 @@ def main(
         The exit code; 2 for a wrong option, after one message on stderr.
     """
     fill_standard_streams()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # a terminal or file of another encoding gets what it can show
-        sys.stdout.reconfigure(errors="backslashreplace")
+    outlive_readers()
     forget_odd_widths()
     with signals_end_the_process():
         try:
@@ -57,7 +55,7 @@ def _run(
     from fastpref.cli.overrides import read_config
 
     if {"--help", "-h"} & set(arguments):
-        _show(format_help(config_dir))
+        print(format_help(config_dir))
         return 0
     only_print = "--cfg" in arguments
     if only_print:
@@ -65,7 +63,7 @@ def _run(
         arguments = [argument for argument in arguments if argument not in ("--cfg", "job")]
     config = read_config(arguments, compose_choices, config_dir)
     if only_print:
-        _show(config.to_yaml().rstrip())
+        print(config.to_yaml().rstrip())
         return 0
     # torch and transformers are imported from here on, a second or more
     from fastpref.cli.run import main as run
@@ -84,24 +82,10 @@ def leave(exit_code: int) -> NoReturn:
     signals_kill()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        # a reader may have left (`| head`)
+        # a file that stdout goes to may be full
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(exit_code)
-
-
-def fill_standard_streams() -> None:
-    """Put the null device where stdin, stdout or stderr were closed before the start (`>&-`).
-
-    The first files that a run opens would take their numbers, and get what is printed.
-    """
-    descriptor = os.open(os.devnull, os.O_RDWR)
-    while descriptor <= 2:
-        descriptor = os.dup(descriptor)
-    os.close(descriptor)
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(descriptor, "w", encoding="utf-8"))
 
 
 def check_current_folder() -> None:
@@ -123,10 +107,3 @@ def forget_odd_widths() -> None:
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
             del os.environ[name]
-
-
-def _show(text: str) -> None:
-    # `--help | head`: a reader that leaves early is no error
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    print(text)

@@ -10,9 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastpref.errors import ConfigError, DistributedError, first_line
+from fastpref.signals import heard
 
 SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
+
+
+TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""What torchrun takes over, ignored or not."""
 
 
 def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
@@ -48,6 +53,8 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     if hasattr(launch, "shutdown_timeout"):
         # of ranks that a signal stops: seconds to save in; older torch gives them 30
         launch.shutdown_timeout = SAVE_SECONDS
+    # under nohup it would end with the terminal
+    launch.signals_to_handle = ",".join(number.name for number in heard(TORCHRUN_SIGNALS))
     try:
         with passing_on(signal.SIGUSR1):
             elastic_launch(launch, sys.executable)("-u", *sys.argv)
@@ -63,7 +70,7 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
 
 
 @contextmanager
-def passing_on(number: int) -> Iterator[None]:
+def passing_on(number: signal.Signals) -> Iterator[None]:
     """While entered, a signal that torchrun does not know goes to the processes that it started.
 
     They end by themselves, each with everything saved.
@@ -75,11 +82,12 @@ def passing_on(number: int) -> Iterator[None]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(child), number)
 
-    before = signal.signal(number, pass_on)
+    before = [signal.signal(own, pass_on) for own in heard([number])]
     try:
         yield
     finally:
-        signal.signal(number, before)
+        for handler in before:
+            signal.signal(number, handler)
 
 
 def check_port(port: int) -> None:

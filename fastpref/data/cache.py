@@ -1,5 +1,6 @@
 """The cache of `datasets`: what its entries depend on, its progress bars, its errors."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ ROWS_OF_A_PROCESS = 5000
 """At least: about three seconds of rows of HH."""
 LOST_PROCESS = "subprocesses has abruptly died"
 """What `datasets` says when one ended."""
+NOT_OF_FILES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the system says where it has no more processes, memory or descriptors."""
 THREADS = "TOKENIZERS_PARALLELISM"
 """Environment variable of `tokenizers`."""
 
@@ -86,7 +89,8 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
     """Bring our own errors out of the wrapping of `datasets`, and say what ails its cache.
 
     Raises:
-        DataError: the cache cannot be written or is damaged.
+        DataError: the cache cannot be written or is damaged, or a process was lost.
+        OSError: the system lacks something else.
     """
     try:
         yield
@@ -96,15 +100,27 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
             cause = cause.__cause__
         if isinstance(cause, FastprefError):
             raise cause from None
-        if LOST_PROCESS in str(cause):
+        # between us and them there are pipes; streams that people read break without a word
+        if LOST_PROCESS in str(cause) or isinstance(cause, BrokenPipeError | ConnectionResetError):
             raise DataError(
                 "data.num_proc: a process that tokenized ended, as when memory runs out; fewer of "
                 "them take less"
             ) from error
         if not isinstance(cause, OSError | pyarrow.ArrowException):
             raise
-        folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+        folder = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
+        if isinstance(cause, OSError) and not is_of_cache(cause, folder):
+            raise cause from None
         raise DataError(
             f"data.cache_dir: {folder} cannot be used: {cause}; delete what is damaged there or "
             "set data.cache_dir to another folder"
         ) from error
+
+
+def is_of_cache(error: OSError, folder: str) -> bool:
+    """Whether it is for the cache in `folder` that the system refuses something."""
+    if not isinstance(error.filename, str):
+        return error.errno not in NOT_OF_FILES
+    # one above it as well: the folder is made there
+    paths = [os.path.abspath(os.path.expanduser(path)) for path in (folder, error.filename)]
+    return os.path.commonpath(paths) in paths

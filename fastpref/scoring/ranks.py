@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout, in_groups
-from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
@@ -50,7 +49,6 @@ class Ranks:
     pad_token_id: int
     world: World
     stop: StopRequest
-    deadline: Deadline
     progress: ScoringProgress
     """Told of every batch."""
     repetition: Repetition
@@ -73,7 +71,6 @@ class Ranks:
         batches = divide_rows(rows, self.layout, world.device, batch_size)
         mine: list[tuple[int, PairLogps]] = []
         for first in range(0, len(batches), world.size):
-            self.deadline.ask(self.stop, world)
             if self.stop.agreed(world):
                 self.stop.raise_saying(
                     f"{self.progress.done} are kept; the same command goes on there"

@@ -98,7 +98,7 @@ class ReferenceScoring:
         if visible:
             logger.info("reference: scoring the rows that %s lacks", self.cache.folder)
         with (
-            StopRequest() as stop,
+            StopRequest(self.deadline) as stop,
             ScoringProgress("reference", num_tokens, visible=visible) as progress,
         ):
             for loader, of_loader in missing:
@@ -143,7 +143,6 @@ class ReferenceScoring:
                     self._save()
 
     def _end_if_asked(self, stop: StopRequest) -> None:
-        self.deadline.ask(stop, self.world)
         if stop.agreed(self.world):
             self._save()
             stop.raise_saying(

@@ -10,7 +10,7 @@ import torch
 
 from fastpref.config import PackingConfig
 from fastpref.data.source import Rows
-from fastpref.deadline import Deadline, end_if_past
+from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.model.positions import warn_beyond_training
 from fastpref.model.source import pad_token_id
@@ -19,7 +19,7 @@ from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.ranks import Ranks, repeat_scoring
 from fastpref.scoring.shards import Shards
 from fastpref.scoring.side import Side, check_finite, check_positions
-from fastpref.signals import StopRequest
+from fastpref.signals import StopRequest, end_if_past
 
 logger = logging.getLogger("fastpref")
 
@@ -110,14 +110,13 @@ def score_missing(
     progress = ScoringProgress(
         f"{side.label} model", num_tokens, num_shards=num_missing, visible=world.is_main
     )
-    with StopRequest() as stop, progress:
+    with StopRequest(Deadline(deadline_seconds)) as stop, progress:
         ranks = Ranks(
             scorer=scorer,
             layout=layout,
             pad_token_id=pad_token_id(tokenizer, scorer.num_embeddings),
             world=world,
             stop=stop,
-            deadline=Deadline(deadline_seconds, save_seconds=0),
             progress=progress,
             repetition=repeat_scoring(world, batch_size),
         )

@@ -9,10 +9,9 @@ import logging
 from pathlib import Path
 
 from fastpref.config import Config
-from fastpref.deadline import end_if_past
 from fastpref.distributed import World
 from fastpref.errors import InterruptionError, PreemptionError
-from fastpref.signals import say_if_stopped
+from fastpref.signals import end_if_past, say_if_stopped
 from fastpref.tisdpo.closing_report import close_run
 from fastpref.tisdpo.recipe_folder import find_place, open_run_dir
 from fastpref.tisdpo.run_stage import run_stage

@@ -14,7 +14,7 @@ from fastpref.checks import hint
 from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.signals import DEADLINE, StopRequest
+from fastpref.signals import StopRequest
 from fastpref.train.comparison import FORMAT, HELD_OUT
 from fastpref.train.metrics import Record
 from fastpref.train.run import Run
@@ -36,16 +36,16 @@ class Checkpoints:
         run: Whose state.
         store: Where to.
         options: When.
-        num_bytes: Of one checkpoint, estimated.
+        deadline: Told how long a save takes.
     """
 
     def __init__(
-        self, run: Run, store: CheckpointStore, options: CheckpointConfig, num_bytes: int
+        self, run: Run, store: CheckpointStore, options: CheckpointConfig, deadline: Deadline
     ) -> None:
         self._run = run
         self._store = store
         self._options = options
-        self._deadline = Deadline(options.deadline_seconds(), num_bytes / WRITE_RATE)
+        self._deadline = deadline
         self._error: str | None = None
         start = run.start.checkpoint
         self._metrics = dict(start.manifest.metrics) if start else {}
@@ -58,16 +58,14 @@ class Checkpoints:
             self.save(stop)
 
     def after_step(self, evaluation: Record | None, stop: StopRequest) -> None:
-        """Save if it is time to, and ask to stop if the deadline comes near.
+        """Save if it is time to.
 
         Args:
             evaluation: The numbers of an evaluation after this step, None if there was none.
-            stop: Whoever is asked to stop, and where a file cannot be written.
+            stop: Where a file cannot be written.
         """
         state, every = self._run.state, self._options.every
         self._hear(self._store.poll())
-        if self._run.world.is_main and self._deadline.is_near():
-            stop.ask(DEADLINE)
         is_best = evaluation is not None and self._is_best(evaluation)
         if state.step == self._run.train.order.num_steps:
             # saved at the end
@@ -160,10 +158,11 @@ class Checkpoints:
 
 
 @contextmanager
-def open_checkpoints(run: Run) -> Iterator[Checkpoints]:
+def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
     """The checkpoints of a run; at the end a save in flight is written."""
     options = run.config.checkpoint
     num_bytes = estimate_bytes(run.policy, run.updates.optimizer, run.world.size)
+    deadline.expect(num_bytes / WRITE_RATE)
     asynchronous = writes_beside(options.mode, num_bytes // run.world.size)
     if run.world.is_main:
         announce(run, num_bytes, asynchronous=asynchronous)
@@ -176,7 +175,7 @@ def open_checkpoints(run: Run) -> Iterator[Checkpoints]:
         best=best_by(options.keep_best),
         resumed_from=run.start.checkpoint,
     ) as store:
-        yield Checkpoints(run, store, options, num_bytes)
+        yield Checkpoints(run, store, options, deadline)
 
 
 def writes_beside(mode: str, num_bytes: int) -> bool:

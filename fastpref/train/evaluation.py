@@ -28,7 +28,7 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl.
 
     Returns:
-        That line, on every rank; None if a signal came before the end, or there is no split.
+        That line, on every rank; None if it was asked to stop before the end, or there is no split.
     """
     if run.eval is None:
         return None
@@ -84,7 +84,7 @@ def sample(run: Run, stop: StopRequest) -> bool:
     """Samples of the policy and, before the first update, of the reference, to samples.jsonl.
 
     Returns:
-        False if a signal came before the end.
+        False if it was asked to stop before the end.
     """
     step, examples = run.state.step, run.state.examples
     assert run.eval is not None

@@ -95,7 +95,7 @@ def know_reference(
         repetition=repetition,
         about={"model": origin.model.name_or_path, **facts},
         # rows are saved in no time
-        deadline=Deadline(deadline_seconds, save_seconds=0),
+        deadline=Deadline(deadline_seconds),
     )
     scoring.complete(visits)
     train, held_out = loaders

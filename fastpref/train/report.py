@@ -53,9 +53,6 @@ def print_text(text: str) -> None:
     """Print to stdout; that it takes no more is no reason for a finished run to fail."""
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:
-        # `| head`: whoever reads has read enough
-        pass
     except OSError as error:
         logger.warning("the closing table could not be printed: %s", error.strerror)
 

@@ -42,11 +42,11 @@ def sample_responses(
         batch_size: Prompts at a time.
         seed: Of the sampling.
         world: Whoever samples.
-        stop: Whether a signal came: one process stops after a token, ranks after a batch.
+        stop: Whether to: one process stops after a token, ranks after a batch.
         repetition: What to do where memory runs out.
 
     Returns:
-        The decoded responses, without prompt and special tokens; None if a signal came.
+        The decoded responses, without prompt and special tokens; None if it was to stop.
     """
     pad = pad_token_id(tokenizer, scorer.num_embeddings)
     options = {
@@ -90,7 +90,7 @@ def pad_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor,
 
 
 class StopOnSignal(StoppingCriteria):
-    """Ends the sampling of a batch once a signal came."""
+    """Ends the sampling of a batch once a signal came or the deadline is near."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop

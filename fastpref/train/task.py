@@ -9,6 +9,7 @@ import torch
 
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.config import Config
+from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.signals import StopRequest, say_if_stopped
 from fastpref.train.advice import advise
@@ -43,13 +44,14 @@ def train(config: Config, world: World, *, command: str | None = None) -> float:
         run = build_run(config, world, start)
         for line in advise(run):
             logger.warning(line)
+        deadline = Deadline(config.checkpoint.deadline_seconds())
         # the log is closed last: a tracker may wait for its service, and a model is not to wait
         # for it
         with (
             say_if_stopped(f"what there is lies in {run.run_dir}"),
             closing(run.log),
-            StopRequest() as stop,
-            open_checkpoints(run) as checkpoints,
+            StopRequest(deadline) as stop,
+            open_checkpoints(run, deadline) as checkpoints,
         ):
             run_loop(run, checkpoints, stop)
             command = command or f"resume=auto run_dir={run.run_dir}"

@@ -1,5 +1,6 @@
 """A process that dies, a disk that is full, a folder that is gone: what was saved stays usable."""
 
+import errno
 import importlib
 import itertools
 import logging
@@ -22,6 +23,7 @@ import torch
 from ranks import run_on_ranks
 from small_training import SmallTraining, assert_same_state
 
+from fastpref.checkpoint import direct
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.checkpoint.folders import find_newest, folder_name
 from fastpref.checkpoint.load import find_checkpoint, load_checkpoint
@@ -183,6 +185,28 @@ def test_a_save_that_the_disk_refuses_is_reported_and_training_goes_on(
         store.save(3, *training.parts, record={})
         assert store.wait()[0].error is None
     assert find_newest(tmp_path / "checkpoints").step == 3
+
+
+def test_a_refusal_in_the_midst_of_a_file_is_told_as_the_system_tells_it(
+    world, agreement, tmp_path, monkeypatch
+):
+    training = SmallTraining(world, width=64)
+    # many writes while torch packs a tensor, the first of them over the quota
+    monkeypatch.setattr(direct, "BLOCK_BYTES", 4096)
+    real, refusals = os.write, [OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))]
+
+    def write(descriptor: int, data: memoryview) -> int:
+        if refusals and len(data) == direct.BLOCK_BYTES:
+            raise refusals.pop()
+        return real(descriptor, data)
+
+    monkeypatch.setattr(os, "write", write)
+    with store_in(tmp_path, agreement) as store:
+        store.save(1, *training.parts, record={})
+        [report] = store.wait()
+    assert not refusals
+    assert report.error == "step 1 was not saved: [Errno 122] Disk quota exceeded"
+    assert os.listdir(tmp_path / "checkpoints") == []
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

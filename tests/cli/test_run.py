@@ -231,10 +231,13 @@ def test_under_torchrun_two_ranks_print_one_table_and_one_run(base, tmp_path):
 
 def test_the_launcher_brings_back_the_exit_code_of_the_ranks(base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # as under nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     bad = with_row(base, "bad", 3, {"prompt": "a"})
     for data, code in (("words", 0), (bad, 3)):
         options = job(base, data, trainer="FSDPTrainer", n_epochs=1, run_dir=tmp_path / data)
         monkeypatch.setattr(sys, "argv", command(*options)[1:])
         # what trainer=FSDPTrainer does where two GPUs are visible, here with two CPU ranks
         assert launch_on_every_gpu(2, None) == code
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
     assert len(read_metrics(tmp_path / "words", "train")) == 3

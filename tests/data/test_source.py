@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 from dataclasses import replace
@@ -5,10 +6,12 @@ from dataclasses import replace
 import pyarrow
 import pyarrow.parquet
 import pytest
+from datasets.exceptions import DatasetGenerationError
 from small_data import count_calls, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.data.built_in import SOURCES, BuiltIn
+from fastpref.data.cache import cache_errors
 from fastpref.data.counts import Remark, format_audit
 from fastpref.data.options import data_options
 from fastpref.data.parts import check_sources
@@ -305,6 +308,21 @@ def test_a_cache_folder_that_cannot_be_used_is_named(tmp_path):
     write_jsonl(folder(tmp_path), "train", pairs(3))
     (tmp_path / "cache").write_text("a file, not a folder")
     assert "data.cache_dir: " in refusal(tmp_path)
+
+
+def test_what_is_no_fault_of_the_cache_is_not_blamed_on_it(tmp_path):
+    cache = str(tmp_path / "cache")
+    elsewhere = OSError(errno.ENOSPC, "No space left on device", "/elsewhere/pymp-1")
+    for error in (OSError(errno.ENOMEM, "Cannot allocate memory"), elsewhere):
+        with pytest.raises(OSError) as raised, cache_errors(cache):
+            raise DatasetGenerationError from error
+        assert raised.value is error
+    with pytest.raises(DataError, match=r"^data\.num_proc: a process that"), cache_errors(cache):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    # the folder that it would be made in, and what names no file
+    for error in (OSError(errno.EROFS, "Read-only", str(tmp_path)), OSError(errno.ENOSPC, "No")):
+        with pytest.raises(DataError, match=r"^data\.cache_dir: "), cache_errors(cache):
+            raise error
 
 
 def test_a_damaged_cache_is_named(tmp_path):

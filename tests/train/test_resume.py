@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
+from fastpref import deadline
 from fastpref.checkpoint import writer
 from fastpref.checkpoint.manifest import read_manifest
 from fastpref.train import ending, evaluation
@@ -341,12 +342,22 @@ def test_a_signal_at_any_time_is_answered_when_everything_is_saved(
         assert "loss/eval" in manifest.metrics
 
 
-def test_a_deadline_ends_the_run_in_time_with_everything_saved(base, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    options = ["loss=dpo", "checkpoint.deadline=00:00:01"]
+def test_a_deadline_ends_the_run_in_time_with_everything_saved(base, tmp_path, capsys, monkeypatch):
+    run_dir, evaluated = tmp_path / "run", []
+    held_out_metrics = evaluation.held_out_metrics
+
+    def evaluating(run, batches):
+        evaluated.append(run.state.step)
+        return held_out_metrics(run, batches)
+
+    # it comes in the first of four batches after step 4
+    monkeypatch.setattr(deadline, "seconds_since_start", lambda: 100.0 * (4 in evaluated))
+    monkeypatch.setattr(evaluation, "held_out_metrics", evaluating)
+    options = ["loss=dpo", "checkpoint.deadline=00:01:40", "eval_batch_size=2"]
     assert run(arguments(base, run_dir, *options)) == 75
     assert "checkpoint.deadline is near" in capsys.readouterr().err
     assert (run_dir / "checkpoints" / "latest").is_file()
+    assert evaluated == [0, 0, 0, 0, 4]
 
 
 @pytest.fixture(autouse=True)
