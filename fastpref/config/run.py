@@ -90,8 +90,8 @@ class Config:
     the hub, org/name."""
     base_data_dir: str | None = None
     """Holds folders {name}/ with the splits train and test: {split}.jsonl, .jsonl.gz, .parquet,
-    .json or .json.gz, or shards of them in it or in its folder data/, as on the hub. Without a
-    test split see data.test_fraction."""
+    .json, .json.gz or .arrow, or shards of them in it or in its folder data/, as on the hub, or as
+    save_to_disk writes them. Without a test split see data.test_fraction."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512
