@@ -98,7 +98,7 @@ def find_source(
             folder is there and only the split is not.
     """
     there = split_names.get(split, split)
-    folder = Path(base_data_dir).expanduser() / name if base_data_dir is not None else None
+    folder = Path(base_data_dir) / name if base_data_dir is not None else None
     if folder is not None and folder.is_dir():
         paths, others = find_files(folder, there)
         if not paths:

@@ -109,6 +109,20 @@ def test_text_options_take_text_as_it_stands():
     assert config.model.archive == "x y"
 
 
+PATHS = ("model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "output_dir")
+PATHS += ("run_dir", "base_data_dir", "data.chat_template", "data.cache_dir", "resume.path")
+PATHS += ("reference.cache_dir", "weights.positive", "weights.negative", "weights.output_dir")
+
+
+def test_every_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    others = ["local_dirs=[~/a,/b]", "exp_name=~/x", "loss=dpo", "model=blank_model"]
+    config = read(*(f"{key}=~/x" for key in PATHS), *others)
+    assert config.local_dirs == ["/home/me/a", "/b"] and config.exp_name == "~/x"
+    assert {OmegaConf.select(OmegaConf.structured(config), key) for key in PATHS} == {"/home/me/x"}
+    assert read("local_run_dir=~/x").run_dir == "/home/me/x"
+
+
 def test_mappings_are_yaml_and_may_be_given_entry_by_entry():
     columns = {"prompt": "a b", "chosen": "c", "rejected": None}
     assert read("data.columns={prompt: a b, chosen: c, rejected: null}").data.columns == columns
