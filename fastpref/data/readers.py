@@ -61,9 +61,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         content = file.read().removeprefix(BYTE_ORDER_MARK)
-    start = content.lstrip()[:1]
-    first_line = content.lstrip().partition(b"\n")[0]
-    if start != b"[" and not isinstance(_parse_line(first_line, 0, 1), RowError):
+    if _is_lines(content.lstrip()):
         yield from _read_json_lines(path)
         return
     try:
@@ -85,6 +83,21 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: must be one array of objects, or one object per line, got {kind(value)}{keys}"
         )
     yield from enumerate(value, start=1)
+
+
+def _is_lines(content: bytes) -> bool:
+    """Whether JSON is one value a line: its first line is a value, or the whole is none and another
+    line is an object."""
+    if content.startswith(b"["):
+        return False
+    first, *others = content.splitlines() or [b""]
+    if not isinstance(_parse_line(first, 0, 1), RowError):
+        return True
+    try:
+        json.loads(content.decode())
+        return False
+    except (ValueError, RecursionError):
+        return any(isinstance(_parse_line(line, 0, 2), dict) for line in others)
 
 
 def _open(path: Path) -> gzip.GzipFile | BufferedReader:

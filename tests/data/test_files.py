@@ -195,12 +195,19 @@ def test_a_json_file_may_hold_lines_too(tmp_path):
     path = tmp_path / "data" / "set" / "train.json"
     write_jsonl(path.parent, "lines", ROWS).rename(path)
     assert read(tmp_path).dataset["row"][:] == [1, 2, 3, 4, 5, 6, 7]
+    for bad in (b"{cut off", b"\xff\xfe", b"// rows"):
+        path.write_bytes(b"\n".join([bad, *(json.dumps(row).encode() for row in ROWS)]))
+        assert f"{path}:1: invalid " in refusal(tmp_path)
+        rows = read(tmp_path, on_error="skip")
+        assert rows.counts.dropped == {"malformed row": 1}
+        assert rows.dataset["row"][:] == [2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ('{\n "data": [],\n "version": 1\n}', "one object per line, got object with data, version"),
+        ('{"data": [\n{"prompt": "Q"}\n]}', "one object per line, got object with data"),
         ("3", "train.json:1: a row must be an object"),
         ('[{"prompt": "Q"},\n {"prompt": ]', r"train.json:2: invalid JSON: .* at column 13"),
         ('[{"prompt": "Q", "chosen": "a", "rejected": "b"}, 3]', "train.json:2: a row must be an"),
