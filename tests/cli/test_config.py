@@ -151,6 +151,10 @@ def test_lists_and_null():
     config = read("datasets=[hh, 'shp']", "local_dirs=[/scr]", "n_epochs=null", "n_examples=10")
     assert (config.datasets, config.local_dirs) == (["hh", "shp"], ["/scr"])
     assert (config.n_epochs, config.n_examples) == (None, 10)
+    assert read("recipe=null") == read()
+    config = read("datasets=['a,b']", """local_dirs=[/x, "/a b,c" ,'d,',/it's,"e" f]""")
+    assert config.datasets == ["a,b"]
+    assert config.local_dirs == ["/x", "/a b,c", "d,", "/it's", '"e" f']
 
 
 @pytest.mark.parametrize(
@@ -271,6 +275,7 @@ def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
         (["--learning_rate=0.1"], "write lr=0.1"),
         (["--batch-size", "8"], "write batch_size=8"),
         (["--multirun"], "no flags but --help and --cfg"),
+        (["--config-name", "mine"], "--config-name: there are no flags but --help and --cfg"),
         (["~loss"], "~loss: an option cannot be removed"),
         (["debug"], "debug: options are written KEY=VALUE"),
     ],
