@@ -3,8 +3,10 @@
 import difflib
 import math
 import operator
+import os
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
@@ -56,6 +58,21 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     longer = [lower for lower in by_lower if len(name) > 2 and lower.startswith(name.lower())]
     close = longer or difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return by_lower[close[0]] if close else None
+
+
+def expand_home(options: Any, *names: str) -> None:
+    """Put the home folder in the place of a ~ that local paths begin with; no hub id does.
+
+    Args:
+        options: A config dataclass.
+        names: Its fields that hold a path, several, or None.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if isinstance(value, str):
+            setattr(options, name, os.path.expanduser(value))
+        elif value is not None:
+            setattr(options, name, [os.path.expanduser(path) for path in value])
 
 
 def listed(names: Sequence[str], most: int = 8) -> str:

@@ -50,7 +50,9 @@ def plan_step(
         branch_tokens = branch_tokens + columns.prompt.lengths
     _, first = np.unique(prompts, return_index=True)
     fewest = int(trunk_tokens[first].sum() + branch_tokens.sum())
-    num_micro_batches = max(min_micro_batches, -(-fewest // (max_tokens * num_ranks)))
+    # rows that are longer than a micro-batch may be are no reason for one without rows
+    needed = min(-(-fewest // max_tokens), len(columns))
+    num_micro_batches = max(min_micro_batches, -(-needed // num_ranks))
     while True:
         num_bins = num_micro_batches * num_ranks
         # a piece far above the average would make all ranks wait for its own

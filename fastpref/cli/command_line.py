@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from fastpref import __version__
 from fastpref.cli.streams import fill_standard_streams, outlive_readers
 from fastpref.errors import ConfigError, FastprefError, say_error
 from fastpref.signals import signals_end_the_process, signals_kill, stop_error
@@ -25,7 +26,7 @@ def main(
     """Run `python train.py ARGUMENTS`.
 
     Args:
-        arguments: KEY=VALUE each, or --help, or --cfg.
+        arguments: KEY=VALUE each, or --help, --cfg or --version.
         compose_choices: Composes configs/ for choices such as ["loss=dpo"].
         config_dir: The folder configs/.
 
@@ -56,6 +57,9 @@ def _run(
 
     if {"--help", "-h"} & set(arguments):
         print(format_help(config_dir))
+        return 0
+    if "--version" in arguments:
+        print(f"fastpref {__version__}")
         return 0
     only_print = "--cfg" in arguments
     if only_print:

@@ -129,6 +129,7 @@ def format_help(config_dir: Path) -> str:
         "  python train.py                        train the embedded model on the embedded data",
         "  python train.py KEY=VALUE ...          change options",
         "  python train.py KEY=VALUE ... --cfg    print every option's value and stop",
+        "  python train.py --version              print the version",
         "",
         "Choices (a file under configs/ sets several options; options given here win):",
     ]

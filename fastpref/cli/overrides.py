@@ -84,6 +84,9 @@ UNREAD = {
     ("tisdpo", "loss.label_smoothing"),
 }
 
+ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
+"""One of a list: in quotes, or up to the next comma; text as it stands, where YAML has marks."""
+
 
 def read_config(
     arguments: list[str], compose_choices: Callable[[list[str]], DictConfig], config_dir: Path
@@ -99,7 +102,8 @@ def read_config(
         ConfigError: one line per wrong argument; the first broken rule if all are well-formed.
     """
     pairs, problems = split_arguments(arguments)
-    pairs = {SHORT.get(key, key): text for key, text in pairs.items()}
+    # a run without a recipe is written so in configs/config.yaml
+    pairs = {SHORT.get(k, k): text for k, text in pairs.items() if (k, text) != ("recipe", "null")}
     choices = {key: text for key, text in pairs.items() if key in CHOICE_GROUPS}
     wrong_groups = set()
     for group, choice in choices.items():
@@ -185,8 +189,8 @@ def set_option(composed: DictConfig, options: dict[str, Option], key: str, text:
     """Set one option from its text; returns what is wrong with it, or None.
 
     Text options take the text as it stands (`run_dir=/tmp/a=b` needs no quotes; ${KEY} is another
-    option's value), lists are written [a,b], mappings {a: b}; of a mapping one entry can be set by
-    itself, `data.columns.prompt=question`.
+    option's value), lists are written [a,b], or ['a,b'] for an item with a comma, mappings {a: b};
+    of a mapping one entry can be set by itself, `data.columns.prompt=question`.
     """
     option = options.get(key)
     group, _, leaf = key.rpartition(".")
@@ -211,7 +215,7 @@ def _parse(option: Option, text: str) -> str | list[str] | None:
     if text == "null":
         return None
     if option.is_list and re.fullmatch(r"\[.*\]", text.strip()):
-        return [_unquote(item.strip()) for item in text.strip()[1:-1].split(",") if item.strip()]
+        return [_unquote(item) for item in ITEM.findall(text.strip()[1:-1]) if item]
     return _unquote(text)
 
 
@@ -315,9 +319,13 @@ def explain_flag(flag: str, text: str) -> str:
     name = flag.lstrip("-").replace("-", "_")
     options = all_options()
     meant = name if name in options else guess_option(name, options)
-    if meant is None:
-        return f"{flag}: there are no flags but --help and --cfg; options are written KEY=VALUE"
-    option = options.get(meant)
+    option = options.get(meant or "")
+    # a word that is no mapping was not meant for one
+    if meant is None or (option is not None and option.is_mapping and not text.startswith("{")):
+        return (
+            f"{flag}: there are no flags but --help and --cfg (and --version); options are written "
+            "KEY=VALUE"
+        )
     value = text or (format_value(option.default) if option else "VALUE")
     return f"{flag}: options are written KEY=VALUE; write {meant}={value}"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastpref.checks import as_count, check_choice, check_number, hint
+from fastpref.checks import as_count, check_choice, check_number, expand_home, hint
 
 ROW_FIELDS = (
     *("prompt", "chosen", "rejected", "completion", "messages", "conversations"),
@@ -89,6 +89,7 @@ class DataConfig:
         return as_count("data.num_proc", self.num_proc)
 
     def __post_init__(self) -> None:
+        expand_home(self, "chat_template", "cache_dir")
         self.num_proc = str(self.num_proc).lower()
         check_number("data.num_proc", self.num_processes, ge=1)
         check_choice("data.on_error", self.on_error, ("raise", "skip"))

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastpref.checks import as_count, as_number, check_choice, check_number
+from fastpref.checks import as_count, as_number, check_choice, check_number, expand_home
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAVE_DTYPES = ("checkpoint", "float32")
@@ -76,6 +76,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name_or_path:
             raise ValueError("model.name_or_path must name a folder or hub id, got ''")
+        expand_home(self, "name_or_path", "tokenizer_name_or_path", "archive")
         if self.block is not None:
             if self.block_name not in (None, self.block):
                 raise ValueError(
@@ -246,6 +247,7 @@ class WeightsConfig:
     """The same for the negative model."""
 
     def __post_init__(self) -> None:
+        expand_home(self, "positive", "negative", "output_dir")
         check_number("weights.batch_size", self.batch_size, ge=1)
         check_number("weights.shard_rows", self.shard_rows, ge=1)
         check_number("weights.round", self.round, ge=0)

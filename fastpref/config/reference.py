@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fastpref.checks import check_choice
+from fastpref.checks import check_choice, expand_home
 from fastpref.config.loss import LossConfig
 
 MODES = ("online", "cache", "auto")
@@ -23,6 +23,7 @@ class ReferenceConfig:
 
     def __post_init__(self) -> None:
         check_choice("reference.mode", self.mode, MODES)
+        expand_home(self, "cache_dir")
 
     def check_loss(self, loss: LossConfig) -> None:
         """Refuse to keep what a loss cannot do with.

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
-from fastpref.checks import check_choice, check_number
+from fastpref.checks import check_choice, check_number, expand_home
 from fastpref.config.adapter import AdapterConfig
 from fastpref.config.data import DataConfig
 from fastpref.config.groups import (
@@ -22,10 +22,7 @@ from fastpref.config.groups import (
     PackingConfig,
     WeightsConfig,
 )
-from fastpref.config.loss import (
-    LossConfig,
-    TransformConfig,
-)
+from fastpref.config.loss import LossConfig, TransformConfig
 from fastpref.config.plan import PlanConfig
 from fastpref.config.reference import ReferenceConfig
 from fastpref.config.stages import StagesConfig
@@ -90,8 +87,8 @@ class Config:
     the hub, org/name."""
     base_data_dir: str | None = None
     """Holds folders {name}/ with the splits train and test: {split}.jsonl, .jsonl.gz, .parquet,
-    .json or .json.gz, or shards of them in it or in its folder data/, as on the hub. Without a
-    test split see data.test_fraction."""
+    .json, .json.gz or .arrow, or shards of them in it or in its folder data/, as on the hub, or as
+    save_to_disk writes them. Without a test split see data.test_fraction."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512
@@ -187,6 +184,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
+        expand_home(self, "output_dir", "run_dir", "local_run_dir", "local_dirs", "base_data_dir")
         # a plan is for devices, and what is installed there, that need not be here
         if self.task != "plan":
             self.model.check_installed()

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from fastpref.checks import check_choice, check_number
+from fastpref.checks import check_choice, check_number, expand_home
 
 MODES = ("auto", "async", "sync")
 RESUME_WORDS = ("never", "auto")
@@ -73,6 +73,7 @@ class ResumeConfig:
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("resume.path must be never, auto or a path, got ''")
+        expand_home(self, "path")
 
 
 @dataclass(kw_only=True)

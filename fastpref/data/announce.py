@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastpref.checks import share_of
+from fastpref.checks import listed, share_of
 from fastpref.data.options import SPLITS, DataOptions
 from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.source import Rows, load_rows, read_rows
@@ -87,10 +87,13 @@ def log_layouts(sources: Sequence[Rows]) -> None:
 
 
 def describe_layout(rows: Rows) -> str:
-    """How the rows of a source were recognised; "" of built-in data."""
+    """How the rows of a source were recognised, and what is there beside them and not read; "" of
+    built-in data."""
     if rows.location.is_built_in:
         return ""
-    return f"{rows.counts.split}: {rows.source}: rows of {rows.dataset[0]['layout']}"
+    others = rows.location.passed_over
+    beside = f"; not read, as they come after it: {listed(others)}" if others else ""
+    return f"{rows.counts.split}: {rows.source}: rows of {rows.dataset[0]['layout']}{beside}"
 
 
 def example_text(row: dict[str, Any], field: str) -> str:

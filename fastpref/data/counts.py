@@ -40,6 +40,7 @@ class Remark(IntFlag):
     BORDER_TOKEN = auto()
     TOKENIZED_APART = auto()
     JOINED_DIFFERS = auto()
+    EQUAL_WHEN_CUT = auto()
 
 
 REMARK_TEXTS = {
@@ -66,6 +67,8 @@ REMARK_TEXTS = {
     "offsets, and the prompt's tokens do not begin those of prompt + response",
     Remark.JOINED_DIFFERS: "prompt + response tokenized as one text are other tokens than one by "
     "one, which is the rule of the seed repositories",
+    Remark.EQUAL_WHEN_CUT: "chosen and rejected are equal only as max_length, max_prompt_length "
+    "and data.truncation cut them",
 }
 SUSPICIOUS = (
     Remark.IDENTICAL
@@ -82,6 +85,7 @@ SUSPICIOUS = (
     | Remark.BORDER_TOKEN
     | Remark.TOKENIZED_APART
     | Remark.JOINED_DIFFERS
+    | Remark.EQUAL_WHEN_CUT
 )
 PROMPT_COLUMNS = ("system", "system_prompt", "history", "context", "input")
 """Columns without which a prompt may be another one than was meant."""
@@ -235,7 +239,7 @@ def check_counts(
     if num_identical > MAX_IDENTICAL * counts.kept:
         raise DataError(
             f"{name}: chosen equals rejected in {share_of(num_identical, counts.kept)} pairs, "
-            f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer{_not_rendered(counts)}"
+            f"at most {MAX_IDENTICAL:.0%} may: there is nothing to prefer{_why_equal(counts)}"
         )
 
 
@@ -307,13 +311,14 @@ def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
         )
 
 
-def _not_rendered(counts: AuditCounts) -> str:
+def _why_equal(counts: AuditCounts) -> str:
     """What may have made responses equal, to end a message with."""
-    remark = Remark.RESPONSE_NOT_RENDERED
-    if remark not in counts.remarks:
-        return ""
-    rows = share_of(counts.remarks[remark], counts.kept)
-    return f"; {REMARK_TEXTS[remark]} in {rows} of them (first: {counts.first_remarks[remark]})"
+    return "".join(
+        f"; {REMARK_TEXTS[remark]} in {share_of(counts.remarks[remark], counts.kept)} of them "
+        f"(first: {counts.first_remarks[remark]})"
+        for remark in (Remark.RESPONSE_NOT_RENDERED, Remark.EQUAL_WHEN_CUT)
+        if remark in counts.remarks
+    )
 
 
 def _dropped_text(counts: AuditCounts) -> str:

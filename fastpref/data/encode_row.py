@@ -248,4 +248,5 @@ def _cut_remarks(full: tuple[list[int], ...], kept: tuple[list[int], ...]) -> Re
             remarks |= name
     if len(kept) == 3 and kept[1] == kept[2]:
         remarks |= Remark.IDENTICAL
+        remarks |= Remark.EQUAL_WHEN_CUT if full[1] != full[2] else Remark(0)
     return remarks

@@ -14,6 +14,8 @@ from fastpref.data.readers import SUFFIXES
 from fastpref.errors import DataError
 
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
+NO_DATA = re.compile(r"(dataset_info|dataset_dict|state)\.json|cache-.*\.arrow")
+"""What `datasets` puts beside the files that `save_to_disk` writes."""
 OTHER_NAMES = {"test": ("validation", "valid", "val", "eval", "dev")}
 """What else a split is called."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -38,6 +40,8 @@ class Location(NamedTuple):
     """`name` is a data set of the hub."""
     hub_config: str | None = None
     """Which configuration of it; None for its only or default one."""
+    passed_over: tuple[str, ...] = ()
+    """Files that are there as well and not read, in the data set's folder."""
 
     @property
     def is_built_in(self) -> bool:
@@ -94,12 +98,13 @@ def find_source(
             folder is there and only the split is not.
     """
     there = split_names.get(split, split)
-    folder = Path(base_data_dir).expanduser() / name if base_data_dir is not None else None
+    folder = Path(base_data_dir) / name if base_data_dir is not None else None
     if folder is not None and folder.is_dir():
-        paths = find_files(folder, there)
+        paths, others = find_files(folder, there)
         if not paths:
             raise _no_files(folder, split, there)
-        return Location(name, split, there, tuple(map(str, paths)))
+        passed_over = tuple(str(path.relative_to(folder)) for path in others)
+        return Location(name, split, there, tuple(map(str, paths)), passed_over=passed_over)
     if name in SOURCES:
         return Location(name, split, split)
     if folder is not None and not folder.parent.is_dir() and not HUB_ID.fullmatch(name):
@@ -145,21 +150,40 @@ def check_hub_split(location: Location, cache_dir: str | None) -> None:
         )
 
 
-def find_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split in a folder, or, as on the hub, in its folder `data`; none if [].
+class Files(NamedTuple):
+    """Files of a split in a folder."""
 
-    In this order: one file {split}.SUFFIX, the first of `SUFFIXES`; shards such as
-    {split}-00000-of-00003.SUFFIX or {split}_0.SUFFIX; a folder {split}/ of files.
+    paths: list[Path]
+    """Those to read, in their order."""
+    passed_over: list[Path]
+    """Others that could have been read instead."""
+
+
+def find_files(folder: Path, split: str) -> Files:
+    """The files of a split in a folder, or, as on the hub, in its folder `data`.
+
+    In this order: one file {split}.SUFFIX; shards such as {split}-00000-of-00003.SUFFIX or
+    {split}_0.SUFFIX; a folder {split}/ of files. What is there under several suffixes is read
+    under the first of `SUFFIXES`.
 
     Raises:
         DataError: a shard is missing, there or in the split's folder.
     """
-    for place in (folder, folder / "data"):
-        whole = [place / f"{split}{suffix}" for suffix in SUFFIXES]
-        found = [path for path in whole if path.is_file()][:1]
-        if found := found or _shards(place, split) or _in_folder(place / split, split):
-            return found
-    return []
+    found = [
+        (files, in_order)
+        for place in (folder, folder / "data")
+        for files, in_order in (
+            (_data_files(place, re.compile(re.escape(split))), _as_listed),
+            (_data_files(place, _shard_of(split)), _by_number),
+            (_data_files(place / split), _by_name),
+        )
+        if files.paths
+    ]
+    if not found:
+        return Files([], [])
+    (first, in_order), *others = found
+    later = [path for files, _ in others for path in (*files.paths, *files.passed_over)]
+    return Files(in_order(split, first.paths), [*first.passed_over, *later])
 
 
 def split_of(path: Path) -> str:
@@ -168,11 +192,35 @@ def split_of(path: Path) -> str:
     return match[1] if match else ""
 
 
-def _shards(folder: Path, split: str) -> list[Path]:
-    pattern = re.compile(
-        rf"{re.escape(split)}[-_.](\d+)(?:-of-(\d+)(?:-\w+)?)?(?:{ENDINGS})", re.ASCII
+def _data_files(folder: Path, stem: re.Pattern[str] | None = None) -> Files:
+    """Data files of a folder, sorted, whose names without suffix match; each name once."""
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
+    for suffix in SUFFIXES:
+        for path in names:
+            name = path.name.removesuffix(suffix)
+            is_data = path.name.endswith(suffix) and not NO_DATA.fullmatch(path.name)
+            if is_data and (stem is None or stem.fullmatch(name)):
+                by_stem[name].append(path)
+    return Files(
+        sorted(paths[0] for paths in by_stem.values()),
+        sorted(path for paths in by_stem.values() for path in paths[1:]),
     )
-    numbered = {path: pattern.fullmatch(path.name) for path in _of_one_suffix(folder, pattern)}
+
+
+def _shard_of(split: str) -> re.Pattern[str]:
+    """What shards of a split are called: their number, and how many there are or None."""
+    return re.compile(rf"{re.escape(split)}[-_.](\d+)(?:-of-(\d+)(?:-\w+)?)?", re.ASCII)
+
+
+def _as_listed(split: str, paths: list[Path]) -> list[Path]:
+    return paths
+
+
+def _by_number(split: str, paths: list[Path]) -> list[Path]:
+    """Shards in the order of their numbers."""
+    folder, stem = paths[0].parent, _shard_of(split)
+    numbered = {path: stem.fullmatch(re.sub(f"(?:{ENDINGS})$", "", path.name)) for path in paths}
     numbers = {path: int(match[1]) for path, match in numbered.items() if match}
     totals = {match[2] for match in numbered.values() if match}
     if len(totals) > 1:
@@ -185,15 +233,14 @@ def _shards(folder: Path, split: str) -> list[Path]:
     return sorted(numbers, key=lambda path: (numbers[path], path.name))
 
 
-def _in_folder(folder: Path, split: str) -> list[Path]:
-    """All data files of a split's own folder, whatever they are called."""
-    paths = _of_one_suffix(folder)
+def _by_name(split: str, paths: list[Path]) -> list[Path]:
+    """Data files of a split's own folder, whatever they are called."""
     sets: dict[tuple[str, int], dict[Path, int]] = defaultdict(dict)
     for path in paths:
         if match := re.match(r"(.*?)(\d+)-of-(\d+)", path.name, re.ASCII):
             sets[match[1], int(match[3])][path] = int(match[2])
     for (_, total), numbers in sets.items():
-        _check_complete(folder, split, numbers, total)
+        _check_complete(paths[0].parent, split, numbers, total)
     return paths
 
 
@@ -205,22 +252,6 @@ def _check_complete(folder: Path, split: str, numbers: dict[Path, int], total: i
             f"{folder}: {len(numbers)} of {total} shards of {split!r} are there: "
             f"{listed(sorted(path.name for path in numbers))}"
         )
-
-
-def _of_one_suffix(folder: Path, pattern: re.Pattern[str] | None = None) -> list[Path]:
-    """Data files of a folder whose names match, of the first suffix that there are any of."""
-    if not folder.is_dir():
-        return []
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    for suffix in SUFFIXES:
-        found = [
-            path
-            for path in paths
-            if path.name.endswith(suffix) and (pattern is None or pattern.fullmatch(path.name))
-        ]
-        if found:
-            return found
-    return []
 
 
 def _contents(folder: Path) -> Iterator[Path]:

@@ -227,7 +227,7 @@ def _only(fields: Sequence[str], role: str) -> str:
 def _number_of(label: str, value: Any) -> int:
     """The number of the better response."""
     if label in WORDS and value not in NUMBERED:
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and value in (0, 1):
             raise AmbiguousRowError(
                 f"two readings of {label}={value:g}: the number of the chosen response, or whether "
                 "response_0 is chosen; choose by "

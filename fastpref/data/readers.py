@@ -15,9 +15,10 @@ from fastpref.checks import listed
 from fastpref.data.row_values import RowError, kind
 from fastpref.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz", ".arrow")
 """Forms of a data file, the first one that exists is read."""
 
+ARROW_MAGIC = b"ARROW1"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -27,17 +28,19 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
     passed over. A .json file has one array of objects, or JSON lines. In parquet every struct of a
     column has the same keys, and those that a message or a tool call lacks are null: such keys are
-    left out, however deep they lie. Maps become objects.
+    left out, however deep they lie. Maps become objects. So it is in Arrow files, streams such as
+    `save_to_disk` of `datasets` writes or files with an index.
 
     Yields:
-        The line (in parquet the row, in an array the element), counted from 1, and the record; a
+        The line (in tables the row, in an array the element), counted from 1, and the record; a
         `RowError` in its place where the line is no JSON.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
-    reader = {"parquet": _read_parquet, "json": _read_json}.get(suffix, _read_json_lines)
+    readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json}
+    reader = readers.get(suffix, _read_json_lines)
     try:
         yield from reader(path)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
@@ -58,9 +61,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as file:
         content = file.read().removeprefix(BYTE_ORDER_MARK)
-    start = content.lstrip()[:1]
-    first_line = content.lstrip().partition(b"\n")[0]
-    if start != b"[" and not isinstance(_parse_line(first_line, 0, 1), RowError):
+    if _is_lines(content.lstrip()):
         yield from _read_json_lines(path)
         return
     try:
@@ -82,6 +83,21 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
             f"{path}: must be one array of objects, or one object per line, got {kind(value)}{keys}"
         )
     yield from enumerate(value, start=1)
+
+
+def _is_lines(content: bytes) -> bool:
+    """Whether JSON is one value a line: its first line is a value, or the whole is none and another
+    line is an object."""
+    if content.startswith(b"["):
+        return False
+    first, *others = content.splitlines() or [b""]
+    if not isinstance(_parse_line(first, 0, 1), RowError):
+        return True
+    try:
+        json.loads(content.decode())
+        return False
+    except (ValueError, RecursionError):
+        return any(isinstance(_parse_line(line, 0, 2), dict) for line in others)
 
 
 def _open(path: Path) -> gzip.GzipFile | BufferedReader:
@@ -106,6 +122,17 @@ def _parse_line(line: bytes, offset: int, number: int) -> Any:
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     with pyarrow.parquet.ParquetFile(path) as file:
         yield from read_batches(file.iter_batches(batch_size=1000))
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
+    with pyarrow.memory_map(str(path)) as file:
+        has_index = file.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        file.seek(0)
+        if has_index:
+            table = pyarrow.ipc.open_file(file)
+            yield from read_batches(map(table.get_batch, range(table.num_record_batches)))
+        else:
+            yield from read_batches(pyarrow.ipc.open_stream(file))
 
 
 def read_batches(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from fastpref.errors import CheckpointError
@@ -54,6 +55,9 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
             trust_remote_code=trust,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            # that of the folder is for whoever answers with the model, and may be one that
+            # transformers refuses; an export has the file as it is
+            generation_config=GenerationConfig(),
             **quantization_options(name, config),
             **attention,
         )

@@ -19,6 +19,7 @@ from fastpref_kernels import (
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+from transformers import GenerationConfig
 
 from fastpref.batch import Batch
 from fastpref.model.attention.backends import PackedAttention
@@ -81,6 +82,8 @@ class TokenScorer(nn.Module):
         self.path = measure_logit_path(model) if path is None else path
         self._masters: MasterWeights | None = None
         keep_steady(model)
+        # what `generate` is not told, it takes from there: limits, penalties, another decoding
+        model.generation_config = GenerationConfig()
         self.eval()
 
     def keep_masters(self, dtype: torch.dtype) -> None:
@@ -265,6 +268,8 @@ class TokenScorer(nn.Module):
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Sample continuations with transformers' own `generate`; prompts padded on the left.
+
+        Nothing that the checkpoint says of generating has a part in it.
 
         Args:
             input_ids, attention_mask: (B, L) int64.

@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
@@ -97,14 +93,6 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
         # weights of the right dtype are the file's own pages until then
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
-    with reading("GenerationConfig", source.base):
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(
-                source.base, revision=source.revision or "main"
-            )
-        # without the file it stays what the config says
-        except OSError:
-            logger.debug("%s has no generation_config.json", source.base)
     return model
 
 

@@ -30,7 +30,7 @@ def sample_responses(
     stop: StopRequest,
     repetition: Repetition,
 ) -> list[str] | None:
-    """One sampled response a prompt, at temperature 1.
+    """One sampled response a prompt, of all tokens at temperature 1.
 
     Every rank samples the same prompts from the same seed, because the blocks of a sharded model
     are gathered by all ranks together. The training run's random state is left alone. Where memory
@@ -51,6 +51,8 @@ def sample_responses(
     pad = pad_token_id(tokenizer, scorer.num_embeddings)
     options = {
         "do_sample": True,
+        # transformers' own is 50
+        "top_k": 0,
         "pad_token_id": pad,
         "eos_token_id": tokenizer.eos_token_id,
         "synced_gpus": world.size > 1,

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
+from fastpref import __version__
 from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
 from fastpref.config import Config, TDPOConfig
@@ -166,6 +167,11 @@ def test_wrong_options_exit_2_with_one_message(arguments, capsys):
 def test_bytes_that_the_encoding_does_not_have_are_refused(capsys):
     assert main(["exp_name=gr\udcf6sse"], train.compose_choices, train.CONFIG_DIR) == 2
     assert "has bytes that are no utf-8" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    assert main(["--version"], train.compose_choices, train.CONFIG_DIR) == 0
+    assert capsys.readouterr().out == f"fastpref {__version__}\n"
 
 
 @pytest.mark.parametrize("width", ["0", "-1", "wide", "²", "9" * 5000])

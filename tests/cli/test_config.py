@@ -109,6 +109,20 @@ def test_text_options_take_text_as_it_stands():
     assert config.model.archive == "x y"
 
 
+PATHS = ("model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "output_dir")
+PATHS += ("run_dir", "base_data_dir", "data.chat_template", "data.cache_dir", "resume.path")
+PATHS += ("reference.cache_dir", "weights.positive", "weights.negative", "weights.output_dir")
+
+
+def test_every_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    others = ["local_dirs=[~/a,/b]", "exp_name=~/x", "loss=dpo", "model=blank_model"]
+    config = read(*(f"{key}=~/x" for key in PATHS), *others)
+    assert config.local_dirs == ["/home/me/a", "/b"] and config.exp_name == "~/x"
+    assert {OmegaConf.select(OmegaConf.structured(config), key) for key in PATHS} == {"/home/me/x"}
+    assert read("local_run_dir=~/x").run_dir == "/home/me/x"
+
+
 def test_mappings_are_yaml_and_may_be_given_entry_by_entry():
     columns = {"prompt": "a b", "chosen": "c", "rejected": None}
     assert read("data.columns={prompt: a b, chosen: c, rejected: null}").data.columns == columns
@@ -137,6 +151,10 @@ def test_lists_and_null():
     config = read("datasets=[hh, 'shp']", "local_dirs=[/scr]", "n_epochs=null", "n_examples=10")
     assert (config.datasets, config.local_dirs) == (["hh", "shp"], ["/scr"])
     assert (config.n_epochs, config.n_examples) == (None, 10)
+    assert read("recipe=null") == read()
+    config = read("datasets=['a,b']", """local_dirs=[/x, "/a b,c" ,'d,',/it's,"e" f]""")
+    assert config.datasets == ["a,b"]
+    assert config.local_dirs == ["/x", "/a b,c", "d,", "/it's", '"e" f']
 
 
 @pytest.mark.parametrize(
@@ -257,6 +275,7 @@ def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
         (["--learning_rate=0.1"], "write lr=0.1"),
         (["--batch-size", "8"], "write batch_size=8"),
         (["--multirun"], "no flags but --help and --cfg"),
+        (["--config-name", "mine"], "--config-name: there are no flags but --help and --cfg"),
         (["~loss"], "~loss: an option cannot be removed"),
         (["debug"], "debug: options are written KEY=VALUE"),
     ],

@@ -113,8 +113,11 @@ def test_responses_equal_after_truncation_are_counted(tmp_path):
     rows = [pair("Q", "x" * 30, "x" * 40), *pairs(2)]
     split = encode(tmp_path, rows, max_length=20, max_prompt_length=4)
     assert split.audit.remarks[Remark.IDENTICAL] == 1
-    with pytest.raises(DataError, match="chosen equals rejected in 1 of 1"):
-        encode(tmp_path, rows[:1], max_length=20, max_prompt_length=4)
+    rows = [pair("R", "x" * 30, "x" * 30), rows[0]]
+    refused = "chosen equals rejected in 2 of 2 .* only as max_length, max_prompt_length and "
+    refused += r"data.truncation cut them in 1 of 2 \(50 %\) of them \(first: .*train.jsonl:2\)"
+    with pytest.raises(DataError, match=refused):
+        encode(tmp_path, rows, max_length=20, max_prompt_length=4)
 
 
 def test_long_pairs_are_dropped_and_counted_where_asked(tmp_path):

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from small_data import byte_tokenizer, count_calls, make_config, pairs, write_jsonl
 
+from fastpref.data.announce import describe_layout
 from fastpref.data.encode import load_split
 from fastpref.data.files import find_source, split_of
 from fastpref.data.options import data_options
@@ -38,6 +39,11 @@ def write(tmp_path, name, rows=ROWS):
     """Rows in the form that the file's name says."""
     path = tmp_path / "data" / "set" / name
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".arrow":
+        table = pyarrow.Table.from_pylist(rows)
+        with pyarrow.ipc.new_file(path, table.schema) as file:
+            file.write_table(table)
+        return path
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return path
@@ -70,6 +76,9 @@ def test_a_file_is_found_wherever_people_and_the_hub_put_it(tmp_path, name):
         [f"train-0000{i}-of-00003.jsonl" for i in (1, 2, 3)],
         ["train_2.jsonl", "train_9.jsonl", "train_10.jsonl"],
         ["train/a.jsonl.gz", "train/b.jsonl.gz", "train/c.jsonl.gz"],
+        ["train_0.jsonl", "train_1.jsonl.gz", "train_2.parquet"],
+        ["train/a.parquet", "train/b.jsonl", "train/c.json"],
+        ["train-00000-of-00003.json", "train-00001-of-00003.arrow", "train-00002-of-00003.jsonl"],
     ],
 )
 def test_shards_are_read_in_their_order_and_rows_named_by_shard_and_row(tmp_path, names):
@@ -116,6 +125,40 @@ def test_whole_files_come_before_shards_and_the_folder_before_its_folder_data(tm
     assert len(read(tmp_path).dataset) == 4
 
 
+def test_what_is_there_and_not_read_is_said(tmp_path):
+    write(tmp_path, "train_0.jsonl", ROWS[:2])
+    write(tmp_path, "train_0.parquet", ROWS[:3])
+    write(tmp_path, "train_1.parquet", ROWS[3:4])
+    rows = read(tmp_path)
+    assert rows.dataset["prompt"][:] == [ROWS[i]["prompt"] for i in (0, 1, 3)]
+    assert describe_layout(rows).endswith("; not read, as they come after it: train_0.parquet")
+    write(tmp_path, "data/train.json")
+    write(tmp_path, "train/a.jsonl")
+    write(tmp_path, "train.jsonl", ROWS[:1])
+    rows = read(tmp_path)
+    assert describe_layout(rows).endswith(
+        ": train_0.jsonl, train_1.parquet, train_0.parquet, train/a.jsonl, data/train.json"
+    )
+    # the cache is that of what is read
+    (tmp_path / "data" / "set" / "train" / "a.jsonl").unlink()
+    assert read(tmp_path).fingerprint == rows.fingerprint
+
+
+def test_what_datasets_saved_to_disk_is_read(tmp_path):
+    folder, saved = tmp_path / "data" / "set", datasets.Dataset.from_list(ROWS)
+    splits = {"train": saved, "test": saved.select([4, 2])}
+    datasets.DatasetDict(splits).save_to_disk(folder, num_shards={"train": 2, "test": 1})
+    # a cache file of its own, which a loaded one leaves beside it
+    loaded = datasets.load_from_disk(folder)
+    loaded["train"].map(lambda row: row | {"chosen": "another"})
+    assert len(list((folder / "train").iterdir())) == 5
+    assert list(read(tmp_path).records()) == ROWS
+    assert list(read(tmp_path, "test").records()) == [ROWS[4], ROWS[2]]
+    for name in ("data-00000-of-00002", "data-00001-of-00002"):
+        (folder / "train" / f"{name}.arrow").unlink()
+    assert "no file" in refusal(tmp_path)
+
+
 def test_splits_of_other_names_are_offered_and_read(tmp_path):
     for name in ("train_prefs", "test_prefs", "train_sft"):
         write(tmp_path, f"data/{name}-00000-of-00001.parquet")
@@ -152,12 +195,19 @@ def test_a_json_file_may_hold_lines_too(tmp_path):
     path = tmp_path / "data" / "set" / "train.json"
     write_jsonl(path.parent, "lines", ROWS).rename(path)
     assert read(tmp_path).dataset["row"][:] == [1, 2, 3, 4, 5, 6, 7]
+    for bad in (b"{cut off", b"\xff\xfe", b"// rows"):
+        path.write_bytes(b"\n".join([bad, *(json.dumps(row).encode() for row in ROWS)]))
+        assert f"{path}:1: invalid " in refusal(tmp_path)
+        rows = read(tmp_path, on_error="skip")
+        assert rows.counts.dropped == {"malformed row": 1}
+        assert rows.dataset["row"][:] == [2, 3, 4, 5, 6, 7, 8]
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ('{\n "data": [],\n "version": 1\n}', "one object per line, got object with data, version"),
+        ('{"data": [\n{"prompt": "Q"}\n]}', "one object per line, got object with data"),
         ("3", "train.json:1: a row must be an object"),
         ('[{"prompt": "Q"},\n {"prompt": ]', r"train.json:2: invalid JSON: .* at column 13"),
         ('[{"prompt": "Q", "chosen": "a", "rejected": "b"}, 3]', "train.json:2: a row must be an"),
@@ -177,7 +227,7 @@ def test_a_json_file_that_is_no_array_of_objects_is_named(tmp_path, content, say
 
 
 def test_damaged_files_are_named(tmp_path):
-    for name in ("train.parquet", "train.jsonl.gz", "train.json.gz"):
+    for name in ("train.parquet", "train.jsonl.gz", "train.json.gz", "train.arrow"):
         path = write(tmp_path, name, ROWS * 50)
         whole = path.read_bytes()
         for content in (whole[:-20], whole[: len(whole) // 2], b""):

@@ -131,6 +131,12 @@ CASES = {
         bad={"response_1": None},
         says="response_1: response_1 is null",
     ),
+    "responses by name, one by a number": Case(
+        {"question": "Q", "response_0": "yes", "response_1": "no", "preference": "response_0"},
+        *CHAT,
+        bad={"preference": 10**400},
+        says="preference: preference must be response_0 or response_1, got 1000",
+    ),
     "columns of any name": Case(
         {"ask": "Q", "good": "yes", "bad": "no"},
         "Q",

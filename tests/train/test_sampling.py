@@ -1,0 +1,66 @@
+"""Samples are draws of the model itself, whatever its checkpoint says of generating."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import save_tiny_model
+
+from fastpref.distributed import init_world
+from fastpref.memory.repetition import Repetition
+from fastpref.model.paths import find_model
+from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import load_model, load_tokenizer
+from fastpref.signals import StopRequest
+from fastpref.train.sampling import sample_responses
+
+GENERATIONS = {
+    "longer": {"max_new_tokens": 100_000, "min_p": 0.5, "repetition_penalty": 3.0},
+    "shorter": {"max_new_tokens": 3, "max_time": 0.0, "suppress_tokens": list(range(3, 90))},
+    "greedy": {"do_sample": True, "top_k": 1, "temperature": 0.01},
+    "another shape": {"return_dict_in_generate": True, "output_scores": True, "num_beams": 2},
+    "refused by transformers": {"num_return_sequences": 2, "temperature": 0.0},
+}
+MAX_LENGTH = 40
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11, 12]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def draw(model, tokenizer, seed: int) -> list[str]:
+    """From all tokens by their probabilities, without a cache and without `generate`."""
+    torch.manual_seed(seed)
+    ids, is_done = torch.tensor(PROMPTS), torch.zeros(len(PROMPTS), dtype=torch.bool)
+    while ids.shape[1] < MAX_LENGTH and not is_done.all():
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, -1].float()
+        new = torch.multinomial(logits.softmax(-1), num_samples=1)
+        new[is_done] = tokenizer.pad_token_id
+        is_done |= new[:, 0] == tokenizer.eos_token_id
+        ids = torch.cat([ids, new], dim=1)
+    return tokenizer.batch_decode(ids[:, len(PROMPTS[0]) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_a_generation_config_has_no_part_in_samples(folder, kind):
+    (folder / "generation_config.json").write_text(json.dumps(GENERATIONS[kind]))
+    model = load_model(find_model(str(folder)), dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(str(folder), None)
+    world = init_world()
+    samples = sample_responses(
+        TokenScorer(model),
+        PROMPTS,
+        tokenizer,
+        max_length=MAX_LENGTH,
+        batch_size=2,
+        seed=3,
+        world=world,
+        stop=StopRequest(),
+        repetition=Repetition(num_ranks=1),
+    )
+    dist.destroy_process_group()
+    assert samples == draw(model, tokenizer, seed=3)
