@@ -145,7 +145,9 @@ class JointStats(NamedTuple):
     @classmethod
     def empty(cls, input: Tensor, *, kept: Tensor, kept_scales: Tensor) -> "JointStats":
         """Uninitialised, one number a row of `input`."""
-        scores = (input.new_empty(len(input), dtype=torch.float32) for _ in range(5))
+        # not len(input): torch.compile would make a constant of it, here and wherever it traces
+        N = input.shape[0]
+        scores = (input.new_empty(N, dtype=torch.float32) for _ in range(5))
         logps, lse, reference_logps, reference_lse, kl = scores
         return cls(logps, lse, reference_logps, reference_lse, kl, kept, kept_scales)
 
@@ -172,7 +174,8 @@ class ValueStats(NamedTuple):
         cls, input: Tensor, slopes: Tensor, *, kept: Tensor, kept_sums: Tensor
     ) -> "ValueStats":
         """Uninitialised, one number a row of `input`."""
-        values, logps, lse = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))
+        N = input.shape[0]
+        values, logps, lse = (input.new_empty(N, dtype=torch.float32) for _ in range(3))
         return cls(values, slopes, logps, lse, kept, kept_sums)
 
 

@@ -56,13 +56,13 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
         return "frozen"
     if policy.gemm_dtype == torch.float16:
         return "lean"
-    return keeping_mode(len(policy.input), _row_bytes(reference))
+    return keeping_mode(policy.input.shape[0], _row_bytes(reference))
 
 
 def empty_stats(heads: Heads, mode: str) -> ValueStats:
     """Uninitialised results of the forward, with what the mode keeps for its backward."""
     policy, reference = heads
-    input, N = policy.input, len(policy.input)
+    input, N = policy.input, policy.input.shape[0]
     columns = aligned_columns(policy.weight.shape[0])
     num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(reference))}.get(mode, 0)
     return ValueStats.empty(

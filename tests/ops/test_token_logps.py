@@ -3,7 +3,13 @@ import os
 
 import pytest
 import torch
-from fastpref_kernels import naive, set_workspace_mib, token_logps
+from fastpref_kernels import (
+    naive,
+    set_workspace_mib,
+    tdpo1_token_values,
+    token_logps,
+    token_logps_and_kl,
+)
 from oracle import (
     SHAPES,
     WORKSPACES_MIB,
@@ -17,6 +23,7 @@ from oracle import (
     workspace,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -379,6 +386,28 @@ def test_torch_compile_sees_one_call_and_no_tiles(dynamic):
         expected = gradients(loss, (input, weight), torch.ones(()), target_N)
         actual = gradients(compiled, (input, weight), torch.ones(()), target_N)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_a_compiled_graph_serves_every_number_of_tokens():
+    def loss(h: Tensor, w: Tensor, target_N: Tensor) -> Tensor:
+        of_both = (h, w, target_N, 2 * h.detach(), w)
+        kl_N = token_logps_and_kl(*of_both).kl
+        return (token_logps(h, w, target_N) + kl_N + tdpo1_token_values(*of_both)).sum()
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=graphs, fullgraph=True)
+    # with a ninth graph torch.compile gives up
+    for N in range(20, 22 if INTERPRETED else 30):
+        input, weight, _ = random_head(N, 61, 17)
+        target_N = random_target(N, 61)
+        if N == 20:
+            # refuses a forward that makes a constant of the number
+            torch._dynamo.mark_dynamic(input, 0)
+            torch._dynamo.mark_dynamic(target_N, 0)
+        expected = gradients(loss, (input, weight), torch.ones(()), target_N)
+        actual = gradients(compiled, (input, weight), torch.ones(()), target_N)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
