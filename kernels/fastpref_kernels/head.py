@@ -120,8 +120,10 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, target: Tensor, ignore_index: int) -> "Targets":
-        ignored_N = target == ignore_index
-        return cls(target.masked_fill(ignored_N, 0).long(), ignored_N)
+        # first: an int32 is compared with the last 32 bits of a larger number
+        ids_N = target.long()
+        ignored_N = ids_N == ignore_index
+        return cls(ids_N.masked_fill(ignored_N, 0), ignored_N)
 
 
 def take_target(logits_RC: Tensor, target_R: Tensor, cols: slice) -> Tensor:
