@@ -172,7 +172,7 @@ def _sweep(heads: Heads, targets: Targets, rows: slice, tile_cols: int) -> Means
     R, (V, D) = rows.stop - rows.start, policy.weight.shape
     hidden_RD = reference.input_tile(rows, targets.ignored)
     target_R = targets.ids[rows]
-    base_R = _target_logits(reference, hidden_RD[:R], target_R)
+    base_R = reference.target_logits(hidden_RD[:R], target_R)
     means = Means(
         RowSums.empty(R, policy.input.device),
         policy.input.new_zeros(R, D, dtype=torch.float32),
@@ -206,15 +206,6 @@ def _whole_matmul(exp_RC: Tensor, weight_CD: Tensor) -> Tensor:
     R = len(exp_RC)
     whole_RC = F.pad(exp_RC, (0, 0, 0, -R % ROW_MULTIPLE))
     return matmul(whole_RC, weight_CD)[:R]
-
-
-def _target_logits(head: Head, hidden_RD: Tensor, target_R: Tensor) -> Tensor:
-    """(R,) the head's own logit of each target."""
-    weight_RD = head.weight[target_R].to(hidden_RD.dtype).float()
-    logits_R = (hidden_RD.float() * weight_RD).sum(1)
-    if head.bias is not None:
-        logits_R += head.bias[target_R]
-    return logits_R * head.scale
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
