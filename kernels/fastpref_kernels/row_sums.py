@@ -198,6 +198,16 @@ class ValueStats(NamedTuple):
         return cls(values, slopes, logps, lse, kept, kept_sums)
 
 
+def empty_slopes(input: Tensor, mode: str) -> Tensor:
+    """Derivatives in the hidden states, uninitialised; no elements in the mode "scores".
+
+    For float16 in float32: those of a confident token are below its smallest number until the
+    upstream gradient, or the scale of a loss in it, has multiplied them.
+    """
+    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
+    return input.new_empty(0 if mode == "scores" else input.shape, dtype=dtype)
+
+
 class TokenStats(NamedTuple):
     """What a forward finds out about each row, and what it keeps for its backward."""
 

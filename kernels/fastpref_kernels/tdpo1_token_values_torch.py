@@ -19,7 +19,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
-from fastpref_kernels.row_sums import RowSums, ValueStats
+from fastpref_kernels.row_sums import RowSums, ValueStats, empty_slopes
 from fastpref_kernels.workspace import ROW_MULTIPLE, slices, tile_shape
 
 
@@ -126,16 +126,6 @@ def tdpo1_token_values_bwd(
         unit=unit,
     )
     return input_ND, weight_VD, bias_V
-
-
-def empty_slopes(input: Tensor, mode: str) -> Tensor:
-    """Uninitialised `slopes` of ValueStats; no elements in the mode "scores".
-
-    Those of a confident token are below float16's smallest number until the upstream gradient, or
-    the scale of a loss in it, has multiplied them.
-    """
-    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
-    return input.new_empty(0 if mode == "scores" else input.shape, dtype=dtype)
 
 
 def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor) -> Tensor:

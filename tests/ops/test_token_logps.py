@@ -159,6 +159,27 @@ def test_confident_tokens_keep_their_digits(margin):
     torch.testing.assert_close(grad_ND.double(), true_grad_ND, rtol=2e-5, atol=0)
 
 
+def test_slopes_of_float16_hidden_states_are_not_rounded_to_float16():
+    """A certain token's are below its smallest number, those of a large head above its largest."""
+    input, weight, _ = random_head(2, 61, 16)
+    input_ND = input.detach().half().requires_grad_()
+    with torch.no_grad():
+        input_ND[:, 0] = 1.0
+        weight *= torch.tensor([[0.0] + [2.0**18] * 15])
+        input_ND[1, 1:], weight[7, 0] = 0.0, 24.0
+    target_N = torch.tensor([3, 7])
+    grad_N = torch.tensor([2.0**-18, 2.0**-2])
+
+    def op(hidden_ND, weight_VD, op=token_logps):
+        return op(hidden_ND, weight_VD, target_N)
+
+    _, (ours,) = gradients(op, (input_ND,), grad_N, weight.detach())
+    exact = double((input_ND, weight))
+    _, (true,) = gradients(op, exact[:1], grad_N, exact[1].detach(), naive.token_logps)
+    for our_D, true_D in zip(ours.double(), true, strict=True):
+        assert ((our_D - true_D).norm() / true_D.norm()).item() <= 2.0**-11
+
+
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0])
 def test_a_common_offset_of_all_logits_changes_nothing(offset):
     input, weight, _ = random_head(60, 61, 17)
