@@ -200,7 +200,8 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         self.workspace_mib = str(self.workspace_mib).lower()
-        check_number("head.workspace_mib", self.workspace_limit, ge=1)
+        # the ops' own bound, whose bytes are a number of 64 bits
+        check_number("head.workspace_mib", self.workspace_limit, ge=1, le=2**42)
 
 
 def _same_folder(first: str | None, second: str | None) -> bool:

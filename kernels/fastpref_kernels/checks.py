@@ -3,7 +3,9 @@
 Values are checked on the CPU only: on a GPU the host would have to wait for them.
 """
 
-import math
+import sys
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,24 @@ def check_models(
         )
 
 
+def is_above_zero(value: Any, *, most: float = sys.float_info.max) -> bool:
+    """Whether it is a number in (0, most]."""
+    try:
+        return bool(0 < value <= most)
+    # no number at all
+    except TypeError:
+        return False
+
+
+def check_whole(name: str, value: Any, low: int = -(2**63)) -> None:
+    """A whole number of 64 bits, `low` or more."""
+    # a tensor's own check is torch's
+    if isinstance(value, Tensor) or (isinstance(value, Integral) and low <= int(value) < 2**63):
+        return
+    rule = ">= 0" if low == 0 else "of 64 bits"
+    raise ValueError(f"{name} must be a whole number {rule}, got {value!r}")
+
+
 def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
     """Scale and softcap are numbers, positive and finite."""
     for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
@@ -64,14 +84,15 @@ def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> No
                 f"{name} must be a number, got a tensor, which would get no gradient; scale the "
                 "hidden states by one that is learned"
             )
-    if not 0 < logit_scale < math.inf:
-        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale}")
-    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
-        raise ValueError(f"logit_softcap must be None or > 0 and finite, got {logit_softcap}")
+    if not is_above_zero(logit_scale):
+        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale!r}")
+    if logit_softcap is not None and not is_above_zero(logit_softcap):
+        raise ValueError(f"logit_softcap must be None or > 0 and finite, got {logit_softcap!r}")
 
 
-def check_target(target: Tensor, input: Tensor) -> None:
-    """Targets (N,) are integers."""
+def check_target(target: Tensor, input: Tensor, ignore_index: int) -> None:
+    """Targets (N,) are integers, and so is the ignored one."""
+    check_whole("ignore_index", ignore_index)
     check_tensor("target", target, INDEX_DTYPES, device=input.device)
     if target.shape != input.shape[:1]:
         raise ValueError(f"target must be ({input.shape[0]},), got {tuple(target.shape)}")
@@ -80,13 +101,14 @@ def check_target(target: Tensor, input: Tensor) -> None:
 def check_target_range(target: Tensor, ignore_index: int, vocab: int) -> None:
     """On the CPU: each target is in [0, V) or `ignore_index`."""
     if _on_cpu(target):
-        check_range("target", target[target != ignore_index], vocab)
+        # 32 bits of ignore_index may be a token's
+        check_range("target", target[target.long() != ignore_index], vocab)
 
 
 def check_tensor(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *, device: torch.device | None
 ) -> None:
-    """A plain tensor of one of `dtypes` on `device`, None for any; without a forward gradient."""
+    """A plain, dense tensor of one of `dtypes` on `device`, None for any; no forward gradient."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     # DTensor's own method: no import of torch.distributed for the sake of a check
@@ -95,6 +117,9 @@ def check_tensor(
             f"{name} is a DTensor, a plain tensor is needed: call the op inside the forward of the "
             "FSDP module that owns the head, or pass full_tensor()"
         )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be a dense tensor, got a {layout} one")
     if tensor.dtype not in dtypes:
         expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name} must be one of {expected}, got {tensor.dtype}")

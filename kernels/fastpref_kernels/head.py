@@ -95,9 +95,23 @@ class Head(NamedTuple):
             logits_RC = matmul(input_RD, weight_CD.t())[:, :C]
         if self.bias is not None:
             logits_RC += self.bias[cols]
+        return self._capped(logits_RC)
+
+    def target_logits(self, input_RD: Tensor, target_R: Tensor) -> Tensor:
+        """Logits of the targets before the columns are swept, (R,) float32, to count from."""
+        # on a GPU an id may be out of range
+        ids_R = target_R.clamp(0, len(self.weight) - 1)
+        weight_RD = self.weight[ids_R].to(input_RD.dtype).float()
+        logits_R = (input_RD.float() * weight_RD).sum(1)
+        if self.bias is not None:
+            logits_R += self.bias[ids_R]
+        return self._capped(logits_R)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """Scale and softcap of h·Wᵀ + b, in place."""
         if self.softcap is not None:
-            return logits_RC.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
-        return logits_RC if self.scale == 1 else logits_RC.mul_(self.scale)
+            return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
+        return logits if self.scale == 1 else logits.mul_(self.scale)
 
     def softcap_slope(self, logits_RC: Tensor) -> Tensor | None:
         """Derivative of the softcap, 1 - (z / cap)², (R, C); None without one."""
@@ -120,8 +134,10 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, target: Tensor, ignore_index: int) -> "Targets":
-        ignored_N = target == ignore_index
-        return cls(target.masked_fill(ignored_N, 0).long(), ignored_N)
+        # first: an int32 is compared with the last 32 bits of a larger number
+        ids_N = target.long()
+        ignored_N = ids_N == ignore_index
+        return cls(ids_N.masked_fill(ignored_N, 0), ignored_N)
 
 
 def take_target(logits_RC: Tensor, target_R: Tensor, cols: slice) -> Tensor:
@@ -282,15 +298,19 @@ def kl_target_gradients(
     if direction == "reference_policy":
         of_kl_N = _probability_gap(stats.logps, stats.reference_logps)
     else:
-        of_kl_N = stats.logps.exp() * (stats.logps - stats.reference_logps - stats.kl)
+        p_N = stats.logps.exp()
+        # where p is 0 log p - log q may be infinite or no number at all
+        over_kl_N = (stats.logps - stats.reference_logps - stats.kl).masked_fill_(p_N == 0, 0)
+        of_kl_N = p_N * over_kl_N
     return grad_kl_N * of_kl_N - grad_logps_N * stats.logps.expm1()
 
 
 def _probability_gap(logps: Tensor, other_logps: Tensor) -> Tensor:
     """exp(logps) - exp(other_logps), accurate where both are close to each other or to 1."""
-    difference = logps - other_logps
+    # not a number between two columns of -inf, which differ by nothing
+    difference = (logps - other_logps).nan_to_num_(nan=0)
     larger = torch.maximum(logps, other_logps)
-    return -difference.sign() * larger.exp() * difference.abs().neg_().expm1()
+    return larger.exp() * difference.abs().neg_().expm1_().copysign_(difference)
 
 
 def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def token_logps(
     Returns:
         logps: (N,), 0 where ignored.
     """
-    ignored_N = target == ignore_index
+    ignored_N = target.long() == ignore_index
     logits_NV = _logits(input, linear_weight, linear_bias, logit_scale, logit_softcap, ignored_N)
     return _target_logps(logits_NV, target, ignored_N)
 
@@ -61,7 +61,7 @@ def token_logps_and_kl(
     Returns:
         logps, reference_logps, kl: each (N,), 0 where ignored.
     """
-    ignored_N = target == ignore_index
+    ignored_N = target.long() == ignore_index
     transform = (logit_scale, logit_softcap, ignored_N)
     logits_NV = _logits(input, linear_weight, linear_bias, *transform)
     with torch.no_grad():

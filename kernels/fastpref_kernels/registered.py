@@ -7,7 +7,7 @@ A model is handed over as its hidden states (N, D), its head's weight (V, D) and
 one, its bias (V,); an op without a reference gets an empty one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from types import ModuleType
@@ -305,15 +305,26 @@ def _differentiate(
 register_autograd("fastpref::head_v4", _differentiate, setup_context=_setup_context)
 
 
-def _differentiate_twice(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        f"fastpref_kernels.{ctx.op} is differentiable once: its gradient has no gradient; call "
-        "torch.autograd.grad without create_graph, or the definition in fastpref_kernels.naive"
-    )
+def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str]) -> None:
+    """Refuse to differentiate a registered backward, where torch would say nothing of ours.
+
+    Args:
+        backward: Its registered name.
+        name_of: Keyword arguments of a call of it -> the public op's name.
+    """
+
+    def remember_op(
+        ctx: Any, inputs: Any, output: Any, keyword_only_inputs: dict[str, Any] | None = None
+    ) -> None:
+        ctx.op = name_of(keyword_only_inputs or {})
+
+    def differentiate_twice(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            f"fastpref_kernels.{ctx.op} is differentiable once: its gradient has no gradient; call "
+            "torch.autograd.grad without create_graph, or the definition in fastpref_kernels.naive"
+        )
+
+    register_autograd(backward, differentiate_twice, setup_context=remember_op)
 
 
-def _remember_op(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    ctx.op = keyword_only_inputs["op"]
-
-
-register_autograd("fastpref::head_bwd_v4", _differentiate_twice, setup_context=_remember_op)
+differentiable_once("fastpref::head_bwd_v4", lambda options: options["op"])

@@ -56,17 +56,22 @@ class RowSums:
 
         Exact for a confident token too: lse - z_y in float32 is 0 from a margin of 16 nats on.
         """
-        return -F.softplus(self.lse_others - self.target_logit).float()
+        return -self.surprisal.float()
+
+    @cached_property
+    def surprisal(self) -> Tensor:
+        """(R,) float64, -log p(target)."""
+        return F.softplus(self.lse_others - self.target_logit)
 
     @cached_property
     def lse(self) -> Tensor:
         """(R,) log Σ exp(z) over the whole row."""
-        return torch.logaddexp(self.lse_others, self._target_logit).float()
+        return torch.logaddexp(self.lse_others, self.exact_target_logit).float()
 
     @cached_property
     def lse_over_max(self) -> Tensor:
-        """(R,) lse - max, with the digits that lse loses when max is large."""
-        return torch.logaddexp(self._log_sum_exp, self._target_logit - self.max).float()
+        """(R,) float64, lse - max, with the digits that lse loses when max is large."""
+        return torch.logaddexp(self._log_sum_exp, self.exact_target_logit - self.max)
 
     @cached_property
     def lse_others(self) -> Tensor:
@@ -78,7 +83,8 @@ class RowSums:
         return self.sum_exp.double().log()
 
     @cached_property
-    def _target_logit(self) -> Tensor:
+    def exact_target_logit(self) -> Tensor:
+        """(R,) `target_logit` in float64."""
         return self.target_logit.double()
 
 
@@ -92,7 +98,7 @@ class JointSums:
     """(R,) Σ exp(z - max) · (z - z' - base_gap), z of the model the KL's expectation is under, z'
     of the other."""
     base_gap: Tensor
-    """(R,) What the sum counts from; any number serves, the targets' gap best."""
+    """(R,) What the sum counts from, see `base_gap`."""
     under_reference: bool
     """Which model the expectation is under."""
 
@@ -104,21 +110,25 @@ class JointSums:
 
         holds for any a and a'. They are the target's logits where it is the first model's
         likeliest column, else each model's largest other logit, so that no term is larger than
-        the KL asks for: plain logits near 200 would leave an error of 2e-5.
+        the KL asks for: plain logits near 200 would leave an error of 2e-5. A target that the
+        second model does not have, with a logit of -inf, is nothing to count from.
         """
         models = self.models
         first, second = (1, 0) if self.under_reference else (0, 1)
         # subtracted in float64: logits of 200 differ by 1e-5 at least in float32
-        max_2R, target_logit_2R = models.max.double(), models.target_logit.double()
+        target_logit_2R = models.exact_target_logit
         at_target_R = models.target_logit[first] >= models.max[first]
-        pivot_2R = torch.where(at_target_R, target_logit_2R, max_2R)
+        at_target_R &= models.target_logit[second] > -torch.inf
+        pivot_2R = torch.where(at_target_R, target_logit_2R, models.max.double())
         pivot_gap_R = pivot_2R[first] - pivot_2R[second]
-        lse_2R = torch.where(at_target_R, -models.logps, models.lse_over_max)
+        lse_2R = torch.where(at_target_R, models.surprisal, models.lse_over_max)
         over_base_R = self.gap - models.sum_exp[first] * (pivot_gap_R - self.base_gap)
         # not max - lse, whose digits go where logits are large
-        others_R = over_base_R / models.lse_over_max[first].double().exp()
+        others_R = over_base_R / models.lse_over_max[first].exp()
         target_gap_R = target_logit_2R[first] - target_logit_2R[second]
-        target_R = models.logps[first].double().exp() * (target_gap_R - pivot_gap_R)
+        target_R = models.surprisal[first].neg().exp() * (target_gap_R - pivot_gap_R)
+        # not a number where the first model does not have the target, which then adds nothing
+        target_R.nan_to_num_(nan=0, posinf=torch.inf, neginf=-torch.inf)
         return (others_R + target_R - lse_2R[first] + lse_2R[second]).float()
 
     @property
@@ -126,6 +136,15 @@ class JointSums:
         """The first five of JointStats, (R,)."""
         (logps_R, reference_logps_R), (lse_R, reference_lse_R) = self.models.logps, self.models.lse
         return logps_R, lse_R, reference_logps_R, reference_lse_R, self.kl
+
+
+def base_gap(first_logit_R: Tensor, second_logit_R: Tensor) -> Tensor:
+    """What the gaps of `JointSums` count from, (R,): the gap of the targets' logits.
+
+    Any number serves, and so 0 does where a logit is infinite; this one takes out what all logits
+    of one model have more than the other's, which would cost the sums their digits.
+    """
+    return (first_logit_R - second_logit_R).nan_to_num_(nan=0, posinf=0, neginf=0)
 
 
 class JointStats(NamedTuple):
@@ -145,7 +164,9 @@ class JointStats(NamedTuple):
     @classmethod
     def empty(cls, input: Tensor, *, kept: Tensor, kept_scales: Tensor) -> "JointStats":
         """Uninitialised, one number a row of `input`."""
-        scores = (input.new_empty(len(input), dtype=torch.float32) for _ in range(5))
+        # not len(input): torch.compile would make a constant of it, here and wherever it traces
+        N = input.shape[0]
+        scores = (input.new_empty(N, dtype=torch.float32) for _ in range(5))
         logps, lse, reference_logps, reference_lse, kl = scores
         return cls(logps, lse, reference_logps, reference_lse, kl, kept, kept_scales)
 
@@ -172,8 +193,19 @@ class ValueStats(NamedTuple):
         cls, input: Tensor, slopes: Tensor, *, kept: Tensor, kept_sums: Tensor
     ) -> "ValueStats":
         """Uninitialised, one number a row of `input`."""
-        values, logps, lse = (input.new_empty(len(input), dtype=torch.float32) for _ in range(3))
+        N = input.shape[0]
+        values, logps, lse = (input.new_empty(N, dtype=torch.float32) for _ in range(3))
         return cls(values, slopes, logps, lse, kept, kept_sums)
+
+
+def empty_slopes(input: Tensor, mode: str) -> Tensor:
+    """Derivatives in the hidden states, uninitialised; no elements in the mode "scores".
+
+    For float16 in float32: those of a confident token are below its smallest number until the
+    upstream gradient, or the scale of a loss in it, has multiplied them.
+    """
+    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
+    return input.new_empty(0 if mode == "scores" else input.shape, dtype=dtype)
 
 
 class TokenStats(NamedTuple):

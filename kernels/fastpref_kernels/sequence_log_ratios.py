@@ -6,9 +6,15 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
-from fastpref_kernels.checks import INDEX_DTYPES, INPUT_DTYPES, check_range, check_tensor
+from fastpref_kernels.checks import (
+    INDEX_DTYPES,
+    INPUT_DTYPES,
+    check_range,
+    check_tensor,
+    check_whole,
+)
 from fastpref_kernels.dispatch import implementation
-from fastpref_kernels.registered import inside_op
+from fastpref_kernels.registered import differentiable_once, inside_op
 
 
 def sequence_log_ratios(
@@ -104,6 +110,7 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register_autograd("fastpref::sequence_log_ratios_v2", _differentiate, setup_context=_setup_context)
+differentiable_once("fastpref::sequence_log_ratios_bwd_v1", lambda _: "sequence_log_ratios")
 
 
 def _check(
@@ -113,8 +120,7 @@ def _check(
     num_sequences: int,
     token_weights: Tensor | None,
 ) -> None:
-    if num_sequences < 0:
-        raise ValueError(f"num_sequences must be >= 0, got {num_sequences}")
+    check_whole("num_sequences", num_sequences, low=0)
     check_tensor("logps", logps, INPUT_DTYPES, device=None)
     check_tensor("sequence_ids", sequence_ids, INDEX_DTYPES, device=logps.device)
     values = {"reference_logps": reference_logps}

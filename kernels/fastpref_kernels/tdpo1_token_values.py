@@ -54,7 +54,7 @@ def tdpo1_token_values(
     check_head(input, linear_weight, linear_bias)
     check_head(reference_input, reference_linear_weight, reference_linear_bias, prefix="reference_")
     check_logit_transform(logit_scale, None)
-    check_target(target, input)
+    check_target(target, input, ignore_index)
     check_models(input, linear_weight, reference_input, reference_linear_weight)
     heads = [
         Head(input, linear_weight, linear_bias, logit_scale, None),

@@ -19,7 +19,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
-from fastpref_kernels.row_sums import RowSums, ValueStats
+from fastpref_kernels.row_sums import RowSums, ValueStats, empty_slopes
 from fastpref_kernels.workspace import ROW_MULTIPLE, slices, tile_shape
 
 
@@ -128,16 +128,6 @@ def tdpo1_token_values_bwd(
     return input_ND, weight_VD, bias_V
 
 
-def empty_slopes(input: Tensor, mode: str) -> Tensor:
-    """Uninitialised `slopes` of ValueStats; no elements in the mode "scores".
-
-    Those of a confident token are below float16's smallest number until the upstream gradient, or
-    the scale of a loss in it, has multiplied them.
-    """
-    dtype = torch.float32 if input.dtype == torch.float16 else input.dtype
-    return input.new_empty(0 if mode == "scores" else input.shape, dtype=dtype)
-
-
 def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor) -> Tensor:
     """Values (R,) from their derivatives in the hidden states.
 
@@ -172,7 +162,7 @@ def _sweep(heads: Heads, targets: Targets, rows: slice, tile_cols: int) -> Means
     R, (V, D) = rows.stop - rows.start, policy.weight.shape
     hidden_RD = reference.input_tile(rows, targets.ignored)
     target_R = targets.ids[rows]
-    base_R = _target_logits(reference, hidden_RD[:R], target_R)
+    base_R = reference.target_logits(hidden_RD[:R], target_R)
     means = Means(
         RowSums.empty(R, policy.input.device),
         policy.input.new_zeros(R, D, dtype=torch.float32),
@@ -206,15 +196,6 @@ def _whole_matmul(exp_RC: Tensor, weight_CD: Tensor) -> Tensor:
     R = len(exp_RC)
     whole_RC = F.pad(exp_RC, (0, 0, 0, -R % ROW_MULTIPLE))
     return matmul(whole_RC, weight_CD)[:R]
-
-
-def _target_logits(head: Head, hidden_RD: Tensor, target_R: Tensor) -> Tensor:
-    """(R,) the head's own logit of each target."""
-    weight_RD = head.weight[target_R].to(hidden_RD.dtype).float()
-    logits_R = (hidden_RD.float() * weight_RD).sum(1)
-    if head.bias is not None:
-        logits_R += head.bias[target_R]
-    return logits_R * head.scale
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

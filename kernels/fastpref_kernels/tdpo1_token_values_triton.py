@@ -18,13 +18,8 @@ from torch import Tensor
 from fastpref_kernels.gemm import add_matmul
 from fastpref_kernels.head import Gradients, Head, Heads, NeedsGrad, Targets
 from fastpref_kernels.launch import Operands, aligned_columns
-from fastpref_kernels.row_sums import TokenStats, ValueStats
-from fastpref_kernels.tdpo1_token_values_torch import (
-    empty_slopes,
-    scaled_slopes,
-    share_head,
-    values_of,
-)
+from fastpref_kernels.row_sums import TokenStats, ValueStats, empty_slopes
+from fastpref_kernels.tdpo1_token_values_torch import scaled_slopes, share_head, values_of
 from fastpref_kernels.token_logps_backward import Call, lean_bwd, partial_bwd, store_bwd
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import (
@@ -43,8 +38,6 @@ _PRODUCT_COLUMNS_APART = 4096
 sums. A GPU's matrix units cut off what they add to a sum and do not round it: with logits of ten
 nats that is 3e-4 nats of a value over 32,768 columns and 5e-5 over 4,096, reckoned on a CPU.
 Between products, sums are rounded."""
-_LOWEST_BIAS = -1e30
-"""Stands for a bias of -inf in sums where its column has no weight: 0 · -inf is not a number."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
@@ -56,13 +49,13 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
         return "frozen"
     if policy.gemm_dtype == torch.float16:
         return "lean"
-    return keeping_mode(len(policy.input), _row_bytes(reference))
+    return keeping_mode(policy.input.shape[0], _row_bytes(reference))
 
 
 def empty_stats(heads: Heads, mode: str) -> ValueStats:
     """Uninitialised results of the forward, with what the mode keeps for its backward."""
     policy, reference = heads
-    input, N = policy.input, len(policy.input)
+    input, N = policy.input, policy.input.shape[0]
     columns = aligned_columns(policy.weight.shape[0])
     num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(reference))}.get(mode, 0)
     return ValueStats.empty(
@@ -140,7 +133,7 @@ def _score_rows(
     slopes_RD += others_R[:, None] * head.weight[ids_R.clamp_min(0)]
     slopes_RD *= head.scale
     if head.bias is not None:
-        bias_V = head.bias.float().clamp_min(_LOWEST_BIAS)
+        bias_V = head.bias.float()
         over_R = _weighted_sum(kept_RV, bias_V, step) - stored_sum_R * bias_V[ids_R.clamp_min(0)]
         gap_R -= over_R * head.scale
     stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * gap_R)
@@ -161,10 +154,17 @@ def _product(exp_RV: Tensor, weight_VD: Tensor, step: int) -> Tensor:
 
 
 def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
-    """Exponentials times one float32 number a column, (R,), exact in 16 bits too: in two parts."""
-    high_V = values_V.to(exp_RV.dtype)
-    low_V = (values_V - high_V).to(exp_RV.dtype)
-    return _product(exp_RV, torch.stack([high_V, low_V], 1), step).sum(1)
+    """Exponentials times one float32 number a column, (R,), exact in 16 bits too: in two parts.
+
+    A column of -inf counts where it has weight: 0 · -inf is not a number.
+    """
+    lost_V = values_V.isneginf()
+    finite_V = values_V.masked_fill(lost_V, 0)
+    high_V = finite_V.to(exp_RV.dtype)
+    parts = [high_V, finite_V - high_V, lost_V]
+    parts_V3 = torch.stack([part_V.to(exp_RV.dtype) for part_V in parts], 1)
+    high_R, low_R, lost_R = _product(exp_RV, parts_V3, step).unbind(1)
+    return (high_R + low_R).masked_fill_(lost_R > 0, -torch.inf)
 
 
 def _sweep_rows(reference: Head) -> int:

@@ -50,6 +50,6 @@ def token_logps(
     """
     check_head(input, linear_weight, linear_bias)
     check_logit_transform(logit_scale, logit_softcap)
-    check_target(target, input)
+    check_target(target, input, ignore_index)
     head = Head(input, linear_weight, linear_bias, logit_scale, logit_softcap)
     return sweep_heads("token_logps", [head], target, ignore_index=ignore_index).logps

@@ -67,7 +67,7 @@ def token_logps_and_kl(
     check_head(input, linear_weight, linear_bias)
     check_head(reference_input, reference_linear_weight, reference_linear_bias, prefix="reference_")
     check_logit_transform(logit_scale, logit_softcap)
-    check_target(target, input)
+    check_target(target, input, ignore_index)
     check_models(input, linear_weight, reference_input, reference_linear_weight)
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")

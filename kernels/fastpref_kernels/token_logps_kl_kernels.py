@@ -36,7 +36,9 @@ def _sum_columns(
     reference_max = tl.maximum(tl.max(reference_kept, 1), LOWEST)
     exp_logits = tl.exp(kept - row_max[:, None])
     reference_exp = tl.exp(reference_kept - reference_max[:, None])
-    base_gap = (anchor - reference_anchor)[:, None]
+    # as `row_sums.base_gap`
+    base_gap = anchor - reference_anchor
+    base_gap = tl.where(tl.abs(base_gap) < float("inf"), base_gap, 0.0)[:, None]
     if UNDER_REFERENCE:
         weights = reference_exp
         gaps = reference_logits - logits + base_gap

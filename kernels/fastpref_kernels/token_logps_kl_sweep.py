@@ -25,7 +25,7 @@ from fastpref_kernels.launch import (
     row_grid,
 )
 from fastpref_kernels.rescue_kernels import RESCUE_ROWS, _joint_rescue_kernel
-from fastpref_kernels.row_sums import JointSums, RowSums
+from fastpref_kernels.row_sums import JointSums, RowSums, base_gap
 from fastpref_kernels.token_logps_kernels import MAX_DRIFT
 
 
@@ -67,7 +67,7 @@ class JointSweep:
             gap_BR = self.gap_BR if model == first else None
             combine(max_BR, sum_BR, gap_BR, over_max=True, out=self.row_sums_42R[1:, model])
         anchor_2R, max_2R, sum_2R, gap_2R = self.row_sums_42R
-        base_gap_R = anchor_2R[first] - anchor_2R[1 - first]
+        base_gap_R = base_gap(anchor_2R[first], anchor_2R[1 - first])
         models = RowSums(max_2R, sum_2R, anchor_2R)
         return JointSums(models, gap_2R[first], base_gap_R, self.under_reference)
 

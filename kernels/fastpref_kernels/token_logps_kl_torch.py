@@ -14,7 +14,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
-from fastpref_kernels.row_sums import JointStats, JointSums, RowSums
+from fastpref_kernels.row_sums import JointStats, JointSums, RowSums, base_gap
 from fastpref_kernels.workspace import slices, tile_shape
 
 
@@ -106,26 +106,32 @@ def _sweep(
     """Sums of R rows, from one sweep over the vocabulary."""
     R, device = rows.stop - rows.start, targets.ids.device
     under_reference = direction == "reference_policy"
+    first = int(under_reference)
     hidden = [head.input_tile(rows, targets.ignored) for head in heads]
     models = (RowSums.empty(R, device), RowSums.empty(R, device))
-    zeros_R = torch.zeros(R, dtype=torch.float32, device=device)
-    gap_R = zeros_R
+    target_logits = [
+        head.target_logits(hidden_RD[:R], targets.ids[rows])
+        for head, hidden_RD in zip(heads, hidden, strict=True)
+    ]
+    base_gap_R = base_gap(target_logits[first], target_logits[1 - first])
+    gap_R = torch.zeros_like(base_gap_R)
     for cols in slices(heads[0].weight.shape[0], tile_cols):
         logits = [
             head.logits(hidden_RD, head.weight_tile(cols), cols)[:R]
             for head, hidden_RD in zip(heads, hidden, strict=True)
         ]
         models, gap_R = _add_columns(
-            models, gap_R, logits, targets.ids[rows], cols, first=int(under_reference)
+            models, gap_R, logits, base_gap_R, targets.ids[rows], cols, first=first
         )
     policy, reference = models
-    return JointSums(RowSums.of_both(policy, reference), gap_R, zeros_R, under_reference)
+    return JointSums(RowSums.of_both(policy, reference), gap_R, base_gap_R, under_reference)
 
 
 def _add_columns(
     models: tuple[RowSums, RowSums],
     gap_R: Tensor,
     logits: list[Tensor],
+    base_gap_R: Tensor,
     target_R: Tensor,
     cols: slice,
     *,
@@ -133,7 +139,8 @@ def _add_columns(
 ) -> tuple[tuple[RowSums, RowSums], Tensor]:
     """Sums of both models, and of the gap under model `first`, with a tile's added."""
     target_logits = [take_target(logits_RC, target_R, cols) for logits_RC in logits]
-    gap_RC = logits[first] - logits[1 - first]
+    # not each model's over its own target: two close logits differ by what they do exactly
+    gap_RC = (logits[first] - logits[1 - first]).sub_(base_gap_R[:, None])
     policy, reference = (
         sums.add(logits_RC, target_logit_R)
         for sums, logits_RC, target_logit_R in zip(models, logits, target_logits, strict=True)

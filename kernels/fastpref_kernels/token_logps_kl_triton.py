@@ -55,13 +55,13 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
         return "scores"
     if policy.gemm_dtype == torch.float16:
         return "lean"
-    return keeping_mode(len(policy.input), _row_bytes(heads))
+    return keeping_mode(policy.input.shape[0], _row_bytes(heads))
 
 
 def empty_stats(heads: Heads, mode: str) -> JointStats:
     """Uninitialised results of the forward, with what the mode keeps for its backward."""
     policy, _ = heads
-    N, V = len(policy.input), policy.weight.shape[0]
+    N, V = policy.input.shape[0], policy.weight.shape[0]
     num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(heads))}.get(mode, 0)
     kept_shape = (2, num_kept, aligned_columns(V))
     return JointStats.empty(

@@ -24,7 +24,7 @@ def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
 
 def empty_stats(head: Head, mode: str) -> TokenStats:
     """Uninitialised results of the forward."""
-    N = len(head.input)
+    N = head.input.shape[0]
     return TokenStats(*(head.input.new_empty(n, dtype=torch.float32) for n in (N, N, 0, 0)))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastpref_kernels.gemm import add_matmul
 from fastpref_kernels.head import Gradients, Head, NeedsGrad, Targets
 from fastpref_kernels.launch import Operands, aligned_columns, product_tile
-from fastpref_kernels.row_sums import TokenStats
+from fastpref_kernels.row_sums import TokenStats, empty_slopes
 from fastpref_kernels.token_logps_backward import BACKWARD, Call, times_slope
 from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import keeping_mode, kept_rows, limit, slices
@@ -49,13 +49,13 @@ def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
 
 def empty_stats(head: Head, mode: str) -> TokenStats:
     """Uninitialised results of the forward, with what the mode keeps for its backward."""
-    (N, D), V = head.input.shape, head.weight.shape[0]
+    N, V = head.input.shape[0], head.weight.shape[0]
     kept, num_sums = head.input.new_empty(0), 0
     if mode in ("store", "partial"):
         num_sums = N if mode == "store" else kept_rows(N, _row_bytes(head))
         kept = head.input.new_empty(num_sums, aligned_columns(V), dtype=head.exp_dtype)
     elif mode == "frozen":
-        kept = head.input.new_empty(N, D)
+        kept = empty_slopes(head.input, mode)
     scalars = (head.input.new_empty(n, dtype=torch.float32) for n in (N, N, num_sums))
     logps, lse, kept_sums = scalars
     return TokenStats(logps, lse, kept, kept_sums)

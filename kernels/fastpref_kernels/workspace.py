@@ -1,11 +1,12 @@
 """How much memory the ops may use beside their inputs and results, and the tiles that follow."""
 
-import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from fastpref_kernels.checks import is_above_zero
 
 ROW_MULTIPLE = 32
 """Rows of a GEMM are padded to this. Without it MKL's result for a row was seen to change with the
@@ -29,6 +30,8 @@ _SLICE_BYTES = 256 * 2**20
 
 _LEAN_BYTES = 1024 * 2**20
 """More than this a GPU's tiles, rows and slices never take, exponentials that are kept left out."""
+_MOST_MIB = 2**42
+"""Its bytes are a number of 64 bits, as those of a registered op are."""
 _workspace_bytes = 1024 * 2**20
 _of_call = threading.local()
 
@@ -37,12 +40,14 @@ def set_workspace_mib(mib: float) -> None:
     """Bound the bytes an op may hold beside its inputs, its results and float32 sums of results.
 
     Args:
-        mib: Bound in MiB, > 0; 1024 until set. The smallest tile, 32 rows by one column, is used
-            even where it needs more.
+        mib: Bound in MiB, in (0, 2^42]; 1024 until set. The smallest tile, 32 rows by one column,
+            is used even where it needs more.
     """
     global _workspace_bytes
-    if not (mib > 0 and math.isfinite(mib)):
-        raise ValueError(f"workspace_mib must be > 0 and finite, got {mib}")
+    if not is_above_zero(mib):
+        raise ValueError(f"workspace_mib must be > 0 and finite, got {mib!r}")
+    if mib > _MOST_MIB:
+        raise ValueError(f"workspace_mib must be <= 2^42, got {mib!r}")
     _workspace_bytes = max(1, int(mib * 2**20))
 
 

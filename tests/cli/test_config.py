@@ -189,6 +189,7 @@ def test_lists_and_null():
         ("packing.max_tokens=0", "packing.max_tokens must be >= 1, got 0"),
         ("packing.share_prompt=maybe", "share_prompt must be one of auto, true, false, got 'maybe"),
         ("head.workspace_mib=0", "head.workspace_mib must be >= 1"),
+        ("head.workspace_mib=8796093022208", "head.workspace_mib must be >= 1 and <= 4.398"),
         ("transform.binary.top_percent=0", "top_percent must be > 0 and <= 100"),
         ("transform.paper.U=-0.5", "transform.paper.L must be < transform.paper.U"),
         ("transform.random.max_val=0.1", "random.min_val must be < transform.random.max_val"),

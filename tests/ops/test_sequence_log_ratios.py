@@ -95,6 +95,14 @@ def test_gradients_come_in_the_dtype_of_the_log_probabilities(dtype):
     assert ratios_S.dtype == torch.float32 and logps_N.grad.dtype == dtype
 
 
+def test_gradients_of_gradients_are_refused():
+    logps_N = torch.randn(9, requires_grad=True)
+    loss = sequence_log_ratios(logps_N, torch.zeros(9), torch.arange(9) % 3, 3).square().sum()
+    (grad_N,) = torch.autograd.grad(loss, logps_N, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"sequence_log_ratios is differentiable once"):
+        grad_N.sum().backward()
+
+
 def test_an_upstream_gradient_may_be_expanded():
     logps_N = torch.randn(9, requires_grad=True)
     sequence_log_ratios(logps_N, torch.zeros(9), torch.arange(9) % 3, 3).backward(
@@ -122,7 +130,15 @@ def test_arguments_that_do_not_fit_are_named():
         ((logps_N, logps_N, ids_N.float(), 2), {}, "sequence_ids must be one of int64, int32"),
         ((logps_N, logps_N, ids_N, 1), {}, r"sequence_ids must be in \[0, 1\), got 1"),
         ((logps_N, logps_N, ids_N - 1, 2), {}, r"sequence_ids must be in \[0, 2\), got -1"),
-        ((logps_N, logps_N, ids_N, -1), {}, "num_sequences must be >= 0, got -1"),
+        ((logps_N, logps_N, ids_N, -1), {}, "num_sequences must be a whole number >= 0, got -1"),
+        ((logps_N, logps_N, ids_N, 3.0), {}, "num_sequences must be a whole number >= 0, got 3.0"),
+        ((logps_N, logps_N, ids_N, "3"), {}, "num_sequences must be a whole number >= 0, got '3'"),
+        ((logps_N, logps_N, ids_N, None), {}, "num_sequences must be a whole number .* got None"),
+        (
+            (logps_N.to_sparse(), logps_N, ids_N, 2),
+            {},
+            "logps must be a dense tensor, got a sparse",
+        ),
         ((logps_N.double(), logps_N, ids_N, 2), {}, "logps must be one of bfloat16"),
         (
             (logps_N, logps_N, ids_N, 2),

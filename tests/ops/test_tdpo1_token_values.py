@@ -189,6 +189,22 @@ def test_columns_of_minus_infinity_in_both_models_do_not_count():
     assert not ours[2][:90].any() and not ours[3][-7:].any()
 
 
+def test_a_column_that_only_the_reference_has_leaves_no_finite_value():
+    policy, target_N = random_head(20, 61, 17), torch.arange(20) % 5
+    reference = nearby(policy)
+    with torch.no_grad():
+        # the second is a column of neither, the third of the policy's alone
+        policy[2][[7, 8]] = float("-inf")
+        reference[2][[8, 9]] = float("-inf")
+
+    def values(of_policy):
+        biases = {"linear_bias": of_policy, "reference_linear_bias": reference[2]}
+        return tdpo1_token_values(*policy[:2], target_N, *reference[:2], **biases)
+
+    assert values(policy[2]).eq(float("inf")).all()
+    assert values(reference[2]).isfinite().all()
+
+
 def test_ignored_rows_score_zero_whatever_they_hold():
     policy = random_head(252, 507, 123)
     reference = nearby(policy)

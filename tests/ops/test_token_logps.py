@@ -1,9 +1,16 @@
 import math
 import os
+import re
 
 import pytest
 import torch
-from fastpref_kernels import naive, set_workspace_mib, token_logps
+from fastpref_kernels import (
+    naive,
+    set_workspace_mib,
+    tdpo1_token_values,
+    token_logps,
+    token_logps_and_kl,
+)
 from oracle import (
     SHAPES,
     WORKSPACES_MIB,
@@ -17,6 +24,7 @@ from oracle import (
     workspace,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 INTERPRETED = bool(os.environ.get("TRITON_INTERPRET"))
@@ -151,6 +159,27 @@ def test_confident_tokens_keep_their_digits(margin):
     torch.testing.assert_close(grad_ND.double(), true_grad_ND, rtol=2e-5, atol=0)
 
 
+def test_slopes_of_float16_hidden_states_are_not_rounded_to_float16():
+    """A certain token's are below its smallest number, those of a large head above its largest."""
+    input, weight, _ = random_head(2, 61, 16)
+    input_ND = input.detach().half().requires_grad_()
+    with torch.no_grad():
+        input_ND[:, 0] = 1.0
+        weight *= torch.tensor([[0.0] + [2.0**18] * 15])
+        input_ND[1, 1:], weight[7, 0] = 0.0, 24.0
+    target_N = torch.tensor([3, 7])
+    grad_N = torch.tensor([2.0**-18, 2.0**-2])
+
+    def op(hidden_ND, weight_VD, op=token_logps):
+        return op(hidden_ND, weight_VD, target_N)
+
+    _, (ours,) = gradients(op, (input_ND,), grad_N, weight.detach())
+    exact = double((input_ND, weight))
+    _, (true,) = gradients(op, exact[:1], grad_N, exact[1].detach(), naive.token_logps)
+    for our_D, true_D in zip(ours.double(), true, strict=True):
+        assert ((our_D - true_D).norm() / true_D.norm()).item() <= 2.0**-11
+
+
 @pytest.mark.parametrize("offset", [-1000.0, 1000.0])
 def test_a_common_offset_of_all_logits_changes_nothing(offset):
     input, weight, _ = random_head(60, 61, 17)
@@ -250,6 +279,17 @@ def test_strides_of_inputs_and_of_the_upstream_gradient_do_not_matter():
         expanded_N,
     )
     torch.testing.assert_close(actual, expected)
+
+
+def test_an_ignored_index_beyond_32_bits_ignores_no_target_of_32():
+    input, weight, _ = random_head(6, 61, 17)
+    target_N = torch.arange(6)
+    expected = token_logps(input, weight, target_N)
+    for op in (token_logps, naive.token_logps):
+        logps_N = op(input, weight, target_N.int(), ignore_index=2**32)
+        torch.testing.assert_close(logps_N, expected)
+    with pytest.raises(ValueError, match=r"target must be in \[0, 61\), got -1"):
+        token_logps(input, weight, target_N.int() - 1, ignore_index=2**32 - 1)
 
 
 def test_int32_targets_are_targets():
@@ -381,6 +421,28 @@ def test_torch_compile_sees_one_call_and_no_tiles(dynamic):
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_a_compiled_graph_serves_every_number_of_tokens():
+    def loss(h: Tensor, w: Tensor, target_N: Tensor) -> Tensor:
+        of_both = (h, w, target_N, 2 * h.detach(), w)
+        kl_N = token_logps_and_kl(*of_both).kl
+        return (token_logps(h, w, target_N) + kl_N + tdpo1_token_values(*of_both)).sum()
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=graphs, fullgraph=True)
+    # with a ninth graph torch.compile gives up
+    for N in range(20, 21 if INTERPRETED else 30):
+        input, weight, _ = random_head(N, 61, 17)
+        target_N = random_target(N, 61)
+        if N == 20:
+            # refuses a forward that makes a constant of the number
+            torch._dynamo.mark_dynamic(input, 0)
+            torch._dynamo.mark_dynamic(target_N, 0)
+        expected = gradients(loss, (input, weight), torch.ones(()), target_N)
+        actual = gradients(compiled, (input, weight), torch.ones(()), target_N)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert graphs.frame_count == 1
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_another_workspace_after_compilation_is_that_of_the_calls_that_follow(dynamic):
     def loss(h: Tensor, w: Tensor, target_N: Tensor) -> Tensor:
@@ -462,6 +524,31 @@ def test_arguments_that_do_not_fit_are_named():
         ),
         (lambda: set_workspace_mib(0), "workspace_mib must be > 0 and finite, got 0"),
         (lambda: set_workspace_mib(float("nan")), "workspace_mib must be > 0"),
+        (lambda: set_workspace_mib("a"), "workspace_mib must be > 0 and finite, got 'a'"),
+        (lambda: set_workspace_mib(None), "workspace_mib must be > 0 and finite, got None"),
+        (lambda: set_workspace_mib(2**43), r"workspace_mib must be <= 2\^42, got 8796093022208"),
+        *(
+            (
+                lambda name=name, value=value: token_logps(
+                    input, weight, target_N, **{name: value}
+                ),
+                f"{name} must be .*, got {re.escape(repr(value))}",
+            )
+            for name, values in {
+                "logit_scale": (None, "2", [1.0], 10**400),
+                "logit_softcap": ("2", 10**400),
+                "ignore_index": (None, 1.5, 2**63),
+            }.items()
+            for value in values
+        ),
+        (
+            lambda: token_logps(input.detach().to_sparse(), weight, target_N),
+            "input must be a dense tensor, got a sparse_coo one",
+        ),
+        (
+            lambda: token_logps(torch.nested.nested_tensor([input, input]), weight, target_N),
+            "input must be a dense tensor, got a nested one",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

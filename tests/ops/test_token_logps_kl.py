@@ -191,6 +191,63 @@ def test_a_column_only_the_second_model_has_leaves_the_kl_finite(direction, refe
 
 
 @both_directions
+@pytest.mark.parametrize("lacking", ["both", "policy", "reference"])
+def test_a_target_that_a_model_lacks_adds_what_its_column_does(lacking, direction):
+    policy, target_N = random_head(30, 61, 17), torch.arange(30) % 3
+    with torch.no_grad():
+        # the first row's likeliest word is the one that is taken out
+        policy[0][0] = 3 * policy[1][0]
+        reference = nearby(policy)
+        for model, head in (("policy", policy), ("reference", reference)):
+            if lacking in (model, "both"):
+                head[2][0] = float("-inf")
+
+    def scores(op, policy, reference, rows):
+        of_both = (policy[0][rows], policy[1], target_N[rows], reference[0][rows], reference[1])
+        biases = {"linear_bias": policy[2], "reference_linear_bias": reference[2]}
+        return op(*of_both, **biases, direction=direction)
+
+    exact = double(policy), double(reference)
+    rows = torch.arange(30)
+    true = scores(naive.token_logps_and_kl, *exact, rows)
+    ours = scores(token_logps_and_kl, policy, reference, rows)
+    for our_N, true_N in zip(ours, true, strict=True):
+        torch.testing.assert_close(our_N.double(), true_N, rtol=1e-5, atol=1e-6)
+    # a model that gives a word nothing is infinitely far from one that has it
+    rows = rows[true.kl.isfinite()]
+    assert (lacking, direction) in (
+        ("policy", "reference_policy"),
+        ("reference", "policy_reference"),
+    ) or len(rows) == 30
+    for ours, true in zip(
+        torch.autograd.grad(scores(token_logps_and_kl, policy, reference, rows).kl.sum(), policy),
+        torch.autograd.grad(scores(naive.token_logps_and_kl, *exact, rows).kl.sum(), exact[0]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.double(), true, rtol=1e-4, atol=1e-5)
+
+
+@both_directions
+@pytest.mark.parametrize("offset", [100.0, -1000.0])
+def test_what_all_logits_of_a_model_have_more_is_not_in_the_kl(offset, direction):
+    input, weight, _ = random_head(60, 507, 64)
+    policy = (input, weight, torch.zeros(507).requires_grad_())
+    reference = (*nearby(policy, by=0.01)[:2], torch.full((507,), offset))
+    target_N, grads = random_target(60, 507), torch.zeros(2, 60)
+    ours, same_dtype, true = (
+        run(op, *models, target_N, grads, direction=direction)[2]
+        for op, models in (
+            (token_logps_and_kl, (policy, reference)),
+            (torch_token_logps_and_kl, (policy, reference)),
+            (naive.token_logps_and_kl, (double(policy), double(reference))),
+        )
+    )
+    # a gap of that size is rounded before the targets' is taken off
+    rounding = abs(offset) * torch.finfo(torch.float32).eps / 2
+    assert_no_worse_than_torch(ours, same_dtype, true, floor=1e-6 + rounding)
+
+
+@both_directions
 def test_logits_two_hundred_nats_below_the_maximum_are_finite(direction):
     """softmax().log() of such a logit is -inf, and 0 · -inf is not a number."""
     logits_ND = torch.randn(64, 64)
