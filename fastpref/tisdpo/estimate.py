@@ -17,6 +17,7 @@ from fastpref.tisdpo.jobs import JobOptions, open_job
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.run_jobs import run_jobs
 from fastpref.tisdpo.sides import build_sides, shared_tokenizer
+from fastpref.tisdpo.targets import one_for_each_file
 from fastpref.tisdpo.weight_rows import writing_alone
 
 
@@ -34,14 +35,16 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
         DataError: no split of a dataset is there, or a row breaks a rule.
         CheckpointError: a model is missing, the two do not share a vocabulary, or one of them
             gives numbers that are not finite.
-        ConfigError: another process writes the weights of one of the datasets.
+        ConfigError: another process writes the weights of one of the datasets, or they would take
+            the place of another file, see `one_for_each_file`.
         InterruptionError, PreemptionError: a signal came, or the deadline is near; complete shards
             stay.
     """
     sides = build_sides(config.weights, config.model, config.adapter, world)
     tokenizer = shared_tokenizer(sides)
     options = JobOptions(weights=config.weights, data=config.data, packing=config.packing)
-    sources = main_first(world, lambda: read_files(data_options(config), quiet=not world.is_main))
+    files = main_first(world, lambda: read_files(data_options(config), quiet=not world.is_main))
+    sources = one_for_each_file(files, options)
     with writing_alone([options.path_of(rows) for rows in sources], world):
         jobs = [open_job(options, sides, rows, tokenizer, world) for rows in sources]
         return run_jobs(

@@ -507,6 +507,30 @@ def test_one_process_at_a_time_writes_the_weights_of_a_dataset(models, tmp_path)
     assert len(estimate(config)) == len(load(config)) == len(ROWS)
 
 
+def test_files_of_others_are_not_written_over(models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    source = tmp_path / "data" / "rows" / "train.jsonl"
+    config = make_config(models, tmp_path)
+    path = output_path(config)
+    path.parent.mkdir(parents=True)
+    path.write_text("hours of another tool\n")
+    with pytest.raises(ConfigError, match=r"train.jsonl is there and has no record"):
+        run(config)
+    assert path.read_text() == "hours of another tool\n"
+    path.unlink()
+    path.symlink_to(source)
+    with pytest.raises(ConfigError, match=r"is a file whose rows are read; set another folder"):
+        run(config)
+    assert [json.loads(line) for line in source.open()] == ROWS
+    # one file under the names of two splits is estimated once
+    path.unlink()
+    source.rename(source.with_name("all.jsonl"))
+    config.data = DataConfig(split_names={"train": "all", "test": "all"})
+    run(config)
+    assert [child.name for child in path.parent.glob("*.jsonl")] == ["all.jsonl"]
+    assert len((path.parent / "all.jsonl").read_text().splitlines()) == len(ROWS)
+
+
 def test_the_options_that_read_the_rows_read_their_weights(models, tmp_path):
     """Shards, splits and columns of other names: the same options find the file of weights."""
     data = {
