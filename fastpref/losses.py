@@ -54,8 +54,8 @@ def dpo_loss(
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (log π - log ref).
     """
-    check_number("beta", beta, gt=0)
-    check_number("label_smoothing", label_smoothing, ge=0, lt=0.5)
+    _check_option("beta", beta, gt=0)
+    _check_option("label_smoothing", label_smoothing, ge=0, lt=0.5)
     policy_chosen_logps, policy_rejected_logps, *reference = _numbers(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
@@ -96,7 +96,7 @@ def ipo_loss(
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,).
     """
-    check_number("beta", beta, gt=0)
+    _check_option("beta", beta, gt=0)
     policy_chosen_logps, policy_rejected_logps, *reference = _numbers(
         policy_chosen_logps=policy_chosen_logps,
         policy_rejected_logps=policy_rejected_logps,
@@ -132,8 +132,8 @@ def simpo_loss(
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β log π / |y|.
     """
-    check_number("beta", beta, gt=0)
-    check_number("gamma", gamma, ge=0)
+    _check_option("beta", beta, gt=0)
+    _check_option("gamma", gamma, ge=0)
     chosen_logps, rejected_logps, chosen_num_tokens, rejected_num_tokens = _numbers(
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
@@ -173,8 +173,8 @@ def tdpo_loss(
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (M + K) in both
         variants, as the TDPO repository logs them; their difference is the TDPO1 margin.
     """
-    check_number("beta", beta, gt=0)
-    check_number("alpha", alpha, ge=0)
+    _check_option("beta", beta, gt=0)
+    _check_option("alpha", alpha, ge=0)
     chosen_log_ratios, rejected_log_ratios, chosen_kl, rejected_kl = _numbers(
         chosen_log_ratios=chosen_log_ratios,
         rejected_log_ratios=rejected_log_ratios,
@@ -184,7 +184,7 @@ def tdpo_loss(
     margins = chosen_log_ratios - rejected_log_ratios
     if if_tdpo2:
         # only the rejected KL is pushed: the chosen side may drift as far as it pays
-        margins = margins - alpha * (rejected_kl - chosen_kl.detach())
+        margins = margins - _times(alpha, rejected_kl - chosen_kl.detach())
     else:
         margins = margins - (rejected_kl - chosen_kl)
     chosen_rewards = beta * (chosen_log_ratios + chosen_kl).detach()
@@ -218,8 +218,8 @@ def tisdpo_loss(
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β M, or β (M - K)
         with token_level (the code applies no α there).
     """
-    check_number("beta", beta, gt=0)
-    check_number("alpha", alpha, ge=0)
+    _check_option("beta", beta, gt=0)
+    _check_option("alpha", alpha, ge=0)
     chosen_log_ratios, rejected_log_ratios, chosen_kl, rejected_kl = _numbers(
         chosen_log_ratios=chosen_log_ratios,
         rejected_log_ratios=rejected_log_ratios,
@@ -229,7 +229,7 @@ def tisdpo_loss(
     margins = chosen_log_ratios - rejected_log_ratios
     chosen_rewards, rejected_rewards = chosen_log_ratios, rejected_log_ratios
     if token_level:
-        margins = margins - alpha * (chosen_kl - rejected_kl)
+        margins = margins - _times(alpha, chosen_kl - rejected_kl)
         chosen_rewards = chosen_rewards - chosen_kl
         rejected_rewards = rejected_rewards - rejected_kl
     losses = -logsigmoid(beta * margins)
@@ -238,7 +238,22 @@ def tisdpo_loss(
 
 def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
     """1 where the chosen reward is strictly the higher one, else 0: a tie is not a success."""
+    chosen_rewards, rejected_rewards = _numbers(
+        chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
+    )
     return (chosen_rewards > rejected_rewards).to(torch.float32)
+
+
+def _check_option(name: str, value: float, **bounds: float) -> None:
+    """Refuse what is no number, which `check_number` takes for an option that is not set."""
+    if not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    check_number(name, value, **bounds)
+
+
+def _times(alpha: float, difference: Tensor) -> Tensor | float:
+    """α · difference, 0 where α is: 0 · ∞ is not a number."""
+    return alpha * difference if alpha else 0.0
 
 
 def _numbers(**tensors: Tensor) -> list[Tensor]:

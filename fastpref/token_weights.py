@@ -42,9 +42,11 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
         As many weights as came in.
 
     Raises:
-        ValueError: a weight is not finite, method or parameter is unknown, or bounds are reversed,
-            out of range or divide by zero.
+        ValueError: a weight is not finite, as it came or as it is returned, method or parameter
+            is unknown, or bounds are reversed, out of range or divide by zero.
     """
+    if not isinstance(method, str):
+        raise ValueError(f"transform.method must be a name, got {method!r}")
     check_choice("transform.method", method, TRANSFORMS)
     transform = TRANSFORMS[method]
     known = list(signature(transform).parameters)[1:]
@@ -54,17 +56,37 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
                 f"transform.{method} has no parameter {name!r}, only {', '.join(known) or 'none'}"
                 f"{hint(name, known)}"
             )
+        if name == "rng" and not isinstance(value, random.Random | None):
+            raise ValueError(f"transform.random.rng must be a random.Random, got {value!r}")
         if name not in ("ties", "rng"):
             if not isinstance(value, Real):
                 raise ValueError(f"transform.{method}.{name} must be a number, got {value!r}")
             check_number(f"transform.{method}.{name}", float(value))
-    values = np.asarray(weights, dtype=np.float64)
+    values = _finite_numbers(weights)
+    # refused below by name: a warning would say less
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        transformed = transform(values, **params)
+    if not np.isfinite(transformed).all():
+        place = int(np.argmin(np.isfinite(transformed)))
+        raise ValueError(
+            f"transform.{method} makes {transformed[place]} of the weight {values[place]} at place "
+            f"{place} with {params}: its parameters must give finite weights"
+        )
+    return transformed.tolist()
+
+
+def _finite_numbers(weights: Sequence[float]) -> Array:
+    """A response's weights as an array; ValueError where they are not what they must be."""
+    try:
+        values = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"weights must be a list of finite numbers: {error}") from error
     if values.ndim != 1:
         raise ValueError(f"weights must be a list of numbers, got the shape {values.shape}")
     if not np.isfinite(values).all():
         place = int(np.argmin(np.isfinite(values)))
         raise ValueError(f"weights must be finite, got {values[place]} at place {place}")
-    return transform(values, **params).tolist()
+    return values
 
 
 def _origin(weights: Array) -> Array:

@@ -117,6 +117,8 @@ def test_simpo_compares_means_over_tokens_and_asks_for_a_margin():
 def test_a_tie_is_not_an_accuracy():
     accuracies = implicit_accuracies(torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3))
     assert accuracies.tolist() == [1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="rejected_rewards must have the shape of chosen_rewards"):
+        implicit_accuracies(torch.zeros(2), torch.zeros(2, 1))
 
 
 PAIR_LOSSES = [dpo_loss, ipo_loss, simpo_loss, tdpo_loss, tisdpo_loss]
@@ -150,6 +152,10 @@ def test_a_beta_out_of_its_range_is_refused(loss, beta):
         (simpo_loss, "gamma", -1.0),
         (tdpo_loss, "alpha", -1.0),
         (tisdpo_loss, "alpha", math.nan),
+        (dpo_loss, "label_smoothing", None),
+        (ipo_loss, "beta", None),
+        (simpo_loss, "gamma", "1"),
+        (tdpo_loss, "alpha", None),
     ],
 )
 def test_other_options_too(loss, option, value):
@@ -175,6 +181,17 @@ def test_the_reference_gets_no_gradient(loss):
     loss(*leaves, beta=0.1)[0].sum().backward()
     assert leaves[0].grad is not None and leaves[1].grad is not None
     assert leaves[2].grad is None and leaves[3].grad is None
+
+
+@pytest.mark.parametrize("loss", [tdpo_loss, tisdpo_loss])
+def test_a_kl_without_weight_may_be_infinite(loss):
+    leaves = [torch.tensor([x], requires_grad=True) for x in (1.2, -0.8, 0.3, math.inf)]
+    options = {"token_level": True} if loss is tisdpo_loss else {}
+    losses, *_ = loss(*leaves, beta=0.1, alpha=0.0, **options)
+    losses.sum().backward()
+    expected = dpo_loss(*[torch.tensor([x]) for x in LOGPS], beta=0.1)[0]
+    torch.testing.assert_close(losses, expected)
+    assert leaves[0].grad.isfinite() and leaves[3].grad is None
 
 
 def test_an_infinite_margin_is_a_loss_of_zero():

@@ -87,6 +87,11 @@ def test_rank_based_weights_ascend_with_the_log_ratio(weights):
         ("paper", {"U": math.inf}, "paper.U must be finite"),
         ("paper", {"k": -1.0}, "paper.k must be > 0"),
         ("paper", {"k": None}, "paper.k must be a number, got None"),
+        ("random", {"rng": 5}, "random.rng must be a random.Random, got 5"),
+        (None, {}, "transform.method must be a name, got None"),
+        ("paper", {"U": 1000.0, "L": 900.0}, r"paper makes inf of the weight 1.0 .*'U': 1000.0"),
+        ("random", {"min_val": -1e308, "max_val": 1.7e308}, "random makes inf .*'max_val'"),
+        ("threshold_and_scale", {"min_val": 0, "max_val": 5e-324}, "scale makes inf .*'max_val'"),
     ],
 )
 def test_an_unknown_method_or_reversed_bounds_are_refused_by_name(method, params, named):
@@ -101,6 +106,7 @@ def test_an_unknown_method_or_reversed_bounds_are_refused_by_name(method, params
         ([0.5, math.nan], "finite, got nan at place 1"),
         ([-math.inf], "finite, got -inf at place 0"),
         ([[0.5, 1.0]], r"list of numbers, got the shape \(1, 2\)"),
+        ([10**400], "list of finite numbers: int too large"),
     ],
 )
 def test_weights_that_are_no_list_of_finite_numbers_are_refused(method, weights, named):
