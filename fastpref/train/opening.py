@@ -17,7 +17,7 @@ from fastpref.train.differences import effect_of, list_differences
 from fastpref.train.history import METRICS, bring_history, read_records
 from fastpref.train.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.origin import keep_origin
-from fastpref.train.run_folder import OPTIONS, clear_start, names_in, took_no_step
+from fastpref.train.run_folder import OPTIONS, clear_start, lock, names_in, took_no_step
 from fastpref.train.start import Start
 from fastpref.train.trackers import build_trackers
 from fastpref.train.utilization import UsefulWork
@@ -45,10 +45,10 @@ def open_run_dir(start: Start, options: str, world: World) -> Path:
 def _open_without_checkpoint(start: Start, options: str) -> Path:
     run_dir = start.run_dir
     if run_dir is None or not names_in(run_dir) or took_no_step(run_dir):
-        return start.place.create(options)
+        return _open_new(start, options)
     changed = changes_of_numbers(run_dir, options)
     if changed and start.place.run_dir is None:
-        return start.place.create(options)
+        return _open_new(start, options)
     if changed:
         raise ConfigError(
             f"run_dir: {run_dir} holds another run, without a checkpoint to go on from: "
@@ -62,12 +62,18 @@ def _open_with_checkpoint(start: Start, checkpoint: Path, options: str) -> Path:
     """The folder to go on in, or a new one with the checkpoint's history."""
     run_dir = start.run_dir
     if run_dir is None:
-        run_dir = start.place.create(options)
+        run_dir = _open_new(start, options)
         keep_origin(run_dir, checkpoint)
     with writing(run_dir):
         keep_options(run_dir, options, start.state.step)
         if start.source is not None:
             bring_history(start.source, run_dir, start.state, start.unwritten)
+    return run_dir
+
+
+def _open_new(start: Start, options: str) -> Path:
+    run_dir = start.place.create(options)
+    lock(run_dir)
     return run_dir
 
 

@@ -58,7 +58,7 @@ class RunPlace:
             raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
 
     def create(self, options: str) -> Path:
-        """A new run folder, locked, with the options in it as `config.yaml`.
+        """A new run folder with the options in it as `config.yaml`.
 
         Two starts in one second get two folders: making a folder is what claims its name.
 
@@ -67,7 +67,6 @@ class RunPlace:
         """
         with writing(self.run_dir or self.root):
             run_dir = self._claim()
-            lock(run_dir)
             (run_dir / OPTIONS).write_text(options, encoding="utf-8")
         return run_dir
 
