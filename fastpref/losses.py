@@ -251,9 +251,11 @@ def _check_option(name: str, value: float, **bounds: float) -> None:
     check_number(name, value, **bounds)
 
 
-def _times(alpha: float, difference: Tensor) -> Tensor | float:
+def _times(alpha: float, difference: Tensor) -> Tensor:
     """α · difference, 0 where α is: 0 · ∞ is not a number."""
-    return alpha * difference if alpha else 0.0
+    if not alpha:
+        difference = difference.masked_fill(~difference.isfinite(), 0)
+    return alpha * difference
 
 
 def _numbers(**tensors: Tensor) -> list[Tensor]:
