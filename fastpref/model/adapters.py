@@ -65,7 +65,7 @@ def adapt_config(config: Any, model: Any, folder: str) -> bool:
     before = (text_config.vocab_size, config.tie_word_embeddings)
     text_config.vocab_size = _vocabulary(folder, model)
     if _unties(folder, model):
-        _untie(config)
+        untie(config)
     return before != (text_config.vocab_size, config.tie_word_embeddings)
 
 
@@ -102,7 +102,7 @@ def merge_adapter(model: Any, folder: str) -> Any:
         except Exception as error:
             raise _not_mergeable(folder, str(error).strip()) from error
     if unties:
-        _untie(merged.config)
+        untie(merged.config)
     # peft copies what it saves whole
     merged.tie_weights()
     logits = merged(input_ids=ids).logits
@@ -235,7 +235,8 @@ def _unties(folder: str, model: Any) -> bool:
     return bool(copies) and is_tied(model)
 
 
-def _untie(config: Any) -> None:
+def untie(config: Any) -> None:
+    """Let a config say that embedding and head are two."""
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 

@@ -10,7 +10,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter
+from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter, untie
 from fastpref.model.archives import read_policy
 from fastpref.model.configs import code_of, code_refused, load_base_config, say_what_runs
 from fastpref.model.families import code_options, find_family
@@ -23,6 +23,7 @@ from fastpref.model.paths import (
     resolve_tokenizer,
 )
 from fastpref.model.reading import reading
+from fastpref.model.two_tables import holds_two_tables
 
 logger = logging.getLogger("fastpref")
 
@@ -118,6 +119,9 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
             )
 
     model = build()
+    if holds_two_tables(source.base, model):
+        untie(config)
+        model = build()
     for adapter in source.adapters:
         check_adapter(adapter)
         if adapt_config(config, model, adapter):

@@ -1,10 +1,12 @@
 """Models and tokenizers by name, for every task."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import save_dataset, save_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -14,6 +16,7 @@ from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, load_model, load_tokenizer, pad_token_id
+from fastpref.model.tied_head import is_tied
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,24 @@ def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
     assert shapes[0] == shapes[1]
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
+
+
+def test_two_tables_that_a_config_calls_one_are_two_everywhere(tmp_path):
+    folder = save_tiny_model(tmp_path / "base", tie_word_embeddings=False)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    full = load_model(find_model(str(folder)), dtype=torch.float32)
+    assert not torch.equal(full.get_input_embeddings().weight, full.get_output_embeddings().weight)
+    # what other ranks and the plan build
+    empty = build_empty(find_model(str(folder)), dtype=torch.float32)
+    shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
+    assert shapes[0] == shapes[1]
+    # two that are the same are one
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for build in (load_model, build_empty):
+        assert is_tied(build(find_model(str(folder)), dtype=torch.float32))
 
 
 def test_padding_has_a_row_in_the_embedding():

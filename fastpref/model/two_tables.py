@@ -1,0 +1,42 @@
+"""Checkpoints whose config ties the head to the embedding and whose files hold two of them.
+
+transformers loads both and leaves them apart; whatever is built without weights has to know.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from fastpref.model.tied_head import is_tied
+from fastpref.model.weight_files import weight_files
+
+
+def holds_two_tables(name: str, model: Any) -> bool:
+    """Whether a checkpoint's embedding and head differ, which its config says are one.
+
+    Args:
+        name: Its folder; of a name on the hub nothing is looked at.
+        model: Of its config; may be on the meta device.
+    """
+    if model.get_output_embeddings() is None or not is_tied(model):
+        return False
+    files = weight_files(Path(name)) if Path(name).is_dir() else []
+    names = {module: path for path, module in model.named_modules()}
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = [f"{names[module]}.weight" for module in ends]
+    tables: dict[str, Path] = {}
+    for path in files:
+        with safe_open(path, "pt") as file:
+            tables |= {key: path for key in wanted if key in file.keys()}  # noqa: SIM118
+    if len(tables) < 2:
+        return False
+    embedding, head = (_tensor(tables[key], key) for key in wanted)
+    return not torch.equal(embedding, head)
+
+
+def _tensor(path: Path, name: str) -> torch.Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+    return tensor
