@@ -59,7 +59,7 @@ class RankError(DistributedError):
 
 
 class PreemptionError(FastprefError):
-    """SIGTERM or SIGUSR1 arrived, or the deadline is near; the state was saved."""
+    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; the state was saved."""
 
     exit_code = 75
 

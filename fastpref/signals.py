@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: the end where nothing can be lost, elsewhere a request to save.
+"""SIGINT, SIGTERM, SIGUSR1, SIGHUP: the end where nothing can be lost, elsewhere a request to save.
 
 A handler runs between any two instructions, those of libraries, of imports and of other handlers
 included. What it raised could be caught anywhere, and what it changed be half changed already: so
@@ -32,11 +32,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastpref")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Ctrl-C; a scheduler that takes the machine away; one that says so beforehand."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C; a scheduler that takes the machine away; one that says so beforehand; a terminal that is
+closed, or a connection to it that is lost."""
 DEADLINE, NON_FINITE, FAILURE = 253, 254, 255
 """What ranks agree on beside signals, above their numbers: the time is up, no step is applied any
 more, one of them cannot write."""
+REPEATED = (signal.SIGHUP,)
+"""What the system sends, and so does the shell that ends of it."""
 SAME_REQUEST_SECONDS = 2.0
 """torchrun passes on a Ctrl-C that the terminal has sent to all of its processes already."""
 _PARENT_DEATH_SIGNAL = 1
@@ -59,7 +62,11 @@ def stop_error(number: int, outcome: str) -> FastprefError:
     """InterruptionError for SIGINT, PreemptionError for the others."""
     if number == signal.SIGINT:
         return InterruptionError(f"interrupted; {outcome}")
-    reasons = {signal.SIGUSR1: "asked to stop by SIGUSR1", DEADLINE: "checkpoint.deadline is near"}
+    reasons = {
+        signal.SIGUSR1: "asked to stop by SIGUSR1",
+        signal.SIGHUP: "the terminal was closed",
+        DEADLINE: "checkpoint.deadline is near",
+    }
     return PreemptionError(f"{reasons.get(number, 'terminated')}; {outcome}")
 
 
@@ -240,12 +247,14 @@ class StopRequest:
 
     def agreed(self, world: "World") -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
-        if self._received and not self._was_told:
-            self._was_told = True
-            name = signal.Signals(self._received).name
-            logger.warning("%s: stopping here; once more ends the process at once", name)
         self._look_at_the_clock()
         self._agree(world)
+        # afterwards: one that has come in between counts already
+        if self._agreed and self._received and not self._was_told:
+            self._was_told = True
+            name = signal.Signals(self._received).name
+            ending = "" if self._received in REPEATED else "; once more ends the process at once"
+            logger.warning("%s: stopping here%s", name, ending)
         return self._agreed != 0
 
     def _look_at_the_clock(self) -> None:
@@ -290,7 +299,9 @@ class StopRequest:
             # its time first: another handler may run in between
             self._received_at = now
             self._received = number
-        elif LAUNCHED_BY_TORCHRUN and now - self._received_at < SAME_REQUEST_SECONDS:
+        elif number in REPEATED or (
+            LAUNCHED_BY_TORCHRUN and now - self._received_at < SAME_REQUEST_SECONDS
+        ):
             return
         elif number == signal.SIGINT:
             quit_saying(stop_error(number, f"asked for twice, so at once; {_outcomes[-1]}"))

@@ -118,6 +118,8 @@ def test_in_training_the_first_is_remembered_and_the_second_acts_at_once():
         code, stderr = burst(TRAINING, [number], 0)
         name = signal.Signals(number).name
         assert (code, stderr) == (0, f"{name}: stopping here; once more ends the process at once\n")
+    # of a terminal that is closed there are two
+    assert burst(TRAINING, 2 * [signal.SIGHUP], 0) == (0, "SIGHUP: stopping here\n")
     for numbers, gap in random_bursts(seed=1):
         # 0: the loop was faster than the second signal
         code, stderr = burst(TRAINING, numbers, gap)
