@@ -41,6 +41,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "num_hidden_layers": 6},
+    # scores that are bent, by the plain way
+    "gemma2": {"model_type": "gemma2", "head_dim": 32, "query_pre_attn_scalar": 32},
     "gpt-neox": {"model_type": "gpt_neox", "intermediate_size": 512},
     # experts, in float32
     "qwen3-moe": {

@@ -8,11 +8,13 @@ is the definition.
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastpref.batch import KeyUses, Segment, SegmentLayout
 from fastpref.model.attention.groups import GroupedAttention, takes_flash_on_cpu
@@ -35,14 +37,24 @@ class PackedAttention:
 
 
 def attend_in_math(
-    query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, rules: ScoreRules
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SegmentLayout,
+    rules: ScoreRules,
+    *,
+    keeps_scores: bool = True,
 ) -> Tensor:
-    """Segment by segment: softmax(scale · q·kᵀ)·v, the softmax in float32 or more."""
+    """Segment by segment: softmax(scale · q·kᵀ)·v, the softmax in float32 or more; without its
+    scores kept they are computed again in the backward."""
+    attend = attend_to_all
+    if not keeps_scores:
+        attend = partial(checkpoint, attend_to_all, use_reentrant=False, preserve_rng_state=False)
     outputs = []
     for segment, keys in _segments(layout, key):
         values = _keys_of(value, segment)
         queries = query[:, :, segment.start : segment.stop]
-        outputs.append(attend_to_all(queries, keys, values, rules))
+        outputs.append(attend(queries, keys, values, rules))
     return torch.cat(outputs, dim=1)
 
 
@@ -65,7 +77,8 @@ def attend_in_groups(
 ) -> Tensor:
     """Torch's scaled-dot-product attention, one call a group of segments of like length."""
     if rules.softcap is not None:
-        return attend_in_math(query, key, value, prepared.layout, rules)
+        # scores of every head and pair of tokens, of every layer, are more than all else
+        return attend_in_math(query, key, value, prepared.layout, rules, keeps_scores=False)
     on_cpu = takes_flash_on_cpu(query, value)
     groups = prepared.groups(rules.window)
     return GroupedAttention.apply(query, key, value, rules.sinks, groups, rules.scale, on_cpu)
