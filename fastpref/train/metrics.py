@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -172,7 +173,9 @@ class MetricsLog:
                 while content:
                     content = content[file.write(content) :]
             except OSError:
-                file.truncate(end)
+                # what is no file of a disk has no end
+                with suppress(OSError):
+                    file.truncate(end)
                 raise
         self.unwritten.clear()
         self._is_refused = False
