@@ -22,7 +22,9 @@ BURSTS = 6
 
 # imports, exceptions that are swallowed, output and handlers of its own: what a run consists of
 BUSY = """
-import importlib, json, os, sys
+import importlib, json, os, signal, sys
+# tests may run under nohup
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from fastpref.signals import *
 
 def work():
