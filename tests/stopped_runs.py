@@ -26,6 +26,18 @@ def run(arguments: list[str]) -> int:
     return main(arguments, train.compose_choices, train.CONFIG_DIR)
 
 
+def small_command(base: Path, run_dir: Path, *options: str) -> list[str]:
+    """DPO of the tiny model in `base` on its rows `words`, in float32, eight rows a step, every
+    step logged; of an option that is given again the last value counts."""
+    return [
+        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
+        *("datasets=[words]", f"base_data_dir={base}", f"run_dir={run_dir}", "loss=dpo"),
+        *("max_length=64", "max_prompt_length=32", "batch_size=8", "n_epochs=null", "lr=1e-3"),
+        *("n_eval_examples=8", "eval_batch_size=8", "sample_during_eval=false"),
+        *("minimum_log_interval_secs=0", "checkpoint.every=0", *options),
+    ]
+
+
 @contextmanager
 def stopping_after(num_steps: int) -> Iterator[None]:
     """A scheduler that takes the machine away after some steps of a start."""

@@ -14,8 +14,6 @@ from fastpref.signals import heard
 
 SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
-
-
 TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """What torchrun takes over, ignored or not."""
 

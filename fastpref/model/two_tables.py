@@ -29,7 +29,7 @@ def holds_two_tables(name: str, model: Any) -> bool:
     tables: dict[str, Path] = {}
     for path in files:
         with safe_open(path, "pt") as file:
-            tables |= {key: path for key in wanted if key in file.keys()}  # noqa: SIM118
+            tables |= dict.fromkeys(set(wanted).intersection(file.keys()), path)
     if len(tables) < 2:
         return False
     embedding, head = (_tensor(tables[key], key) for key in wanted)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file
 from fastpref.errors import CheckpointError
+from fastpref.token_weights import token_digest
 
 PairLogps = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Of one row: chosen, rejected; one log-probability per response token, in nats."""
@@ -28,11 +29,7 @@ def rows_digest(rows: Sequence[EncodedRow]) -> str:
     """Digest of the token ids of rows in their order, wherever they were read from."""
     digest = hashlib.sha256()
     for row in rows:
-        parts = [np.asarray(part, "<i4") for part in row[:3]]
-        # lengths first: tokens must not wander from one part to the next unnoticed
-        digest.update(np.array([len(part) for part in parts], "<i8").tobytes())
-        for part in parts:
-            digest.update(part.tobytes())
+        digest.update(token_digest(row.prompt_ids, row.chosen_ids, row.rejected_ids).encode())
     return digest.hexdigest()
 
 

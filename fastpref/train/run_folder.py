@@ -86,7 +86,7 @@ class RunPlace:
     def references(self, cache_dir: str | None) -> Path:
         """Where log-probabilities of references are kept: the folder that was named, or one among
         those of runs."""
-        return Path(cache_dir).expanduser() if cache_dir else self.root / "reference-logps"
+        return Path(cache_dir) if cache_dir else self.root / "reference-logps"
 
     def _claim(self) -> Path:
         if self.run_dir is None:

@@ -127,7 +127,7 @@ def _find(resume: str, place: RunPlace) -> Found:
     if resume == "auto":
         run_dir = place.run_dir or place.newest_with(CHECKPOINTS)
         return _find_in(run_dir) if run_dir and run_dir.is_dir() else Found()
-    path = Path(resume).expanduser()
+    path = Path(resume)
     source, run_dir = run_of(path), place.run_dir
     if run_dir and run_dir.is_dir() and is_branch_of(run_dir, path):
         return _find_in(run_dir)
@@ -162,6 +162,6 @@ def check_not_lost(run_dir: Path) -> None:
         return
     where = f"a link to {folder.readlink()}, which is not there" if folder.is_symlink() else "gone"
     raise CheckpointError(
-        f"resume=auto: {folder} is {where}, and {run_dir} holds the numbers of a run that had it: "
+        f"resume: {folder} is {where}, and {run_dir} holds the numbers of a run that had it: "
         "bring it back, or name a new run_dir"
     )

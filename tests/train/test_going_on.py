@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stopped_runs import assert_same_end, lines_of, run, stopping_after
+from stopped_runs import assert_same_end, lines_of, run, small_command, stopping_after
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
 from fastpref.errors import CheckpointError
@@ -30,15 +30,8 @@ def base(tmp_path_factory) -> Path:
     return base
 
 
-def arguments(base: Path, run_dir: Path | None, *options: str) -> list[str]:
-    return [
-        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
-        *("datasets=[words]", f"base_data_dir={base}", "loss=dpo", "max_length=64"),
-        *("max_prompt_length=32", "batch_size=8", "n_examples=32", "n_epochs=null", "lr=1e-3"),
-        *("eval_every=16", "n_eval_examples=8", "eval_batch_size=8", "sample_during_eval=false"),
-        *("minimum_log_interval_secs=0", "checkpoint.every=0", *options),
-        *([f"run_dir={run_dir}"] if run_dir else []),
-    ]
+def arguments(base: Path, run_dir: Path, *options: str) -> list[str]:
+    return small_command(base, run_dir, "n_examples=32", "eval_every=16", *options)
 
 
 @pytest.fixture(scope="module")

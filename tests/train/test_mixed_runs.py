@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_on_ranks
-from stopped_runs import assert_same_end, lines_of, run, run_in_starts
+from stopped_runs import assert_same_end, lines_of, run, run_in_starts, small_command
 from tiny_models import save_tiny_model, text_rows, write_rows
 
 STEPS = 10
@@ -22,15 +22,9 @@ def base(tmp_path_factory) -> Path:
 
 
 def arguments(base: Path, run_dir: Path, *options: str) -> list[str]:
-    return [
-        *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
-        *("datasets=[large,small]", f"base_data_dir={base}", f"run_dir={run_dir}", "loss=dpo"),
-        *("data.shares=[0.4,0.6]", "data.test_fraction=0.2", "max_length=64"),
-        *("max_prompt_length=32", "batch_size=8", f"n_examples={8 * STEPS}", "n_epochs=null"),
-        *("lr=1e-3", "warmup_steps=3", "eval_every=1000", "n_eval_examples=8"),
-        *("eval_batch_size=8", "sample_during_eval=false", "minimum_log_interval_secs=0"),
-        *("checkpoint.every=0", *options),
-    ]
+    mix = ("datasets=[large,small]", "data.shares=[0.4,0.6]", "data.test_fraction=0.2")
+    length = (f"n_examples={8 * STEPS}", "warmup_steps=3", "eval_every=1000")
+    return small_command(base, run_dir, *mix, *length, *options)
 
 
 @pytest.fixture(scope="module")
