@@ -11,7 +11,6 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from pictures import leave_pictures_blank
 
 # before anything imports torch, datasets or huggingface_hub, which read these once
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -40,10 +39,14 @@ def logger_as_it_was():
 
 
 @pytest.fixture(autouse=True)
-def blank_pictures(request, monkeypatch):
-    """Pictures are blank but where a test looks at one."""
+def shortcuts(request, monkeypatch):
+    """Pictures are blank but where a test looks at one, memory is counted once a model."""
+    from shortcuts import count_once, leave_pictures_blank
+
     if request.node.get_closest_marker("looks_at_pictures") is None:
         leave_pictures_blank(monkeypatch.setattr)
+    if request.node.get_closest_marker("counts_memory") is None:
+        count_once(monkeypatch.setattr)
 
 
 @pytest.fixture

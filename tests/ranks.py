@@ -10,7 +10,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
 import torch.multiprocessing as mp
-from pictures import leave_pictures_blank
+from shortcuts import leave_pictures_blank
 
 from fastpref.cli.command_line import leave
 

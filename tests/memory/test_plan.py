@@ -36,6 +36,8 @@ from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.optim import state_bytes
 
+pytestmark = pytest.mark.counts_memory
+
 LONGEST = 128
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {},
