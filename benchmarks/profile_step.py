@@ -12,7 +12,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from fastpref.train import loop, step
 from fastpref.train.task import train
 
 WARM_UP_STEPS = 2
+OF_AUTOGRAD = "autograd::engine::evaluate_function"
+"""How the names of what autograd calls begin."""
 HEAD_OPS = ("token_logps", "token_logps_and_kl", "tdpo1_token_values")
 
 
@@ -40,6 +42,8 @@ class Profile:
         self.seconds: list[float] = []
         self.profiled_seconds = 0.0
         self.events: list[Any] = []
+        self.calls: list[Any] = []
+        """Every call by itself, where `events` has those of a name together."""
 
     def around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
         """The trainer's step, timed or profiled."""
@@ -56,7 +60,7 @@ class Profile:
     def _profiled(self, train_step: Callable[..., Any], *arguments: Any) -> Any:
         with named_parts(), torch.profiler.profile() as profiler:
             result, self.profiled_seconds = clocked(train_step, *arguments)
-        self.events = list(profiler.key_averages())
+        self.events, self.calls = list(profiler.key_averages()), list(profiler.events())
         return result
 
 
@@ -121,6 +125,7 @@ def summarize(profile: Profile, records: list[dict[str, Any]]) -> dict[str, Any]
         for event in calls
         if event.key.startswith("part: ")
     }
+    parts["backward"] += backward_apart(profile.calls, total)
     own_names = {
         "optimizer": lambda key: key.startswith("Optimizer.step#"),
         "of it the head's backward": lambda key: key.startswith("fastpref::") and "bwd" in key,
@@ -144,6 +149,18 @@ def summarize(profile: Profile, records: list[dict[str, Any]]) -> dict[str, Any]
             for event in sorted(computing, key=lambda event: -getattr(event, own))[:25]
         ],
     }
+
+
+def backward_apart(calls: Iterable[Any], total: str) -> float:
+    """Seconds of a backward in a thread of its own, as a GPU's is: "part: backward" is in another
+    one, and what a call has launched counts for the calls around it in its own thread alone.
+
+    Args:
+        calls: Of a profiler, each by itself.
+        total: Their attribute of microseconds.
+    """
+    outermost = (call for call in calls if call.cpu_parent is None)
+    return sum(getattr(c, total) for c in outermost if c.name.startswith(OF_AUTOGRAD)) / 1e6
 
 
 def main() -> None:
@@ -189,13 +206,18 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     for row in found["most"]:
         print(f"{row['seconds'] * 1e3:10.1f} ms {row['calls']:7} {row['operation'][:90]}")
     if arguments.json:
-        kind = ("-lora" if arguments.rank else "") + "-cache" * (arguments.reference == "cache")
-        file = f"profile-{arguments.shape}-{arguments.law}{kind}.json"
         options = {key: value for key, value in vars(arguments).items() if key != "results"}
         record = {**describe_machine(), "options": options, **found}
-        path = results_folder(arguments.results) / file
+        path = results_folder(arguments.results) / file_name(arguments)
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(path)
+
+
+def file_name(arguments: argparse.Namespace) -> str:
+    """Of the results: runs that are to be compared leave a file each."""
+    kind = "-lora" * bool(arguments.rank) + "-cache" * (arguments.reference == "cache")
+    kind += "-compiled" * arguments.compile
+    return f"profile-{arguments.shape}-{arguments.law}{kind}.json"
 
 
 def parse_arguments() -> argparse.Namespace:

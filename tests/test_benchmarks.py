@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench_head
 import head_cases
 import head_goals
+import profile_step
 import pytest
 import torch
 from head_contenders import CONTENDERS, JOBS, CannotRunError
@@ -103,3 +105,26 @@ def test_missed_goals_are_listed_with_their_floor():
     assert head_goals.missed([ours, slower]) == [
         "S1 N=16384 frozen fastpref / TRL, milliseconds: 0.90, goal 0.7"
     ]
+
+
+def test_a_backward_in_a_thread_of_its_own_counts_for_the_backward():
+    """As on a GPU, where the profiler gives a call what its own thread has launched alone."""
+    backward = f"{profile_step.OF_AUTOGRAD}: MmBackward0"
+    outer = SimpleNamespace(name=backward, cpu_parent=None, device_time_total=2e6)
+    inner = SimpleNamespace(name=backward, cpu_parent=outer, device_time_total=1e6)
+    forward = SimpleNamespace(name="aten::mm", cpu_parent=None, device_time_total=4e6)
+    calls = [outer, inner, forward, outer]
+    assert profile_step.backward_apart(calls, "device_time_total") == 4
+
+
+def test_profiles_that_are_to_be_compared_leave_a_file_each():
+    options = {"shape": "tiny", "law": "UF"}
+    names = {
+        profile_step.file_name(
+            SimpleNamespace(rank=rank, reference=reference, compile=compile, **options)
+        )
+        for rank in (None, 16)
+        for reference in ("online", "cache")
+        for compile in (False, True)
+    }
+    assert len(names) == 8
