@@ -1,6 +1,7 @@
 """The errors a user can cause, each with the exit code that a scheduler sees."""
 
 import os
+import re
 import sys
 
 
@@ -70,13 +71,11 @@ class InterruptionError(FastprefError):
     exit_code = 130
 
 
-SIGNS_OF_EXHAUSTION = (
-    "DefaultCPUAllocator",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
+SIGNS_OF_EXHAUSTION = re.compile(
+    r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
-"""Of torch's allocators, of CUDA, and of the library that multiplies."""
+"""Of torch's allocators, of the driver, which Triton and NCCL ask themselves, and of the library
+that multiplies."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -84,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch is not imported here
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return any(sign in str(error) for sign in SIGNS_OF_EXHAUSTION)
+    return SIGNS_OF_EXHAUSTION.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:

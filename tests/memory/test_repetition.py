@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from stopped_runs import run
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 
-from fastpref.errors import MemoryExhaustedError, RankMemoryError
+from fastpref.errors import MemoryExhaustedError, RankMemoryError, is_out_of_memory
 from fastpref.memory.repetition import Repetition
 from fastpref.train import evaluation, step
 
@@ -227,6 +227,24 @@ def test_items_are_halved_until_memory_holds_them_and_stay_so():
         repeat(2, 0)
     with pytest.raises(RankMemoryError, match=r"8 tokens at once; set packing\.max_tokens=4"):
         repeat(8, 5, num_ranks=2)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        # of a kernel that is loaded when torch's allocator has all there is
+        ("Triton Error [CUDA]: out of memory", True),
+        ("Triton Error [HIP]:  Code: 2, Messsage: out of memory", True),
+        ("CUDA driver error: out of memory", True),
+        ("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("CUDA error: misaligned address\na script that is out of memory", False),
+    ],
+)
+def test_memory_that_ran_out_is_known_whoever_says_it(message, is_memory):
+    assert is_out_of_memory(RuntimeError(message)) == is_memory
 
 
 def test_other_errors_are_none_of_its_business():
