@@ -92,6 +92,7 @@ class Operands(NamedTuple):
             logits_ptr=logits_R,
             stride_n=input_RD.stride(0),
             stride_v=weight_VD.stride(0),
+            V=weight_VD.shape[0],
             D=D,
             BLOCK_D=min(1024, triton.next_power_of_2(D)),
             **self.transform,
@@ -222,9 +223,11 @@ def descriptors(
 
     Made on the host: those made on the device need an allocator that autograd's threads lack.
     """
+    # said, not asked: one row alone is contiguous wherever a next one would begin
+    strides = [input_RD.shape[1], 1]
     return (
-        TensorDescriptor.from_tensor(input_RD, [tile.block_n, tile.block_d]),
-        TensorDescriptor.from_tensor(weight_VD, [tile.block_v, tile.block_d]),
+        TensorDescriptor(input_RD, [*input_RD.shape], strides, [tile.block_n, tile.block_d]),
+        TensorDescriptor(weight_VD, [*weight_VD.shape], strides, [tile.block_v, tile.block_d]),
     )
 
 

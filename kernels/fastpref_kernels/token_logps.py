@@ -34,7 +34,8 @@ def token_logps(
         input: Hidden states, (N, D), bfloat16, float16 or float32, any strides; N may be 0.
         linear_weight: LM-head weight, (V, D), the same dtypes, not necessarily input's.
         target: Token ids, (N,) int64 or int32, in [0, V) or `ignore_index`. Checked on the CPU;
-            on a GPU an id out of range scores -inf.
+            on a GPU an id out of range scores -inf or NaN, and where gradients are wanted torch may
+            stop the device.
         linear_bias: LM-head bias, (V,). A column of -inf (a padded vocabulary) has probability 0;
             under a softcap it has the logit -cap, as in the definition.
         logit_scale: Multiplies the logits before the softcap, > 0.

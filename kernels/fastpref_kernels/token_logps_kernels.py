@@ -39,20 +39,21 @@ MAX_DRIFT = tl.constexpr(70.0)
 columns is finite in float32, and so is e^70 in bfloat16."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def _target_logits_kernel(
     input_ptr, weight_ptr, bias_ptr,  # (N, D), (V, D), (V,) float
     target_ptr, logits_ptr,           # (N,) int64, -1 where ignored; (N,) float32
-    stride_n, stride_v, scale, softcap,
+    stride_n, stride_v, V, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """z_y, 0 where ignored; one program per row, grid (N,)."""
+    """z_y, 0 where ignored, -inf where there is no such column; one program per row, grid (N,)."""
     # int64: 1M hidden states of D = 4,096 are 2^32 elements
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_n)
-    scored = target >= 0
-    row = tl.maximum(target, 0)
+    scored = target != -1
+    is_column = (target >= 0) & (target < V)
+    row = tl.where(is_column, target, 0)
     products = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for start_d in range(0, D, BLOCK_D):
         offs_d = start_d + tl.arange(0, BLOCK_D)
@@ -64,6 +65,7 @@ def _target_logits_kernel(
     if HAS_BIAS:
         logit += tl.load(bias_ptr + row).to(tl.float32)
     logit = cap_logits(logit, scale, softcap, HAS_SOFTCAP)
+    logit = tl.where(is_column, logit, float("-inf"))
     tl.store(logits_ptr + i_n, tl.where(scored, logit, 0.0))
 
 

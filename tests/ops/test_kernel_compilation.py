@@ -50,7 +50,7 @@ VECTORS = {
     "scale": "fp32",
     "softcap": "fp32",
 }
-VECTORS |= dict.fromkeys(["N", "R", "C", "first_n", "start_v", "stop_v"], "i32")
+VECTORS |= dict.fromkeys(["N", "R", "C", "V", "first_n", "start_v", "stop_v"], "i32")
 VECTORS |= dict.fromkeys(["stride_n", "stride_v", "stride_logits", "stride_stored"], "i32")
 VECTORS |= dict.fromkeys(["stride_dlogits", "stride_reference_n", "stride_reference_v"], "i32")
 PLAIN = {"bias_ptr": None, "HAS_BIAS": False, "HAS_SOFTCAP": False}

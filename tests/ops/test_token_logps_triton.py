@@ -174,6 +174,10 @@ def test_a_row_alone_is_the_same_row_among_2048(route, monkeypatch):
             leaf.mul_(4).round_().div_(4)
     force("scores", monkeypatch)
     batch_N = token_logps(input, weight, target_N, linear_bias=bias)
+    # where a next row of it would begin, the copy engine could not read
+    of_wider = torch.cat([input, input[:, :1]], 1)[:1, :D]
+    alone_1 = token_logps(of_wider, weight, target_N[:1], linear_bias=bias)
+    assert torch.equal(alone_1, batch_N[:1])
     for mode in MODES:
         force(mode, monkeypatch)
         weight.requires_grad_(mode != "frozen")
@@ -201,6 +205,20 @@ def test_a_row_has_the_same_bits_in_every_mode(route, transform, monkeypatch):
     for mode in MODES:
         stats = token_logps_triton.token_logps_fwd(head, targets, mode)
         assert torch.equal(stats.logps, scores_N), mode
+
+
+@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
+def test_an_id_without_a_column_scores_nothing_finite(route):
+    """A GPU does not check ids: what lies behind the head is not read for one."""
+    N, V, D = SHAPES[route]
+    (input, weight, _), _, target_N, _ = case(N, V + 64, D)
+    target_N[1:3] = torch.tensor([V + 9, -5])
+    head = token_logps_triton.Head(input.detach(), weight.detach()[:V], None, 1.0, None)
+    target_N[3:] = target_N[3:].clamp_max(V - 1)
+    targets = token_logps_triton.Targets.of(target_N, -100)
+    logps_N = token_logps_triton.token_logps_fwd(head, targets, "scores").logps
+    assert logps_N[1] == float("-inf") and not logps_N[2].isfinite()
+    assert logps_N[3:].isfinite().all() and not logps_N[0]
 
 
 @pytest.mark.parametrize("transform", ["plain", "softcap"])
