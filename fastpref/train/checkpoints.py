@@ -163,7 +163,8 @@ def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
     options = run.config.checkpoint
     num_bytes = estimate_bytes(run.policy, run.updates.optimizer, run.world.size)
     deadline.expect(num_bytes / WRITE_RATE)
-    asynchronous = writes_beside(options.mode, num_bytes // run.world.size)
+    on_gpu = run.world.device.type == "cuda"
+    asynchronous = writes_beside(options.mode, num_bytes // run.world.size, pinned=on_gpu)
     if run.world.is_main:
         announce(run, num_bytes, asynchronous=asynchronous)
     with CheckpointStore(
@@ -178,13 +179,15 @@ def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
         yield Checkpoints(run, store, options, deadline)
 
 
-def writes_beside(mode: str, num_bytes: int) -> bool:
+def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
     """Whether state is copied and written while training goes on.
 
     Args:
         mode: async, sync or auto.
         num_bytes: Of this rank's copy.
+        pinned: In page-locked memory, of which torch takes powers of two: twice as much, at most.
     """
+    num_bytes *= 2 if pinned else 1
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     fits = num_bytes * ranks_here < COPY_SHARE * available_memory()
     return mode == "async" or (mode == "auto" and fits)

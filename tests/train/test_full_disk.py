@@ -1,5 +1,5 @@
 """A disk that is full, a folder that is gone or read-only: the run goes on, says so, and ends with
-4, and what was saved before stays usable."""
+4, and what was saved before stays usable. A host's memory that is small: nothing is copied there."""
 
 import subprocess
 from pathlib import Path
@@ -10,7 +10,7 @@ from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 import train
 from fastpref.checkpoint.folders import find_newest
 from fastpref.cli.command_line import main
-from fastpref.train import loop
+from fastpref.train import checkpoints, loop
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +66,14 @@ def test_a_checkpoint_folder_that_is_a_file_meanwhile_costs_no_step(
     assert said.count("NO CHECKPOINT") >= 3 and "LATEST has the model" in said
     assert (run_dir / "LATEST" / "model.safetensors").is_file()
     assert len(read_metrics(run_dir, "train")) == 8
+
+
+def test_a_copy_that_the_host_may_not_hold_is_not_made(monkeypatch):
+    monkeypatch.setattr(checkpoints, "available_memory", lambda: 100)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    # a GPU's copies may take twice their bytes
+    for num_bytes, pinned, beside in [(24, False, True), (25, False, False), (24, True, False)]:
+        assert checkpoints.writes_beside("auto", num_bytes, pinned=pinned) == beside
+        assert checkpoints.writes_beside("async", num_bytes, pinned=pinned)
+        assert not checkpoints.writes_beside("sync", num_bytes, pinned=pinned)
+    assert checkpoints.writes_beside("auto", 12, pinned=True)
