@@ -31,6 +31,8 @@ RESULTS ?= benchmarks/results
 REAL_HEAD ?=
 SHAPE ?= qwen2.5-0.5b
 RANK ?=
+# make hands what its command line sets on to programs, to which this one is a process among others
+unexport RANK
 COMPILE ?=
 REFERENCE ?=
 LAW ?= UF

@@ -1,6 +1,7 @@
 """That the benchmarks compare equal work on fair inputs; how fast it is done is theirs to say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,3 +129,12 @@ def test_profiles_that_are_to_be_compared_leave_a_file_each():
         for compile in (False, True)
     }
     assert len(names) == 8
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_the_rank_of_adapters_makes_no_process_of_several():
+    # in place of a Python: what a program would find in its environment
+    command = ["make", "bench-gpu", "PART=profile", "RANK=16", "PYTHON=env; :"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    assert "--rank 16" in done.stdout and "\nRANK=" not in done.stdout

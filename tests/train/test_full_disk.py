@@ -1,5 +1,5 @@
 """A disk that is full, a folder that is gone or read-only: the run goes on, says so, and ends with
-4, and what was saved before stays usable. A host's memory that is small: nothing is copied there."""
+4, and what was saved before stays usable. Nothing is copied into memory that may not hold it."""
 
 import subprocess
 from pathlib import Path
