@@ -23,6 +23,7 @@ from torch.autograd import DeviceType
 from train_arms import config_of, read_lines
 from train_cases import LAWS, MAX_LENGTH, SHAPES, write_random_model, write_random_rows
 
+from fastpref.cli.run import configure_logging
 from fastpref.distributed import init_world
 from fastpref.model import scorer
 from fastpref.train import loop, step
@@ -165,6 +166,8 @@ def backward_apart(calls: Iterable[Any], total: str) -> float:
 
 def main() -> None:
     arguments = parse_arguments()
+    # which attention, how many tokens at once, what is compiled
+    configure_logging(is_main=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rows = folder / "rows" / arguments.law

@@ -1,6 +1,8 @@
 """Attention over packed segments against attention over each sequence alone, in float64."""
 
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +242,28 @@ def test_flex_attention_gets_the_same_mask(softcap, window):
         ours = attention.attend(query, key, value, attention.prepare(batch.layout), rules)
         expected = dense_attention(query, key, value, batch, rules)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_flash_attention_adds_its_gradients_up_in_one_order_where_it_can(monkeypatch):
+    asked = []
+
+    def old(q, k, v, **options):
+        asked.append(options)
+        return q
+
+    def new(q, k, v, *, deterministic=False, **options):
+        return old(q, k, v, deterministic=deterministic, **options)
+
+    batch = pack_rows(ROWS, pad_token_id=0)
+    query, key, value, _ = random_inputs(batch)
+    for function in (old, new):
+        module = SimpleNamespace(flash_attn_varlen_func=function)
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        attention = build_attention("flash_attention_2")
+        output = attention.attend(query, key, value, batch.layout, ScoreRules(0.2, window=7))
+        assert torch.equal(output, query.transpose(1, 2))
+    assert "deterministic" not in asked[0] and asked[1]["deterministic"]
+    assert all(options["window_size"] == (6, 0) for options in asked)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -148,6 +148,9 @@ def flash_kernel(version: int) -> VarlenKernel:
     since 2.1."""
     module = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[version]
     function = import_module(module).flash_attn_varlen_func
+    # else gradients of queries are added up as their parts come, to other bits each time
+    in_order = "deterministic" in inspect.signature(function).parameters
+    options: dict[str, Any] = {"deterministic": True} if in_order else {}
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, rules: ScoreRules) -> Tensor:
         output = function(
@@ -162,6 +165,7 @@ def flash_kernel(version: int) -> VarlenKernel:
             causal=True,
             window_size=(-1, -1) if rules.window is None else (rules.window - 1, 0),
             softcap=rules.softcap or 0.0,
+            **options,
         )
         # versions 3 and 4 may return the log-sum-exp beside the output
         return output[0] if isinstance(output, tuple) else output
