@@ -4,7 +4,8 @@ Every log probability, log-ratio and KL is a sum over response tokens, in nats, 
 preference pairs; float32 or float64, and what comes in 16 bits is computed in float32. A log-ratio
 is log π(response | prompt) - log π_ref(response | prompt). Rewards come back detached.
 
-Each raises ValueError where its tensors differ in shape or an option is out of its range.
+Each raises ValueError where what should be a tensor is none, its tensors differ in shape or an
+option is out of its range.
 """
 
 import torch
@@ -262,8 +263,12 @@ def _numbers(**tensors: Tensor) -> list[Tensor]:
     """The tensors, all of one shape, in float32 where they came in 16 bits.
 
     Raises:
-        ValueError: they differ in shape, so that one would be spread over the others.
+        ValueError: one is no tensor, or they differ in shape, so that one would be spread over
+            the others.
     """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r}")
     (first_name, first), *others = tensors.items()
     for name, tensor in others:
         if tensor.shape != first.shape:

@@ -138,6 +138,16 @@ def test_tensors_of_other_shapes_are_refused_by_name(loss, place):
 
 
 @pytest.mark.parametrize("loss", PAIR_LOSSES)
+@pytest.mark.parametrize("value", [[1.0] * 3, 1.0, None])
+def test_what_is_no_tensor_is_refused_by_name(loss, value):
+    inputs = [value, *[torch.ones(3)] * 3]
+    with pytest.raises(ValueError, match=r"chosen_\w+ must be a tensor, got"):
+        loss(*inputs, **options_of(loss))
+    with pytest.raises(ValueError, match="logps must be a tensor, got"):
+        sft_loss(value)
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
 @pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
 def test_a_beta_out_of_its_range_is_refused(loss, beta):
     with pytest.raises(ValueError, match="beta must be > 0"):
