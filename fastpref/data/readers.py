@@ -106,7 +106,8 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 
 def _parse_line(line: bytes, offset: int, number: int) -> Any:
     try:
-        return json.loads(line.decode())
+        # what is missing at its end is missing there, not in the first column of the next line
+        return json.loads(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return RowError(
             f"invalid UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}"

@@ -77,7 +77,8 @@ def test_byte_order_mark_crlf_and_blank_lines_are_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        (b'{"prompt": "Q", "chosen": ', r"train\.jsonl:8: invalid JSON: .* at column"),
+        (b'{"prompt": "Q", "chosen": ', r"train\.jsonl:8: invalid JSON: .* at column 27"),
+        (b'{"prompt": "Q"', r"train\.jsonl:8: invalid JSON: .* at column 15"),
         (b'{"prompt": "Q", "chosen": null, "rejected": "b"}', r":8:chosen: chosen is null"),
         (b'{"prompt": "Q", "chosen": "a"}', r":8:rejected: no column 'rejected'; columns found"),
         (b'{"prompt": ["Q"], "chosen": "a", "rejected": "b"}', r":8:prompt: prompt is list"),
