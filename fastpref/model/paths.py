@@ -131,10 +131,22 @@ def named_model(model: ModelConfig, *, key: str = "model.name_or_path") -> Model
 
 
 def archived_model(model: ModelConfig) -> ModelSource:
-    """The model that `model.archive` names, which is no file, see `find_model`."""
+    """The folder that `model.archive` names, which is no file, see `find_archive`."""
     assert model.archive is not None
-    trust = model.trust_remote_code
-    return find_model(model.archive, key="model.archive", trust_remote_code=trust)
+    return find_archive(model.archive, trust_remote_code=model.trust_remote_code)
+
+
+def find_archive(archive: str, *, trust_remote_code: bool) -> ModelSource:
+    """The model of a folder with weights to start from, see `find_model`; none of the hub.
+
+    Raises:
+        CheckpointError: as there, or it is no folder.
+    """
+    source = find_model(archive, key="model.archive", trust_remote_code=trust_remote_code)
+    if not Path(source.name).is_dir():
+        path = Path(archive).expanduser()
+        raise CheckpointError(f"model.archive: no file or folder {path}{nearest_neighbour(path)}")
+    return source
 
 
 def find_model(

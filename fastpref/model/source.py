@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import ConfigError
 from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter, untie
 from fastpref.model.archives import read_policy
 from fastpref.model.configs import code_of, code_refused, load_base_config, say_what_runs
@@ -17,9 +17,9 @@ from fastpref.model.families import code_options, find_family
 from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
 from fastpref.model.paths import (
     ModelSource,
-    find_model,
+    archived_model,
+    find_archive,
     named_model,
-    nearest_neighbour,
     resolve_tokenizer,
 )
 from fastpref.model.reading import reading
@@ -77,12 +77,7 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
     if path.is_file():
         weights = read_policy(path)
     else:
-        trust = source.trust_remote_code
-        folder = find_model(archive, key="model.archive", trust_remote_code=trust)
-        if not Path(folder.name).is_dir():
-            raise CheckpointError(
-                f"model.archive: no file or folder {path}{nearest_neighbour(path)}"
-            )
+        folder = find_archive(archive, trust_remote_code=source.trust_remote_code)
         weights = named_weights(load_model(folder, dtype=dtype))
         logger.info("model.archive: weights of %s", folder.name)
     empty = build_meta(source, dtype=dtype, attention=attention)
@@ -131,6 +126,16 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
 
 def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+
+
+def check_archive(config: ModelConfig) -> None:
+    """Refuse a `model.archive` that is not there.
+
+    Raises:
+        CheckpointError: neither a file nor a model's folder.
+    """
+    if config.archive and not Path(config.archive).expanduser().is_file():
+        archived_model(config)
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:

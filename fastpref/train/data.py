@@ -12,7 +12,7 @@ from fastpref.data.audit import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
-from fastpref.model.source import load_vocabulary, pad_token_id
+from fastpref.model.source import check_archive, load_vocabulary, pad_token_id
 from fastpref.train.fingerprints import take_fingerprints
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 
@@ -69,6 +69,8 @@ def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
     main_first(world, lambda: read_splits(options, splits, quiet=quiet))
+    # to make tokens of many rows takes an hour
+    check_archive(config.model)
     tokenizer, vocab_size = load_vocabulary(config.model)
 
     def encode() -> list[PreferenceSplit]:

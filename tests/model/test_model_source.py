@@ -39,6 +39,17 @@ def test_weights_that_do_not_fill_the_model_are_refused(model_dir, tmp_path):
         load_model(find_model(str(model_dir)), dtype=torch.float32, archive=str(other))
 
 
+@pytest.mark.parametrize("archive", ["none", "none/policy.pt", ".", "organisation/name"])
+def test_an_archive_that_is_not_there_is_named_before_rows_become_tokens(
+    tmp_path, monkeypatch, capfd, archive
+):
+    monkeypatch.chdir(tmp_path)
+    model = ModelConfig(name_or_path="tiny", archive=archive)
+    assert main(Config(model=model, loss=SFTConfig(), datasets=["planted"])) == 4
+    said = capfd.readouterr().err
+    assert "fastpref: model.archive: " in said and "rows of planted" not in said, said
+
+
 def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
     full = load_model(find_model(str(model_dir)), dtype=torch.float32)
     empty = build_empty(find_model(str(model_dir)), dtype=torch.float32)
