@@ -1,6 +1,7 @@
 """`kernels/` is a source root; what is installed; who may import what from outside."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -76,6 +77,29 @@ def test_an_installation_holds_exactly_our_two_packages():
         for name in find_packages(str(ROOT / where), include=options["include"])
     }
     assert top_level(found) == {"fastpref", "fastpref_kernels"}
+
+
+def test_an_installation_brings_and_offers_what_the_design_says():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = {re.split("[>;]", line)[0]: line for line in project["dependencies"]}
+    least = {
+        "torch": ">=2.11",
+        "triton": ">=3.6",
+        "transformers": ">=5.12",
+        "datasets": ">=4",
+        "hydra-core": ">=1.3.2",
+        "liger-kernel": "",
+        "safetensors": "",
+        "rich": "",
+    }
+    for name, bound in least.items():
+        assert required[name].startswith(name + bound), required[name]
+    # they have no wheels elsewhere
+    for name in ("triton", "liger-kernel"):
+        assert required[name].endswith("platform_system == 'Linux'")
+    offered = set(project["optional-dependencies"])
+    assert {"flash-attn", "peft", "wandb", "tensorboard", "bench"} <= offered
+    assert project["requires-python"] == ">=3.11"
 
 
 def test_the_ops_import_without_triton_and_alone():
