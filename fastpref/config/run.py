@@ -80,7 +80,7 @@ class Config:
     local_dirs: list[str] | None = None
     """Instead of output_dir: <dir>/<user> of the first of these that exists, else of the last."""
     debug: bool = False
-    """A trial run: nothing is sent to wandb."""
+    """A trial run: neither wandb nor tensorboard follows it."""
 
     datasets: list[str] = field(default_factory=lambda: ["hh"])
     """Data to mix: planted (embedded), hh, shp, se (hub), folders of base_data_dir, or data sets of
@@ -189,6 +189,7 @@ class Config:
         if self.task != "plan":
             self.model.check_installed()
             self.adapter.check_installed()
+            self.trackers.check_installed()
         check_choice("on_nonfinite", self.on_nonfinite, ("stop", "skip"))
         self.compile = str(self.compile).lower()
         check_choice("compile", self.compile, ("auto", "true", "false"))

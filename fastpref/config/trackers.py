@@ -5,11 +5,6 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 
-def _check_installed(key: str, enabled: bool, package: str) -> None:
-    if enabled and find_spec(package) is None:
-        raise ValueError(f"{key}=true needs the package {package}, which is not installed")
-
-
 @dataclass(kw_only=True)
 class WandbConfig:
     """Weights & Biases, beside metrics.jsonl."""
@@ -21,9 +16,6 @@ class WandbConfig:
     project: str = "fastpref"
     """Project that the run belongs to."""
 
-    def __post_init__(self) -> None:
-        _check_installed("wandb.enabled", self.enabled, "wandb")
-
 
 @dataclass(kw_only=True)
 class TensorboardConfig:
@@ -31,9 +23,6 @@ class TensorboardConfig:
 
     enabled: bool = False
     """Write event files into the run folder."""
-
-    def __post_init__(self) -> None:
-        _check_installed("tensorboard.enabled", self.enabled, "tensorboard")
 
 
 class TrackerOptions(NamedTuple):
@@ -43,3 +32,15 @@ class TrackerOptions(NamedTuple):
     tensorboard: TensorboardConfig
     debug: bool
     """None of them."""
+
+    def check_installed(self) -> None:
+        """Refuse a tracker that would follow the run and whose package is not there.
+
+        Raises:
+            ValueError: naming the option and the package.
+        """
+        for package, tracker in (("wandb", self.wandb), ("tensorboard", self.tensorboard)):
+            if tracker.enabled and not self.debug and find_spec(package) is None:
+                raise ValueError(
+                    f"{package}.enabled=true needs the package {package}, which is not installed"
+                )

@@ -17,8 +17,10 @@ from fastpref.config import (
     ModelConfig,
     PackingConfig,
     TDPOConfig,
+    TensorboardConfig,
     TISDPOConfig,
     TransformConfig,
+    WandbConfig,
 )
 from fastpref.errors import ConfigError
 from fastpref.token_weights import transform_weights
@@ -112,6 +114,17 @@ def test_text_options_take_text_as_it_stands():
 PATHS = ("model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "output_dir")
 PATHS += ("run_dir", "base_data_dir", "data.chat_template", "data.cache_dir", "resume.path")
 PATHS += ("reference.cache_dir", "weights.positive", "weights.negative", "weights.output_dir")
+
+
+@pytest.mark.parametrize("tracker", [WandbConfig, TensorboardConfig])
+def test_a_tracker_is_to_be_installed_where_it_would_follow_the_run(monkeypatch, tracker):
+    monkeypatch.setattr("fastpref.config.trackers.find_spec", lambda name: None)
+    name = tracker.__name__.removesuffix("Config").lower()
+    options = {name: tracker(enabled=True)}
+    with pytest.raises(ValueError, match=f"{name}.enabled=true needs the package {name}"):
+        tiny_config(**options)
+    for followed_by_none in ({"debug": True}, {"task": "plan"}):
+        assert tiny_config(**options, **followed_by_none)
 
 
 def test_every_path_may_begin_with_the_home_folder(monkeypatch):
