@@ -14,6 +14,8 @@ from fastpref.data.readers import SUFFIXES
 from fastpref.errors import DataError
 
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
+ANY_SUFFIX = f"{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}, or shards of one)"
+"""What a data file may end with, in words."""
 NO_DATA = re.compile(r"(dataset_info|dataset_dict|state)\.json|cache-.*\.arrow")
 """What `datasets` puts beside the files that `save_to_disk` writes."""
 OTHER_NAMES = {"test": ("validation", "valid", "val", "eval", "dev")}
@@ -126,9 +128,8 @@ def find_source(
         )
     found = sorted(child.name for child in folder.parent.iterdir() if child.is_dir())
     raise DataError(
-        f"datasets: no folder {folder}; expected {there}.jsonl, .jsonl.gz, .parquet or .json in "
-        f"it; folders there: {listed(found) or 'none'}; {built_in}"
-        f"{hint(name, [*found, *SOURCES])}"
+        f"datasets: no folder {folder}; expected {there}{ANY_SUFFIX} in it; folders there: "
+        f"{listed(found) or 'none'}; {built_in}{hint(name, [*found, *SOURCES])}"
     )
 
 
@@ -267,9 +268,10 @@ def _no_files(folder: Path, split: str, there: str) -> MissingSplitError:
     found = [str(path.relative_to(folder)) for path in contents]
     splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
     advice = _split_names(split, splits) if split == there else ""
+    advice = advice or hint(f"{there}.jsonl", [name for name in found if name.endswith(SUFFIXES)])
     return MissingSplitError(
-        f"datasets: no file {folder / there}.jsonl (or .jsonl.gz, .parquet, .json, or shards of "
-        f"one); found {listed(found) or 'an empty folder'}{advice or hint(f'{there}.jsonl', found)}"
+        f"datasets: no file {folder / there}{ANY_SUFFIX}; found "
+        f"{listed(found) or 'an empty folder'}{advice}"
     )
 
 

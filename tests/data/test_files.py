@@ -159,6 +159,17 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path):
     assert "no file" in refusal(tmp_path)
 
 
+def test_what_a_data_file_may_end_with_is_said_where_there_is_none(tmp_path):
+    (tmp_path / "data" / "set").mkdir(parents=True)
+    (tmp_path / "data" / "set" / "train.csv").write_text("prompt,chosen,rejected\n")
+    endings = "train.jsonl (or .jsonl.gz, .parquet, .json, .json.gz, .arrow, or shards of one)"
+    message = refusal(tmp_path)
+    assert f"{endings}; found train.csv" in message
+    # what cannot be read is no file that may be meant
+    assert "nearest" not in message
+    assert f"expected {endings} in it" in refusal(tmp_path, names=["other"])
+
+
 def test_splits_of_other_names_are_offered_and_read(tmp_path):
     for name in ("train_prefs", "test_prefs", "train_sft"):
         write(tmp_path, f"data/{name}-00000-of-00001.parquet")
