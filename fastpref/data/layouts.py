@@ -97,12 +97,12 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
     if all(field in record for field in NUMBERED):
         return _recognise_numbered(record, named)
     if any(field in record for field in RESPONSES):
-        layout = _recognise_single(record, named)
         if single:
-            return layout
+            return _recognise_single(record, named)
+        found = ", ".join(_present(RESPONSES, record, named))
         raise RowError(
-            f"one response a row ({layout.what}) is for loss=sft, not reversed; here a row needs "
-            "prompt, chosen and rejected",
+            f"one response a row ({found}) is for loss=sft, not reversed; here a row needs prompt, "
+            "chosen and rejected",
             "rejected",
         )
     try:

@@ -419,6 +419,8 @@ def test_responses_labelled_good_or_bad_are_not_imitated_unasked(tmp_path, name)
     for on_error in ("raise", "skip"):
         message = refusal(tmp_path, *records, loss=SFTConfig, data={"on_error": on_error})
         assert "train.jsonl:1: two readings: label says which responses are good" in message
+    # a loss of pairs has no use for them, however labelled
+    assert "train.jsonl:1:rejected: one response a row" in refusal(tmp_path)
     response = message.split("data.columns={")[1].split(":")[0]
     rows = read(tmp_path, loss=SFTConfig, data={"columns": {response: response}})
     assert [parts(row)[1] for row in rows.dataset] == [case.chosen] * 2
