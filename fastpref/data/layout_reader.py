@@ -8,7 +8,7 @@ from fastpref.checks import listed
 from fastpref.data.layouts import TEXTS, AmbiguousRowError, Layout, recognise
 from fastpref.data.readings import Record
 from fastpref.data.row_values import RowError
-from fastpref.data.rows import Row, parse_row
+from fastpref.data.rows import SIDES, Row, parse_row
 
 
 class LayoutReader:
@@ -54,6 +54,7 @@ class LayoutReader:
                 f"the row is laid out as {layout.what}; the rows before it as {self._layout.what}"
             )
         self._layout = self._layout or layout
+        row["fields"] = self._fields(layout)
         return row, layout
 
     def columns_read(self, layout: Layout) -> set[str]:
@@ -96,8 +97,20 @@ class LayoutReader:
 
     def _as_named(self, error: RowError, layout: Layout) -> RowError:
         """The error with its field as the source calls it."""
-        field = layout.names.get(error.field, error.field)
-        column = self._columns.get(field) or field
+        column = self._column(error.field, layout)
         if column == error.field:
             return error
         return RowError(f"{error} ({error.field} is {column})", column)
+
+    def _column(self, field: str, layout: Layout) -> str:
+        """What a field that `parse_row` takes is called in the source."""
+        field = layout.names.get(field, field)
+        return self._columns.get(field) or field
+
+    def _fields(self, layout: Layout) -> list[str]:
+        """The same of prompt, chosen and rejected; a prompt without a column of its own is the
+        beginning of chosen."""
+        has_prompt = layout.names.get("prompt", "prompt") in layout.columns
+        return [
+            self._column(field, layout) for field in ("prompt" if has_prompt else "chosen", *SIDES)
+        ]

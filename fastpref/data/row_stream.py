@@ -31,6 +31,7 @@ FEATURES = datasets.Features(
         "chosen_weights": datasets.List(datasets.Value("float64")),
         "rejected_weights": datasets.List(datasets.Value("float64")),
         "weights_digest": datasets.Value("string"),
+        "fields": datasets.List(datasets.Value("string")),
         # null: the chosen response of the prompt's last row
         "sft_target": datasets.Value("string"),
         # see `places`

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from fastpref.data.chat import ChatFormat, RenderedChat, render_chat
 from fastpref.data.counts import JOINED_ROWS, Remark
 from fastpref.data.row_values import RowError
-from fastpref.data.rows import EMPTY_PROMPT, EMPTY_RESPONSE
+from fastpref.data.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
 
 Ids = list[int]
 Offsets = Sequence[tuple[int, int]]
@@ -75,13 +75,12 @@ def row_texts(
     except RowError as error:
         # is it the row or the template that is at fault?
         chat.check()
-        return RowTexts(error=error)
+        return RowTexts(error=RowError(str(error), in_source(error.field, row)))
     if strict and not rendered.is_prefix:
         message = "the rendered prompt does not start prompt + response (data.strict=true)"
         return RowTexts(error=RowError(message))
-    return RowTexts(
-        rendered.prompt, rendered.responses, True, _chat_remarks(rendered), rendered.left_out
-    )
+    note = in_source(rendered.left_out, row)
+    return RowTexts(rendered.prompt, rendered.responses, True, _chat_remarks(rendered), note)
 
 
 def tokenize_rows(

@@ -57,6 +57,7 @@ class Row(TypedDict):
     chosen_weights: list[float] | None
     rejected_weights: list[float] | None
     weights_digest: str | None  # `token_digest` of the tokens the weights were estimated for
+    fields: list[str]  # what the source calls prompt, chosen and rejected, for messages
     drop: str
 
 
@@ -79,6 +80,7 @@ def make_row(
         chosen_weights=None,
         rejected_weights=None,
         weights_digest=None,
+        fields=list(TEXT_FIELDS),
         drop=drop,
     )
 
@@ -142,6 +144,13 @@ def prompt_said(row: Row) -> str:
     ]
     tools = json.loads(row["tools"]) if row["tools"] is not None else []
     return normal_form(map_strings(_squeezed, [said, tools]))
+
+
+def in_source(path: str, row: Row | dict[str, Any]) -> str:
+    """ "chosen.content" of a checked row as its source calls it, "messages.content"."""
+    field, *keys = path.split(".")
+    names = dict(zip(TEXT_FIELDS, row["fields"], strict=False))
+    return ".".join([names.get(field, field), *keys])
 
 
 def check_columns(columns: list[str]) -> None:

@@ -125,6 +125,31 @@ def test_a_row_that_the_template_fails_on_is_named_or_skipped(tmp_path):
     assert texts(split, tokenizer, 1)[1] == '[CALL]trip to="Rom"</s>'
 
 
+def test_what_a_template_refuses_or_leaves_out_is_named_as_the_file_names_it(tmp_path, caplog):
+    question, bad, no = say("user", "R"), calling("no JSON"), say("assistant", "no")
+    sft, columns = {"loss": SFTConfig()}, {"prompt": "ask", "chosen": "good"}
+    answers = {"chosen": "yes", "rejected": "no"}
+    cases = (
+        ("messages", {"messages": [question, bad]}, sft),
+        ("completion", {"prompt": "R", "completion": [bad]}, sft),
+        ("conversations", {"conversations": [say("system", "S"), question], **answers}, {}),
+        ("chosen", {s: [say("system", "S"), question, no | {"id": s}] for s in answers}, {}),
+        ("chosen", {"chosen": [question, bad], "rejected": [question, no]}, {}),
+        (
+            "good",
+            {"ask": [question], "good": [bad], "rejected": [no]},
+            {"data": {"columns": columns}},
+        ),
+    )
+    for field, row, options in cases:
+        with pytest.raises(DataError, match=rf"train\.jsonl:1:{field}: the chat template"):
+            encode(tmp_path, [row], metaspace_tokenizer(MISTRAL), **options)
+    caplog.set_level(logging.INFO, logger="fastpref")
+    row = {"messages": [question, say("assistant", "<think>hm</think>yes")]}
+    encode(tmp_path, [row], byte_level_tokenizer(QWEN3), quiet=False, **sft)
+    assert "train.jsonl:1:messages.content)" in caplog.text
+
+
 def test_a_template_that_fails_on_every_row_is_an_error_of_the_config(tmp_path):
     rows = [chat(), chat("a", "b")]
     for data in ({}, {"on_error": "skip"}):
