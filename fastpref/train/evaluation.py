@@ -15,6 +15,7 @@ from fastpref.train.metrics import (
     Record,
     format_metrics,
     name_for_split,
+    peak_memory_gib,
     sum_over_examples,
 )
 from fastpref.train.run import Run
@@ -57,6 +58,8 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     seconds = time.perf_counter() - started
     record: Record = {"step": step, "examples": examples, "split": "eval"}
     record |= {name_for_split(name, "eval"): mean for name, mean in zip(names, means, strict=True)}
+    # of the next update, and of the run so far
+    record |= {"lr": run.updates.lr, "peak_memory_gib": peak_memory_gib(run.world.device)}
     record |= {"examples_per_second": count / seconds, "tokens_per_second": num_tokens / seconds}
     if run.world.is_main:
         with stop.if_unwritable():

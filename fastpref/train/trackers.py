@@ -154,4 +154,11 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    return {key: value for key, value in record.items() if isinstance(value, int | float)}
+    """The numbers of a line; of an evaluation its metrics alone, which a training step of the same
+    place has not: one curve of speed, one of the learning rate."""
+    is_step = record["split"] == "train"
+    return {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, int | float) and (is_step or "_eval/" in key or key.endswith("/eval"))
+    }

@@ -283,6 +283,9 @@ def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path,
     assert [record["examples"] for record in train_records] == list(range(8, 200, 8))
     # before, every 16 examples, after
     assert [record["examples"] for record in evals] == list(range(0, 193, 16))
+    assert all(
+        {"lr", "tokens_per_second", "peak_memory_gib"} <= set(x) for x in [*train_records, *evals]
+    )
     assert train_records[-1]["loss/train"] < train_records[0]["loss/train"]
     assert (run_dir / "curves.png").stat().st_size > 10_000
     if loss not in ("sft", "ipo", "simpo"):
