@@ -9,6 +9,8 @@ class FastprefError(Exception):
     """One readable message: what was asked, the rule, what came. Printed without a traceback."""
 
     exit_code = 1
+    is_own = False
+    """Of several ranks this one alone knows of it, and says so whatever its number."""
 
 
 class ConfigError(FastprefError):
@@ -42,7 +44,9 @@ class MemoryExhaustedError(FastprefError):
 
 
 class RankMemoryError(MemoryExhaustedError):
-    """This rank ran out of memory: it alone knows, and says so whatever its number."""
+    """This rank ran out of memory."""
+
+    is_own = True
 
 
 class DistributedError(FastprefError):
@@ -56,7 +60,9 @@ class LostRankError(DistributedError):
 
 
 class RankError(DistributedError):
-    """This rank cannot join the others: it alone knows why, and says so whatever its number."""
+    """This rank cannot join the others, or has lost rank 0, which speaks for all."""
+
+    is_own = True
 
 
 class PreemptionError(FastprefError):
@@ -93,9 +99,10 @@ def first_line(error: BaseException) -> str:
 
 def error_text(error: FastprefError) -> str:
     """The one message of a run that failed, as a line; "" where another rank says it."""
-    # every rank raises the same user error: one message is enough
-    is_ours = os.environ.get("RANK", "0") == "0" or isinstance(error, RankError | RankMemoryError)
-    return f"fastpref: {error}\n" if is_ours else ""
+    # every rank raises the same user error: one message a machine is enough, which may have a log
+    # of its own, and before ranks meet may be the only one to fail
+    number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK", "0")
+    return f"fastpref: {error}\n" if number == "0" or error.is_own else ""
 
 
 def say_error(error: FastprefError) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from fastpref.checks import listed
 from fastpref.distributed import World, beat_key, end_key
 from fastpref.errors import DistributedError, FastprefError, LostRankError, RankError, first_line
+from fastpref.explanations import explain
 
 logger = logging.getLogger("fastpref")
 
@@ -46,10 +47,44 @@ class Heartbeat:
             # no longer: it may be held by a store that does not answer
             self._thread.join(2 * BEAT_SECONDS)
 
+    def close(self, error: Exception) -> Exception:
+        """Say to the others why this rank ends, or find out which of them is lost.
+
+        Args:
+            error: That ended the task of this rank.
+
+        Returns:
+            What it ends with; of an error that rank 0 has no word for, this rank says it.
+        """
+        if self._world.size == 1:
+            return error
+        known = explain(error)
+        if isinstance(known, LostRankError):
+            known = self.name_the_lost(known)
+        self.say_why(known or error)
+        if known is None:
+            return error
+        if self._world.is_main or known.is_own or self._rank_0_says_why():
+            return known
+        own = type(known)(f"rank {self._world.rank}: {known}")
+        own.is_own = True
+        return own
+
+    def _rank_0_says_why(self) -> bool:
+        """Whether rank 0 ends as well: whatever is everybody's ends it at the same time."""
+        deadline = time.monotonic() + SILENCE_SECONDS + STORE_SECONDS
+        try:
+            while not self._world.look_up(end_key(0)):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(BEAT_SECONDS / 10)
+        except (dist.DistError, RuntimeError):
+            # it has left, and taken the store along
+            pass
+        return True
+
     def say_why(self, error: BaseException) -> None:
         """Tell the others why this rank ends; they may wait for it in a collective."""
-        if self._world.size == 1:
-            return
         text = str(error) if isinstance(error, FastprefError) else type(error).__name__
         try:
             self._world.store.set(end_key(self._world.rank), f"{text or type(error).__name__}")

@@ -103,6 +103,14 @@ def signals_end_the_process() -> Iterator[None]:
 
 
 @contextmanager
+def signals_change_nothing() -> Iterator[None]:
+    """While entered, a signal is forgotten: the process is about to end of something else, and a
+    launcher that saw another rank end sends one before this rank has said what."""
+    with _handlers(lambda *_: None):
+        yield
+
+
+@contextmanager
 def say_if_stopped(outcome: str) -> Iterator[None]:
     """What a signal that ends the process inside says of the run."""
     _outcomes.append(outcome)

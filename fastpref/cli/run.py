@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from fastpref.cli.launch import launch_on_every_gpu
 from fastpref.cli.tasks import check_task, run_task
 from fastpref.config import Config
-from fastpref.errors import LostRankError, say_error
+from fastpref.errors import say_error
+from fastpref.signals import signals_change_nothing
 
 if TYPE_CHECKING:
     from fastpref.distributed import World
@@ -79,7 +80,6 @@ def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> N
     import torch.distributed as dist
 
     from fastpref.distributed import init_world
-    from fastpref.explanations import explain
     from fastpref.heartbeat import Heartbeat
 
     world = init_world(datetime.timedelta(seconds=timeout_seconds))
@@ -90,11 +90,11 @@ def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> N
                 # no rank leaves, and takes the others' store along, before all are done
                 world.agree_max(0)
             except Exception as error:
-                known = explain(error)
-                if isinstance(known, LostRankError) and world.size > 1:
-                    raise heartbeat.name_the_lost(known) from error
-                heartbeat.say_why(known or error)
-                raise
+                with signals_change_nothing():
+                    cause = heartbeat.close(error)
+                if cause is error:
+                    raise
+                raise cause from error
     finally:
         dist.destroy_process_group()
 

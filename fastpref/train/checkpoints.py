@@ -121,7 +121,8 @@ class Checkpoints:
         for report in reports:
             self._error = report.error
             self._deadline.expect(2 * (report.standstill_seconds + report.write_seconds))
-            say(report)
+            if self._run.world.is_main:
+                say(report)
 
     def check_metric(self, evaluation: Record | None) -> None:
         """Refuse a name of the best metric that an evaluation does not have.
