@@ -23,6 +23,7 @@ from fastpref.explanations import explain
 logger = logging.getLogger("fastpref")
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 # what torch.distributed exports without telling type checkers
 stores: Any = dist
@@ -35,6 +36,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
 # rank 0 may hold the store that tells the others of its failure, and stays until they know
 FAREWELL_TIMEOUT = datetime.timedelta(seconds=30)
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.1
+"""Seconds between two looks into the store."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +111,33 @@ class World:
         self.store.set(key, message)
         return result
 
+    def compare_on_main(self, value: Value, compute: Callable[[list[Value]], Result]) -> Result:
+        """What `compute` makes on rank 0 of every rank's value, by rank; see `on_main`.
+
+        Nor is a collective open until the last of them comes.
+
+        Args:
+            value: This rank's; pickled.
+            compute: Called on rank 0 alone.
+
+        Raises:
+            FastprefError, DistributedError: see `on_main`.
+        """
+        turn = next(self._turns)
+        keys = [f"value {turn} {rank}" for rank in range(self.size)]
+        if not self.is_main:
+            self.store.set(keys[self.rank], pickle.dumps(value))
+
+        def gather() -> Result:
+            values = [value]
+            for rank in range(1, self.size):
+                self._wait([keys[rank]], PREPARATION_TIMEOUT, sender=rank)
+                # from a rank of this run
+                values.append(pickle.loads(self.store.get(keys[rank])))
+            return compute(values)
+
+        return self.on_main(gather)
+
     def only_on_main(self, compute: Callable[[], Result]) -> Result | None:
         """What `compute` returns on rank 0, there alone; what it raises there is everybody's.
 
@@ -140,22 +170,24 @@ class World:
     def _wait(
         self, keys: list[str], timeout: datetime.timedelta, sender: int | None = None
     ) -> None:
-        """Until the keys are in the store; a signal's handler runs once a second meanwhile.
+        """Until the keys are in the store; a signal's handler runs meanwhile.
 
         Raises:
             DistributedError: the rank that is to set them has ended, or shows no sign of life.
+            DistStoreError: it took too long.
         """
-        deadline = time.monotonic() + timeout.total_seconds()
-        last, heard = "", time.monotonic()
-        while True:
-            try:
-                self.store.wait(keys, datetime.timedelta(seconds=1))
-                return
-            except dist.DistStoreError:
-                if time.monotonic() > deadline:
-                    raise
-            if sender is None:
+        started = asked = heard = time.monotonic()
+        last, pause = "", SHORTEST_PAUSE
+        # asked again and again: a wait in the store prints warnings when it is over
+        while not self.store.check(keys):
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            now = time.monotonic()
+            if now - started > timeout.total_seconds():
+                raise dist.DistStoreError(f"no word after {timeout.total_seconds():.0f} s")
+            if sender is None or now - asked < 1:
                 continue
+            asked = now
             if self.store.check([end_key(sender)]) and not self.store.check(keys):
                 reason = self.store.get(end_key(sender)).decode()
                 raise DistributedError(f"rank {sender} ended: {reason}")

@@ -61,6 +61,9 @@ class Heartbeat:
         known = explain(error)
         if isinstance(known, LostRankError):
             known = self.name_the_lost(known)
+            if isinstance(known, RankError):
+                # with rank 0 the store is gone, or does not answer
+                return known
         self.say_why(known or error)
         if known is None:
             return error

@@ -23,11 +23,14 @@ from tiny_models import (
 )
 
 import train
+from fastpref import heartbeat
 from fastpref.cli.command_line import main
+from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.distributed import World, init_world, read_ranks
-from fastpref.errors import RankError
+from fastpref.errors import DataError, RankError, error_text
 from fastpref.explanations import explain
+from fastpref.heartbeat import Heartbeat
 from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer
 from fastpref.model.liger import choose_liger
@@ -67,6 +70,8 @@ def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("ranks")
     save_broken_models(base)
     save_dataset(base, "words")
+    for rank in range(2):
+        save_dataset(base / f"disk of rank {rank}", "words", num_train=24 + rank)
     write_rows(base / "bad", "train", [*text_rows(3), {"prompt": "a"}])
     write_rows(base / "bad", "test", text_rows(3))
     return base
@@ -108,6 +113,10 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
 
     return {
         "3 rows": lambda: load_data(make_config(base, datasets=["bad"]), world),
+        "3 other rows": lambda: load_data(
+            make_config(base / f"disk of rank {world.rank}", model=str(base / "model")), world
+        ),
+        "2 options": lambda: run_task(make_config(base, lr=1e-3 * (1 + world.rank)), world),
         "4 weights": lambda: load("damaged"),
         "4 stored dtype": lambda: load("unknown", trainable=False),
         "4 model": lambda: load_frozen_scorer(
@@ -142,7 +151,7 @@ def fail_on_this_rank(base: Path, out: Path) -> None:
 def test_what_fails_on_rank_0_ends_every_rank_with_the_same_error_at_once(base, tmp_path):
     run_on_ranks(fail_on_this_rank, 2, base, tmp_path)
     first, second = (json.loads((tmp_path / rank).read_text()) for rank in "01")
-    assert len(first) == 10 and first.keys() == second.keys()
+    assert len(first) == 12 and first.keys() == second.keys()
     for name, (code, text, _) in first.items():
         assert code == int(name[0]), f"{name}: {text}"
         assert second[name][0] == code, f"{name}: {second[name]}"
@@ -151,6 +160,8 @@ def test_what_fails_on_rank_0_ends_every_rank_with_the_same_error_at_once(base, 
         # a rank that was left alone would wait for half an hour
         assert second[name][2] < 10, name
     assert "rank 0 failed: ZeroDivisionError" in second["1 bug"][1]
+    assert first["3 other rows"][1].startswith("data of rank 1 are not those of rank 0: ")
+    assert first["2 options"][1] == "rank 1 was started with lr=0.002, and rank 0 lr=0.001"
 
 
 def run_main(commands: list[list[str]], out: Path, spoil: Path) -> None:
@@ -189,6 +200,42 @@ def test_processes_end_with_the_exit_code_of_rank_0_and_the_model_is_saved(base,
     metrics.rmdir()
     (run_dir / "before").rename(metrics)
     assert read_metrics(run_dir, "eval")
+
+
+def world_of(rank: int, store: Any) -> World:
+    """One of two ranks that share a store, and no more."""
+    return World(rank=rank, size=2, device=torch.device("cpu"), mesh=None, store=store)
+
+
+def test_an_error_of_one_rank_alone_is_said_by_it(monkeypatch):
+    monkeypatch.setattr(heartbeat, "SILENCE_SECONDS", 0)
+    monkeypatch.setattr(heartbeat, "STORE_SECONDS", 0.1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    store = dist.HashStore()
+    first, second = (Heartbeat(world_of(rank, store)) for rank in range(2))
+    error = DataError("no folder words")
+    alone = second.close(error)
+    assert isinstance(alone, DataError)
+    assert error_text(alone) == "fastpref: rank 1: no folder words\n"
+    # what is everybody's rank 0 says
+    assert first.close(error) is error and second.close(error) is error
+    assert error_text(error) == ""
+    assert store.get("end 1") == b"no folder words"
+
+
+def test_a_rank_waits_for_rank_0_without_a_word(capfd):
+    store = dist.TCPStore("localhost", 0, 1, is_master=True)
+    found = []
+    waiting = threading.Thread(
+        target=lambda: found.append(world_of(1, store).on_main(lambda: None)), daemon=True
+    )
+    waiting.start()
+    time.sleep(1.5)
+    assert world_of(0, dist.TCPStore("localhost", store.port, 1)).on_main(lambda: 7) == 7
+    waiting.join()
+    assert found == [7]
+    # torch complains of a wait that is over
+    assert capfd.readouterr().err == ""
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

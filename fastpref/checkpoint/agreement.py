@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fastpref.distributed import World
-from fastpref.errors import DistributedError, FastprefError, first_line
+from fastpref.errors import FastprefError, first_line
 
 Result = TypeVar("Result")
 
@@ -30,6 +30,7 @@ class Agreement:
     """
 
     def __init__(self, world: World) -> None:
+        self._world = world
         self.rank = world.rank
         self.size = world.size
         group = dist.new_group(backend="gloo", timeout=world.timeout)
@@ -83,29 +84,8 @@ class Agreement:
         return [result for result, _ in outcomes]
 
     def on_main(self, task: Callable[[], Result]) -> Result:
-        """Run a task on rank 0 alone; its result, or its user error, on every rank.
-
-        Raises:
-            FastprefError: what the task raised.
-            DistributedError: on the other ranks, if it raised anything else.
-        """
-        failure: Exception | None = None
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [(task(), None)]
-            except FastprefError as error:
-                outcome = [(None, error)]
-            except Exception as error:
-                failure = error
-                outcome = [(None, DistributedError(f"rank 0 failed: {describe(error)}"))]
-        dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if failure is not None:
-            raise failure
-        result, user_error = outcome[0]
-        if user_error is not None:
-            raise user_error
-        return result
+        """See `World.on_main`: rank 0 may read every byte of a checkpoint while the others wait."""
+        return self._world.on_main(task)
 
 
 def name_ranks(reasons: dict[int, str], world_size: int) -> str:

@@ -17,6 +17,8 @@ CHECKPOINTS = "checkpoints"
 """Folder of a run that holds them."""
 LATEST = "latest"
 """File that holds the newest one's name, for whoever looks; finding does not rely on it."""
+SIGN = ".seen-by-all-"
+"""How a file's name begins by which ranks find out that they see one disk."""
 PARTIAL, DELETED, ABANDONED = ".partial", ".deleted", ".abandoned"
 """Suffixes of folders that are not checkpoints: being written, being deleted, set aside."""
 
@@ -183,7 +185,8 @@ def clear_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name.startswith("step-") and path.suffix in (PARTIAL, DELETED):
             shutil.rmtree(path)
-    (folder / f"{LATEST}{PARTIAL}").unlink(missing_ok=True)
+    for path in (folder / f"{LATEST}{PARTIAL}", *folder.glob(f"{SIGN}*")):
+        path.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:

@@ -14,9 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.agreement import AgreedError, Agreement
 from fastpref.checkpoint.folders import (
     CHECKPOINTS,
+    SIGN,
     Best,
     clear_leftovers,
     folder_name,
@@ -28,9 +29,14 @@ from fastpref.checkpoint.folders import (
 from fastpref.checkpoint.manifest import Checkpoint, add_metrics
 from fastpref.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot
 from fastpref.checkpoint.writer import write_checkpoint
+from fastpref.complete_files import writing
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
+
+SIGN_SECONDS = 30.0
+"""Until a file that one machine has made is seen by the others: network disks remember for some
+seconds that there was none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +86,7 @@ class CheckpointStore:
             that it does not go on from are of another history, and set aside.
 
     Raises:
-        CheckpointError: the folder cannot be made or cleared.
+        CheckpointError: the folder cannot be made or cleared, or ranks see different ones.
     """
 
     def __init__(
@@ -113,6 +119,8 @@ class CheckpointStore:
             if step_of(resumed_from.folder) is not None:
                 self._saved.add(resumed_from.step)
         agreement.on_main(self._open)
+        if agreement.size > 1:
+            self._check_is_shared()
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -214,6 +222,34 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{self.folder} cannot be used for checkpoints: {error}"
             ) from error
+
+    def _check_is_shared(self) -> None:
+        """Refuse a folder that is another one for some rank: every rank writes its part there."""
+
+        def leave_sign() -> str:
+            sign = self.folder / f"{SIGN}{time.time_ns()}"
+            with writing(sign):
+                sign.touch()
+            return sign.name
+
+        def look() -> None:
+            deadline = time.monotonic() + SIGN_SECONDS
+            while not sign.exists():
+                if time.monotonic() > deadline:
+                    raise CheckpointError(
+                        f"{self.folder} is not the folder that rank 0 has under this name: run_dir "
+                        "must lie on a disk that all machines share"
+                    )
+                time.sleep(0.1)
+
+        sign = self.folder / self.agreement.on_main(leave_sign)
+        try:
+            self.agreement.each(look)
+        except AgreedError as error:
+            raise CheckpointError(str(error)) from error
+        finally:
+            if self.agreement.rank == 0:
+                sign.unlink(missing_ok=True)
 
     def _is_here(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this folder's, which may be a link to another disk."""

@@ -26,7 +26,8 @@ def main(config: Config) -> int:
         0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises, and
         so does a signal where nothing remembers it.
     """
-    configure_logging(is_main=os.environ.get("RANK", "0") == "0")
+    is_main = os.environ.get("RANK", "0") == "0"
+    configure_logging(is_main=is_main)
     import torch
 
     from fastpref.distributed import launched, world_size
@@ -35,6 +36,9 @@ def main(config: Config) -> int:
     from fastpref.train.advice import Advice
 
     try:
+        # of several ranks one is enough
+        if config.task in ("plan", "audit") and not is_main:
+            return 0
         if config.task == "plan":
             from fastpref.cli.plan import show_plan
 
@@ -45,9 +49,7 @@ def main(config: Config) -> int:
         if config.task == "audit":
             from fastpref.cli.audit import audit
 
-            # of several ranks one is enough
-            if os.environ.get("RANK", "0") == "0":
-                audit(config)
+            audit(config)
             return 0
         for line in Advice(config).on_task():
             logger.warning(line)

@@ -1,5 +1,6 @@
 """The tasks: what is checked before anything is loaded, and what is run on every rank."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,14 @@ def check_resume(resume: ResumeConfig) -> None:
 
 
 def run_task(config: Config, world: "World") -> None:
-    """`task=train`, `estimate_weights` or `tisdpo`, on this rank."""
+    """`task=train`, `estimate_weights` or `tisdpo`, on this rank.
+
+    Raises:
+        FastprefError: whatever the task raises, or that ranks were started with other options.
+    """
+    from fastpref.train.differences import check_same_options
+
+    world.compare_on_main(asdict(config), check_same_options)
     if config.task == "estimate_weights":
         from fastpref.tisdpo.estimate import estimate_weights
 

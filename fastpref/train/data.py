@@ -13,7 +13,7 @@ from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
 from fastpref.model.source import check_archive, load_vocabulary, pad_token_id
-from fastpref.train.fingerprints import take_fingerprints
+from fastpref.train.fingerprints import take_digests, take_model_digest
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 
 logger = logging.getLogger("fastpref")
@@ -29,6 +29,8 @@ class Data(NamedTuple):
     tokenizer: Any
     chat_template: str | None
     """Jinja text that replaces the tokenizer's own; None if none does."""
+    digests: dict[str, str]
+    """Of rows and tokenizer, see `take_digests`."""
 
     @property
     def texts(self) -> tuple[Any, str | None]:
@@ -36,8 +38,8 @@ class Data(NamedTuple):
         return self.tokenizer, self.chat_template
 
     def fingerprints(self, model: ModelConfig, world: World) -> dict[str, str]:
-        """What tells rows, tokenizer and model from others, see `take_fingerprints`."""
-        return take_fingerprints(model, (self.train, self.eval), self.texts, world)
+        """What tells rows, tokenizer and model from others."""
+        return self.digests | {"model": take_model_digest(model, world)}
 
     @property
     def longest(self) -> int:
@@ -91,8 +93,10 @@ def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
         if train_order.warning:
             logger.warning(train_order.warning)
     template = options.encode.chat_template
+    both = (train, held_out[0] if held_out else None)
+    digests = take_digests(both, (tokenizer, template), world)
     if not held_out:
-        return Data(train, train_order, None, None, tokenizer, template)
+        return Data(train, train_order, None, None, tokenizer, template, digests)
     eval_order = build_eval_order(
         held_out[0],
         config.data,
@@ -100,7 +104,7 @@ def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
         batch_size=config.eval_batch_size,
         n_examples=config.n_eval_examples,
     )
-    return Data(train, train_order, held_out[0], eval_order, tokenizer, template)
+    return Data(train, train_order, held_out[0], eval_order, tokenizer, template, digests)
 
 
 def build_loaders(

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from fastpref.checks import nearest
 from fastpref.config import Config
+from fastpref.errors import ConfigError
 
 WITHOUT_EFFECT = (
     *("task", "exp_name", "output_dir", "run_dir", "local_run_dir", "local_dirs", "debug"),
@@ -42,6 +43,9 @@ BY_CONTENT = (
 """Those that say which data or model it is: judged by what is there, wherever it lies."""
 LENGTH = ("n_epochs", "n_examples")
 """Where a run ends: a schedule that goes down to its end has another rate at every step."""
+
+OF_A_MACHINE = ("base_data_dir", "data.cache_dir", "data.num_proc")
+"""Options that ranks may have of their own: what is read there is compared."""
 
 
 class Difference(NamedTuple):
@@ -113,6 +117,26 @@ def effect_of(difference: Difference, schedule: str) -> str:
     if key in LENGTH and schedule == "constant":
         return "the run ends elsewhere"
     return ""
+
+
+def check_same_options(of_ranks: Sequence[dict[str, Any]]) -> None:
+    """Refuse ranks that were started with different options: each would go its own way.
+
+    Args:
+        of_ranks: All options, by rank.
+
+    Raises:
+        ConfigError: naming the first rank, and what differs.
+    """
+    for rank, options in enumerate(of_ranks):
+        found = list_differences(of_ranks[0], options)
+        lines = [
+            f"{key}={now}, and rank 0 {key}={before}"
+            for key, before, now in found
+            if not is_among(key, OF_A_MACHINE)
+        ]
+        if lines:
+            raise ConfigError(f"rank {rank} was started with {'; '.join(lines)}")
 
 
 def unknown_names(names: Sequence[str], known: Sequence[str]) -> list[str]:

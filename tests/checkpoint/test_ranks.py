@@ -1,8 +1,11 @@
 """Checkpoints of several ranks: bitwise on as many, the same state on any other number."""
 
+import datetime
 import logging
 import resource
+import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from ranks import run_on_ranks
 from small_training import SmallTraining, assert_same_state
 
+from fastpref.checkpoint import store as stores
 from fastpref.checkpoint.agreement import AgreedError, Agreement
 from fastpref.checkpoint.load import find_checkpoint, load_checkpoint
 from fastpref.checkpoint.store import CheckpointStore
@@ -81,6 +85,8 @@ def resume_in_a_fresh_process(base: Path) -> None:
         check_errors_are_shared(world, agreement, base)
         check_one_rank_that_cannot_write(world, agreement, base / "failing")
         check_ranks_that_differ(world, agreement, base / "differing")
+        check_a_disk_of_each_rank_is_refused(agreement, base)
+    check_rank_0_may_take_longer_than_ranks_wait(world)
     dist.destroy_process_group()
 
 
@@ -98,6 +104,24 @@ def check_errors_are_shared(world: World, agreement: Agreement, base: Path) -> N
     with pytest.raises(AgreedError, match=r"^\[Errno 28\] full$"):
         agreement.each(lambda: fail(OSError(28, "full")))
     assert agreement.each(lambda: world.rank) == [0, 1]
+
+
+def check_a_disk_of_each_rank_is_refused(agreement: Agreement, base: Path) -> None:
+    stores.SIGN_SECONDS = 0.1
+    own = base / f"of rank {agreement.rank}"
+    (own / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"rank 1: .* is not the folder that rank 0 has"):
+        CheckpointStore(own, agreement, CPU, asynchronous=True, keep=1)
+    assert not list((own / "checkpoints").iterdir())
+
+
+def check_rank_0_may_take_longer_than_ranks_wait(world: World) -> None:
+    def read_every_byte() -> str:
+        time.sleep(1.5)
+        return "whole"
+
+    with Agreement(replace(world, timeout=datetime.timedelta(seconds=1))) as impatient:
+        assert impatient.on_main(read_every_byte) == "whole"
 
 
 def check_one_rank_that_cannot_write(world: World, agreement: Agreement, run_dir: Path) -> None:

@@ -58,6 +58,12 @@ def table(capsys, folder: Path, *options: str) -> dict[str, list[str]]:
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if cells}
 
 
+def test_one_of_several_ranks_prints_the_table(capsys, tiny, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert table(capsys, tiny) == {}
+
+
 def test_the_table_is_of_a_model_that_is_not_here(llama, capsys):
     rows = table(capsys, llama)
     assert rows["masters"][:2] == ["29.92", "3.74"]
