@@ -8,16 +8,20 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from fastpref.batches.layouts import PackedRows, PaddedRows
 from fastpref.config import PackingConfig, PlanConfig, TrainingOptions
 from fastpref.errors import ConfigError
 from fastpref.memory.plan import GIB, Device, communicated_bytes
 from fastpref.memory.planning import (
+    AUTO_TOKENS,
     Counted,
     Measured,
     auto_tokens,
     count_training,
     most_step_tokens,
 )
+from fastpref.memory.worst_rows import Rows
+from fastpref.model.attention.choice import ON_GPU
 from fastpref.model.replicate import is_replicated
 from fastpref.train.optim import state_bytes
 
@@ -58,17 +62,11 @@ def _columns(
     training: TrainingOptions, packing: PackingConfig, options: PlanConfig, longest: int
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Title and cells of each column."""
+    device = Device("cuda", 1, int(options.memory_gib * GIB))
     for recomputes in (False, True):
-        device = Device("cuda", 1, int(options.memory_gib * GIB))
-        measured = Measured(body=None, longest=longest, state_bytes=state_bytes(training))
-        try:
-            counted = count_training(
-                training._replace(activation_checkpointing=recomputes), measured, device
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"model.name_or_path: {training.model.name_or_path} cannot be planned for: {error}"
-            ) from error
+        counted = _count(
+            training._replace(activation_checkpointing=recomputes), packing, device, longest
+        )
         replicated = is_replicated(
             training.adapter, num_bytes=counted.stored_bytes, room=device.memory
         )
@@ -81,6 +79,30 @@ def _columns(
             yield title, _cells(counted, on, packing, of_step)
 
 
+def _count(
+    training: TrainingOptions, packing: PackingConfig, device: Device, longest: int
+) -> Counted:
+    """The model, in packed rows where those are wanted and it computes them."""
+    requested, compute = training.model.attention, training.model.compute_dtype
+    # the fastest ones for 16 bits
+    gathers_keys = requested in ON_GPU or (requested == "auto" and compute != "float32")
+    rows = Rows(PaddedRows(), longest, training.loss.needs.pairs, gathers_keys)
+    measured = Measured(body=None, rows=rows, state_bytes=state_bytes(training))
+    if packing.enabled:
+        layout = PackedRows(share_prompt=packing.share_prompt != "false", max_tokens=AUTO_TOKENS)
+        try:
+            packed = measured._replace(rows=rows._replace(layout=layout))
+            return count_training(training, packed, device)
+        except ValueError as error:
+            print(f"planned for padded rows: {error}", file=sys.stderr)
+    try:
+        return count_training(training, measured, device)
+    except ValueError as error:
+        raise ConfigError(
+            f"model.name_or_path: {training.model.name_or_path} cannot be planned for: {error}"
+        ) from error
+
+
 def _cells(
     counted: Counted, device: Device, packing: PackingConfig, step: Step
 ) -> list[tuple[str, str]]:
@@ -89,11 +111,10 @@ def _cells(
     Args:
         counted: The model.
         device: The GPUs.
-        packing: See `show_plan`.
+        packing: Tokens that were asked for.
         step: What of it a GPU computes.
     """
-    shares_prompts = packing.enabled and packing.share_prompt != "false"
-    plan = counted.plan(device, shares_prompts=shares_prompts)
+    plan = counted.plan(device)
     tokens = min(packing.token_limit or auto_tokens(plan, device.memory), step.num_tokens)
     sent = communicated_bytes(
         counted.weights,

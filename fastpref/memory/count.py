@@ -2,22 +2,25 @@
 
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
 from fastpref.errors import first_line
-from fastpref.memory.live_bytes import LiveBytes
-from fastpref.memory.stack import SHALLOW, Stack, find_stack
-from fastpref.memory.stand_ins import ATTENTION, replace_layers
-from fastpref.model.attention.interface import IMPLEMENTATION, PackedRow
+from fastpref.memory.passes import Passes
+from fastpref.memory.stack import find_stack
+from fastpref.memory.stand_ins import (
+    CountedAttention,
+    recorded,
+    replace_layers,
+    stand_in_four_bits,
+)
+from fastpref.memory.worst_rows import Rows
+from fastpref.model.attention.interface import IMPLEMENTATION
 from fastpref.model.blocks import find_blocks
-from fastpref.model.logit_path import last_hidden_states
+from fastpref.model.mixers import find_mixers
 from fastpref.model.parallelize import wrap_blocks
 from fastpref.model.quantize import linear_layers
 from fastpref.model.rotary import keep_steady
-from fastpref.model.router import has_router, states_and_router_logits
+from fastpref.model.router import has_router
 
-_ROWS = 8
+_ROWS = 4
 """Rows of the smaller of two batches that are counted; the other one has twice as many."""
 
 
@@ -54,8 +57,8 @@ class TokenBytes(NamedTuple):
     """From the forward until the backward."""
     backward: float
     """Beside what is kept, at most, while the backward goes through the blocks."""
-    gathered_keys: float
-    """Kept for every key that is gathered for a further branch of a prompt."""
+    fixed: float
+    """At most, however many tokens there are: what adapters make of weights, and its gradient."""
 
 
 def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = False) -> Weights:
@@ -64,7 +67,7 @@ def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = Fa
     Args:
         model: Without adapters.
         block_name: Class of its blocks; None: found from the model.
-        in_four_bits: Whether the blocks' linear layers will be.
+        in_four_bits: Whether the blocks' linear layers will be; they are replaced.
     """
     blocks = [
         sum(parameter.numel() for parameter in block.parameters())
@@ -75,6 +78,7 @@ def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = Fa
     packed = 0
     if in_four_bits:
         packed = sum(x.weight.numel() for _, _, x in linear_layers(model, block_name))
+        stand_in_four_bits(model, block_name)
     return Weights(
         total,
         max(blocks, default=0),
@@ -89,7 +93,7 @@ def count_token_bytes(
     model: Any,
     *,
     body: str,
-    length: int,
+    rows: Rows,
     block_name: str | None,
     activation_checkpointing: bool,
     fused_layers: bool,
@@ -100,92 +104,63 @@ def count_token_bytes(
     Args:
         model: On the meta device, in the dtype of the arithmetic; used up.
         body: See `LogitPath.body`.
-        length: Tokens of a sequence.
+        rows: What is computed.
         block_name: Class of its blocks; None: found from the model.
         activation_checkpointing: Whether blocks are computed again in the backward.
         fused_layers: Whether norms and SwiGLU layers are fused kernels.
         balanced: Whether the balance of its router, if it has one, is part of the loss.
 
     Raises:
-        ValueError: the family cannot be computed without memory.
+        ValueError: the family cannot be computed without memory, or not in rows that lie so.
     """
     router_logits = balanced and bool(body) and has_router(model)
+    blocks = find_blocks(model, block_name)
+    mixers, obstacle = find_mixers(model, blocks)
+    batches = [rows.batch(number, long_prompts=bool(mixers)) for number in (_ROWS, 2 * _ROWS)]
+    packed = batches[0].layout is not None
+    if packed and obstacle is not None:
+        raise ValueError(obstacle)
     model.eval()
-    model.set_attn_implementation(IMPLEMENTATION)
+    if packed:
+        model.set_attn_implementation(IMPLEMENTATION)
     keep_steady(model)
     if fused_layers:
         replace_layers(model)
-    wrap_blocks(model, block_name, activation_checkpointing=activation_checkpointing)
-    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
-        # what becomes of a weight's gradient is no matter of tokens
-        parameter.register_post_accumulate_grad_hook(_forget)
-    stack = find_stack(model, find_blocks(model, block_name))
-    batches = [(_ROWS, 0), (2 * _ROWS, 0), (_ROWS, 2)]
+    wrap_blocks(model, block_name, activation_checkpointing=activation_checkpointing, packed=packed)
+    _take_gradients_off(model)
+    stack = find_stack(model, blocks)
+    attention = CountedAttention(gathers_keys=rows.gathers_keys)
     if not all(parameter.requires_grad for parameter in model.parameters()):
-        # adapters keep what their first forward makes of their weights, which no token takes
+        # of adapters the first forward makes something of their weights that is kept for good
         batches.insert(0, batches[0])
     try:
-        small, large, gathering = [
-            _Passes.of_all_blocks(stack, model, body, (rows, length), gathered, router_logits)
-            for rows, gathered in batches
-        ][-3:]
+        small, large = [
+            Passes.of_all_blocks(stack, model, body, batch, attention, router_logits)
+            for batch in batches
+        ][-2:]
     # of a family's own code: values that steer it, operators that have no meta kernel
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
-    num_tokens = _ROWS * length
-    kept = (large.kept - small.kept) / num_tokens
-    peak = (large.peak - small.peak) / num_tokens
+    if packed and not (attention.was_asked or mixers):
+        raise ValueError("its attention is one of its own")
+    few, many = (batch.input_ids.numel() for batch in batches[-2:])
+    kept = (large.kept - small.kept) / (many - few)
+    peak = (large.peak - small.peak) / (many - few)
     return TokenBytes(
-        kept=kept,
-        backward=max(0.0, peak - kept),
-        gathered_keys=(gathering.kept - small.kept) / num_tokens,
+        kept=kept, backward=max(0.0, peak - kept), fixed=max(0.0, small.peak - peak * few)
     )
 
 
-class _Passes(NamedTuple):
-    """Bytes of a forward and a backward over one batch."""
-
-    kept: float
-    peak: float
-
-    @classmethod
-    def of_all_blocks(cls, stack: Stack | None, *model_and_batch: Any) -> "_Passes":
-        """Of a model, or of what its first blocks tell of it: each one keeps as much, and the
-        backward begins where all of it is there."""
-        if stack is None:
-            return cls.of(*model_and_batch)
-        shallow = []
-        for num_blocks in SHALLOW:
-            with stack.cut_to(num_blocks):
-                shallow.append(cls.of(*model_and_batch))
-        few, more = shallow
-        beyond = stack.steps_beyond * (more.kept - few.kept)
-        return cls(kept=more.kept + beyond, peak=more.peak + beyond)
-
-    @classmethod
-    def of(
-        cls, model: Any, body: str, shape: tuple[int, int], gathered: float, router_logits: bool
-    ) -> "_Passes":
-        with torch.device("meta"):
-            inputs: dict[str, Any] = {
-                "input_ids": torch.zeros(shape, dtype=torch.int64),
-                "position_ids": torch.zeros(shape, dtype=torch.int64),
-                "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.bool),
-                "fastpref_row": PackedRow(ATTENTION, gathered, shape[1]),
-            }
-        present = [*model.parameters(), *model.buffers(), *inputs.values()]
-        present = [x for x in present if isinstance(x, Tensor)]
-        with torch.enable_grad(), LiveBytes(present) as live:
-            if router_logits:
-                # alive until the loss of them is taken
-                hidden_BLD, _logits = states_and_router_logits(model, body, **inputs)
-            else:
-                hidden_BLD = last_hidden_states(model, body, **inputs)
-            kept = live.live
-            live.restart_peak()
-            hidden_BLD.backward(torch.empty_like(hidden_BLD))
-        return cls(kept=kept, peak=live.peak)
+def _take_gradients_off(model: Any) -> None:
+    """What becomes of a weight's gradient is no matter of tokens."""
+    embedding = model.get_input_embeddings()
+    if embedding.weight.requires_grad:
+        # a large table's is more than what few tokens take, and comes when all of that is gone
+        embedding.weight.requires_grad_(False)
+        embedding.register_forward_hook(lambda module, args, output: recorded(output))
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        parameter.register_post_accumulate_grad_hook(_forget)
 
 
-def _forget(parameter: Tensor) -> None:
+def _forget(parameter: Any) -> None:
     parameter.grad = None

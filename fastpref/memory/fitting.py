@@ -1,7 +1,6 @@
 """How many tokens a device holds at once, found out before the first step."""
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from fastpref.memory.planning import (
     rounded,
 )
 from fastpref.memory.repetition import release_memory
-from fastpref.model.logit_path import probe_ids
+from fastpref.memory.worst_rows import worst_rows
 from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.step_loss import StepLoss
 
@@ -67,12 +66,11 @@ class Fitting:
         except ValueError as error:
             logger.info("memory cannot be planned for this model: %s", error)
             return None
-        plan = counted.plan(device, shares_prompts=self.layout.shares_prompts)
-        return with_loaded_models(plan)
+        return with_loaded_models(counted.plan(device))
 
     @property
     def _most_tokens(self) -> int:
-        num_ranks, longest = self.world.data_size, self.measured.longest
+        num_ranks, longest = self.world.data_size, self.measured.rows.longest
         return most_step_tokens(self.training, num_ranks, longest=longest)
 
     def _say(self, plan: MemoryPlan, num_tokens: int, available: int) -> None:
@@ -96,7 +94,7 @@ class Fitting:
             rows = worst_rows(
                 self.policy,
                 num_tokens=tried,
-                longest=self.measured.longest,
+                longest=self.measured.rows.longest,
                 pairs=needs.pairs,
                 weighted=needs.weights,
                 shares_prompts=self.layout.shares_prompts,
@@ -166,46 +164,3 @@ def agreed_tokens(
     if peak > room:
         num_tokens = int(tried * (room - loaded) / (peak - loaded))
     return rounded(-world.agree_max(-num_tokens))
-
-
-def worst_rows(
-    scorer: TokenScorer,
-    *,
-    num_tokens: int,
-    longest: int,
-    pairs: bool,
-    weighted: bool,
-    shares_prompts: bool,
-    long_prompts: bool = False,
-) -> list[EncodedRow]:
-    """Rows as long as they come that are so many computed tokens together, no two prompts alike.
-
-    Args:
-        scorer: Of ordinary tokens.
-        num_tokens: Of all rows together.
-        longest: Tokens of the longest sequence.
-        pairs: Whether rows have a rejected response.
-        weighted: Whether tokens have weights.
-        shares_prompts: Whether the prompt of a pair is computed once.
-        long_prompts: Prompts are as much the longer part as they come: layers that compute them
-            once for each response take most then.
-    """
-    # a prompt as long as each of the responses, or seven times as long
-    of_prompt = 7 if long_prompts else 1
-    num_parts = (of_prompt + 2 if shares_prompts else 2 * of_prompt + 2) if pairs else of_prompt + 1
-    part = max(2, longest // (of_prompt + 1))
-    num_rows = max(1, math.ceil(num_tokens / (num_parts * part)))
-    part = max(2, min(part, num_tokens // (num_parts * num_rows)))
-    end = of_prompt * part
-    ids = probe_ids(scorer.model, num_rows, end + (2 if pairs else 1) * part).tolist()
-    weights = [1.0] * part if weighted else None
-    return [
-        EncodedRow(
-            prompt_ids=row[:end],
-            chosen_ids=row[end : end + part],
-            rejected_ids=row[end + part :],
-            chosen_weights=weights,
-            rejected_weights=weights if pairs else None,
-        )
-        for row in ids
-    ]

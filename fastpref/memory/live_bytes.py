@@ -43,6 +43,9 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
             func = _grouped_product
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            # models ask whether a mask leaves all tokens in, or a row is one sequence
+            return True if args[0].is_meta else func(*args)
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor):

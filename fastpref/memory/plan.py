@@ -59,13 +59,15 @@ class MemoryPlan:
     head: HeadBytes
     """Of the fused head, and the gradient of its weight."""
     kept_per_token: float
-    """Activations kept from a token's forward to its backward, and its keys gathered twice."""
+    """Activations kept from a token's forward to its backward."""
     backward_per_token: float
     """What the backward of a block takes beside that."""
     scored_per_token: float
     """What the head takes for a token that is scored, its backward included."""
     has_adapters: bool
     """They are what is trained."""
+    made: int
+    """What adapters make of weights while they compute: of an expert's matrices whole ones."""
     process: int
     """Of a CPU: what the program takes beside tensors."""
     reserve: int
@@ -75,7 +77,7 @@ class MemoryPlan:
     def fixed(self) -> int:
         """What is there however many tokens are computed at once."""
         of_weights = self.masters + self.weights + self.gradients + self.optimizer
-        return of_weights + self.reference + self.process
+        return of_weights + self.made + self.reference + self.process
 
     def peak(self, num_tokens: float) -> int:
         """The most that is used at once, the reserve left out.
@@ -101,10 +103,11 @@ class MemoryPlan:
 
     def parts(self) -> dict[str, int]:
         """What is fixed, by its name."""
-        first = ("adapters", "base") if self.has_adapters else ("masters", "weights")
+        fields = {"masters": self.masters, "weights": self.weights}
+        if self.has_adapters:
+            fields = {"adapters": self.masters, "base": self.weights, "made of both": self.made}
         rest = ("gradients", "optimizer", "reference", "process")
-        names = zip((*first, *rest), ("masters", "weights", *rest), strict=True)
-        return {name: getattr(self, field) for name, field in names}
+        return fields | {name: getattr(self, name) for name in rest}
 
 
 class Device(NamedTuple):
@@ -129,7 +132,6 @@ def plan_memory(
     device: Device,
     *,
     head: HeadBytes,
-    shares_prompts: bool,
 ) -> MemoryPlan:
     """What training takes of every device.
 
@@ -139,7 +141,6 @@ def plan_memory(
         sizes: Bytes of a number.
         device: What it is trained on.
         head: Of it, the gradient of its weight left out.
-        shares_prompts: Whether both responses of a pair attend to one copy of its prompt.
     """
     trained = weights.adapters or -(-weights.total // device.num)
     share, D = -(-weights.total // device.num), weights.hidden_size
@@ -159,11 +160,11 @@ def plan_memory(
         optimizer=trained * sizes.state,
         reference=share * (of_reference or 0),
         head=head._replace(fixed=head.fixed + gradient),
-        # a prompt's keys are there once for each of the two responses, at most
-        kept_per_token=tokens.kept + (tokens.gathered_keys if shares_prompts else 0),
+        kept_per_token=tokens.kept,
         backward_per_token=tokens.backward,
         scored_per_token=scored,
         has_adapters=weights.adapters > 0,
+        made=int(tokens.fixed) if weights.adapters else 0,
         process=device.process,
         reserve=int(lost * device.memory),
     )

@@ -11,7 +11,7 @@ from fastpref_kernels.workspace import get_workspace_mib, workspace_bytes
 from fastpref.config import TrainingOptions
 from fastpref.memory.count import TokenBytes, Weights, count_token_bytes, count_weights
 from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan, Sizes, plan_memory
-from fastpref.memory.stand_ins import stand_in_four_bits
+from fastpref.memory.worst_rows import Rows
 from fastpref.model.adapter_base import find_adapter_base
 from fastpref.model.frozen import frozen_dtype
 from fastpref.model.liger import FAMILIES
@@ -33,8 +33,8 @@ class Measured(NamedTuple):
 
     body: str | None
     """See `LogitPath.body`; None: the one that the family names so."""
-    longest: int
-    """Tokens of the longest sequence."""
+    rows: Rows
+    """What is trained on."""
     state_bytes: int
     """What the optimizer keeps of a weight that is trained."""
 
@@ -57,7 +57,7 @@ class Counted(NamedTuple):
         adapters = self.weights.adapters * self.sizes.master
         return self.weights.stored_bytes(self.sizes.compute) + adapters
 
-    def plan(self, device: Device, *, shares_prompts: bool) -> MemoryPlan:
+    def plan(self, device: Device) -> MemoryPlan:
         """What training takes of every device, see `plan_memory`."""
         weights, sizes = self.weights, self.sizes
         head = HeadBytes(workspace_bytes(weights.vocab_size, weights.hidden_size, device.type))
@@ -68,9 +68,7 @@ class Counted(NamedTuple):
                 per_token=self.num_exponentials * weights.vocab_size * sizes.compute,
                 limit=int(get_workspace_mib() * 2**20),
             )
-        return plan_memory(
-            weights, self.tokens, sizes, device, head=head, shares_prompts=shares_prompts
-        )
+        return plan_memory(weights, self.tokens, sizes, device, head=head)
 
 
 def count_training(training: TrainingOptions, measured: Measured, device: Device) -> Counted:
@@ -83,7 +81,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
 
     Raises:
         FastprefError: there is no such model.
-        ValueError: the family cannot be computed without memory.
+        ValueError: the family cannot be computed without memory, or not in rows that lie so.
     """
     options, adapter = training.model, training.adapter
     source = named_model(options)
@@ -94,8 +92,6 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
     body = _body(model) if measured.body is None else measured.body
     if adapter.trained:
         weights = count_weights(model, options.block_name, in_four_bits=adapter.quantized)
-        if adapter.quantized:
-            stand_in_four_bits(model, options.block_name)
         adapters = insert_adapters(model, adapter, options.block_name, start)
         weights = weights._replace(adapters=sum(p.numel() for p in adapters.parameters()))
     else:
@@ -107,7 +103,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
     tokens = count_token_bytes(
         model,
         body=body,
-        length=measured.longest,
+        rows=measured.rows,
         block_name=options.block_name,
         activation_checkpointing=training.activation_checkpointing,
         fused_layers=_has_fused_layers(model, training, device),

@@ -4,13 +4,17 @@ On the meta device torch would take attention, norms and SwiGLU layers apart, an
 kernel keeps.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fastpref.model.attention.backends import PackedAttention
+from fastpref.batch import SegmentLayout
+from fastpref.model.attention.backends import GatheredKeys, PackedAttention
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.liger import is_norm, is_swiglu
 from fastpref.model.quantize import linear_layers
@@ -20,43 +24,93 @@ class _Attention(torch.autograd.Function):
     """Keeps query, key, value, output and a normalizer of every query, as flash attention does."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, like_query: bool) -> Tensor:
         B, H, L, _ = query.shape
         output = query.new_empty(B, L, H, value.shape[-1])
+        if like_query and query.shape[-1] == value.shape[-1]:
+            # torch's own: as the query lies in memory
+            output = torch.empty_like(query).transpose(1, 2)
         ctx.save_for_backward(
             query, key, value, output, query.new_empty(B, H, L, dtype=torch.float32)
         )
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
-class _Gathered(torch.autograd.Function):
-    """Keys or values of every segment from the row's."""
+class CountedAttention:
+    """Attention over packed rows.
+
+    Args:
+        gathers_keys: Whether keys that branches share are gathered for each, as variable-length
+            attention takes them.
+    """
+
+    def __init__(self, *, gathers_keys: bool) -> None:
+        self._gathers_keys = gathers_keys
+        self.packed = PackedAttention(name="counted", attend=self._attend)
+        self.was_asked = False
+        """Some layer computed with it."""
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Any, rules: ScoreRules
+    ) -> Tensor:
+        self.was_asked = True
+        # variable-length attention has no sinks
+        if self._gathers_keys and rules.sinks is None and layout.has_branches:
+            key, value = (_gathered(x, layout) for x in (key, value))
+        return _Attention.apply(query, key, value, False)
+
+
+def _gathered(x: Tensor, layout: SegmentLayout) -> Tensor:
+    """Keys or values of every segment, (1, heads, K, E), from the row's, (1, heads, T, E)."""
+    rows = GatheredKeys.apply(x.squeeze(0).transpose(0, 1), layout.keys, layout.uses)
+    return rows.transpose(0, 1).unsqueeze(0)
+
+
+@contextmanager
+def kernels() -> Iterator[None]:
+    """While entered, what torch does otherwise on the meta device, or not at all, is done as on
+    others."""
+    attend, real_autocast = F.scaled_dot_product_attention, torch.autocast
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        # otherwise taken apart into scores, which no kernel keeps
+        same_heads = query.shape[1:2] == key.shape[1:2] or options.get("enable_gqa", False)
+        if query.dim() != 4 or not same_heads:
+            # no kernel takes these
+            return attend(query, key, value, *args, **options)
+        return _Attention.apply(query, key, value, True).transpose(1, 2)
+
+    def autocast(device_type: str, *args: Any, **options: Any) -> Any:
+        # peft's adapters of experts turn it off, which torch does not know there
+        is_meta = device_type == "meta"
+        return nullcontext() if is_meta else real_autocast(device_type, *args, **options)
+
+    # and not by a mode, which torch leaves while blocks are computed again in the backward
+    replaced: Any = F, torch
+    replaced[0].scaled_dot_product_attention, replaced[1].autocast = attention, autocast
+    try:
+        yield
+    finally:
+        replaced[0].scaled_dot_product_attention, replaced[1].autocast = attend, real_autocast
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, trained: Tensor) -> Tensor:
+        return x.view_as(x)
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, share: float) -> Tensor:
-        ctx.shape = row.shape
-        B, heads, L, E = row.shape
-        return row.new_empty(B, heads, int(L * share), E)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].new_empty(ctx.shape), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        return None, None
 
 
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, keys_per_token: Any, rules: ScoreRules
-) -> Tensor:
-    if keys_per_token:
-        key, value = (_Gathered.apply(x, keys_per_token) for x in (key, value))
-    return _Attention.apply(query, key, value)
-
-
-ATTENTION = PackedAttention(name="counted", attend=_attend)
-"""Takes, in place of a layout, keys gathered for every token; 0: none are gathered."""
+def recorded(x: Tensor) -> Tensor:
+    """The same, as if what it was made of were trained, and without its gradient."""
+    return _Recorded.apply(x, x.new_empty(()).requires_grad_())
 
 
 class _Norm(torch.autograd.Function):

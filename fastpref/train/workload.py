@@ -8,6 +8,7 @@ from fastpref.distributed import World
 from fastpref.memory.fitting import Fitting
 from fastpref.memory.planning import Measured
 from fastpref.memory.repetition import Repetition
+from fastpref.memory.worst_rows import Rows
 from fastpref.model.pair import Pair
 from fastpref.objectives.objective import Objective
 from fastpref.objectives.step_loss import StepLoss
@@ -47,6 +48,8 @@ def build_workload(
     layout = pair.layout
     training = training._replace(compile=str(pair.compiled).lower())
     step_loss = StepLoss(objective, pair.policy, pair.reference)
+    attention = pair.policy.attention
+    gathers_keys = attention is not None and attention.gathers_keys
     fitting = Fitting(
         policy=pair.policy,
         step_loss=step_loss,
@@ -54,7 +57,7 @@ def build_workload(
         training=training,
         measured=Measured(
             body=pair.policy.path.body,
-            longest=longest,
+            rows=Rows(layout, longest, training.loss.needs.pairs, gathers_keys),
             state_bytes=state_bytes(training),
         ),
         replicated=pair.replicated,

@@ -13,6 +13,7 @@ from stopped_runs import run
 from tiny_models import FAMILIES, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastpref.batches.layouts import PackedRows, RowLayout
 from fastpref.config import (
     AdapterConfig,
     Config,
@@ -23,12 +24,12 @@ from fastpref.config import (
 )
 from fastpref.distributed import World, init_world
 from fastpref.memory.count import count_token_bytes, count_weights
-from fastpref.memory.fitting import worst_rows
 from fastpref.memory.here import bound_workspace
 from fastpref.memory.live_bytes import LiveBytes
 from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan
 from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
 from fastpref.memory.stack import find_stack
+from fastpref.memory.worst_rows import Rows, worst_rows
 from fastpref.model.blocks import find_blocks
 from fastpref.model.lora import insert_adapters
 from fastpref.model.pair import Pair, build_pair
@@ -54,7 +55,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 192,
     },
+    # as many heads of keys as of queries: a further branch gathers none on a CPU
+    "gpt2": {"model_type": "gpt2"},
+    # padded rows, with an attention of its own around torch's; with one head of keys for all
+    "stablelm": {"model_type": "stablelm"},
+    "falcon": {"model_type": "falcon", "alibi": False},
+    # a prompt once for each response
+    "lfm2": {"model_type": "lfm2", "layer_types": 2 * ["conv", "full_attention"]},
 }
+KINDS = dict.fromkeys(SHAPES, ("none", "lora")) | dict.fromkeys(
+    ("gpt2", "stablelm", "lfm2", "falcon"), ("none",)
+)
 SIZE = {
     "hidden_size": 128,
     "intermediate_size": 384,
@@ -88,13 +99,20 @@ def make_config(model: Path, compute_dtype: str | None = None, **options: Any) -
     )
 
 
-def counted_of(config: Config, device: Device) -> Counted:
-    measured = Measured(body=None, longest=LONGEST, state_bytes=state_bytes(config.training))
+PACKED = PackedRows(share_prompt=True, max_tokens=8192)
+ROWS = Rows(PACKED, longest=32, pairs=True, gathers_keys=False)
+
+
+def counted_of(
+    config: Config, device: Device, layout: RowLayout = PACKED, *, gathers_keys: bool = False
+) -> Counted:
+    rows = Rows(layout, LONGEST, pairs=True, gathers_keys=gathers_keys)
+    measured = Measured(body=None, rows=rows, state_bytes=state_bytes(config.training))
     return count_training(config.training, measured, device)
 
 
-def count(config: Config, device: Device, *, shares_prompts: bool = True) -> MemoryPlan:
-    return counted_of(config, device).plan(device, shares_prompts=shares_prompts)
+def count(config: Config, device: Device, layout: RowLayout = PACKED) -> MemoryPlan:
+    return counted_of(config, device, layout).plan(device)
 
 
 def measured_peak(pair: Pair, step_loss: StepLoss, num_tokens: int) -> tuple[int, int]:
@@ -106,6 +124,7 @@ def measured_peak(pair: Pair, step_loss: StepLoss, num_tokens: int) -> tuple[int
         pairs=True,
         weighted=False,
         shares_prompts=pair.layout.shares_prompts,
+        long_prompts=pair.layout.repeats_prompts,
     )
     batch = pair.layout.build_rows(rows, pad_token_id=0)
     present = [*pair.policy.parameters(), *pair.policy.buffers()]
@@ -128,18 +147,14 @@ def assert_planned(config: Config, world: World) -> None:
     step_loss = StepLoss(build_objective(config.loss), pair.policy, pair.reference)
     peaks = [measured_peak(pair, step_loss, num_tokens) for num_tokens in (768, 1536)]
     (small, few), (large, many) = peaks
-    plan = count(config, Device("cpu", 1, 8 * GIB), shares_prompts=pair.layout.shares_prompts)
+    plan = count(config, Device("cpu", 1, 8 * GIB), pair.layout)
     planned = plan.peak(many) - plan.peak(few)
     assert planned == pytest.approx(large - small, rel=0.1)
 
 
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [
-        *((shape, kind) for shape in SHAPES for kind in ("none", "lora") if shape != "qwen3-moe"),
-        # peft's adapters of experts turn autocast off, which torch cannot without memory
-        ("qwen3-moe", "none"),
-    ],
+    [(shape, kind) for shape in SHAPES for kind in ("none", "lora") if kind in KINDS[shape]],
 )
 def test_tokens_take_what_the_plan_says_to_a_tenth(models, world: World, shape, kind):
     assert_planned(make_config(models / shape, adapter=AdapterConfig(kind=kind)), world)
@@ -214,6 +229,43 @@ def test_adapters_take_what_they_are(models):
     assert lora.kept_per_token <= full.kept_per_token
 
 
+def test_adapters_of_experts_make_matrices_as_large_as_they_stand_beside(models):
+    experts = 4 * 4 * (3 * 192 * 128) * 4
+    made = [
+        count(
+            make_config(
+                models / "qwen3-moe",
+                adapter=AdapterConfig(kind="lora"),
+                activation_checkpointing=recomputes,
+            ),
+            Device("cuda", 1, 80 * GIB),
+        ).made
+        for recomputes in (False, True)
+    ]
+    # of all four blocks, or of the one that is computed again; and gradients of one
+    for num_blocks, size in zip((4, 1), made, strict=True):
+        assert num_blocks / 4 <= size / experts <= (num_blocks + 1.5) / 4
+
+
+def test_keys_that_branches_share_are_kept_for_each_where_attention_gathers_them(models):
+    config, device = make_config(models / "llama"), Device("cuda", 1, 80 * GIB)
+    kept, gathered = (
+        counted_of(config, device, gathers_keys=gathers).tokens.kept for gathers in (False, True)
+    )
+    # a third of the tokens once more: keys and values of four layers, two heads of 32
+    assert gathered - kept == pytest.approx(4 * 2 * 2 * 32 * 4 / 3, rel=0.03)
+
+
+def test_the_gradient_of_a_large_vocabulary_hides_no_tokens(tmp_path):
+    taken = []
+    for size in (500, 100_000):
+        config = AutoConfig.for_model("llama", **SIZE | {"vocab_size": size, "head_dim": 32})
+        config.save_pretrained(tmp_path)
+        options = make_config(tmp_path, activation_checkpointing=True)
+        taken.append(counted_of(options, Device("cuda", 1, 80 * GIB)).tokens)
+    assert taken[0].backward == taken[1].backward > taken[1].kept
+
+
 def test_layers_in_four_bits_take_an_eighth_of_float32(models):
     model = build_model("llama").to("meta")
     weights = count_weights(model, None, in_four_bits=True)
@@ -233,7 +285,7 @@ def test_every_family_is_counted_without_memory(family):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     body = next(name for name, module in model.named_modules() if module is model.base_model)
-    options: dict[str, Any] = {"length": 32, "block_name": None, "fused_layers": False}
+    options: dict[str, Any] = {"rows": ROWS, "block_name": None, "fused_layers": False}
     plain = count_token_bytes(model, body=body, activation_checkpointing=False, **options)
     with torch.device("meta"):
         again = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -252,7 +304,7 @@ def test_router_logits_are_kept_where_their_balance_is_part_of_the_loss():
             kept[family, balanced] = count_token_bytes(
                 model,
                 body="model",
-                length=32,
+                rows=ROWS,
                 block_name=None,
                 activation_checkpointing=True,
                 fused_layers=False,
@@ -275,6 +327,7 @@ def plan_of(**changes: Any) -> MemoryPlan:
         "backward_per_token": 2.0**18,
         "scored_per_token": 2.0**14,
         "has_adapters": False,
+        "made": 0,
         "process": 0,
         "reserve": GIB,
     }

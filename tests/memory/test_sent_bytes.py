@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, SFTConfig
 from fastpref.distributed import init_world
-from fastpref.memory.fitting import worst_rows
 from fastpref.memory.plan import GIB, Device, communicated_bytes
 from fastpref.memory.planning import Measured, count_training
+from fastpref.memory.worst_rows import Rows, worst_rows
 from fastpref.model.pair import build_pair
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
@@ -75,7 +75,8 @@ def compare(folder: Path, loss: str, kind: str, base: str) -> None:
             step_loss.done()
         pair.policy.sum_gradients()
     device = Device("cpu", NUM_RANKS, GIB, replicated=pair.replicated)
-    measured = Measured(body=None, longest=LONGEST, state_bytes=8)
+    rows_like = Rows(pair.layout, LONGEST, pairs=needs.pairs, gathers_keys=False)
+    measured = Measured(body=None, rows=rows_like, state_bytes=8)
     model = count_training(config.training, measured, device)
     planned = communicated_bytes(
         model.weights, model.sizes, device, num_micro_batches=NUM_MICRO_BATCHES

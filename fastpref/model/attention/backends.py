@@ -34,6 +34,8 @@ class PackedAttention:
     attend: Attend
     prepare: Callable[[SegmentLayout], Any] = lambda layout: layout
     """What `attend` takes in place of the layout; called once a forward, not once a layer."""
+    gathers_keys: bool = False
+    """It keeps a prompt's keys once for each of its branches."""
 
 
 def attend_in_math(

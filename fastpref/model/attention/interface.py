@@ -116,8 +116,9 @@ def build_attention(name: str) -> PackedAttention:
         case "sdpa":
             return PackedAttention(name=name, attend=attend_in_groups, prepare=PreparedSegments)
         case "varlen":
-            return PackedAttention(name=name, attend=attend_varlen(torch_varlen_kernel()))
+            attend = attend_varlen(torch_varlen_kernel())
+            return PackedAttention(name=name, attend=attend, gathers_keys=True)
         case "flex":
             return PackedAttention(name=name, attend=flex_attend(), prepare=PreparedMasks)
     kernel = flash_kernel(int(name.removeprefix("flash_attention_")))
-    return PackedAttention(name=name, attend=attend_varlen(kernel))
+    return PackedAttention(name=name, attend=attend_varlen(kernel), gathers_keys=True)
