@@ -20,7 +20,7 @@ from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
-from fastpref.model.paths import find_model, resolve_model
+from fastpref.model.files.paths import find_model, resolve_model
 from fastpref.model.source import load_tokenizer, pad_token_id, read_vocab_size
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.data.planted import check_answer, generate_rows
+from fastpref.data.sources.planted import check_answer, generate_rows
 
 
 def share_right(model_dir: str, *, do_sample: bool) -> float:

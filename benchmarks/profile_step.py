@@ -5,7 +5,7 @@ F4: packed, prompts shared, the reference online or beforehand (--reference cach
 one by one; then one more is profiled.
 It prints real policy tokens a second, the share of the time that the device computes, kernels
 launched, and of the profiled step the device's time (on a CPU the processor's) by what it is for.
-MFU is as in metrics.jsonl: see `fastpref.train.utilization`.
+MFU is as in metrics.jsonl: see `fastpref.train.logs.utilization`.
 """
 
 import argparse

@@ -200,7 +200,7 @@ def write_start(job: dict[str, Any], world: Any, path: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from fastpref.model.lora import adapter_state, add_adapters
+    from fastpref.model.adapters.lora import adapter_state, add_adapters
 
     model = AutoModelForCausalLM.from_pretrained(job["model"])
     config = config_of(job, path)

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastpref.data.planted import TINY_MODEL_DIR, generate_rows, generate_sft_rows
+from fastpref.data.sources.planted import TINY_MODEL_DIR, generate_rows, generate_sft_rows
 
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}

@@ -37,16 +37,16 @@ from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import World, init_world
 from fastpref.errors import FastprefError
 from fastpref.model.attention.rules import ScoreRules
-from fastpref.model.families import other_parts
+from fastpref.model.files.families import other_parts
+from fastpref.model.files.paths import resolve_model
+from fastpref.model.files.reading import reason
 from fastpref.model.mixers import describe_mixers, isolated_mixers
-from fastpref.model.paths import resolve_model
-from fastpref.model.reading import reason
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.build import build_run
-from fastpref.train.export import export_model
+from fastpref.train.export.latest import export_model
+from fastpref.train.resume.start import find_start
 from fastpref.train.run import Run
 from fastpref.train.run_folder import run_place
-from fastpref.train.start import find_start
 from fastpref.train.step import train_step
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"

@@ -10,7 +10,7 @@ import train
 from fastpref.memory import planning
 from fastpref.memory.count import TokenBytes
 from fastpref.tisdpo import report_files
-from fastpref.train import report
+from fastpref.train.logs import report
 
 Replace = Callable[[Any, str, Any], None]
 

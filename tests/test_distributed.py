@@ -39,8 +39,8 @@ from fastpref.model.source import load_tokenizer
 from fastpref.scoring.models import load_frozen_scorer
 from fastpref.tisdpo.sides import build_sides
 from fastpref.train.data import load_data
-from fastpref.train.export import export_model
-from fastpref.train.export_plan import plan_export
+from fastpref.train.export.latest import export_model
+from fastpref.train.export.plan import plan_export
 from fastpref.train.run_folder import run_place
 
 UNWRITABLE = "/proc/no-such-folder"

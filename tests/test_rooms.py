@@ -26,7 +26,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """The room of a dotted module: "fastpref.data.rows" -> "data", "fastpref.batch" -> ""."""
+    """The room of a dotted module: "fastpref.data.layouts.rows" -> "data"."""
     parts = module.split(".")[1:]
     return parts[0] if parts and (PACKAGE / parts[0]).is_dir() else ""
 
@@ -59,7 +59,7 @@ def test_no_modules_import_each_other():
     def name_of(path: Path) -> str:
         return ".".join(["fastpref", *path.relative_to(PACKAGE).with_suffix("").parts])
 
-    # of "from fastpref.data.rows import Row" both the module and its name are looked up
+    # of "from fastpref.data.layouts.rows import Row" both the module and its name are looked up
     graph = {
         name_of(path): {
             known
@@ -80,3 +80,17 @@ def test_a_room_says_what_enters_what_leaves_and_what_may_be_changed(room):
     text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text("utf-8"))) or ""
     for word in ("Enters:", "Leaves:", "To be changed here:"):
         assert word in " ".join(text.split()), f"{room}: {word}"
+
+
+@pytest.mark.parametrize("inner", ["data/layouts", "model/files"])
+def test_what_lies_below_a_room_knows_nothing_else_of_it(inner):
+    dotted, room = f"fastpref.{inner.replace('/', '.')}.", f"fastpref.{inner.split('/')[0]}."
+    for path in (PACKAGE / inner).glob("*.py"):
+        found = {name for name in imports(path) if name.startswith(room)}
+        assert all(name.startswith(dotted) for name in found), f"{path} imports {found}"
+
+
+def test_what_shows_the_data_is_asked_for_by_no_part_that_reads_it():
+    for path in (PACKAGE / "data").rglob("*.py"):
+        if path.parent.name != "audit":
+            assert not [name for name in imports(path) if name.startswith("fastpref.data.audit")]

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.batch import EncodedRow
-from fastpref.model.paths import resolve_model
+from fastpref.model.files.paths import resolve_model
 
 WORDS = ["the", "one", "red", "blue", "green", "cat", "dog", "bird", "sees", "finds", "old", "new"]
 

@@ -12,7 +12,7 @@ from tiny_models import build_family
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from fastpref.model.paths import resolve_model
+from fastpref.model.files.paths import resolve_model
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 from tiny_families import build_tiny

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.data.lengths import Histogram
+from fastpref.data.audit.lengths import Histogram
 
 LEVELS = " ▁▂▃▄▅▆▇█"
 LIMIT = "┃"

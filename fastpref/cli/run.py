@@ -33,7 +33,7 @@ def main(config: Config) -> int:
     from fastpref.distributed import launched, world_size
     from fastpref.explanations import explain
     from fastpref.memory.here import bound_workspace, device_memory
-    from fastpref.train.advice import Advice
+    from fastpref.train.logs.advice import Advice
 
     try:
         # of several ranks one is enough

@@ -46,7 +46,7 @@ def check_resume(resume: ResumeConfig) -> None:
         ConfigError: naming the option.
     """
     from fastpref.cli.options import all_options
-    from fastpref.train.differences import unknown_names
+    from fastpref.train.resume.differences import unknown_names
 
     wrong = unknown_names(resume.allow, [*all_options(), "data", "model", "tokenizer"])
     if wrong:
@@ -59,7 +59,7 @@ def run_task(config: Config, world: "World") -> None:
     Raises:
         FastprefError: whatever the task raises, or that ranks were started with other options.
     """
-    from fastpref.train.differences import check_same_options
+    from fastpref.train.resume.differences import check_same_options
 
     world.compare_on_main(asdict(config), check_same_options)
     if config.task == "estimate_weights":
@@ -67,7 +67,7 @@ def run_task(config: Config, world: "World") -> None:
 
         estimate_weights(config, world)
         return
-    from fastpref.train.trackers import check_trackers
+    from fastpref.train.logs.trackers import check_trackers
 
     world.on_main(lambda: check_trackers(config.trackers))
     if config.task == "tisdpo":

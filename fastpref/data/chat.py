@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from fastpref.checks import hint
-from fastpref.data.messages import Messages
+from fastpref.data.layouts.messages import Messages
+from fastpref.data.layouts.row_values import RowError
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out
-from fastpref.data.row_values import RowError
 from fastpref.errors import ConfigError, first_line
 
 PLAIN_EXCHANGE = [

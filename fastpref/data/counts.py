@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastpref.checks import listed, share_of
+from fastpref.data.layouts.rows import MALFORMED
 from fastpref.data.places import Places
-from fastpref.data.rows import MALFORMED
 from fastpref.data.selection import COPY
 from fastpref.errors import DataError
 

@@ -32,11 +32,11 @@ from fastpref.data.chat import (
 )
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_counts
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import EMPTY_RESPONSE, MALFORMED
 from fastpref.data.options import SPLITS, DataOptions
 from fastpref.data.places import Places, join_places, place_of, places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
 from fastpref.data.source import Rows, count_dataset, read_rows, sft_targets
 from fastpref.data.tokenizer_checks import ID_COLUMNS, check_tokenizer, check_vocabulary
 from fastpref.errors import DataError

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastpref.data.counts import Remark
+from fastpref.data.layouts.row_values import RowError
 from fastpref.data.row_tokens import RowTokens
-from fastpref.data.row_values import RowError
 from fastpref.token_weights import align_weights, prepare_weights, token_digest
 
 TOO_LONG = "longer than max_length"

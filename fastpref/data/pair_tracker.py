@@ -4,7 +4,7 @@ import hashlib
 from typing import NamedTuple
 
 from fastpref.data.counts import Remark
-from fastpref.data.rows import MALFORMED, Row, comparable, prompt_said
+from fastpref.data.layouts.rows import MALFORMED, Row, comparable, prompt_said
 
 NO_MESSAGES = "[]"
 """The prompt of a row of messages that has none."""

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from fastpref.data.messages import Messages
-from fastpref.data.row_values import string_leaves
+from fastpref.data.layouts.messages import Messages
+from fastpref.data.layouts.row_values import string_leaves
 
 UNSAID = ("role", "type", "id", "tool_call_id", "index")
 """Keys of messages and tool calls that organise them: a template may leave them out."""

@@ -6,17 +6,17 @@ from typing import Any
 
 import datasets
 
-from fastpref.data.built_in import SOURCES
-from fastpref.data.files import Location
-from fastpref.data.hub import hub_records
-from fastpref.data.layout_reader import LayoutReader
-from fastpref.data.layouts import AmbiguousRowError, Layout
+from fastpref.data.layouts.layout_reader import LayoutReader
+from fastpref.data.layouts.recognition import AmbiguousRowError, Layout
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import DIGEST_FIELD, MALFORMED, WEIGHT_FIELDS, make_row
 from fastpref.data.options import ReadOptions
 from fastpref.data.pair_tracker import PairTracker, row_remarks
 from fastpref.data.places import LINES, place_of
-from fastpref.data.readers import read_records
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import DIGEST_FIELD, MALFORMED, WEIGHT_FIELDS, make_row
+from fastpref.data.sources.built_in import SOURCES
+from fastpref.data.sources.files import Location
+from fastpref.data.sources.hub import hub_records
+from fastpref.data.sources.readers import read_records
 from fastpref.errors import DataError
 
 FEATURES = datasets.Features(

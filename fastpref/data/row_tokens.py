@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from fastpref.data.chat import ChatFormat, RenderedChat, render_chat
 from fastpref.data.counts import JOINED_ROWS, Remark
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
 
 Ids = list[int]
 Offsets = Sequence[tuple[int, int]]

@@ -11,12 +11,12 @@ import pyarrow.compute as pc
 
 from fastpref.data.cache import cache_errors, code_digest, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
-from fastpref.data.files import Location
 from fastpref.data.options import DataOptions
 from fastpref.data.parts import Part, find_part
 from fastpref.data.places import place_of, places_of
 from fastpref.data.row_stream import FEATURES, generate_rows, source_records
 from fastpref.data.selection import COPY, Division, Selection, select_rows
+from fastpref.data.sources.files import Location
 from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origin
 from fastpref.errors import DataError
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.complete_files import complete_file
-from fastpref.data.readers import SUFFIXES
+from fastpref.data.sources.readers import SUFFIXES
 from fastpref.errors import DataError
 
 

@@ -12,11 +12,11 @@ from fastpref.memory.stand_ins import (
     stand_in_four_bits,
 )
 from fastpref.memory.worst_rows import Rows
+from fastpref.model.adapters.quantize import linear_layers
 from fastpref.model.attention.interface import IMPLEMENTATION
 from fastpref.model.blocks import find_blocks
 from fastpref.model.mixers import find_mixers
 from fastpref.model.parallelize import wrap_blocks
-from fastpref.model.quantize import linear_layers
 from fastpref.model.rotary import keep_steady
 from fastpref.model.router import has_router
 

@@ -12,13 +12,13 @@ from fastpref.config import TrainingOptions
 from fastpref.memory.count import TokenBytes, Weights, count_token_bytes, count_weights
 from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan, Sizes, plan_memory
 from fastpref.memory.worst_rows import Rows
-from fastpref.model.adapter_base import find_adapter_base
+from fastpref.model.adapters.base import find_adapter_base
+from fastpref.model.adapters.lora import insert_adapters
+from fastpref.model.adapters.tied_head import numbers_of_adapted_head
+from fastpref.model.files.paths import named_model
 from fastpref.model.frozen import frozen_dtype
 from fastpref.model.liger import FAMILIES
-from fastpref.model.lora import insert_adapters
-from fastpref.model.paths import named_model
 from fastpref.model.source import build_meta
-from fastpref.model.tied_head import numbers_of_adapted_head
 
 logger = logging.getLogger("fastpref")
 

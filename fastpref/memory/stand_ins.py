@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpref.batch import SegmentLayout
+from fastpref.model.adapters.quantize import linear_layers
 from fastpref.model.attention.backends import GatheredKeys, PackedAttention
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.liger import is_norm, is_swiglu
-from fastpref.model.quantize import linear_layers
 
 
 class _Attention(torch.autograd.Function):
@@ -148,7 +148,7 @@ class _FourBits(nn.Linear):
 
 
 def stand_in_four_bits(model: Any, block_name: str | None) -> None:
-    """What `fastpref.model.quantize` replaces, in place; before adapters are put beside it.
+    """What `model/adapters/quantize.py` replaces, in place; before adapters are put beside it.
 
     Args:
         model: On the meta device.

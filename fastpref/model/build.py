@@ -7,6 +7,7 @@ import torch
 from fastpref.config import ModelConfig
 from fastpref.config.groups import FLASH_PACKAGES
 from fastpref.distributed import World
+from fastpref.model.adapters.lora import Adapters
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.frozen import (
     compute_in,
@@ -14,7 +15,6 @@ from fastpref.model.frozen import (
 )
 from fastpref.model.liger import replace_layers
 from fastpref.model.logit_path import LogitPath
-from fastpref.model.lora import Adapters
 from fastpref.model.parallelize import parallelize, send_weights, wrap_blocks
 from fastpref.model.replicate import replicate
 from fastpref.model.router import Router, choose_balance

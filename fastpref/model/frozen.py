@@ -13,9 +13,9 @@ from torch import nn
 
 from fastpref.config import ModelConfig
 from fastpref.model.exact_arithmetic import cast_in_forward
-from fastpref.model.paths import ModelSource, named_model
+from fastpref.model.files.paths import ModelSource, named_model
+from fastpref.model.files.weight_files import weight_files, weights_folder
 from fastpref.model.source import build_meta
-from fastpref.model.weight_files import weight_files, weights_folder
 
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 """Safetensors' names of the dtypes that float32 contains."""

@@ -9,16 +9,16 @@ import torch
 
 from fastpref.config import ModelConfig
 from fastpref.distributed import World
-from fastpref.model.adapter_base import find_adapter_base
+from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.checks import Findings, check_model
-from fastpref.model.families import other_parts
+from fastpref.model.files.families import other_parts
+from fastpref.model.files.paths import ModelSource, named_model
 from fastpref.model.frozen import (
     frozen_dtype,
     round_buffers,
     rounds_more_than_parameters,
     store_parameters,
 )
-from fastpref.model.paths import ModelSource, named_model
 from fastpref.model.source import build_empty, load_model
 
 logger = logging.getLogger("fastpref")

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from fastpref.config import AdapterConfig, ModelConfig
-from fastpref.model.adapter_base import find_adapter_base
-from fastpref.model.adapters import merge_adapter
-from fastpref.model.paths import find_model
-from fastpref.model.quantize import round_blocks
+from fastpref.model.adapters.base import find_adapter_base
+from fastpref.model.adapters.folders import merge_adapter
+from fastpref.model.adapters.quantize import round_blocks
+from fastpref.model.files.paths import find_model
 from fastpref.model.source import load_model
 
 

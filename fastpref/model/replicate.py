@@ -8,7 +8,7 @@ import torch.distributed as dist
 from fastpref.checkpoint.size import available_to_rank
 from fastpref.config import AdapterConfig, TrainingOptions
 from fastpref.distributed import World
-from fastpref.model.lora import Adapters, add_adapters
+from fastpref.model.adapters.lora import Adapters, add_adapters
 from fastpref.model.scorer import TokenScorer
 
 

@@ -22,16 +22,16 @@ from torch.optim import Optimizer
 from transformers import GenerationConfig
 
 from fastpref.batch import Batch
+from fastpref.model.adapters.lora import Adapters
+from fastpref.model.adapters.tied_head import adapted_head
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
-from fastpref.model.lora import Adapters
 from fastpref.model.masters import MasterWeights
 from fastpref.model.mixers import Sequences, computing
 from fastpref.model.positions import position_limit
 from fastpref.model.rotary import keep_steady
 from fastpref.model.router import RouterBalance
-from fastpref.model.tied_head import adapted_head
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,19 +10,19 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
 from fastpref.errors import ConfigError
-from fastpref.model.adapters import adapt_config, check_adapter, merge_adapter, untie
-from fastpref.model.archives import read_policy
-from fastpref.model.configs import code_of, code_refused, load_base_config, say_what_runs
-from fastpref.model.families import code_options, find_family
-from fastpref.model.full_weights import load_checkpoint, load_weights, named_weights
-from fastpref.model.paths import (
+from fastpref.model.adapters.folders import adapt_config, check_adapter, merge_adapter, untie
+from fastpref.model.files.archives import read_policy
+from fastpref.model.files.configs import code_of, code_refused, load_base_config, say_what_runs
+from fastpref.model.files.families import code_options, find_family
+from fastpref.model.files.full_weights import load_checkpoint, load_weights, named_weights
+from fastpref.model.files.paths import (
     ModelSource,
     archived_model,
     find_archive,
     named_model,
     resolve_tokenizer,
 )
-from fastpref.model.reading import reading
+from fastpref.model.files.reading import reading
 from fastpref.model.two_tables import holds_two_tables
 
 logger = logging.getLogger("fastpref")

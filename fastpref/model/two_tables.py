@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastpref.model.tied_head import is_tied
-from fastpref.model.weight_files import weight_files
+from fastpref.model.adapters.tied_head import is_tied
+from fastpref.model.files.weight_files import weight_files
 
 
 def holds_two_tables(name: str, model: Any) -> bool:

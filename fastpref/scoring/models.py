@@ -9,11 +9,11 @@ from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.memory.repetition import release_memory
-from fastpref.model.adapter_base import AdapterBase, find_shared_base
+from fastpref.model.adapters.base import AdapterBase, find_shared_base
+from fastpref.model.adapters.lora import add_given_adapters
 from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer
 from fastpref.model.loading import load_causal_lm, try_model
-from fastpref.model.lora import add_given_adapters
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.side import Side
 

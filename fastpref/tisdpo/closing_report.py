@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.table import Table
 
 from fastpref.complete_files import writing
-from fastpref.model.paths import EXPORT_FOLDER, MERGED_FOLDER
+from fastpref.model.files.paths import EXPORT_FOLDER, MERGED_FOLDER
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stage_record import read_record
 from fastpref.tisdpo.stages import Stage
-from fastpref.train.history import read_records
-from fastpref.train.report import by_metric, print_text, render
+from fastpref.train.logs.report import by_metric, print_text, render
+from fastpref.train.resume.history import read_records
 
 logger = logging.getLogger("fastpref")
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastpref.data.planted import generate_rows
+from fastpref.data.sources.planted import generate_rows
 
 
 def planted_masks(

@@ -12,8 +12,8 @@ from fastpref.config import StagesConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.tisdpo.stages import first_stage
-from fastpref.train.differences import is_among, list_differences
 from fastpref.train.opening import read_options
+from fastpref.train.resume.differences import is_among, list_differences
 from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, lock, took_no_step
 
 logger = logging.getLogger("fastpref")

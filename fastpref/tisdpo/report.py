@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
-from fastpref.data.token_texts import token_texts
+from fastpref.data.audit.token_texts import token_texts
 from fastpref.data.weights_file import WeightsOrigin
 from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
 

@@ -14,8 +14,8 @@ from fastpref.data.source import Rows
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
-from fastpref.model.identity import model_identity, side_model
-from fastpref.model.paths import named_model
+from fastpref.model.files.identity import model_identity, side_model
+from fastpref.model.files.paths import named_model
 from fastpref.model.source import load_model_tokenizer, read_vocab_size
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text

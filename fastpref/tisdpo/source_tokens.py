@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from fastpref.batch import EncodedRow
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, count_rows
+from fastpref.data.layouts.row_values import RowError, json_text
+from fastpref.data.layouts.rows import EMPTY_RESPONSE, MALFORMED
 from fastpref.data.places import places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
-from fastpref.data.row_values import RowError, json_text
-from fastpref.data.rows import EMPTY_RESPONSE, MALFORMED
 from fastpref.data.source import Rows
 from fastpref.errors import DataError
 from fastpref.tisdpo.templates import apply_to_messages, apply_to_text

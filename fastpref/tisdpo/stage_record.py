@@ -12,8 +12,8 @@ from fastpref.complete_files import complete_file
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.tisdpo.stages import Stage
-from fastpref.train.comparison import FORMAT, check_same_run
 from fastpref.train.data import load_data
+from fastpref.train.resume.comparison import FORMAT, check_same_run
 
 MARKER = "stage.json"
 """In a stage's folder once it is done: its seconds, its result in words, and the fingerprints of

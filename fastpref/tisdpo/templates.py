@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fastpref.data.messages import content_text
+from fastpref.data.layouts.messages import content_text
 
 ROLE_SENTENCES = {
     "normal": "",

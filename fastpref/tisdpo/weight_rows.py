@@ -17,7 +17,7 @@ from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file, writing
 from fastpref.data.chat import ChatFormat, current_date
 from fastpref.data.counts import AuditCounts
-from fastpref.data.row_values import json_text
+from fastpref.data.layouts.row_values import json_text
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, read_origin, write_origin
 from fastpref.distributed import World

@@ -9,13 +9,13 @@ import torch
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.pair import Pair
-from fastpref.train.announce import announce_adapters, announce_tokens
 from fastpref.train.data import Data, Loaders, build_loaders
-from fastpref.train.export_plan import plan_export
+from fastpref.train.export.plan import plan_export
 from fastpref.train.known_reference import Origin, know_reference
+from fastpref.train.logs.announce import announce_adapters, announce_tokens
 from fastpref.train.opening import open_log, open_run_dir
+from fastpref.train.resume.start import Start
 from fastpref.train.run import Run
-from fastpref.train.start import Start
 from fastpref.train.updates import Updates, build_updates
 from fastpref.train.workload import Workload
 

@@ -6,11 +6,11 @@ from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.pair import build_pair
 from fastpref.objectives.objective import build_objective
-from fastpref.train.announce import announce
 from fastpref.train.assembly import Parts, place_of
 from fastpref.train.data import load_data
+from fastpref.train.logs.announce import announce
+from fastpref.train.resume.start import Start
 from fastpref.train.run import Run
-from fastpref.train.start import Start
 from fastpref.train.workload import build_workload
 
 

@@ -15,8 +15,8 @@ from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.signals import StopRequest
-from fastpref.train.comparison import FORMAT, HELD_OUT
-from fastpref.train.metrics import Record
+from fastpref.train.logs.metrics import Record
+from fastpref.train.resume.comparison import FORMAT, HELD_OUT
 from fastpref.train.run import Run
 
 logger = logging.getLogger("fastpref")

@@ -8,13 +8,13 @@ from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, ModelConfig
 from fastpref.data.announce import read_splits
-from fastpref.data.audit import describe_example
+from fastpref.data.audit.account import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
 from fastpref.model.source import check_archive, load_vocabulary, pad_token_id
-from fastpref.train.fingerprints import take_digests, take_model_digest
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
+from fastpref.train.resume.fingerprints import take_digests, take_model_digest
 
 logger = logging.getLogger("fastpref")
 

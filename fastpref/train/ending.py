@@ -2,9 +2,9 @@
 
 from fastpref.signals import StopRequest
 from fastpref.train.checkpoints import Checkpoints
-from fastpref.train.export import export_model
+from fastpref.train.export.latest import export_model
+from fastpref.train.logs.report import show_results
 from fastpref.train.non_finite import raise_if_not_finite
-from fastpref.train.report import show_results
 from fastpref.train.run import Run
 
 

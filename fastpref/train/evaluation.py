@@ -11,7 +11,7 @@ from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.objective import Metrics
 from fastpref.signals import StopRequest
-from fastpref.train.metrics import (
+from fastpref.train.logs.metrics import (
     Record,
     format_metrics,
     name_for_split,

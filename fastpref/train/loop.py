@@ -7,7 +7,7 @@ from fastpref.progress import Progress
 from fastpref.signals import NON_FINITE, StopRequest
 from fastpref.train.checkpoints import Checkpoints
 from fastpref.train.evaluation import evaluate
-from fastpref.train.metrics import PendingStep, Record, format_metrics
+from fastpref.train.logs.metrics import PendingStep, Record, format_metrics
 from fastpref.train.run import Run
 from fastpref.train.step import train_step
 

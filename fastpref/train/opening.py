@@ -13,14 +13,14 @@ from fastpref.complete_files import complete_file, writing
 from fastpref.config import TrackerOptions
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
-from fastpref.train.differences import effect_of, list_differences
-from fastpref.train.history import METRICS, bring_history, read_records
-from fastpref.train.metrics import MetricsLog, first_loss_tolerance
-from fastpref.train.origin import keep_origin
+from fastpref.train.logs.metrics import MetricsLog, first_loss_tolerance
+from fastpref.train.logs.trackers import build_trackers
+from fastpref.train.logs.utilization import UsefulWork
+from fastpref.train.resume.differences import effect_of, list_differences
+from fastpref.train.resume.history import METRICS, bring_history, read_records
+from fastpref.train.resume.origin import keep_origin
+from fastpref.train.resume.start import Start
 from fastpref.train.run_folder import OPTIONS, clear_start, lock, names_in, took_no_step
-from fastpref.train.start import Start
-from fastpref.train.trackers import build_trackers
-from fastpref.train.utilization import UsefulWork
 
 logger = logging.getLogger("fastpref")
 

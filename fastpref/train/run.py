@@ -12,9 +12,9 @@ from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.step_loss import StepLoss
-from fastpref.train.export_plan import ExportPlan
-from fastpref.train.metrics import MetricsLog
-from fastpref.train.start import Start
+from fastpref.train.export.plan import ExportPlan
+from fastpref.train.logs.metrics import MetricsLog
+from fastpref.train.resume.start import Start
 from fastpref.train.state import RunState
 from fastpref.train.updates import Updates
 

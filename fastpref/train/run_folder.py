@@ -19,7 +19,7 @@ from fastpref.complete_files import writing
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
-from fastpref.model.paths import EXPORT_FOLDER, MERGED_FOLDER
+from fastpref.model.files.paths import EXPORT_FOLDER, MERGED_FOLDER
 
 logger = logging.getLogger("fastpref")
 

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from fastpref.batches.loader import Loader, StepBatches
 from fastpref.objectives.objective import Metrics
-from fastpref.train.metrics import name_for_split, sum_over_examples
+from fastpref.train.logs.metrics import name_for_split, sum_over_examples
 from fastpref.train.run import Run
 
 LOSS = "loss/train"

@@ -12,13 +12,13 @@ from fastpref.config import Config
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.signals import StopRequest, say_if_stopped
-from fastpref.train.advice import advise
 from fastpref.train.build import build_run
 from fastpref.train.checkpoints import open_checkpoints
 from fastpref.train.ending import finish
+from fastpref.train.logs.advice import advise
 from fastpref.train.loop import run_loop
+from fastpref.train.resume.start import find_start
 from fastpref.train.run_folder import keeping_locks, run_place
-from fastpref.train.start import find_start
 
 logger = logging.getLogger("fastpref")
 

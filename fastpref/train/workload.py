@@ -12,8 +12,8 @@ from fastpref.memory.worst_rows import Rows
 from fastpref.model.pair import Pair
 from fastpref.objectives.objective import Objective
 from fastpref.objectives.step_loss import StepLoss
+from fastpref.train.logs.utilization import UsefulWork, useful_work
 from fastpref.train.optim import state_bytes
-from fastpref.train.utilization import UsefulWork, useful_work
 
 
 class Workload(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig, TransformConfig
-from fastpref.data.audit import describe_example, run_audit
+from fastpref.data.audit.account import describe_example, run_audit
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
 from fastpref.errors import DataError

@@ -16,7 +16,7 @@ from fastpref.data.chat import (
     render_chat,
     strip_final_eos,
 )
-from fastpref.data.row_values import RowError
+from fastpref.data.layouts.row_values import RowError
 from fastpref.errors import ConfigError
 
 

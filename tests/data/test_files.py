@@ -10,10 +10,10 @@ from small_data import byte_tokenizer, count_calls, make_config, pairs, write_js
 
 from fastpref.data.announce import describe_layout
 from fastpref.data.encode import load_split
-from fastpref.data.files import find_source, split_of
 from fastpref.data.options import data_options
 from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.source import read_rows
+from fastpref.data.sources.files import find_source, split_of
 from fastpref.errors import DataError
 
 ROWS = pairs(7)

@@ -14,8 +14,8 @@ from fastpref.data.parts import own_parts
 from fastpref.data.selection import COPY
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
-from fastpref.train.fingerprints import split_digest
 from fastpref.train.orders import build_train_order
+from fastpref.train.resume.fingerprints import split_digest
 
 
 def write(tmp_path, rows, name="set", split="train"):

@@ -2,8 +2,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from fastpref.data.hub import hh_rows, hub_rows, se_rows, shp_rows, strip_html
-from fastpref.data.rows import parse_row
+from fastpref.data.layouts.rows import parse_row
+from fastpref.data.sources.hub import hh_rows, hub_rows, se_rows, shp_rows, strip_html
 from fastpref.errors import DataError
 
 

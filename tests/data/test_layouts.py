@@ -12,9 +12,9 @@ from small_data import make_config, pair, write_jsonl
 
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig
 from fastpref.data.announce import log_layouts
-from fastpref.data.layout_reader import LayoutReader
+from fastpref.data.layouts.layout_reader import LayoutReader
+from fastpref.data.layouts.row_values import RowError
 from fastpref.data.options import data_options
-from fastpref.data.row_values import RowError
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 

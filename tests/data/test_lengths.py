@@ -8,8 +8,8 @@ from small_data import byte_tokenizer, make_config, pair, write_jsonl
 
 from fastpref.cli.length_table import LIMIT, draw
 from fastpref.config import SFTConfig
+from fastpref.data.audit.lengths import MOST_BINS, _histogram, measure_lengths
 from fastpref.data.encode import encode_source
-from fastpref.data.lengths import MOST_BINS, _histogram, measure_lengths
 from fastpref.data.options import data_options
 from fastpref.data.source import read_rows
 

@@ -1,8 +1,8 @@
 import pytest
 
-from fastpref.data.messages import add_system, content_text, read_messages, read_tools
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import EMPTY_RESPONSE, parse_row
+from fastpref.data.layouts.messages import add_system, content_text, read_messages, read_tools
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import EMPTY_RESPONSE, parse_row
 
 
 def say(role, content, **fields):

@@ -5,7 +5,12 @@ import itertools
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.data.planted import TINY_MODEL_DIR, check_answer, generate_rows, generate_sft_rows
+from fastpref.data.sources.planted import (
+    TINY_MODEL_DIR,
+    check_answer,
+    generate_rows,
+    generate_sft_rows,
+)
 
 
 @pytest.fixture(scope="module")

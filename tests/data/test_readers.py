@@ -8,8 +8,8 @@ import pyarrow.parquet
 from small_data import make_config, write_jsonl
 
 from fastpref.data.options import data_options
-from fastpref.data.readers import read_records
 from fastpref.data.source import read_rows
+from fastpref.data.sources.readers import read_records
 
 
 def read(tmp_path):

@@ -5,6 +5,8 @@ from transformers import PreTrainedTokenizer
 
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import JOINED_ROWS, Remark
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import EMPTY_RESPONSE, parse_row
 from fastpref.data.row_tokens import (
     RowTexts,
     divide_by_offsets,
@@ -12,8 +14,6 @@ from fastpref.data.row_tokens import (
     tokenize_rows,
     without_final_eos,
 )
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import EMPTY_RESPONSE, parse_row
 from fastpref.errors import ConfigError
 
 

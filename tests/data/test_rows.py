@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from fastpref.data.row_values import RowError
-from fastpref.data.rows import NO_SHARED_PROMPT, comparable, parse_row, split_dialogues
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import NO_SHARED_PROMPT, comparable, parse_row, split_dialogues
 
 
 def parse(record, *, weighted=False, allow_roles=False):

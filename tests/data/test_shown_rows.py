@@ -4,12 +4,12 @@ import pytest
 from small_data import TEMPLATE, byte_tokenizer, make_config, pair, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig, TransformConfig
-from fastpref.data.audit_report import report_split
+from fastpref.data.audit.report import report_split
+from fastpref.data.audit.shown_rows import CUT, LOSS, MASKED, PROMPT, said_characters
+from fastpref.data.audit.token_texts import token_spans
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
-from fastpref.data.shown_rows import CUT, LOSS, MASKED, PROMPT, said_characters
 from fastpref.data.source import read_rows
-from fastpref.data.token_texts import token_spans
 
 CHAT = {
     "prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": "What?"}],

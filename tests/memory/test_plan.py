@@ -30,8 +30,8 @@ from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan
 from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
 from fastpref.memory.stack import find_stack
 from fastpref.memory.worst_rows import Rows, worst_rows
+from fastpref.model.adapters.lora import insert_adapters
 from fastpref.model.blocks import find_blocks
-from fastpref.model.lora import insert_adapters
 from fastpref.model.pair import Pair, build_pair
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss

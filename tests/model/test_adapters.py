@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
+from fastpref.model.files.identity import model_identity
+from fastpref.model.files.paths import find_model
 from fastpref.model.frozen import frozen_dtype
-from fastpref.model.identity import model_identity
-from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, load_model, read_vocab_size
 
 peft = pytest.importorskip("peft")

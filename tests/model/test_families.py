@@ -22,10 +22,10 @@ from fastpref.config import (
     TrainingOptions,
 )
 from fastpref.distributed import init_world
-from fastpref.model.families import other_parts
+from fastpref.model.files.families import other_parts
+from fastpref.model.files.paths import find_model
 from fastpref.model.logit_path import measure_logit_path
 from fastpref.model.pair import build_pair
-from fastpref.model.paths import find_model
 from fastpref.model.source import build_empty, build_meta, load_model, read_vocab_size
 
 OTHERS = ("vision", "visual", "projector")

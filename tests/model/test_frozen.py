@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref.batches.padded import pad_rows
 from fastpref.config import ModelConfig
 from fastpref.errors import ConfigError
+from fastpref.model.files.paths import find_model
 from fastpref.model.frozen import (
     checkpoint_dtypes,
     compute_in,
     frozen_dtype,
     is_stored_exactly,
 )
-from fastpref.model.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model
 

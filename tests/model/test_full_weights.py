@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, NEOX, SMALL, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import find_model
+from fastpref.model.files.paths import find_model
 from fastpref.model.source import load_model
 
 IDS = torch.arange(3, 15)[None]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.identity import model_identity, side_model
+from fastpref.model.files.identity import model_identity, side_model
 
 
 def identity(name, **options) -> str:

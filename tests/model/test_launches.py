@@ -18,9 +18,9 @@ from torch import Tensor
 from fastpref.batch import EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.model import liger
+from fastpref.model.adapters.low_rank import adapted_linear, take_apart
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
 from fastpref.model.build import freeze
-from fastpref.model.low_rank import adapted_linear, take_apart
 from fastpref.model.scorer import TokenScorer
 
 SIZES = {

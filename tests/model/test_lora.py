@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.adapter_base import find_adapter_base
+from fastpref.model.adapters.base import find_adapter_base
+from fastpref.model.adapters.lora import adapter_state, add_adapters
+from fastpref.model.adapters.targets import choose_targets
+from fastpref.model.adapters.tied_head import adapted_head
 from fastpref.model.logit_path import measure_logit_path
-from fastpref.model.lora import adapter_state, add_adapters
-from fastpref.model.lora_targets import choose_targets
-from fastpref.model.tied_head import adapted_head
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 

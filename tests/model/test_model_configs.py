@@ -8,8 +8,8 @@ from tiny_models import save_tiny_model
 from transformers import BartConfig, BertConfig, T5Config, ViTConfig
 
 from fastpref.errors import CheckpointError
-from fastpref.model.configs import load_config
-from fastpref.model.paths import find_model
+from fastpref.model.files.configs import load_config
+from fastpref.model.files.paths import find_model
 from fastpref.model.source import build_empty, load_model, read_vocab_size
 
 

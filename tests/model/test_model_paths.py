@@ -9,7 +9,7 @@ from tiny_models import save_tiny_model
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import find_model, resolve_model, resolve_tokenizer
+from fastpref.model.files.paths import find_model, resolve_model, resolve_tokenizer
 from fastpref.model.source import load_model_tokenizer
 
 

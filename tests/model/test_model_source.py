@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from fastpref.cli.run import main
 from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import find_model
+from fastpref.model.adapters.tied_head import is_tied
+from fastpref.model.files.paths import find_model
 from fastpref.model.source import build_empty, load_model, load_tokenizer, pad_token_id
-from fastpref.model.tied_head import is_tied
 
 
 @pytest.fixture(scope="module")

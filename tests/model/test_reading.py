@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.reading import reading, reason
+from fastpref.model.files.reading import reading, reason
 
 RULE = "Validation error for field 'size':\n    TypeError: expected int, got str\nTraceback …"
 

@@ -12,11 +12,11 @@ from tiny_models import save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
-from fastpref.model import families
-from fastpref.model.configs import load_base_config, say_what_runs
-from fastpref.model.families import code_options
-from fastpref.model.identity import model_identity
-from fastpref.model.paths import find_model
+from fastpref.model.files import families
+from fastpref.model.files.configs import load_base_config, say_what_runs
+from fastpref.model.files.families import code_options
+from fastpref.model.files.identity import model_identity
+from fastpref.model.files.paths import find_model
 
 MARK = "print('this code ran')\n"
 CONFIGURATION = """

@@ -37,7 +37,7 @@ from fastpref.errors import (
     InterruptionError,
     PreemptionError,
 )
-from fastpref.model.identity import side_model
+from fastpref.model.files.identity import side_model
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.side import check_finite
 from fastpref.tisdpo import weight_rows

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from fastpref.data.planted import generate_rows
-from fastpref.model.paths import resolve_model
+from fastpref.data.sources.planted import generate_rows
+from fastpref.model.files.paths import resolve_model
 from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
 from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram, token_texts
 from fastpref.tisdpo.report_html import write_html

@@ -24,7 +24,7 @@ from fastpref.config import (
 )
 from fastpref.config.stages import StagesConfig
 from fastpref.distributed import World
-from fastpref.train.advice import (
+from fastpref.train.logs.advice import (
     Advice,
     unmoved_share,
 )

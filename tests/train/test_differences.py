@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
-from fastpref.train.differences import Difference, list_differences
+from fastpref.train.resume.differences import Difference, list_differences
 from fastpref.train.state import RunState
 
 

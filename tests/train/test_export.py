@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import find_model
+from fastpref.model.files.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
-from fastpref.train.export import export_model
-from fastpref.train.export_plan import plan_export
+from fastpref.train.export.latest import export_model
+from fastpref.train.export.plan import plan_export
 from fastpref.train.task import train
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,9 @@ from stopped_runs import assert_same_end, lines_of, run, small_command, stopping
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
 from fastpref.errors import CheckpointError
-from fastpref.train import loop, metrics, start
+from fastpref.train import loop
+from fastpref.train.logs import metrics
+from fastpref.train.resume import start
 from fastpref.train.run_folder import RunPlace
 
 

@@ -32,8 +32,8 @@ from fastpref.config import (
 from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
 from fastpref.train.build import build_run
+from fastpref.train.resume.start import find_start
 from fastpref.train.run_folder import run_place
-from fastpref.train.start import find_start
 from fastpref.train.task import train
 
 LOSSES = {

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
 from fastpref.config import Config
-from fastpref.model.quantize import round_blocks
+from fastpref.model.adapters.quantize import round_blocks
 from fastpref.model.source import load_tokenizer
 
 FAMILIES: dict[str, dict[str, Any]] = {

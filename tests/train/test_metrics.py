@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastpref.train.metrics import MetricsLog, PendingStep, first_loss_tolerance
+from fastpref.train.logs.metrics import MetricsLog, PendingStep, first_loss_tolerance
 
 LOG_TWO = math.log(2)
 

@@ -9,7 +9,14 @@ import pytest
 from matplotlib import pyplot
 from rich.table import Table
 
-from fastpref.train.report import MIN_WIDTH, by_metric, plot_curves, render, show_results, summarize
+from fastpref.train.logs.report import (
+    MIN_WIDTH,
+    by_metric,
+    plot_curves,
+    render,
+    show_results,
+    summarize,
+)
 
 pytestmark = pytest.mark.looks_at_pictures
 

@@ -9,7 +9,7 @@ from tiny_models import save_tiny_model
 
 from fastpref.distributed import init_world
 from fastpref.memory.repetition import Repetition
-from fastpref.model.paths import find_model
+from fastpref.model.files.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_tokenizer
 from fastpref.signals import StopRequest

@@ -10,7 +10,7 @@ from tiny_models import read_metrics
 import train
 from fastpref.cli.command_line import main
 from fastpref.errors import CheckpointError
-from fastpref.train.metrics import MetricsLog
+from fastpref.train.logs.metrics import MetricsLog
 
 # stands in for the service's package, which tests neither install nor reach
 WANDB = """

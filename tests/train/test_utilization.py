@@ -10,8 +10,8 @@ from tiny_models import save_tiny_model
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, PackingConfig, SFTConfig
 from fastpref.distributed import init_world
 from fastpref.model.pair import build_pair
-from fastpref.train.metrics import MetricsLog, PendingStep
-from fastpref.train.utilization import UsefulWork, count_work, peak_of, useful_work
+from fastpref.train.logs.metrics import MetricsLog, PendingStep
+from fastpref.train.logs.utilization import UsefulWork, count_work, peak_of, useful_work
 
 # of the tiny model, a block: q and o, k and v, the three of the MLP
 BLOCKS = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
@@ -75,7 +75,9 @@ def test_shared_tokens_count_once_and_padding_not_at_all(
         device=torch.device("cpu"),
         work=UsefulWork(per_token=5, per_scored=7, peak=1e4),
     )
-    monkeypatch.setattr("fastpref.train.metrics.time.perf_counter", lambda: log._last_flush + 0.5)
+    monkeypatch.setattr(
+        "fastpref.train.logs.metrics.time.perf_counter", lambda: log._last_flush + 0.5
+    )
     log.add_step(
         PendingStep(
             step=1,

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from fastpref.config import ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
-from fastpref.model.paths import find_model
+from fastpref.model.files.paths import find_model
+from fastpref.model.files.source_weights import arrange, open_weights
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
-from fastpref.model.source_weights import arrange, open_weights
-from fastpref.train.export import export_model
-from fastpref.train.export_plan import plan_export
-from fastpref.train.weight_files import INDEX, write_weights
+from fastpref.train.export.latest import export_model
+from fastpref.train.export.plan import plan_export
+from fastpref.train.export.weight_files import INDEX, write_weights
 
 LAYOUTS = [(kind, False) for kind in KINDS] + [(kind, True) for kind in OLD_NAMES]
 

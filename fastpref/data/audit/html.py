@@ -1,0 +1,264 @@
+"""`audit.html`: what becomes of the data, to be looked at."""
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+from html import escape
+from itertools import groupby
+from typing import NamedTuple
+
+from fastpref.data.audit.lengths import Histogram
+from fastpref.data.audit.report import SplitReport
+from fastpref.data.audit.shown_rows import (
+    CUT,
+    LOSS,
+    MASKED,
+    PROMPT,
+    ShownPart,
+    ShownRow,
+    ShownToken,
+)
+from fastpref.page import render_page, render_tiles
+
+MOST_TOKENS = 400
+"""Of a stretch of tokens with one fate: of a longer one the middle is left out."""
+MOST_CHARACTERS = 4000
+"""The same of a text that was not tokenized."""
+
+STYLE = """
+:root { --loss: 13 148 136; } @media (prefers-color-scheme: dark) { :root { --loss: 45 190 170; } }
+ul { margin: 0 0 .6rem; padding-left: 1.2rem; max-width: 60rem; } li { overflow-wrap: anywhere; }
+.warn { border-left: 3px solid rgb(var(--high)); padding-left: .8rem; list-style: none; }
+.legend { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; font-size: .875rem; margin: 0 0 1rem; }
+.label { display: inline-block; border: 1px solid var(--line); border-radius: 1rem;
+  font-size: .8rem; padding: .05rem .6rem; margin: 0 .3rem .3rem 0; }
+.left { border-color: rgb(var(--high)); } .place { overflow-wrap: anywhere; }
+.part { margin: .7rem 0 0; } .response { line-height: 1.75; max-width: none; }
+.charts { grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); }
+.response .t { border-left: 1px solid var(--line); }
+.p { color: var(--muted); }
+.k { background: rgb(var(--loss) / calc(var(--a, .3) * var(--strength)));
+  box-shadow: inset 0 -2px rgb(var(--loss)); }
+.n { background: rgb(var(--high) / calc(var(--a) * var(--strength)));
+  box-shadow: inset 0 -2px rgb(var(--high)); }
+.m { outline: 1px dashed var(--muted); outline-offset: -1px; }
+.c { text-decoration: line-through; opacity: .55; }
+.f { font-style: italic; border-bottom: 1px dotted currentColor; }
+.t i { font-style: normal; color: var(--muted); opacity: .75; }
+.t .s { background: radial-gradient(circle, currentColor 1px, transparent 1.4px); }
+.gap { font: .8rem system-ui, sans-serif; color: var(--muted); padding: 0 .6em; }
+svg .within { fill: rgb(var(--loss)); }
+svg .over { fill: rgb(var(--high)); } svg .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
+svg .mark { fill: var(--ink); }
+"""
+CLASSES = {PROMPT: "p", LOSS: "k", MASKED: "m", CUT: "c"}
+WORDS = {
+    PROMPT: "read, not in the loss",
+    LOSS: "in the loss",
+    MASKED: "weight 0: not in the loss",
+    CUT: "cut",
+}
+
+
+class AuditPage(NamedTuple):
+    """All that the page shows."""
+
+    names: Sequence[str]
+    """Of the datasets."""
+    tokenizer: str
+    """Where it comes from."""
+    facts: Sequence[str]
+    warnings: Sequence[str]
+    """What concerns more than one split or file, in words."""
+    splits: Sequence[SplitReport]
+
+    def render(self) -> str:
+        """The page."""
+        about = f"<p class=muted>tokenizer <code>{escape(self.tokenizer)}</code></p>"
+        body = about + _notes(self.facts, self.warnings) + LEGEND
+        body += "".join(_split(split) for split in self.splits)
+        return render_page(f"Data: {', '.join(self.names)}", body, style=STYLE)
+
+
+def _sample(classes: str, text: str, meaning: str) -> str:
+    return f'<span><span class="t {classes}">{text}</span> {meaning}</span>'
+
+
+LEGEND = (
+    "<div class=legend>"
+    + _sample("p", "prompt", "read, not in the loss")
+    + _sample("k", "response", "in the loss, the darker the more a token weighs")
+    + _sample("n", "response", "in the loss with a negative weight")
+    + _sample("m", "response", "weight 0")
+    + _sample("c", "text", "cut")
+    + _sample("f", "text", "of the chat template, or EOS")
+    + "<span><span class=t><i class=s>&nbsp;</i> <i>↵</i> <i>⇥</i></span> space, line break, tab"
+    "</span></div>"
+)
+
+
+def _split(report: SplitReport) -> str:
+    counts = report.counts
+    num_dropped = sum(counts.dropped.values())
+    per_row = max(1, counts.kept)
+    tiles = [
+        ("rows", f"{counts.rows:,}"),
+        ("left out", f"{num_dropped:,}"),
+        ("rows to use", f"{counts.kept:,}"),
+        ("prompts", f"{counts.prompts:,}"),
+        ("prompt tokens a row", f"{counts.prompt_tokens / per_row:.0f}"),
+        ("response tokens a row", f"{counts.response_tokens / per_row:.0f}"),
+    ]
+    charts = "".join(
+        f"<figure>{histogram_svg(histogram)}<figcaption><b>{escape(histogram.name)}</b> &nbsp; "
+        f"{escape(describe_lengths(histogram))}</figcaption></figure>"
+        for histogram in report.lengths
+    )
+    return (
+        f"<h2>{escape(counts.split)}</h2>{render_tiles(tiles)}<p></p>"
+        f"{_notes(report.facts, report.warnings)}"
+        f"<h2>{escape(counts.split)}: lengths in tokens, before anything is cut</h2>"
+        f"<div class=charts>{charts}</div>"
+        f"<h2>{escape(counts.split)}: rows, token by token</h2>"
+        f"{''.join(map(_row, report.rows))}"
+    )
+
+
+def _notes(facts: Sequence[str], warnings: Sequence[str]) -> str:
+    lists = (("", facts), (" class=warn", warnings))
+    return "".join(
+        f"<ul{kind}>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+        for kind, lines in lists
+        if lines
+    )
+
+
+def describe_lengths(histogram: Histogram) -> str:
+    """The numbers beside a histogram, in words."""
+    over = f"{histogram.num_over:,} of {histogram.num_rows:,}"
+    return (
+        f"median {histogram.median:,}, 95 % up to {histogram.most:,}, longest "
+        f"{histogram.longest:,}; {over} over "
+        f"{histogram.limit_name} = {histogram.limit:,}"
+    )
+
+
+def histogram_svg(histogram: Histogram) -> str:
+    """Rows by length as inline SVG, with the limit as a line where it is near."""
+    width, left, top, base = 480, 8, 26, 150
+    step = (width - 2 * left) / len(histogram.counts)
+    highest, within = max(histogram.counts, default=0) or 1, histogram.bins_within
+    bars = []
+    for i, count in enumerate(histogram.counts):
+        size = count / highest * (base - top)
+        kind = "over" if within is not None and i >= within else "within"
+        tokens = f"{histogram.edges[i] + 1:,} to {histogram.edges[i + 1]:,} tokens: {count:,} rows"
+        bars.append(
+            f'<rect class={kind} x="{left + i * step + 0.75:.1f}" y="{base - size:.1f}" '
+            f'width="{max(step - 1.5, 0.5):.1f}" height="{size:.1f}" rx="1.5">'
+            f"<title>{tokens}</title></rect>"
+        )
+    end = f"{histogram.edges[-1]:,}"
+    if histogram.longest > histogram.edges[-1]:
+        end += " and more"
+    marks = (
+        f'<text x="{left}" y="{base + 17}">0</text>'
+        f'<text x="{width - left}" y="{base + 17}" text-anchor=end>{end}</text>'
+    )
+    if within is not None:
+        x = left + within * step
+        # not beyond the picture's edge
+        anchor = "start" if x < width / 2 else "end"
+        marks += (
+            f'<line class=limit x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{base}"/>'
+            f'<text class=mark x="{x + (4 if anchor == "start" else -4):.1f}" y="{top - 10}" '
+            f"text-anchor={anchor}>{escape(histogram.limit_name)} = {histogram.limit:,}</text>"
+        )
+    return (
+        f'<svg viewBox="0 0 {width} {base + 24}" role=img aria-label="Histogram of '
+        f'{escape(histogram.name)}: {escape(describe_lengths(histogram))}">'
+        f'<line class=axis x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>'
+        f"{''.join(bars)}{marks}</svg>"
+    )
+
+
+def _row(row: ShownRow) -> str:
+    labels = "".join(f"<span class=label>{escape(label)}</span>" for label in row.labels)
+    if row.drop:
+        labels += f'<span class="label left">{escape(row.drop)}</span>'
+    remarks = f"<ul class=muted>{''.join(f'<li>{escape(r)}</li>' for r in row.remarks)}</ul>"
+    return (
+        f"<section class=pair>{labels}<span class='muted place'>{escape(row.place)}</span>"
+        f"{remarks if row.remarks else ''}{''.join(map(_part, row.parts))}</section>"
+    )
+
+
+def _part(part: ShownPart) -> str:
+    if not part.tokens:
+        return (
+            f"<div class=part><div class=side>{escape(part.name)}</div>"
+            f"<p class=response>{_text(part.text)}</p></div>"
+        )
+    num_tokens = f"{len(part.tokens):,} tokens"
+    if part.num_kept < len(part.tokens):
+        num_tokens = f"{part.num_kept:,} of {num_tokens} stay"
+    largest = max((abs(token.weight or 0) for token in part.tokens), default=0) or 1.0
+    spans = "".join(_tokens(part.tokens, largest))
+    return (
+        f"<div class=part><div class=side>{escape(part.name)}, {num_tokens}</div>"
+        f"<p class=response>{spans}</p></div>"
+    )
+
+
+def _text(text: str) -> str:
+    """A text that was not tokenized; the middle of a long one is left out."""
+    half = MOST_CHARACTERS // 2
+    left_out = len(text) - 2 * half
+    if left_out <= 0:
+        return f'<span class="t c">{visible(text)}</span>'
+    gap = f"<span class=gap>… {left_out:,} characters …</span>"
+    return gap.join(
+        f'<span class="t c">{visible(end)}</span>' for end in (text[:half], text[-half:])
+    )
+
+
+def _tokens(tokens: Sequence[ShownToken], largest: float) -> Iterator[str]:
+    for _, stretch in groupby(tokens, key=lambda token: token.fate):
+        same = list(stretch)
+        if len(same) > MOST_TOKENS:
+            half = MOST_TOKENS // 2
+            yield from (_token(token, largest) for token in same[:half])
+            yield f"<span class=gap>… {len(same) - 2 * half:,} tokens …</span>"
+            same = same[-half:]
+        yield from (_token(token, largest) for token in same)
+
+
+def _token(token: ShownToken, largest: float) -> str:
+    kind = CLASSES[token.fate]
+    about, style = f"{WORDS[token.fate]}, id {token.id}", ""
+    if token.weight:
+        # a token that hardly weighs is still told from one that does not
+        style = f' style="--a:{0.1 + 0.9 * abs(token.weight) / largest:.2f}"'
+        kind = "n" if token.weight < 0 and token.fate == LOSS else kind
+        about += f", weight {token.weight:+.4g}"
+    template = " f" if token.is_template else ""
+    return f'<span class="t {kind}{template}"{style} data-w="{about}">{visible(token.text)}</span>'
+
+
+def visible(text: str) -> str:
+    """A text as HTML in which no character is unseen: spaces are dotted, line breaks and tabs have
+    their signs, what else has no form of its own its number. ▫ is a token without text, which has
+    some of a character's bytes."""
+    return "".join(map(_visible, text)) if text else "<i>▫</i>"
+
+
+def _visible(character: str) -> str:
+    if character == " ":
+        return "<i class=s> </i>"
+    if character == "\n":
+        return "<i>↵</i>\n"
+    if character == "\t":
+        return "<i>⇥</i>\t"
+    # controls, formats (which may turn a line around), separators, half surrogates
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs"):
+        return f"<i>U+{ord(character):04X}</i>"
+    return escape(character)

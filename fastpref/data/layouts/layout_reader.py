@@ -1,0 +1,116 @@
+"""The records of one source as checked rows, all of them in the layout of the first."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from fastpref.checks import listed
+from fastpref.data.layouts.readings import Record
+from fastpref.data.layouts.recognition import TEXTS, AmbiguousRowError, Layout, recognise
+from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import SIDES, Row, parse_row
+
+
+class LayoutReader:
+    """Checks the records of one source, all of them in the layout of the first."""
+
+    def __init__(
+        self, columns: Mapping[str, str | None], *, single: bool, weighted: bool, allow_roles: bool
+    ) -> None:
+        """Args:
+        columns: `data.columns`.
+        single: Take rows of one response.
+        weighted, allow_roles: See `parse_row`.
+        """
+        self._columns = columns
+        self._named = tuple(field for field, column in columns.items() if column is not None)
+        self._single = single
+        self._parse = partial(parse_row, weighted=weighted, allow_roles=allow_roles)
+        self._layout: Layout | None = None
+
+    def parse(self, record: Any) -> tuple[Row, Layout]:
+        """A checked row and how it was laid out.
+
+        Raises:
+            RowError: the row breaks a rule, or is laid out as those before it are not.
+            AmbiguousRowError: it has two readings.
+        """
+        try:
+            return self._parsed(record)
+        except RecursionError:
+            raise RowError("the row is nested too deeply") from None
+
+    def _parsed(self, record: Any) -> tuple[Row, Layout]:
+        if not isinstance(record, dict):
+            return self._parse(record), TEXTS
+        record = self._renamed(record)
+        layout = self._recognised(record)
+        try:
+            row = self._parse(layout.read(record), single=layout.single)
+        except RowError as error:
+            raise self._as_named(error, layout) from None
+        if self._layout is not None and not layout.is_beside(self._layout):
+            raise RowError(
+                f"the row is laid out as {layout.what}; the rows before it as {self._layout.what}"
+            )
+        self._layout = self._layout or layout
+        row["fields"] = self._fields(layout)
+        return row, layout
+
+    def columns_read(self, layout: Layout) -> set[str]:
+        """What the columns that a layout reads are called in the source."""
+        columns = (self._columns.get(field, field) for field in layout.columns)
+        return {column for column in columns if column is not None}
+
+    def _renamed(self, record: Record) -> Record:
+        """The record with its columns called as `data.columns` says."""
+        if not self._columns:
+            return record
+        taken = {*self._columns, *self._columns.values()}
+        renamed = {column: value for column, value in record.items() if column not in taken}
+        for field in self._named:
+            column = self._columns[field]
+            assert column is not None
+            if column not in record:
+                raise RowError(
+                    f"no column {column!r}, which data.columns takes for {field}; columns found: "
+                    f"{listed(sorted(map(str, record))) or 'none'}",
+                    column,
+                )
+            renamed[field] = record[column]
+        return renamed
+
+    def _recognised(self, record: Record) -> Layout:
+        try:
+            layout = recognise(record, self._named, single=self._single)
+        except AmbiguousRowError:
+            raise
+        except RowError as error:
+            raise self._as_named(error, TEXTS) from None
+        unused = [field for field in self._named if field not in layout.columns]
+        if unused:
+            raise AmbiguousRowError(
+                f"data.columns.{unused[0]}: the row is laid out as {layout.what}, where no "
+                f"{unused[0]} is read"
+            )
+        return layout
+
+    def _as_named(self, error: RowError, layout: Layout) -> RowError:
+        """The error with its field as the source calls it."""
+        column = self._column(error.field, layout)
+        if column == error.field:
+            return error
+        return RowError(f"{error} ({error.field} is {column})", column)
+
+    def _column(self, field: str, layout: Layout) -> str:
+        """What a field that `parse_row` takes is called in the source."""
+        field = layout.names.get(field, field)
+        return self._columns.get(field) or field
+
+    def _fields(self, layout: Layout) -> list[str]:
+        """The same of prompt, chosen and rejected; a prompt without a column of its own is the
+        beginning of chosen."""
+        has_prompt = layout.names.get("prompt", "prompt") in layout.columns
+        return [
+            self._column(field, layout) for field in ("prompt" if has_prompt else "chosen", *SIDES)
+        ]

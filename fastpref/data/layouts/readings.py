@@ -1,0 +1,92 @@
+"""Records of a known layout, brought to the fields that `rows` checks: prompt, chosen, rejected."""
+
+from typing import Any
+
+from fastpref.data.layouts.messages import Messages
+from fastpref.data.layouts.row_values import RowError, kind
+from fastpref.data.layouts.rows import SIDES, TEXT_FIELDS
+from fastpref.data.layouts.turns import (
+    begins_with_response,
+    divide_at_response,
+    is_messages,
+    is_sharegpt,
+    read_response,
+    read_text,
+    read_turns,
+    user,
+    user_says,
+)
+
+Record = dict[str, Any]
+
+
+def as_it_is(record: Record) -> Record:
+    return record
+
+
+def as_messages(record: Record) -> Record:
+    """Prompt and responses as lists of messages, where they are messages of any form."""
+    read = dict(record)
+    has_prompt = is_messages(record.get("prompt"))
+    for field in TEXT_FIELDS:
+        value = record.get(field)
+        if isinstance(value, dict) or is_sharegpt(value):
+            read[field] = read_turns(field, value)
+        elif field != "prompt" and has_prompt and isinstance(value, str):
+            read[field] = read_response(field, value)
+    return read
+
+
+def with_text_prompt(record: Record) -> Record:
+    """A text prompt beside messages: the responses to it, or conversations that begin with it."""
+    prompt = read_text("prompt", record["prompt"])
+    sides = {side: read_turns(side, record[side]) for side in SIDES}
+    whole = [side for side in SIDES if sides[side] and not begins_with_response(sides[side])]
+    if not whole:
+        return record | sides | {"prompt": user(prompt)}
+    for side in SIDES:
+        if side not in whole or not user_says(sides[side][:-1], prompt.strip()):
+            raise RowError(
+                f"two readings: whole conversations begin with prompt, and no message of the user "
+                f"in {side} says it; responses begin with the assistant, and {whole[0]} does not; "
+                "data.columns={prompt: null} leaves prompt out",
+                side,
+            )
+    return {field: value for field, value in (record | sides).items() if field != "prompt"}
+
+
+def with_two_answers(prompt: str, record: Record) -> Record:
+    """A turn of the user, or a conversation, and two responses to it."""
+    sides = {side: read_response(side, record[side]) for side in SIDES}
+    return record | sides | {"prompt": _prompt_turns(prompt, record)}
+
+
+def with_completion(prompt: str, response: str, record: Record) -> Record:
+    return {"prompt": record[prompt], "chosen": record[response]}
+
+
+def with_answer(prompt: str, response: str, record: Record) -> Record:
+    turns = _prompt_turns(prompt, record)
+    return record | {"prompt": turns, "chosen": read_response(response, record[response])}
+
+
+def divided(field: str, record: Record) -> Record:
+    prompt, response = divide_at_response(field, read_turns(field, record[field]))
+    return record | {"prompt": prompt, "chosen": response}
+
+
+def _prompt_turns(field: str, record: Record) -> Messages:
+    """The messages of a column that stands for the prompt."""
+    if field == "conversations":
+        turns = read_turns(field, record[field])
+        if not turns or turns[-1]["role"] == "assistant":
+            end = "ends with a message of the assistant" if turns else "has no messages"
+            raise RowError(f"{field} {end}: it is the prompt of chosen and rejected", field)
+        return turns
+    if field == "prompt" and not isinstance(record[field], str):
+        return read_turns(field, record[field])
+    text = read_text(field, record[field])
+    more = record.get("input") if field == "instruction" else None
+    if more is not None and not isinstance(more, str):
+        raise RowError(f"input must be text, got {kind(more)}", "input")
+    return user(f"{text}\n{more}" if more and more.strip() else text)

@@ -1,0 +1,169 @@
+"""Messages in the forms that data sets have them, brought to lists of role and content.
+
+A value of a column may be a text, one message, or a list of messages; a message has `role` and
+`content`, or, as ShareGPT has it, `from` and `value`.
+"""
+
+import json
+from typing import Any
+
+from fastpref.checks import hint
+from fastpref.data.layouts.messages import RESPONSE_ROLES, Messages, content_text, read_messages
+from fastpref.data.layouts.row_values import RowError, kind
+
+SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bot"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "function_call": "assistant",
+}
+"""What `from` says, and the role it is."""
+
+
+def user(text: str) -> Messages:
+    """A turn of the user."""
+    return [{"role": "user", "content": text}]
+
+
+def is_sharegpt(value: Any) -> bool:
+    """Whether a message, or the first one of a list, has `from` and no `role`."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict) and "from" in first and "role" not in first
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is one message or begins a list of them."""
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, dict)
+
+
+def is_response(message: Any) -> bool:
+    """Whether a message, not checked yet, is one that a model writes."""
+    role = message.get("role", SHAREGPT_ROLES.get(str(message.get("from"))))
+    return role in RESPONSE_ROLES
+
+
+def read_turns(field: str, value: Any) -> Messages:
+    """The checked messages of a column that holds one message or a list of them.
+
+    Raises:
+        RowError: one of them breaks a rule, or they are of two forms.
+    """
+    if isinstance(value, dict):
+        place, messages = field, [value]
+    elif isinstance(value, list):
+        place, messages = "", value
+    else:
+        raise RowError(f"{field} must be a message or a list of messages, got {kind(value)}", field)
+    if is_sharegpt(value):
+        messages = [
+            _from_sharegpt(place or f"{field}[{i}]", field, message)
+            for i, message in enumerate(messages)
+        ]
+    return read_messages(field, messages)
+
+
+def read_response(field: str, value: Any) -> Messages:
+    """The checked messages of a column that holds a response: a text is the assistant's.
+
+    Raises:
+        RowError: see `read_turns`.
+    """
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    if value is None or not isinstance(value, dict | list):
+        said = "is null" if value is None else f"must be text or messages, got {kind(value)}"
+        raise RowError(f"{field} {said}", field)
+    return read_turns(field, value)
+
+
+def read_text(field: str, value: Any) -> str:
+    """The text of a column; it must say something.
+
+    Raises:
+        RowError: it does not.
+    """
+    if value is None:
+        raise RowError(f"{field} is null", field)
+    if not isinstance(value, str):
+        raise RowError(f"{field} must be text, got {kind(value)}", field)
+    if not value.strip():
+        raise RowError(f"{field} is empty: at least one token must come before the response", field)
+    return value
+
+
+def begins_with_response(messages: Messages) -> bool:
+    """Whether the first message is one that a model writes."""
+    return bool(messages) and messages[0]["role"] in RESPONSE_ROLES
+
+
+def divide_at_response(field: str, messages: Messages) -> tuple[Messages, Messages]:
+    """A conversation as prompt and response: what follows the last message of the user, or of the
+    system, is the response.
+
+    Raises:
+        RowError: one of the two has no message.
+    """
+    start = len(messages)
+    while start and messages[start - 1]["role"] in RESPONSE_ROLES:
+        start -= 1
+    if not messages:
+        raise RowError(f"{field} has no messages", field)
+    if start == len(messages):
+        raise RowError(
+            f"{field} ends with a message of role {messages[-1]['role']!r}: no response follows it",
+            field,
+        )
+    if start == 0:
+        raise RowError(f"{field} has no message before the response", field)
+    return messages[:start], messages[start:]
+
+
+def user_says(messages: Messages, text: str) -> bool:
+    """Whether a message of the user is this text, white space around it aside."""
+    return any(
+        message["role"] == "user" and content_text(message.get("content", "")).strip() == text
+        for message in messages
+    )
+
+
+def _from_sharegpt(place: str, field: str, message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict) or "from" not in message:
+        found = "a message with role" if isinstance(message, dict) else kind(message)
+        raise RowError(
+            f"{place} must be a message with from and value, as the first one is, got {found}",
+            field,
+        )
+    speaker, value = message["from"], message.get("value")
+    if not isinstance(speaker, str):
+        raise RowError(f"{place}.from must be text, got {kind(speaker)}", field)
+    if speaker not in SHAREGPT_ROLES:
+        raise RowError(
+            f"{place}.from is {speaker!r:.40}; known: {', '.join(SHAREGPT_ROLES)}"
+            f"{hint(speaker, SHAREGPT_ROLES)}",
+            field,
+        )
+    if value is None:
+        raise RowError(f"{place}.value is {'null' if 'value' in message else 'missing'}", field)
+    if not isinstance(value, str):
+        raise RowError(f"{place}.value must be text, got {kind(value)}", field)
+    if speaker != "function_call":
+        return {"role": SHAREGPT_ROLES[speaker], "content": value}
+    return {"role": "assistant", "tool_calls": _read_calls(place, field, value)}
+
+
+def _read_calls(place: str, field: str, value: str) -> list[dict[str, Any]]:
+    """The calls of a message `function_call`: JSON text of one `{"name", "arguments"}`, or more."""
+    try:
+        decoded = json.loads(value)
+    except (ValueError, RecursionError):
+        decoded = None
+    calls = decoded if isinstance(decoded, list) else [decoded]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise RowError(
+            f"{place}.value of a function_call must be JSON with name and arguments, got "
+            f"{value!r:.60}",
+            field,
+        )
+    return [{"type": "function", "function": call} for call in calls]

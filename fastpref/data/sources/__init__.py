@@ -1,0 +1,1 @@
+"""Where rows lie: files of a folder, the hub, the package itself."""

@@ -1,0 +1,164 @@
+"""Data files: one record at a time, with its line; what cannot be read is named exactly."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from fastpref.checks import listed
+from fastpref.data.layouts.row_values import RowError, kind
+from fastpref.errors import DataError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz", ".arrow")
+"""Forms of a data file, the first one that exists is read."""
+
+ARROW_MAGIC = b"ARROW1"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Records of a file whose name ends in one of `SUFFIXES`.
+
+    JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
+    passed over. A .json file has one array of objects, or JSON lines. In parquet every struct of a
+    column has the same keys, and those that a message or a tool call lacks are null: such keys are
+    left out, however deep they lie. Maps become objects. So it is in Arrow files, streams such as
+    `save_to_disk` of `datasets` writes or files with an index.
+
+    Yields:
+        The line (in tables the row, in an array the element), counted from 1, and the record; a
+        `RowError` in its place where the line is no JSON.
+
+    Raises:
+        DataError: the file as a whole cannot be read.
+    """
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json}
+    reader = readers.get(suffix, _read_json_lines)
+    try:
+        yield from reader(path)
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        # a damaged file of either form ends up here
+        raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    offset = 0
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            content = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+            if content.strip():
+                yield number, _parse_line(content, offset + len(line) - len(content), number)
+            offset += len(line)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    with _open(path) as file:
+        content = file.read().removeprefix(BYTE_ORDER_MARK)
+    if _is_lines(content.lstrip()):
+        yield from _read_json_lines(path)
+        return
+    try:
+        value = json.loads(content.decode()) if content.strip() else []
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: invalid UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}:{error.lineno}: invalid JSON: {error.msg} at column {error.colno}; expected "
+            "one array of objects, or one object per line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: invalid JSON: {error}") from None
+    if not isinstance(value, list):
+        keys = f" with {listed(list(value))}" if isinstance(value, dict) else ""
+        raise DataError(
+            f"{path}: must be one array of objects, or one object per line, got {kind(value)}{keys}"
+        )
+    yield from enumerate(value, start=1)
+
+
+def _is_lines(content: bytes) -> bool:
+    """Whether JSON is one value a line: its first line is a value, or the whole is none and another
+    line is an object."""
+    if content.startswith(b"["):
+        return False
+    first, *others = content.splitlines() or [b""]
+    if not isinstance(_parse_line(first, 0, 1), RowError):
+        return True
+    try:
+        json.loads(content.decode())
+        return False
+    except (ValueError, RecursionError):
+        return any(isinstance(_parse_line(line, 0, 2), dict) for line in others)
+
+
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _parse_line(line: bytes, offset: int, number: int) -> Any:
+    try:
+        # what is missing at its end is missing there, not in the first column of the next line
+        return json.loads(line.decode().rstrip("\r\n"))
+    except UnicodeDecodeError as error:
+        return RowError(
+            f"invalid UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}"
+        )
+    except json.JSONDecodeError as error:
+        if number == 1 and line.lstrip().startswith(b"["):
+            return RowError("invalid JSON lines: an array; write one object per line")
+        return RowError(f"invalid JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return RowError(f"invalid JSON: {error}")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        yield from read_batches(file.iter_batches(batch_size=1000))
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
+    with pyarrow.memory_map(str(path)) as file:
+        has_index = file.read(len(ARROW_MAGIC)) == ARROW_MAGIC
+        file.seek(0)
+        if has_index:
+            table = pyarrow.ipc.open_file(file)
+            yield from read_batches(map(table.get_batch, range(table.num_record_batches)))
+        else:
+            yield from read_batches(pyarrow.ipc.open_stream(file))
+
+
+def read_batches(
+    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
+) -> Iterator[tuple[int, Any]]:
+    """Records of tables, numbered from 1, without keys of structs that are null."""
+    number = 0
+    for batch in batches:
+        fields = {field.name: field.type for field in batch.schema}
+        for record in batch.to_pylist():
+            number += 1
+            yield number, {name: _given(record[name], fields[name]) for name in record}
+
+
+def _given(value: Any, declared: pyarrow.DataType) -> Any:
+    """A parquet value without the keys of structs that are null, maps as objects."""
+    kinds = pyarrow.types
+    if value is None:
+        return None
+    if kinds.is_struct(declared):
+        inner = {field.name: field.type for field in declared}
+        return {key: _given(item, inner[key]) for key, item in value.items() if item is not None}
+    if kinds.is_map(declared):
+        return {str(key): _given(item, declared.item_type) for key, item in value}
+    # lists of numbers, such as token weights, are long and have nothing to leave out
+    if isinstance(value, list) and kinds.is_nested(declared.value_type):
+        return [_given(item, declared.value_type) for item in value]
+    return value

@@ -1,0 +1,248 @@
+"""Adapter folders of peft: what they change of their base's shape, and their merging into it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastpref.errors import CheckpointError
+from fastpref.model.adapters.tied_head import is_tied
+from fastpref.model.files.archives import load_pickle
+from fastpref.model.files.families import other_parts
+from fastpref.model.files.paths import ADAPTER_CONFIG, read_object
+from fastpref.model.files.reading import reading
+
+logger = logging.getLogger("fastpref")
+
+SAFETENSORS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+PREFIX = "base_model.model."
+"""What peft puts before the names of its base's modules."""
+
+
+def check_adapter(folder: str) -> None:
+    """Refuse, before any weights are loaded, an adapter that cannot be merged.
+
+    Raises:
+        CheckpointError: it has no weights, is of another task, or does not change weights.
+    """
+    from peft import PeftConfig
+
+    path = Path(folder)
+    fields = read_object(path / ADAPTER_CONFIG)
+    if not any((path / name).is_file() for name in (SAFETENSORS, PICKLED)):
+        raise CheckpointError(f"model: the adapter {folder} has no weights, no file {SAFETENSORS}")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise CheckpointError(
+            f"model: the adapter {folder} is for the task {fields['task_type']}, expected CAUSAL_LM"
+        )
+    with reading("the adapter", folder):
+        config = PeftConfig.from_pretrained(folder)
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise _not_mergeable(folder, "it adds tokens to the input instead of changing weights")
+    if getattr(config, "layer_replication", None):
+        layers = f"layer_replication={config.layer_replication}"
+        raise _not_mergeable(folder, f"it has {layers}, so it is of a model of other layers")
+
+
+def adapt_config(config: Any, model: Any, folder: str) -> bool:
+    """Give a base's config the vocabulary and the ties that an adapter leaves it with.
+
+    Args:
+        config: Of the base; changed in place.
+        model: Built from it; may be on the meta device.
+        folder: Of the adapter.
+
+    Returns:
+        Whether anything changed.
+    """
+    text_config = config.get_text_config()
+    before = (text_config.vocab_size, config.tie_word_embeddings)
+    text_config.vocab_size = _vocabulary(folder, model)
+    if _unties(folder, model):
+        untie(config)
+    return before != (text_config.vocab_size, config.tie_word_embeddings)
+
+
+@torch.no_grad()
+def merge_adapter(model: Any, folder: str) -> Any:
+    """The model with an adapter's weights merged into its own.
+
+    Held to the adapter beside the model on a few tokens: what cannot be merged, such as an adapter
+    on an embedding that is tied to the head, would be another model without a sign of it.
+
+    Args:
+        model: The base, in float32; used up.
+        folder: Of the adapter.
+
+    Raises:
+        CheckpointError: it does not fit the base, or merged it computes something else.
+    """
+    from peft import PeftModel
+
+    rows, unties = _vocabulary(folder, model), _unties(folder, model)
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        # the new rows are the adapter's own
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    with reading("the adapter", folder):
+        adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu").eval()
+    _check_names(adapted, folder)
+    ids = torch.arange(4)[None] % rows
+    with reading("the adapter", folder):
+        expected = adapted(input_ids=ids).logits
+        _forget_tied_head(adapted)
+        try:
+            merged = adapted.merge_and_unload()
+        # each kind of adapter says in its own way that it cannot be merged
+        except Exception as error:
+            raise _not_mergeable(folder, str(error).strip()) from error
+    if unties:
+        untie(merged.config)
+    # peft copies what it saves whole
+    merged.tie_weights()
+    logits = merged(input_ids=ids).logits
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+        difference = (logits - expected).abs().max().item()
+        raise _not_mergeable(folder, f"merged, its logits are off by {difference:.2g}")
+    logger.info("merged the adapter %s into its base model", folder)
+    # peft froze the base
+    return merged.requires_grad_(True)
+
+
+def load_adapter(folder: str) -> dict[str, Tensor]:
+    """All tensors of an adapter folder, by their names there.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading("the adapter", folder):
+        path = Path(folder) / SAFETENSORS
+        return load_file(path) if path.is_file() else _pickled(folder)
+
+
+def _forget_tied_head(adapted: Any) -> None:
+    """Leave a head's adapter out that looks at the embedding's: merged, it would count twice."""
+    model = adapted.base_model.model
+    head = model.get_output_embeddings()
+    if adapted.peft_config["default"].to_dict().get("ensure_weight_tying") and hasattr(
+        head, "base_layer"
+    ):
+        model.set_output_embeddings(head.base_layer)
+
+
+def _not_mergeable(folder: str, why: str) -> CheckpointError:
+    fields = read_object(Path(folder) / ADAPTER_CONFIG)
+    return CheckpointError(
+        f"model: the adapter {folder} ({fields.get('peft_type')}) cannot be merged into its base "
+        f"model: {why}"
+    )
+
+
+def _check_names(adapted: Any, folder: str) -> None:
+    """Refuse weights that are missing, which peft leaves at random, and ones without a place."""
+    from peft import get_peft_model_state_dict
+
+    saved = set(_shapes(folder))
+    needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    missing = sorted(needed - saved)
+    own = {name for name, _ in adapted.base_model.model.named_parameters(remove_duplicate=False)}
+    spare = sorted(name for name in saved - needed if not _has_place(name, own))
+    if missing or spare:
+        raise no_fit(folder, missing, spare, adapted.base_model.model)
+
+
+def no_fit(
+    folder: str, missing: Sequence[str], spare: Sequence[str], model: Any
+) -> CheckpointError:
+    """That an adapter does not fit its base.
+
+    Args:
+        folder: Of the adapter.
+        missing, spare: Names of weights that it lacks, and that the base has no place for.
+        model: The base.
+    """
+    parts = [part for part in other_parts(model) if any(f"{part}." in name for name in spare)]
+    if parts:
+        return CheckpointError(
+            f"model: the adapter {folder} is in {', '.join(parts)} too, which rows of text do not "
+            f"go through and which is not loaded; name the model that it is merged into"
+        )
+    return CheckpointError(
+        f"model: the adapter {folder} does not fit its base model: missing "
+        f"{', '.join(missing[:4]) or 'none'}, without a place {', '.join(spare[:4]) or 'none'}"
+    )
+
+
+def _has_place(name: str, own: set[str]) -> bool:
+    """Whether a saved name is a matrix of the base's own, or peft's second copy of one."""
+    module = name.removeprefix(PREFIX)
+    for part in (".modules_to_save", ".original_module", ".base_layer", ".token_adapter"):
+        module = module.replace(part, "")
+    stem = module.rpartition(".")[0]
+    return any(path.startswith(f"{stem}.") for path in own)
+
+
+def _shapes(folder: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of an adapter, by its name there."""
+    path = Path(folder) / SAFETENSORS
+    with reading("the adapter", folder):
+        if path.is_file():
+            with safe_open(path, "pt") as file:
+                names = file.keys()
+                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        return {name: tuple(tensor.shape) for name, tensor in _pickled(folder).items()}
+
+
+def _pickled(folder: str) -> dict[str, Tensor]:
+    return load_pickle(Path(folder) / PICKLED)
+
+
+def _table_paths(model: Any) -> list[str]:
+    """Names of a model's embedding and head as peft writes them."""
+    modules = dict(model.named_modules())
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [f"{PREFIX}{name}." for table in tables for name, m in modules.items() if m is table]
+
+
+def _vocabulary(folder: str, model: Any) -> int:
+    """Rows of the embedding that an adapter belongs to: its base's, or others where the embedding
+    was resized, which peft then saves with the adapter."""
+    for name, shape in _shapes(folder).items():
+        if not name.startswith(tuple(_table_paths(model))):
+            continue
+        if name.endswith("lora_embedding_A"):
+            return shape[1]
+        if name.endswith(".weight") and not name.endswith("lora_A.weight"):
+            return shape[0]
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _unties(folder: str, model: Any) -> bool:
+    """Whether an adapter has an embedding or a head of its own and the base has both in one."""
+    saved = _shapes(folder)
+    copies = []
+    for path in _table_paths(model):
+        names = (f"{path}modules_to_save.weight", f"{path}weight")
+        copies += [name for name in names if name in saved][:1]
+    if len(copies) == 2:
+        # of a resized embedding both are saved, equal where they were tied
+        return not torch.equal(*(_tensor(folder, name) for name in copies))
+    return bool(copies) and is_tied(model)
+
+
+def untie(config: Any) -> None:
+    """Let a config say that embedding and head are two."""
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def _tensor(folder: str, name: str) -> Tensor:
+    path = Path(folder) / SAFETENSORS
+    if not path.is_file():
+        return _pickled(folder)[name]
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)

@@ -1,0 +1,157 @@
+"""An adapter that somebody trained, beside its base as it is: what can be, and its weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.config import AdapterConfig
+from fastpref.errors import CheckpointError, ConfigError
+from fastpref.model.adapters.folders import PREFIX, check_adapter, load_adapter, no_fit
+from fastpref.model.adapters.targets import whole_names
+from fastpref.model.adapters.tied_head import TIED, head_names, is_tied, without_head
+from fastpref.model.files.reading import reading
+
+WHOLE_PARTS = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
+"""Fields of peft's config for what is trained beside the low-rank matrices."""
+MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""First values of peft that come with other weights of the base."""
+
+
+def given_config(folder: str) -> Any:
+    """The config of an adapter that can stand beside its base as it is.
+
+    Raises:
+        CheckpointError: naming what it has that cannot.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    check_adapter(folder)
+    with reading("the adapter", folder):
+        config: Any = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise not_beside(folder, f"is {config.peft_type.value}, of which LoRA alone can be")
+    if config.bias != "none":
+        raise not_beside(
+            folder, f"has bias={config.bias}: it moves biases that are the reference's too"
+        )
+    for name in WHOLE_PARTS:
+        value = getattr(config, name, None)
+        if value:
+            raise not_beside(folder, f"has {name}={value}")
+    if str(config.init_lora_weights).startswith(MOVING_INITS):
+        raise not_beside(
+            folder, f"has init_lora_weights={config.init_lora_weights}, which moved its base"
+        )
+    config.inference_mode = False
+    # its values are given
+    config.init_lora_weights = True
+    return config
+
+
+def not_beside(folder: str, found: str) -> CheckpointError:
+    """That an adapter cannot stand beside its base as that is, and what of it cannot."""
+    return CheckpointError(
+        f"model: the adapter {folder} {found}; it cannot be used beside a model that stays as it "
+        "is: adapter=none merges it and trains the whole model"
+    )
+
+
+def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) -> None:
+    """Refuse options that a given adapter does not have.
+
+    Args:
+        folder: Of the adapter.
+        config: peft's.
+        options: What was asked for.
+        model: That the adapter will stand in.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if options.init != "kaiming":
+        raise ConfigError(
+            f"adapter.init={options.init} has no effect on the adapter {folder}, which has values"
+        )
+
+    def ends(modules: Any) -> list[str]:
+        tied = config.ensure_weight_tying and is_tied(model)
+        return without_head(model, modules) if tied else sorted(whole_names(model, modules))
+
+    asked: dict[str, Any] = {
+        "r": options.r,
+        "lora_alpha": options.alpha,
+        "use_rslora": options.use_rslora or None,
+        "ensure_weight_tying": options.ensure_weight_tying or None,
+        "target_modules": options.target_modules and ends(options.target_modules),
+        "target_parameters": options.target_parameters and sorted(options.target_parameters),
+    }
+    for name, value in asked.items():
+        has = getattr(config, name)
+        if name == "target_modules" and not isinstance(has, str):
+            has = ends(has or ())
+        if name == "target_parameters":
+            has = sorted(has or ())
+        if value not in (None, has):
+            raise ConfigError(
+                f"adapter.{name.removeprefix('lora_')}={value} does not fit the adapter {folder}, "
+                f"which has {has}; leave it out to train that one on"
+            )
+
+
+def check_whole_matrices(model: Any, folder: str) -> None:
+    """Refuse matrices beside low-rank ones that are not the model's own, which peft saves as well.
+
+    Args:
+        model: With weights, and with adapters in place.
+        folder: Of the adapter.
+
+    Raises:
+        CheckpointError: there are such.
+    """
+    own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
+    other = [
+        name
+        for name, tensor in load_adapter(folder).items()
+        if not adapter_part(name) and not _is_same(tensor, own.get(_bare(name)))
+    ]
+    if other:
+        raise not_beside(
+            folder, f"has whole matrices of its own ({', '.join(other[:4])}), as for added tokens"
+        )
+
+
+def _bare(name: str) -> str:
+    """The name that a matrix has in a model without adapters."""
+    return name.removeprefix(PREFIX).replace(".base_layer", "")
+
+
+def _is_same(tensor: Tensor, own: Tensor | None) -> bool:
+    """Whether a saved matrix is a model's own, which may be stored in another dtype."""
+    return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own.dtype), own)
+
+
+def load_weights(model: Any, folder: str, name: str) -> None:
+    """Fill an adapter with the low-rank matrices of a folder."""
+    from peft import set_peft_model_state_dict
+
+    saved = load_adapter(folder)
+    weights = {key.removeprefix(PREFIX): x for key, x in saved.items() if adapter_part(key)}
+    if hasattr(model.get_output_embeddings(), TIED):
+        weights = {key: x for key, x in weights.items() if key not in head_names(model)}
+    with reading("the adapter", folder):
+        result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+    missing = [key for key in result.missing_keys if is_of(key, name)]
+    spare = list(result.unexpected_keys)
+    if missing or spare:
+        raise no_fit(folder, missing, spare, model)
+
+
+def adapter_part(parameter: str) -> bool:
+    """Whether a parameter is one of an adapter's."""
+    return any(part.startswith("lora_") for part in parameter.split("."))
+
+
+def is_of(parameter: str, adapter: str) -> bool:
+    """Whether a parameter is one of this adapter's."""
+    return adapter_part(parameter) and adapter in parameter.split(".")

@@ -1,0 +1,326 @@
+"""Low-rank adapters inside a frozen model (LoRA, arXiv:2106.09685): peft's layers, put in place.
+
+The model stays the class that it is, because only its layers are exchanged; peft's own wrapper
+around a model would hide its body, and would build logits.
+"""
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from fastpref.config import AdapterConfig
+from fastpref.distributed import World
+from fastpref.errors import ConfigError, first_line
+from fastpref.model.adapters.folders import PREFIX
+from fastpref.model.adapters.given import (
+    adapter_part,
+    check_asked,
+    check_whole_matrices,
+    given_config,
+    is_of,
+    load_weights,
+    not_beside,
+)
+from fastpref.model.adapters.low_rank import share_input
+from fastpref.model.adapters.quantize import quantize_blocks
+from fastpref.model.adapters.targets import choose_targets
+from fastpref.model.adapters.tied_head import (
+    TIED,
+    head_state,
+    is_tied,
+    obstacle_of_head,
+    tie_head,
+    without_head,
+)
+
+logger = logging.getLogger("fastpref")
+
+TRAINED, GIVEN = "default", "reference"
+"""peft's names of the adapter that is trained, and of the one that its training started from."""
+
+
+class Adapters:
+    """The adapters of a model: which of them computes, and their gradients.
+
+    Args:
+        model: With peft's layers in place; all else of it is frozen.
+        config: peft's, of the adapter that is trained, or of any.
+        reference: Name of the adapter of which the reference consists; None: of the bare model.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, *, reference: str | None = None) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self.config = config
+        self._reference = reference
+        self._layers: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        kept = (share_input(layer) for layer in self._layers)
+        self._parts = [parts for parts in kept if parts is not None]
+        self._parameters = [p for name, p in model.named_parameters() if adapter_part(name)]
+
+    @property
+    def continued(self) -> bool:
+        """Whether training started from an adapter, which the reference has."""
+        return self._reference is not None
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model that have one."""
+        return len(self._layers)
+
+    def check_shardable(self) -> None:
+        """Refuse adapters beside a sharded model that need their matrix where it is not gathered.
+
+        Raises:
+            ConfigError: naming them.
+        """
+        if self.config.target_parameters:
+            raise ConfigError(
+                f"adapter.target_parameters={list(self.config.target_parameters)}: matrices that "
+                "are no layers have adapters only where every process has the whole model; set "
+                "adapter.base=replicated, or adapter.target_modules alone"
+            )
+
+    def forget_parts(self) -> None:
+        """The parameters have changed: what is kept of them is made again."""
+        for parts in self._parts:
+            parts.forget()
+
+    def trained(self) -> list[nn.Parameter]:
+        """Those parameters that have gradients."""
+        return [parameter for parameter in self._parameters if parameter.requires_grad]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of all adapters; float32, and whole on every rank."""
+        return list(self._parameters)
+
+    def activate(self, name: str | None) -> None:
+        """Let an adapter compute, and no other; None: the bare model."""
+        # peft's own switches also say what gets gradients, which FSDP2 has to know once and for all
+        for layer in self._layers:
+            layer._disable_adapters = name is None
+            if name is not None:
+                layer._active_adapter = [name]
+
+    @contextmanager
+    def as_reference(self) -> Iterator[None]:
+        """Let the model compute as it did before training."""
+        self.activate(self._reference)
+        try:
+            yield
+        finally:
+            self.activate(TRAINED)
+
+    def sum_gradients(self) -> None:
+        """Add up the gradients of all ranks, of which each has the whole of every adapter."""
+        gradients = []
+        for parameter in self.trained():
+            if parameter.grad is None:
+                # a rank without rows
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, summed in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(summed.view_as(gradient))
+
+
+class _TrainingDropout(nn.Dropout):
+    """Drops where gradients are recorded: a model that is trained stays in evaluation mode."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p, torch.is_grad_enabled())
+
+
+def add_adapters(
+    model: Any,
+    options: AdapterConfig,
+    world: World,
+    *,
+    block_name: str | None,
+    seed: int,
+    start: str | None = None,
+) -> Adapters:
+    """Freeze a model and put adapters into it, beside layers in 4 bits if it is to be.
+
+    Args:
+        model: A causal LM of transformers, on the CPU.
+        options: Of the adapters.
+        world: Whoever computes.
+        block_name: Class of the transformer blocks, None: found from the model.
+        seed: Of their first values; the run's random state is left alone.
+        start: Folder of the adapter to train on; None: new ones, that change nothing yet.
+
+    Raises:
+        ConfigError: an option does not fit the model or the folder.
+        CheckpointError: the folder's adapter does not fit the model, or cannot be trained on.
+    """
+    if options.quantized:
+        quantize_blocks(model, block_name, world)
+    adapters = insert_adapters(model, options, block_name, start)
+    if start is None:
+        _draw(model, adapters.config, seed)
+    else:
+        world.on_main(lambda: check_whole_matrices(model, start))
+        load_weights(model, start, TRAINED)
+        load_weights(model, start, GIVEN)
+    return adapters
+
+
+def insert_adapters(
+    model: Any, options: AdapterConfig, block_name: str | None, start: str | None
+) -> Adapters:
+    """Freeze a model and put adapters without values into it; it may be on the meta device.
+
+    Args:
+        model, options, block_name, start: See `add_adapters`.
+
+    Raises:
+        ConfigError, CheckpointError: see `add_adapters`.
+    """
+    if start is None:
+        config = _new_config(model, options, block_name)
+    else:
+        config = given_config(start)
+        check_asked(start, config, options, model)
+        config.lora_dropout = options.dropout
+    for name in (TRAINED,) if start is None else (TRAINED, GIVEN):
+        _inject(model, config, name, folder=start)
+    if options.dropout:
+        _drop_in_training(model, options.dropout)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_of(name, TRAINED))
+    adapters = Adapters(model, config, reference=GIVEN if start is not None else None)
+    adapters.activate(TRAINED)
+    return adapters
+
+
+def add_given_adapters(
+    model: Any,
+    folders: Mapping[str, str],
+    world: World,
+    *,
+    quantized: bool = False,
+    block_name: str | None = None,
+) -> Adapters:
+    """Put adapters into a model that computes only, by their names; none is active.
+
+    Args:
+        model: A causal LM of transformers, on the CPU.
+        folders: Of adapters, by the names that they get.
+        world: Whoever computes.
+        quantized: Beside layers in 4 bits.
+        block_name: Class of the transformer blocks, None: found from the model.
+
+    Raises:
+        CheckpointError: one does not fit the model, or is of a kind that can only be merged.
+    """
+    if quantized:
+        quantize_blocks(model, block_name, world)
+    configs = {name: given_config(folder) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        _inject(model, configs[name], name, folder=folder)
+        world.on_main(partial(check_whole_matrices, model, folder))
+        load_weights(model, folder, name)
+    model.requires_grad_(False)
+    adapters = Adapters(model, next(iter(configs.values()), None))
+    adapters.activate(None)
+    return adapters
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The trained adapter's tensors by their names in a peft folder."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=TRAINED, save_embedding_layers=False)
+    if hasattr(model.get_output_embeddings(), TIED):
+        state |= head_state(model, state)
+    return {PREFIX + name: tensor.detach() for name, tensor in state.items()}
+
+
+def _new_config(model: Any, options: AdapterConfig, block_name: str | None) -> Any:
+    from peft import LoraConfig
+
+    r = 16 if options.r is None else options.r
+    modules, parameters = choose_targets(model, options, block_name)
+    arguments: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        # written without a fraction where it has none, as peft types it
+        "lora_alpha": _whole(2 * r if options.alpha is None else options.alpha),
+        "lora_dropout": options.dropout,
+        "use_rslora": options.use_rslora,
+        "init_lora_weights": True if options.init == "kaiming" else options.init,
+        "target_modules": modules,
+        "target_parameters": parameters or None,
+        "ensure_weight_tying": options.ensure_weight_tying,
+    }
+    return LoraConfig(**arguments)
+
+
+def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
+    """Put an adapter without values into a model; where it comes from is for the error alone."""
+    from peft import inject_adapter_in_model
+
+    ties = config.ensure_weight_tying and is_tied(model)
+    if ties:
+        config.target_modules = without_head(model, config.target_modules)
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # that there is one already, and what a user cannot change
+            warnings.simplefilter("ignore")
+            # of a tied head we take care ourselves
+            own = dataclasses.replace(config, ensure_weight_tying=False)
+            inject_adapter_in_model(own, model, name)
+    except (ValueError, NotImplementedError) as error:  # peft's words name what it cannot adapt
+        is_meta = next(model.parameters()).is_meta
+        if is_meta and isinstance(error, NotImplementedError):  # torch's: DoRA reads weights
+            raise ValueError(f"{config.peft_type.value} without memory") from error
+        if folder is not None:
+            raise not_beside(folder, f"does not fit its base model: {first_line(error)}") from error
+        option = "dropout" if "lora_dropout" in str(error) else "target_modules"
+        raise ConfigError(f"adapter.{option}: {first_line(error)}") from error
+    if ties:
+        tie_head(model)
+    obstacle = obstacle_of_head(model, name)
+    if obstacle and folder is not None:
+        raise not_beside(folder, obstacle)
+    if obstacle:
+        raise ConfigError(f"adapter.target_modules: {obstacle}")
+    for path, parameter in model.named_parameters():
+        if is_of(path, name):
+            # peft gives them the dtype of the layer that they stand beside
+            parameter.data = parameter.data.float()
+
+
+def _draw(model: nn.Module, config: Any, seed: int) -> None:
+    """Give new adapters their first values: of a seed the same, whatever dtype the model has."""
+    from peft.tuners.lora import LoraLayer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.reset_lora_parameters(TRAINED, config.init_lora_weights)
+
+
+def _drop_in_training(model: nn.Module, share: float) -> None:
+    for module in list(model.modules()):
+        layers = getattr(module, "lora_dropout", None)
+        if isinstance(layers, nn.ModuleDict) and TRAINED in layers:
+            layers[TRAINED] = _TrainingDropout(share)
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -1,0 +1,88 @@
+"""A frozen model's linear layers in 4 bits: NF4 with double quantization (QLoRA, arXiv:2305.14314).
+
+The layers are bitsandbytes', each quantized on the device from the weights as they were loaded: a
+model that never fits the device in 16 bits does in 4, and any source that can be loaded can be
+quantized, one with merged adapters too. Embeddings, norms and the head stay as they are.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastpref.distributed import World
+from fastpref.errors import ConfigError
+from fastpref.model.adapters.targets import is_linear
+from fastpref.model.blocks import find_blocks
+
+
+def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
+    """Replace the linear layers of a model's blocks by 4-bit ones on the device, in place.
+
+    Args:
+        model: A causal LM of transformers, on the CPU; rank 0's alone has weights.
+        block_name: Class of the transformer blocks, None: found from the model.
+        world: Every rank gets the whole of each layer.
+
+    Raises:
+        ConfigError: the blocks have no linear layers of torch.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+
+    found = list(linear_layers(model, block_name))
+    if not found:
+        raise ConfigError(
+            f"adapter=qlora: {type(model).__name__} has no torch.nn.Linear in its blocks, which is "
+            "all that can be quantized; choose adapter=lora"
+        )
+    for parent, name, layer in found:
+        weight = layer.weight.data.to(world.device)
+        if world.size > 1:
+            dist.broadcast(weight, src=0)
+        with torch.device("meta"):
+            quantized = Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                bias=False,
+                compute_dtype=weight.dtype,
+                quant_type="nf4",
+            )
+        parameter: Any = Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
+        # it is quantized when it is sent to a device
+        quantized.weight = parameter.to(world.device)
+        # sent to the other ranks later, with all that is not quantized
+        quantized.bias = layer.bias
+        setattr(parent, name, quantized)
+    # what peft asks to put adapters beside such layers
+    model.is_loaded_in_4bit = True
+
+
+@torch.no_grad()
+def round_blocks(model: Any, block_name: str | None, device: torch.device) -> None:
+    """Give the linear layers of a model's blocks the values that 4 bits hold of them, in place.
+
+    Args:
+        model: A causal LM of transformers, on the CPU.
+        block_name: Class of the transformer blocks, None: found from the model.
+        device: That quantizes; to the same bits as training had them, if the dtype is the same.
+    """
+    for _, _, layer in linear_layers(model, block_name):
+        layer.weight.copy_(_rounded(layer.weight, device))
+
+
+def _rounded(weight: Tensor, device: torch.device) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    packed, state = quantize_4bit(weight.to(device), compress_statistics=True, quant_type="nf4")
+    return dequantize_4bit(packed, state)
+
+
+def linear_layers(model: Any, block_name: str | None) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Each linear layer of the blocks, with the module that it is a part of and its name there."""
+    for block in find_blocks(model, block_name):
+        for path, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear) and is_linear(module):
+                parent, _, name = path.rpartition(".")
+                yield block.get_submodule(parent), name, module

@@ -1,0 +1,55 @@
+"""Weights in pickles: the seed repositories' `policy.pt`, a dict with 'state'."""
+
+import logging
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.errors import CheckpointError
+from fastpref.model.files.reading import reason
+
+logger = logging.getLogger("fastpref")
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+"""What FSDP, activation checkpointing and torch.compile put into the names of a model's weights."""
+
+
+def load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, tensors and plain values alone; its pages are read when used."""
+    # the format from before torch 1.6 is none, and is read at once
+    mmap = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def read_policy(path: Path) -> dict[str, Tensor]:
+    """Weights of a seed-format `policy.pt`, by the names of a checkpoint on the hub.
+
+    Raises:
+        CheckpointError: it cannot be read, or is none.
+    """
+    try:
+        saved = load_pickle(path)
+    # zip, pickle and operating system each have their own errors
+    except Exception as error:
+        raise CheckpointError(f"model.archive: {path} cannot be read: {reason(error)}") from error
+    state = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
+        raise CheckpointError(
+            f"model.archive: {path} is no policy archive; expected a dict with 'state', a dict of "
+            "weights"
+        )
+    logger.info("model.archive: step %s of %s", saved.get("step_idx"), path)
+    return _unwrapped(state)
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for wrapper in WRAPPERS:
+        state = {name.replace(wrapper, ""): tensor for name, tensor in state.items()}
+    # DistributedDataParallel wraps the whole model
+    if state and all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)

@@ -1,0 +1,224 @@
+"""Models whose every weight is read: transformers draws the ones that it misses at random."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from fastpref.errors import CheckpointError
+from fastpref.model.files.archives import load_pickle
+from fastpref.model.files.configs import load_base_config, quantization_options
+from fastpref.model.files.families import code_options, find_family
+from fastpref.model.files.paths import ModelSource, matching_files, read_object
+from fastpref.model.files.reading import reading
+from fastpref.model.files.weight_files import INDEX, WHOLE, weight_files
+
+logger = logging.getLogger("fastpref")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+LFS_POINTER = b"version https://git-lfs"
+TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
+"""Masks and rotary tables that older versions of transformers saved and newer ones compute."""
+
+
+def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[str, str]) -> Any:
+    """The model below a model's adapters, with the weights of its folder or from the hub.
+
+    Args:
+        source: Of the model; its adapters are left out.
+        dtype: Of the weights in memory.
+        attention: Options for transformers' choice of an attention.
+
+    Raises:
+        CheckpointError: it cannot be found or trained, or its weights do not fill the model.
+    """
+    name, trust = source.base, source.trust_remote_code
+    config = load_base_config(source)
+    family = find_family(config, source)
+    if Path(name).is_dir():
+        check_files(Path(name))
+
+    def load() -> Any:
+        return family.from_pretrained(
+            name,
+            revision=source.revision,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            # that of the folder is for whoever answers with the model, and may be one that
+            # transformers refuses; an export has the file as it is
+            generation_config=GenerationConfig(),
+            **quantization_options(name, config),
+            **attention,
+        )
+
+    opening = f"model: the weights in {name} do not fill the model"
+
+    def build() -> Any:
+        return family.from_config(config, **code_options(config, source))
+
+    with reading("ModelForCausalLM", name):
+        return _load_full(load, opening, build, lambda: shapes_in(Path(name)))
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a checkpoint folder whose files of weights are not the ones that it speaks of.
+
+    Raises:
+        CheckpointError: its index is damaged or names files that are not there, or a file is what
+            Git LFS puts in its place.
+    """
+    index = folder / INDEX
+    if index.is_file() and not (folder / WHOLE).is_file():
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"model: {index} has no weight_map that says where weights lie")
+        shards = sorted(map(str, set(weight_map.values())))
+        absent = [name for name in shards if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(f"model: {index} names files that are not there: {some(absent)}")
+    for path in matching_files(folder, ("*.safetensors", "*.bin")):
+        with reading(path.name, str(folder)), path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise CheckpointError(f"model: {path} is a pointer of Git LFS; run git lfs pull")
+
+
+def load_weights(
+    like: Any,
+    weights: dict[str, Tensor],
+    source: str,
+    *,
+    dtype: torch.dtype,
+    attention: dict[str, str],
+) -> Any:
+    """A causal LM with weights from a dict, by the names of a checkpoint or of the model.
+
+    transformers renames and joins them as it does those of a checkpoint, so an archive of the seed
+    repositories loads whatever its family calls its weights by now.
+
+    Args:
+        like: A model with the class and the config of the new one; may be on the meta device.
+        weights: Of any dtype.
+        source: Where they come from, for the message.
+        dtype: Of the weights in memory.
+        attention: Options for transformers' choice of an attention.
+
+    Raises:
+        CheckpointError: they do not fill the model.
+    """
+
+    def load() -> Any:
+        return type(like).from_pretrained(
+            None,
+            config=like.config,
+            state_dict=weights,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **attention,
+        )
+
+    opening = f"{source} does not fit the model"
+    with reading("the weights", source):
+        return _load_full(
+            load, opening, lambda: type(like)._from_config(like.config), lambda: shapes_of(weights)
+        )
+
+
+def _load_full(
+    load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
+) -> Any:
+    """What `load` returns, or a message that begins with `opening`; `build` makes the model without
+    its weights."""
+    try:
+        model, info = load()
+    except RuntimeError as error:
+        missing, wrong = find_misfit(build, shapes())
+        # a layer's experts cannot be joined where one is missing
+        if not missing and not wrong:
+            raise
+        raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}") from error
+    wrong_in_memory = sorted(entry[0] for entry in info["mismatched_keys"])
+    if info["missing_keys"] or wrong_in_memory:
+        missing, wrong = find_misfit(build, shapes())
+        if not missing and not wrong:
+            missing, wrong = sorted(info["missing_keys"]), wrong_in_memory
+        raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}")
+    spare = sorted(name for name in info["unexpected_keys"] if not TABLES.search(name))
+    if spare:
+        logger.warning("%s has no place for: %s", type(model).__name__, some(spare))
+    return model
+
+
+def named_weights(model: Any) -> dict[str, Tensor]:
+    """A loaded model's weights by the names of the checkpoint that it was loaded from."""
+    return revert_weight_conversion(model, model.state_dict())
+
+
+def find_misfit(build: Callable[[], Any], found: Shapes) -> tuple[list[str], list[str]]:
+    """Weights that a model needs and does not find, and those it finds in another shape.
+
+    By the names of the files: transformers renames weights while it loads them (GPT-NeoX's
+    `embed_out`) and joins a layer's experts.
+
+    Args:
+        build: Makes the model.
+        found: What the files hold; empty if that is not known.
+    """
+    if not found:
+        return [], []
+    with torch.device("meta"):
+        model = build()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    second_names = names - dict(model.named_parameters()).keys()
+    state = {name: x for name, x in model.state_dict().items() if name not in second_names}
+    in_memory, on_disk = shapes_of(state), shapes_of(revert_weight_conversion(model, state))
+    # saved without its head: transformers adds the prefix
+    prefix = f"{model.base_model_prefix}."
+    of_body = {name.removeprefix(prefix): shape for name, shape in on_disk.items()}
+    spellings = (on_disk, in_memory, of_body)
+    needed = max(spellings, key=lambda shapes: len(shapes.keys() & found.keys()))
+    missing = [name for name in needed if name not in found]
+    wrong = [
+        f"{name} ({list(found[name])}, the model has {list(shape)})"
+        for name, shape in needed.items()
+        if name in found and found[name] != shape
+    ]
+    return missing, wrong
+
+
+def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight by its name."""
+    return {name: tuple(x.shape) for name, x in weights.items() if isinstance(x, Tensor)}
+
+
+def shapes_in(folder: Path) -> Shapes:
+    """Shape of each weight in the files of a folder; of a hub name nothing."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    for path in sorted(folder.glob("pytorch_model*.bin")) if not shapes else ():
+        shapes |= shapes_of(load_pickle(path))
+    return shapes
+
+
+def _misfit_text(missing: list[str], wrong: list[str]) -> str:
+    return f"missing {some(missing)}, wrong shape {some(wrong)}"
+
+
+def some(names: list[str]) -> str:
+    """The first four names and how many more there are; "none" for no names."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more or "none"

@@ -1,0 +1,83 @@
+"""What tells one model's weights from another's: a digest of its files, or its commit."""
+
+import hashlib
+from pathlib import Path
+
+from fastpref.config import ModelConfig
+from fastpref.model.files.configs import load_base_config
+from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.files.reading import reading
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
+CONFIG_FILES = ("config.json", "adapter_config.json")
+
+
+def model_identity(model: ModelConfig) -> str:
+    """Digest of all that a model's log-probabilities depend on, arithmetic aside.
+
+    A folder counts by the content of its weights and config, and of its Python code where that may
+    run, so a copy elsewhere is the same model and a folder trained anew is another; a hub name
+    counts by its commit. Reads every byte: about a second per gigabyte.
+
+    Args:
+        model: For `name_or_path`, `archive` and `revision`.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: no such model.
+    """
+    digest = hashlib.sha256()
+    _add_model(digest, named_model(model))
+    if model.archive:
+        path = Path(model.archive).expanduser()
+        if path.is_file():
+            _add_files(digest, [path])
+        else:
+            _add_model(digest, archived_model(model))
+    return digest.hexdigest()
+
+
+def _add_model(digest: "hashlib._Hash", source: ModelSource) -> None:
+    if not Path(source.base).is_dir():
+        commit = load_base_config(source)._commit_hash
+        digest.update(f"{source.base}@{commit}".encode())
+    for folder in (source.base, *source.adapters):
+        if Path(folder).is_dir():
+            code = (".py",) if source.trust_remote_code else ()
+            _add_folder(digest, Path(folder), (*WEIGHT_SUFFIXES, *code))
+
+
+def _add_folder(digest: "hashlib._Hash", folder: Path, suffixes: tuple[str, ...]) -> None:
+    _add_files(
+        digest,
+        [
+            path
+            for path in sorted(folder.iterdir())
+            if path.suffix in suffixes or path.name in CONFIG_FILES
+        ],
+    )
+
+
+def _add_files(digest: "hashlib._Hash", paths: list[Path]) -> None:
+    for path in paths:
+        with reading(path.name, str(path.parent)), path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").digest()
+        digest.update(path.name.encode() + content)
+
+
+def side_model(model: ModelConfig, reference: str) -> ModelConfig:
+    """The model that `weights.positive` or `weights.negative` names.
+
+    Args:
+        model: The run's: precision and attention, and the architecture of a `policy.pt`.
+        reference: A name or folder, or a seed-format `policy.pt`.
+    """
+    changes: dict[str, str | None] = {"name_or_path": reference, "archive": None}
+    if Path(reference).expanduser().is_file():
+        changes = {"archive": reference}
+    elif reference != model.name_or_path:
+        # a revision names a commit of the run's own model
+        changes["revision"] = None
+    return ModelConfig(**{**vars(model), **changes})

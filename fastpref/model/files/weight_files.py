@@ -1,0 +1,48 @@
+"""Which files of a checkpoint's folder hold its weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastpref.model.files.paths import local_folder, matching_files, read_object
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+"""Says which file has which weight, whatever the files are called."""
+_SHARDS = "model-*-of-*.safetensors"
+
+
+def weights_folder(name: str, revision: str | None) -> Path:
+    """A model's folder; of a hub model its copy in the cache, with its files of weights.
+
+    Raises:
+        OSError, ValueError: the hub has no such model, or does not answer.
+    """
+    folder = local_folder(name, revision, (WHOLE, INDEX))
+    if Path(name).is_dir() or (folder / WHOLE).is_file():
+        return folder
+    return local_folder(name, revision, _indexed(folder) or (WHOLE, _SHARDS))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """What transformers loads of a folder, in safetensors' format: the one file, or those of the
+    index; variants such as model.fp16.safetensors are neither.
+
+    Raises:
+        CheckpointError: the index cannot be read.
+    """
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    names = _indexed(folder)
+    if names:
+        return [folder / name for name in names if (folder / name).is_file()]
+    return matching_files(folder, (_SHARDS,))
+
+
+def _indexed(folder: Path) -> Sequence[str]:
+    """The files that an index names; none without an index."""
+    if not (folder / INDEX).is_file():
+        return ()
+    weight_map = read_object(folder / INDEX).get("weight_map")
+    # a damaged one is refused where the model is loaded
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    return sorted({name for name in files if isinstance(name, str)})

@@ -1,0 +1,109 @@
+"""LATEST: the trained model as a Hugging Face folder, with what its source has beside the weights.
+
+In which dtype: `model.save_dtype` is null by default, and the weights are written as they were
+trained, in the master dtype. Rounding float32 weights to a checkpoint's bfloat16 would drop most of
+what a small learning rate adds: near 0.02 bfloat16 numbers are 1.2e-4 apart, and a weight that a
+run moved by less than half of that would be the old one again. A stage that goes on from LATEST
+(DPO after SFT, token weights from two models) would lose that without a sign. For a folder that is
+served rather than trained on, `checkpoint` halves it and the log says that it was rounded; a run
+that computes in bfloat16 rounds its weights just so in its own forward passes.
+"""
+
+import copy
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from fastpref.distributed import World
+from fastpref.errors import CheckpointError
+from fastpref.model.adapters.folders import SAFETENSORS
+from fastpref.model.adapters.lora import Adapters, adapter_state
+from fastpref.model.files.paths import EXPORT_FOLDER, MERGED_FOLDER
+from fastpref.model.merged import load_merged
+from fastpref.model.scorer import TokenScorer
+from fastpref.train.export.config import dtype_name
+from fastpref.train.export.model_folder import dtype_of_most, new_folder, write_files, write_model
+from fastpref.train.export.plan import ExportPlan
+
+logger = logging.getLogger("fastpref")
+
+
+def export_model(scorer: TokenScorer, plan: ExportPlan | None, run_dir: Path, world: World) -> Path:
+    """Write `<run_dir>/LATEST`: safetensors, config, tokenizer and what else the source has.
+
+    Of adapters it is a peft folder, which names its base; the model that they are merged into goes
+    to `LATEST-merged`, if that was asked for.
+
+    Every rank calls this; rank 0 gathers the weights on the CPU and writes. The folder appears
+    under its name only when it is complete.
+
+    Args:
+        scorer: The trained model.
+        plan: What stands beside its weights; None on every rank but 0.
+        run_dir: Of the run.
+        world: Whoever has a part of the weights.
+
+    Returns:
+        The folder, which `AutoModelForCausalLM.from_pretrained` loads.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    folder = run_dir / EXPORT_FOLDER
+    gathered: dict[str, Any] = {}
+    if scorer.adapters is None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered = get_model_state_dict(scorer, options=options)
+
+    def write() -> None:
+        assert plan is not None
+        if scorer.adapters is None:
+            weights = {name.removeprefix("model."): x for name, x in gathered.items()}
+            write_model(scorer.model, weights, plan, folder)
+            return
+        _write_adapters(scorer.model, scorer.adapters, plan, folder)
+        if plan.adapter is not None and plan.adapter.merge:
+            model = _merge(folder, plan, world)
+            write_model(model, model.state_dict(), plan, run_dir / MERGED_FOLDER)
+        elif (run_dir / MERGED_FOLDER).is_dir():
+            logger.info("deleted %s: it was of an earlier adapter", run_dir / MERGED_FOLDER)
+            shutil.rmtree(run_dir / MERGED_FOLDER)
+
+    # the others wait until the model is there
+    world.on_main(write)
+    return folder
+
+
+def _merge(folder: Path, plan: ExportPlan, world: World) -> Any:
+    assert plan.adapter is not None
+    try:
+        return load_merged(str(folder), plan.model, plan.adapter, world.device)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"adapter.merge=true: {error}; the adapter itself is written"
+        ) from error
+
+
+def _write_adapters(model: Any, adapters: Adapters, plan: ExportPlan, folder: Path) -> None:
+    assert plan.base is not None
+    with new_folder(folder) as partial:
+        partial.mkdir()
+        weights = {name: x.cpu().contiguous() for name, x in adapter_state(model).items()}
+        # as peft writes it
+        save_file(weights, partial / SAFETENSORS, metadata={"format": "pt"})
+        config = copy.copy(adapters.config)
+        config.base_model_name_or_path = plan.base.name
+        config.revision = plan.base.source.revision
+        config.inference_mode = True
+        config.save_pretrained(partial)
+        write_files(plan.texts, partial)
+    logger.info(
+        "wrote %s: the adapter of %s, in %s",
+        folder,
+        plan.base.name,
+        dtype_name(dtype_of_most(weights)),
+    )

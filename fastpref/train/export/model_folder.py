@@ -1,0 +1,110 @@
+"""A folder with all of a trained model: its weights, those of its source beside them, its files."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fastpref.complete_files import complete_folder
+from fastpref.model.files.reading import reason
+from fastpref.model.files.source_weights import Arranged, arrange, group_names, most_common_dtype
+from fastpref.train.export.config import dtype_name, write_config
+from fastpref.train.export.plan import ExportPlan
+from fastpref.train.export.weight_files import write_weights
+
+logger = logging.getLogger("fastpref")
+
+
+def write_model(model: Any, weights: dict[str, Tensor], plan: ExportPlan, folder: Path) -> None:
+    """Write a folder with all of a model.
+
+    Args:
+        model: For its class, config and names.
+        weights: By its names; a tied one is written once, as transformers ties it on loading.
+        plan: What stands beside them.
+        folder: Of the model.
+    """
+    second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    second_names -= dict(model.named_parameters()).keys()
+    unsaved = second_names | set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    weights = {name: x for name, x in weights.items() if name not in unsaved}
+    trained = dtype_of_most(weights)
+    arranged = arrange(model, weights, plan.source)
+    own = {name: x.to(plan.dtype_of(name, x)) for name, x in arranged.own.items()}
+    written = dtype_of_most(own)
+    with new_folder(folder) as partial:
+        partial.mkdir()
+        write_weights(partial, {**own, **arranged.untouched})
+        write_config(
+            model,
+            partial,
+            architectures=plan.architectures,
+            dtype=written,
+            others=most_common_dtype(arranged.untouched),
+        )
+        write_files(plan.others, partial)
+        write_files(plan.texts, partial)
+    logger.info("wrote %s %s", folder, _in_words(trained, written, plan))
+    _say_what_is_not_trained(arranged)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name when the block is left without an error."""
+    with complete_folder(folder) as partial:
+        try:
+            yield partial
+        # of safetensors, with the system's reason in its text
+        except SafetensorError as error:
+            raise OSError(reason(error)) from error
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Write files by their paths in a folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def _in_words(trained: torch.dtype, written: torch.dtype, plan: ExportPlan) -> str:
+    """ "in bfloat16, …": the dtype of an export, and what else it could have been."""
+    words = f"in {dtype_name(written)}"
+    loaded = plan.loaded.commonest
+    if written != trained:
+        return (
+            f"{words} (model.save_dtype={plan.model.save_dtype}), trained in {dtype_name(trained)}"
+        )
+    if loaded is None or loaded == written:
+        return words
+    return f"{words}, as trained; model.save_dtype=checkpoint writes {dtype_name(loaded)}"
+
+
+def dtype_of_most(weights: Mapping[str, Tensor]) -> torch.dtype:
+    """That of most numbers with a fraction."""
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in weights.values():
+        sizes[weight.dtype] += weight.numel() if weight.is_floating_point() else 0
+    return sizes.most_common(1)[0][0]
+
+
+def _say_what_is_not_trained(arranged: Arranged) -> None:
+    copied, left_out = (
+        ", ".join(
+            f"{group} ({len(names)} {'tensor' if len(names) == 1 else 'tensors'})"
+            for group, names in group_names(others, arranged.own).items()
+        )
+        for others in (arranged.untouched, arranged.left_out)
+    )
+    if copied:
+        logger.info("copied from the source as they are, since they were not trained: %s", copied)
+    if left_out:
+        logger.warning(
+            "left out, since the source has them in few bits and the export says of none: %s",
+            left_out,
+        )

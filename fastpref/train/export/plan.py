@@ -1,0 +1,156 @@
+"""What LATEST holds beside the trained weights, gathered before there are any."""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpref.config import AdapterConfig, ModelConfig
+from fastpref.errors import CheckpointError
+from fastpref.model.adapters.base import AdapterBase, find_adapter_base
+from fastpref.model.files.families import has_family, is_wrapper
+from fastpref.model.files.loaded_dtypes import LoadedDtypes, loaded_dtypes
+from fastpref.model.files.paths import (
+    CONFIG,
+    EXPORT_FOLDER,
+    TOKENIZER_FILES,
+    ModelSource,
+    local_folder,
+    matching_files,
+    named_model,
+    read_object,
+)
+from fastpref.model.files.reading import reading
+from fastpref.model.files.source_weights import SourceWeights, open_weights
+from fastpref.model.source import find_tokenizer
+from fastpref.train.export.config import json_bytes
+
+GENERATION_CONFIG = "generation_config.json"
+MODEL_FILES = (
+    *(GENERATION_CONFIG, "*processor*.json", "audio_tokenizer_config.json", "chat_template.json"),
+    *("*.py", "LICENSE*", "NOTICE*"),
+)
+"""Patterns of what a model's folder holds beside weights, config and tokenizer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportPlan:
+    """What LATEST will hold, known before training starts.
+
+    What cannot be saved is found out before it costs a trained model, and a source that is replaced
+    or goes away meanwhile changes nothing.
+    """
+
+    texts: Mapping[str, bytes]
+    """The tokenizer's files, by their path in the folder."""
+    others: Mapping[str, bytes]
+    """Everything else beside weights and config."""
+    model: ModelConfig
+    """The run's options."""
+    loaded: LoadedDtypes
+    """Of the checkpoint that the run started from."""
+    source: SourceWeights
+    """Its files, held open."""
+    architectures: list[str] | None
+    """What its config says that it is."""
+    adapter: AdapterConfig | None
+    """The run's options; None: the model itself is trained."""
+    base: AdapterBase | None
+    """Of the adapter."""
+
+    def dtype_of(self, name: str, weight: Tensor) -> torch.dtype:
+        """What a weight is written in."""
+        if self.model.save_dtype is None or not weight.is_floating_point():
+            return weight.dtype
+        if self.model.save_dtype == "float32":
+            return torch.float32
+        return self.loaded.by_name.get(name, self.loaded.commonest) or weight.dtype
+
+
+def plan_export(
+    model: ModelConfig,
+    model_config: Any,
+    tokenizer: Any,
+    chat_template: str | None,
+    *,
+    adapter: AdapterConfig | None = None,
+) -> ExportPlan:
+    """Gather what LATEST holds beside the trained weights.
+
+    Args:
+        model: The run's options.
+        model_config: Of transformers, of the loaded model.
+        tokenizer: That of the run.
+        chat_template: Jinja text that replaced the tokenizer's own, None if none did.
+        adapter: Options of the adapter that is trained; None: the model is.
+
+    Raises:
+        CheckpointError: transformers cannot save config or tokenizer or load what was saved, or a
+            file cannot be read.
+    """
+    if not has_family(model_config):
+        # the text part of some models that see, which transformers loads with the rest alone
+        raise CheckpointError(
+            f"model: what is trained of {model.name_or_path}, {model_config.model_type}, is no "
+            f"causal language model by itself, so nothing could load {EXPORT_FOLDER}"
+        )
+    source = named_model(model)
+    others = _read_files(source.base, source.revision, MODEL_FILES)
+    for folder in source.adapters:
+        others |= _read_files(folder, None, MODEL_FILES)
+    texts = _read_files(*find_tokenizer(model), TOKENIZER_FILES)
+    with tempfile.TemporaryDirectory() as name, reading("a config to save", source.base):
+        model_config.save_pretrained(name)
+    with reading("a tokenizer to save", tokenizer.name_or_path):
+        texts |= _save_tokenizer(tokenizer, chat_template)
+    return ExportPlan(
+        texts=_with_template(texts, chat_template),
+        others=_with_template(others, chat_template),
+        model=model,
+        loaded=loaded_dtypes(model),
+        source=open_weights(model, wrapper=is_wrapper(model_config)),
+        architectures=_architectures(source),
+        base=find_adapter_base(model) if adapter else None,
+        adapter=adapter,
+    )
+
+
+def _architectures(source: ModelSource) -> list[str] | None:
+    with reading("the files", source.base):
+        folder = local_folder(source.base, source.revision, (CONFIG,))
+        return read_object(folder / CONFIG).get("architectures")
+
+
+def _read_files(name: str, revision: str | None, patterns: tuple[str, ...]) -> dict[str, bytes]:
+    with reading("the files", name):
+        folder = local_folder(name, revision, patterns)
+        return {path.name: path.read_bytes() for path in matching_files(folder, patterns)}
+
+
+def _save_tokenizer(tokenizer: Any, chat_template: str | None) -> dict[str, bytes]:
+    own_template = tokenizer.chat_template
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            if chat_template is not None:
+                tokenizer.chat_template = chat_template
+            tokenizer.save_pretrained(folder)
+        finally:
+            tokenizer.chat_template = own_template
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def _with_template(files: Mapping[str, bytes], chat_template: str | None) -> dict[str, bytes]:
+    """Files with the chat template replaced in those that have one, as processors do."""
+    replaced = dict(files)
+    for name, data in files.items() if chat_template is not None else ():
+        fields = json.loads(data) if name.endswith(".json") else None
+        if isinstance(fields, dict) and "chat_template" in fields:
+            replaced[name] = json_bytes(fields | {"chat_template": chat_template})
+    return replaced

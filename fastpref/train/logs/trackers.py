@@ -1,0 +1,164 @@
+"""Optional followers of a run, beside metrics.jsonl: Weights & Biases and TensorBoard."""
+
+import importlib
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastpref.config import TrackerOptions, WandbConfig
+from fastpref.errors import ConfigError, first_line
+from fastpref.train.logs.metrics import Record, Tracker
+
+logger = logging.getLogger("fastpref")
+
+RUN_ID = "wandb-id"
+"""File of the run folder with its run's name at Weights & Biases."""
+WANDB_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
+"""Values of WANDB_MODE that need no account."""
+
+
+def check_trackers(options: TrackerOptions) -> None:
+    """Refuse, before anything is loaded, a tracker that could not start.
+
+    Raises:
+        ConfigError: its package cannot be imported, or Weights & Biases knows no account.
+    """
+    if options.debug:
+        return
+    if options.tensorboard.enabled:
+        _check_import("tensorboard.enabled", "torch.utils.tensorboard")
+    if options.wandb.enabled:
+        _check_import("wandb.enabled", "wandb")
+        _check_login()
+
+
+def _check_import(key: str, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    # packages that do not go together fail in any way they like
+    except Exception as error:
+        raise ConfigError(
+            f"{key}=true: {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
+        ) from None
+
+
+def _check_login() -> None:
+    """Log in, on a terminal by asking for the key."""
+    import wandb
+
+    if os.environ.get("WANDB_MODE") in WANDB_WITHOUT_LOGIN:
+        return
+    try:
+        wandb.login()
+    # no key, a wrong one, or no network
+    except Exception as error:
+        raise ConfigError(
+            f"wandb.enabled=true: {first_line(error).rstrip('.')}; log in with `wandb login`, set "
+            "WANDB_API_KEY, or keep the run on this machine with WANDB_MODE=offline"
+        ) from None
+
+
+def build_trackers(
+    options: TrackerOptions, run_dir: Path, run_options: dict[str, Any], examples: int = 0
+) -> list[Tracker]:
+    """The trackers that are asked for.
+
+    One that does not start, though `check_trackers` found nothing, is left out with a warning.
+
+    Args:
+        options: Which.
+        run_dir: Of the run.
+        run_options: All options of the run, for those that keep them.
+        examples: Seen before this start; what was logged beyond is not this run's any more.
+    """
+    if options.debug:
+        return []
+    wanted: list[tuple[bool, str, Callable[[], Tracker]]] = [
+        (
+            options.wandb.enabled,
+            WandbTracker.name,
+            lambda: WandbTracker(options.wandb, run_dir, run_options),
+        ),
+        (
+            options.tensorboard.enabled,
+            TensorboardTracker.name,
+            lambda: TensorboardTracker(run_dir, examples),
+        ),
+    ]
+    trackers = []
+    for enabled, name, build in wanted:
+        if not enabled:
+            continue
+        try:
+            trackers.append(build())
+        # a service that does not answer is no reason to throw loaded models away
+        except Exception as error:
+            logger.warning("%s does not follow this run: %s", name, first_line(error))
+    return trackers
+
+
+class WandbTracker:
+    """Scalars over examples seen, as the seed repositories log them."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, options: WandbConfig, run_dir: Path, run_options: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            entity=options.entity,
+            project=options.project,
+            name=run_dir.name,
+            dir=str(run_dir),
+            config=run_options,
+            # a run that is gone on with stays one run there
+            id=_run_id(run_dir),
+            resume="allow",
+        )
+
+    def log(self, record: Record) -> None:
+        self._run.log(_scalars(record), step=record["examples"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorboardTracker:
+    """Scalars over examples seen, in the run folder's `tensorboard/`."""
+
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path, examples: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder, purge = str(run_dir / "tensorboard"), examples + 1 if examples else None
+        self._writer: Any = SummaryWriter(folder, purge_step=purge)
+
+    def log(self, record: Record) -> None:
+        for name, value in _scalars(record).items():
+            self._writer.add_scalar(name, value, record["examples"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _run_id(run_dir: Path) -> str:
+    """The same for every start in a run folder, another one for every folder."""
+    path = run_dir / RUN_ID
+    if not path.is_file():
+        path.write_text(secrets.token_hex(8), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    """The numbers of a line; of an evaluation its metrics alone, which a training step of the same
+    place has not: one curve of speed, one of the learning rate."""
+    is_step = record["split"] == "train"
+    return {
+        key: value
+        for key, value in record.items()
+        if isinstance(value, int | float) and (is_step or "_eval/" in key or key.endswith("/eval"))
+    }

@@ -1,0 +1,73 @@
+"""A checkpoint's run beside the one that wants to go on from it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastpref.errors import CheckpointError
+from fastpref.train.resume.differences import Difference, effect_of, is_among, list_differences
+
+logger = logging.getLogger("fastpref")
+
+FORMAT = 1
+"""Of the record in a checkpoint."""
+HELD_OUT = "held-out data"
+"""The fingerprint that updates do not depend on; "none" where there are no such rows."""
+
+
+def check_same_run(
+    folder: Path,
+    record: dict[str, Any],
+    options: dict[str, Any],
+    fingerprints: dict[str, str],
+    *,
+    allow: Sequence[str],
+) -> None:
+    """Refuse to go on with other options, data or model than the checkpoint's where numbers depend
+    on them; say what else differs.
+
+    Args:
+        folder: Of the checkpoint.
+        record: Its own.
+        options: All of this start.
+        fingerprints: Of data, held-out data, tokenizer and model.
+        allow: Names of what may differ all the same.
+
+    Raises:
+        CheckpointError: with a table of what differs.
+    """
+    if record.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder}: its record has format {record.get('format')}, this version reads {FORMAT}"
+        )
+    schedule = options["optim"]["schedule"]
+    found = [
+        (difference, effect_of(difference, schedule))
+        for difference in list_differences(record["options"], options)
+    ]
+    before = record["fingerprints"]
+    effects = {HELD_OUT: "no effect on the updates, other numbers of evaluations"}
+    found += [
+        (Difference(name, before[name][:12], digest[:12]), effects.get(name, ""))
+        for name, digest in fingerprints.items()
+        # checkpoints of earlier versions have no digest of the held-out data
+        if before.get(name, digest) != digest
+    ]
+    lines = [_line(difference, effect, allow) for difference, effect in found]
+    refused = [d.key for d, effect in found if not effect and not is_among(d.key, allow)]
+    if refused:
+        raise CheckpointError(
+            f"{folder} is of a run with other numbers:\n  "
+            + "\n  ".join(lines)
+            + "\nset them back, name a new run_dir with resume=never, or accept them with "
+            f"resume.allow=[{','.join(refused)}]"
+        )
+    for line in lines:
+        logger.warning("going on with other options: %s", line)
+
+
+def _line(difference: Difference, effect: str, allow: Sequence[str]) -> str:
+    if not effect:
+        effect = "allowed" if is_among(difference.key, allow) else "CHANGES THE NUMBERS"
+    return f"{difference}: {effect}"

@@ -1,0 +1,86 @@
+"""What tells one run's data, tokenizer and model from another's, wherever they lie."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastpref.config import ModelConfig
+from fastpref.data.encode import PreferenceSplit, tokenizer_digest
+from fastpref.data.weights_file import template_digest
+from fastpref.distributed import World
+from fastpref.errors import DataError
+from fastpref.model.files.identity import model_identity
+from fastpref.train.resume.comparison import HELD_OUT
+
+ROWS_AT_ONCE = 8192
+
+
+def take_digests(
+    splits: Sequence[PreferenceSplit | None], texts: tuple[Any, str | None], world: World
+) -> dict[str, str]:
+    """Those of what every rank reads by itself, and plans its steps from: a second a gigabyte.
+
+    Args:
+        splits: Rows to train on, and those held out or None.
+        texts: Tokenizer, and the chat template that replaces its own or None.
+        world: Whoever runs.
+
+    Returns:
+        64 hexadecimal digits each. data: token ids, weights and order of the rows to train on;
+        held-out data: the same of the others; tokenizer: vocabulary and chat template, which the
+        exported model has beside it.
+
+    Raises:
+        DataError: a rank has others than rank 0.
+    """
+    tokenizer, chat_template = texts
+    of_texts = tokenizer_digest(tokenizer) + str(template_digest(chat_template))
+    train, held_out = (split_digest(split) if split else "none" for split in splits)
+    digests = {
+        "data": train,
+        HELD_OUT: held_out,
+        "tokenizer": hashlib.sha256(of_texts.encode()).hexdigest(),
+    }
+    world.compare_on_main(digests, check_same_digests)
+    return digests
+
+
+def take_model_digest(model: ModelConfig, world: World) -> str:
+    """That of the weights that a run starts from, and of its reference; rank 0 reads every byte."""
+    return world.on_main(lambda: model_identity(model))
+
+
+def check_same_digests(of_ranks: Sequence[dict[str, str]]) -> None:
+    """Refuse ranks that would train on different rows, each on its share of them.
+
+    Args:
+        of_ranks: By rank, see `take_digests`.
+
+    Raises:
+        DataError: naming the first rank, and what it has.
+    """
+    for rank, digests in enumerate(of_ranks):
+        differing = [name for name, digest in digests.items() if digest != of_ranks[0][name]]
+        if differing:
+            raise DataError(
+                f"{' and '.join(differing)} of rank {rank} are not those of rank 0: files of one "
+                "name on the disks of different machines, or different versions of transformers"
+            )
+
+
+def split_digest(split: PreferenceSplit) -> str:
+    """Digest of what training sees of a split: the same rows read from another place, or by another
+    version of a library, have the same one."""
+    digest = hashlib.sha256(np.ascontiguousarray(split.groups, np.int64).tobytes())
+    table = split.dataset.with_format("arrow")
+    for rows in table.iter(ROWS_AT_ONCE):
+        for name in sorted(rows.column_names):
+            lists = rows[name].combine_chunks()
+            lengths = lists.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+            values = lists.flatten().to_numpy(zero_copy_only=False)
+            digest.update(f"{name} {values.dtype}".encode())
+            digest.update(lengths.astype(np.int64).tobytes())
+            digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()

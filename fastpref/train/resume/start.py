@@ -1,0 +1,167 @@
+"""What a run starts from: nothing, or a checkpoint that it may go on with."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.folders import CHECKPOINTS, find_named, find_newest
+from fastpref.checkpoint.load import load_checkpoint, read_record
+from fastpref.checkpoint.manifest import Checkpoint
+from fastpref.errors import CheckpointError
+from fastpref.model.scorer import TokenScorer
+from fastpref.train.resume.comparison import check_same_run
+from fastpref.train.resume.origin import is_branch_of, origin_of, run_of
+from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
+from fastpref.train.state import RunState
+from fastpref.train.updates import Updates
+
+logger = logging.getLogger("fastpref")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a run starts from."""
+
+    agreement: Agreement
+    """Of the ranks."""
+    place: RunPlace
+    """Where a new run folder is made."""
+    run_dir: Path | None = None
+    """The run folder to go on in, locked; None: a new one."""
+    checkpoint: Checkpoint | None = None
+    source: Path | None = None
+    """The run folder that the checkpoint lies in: `run_dir`, or the one that it branches off from;
+    None: it lies in none."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the run said of itself when it was saved: state, options, fingerprints."""
+
+    @property
+    def state(self) -> RunState:
+        """Where the run is gone on with."""
+        return RunState.from_json(self.record["state"]) if self.record else RunState()
+
+    @property
+    def unwritten(self) -> list[str]:
+        """Lines of metrics that could not be written when it was saved."""
+        return self.record.get("unwritten", [])
+
+    def check(
+        self, options: dict[str, Any], fingerprints: dict[str, str], *, allow: Sequence[str]
+    ) -> None:
+        """Refuse a checkpoint of another run, see `check_same_run`.
+
+        Raises:
+            CheckpointError: there is one, and it is.
+        """
+        if self.checkpoint is not None:
+            folder = self.checkpoint.folder
+            check_same_run(folder, self.record, options, fingerprints, allow=allow)
+
+    def load(
+        self, policy: TokenScorer, updates: Updates, device: torch.device, *, num_steps: int
+    ) -> RunState:
+        """Put the checkpoint's state in place, if there is one.
+
+        Raises:
+            CheckpointError: it does not fit, or the run has fewer steps.
+        """
+        state = self.state
+        if self.checkpoint is None:
+            return state
+        if state.step > num_steps:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} is of step {state.step}, the run has {num_steps} steps"
+            )
+        load_checkpoint(
+            self.checkpoint,
+            policy,
+            updates.optimizer,
+            updates.scheduler,
+            agreement=self.agreement,
+            device=device,
+        )
+        policy.refresh()
+        updates.guard.load_state(state.guard)
+        logger.info("going on after step %d: %s", state.step, self.checkpoint.folder)
+        return state
+
+
+def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:
+    """What `resume` asks to go on with, found by rank 0 for all.
+
+    Args:
+        resume: "never", "auto" or a path, see `ResumeConfig.path`.
+        place: Where the run's folder is to be.
+        agreement: Of the ranks.
+
+    Raises:
+        CheckpointError: on every rank: what was asked for is not there, or nothing is whole.
+    """
+    if resume == "never":
+        return Start(agreement=agreement, place=place)
+    found = agreement.on_main(lambda: _find(resume, place))
+    if found.checkpoint is None:
+        looked_in = found.run_dir or place.run_dir or place.root
+        logger.info("resume=auto: no checkpoint in %s, a new start", looked_in)
+        return Start(agreement=agreement, place=place, run_dir=found.run_dir)
+    record = read_record(found.checkpoint, agreement)
+    return Start(agreement=agreement, place=place, record=record, **found._asdict())
+
+
+class Found(NamedTuple):
+    """What there is to go on with, see `Start`."""
+
+    run_dir: Path | None = None
+    checkpoint: Checkpoint | None = None
+    source: Path | None = None
+
+
+def _find(resume: str, place: RunPlace) -> Found:
+    """A run folder is locked before anything is looked for in it: whoever writes there may have
+    saved something newer, or deleted what was found, by the time it is read."""
+    if resume == "auto":
+        run_dir = place.run_dir or place.newest_with(CHECKPOINTS)
+        return _find_in(run_dir) if run_dir and run_dir.is_dir() else Found()
+    path = Path(resume)
+    source, run_dir = run_of(path), place.run_dir
+    if run_dir and run_dir.is_dir() and is_branch_of(run_dir, path):
+        return _find_in(run_dir)
+    if source and (run_dir is None or (run_dir.is_dir() and run_dir.samefile(source))):
+        lock(source)
+        return Found(source, find_named(path), source)
+    # before models are loaded for nothing
+    place.check()
+    return Found(None, find_named(path), source)
+
+
+def _find_in(run_dir: Path) -> Found:
+    """The newest checkpoint of a run folder, else the one that it branched off from."""
+    lock(run_dir)
+    check_not_lost(run_dir)
+    checkpoint = find_newest(run_dir / CHECKPOINTS)
+    if checkpoint is not None:
+        return Found(run_dir, checkpoint, run_dir)
+    origin = origin_of(run_dir)
+    return Found(run_dir, find_named(origin), run_of(origin)) if origin else Found(run_dir)
+
+
+def check_not_lost(run_dir: Path) -> None:
+    """Refuse a run folder whose checkpoints were there and are not: its numbers are not to be
+    taken for those of a run that never had one.
+
+    Raises:
+        CheckpointError: they are gone, or on a disk that is.
+    """
+    folder = run_dir / CHECKPOINTS
+    if folder.is_dir() or not names_in(run_dir) or took_no_step(run_dir):
+        return
+    where = f"a link to {folder.readlink()}, which is not there" if folder.is_symlink() else "gone"
+    raise CheckpointError(
+        f"resume: {folder} is {where}, and {run_dir} holds the numbers of a run that had it: "
+        "bring it back, or name a new run_dir"
+    )
