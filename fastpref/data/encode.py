@@ -195,11 +195,12 @@ def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> Enc
                 tokenizer_digest(tokenizer), options.chat_template, options.template_kwargs
             ),
         )
+    day, options = options.chat_date, replace(options, chat_date=None)
     if rows.has_chats:
         check_chat_template(tokenizer, options.chat_template, options.template_kwargs)
         if prints_date(tokenizer, options.chat_template):
             estimated = rows.origin.chat_date if rows.origin else None
-            options = replace(options, chat_date=estimated or current_date(tokenizer))
+            options = replace(options, chat_date=estimated or day or current_date(tokenizer))
     return options
 
 

@@ -35,7 +35,7 @@ class EncodeOptions:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template."""
     chat_date: str | None = None
-    """The day that a chat template which prints the date is told; None where none does."""
+    """The day that a chat template which prints the date is told, "2026-11-30"; None: today."""
     on_error: str
     strict: bool
     weights_have_eos: bool = False

@@ -18,6 +18,8 @@ from fastpref.train.resume.comparison import FORMAT, check_same_run
 MARKER = "stage.json"
 """In a stage's folder once it is done: its seconds, its result in words, and the fingerprints of
 what the run is given."""
+CHAT_DATE = "chat date"
+"""Among those fingerprints: the day of the first start, see `RunState.chat_date`."""
 IN_WORDS = ("what", "result", "seconds")
 
 
@@ -85,7 +87,11 @@ def take_inputs(stages: list[Stage], done: Sequence[Path], world: World) -> dict
     [weights] = [stage for stage in stages if stage.name == "weights"]
     # rows as pairs, as the files have them, and the model before the first stage
     config = replace(weights.config, model=stages[0].config.model)
-    inputs = load_data(config, world, quiet=True).fingerprints(config.model, world)
+    told = world.on_main(
+        lambda: [read_record(folder).get("fingerprints", {}).get(CHAT_DATE, "") for folder in done]
+    )
+    data = load_data(config, world, chat_date=max(told, default=""), quiet=True)
+    inputs = data.fingerprints(config.model, world) | {CHAT_DATE: data.chat_date}
     options = asdict(config)
 
     def compare() -> None:

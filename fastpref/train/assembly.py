@@ -41,14 +41,13 @@ class Parts(NamedTuple):
     def assemble(self, fingerprints: dict[str, str]) -> Run:
         """Loaders, updates and state, then folder and log: what fails until then leaves none."""
         config, world, policy = self.config, self.world, self.pair.policy
+        limit = config.packing.token_limit
         loaders = build_loaders(
             self.data,
             self.work.layout,
             num_embeddings=policy.num_embeddings,
             # auto decides by itself how a step is divided
-            min_micro_batches=1
-            if config.packing.token_limit is None
-            else config.gradient_accumulation_steps,
+            min_micro_batches=1 if limit is None else config.gradient_accumulation_steps,
         )
         announce_adapters(policy, config.adapter, world)
         announce_tokens(loaders.train, world)
@@ -65,8 +64,9 @@ class Parts(NamedTuple):
         # the policy is still the model that training starts from
         loaders = self.with_reference(loaders, fingerprints["model"])
         state = self.start.load(policy, updates, world.device, num_steps=num_steps)
-        if config.packing.token_limit is None:
+        if limit is None:
             state.max_tokens = self.work.layout.max_tokens
+        state.chat_date = self.data.chat_date
         state.place = place_of(world, recomputes=config.activation_checkpointing)
         run_dir = open_run_dir(self.start, config.to_yaml(), world)
         log = open_log(

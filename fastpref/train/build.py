@@ -35,7 +35,7 @@ def build_run(config: Config, world: World, start: Start) -> Run:
         config.transform,
         adapters=config.adapter.trained,
     )
-    data = load_data(config, world)
+    data = load_data(config, world, chat_date=start.state.chat_date)
     fingerprints: dict[str, str] = {}
     if start.checkpoint is not None:
         # before models are loaded for nothing

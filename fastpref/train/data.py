@@ -1,6 +1,7 @@
 """The data of a run: read, encoded, in its order, and how its rows become batches."""
 
 import logging
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastpref.batches.layouts import RowLayout
@@ -14,7 +15,7 @@ from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
 from fastpref.model.source import check_archive, load_vocabulary, pad_token_id
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
-from fastpref.train.resume.fingerprints import take_digests, take_model_digest
+from fastpref.train.resume.fingerprints import take_digests, take_model_digest, today
 
 logger = logging.getLogger("fastpref")
 
@@ -31,6 +32,8 @@ class Data(NamedTuple):
     """Jinja text that replaces the tokenizer's own; None if none does."""
     digests: dict[str, str]
     """Of rows and tokenizer, see `take_digests`."""
+    chat_date: str
+    """The day that a chat template which prints the date was told."""
 
     @property
     def texts(self) -> tuple[Any, str | None]:
@@ -61,11 +64,16 @@ class Loaders(NamedTuple):
     eval: Loader | None
 
 
-def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
+def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool = False) -> Data:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.
 
-    Rows are validated before the tokenizer is loaded, and everything before any model. `quiet`:
-    without a word on what there is.
+    Rows are validated before the tokenizer is loaded, and everything before any model.
+
+    Args:
+        config: Of the run.
+        world: Whoever runs.
+        chat_date: What a chat template that prints the date is told; "": today, by rank 0's clock.
+        quiet: Without a word on what there is.
     """
     quiet = quiet or not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
@@ -74,6 +82,8 @@ def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
     # to make tokens of many rows takes an hour
     check_archive(config.model)
     tokenizer, vocab_size = load_vocabulary(config.model)
+    chat_date = chat_date or today(tokenizer, world)
+    options = replace(options, encode=replace(options.encode, chat_date=chat_date))
 
     def encode() -> list[PreferenceSplit]:
         return [
@@ -95,8 +105,9 @@ def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
     template = options.encode.chat_template
     both = (train, held_out[0] if held_out else None)
     digests = take_digests(both, (tokenizer, template), world)
+    known = (tokenizer, template, digests, chat_date)
     if not held_out:
-        return Data(train, train_order, None, None, tokenizer, template, digests)
+        return Data(train, train_order, None, None, *known)
     eval_order = build_eval_order(
         held_out[0],
         config.data,
@@ -104,7 +115,9 @@ def load_data(config: Config, world: World, *, quiet: bool = False) -> Data:
         batch_size=config.eval_batch_size,
         n_examples=config.n_eval_examples,
     )
-    return Data(train, train_order, held_out[0], eval_order, tokenizer, template, digests)
+    return Data(
+        train, train_order, held_out[0], eval_order, tokenizer, template, digests, chat_date
+    )
 
 
 def build_loaders(

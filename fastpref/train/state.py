@@ -29,6 +29,8 @@ class RunState:
     """Tokens that a process computes at once, where that was found out."""
     place: str = ""
     """Where it was found out."""
+    chat_date: str = ""
+    """The day of the first start, which a chat template that prints the date is told ever since."""
     guard: GuardState = field(default_factory=GuardState)
     """Steps left out."""
 

@@ -206,6 +206,10 @@ def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
     error = refused([*command, "checkpoint.deadline=00:00:01"], 75)
     assert f"is near; the same command with run_dir={run_dir} goes on" in error
 
+    # it was another day then
+    record = json.loads(marker.read_text())
+    record["fingerprints"]["chat date"] = "2001-02-03"
+    marker.write_text(json.dumps(record))
     # killed between its record and its checkpoints
     left = run_dir / "positive" / "checkpoints" / "step-00000002"
     left.mkdir(parents=True)
@@ -213,6 +217,7 @@ def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
     assert not list(run_dir.glob("*/checkpoints"))
     records = [json.loads((run_dir / s / "stage.json").read_text()) for s in STAGES]
     assert [record["seconds"] > 1000 for record in records] == [False, True, False, False]
+    assert {record["fingerprints"]["chat date"] for record in records} == {"2001-02-03"}
     # a copy that follows links
     shutil.copytree(run_dir, tmp_path / "copy")
     assert run(job(tmp_path, "tisdpo_d", run_dir=tmp_path / "copy", **options)) == 0

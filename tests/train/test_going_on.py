@@ -1,5 +1,6 @@
 """Which checkpoint, in which folder: nothing that a run has left is taken for nothing."""
 
+import datetime
 import fcntl
 import json
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from stopped_runs import assert_same_end, lines_of, run, small_command, stopping_after
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+from transformers.utils import chat_template_utils
 
 from fastpref.errors import CheckpointError
 from fastpref.train import loop
@@ -193,3 +195,34 @@ def test_other_held_out_rows_are_said_and_begin_another_best(base, stopped, tmp_
         held_out = [record[metric] for record in read_metrics(run_dir, "eval")]
         assert state["best"] in held_out
     assert [name for name, _ in bests] == ["loss/eval", "rewards_eval/margins"]
+
+
+class AnotherDay(datetime.datetime):
+    """Its clock."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime(2001, 2, 3, 4, 5)
+
+
+def test_a_chat_template_that_prints_the_date_prints_that_of_the_first_start(
+    base, tmp_path, monkeypatch
+):
+    for split in ("train", "test"):
+        rows = text_rows(8, seed=3)
+        asked = [row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+        write_rows(tmp_path / "words", split, asked)
+    template = tmp_path / "dated.jinja"
+    template.write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    options = [f"base_data_dir={tmp_path}", f"data.chat_template={template}", "n_examples=16"]
+    with stopping_after(1):
+        assert run(arguments(base, tmp_path / "run", *options)) == 75
+    assert run(arguments(base, tmp_path / "whole", *options)) == 0
+    monkeypatch.setattr(chat_template_utils, "datetime", AnotherDay)
+    assert run(arguments(base, tmp_path / "run", *options, "resume=auto")) == 0
+    assert_same_end(tmp_path / "run", tmp_path / "whole", files=FILES)
+    # a run that begins then begins with it
+    assert run(arguments(base, tmp_path / "later", *options)) == 0
+    assert lines_of(tmp_path / "later")[0] != lines_of(tmp_path / "whole")[0]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fastpref.config import ModelConfig
+from fastpref.data.chat import current_date
 from fastpref.data.encode import PreferenceSplit, tokenizer_digest
 from fastpref.data.weights_file import template_digest
 from fastpref.distributed import World
@@ -45,6 +46,11 @@ def take_digests(
     }
     world.compare_on_main(digests, check_same_digests)
     return digests
+
+
+def today(tokenizer: Any, world: World) -> str:
+    """The day by rank 0's clock: ranks that told a chat template two days would read other rows."""
+    return world.on_main(lambda: current_date(tokenizer))
 
 
 def take_model_digest(model: ModelConfig, world: World) -> str:
