@@ -19,6 +19,9 @@ from fastpref.model.attention.backends import GatheredKeys, PackedAttention
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.liger import is_norm, is_swiglu
 
+ONE_HEAD_OF_KEYS = "2.14"
+"""Of torch, since when its kernels take one head of keys for all of queries, unasked."""
+
 
 class _Attention(torch.autograd.Function):
     """Keeps query, key, value, output and a normalizer of every query, as flash attention does."""
@@ -79,7 +82,8 @@ def kernels() -> Iterator[None]:
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         # otherwise taken apart into scores, which no kernel keeps
         same_heads = query.shape[1:2] == key.shape[1:2] or options.get("enable_gqa", False)
-        if query.dim() != 4 or not same_heads:
+        one_for_all = key.shape[1:2] == (1,) and torch.__version__ >= ONE_HEAD_OF_KEYS
+        if query.dim() != 4 or not (same_heads or one_for_all):
             # no kernel takes these
             return attend(query, key, value, *args, **options)
         return _Attention.apply(query, key, value, True).transpose(1, 2)

@@ -1,13 +1,14 @@
 """Rows that take most of a device: what is tried before the first step, and what is counted."""
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref.batch import Batch, EncodedRow
-from fastpref.batches.layouts import RowLayout
+from fastpref.batches.layouts import PackedRows, RowLayout
 from fastpref.model.logit_path import probe_ids
 from fastpref.model.scorer import TokenScorer
 
@@ -95,7 +96,11 @@ class Rows(NamedTuple):
         length = parts.row_tokens(pairs=self.pairs)
         ids = torch.arange(num_rows * length).view(num_rows, length)
         rows = parts.rows(ids, pairs=self.pairs, weighted=False)
-        return self.layout.build_rows(rows, pad_token_id=0).to(torch.device("meta"))
+        layout = self.layout
+        if isinstance(layout, PackedRows):
+            # two batches that are filled up would be equally long
+            layout = replace(layout, few_lengths=False)
+        return layout.build_rows(rows, pad_token_id=0).to(torch.device("meta"))
 
 
 def worst_rows(

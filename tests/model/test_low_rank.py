@@ -9,7 +9,7 @@ from torch import Tensor
 from fastpref.batch import EncodedRow
 from fastpref.batches.padded import pad_rows
 from fastpref.config import AdapterConfig
-from fastpref.model.adapters.folders import low_rank
+from fastpref.model.adapters import low_rank
 from fastpref.model.adapters.lora import insert_adapters
 from fastpref.model.adapters.low_rank import adapted_linear
 from fastpref.model.logit_path import measure_logit_path
