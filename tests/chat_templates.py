@@ -1,5 +1,7 @@
 """Chat templates in the manner of model families, and the tokenizers that go with them."""
 
+import datetime
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -136,3 +138,11 @@ def metaspace_tokenizer(chat_template=None, eos_token="</s>"):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     return wrapped(tokenizer, chat_template, eos_token, unk_token="<unk>")
+
+
+class Tomorrow(datetime.datetime):
+    """The clock of a later day, for `transformers.utils.chat_template_utils.datetime`."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime(2031, 2, 3, 4, 5)

@@ -1,6 +1,5 @@
 """Rows of messages from the file to the token ids: what is counted, refused, cached."""
 
-import datetime
 import json
 import logging
 
@@ -10,6 +9,7 @@ from chat_templates import (
     LLAMA3,
     MISTRAL,
     QWEN3,
+    Tomorrow,
     byte_level_tokenizer,
     metaspace_tokenizer,
 )
@@ -161,14 +161,6 @@ def test_a_template_that_fails_on_every_row_is_an_error_of_the_config(tmp_path):
     with pytest.raises(ConfigError, match=r"^data\.chat_template cannot render") as caught:
         encode(tmp_path, rows, byte_level_tokenizer(TEMPLATE), data=data)
     assert caught.value.exit_code == 2
-
-
-class Tomorrow(datetime.datetime):
-    """The clock of a day on which nothing else is different."""
-
-    @classmethod
-    def now(cls, tz=None):
-        return datetime.datetime(2031, 2, 3, 4, 5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ import logging
 import pyarrow
 import pyarrow.parquet
 import pytest
-from chat_templates import CHATML_TOOLS, LLAMA3, MISTRAL, byte_level_tokenizer, metaspace_tokenizer
+from chat_templates import (
+    CHATML_TOOLS,
+    LLAMA3,
+    MISTRAL,
+    Tomorrow,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+)
 from estimation import estimate, load, make_config, output_path, run, written_rows
 from small_data import count_calls
 from tiny_models import save_tiny_model, text_rows, write_rows
@@ -125,14 +132,6 @@ def test_a_source_that_changes_before_its_weights_are_written_is_refused(chatml_
         logging.getLogger("fastpref").removeHandler(handler)
     assert path.stat().st_mtime_ns != reading
     assert output_path(config).read_bytes() == before
-
-
-class Tomorrow(datetime.datetime):
-    """The clock of a later day."""
-
-    @classmethod
-    def now(cls, tz=None):
-        return datetime.datetime(2031, 2, 3, 4, 5)
 
 
 def test_weights_under_a_template_that_prints_the_date_serve_on_another_day(

@@ -1,6 +1,5 @@
 """Which checkpoint, in which folder: nothing that a run has left is taken for nothing."""
 
-import datetime
 import fcntl
 import json
 import shutil
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import Tomorrow
 from stopped_runs import assert_same_end, lines_of, run, small_command, stopping_after
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 from transformers.utils import chat_template_utils
@@ -197,14 +197,6 @@ def test_other_held_out_rows_are_said_and_begin_another_best(base, stopped, tmp_
     assert [name for name, _ in bests] == ["loss/eval", "rewards_eval/margins"]
 
 
-class AnotherDay(datetime.datetime):
-    """Its clock."""
-
-    @classmethod
-    def now(cls, tz=None):
-        return datetime.datetime(2001, 2, 3, 4, 5)
-
-
 def test_a_chat_template_that_prints_the_date_prints_that_of_the_first_start(
     base, tmp_path, monkeypatch
 ):
@@ -220,7 +212,7 @@ def test_a_chat_template_that_prints_the_date_prints_that_of_the_first_start(
     with stopping_after(1):
         assert run(arguments(base, tmp_path / "run", *options)) == 75
     assert run(arguments(base, tmp_path / "whole", *options)) == 0
-    monkeypatch.setattr(chat_template_utils, "datetime", AnotherDay)
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
     assert run(arguments(base, tmp_path / "run", *options, "resume=auto")) == 0
     assert_same_end(tmp_path / "run", tmp_path / "whole", files=FILES)
     # a run that begins then begins with it
