@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -93,56 +93,36 @@ class PackedRows:
 
     @property
     def name(self) -> str:
-        """In words."""
         return "packed, prompts shared" if self.share_prompt else "packed"
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether both responses of a pair attend to one copy of its prompt."""
         return self.share_prompt
 
     @property
     def repeats_prompts(self) -> bool:
-        """Whether some layers compute a shared prompt once for each response all the same."""
         return self.share_prompt and not self.among_rows
 
     def limited_to(self, max_tokens: int) -> "PackedRows":
-        """The same layout with another limit."""
         return replace(self, max_tokens=max_tokens)
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As few micro-batches as the tokens allow, see `plan_step`."""
-        plan = plan_step(
-            columns,
-            max_tokens=self.max_tokens,
-            num_ranks=num_ranks,
-            min_micro_batches=min_micro_batches,
-            share_prompt=self.share_prompt,
-            among_rows=self.among_rows,
+        plan = self._plan(
+            columns, self.max_tokens, num_ranks=num_ranks, min_micro_batches=min_micro_batches
         )
         return [[self._filled(batch) for batch in of_ranks] for of_ranks in plan]
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
         """By their tokens."""
-        plan = plan_step(
-            columns,
-            max_tokens=min(self.max_tokens, most_tokens or self.max_tokens),
-            share_prompt=self.share_prompt,
-            among_rows=self.among_rows,
-        )
+        plan = self._plan(columns, min(self.max_tokens, most_tokens or self.max_tokens))
         return [batch.rows.tolist() for [batch] in plan]
 
     def split(
         self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
     ) -> list[MicroBatch]:
         """By its tokens."""
-        of_rows = columns.take(micro_batch.rows)
-        plan = plan_step(
-            of_rows,
-            max_tokens=max_tokens,
-            share_prompt=self.share_prompt,
-            among_rows=self.among_rows,
-        )
+        plan = self._plan(columns.take(micro_batch.rows), max_tokens)
         smaller = self.limited_to(max_tokens)
         return [smaller._filled(part._replace(rows=micro_batch.rows[part.rows])) for [part] in plan]
 
@@ -170,6 +150,15 @@ class PackedRows:
         length = self._length(batch.input_ids.shape[1])
         return fill_up(batch, length, pad_token_id=pad_token_id)
 
+    def _plan(self, columns: EncodedColumns, max_tokens: int, **ranks: int) -> StepPlan:
+        return plan_step(
+            columns,
+            max_tokens=max_tokens,
+            share_prompt=self.share_prompt,
+            among_rows=self.among_rows,
+            **ranks,
+        )
+
     def _filled(self, micro_batch: MicroBatch) -> MicroBatch:
         """A micro-batch of the plan as this layout builds it."""
         return micro_batch._replace(num_tokens=self._length(micro_batch.num_tokens))
@@ -189,24 +178,12 @@ class PaddedRows:
     """Most tokens of a micro-batch, padding included."""
     batch_size: int = 4
     """Rows scored at once where nobody says how many, as in the TIS-DPO code."""
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        return "padded"
-
-    @property
-    def shares_prompts(self) -> bool:
-        """Never: every sequence is a row of its own."""
-        return False
-
-    @property
-    def repeats_prompts(self) -> bool:
-        """Nothing is shared."""
-        return False
+    name: ClassVar[str] = "padded"
+    shares_prompts: ClassVar[bool] = False
+    """Every sequence is a row of its own."""
+    repeats_prompts: ClassVar[bool] = False
 
     def limited_to(self, max_tokens: int) -> "PaddedRows":
-        """The same layout with another limit."""
         return replace(self, max_tokens=max_tokens)
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:

@@ -32,7 +32,6 @@ class GlobalOrder:
             `n_examples` rounds up to whole batches.
         drop_last: Leave out the incomplete last batch of an epoch.
         order: One of `ORDERS`.
-        shuffle: False takes the prompts as they come, in every epoch.
         num_prompts: Prompts there are, those without rows included, ids being below it; None: those
             that have rows, in the order of their first one.
 
@@ -55,7 +54,6 @@ class GlobalOrder:
         n_examples: int | None = None,
         drop_last: bool = True,
         order: str = "fastpref",
-        shuffle: bool = True,
         num_prompts: int | None = None,
     ) -> None:
         if n_epochs is None and n_examples is None:
@@ -65,7 +63,6 @@ class GlobalOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.order = order
-        self.shuffle = shuffle
         prompts, self._rows = rows_by_prompt(groups)
         self._prompts = np.arange(len(prompts)) if num_prompts is None else prompts
         self._num_prompts = len(prompts) if num_prompts is None else num_prompts
@@ -99,8 +96,6 @@ class GlobalOrder:
 
     def _group_order(self, epoch: int) -> np.ndarray:
         num_groups = len(self._rows.counts)
-        if not self.shuffle:
-            return np.arange(num_groups)
         if self.order == "fastpref":
             return shuffled(num_groups, self.seed, epoch)
         prompt_order = list(range(self._num_prompts))
@@ -177,10 +172,14 @@ def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
     Args:
         groups: Prompt id of each row. Shape (rows,), int64.
     """
-    ids, places = by_first_row(groups)
+    ids, first_rows, places = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.argsort(first_rows)
+    ranks = np.empty_like(order)
+    ranks[order] = np.arange(len(order))
+    places = ranks[places]
     rows = np.argsort(places, kind="stable")
     _, starts, counts = np.unique(places[rows], return_index=True, return_counts=True)
-    return ids, PromptRows(rows, starts, counts)
+    return ids[order], PromptRows(rows, starts, counts)
 
 
 def shuffled(number: int, seed: int, *keys: int) -> np.ndarray:
@@ -188,15 +187,6 @@ def shuffled(number: int, seed: int, *keys: int) -> np.ndarray:
     # raw words: numpy promises their stream for ever, not that of Generator.permutation
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=keys))
     return np.argsort(bits.random_raw(number), kind="stable")
-
-
-def by_first_row(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids in the order of their first row, and each row's place among them."""
-    ids, first_rows, places = np.unique(groups, return_index=True, return_inverse=True)
-    order = np.argsort(first_rows)
-    ranks = np.empty_like(order)
-    ranks[order] = np.arange(len(order))
-    return ids[order], ranks[places]
 
 
 def compatible_shuffle_seeds(order: str, num_epochs: int) -> list[int]:

@@ -140,12 +140,6 @@ def test_n_examples_is_reached_and_not_overshot_by_a_whole_batch(
     assert sum(sizes) >= n_examples > sum(sizes[:-1])
 
 
-def test_without_shuffle_rows_come_prompt_by_prompt():
-    order = GlobalOrder(GROUPS, batch_size=11, seed=0, n_epochs=2, shuffle=False)
-    assert order.batch(0).tolist() == [0, 2, 1, 9, 3, 4, 5, 6, 7, 8, 10]
-    assert order.batch(1).tolist() == order.batch(0).tolist()
-
-
 def test_not_a_single_step_is_a_config_error_that_names_the_way_out():
     with pytest.raises(ConfigError, match=r"data\.drop_last=false or batch_size <= 3"):
         GlobalOrder(np.arange(3), batch_size=4, seed=0, n_epochs=1)
