@@ -49,10 +49,11 @@ def frequencies_change_beyond(config: Any) -> int | None:
         config: Of a model of transformers.
     """
     config = config.get_text_config()
-    options = config_value(config, "rope_parameters") or config_value(config, "rope_scaling") or {}
-    # of the whole model, or of each type of layer
-    groups = [options, *(value for value in options.values() if isinstance(value, dict))]
-    changing = [g for g in groups if g.get("rope_type", g.get("type")) in CHANGING_ROPE]
+    changing = [
+        group
+        for group in _rope_parameters(config)
+        if group.get("rope_type", group.get("type")) in CHANGING_ROPE
+    ]
     if not changing:
         return None
     original = "original_max_position_embeddings"

@@ -6,9 +6,9 @@ is the definition.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from fastpref.batch import KeyUses, Segment, SegmentLayout
 from fastpref.model.attention.groups import GroupedAttention, takes_flash_on_cpu
 from fastpref.model.attention.rules import ScoreRules, attend_to_all
-from fastpref.model.attention.segments import SegmentGroup, group_segments
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, ScoreRules], Tensor]
 """(query, key, value, prepared layout, rules) -> attention."""
@@ -53,41 +52,33 @@ def attend_in_math(
     if not keeps_scores:
         attend = partial(checkpoint, attend_to_all, use_reentrant=False, preserve_rng_state=False)
     outputs = []
-    for segment, keys in _segments(layout, key):
-        values = _keys_of(value, segment)
+    for segment in layout.segments:
+        keys, values = _keys_of(key, segment), _keys_of(value, segment)
         queries = query[:, :, segment.start : segment.stop]
         outputs.append(attend(queries, keys, values, rules))
     return torch.cat(outputs, dim=1)
 
 
-class PreparedSegments:
-    """What `attend_in_groups` takes: segments of like length together, for every window."""
+class ByWindow:
+    """A layout, and what a back end makes of it and a window, when the first layer asks."""
 
-    def __init__(self, layout: SegmentLayout) -> None:
+    def __init__(
+        self, make: Callable[[SegmentLayout, int | None], Any], layout: SegmentLayout
+    ) -> None:
         self.layout = layout
-        self._groups: dict[int | None, tuple[SegmentGroup, ...]] = {}
-
-    def groups(self, window: int | None) -> tuple[SegmentGroup, ...]:
-        """Those of layers with a window, made when the first of them asks."""
-        if window not in self._groups:
-            self._groups[window] = group_segments(self.layout, window)
-        return self._groups[window]
+        self.made = cache(partial(make, layout))
 
 
 def attend_in_groups(
-    query: Tensor, key: Tensor, value: Tensor, prepared: PreparedSegments, rules: ScoreRules
+    query: Tensor, key: Tensor, value: Tensor, prepared: ByWindow, rules: ScoreRules
 ) -> Tensor:
     """Torch's scaled-dot-product attention, one call a group of segments of like length."""
     if rules.softcap is not None:
         # scores of every head and pair of tokens, of every layer, are more than all else
         return attend_in_math(query, key, value, prepared.layout, rules, keeps_scores=False)
     on_cpu = takes_flash_on_cpu(query, value)
-    groups = prepared.groups(rules.window)
+    groups = prepared.made(rules.window)
     return GroupedAttention.apply(query, key, value, rules.sinks, groups, rules.scale, on_cpu)
-
-
-def _segments(layout: SegmentLayout, key: Tensor) -> Iterator[tuple[Segment, Tensor]]:
-    return ((segment, _keys_of(key, segment)) for segment in layout.segments)
 
 
 def _keys_of(key: Tensor, segment: Segment) -> Tensor:
@@ -200,20 +191,6 @@ def torch_varlen_kernel() -> VarlenKernel:
     return kernel
 
 
-class PreparedMasks:
-    """What FlexAttention takes: block masks of a layout, for every window."""
-
-    def __init__(self, layout: SegmentLayout) -> None:
-        self._layout = layout
-        self._masks: dict[int | None, Any] = {}
-
-    def mask(self, window: int | None) -> Any:
-        """That of layers with a window, made when the first of them asks."""
-        if window not in self._masks:
-            self._masks[window] = block_mask(self._layout, window)
-        return self._masks[window]
-
-
 def block_mask(layout: SegmentLayout, window: int | None) -> Any:
     """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prefix."""
     flex = import_module("torch.nn.attention.flex_attention")
@@ -247,7 +224,7 @@ def flex_attend() -> Attend:
     compiled = torch.compile(flex_attention, dynamic=True)
 
     def attend(
-        query: Tensor, key: Tensor, value: Tensor, masks: PreparedMasks, rules: ScoreRules
+        query: Tensor, key: Tensor, value: Tensor, masks: ByWindow, rules: ScoreRules
     ) -> Tensor:
         if rules.sinks is not None:
             raise ValueError("FlexAttention has no sinks")
@@ -262,7 +239,7 @@ def flex_attend() -> Attend:
             key,
             value,
             score_mod=None if rules.softcap is None else cap,
-            block_mask=masks.mask(rules.window),
+            block_mask=masks.made(rules.window),
             scale=rules.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -73,10 +73,7 @@ class GroupedAttention(torch.autograd.Function):
         totals = [x.new_zeros(x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
         of_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=at_least)
         for group, lse in zip(ctx.groups, normalizers, strict=True):
-            upstream = _take(grad, group.queries)
-            if len(group.padding):
-                # a group with padding is a copy
-                _tokens(upstream).index_fill_(0, group.padding, 0)
+            upstream = _take_upstream(grad, group)
             if of_sinks is not None:
                 of_sinks -= _share_of_sinks(sinks, lse, upstream, _take(output, group.queries))
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -158,10 +155,7 @@ def _gradients(
     of_sinks = None if own_sinks is None else torch.zeros_like(own_sinks)
     for group in groups:
         leaves = [x.detach().requires_grad_() for x in _take_all(inputs, group)]
-        upstream = _take(grad.transpose(1, 2), group.queries)
-        if len(group.padding):
-            # a group with padding is a copy
-            _tokens(upstream).index_fill_(0, group.padding, 0)
+        upstream = _take_upstream(grad.transpose(1, 2), group)
         query, key, value = leaves
         with torch.enable_grad():
             inside = _in_dtype(group, grad.dtype)
@@ -191,6 +185,15 @@ def _take(x: Tensor, places: Tensor | slice) -> Tensor:
         return x[:, :, places]
     taken = x[0].transpose(0, 1).index_select(0, places.flatten())
     return taken.view(*places.shape, *taken.shape[1:]).transpose(1, 2)
+
+
+def _take_upstream(grad: Tensor, group: SegmentGroup) -> Tensor:
+    """A group's part of the gradient of all outputs; none of its padding."""
+    upstream = _take(grad, group.queries)
+    if len(group.padding):
+        # a group with padding is a copy
+        _tokens(upstream).index_fill_(0, group.padding, 0)
+    return upstream
 
 
 def _add(total: Tensor, places: Tensor | slice, part: Tensor) -> None:

@@ -6,6 +6,7 @@ where it is not. Keyword arguments, because what activation checkpointing recomp
 autograd gets them again.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,17 +17,18 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.batch import Batch
 from fastpref.model.attention.backends import (
+    ByWindow,
     PackedAttention,
-    PreparedMasks,
-    PreparedSegments,
     attend_in_groups,
     attend_in_math,
     attend_varlen,
+    block_mask,
     flash_kernel,
     flex_attend,
     torch_varlen_kernel,
 )
 from fastpref.model.attention.rules import ScoreRules, attend_to_all
+from fastpref.model.attention.segments import group_segments
 
 IMPLEMENTATION = "fastpref"
 """The name under which transformers finds `attention_forward`."""
@@ -114,11 +116,13 @@ def build_attention(name: str) -> PackedAttention:
         case "eager":
             return PackedAttention(name=name, attend=attend_in_math)
         case "sdpa":
-            return PackedAttention(name=name, attend=attend_in_groups, prepare=PreparedSegments)
+            prepare = partial(ByWindow, group_segments)
+            return PackedAttention(name=name, attend=attend_in_groups, prepare=prepare)
         case "varlen":
             attend = attend_varlen(torch_varlen_kernel())
             return PackedAttention(name=name, attend=attend, gathers_keys=True)
         case "flex":
-            return PackedAttention(name=name, attend=flex_attend(), prepare=PreparedMasks)
+            prepare = partial(ByWindow, block_mask)
+            return PackedAttention(name=name, attend=flex_attend(), prepare=prepare)
     kernel = flash_kernel(int(name.removeprefix("flash_attention_")))
     return PackedAttention(name=name, attend=attend_varlen(kernel), gathers_keys=True)
