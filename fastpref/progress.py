@@ -22,8 +22,8 @@ class Progress:
 
     def __init__(self, *, total: int, visible: bool, label: str = "training") -> None:
         console = Console(stderr=True)
-        self._visible = visible
-        self._terminal = visible and console.is_terminal
+        self.on_terminal = visible and console.is_terminal
+        """Whether there is a bar; elsewhere log lines must do."""
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -32,7 +32,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
             console=console,
-            disable=not self._terminal,
+            disable=not self.on_terminal,
         )
         self._task = self._bar.add_task(label, total=total, numbers="")
 
@@ -42,11 +42,6 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
-
-    @property
-    def on_terminal(self) -> bool:
-        """Whether there is a bar; elsewhere log lines must do."""
-        return self._terminal
 
     def advance(self, steps: int = 1, numbers: str | None = None) -> None:
         """Steps are done; `numbers` are shown beside the bar."""

@@ -91,7 +91,8 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
             for split in splits
         ]
 
-    train, *held_out = main_first(world, encode)
+    train, *others = main_first(world, encode)
+    held_out = others[0] if others else None
     if not quiet:
         logger.info("one example, as the model sees it:\n%s", describe_example(train, tokenizer))
     limits = {"n_epochs": config.n_epochs, "n_examples": config.n_examples}
@@ -103,21 +104,17 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
         if train_order.warning:
             logger.warning(train_order.warning)
     template = options.encode.chat_template
-    both = (train, held_out[0] if held_out else None)
-    digests = take_digests(both, (tokenizer, template), world)
-    known = (tokenizer, template, digests, chat_date)
-    if not held_out:
-        return Data(train, train_order, None, None, *known)
-    eval_order = build_eval_order(
-        held_out[0],
-        config.data,
-        seed=config.seed,
-        batch_size=config.eval_batch_size,
-        n_examples=config.n_eval_examples,
-    )
-    return Data(
-        train, train_order, held_out[0], eval_order, tokenizer, template, digests, chat_date
-    )
+    digests = take_digests((train, held_out), (tokenizer, template), world)
+    eval_order = None
+    if held_out is not None:
+        eval_order = build_eval_order(
+            held_out,
+            config.data,
+            seed=config.seed,
+            batch_size=config.eval_batch_size,
+            n_examples=config.n_eval_examples,
+        )
+    return Data(train, train_order, held_out, eval_order, tokenizer, template, digests, chat_date)
 
 
 def build_loaders(

@@ -39,12 +39,10 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     started = time.perf_counter()
     metrics = list[Metrics]()
     count, num_tokens = 0, 0
-    run.policy.eval()
     with torch.no_grad(), run.eval.steps(run.world) as steps:
         for step_batches in steps:
             if stop.agreed(run.world):
                 # a mean over part of the split would look like one over all of it
-                run.policy.train()
                 return None
             of_step, _ = within_memory(
                 run, run.eval, step_batches, lambda batches: held_out_metrics(run, batches)
@@ -52,7 +50,6 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
             metrics += of_step
             count += step_batches.num_examples
             num_tokens += step_batches.num_tokens
-    run.policy.train()
     names, sums = sum_over_examples(metrics)
     means = (run.world.sum(sums) / count).tolist()
     seconds = time.perf_counter() - started

@@ -6,7 +6,6 @@ import getpass
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from fastpref.checkpoint.folders import CHECKPOINTS, step_folders
-from fastpref.complete_files import writing
+from fastpref.complete_files import remove, writing
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
@@ -246,13 +245,8 @@ def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
     """Remove what a run has left that is not gone on with; its numbers are not ours."""
     kept = (LOCK, EXPORT_FOLDER, MERGED_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
     for name in LEFT_AT_THE_START:
-        if name in kept:
-            continue
-        path = run_dir / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        if name not in kept:
+            remove(run_dir / name)
 
 
 def _claim(root: Path, name: str) -> Path:

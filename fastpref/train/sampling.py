@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fastpref.complete_files import writing
@@ -82,13 +84,9 @@ def sample_responses(
 
 def pad_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids and attention mask, (B, L) int64."""
-    L = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), L), pad, dtype=torch.int64)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, L - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, L - len(prompt) :] = 1
-    return input_ids, attention_mask
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    pad_rows = partial(pad_sequence, batch_first=True, padding_side="left")
+    return pad_rows(rows, padding_value=pad), pad_rows([torch.ones_like(row) for row in rows])
 
 
 class StopOnSignal(StoppingCriteria):

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,13 @@ def build_trackers(
     """
     if options.debug:
         return []
-    wanted: list[tuple[bool, str, Callable[[], Tracker]]] = [
-        (
-            options.wandb.enabled,
-            WandbTracker.name,
-            lambda: WandbTracker(options.wandb, run_dir, run_options),
-        ),
-        (
-            options.tensorboard.enabled,
-            TensorboardTracker.name,
-            lambda: TensorboardTracker(run_dir, examples),
-        ),
-    ]
+    wanted: dict[str, Callable[[], Tracker]] = {}
+    if options.wandb.enabled:
+        wanted[WandbTracker.name] = partial(WandbTracker, options.wandb, run_dir, run_options)
+    if options.tensorboard.enabled:
+        wanted[TensorboardTracker.name] = partial(TensorboardTracker, run_dir, examples)
     trackers = []
-    for enabled, name, build in wanted:
-        if not enabled:
-            continue
+    for name, build in wanted.items():
         try:
             trackers.append(build())
         # a service that does not answer is no reason to throw loaded models away
