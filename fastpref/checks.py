@@ -81,6 +81,11 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def both_ends(text: str) -> str:
+    """A text for the log: of a long one 80 characters of each end."""
+    return text if len(text) <= 160 else f"{text[:80]} … {text[-80:]}"
+
+
 def share_of(part: int, whole: int) -> str:
     """ "3 of 1,200 (0.25 %)"."""
     return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"

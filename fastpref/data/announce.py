@@ -7,15 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastpref.checks import listed, share_of
+from fastpref.checks import both_ends, listed, share_of
 from fastpref.data.options import SPLITS, DataOptions
 from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.source import Rows, load_rows, read_rows
 
 logger = logging.getLogger("fastpref")
-
-EXAMPLE_CHARACTERS = 160
-"""Of each part of the row that the log shows."""
 
 
 class ReadSplits(NamedTuple):
@@ -103,10 +100,7 @@ def example_text(row: dict[str, Any], field: str) -> str:
         messages = json.loads(text)
         said = (message.get("content") or json.dumps(message) for message in messages)
         text = " ".join(f"[{m['role']}] {part}" for m, part in zip(messages, said, strict=True))
-    if len(text) > EXAMPLE_CHARACTERS:
-        half = EXAMPLE_CHARACTERS // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return repr(text) if text else ""
+    return repr(both_ends(text)) if text else ""
 
 
 def describe_division(options: DataOptions, train: Sequence[Rows]) -> Iterator[str]:

@@ -70,23 +70,14 @@ REMARK_TEXTS = {
     Remark.EQUAL_WHEN_CUT: "chosen and rejected are equal only as max_length, max_prompt_length "
     "and data.truncation cut them",
 }
-SUSPICIOUS = (
-    Remark.IDENTICAL
-    | Remark.DUPLICATE
-    | Remark.CONTRADICTION
-    | Remark.EOS_INSIDE
-    | Remark.TEMPLATE_SPLIT
-    | Remark.TWO_BOS
-    | Remark.NO_WEIGHTS
-    | Remark.ZERO_WEIGHTS
-    | Remark.PROMPT_TWICE
-    | Remark.RESPONSE_NOT_RENDERED
-    | Remark.PROMPT_NOT_RENDERED
-    | Remark.BORDER_TOKEN
-    | Remark.TOKENIZED_APART
-    | Remark.JOINED_DIFFERS
-    | Remark.EQUAL_WHEN_CUT
+ORDINARY = (
+    Remark.PROMPT_CUT
+    | Remark.CHOSEN_CUT
+    | Remark.REJECTED_CUT
+    | Remark.EOS_AT_END
+    | Remark.ARGUMENTS_DECODED
 )
+"""What nobody is warned of."""
 PROMPT_COLUMNS = ("system", "system_prompt", "history", "context", "input")
 """Columns without which a prompt may be another one than was meant."""
 MAX_IDENTICAL = 0.5
@@ -260,7 +251,7 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
     if counts.dropped:
         warnings.append(f"{counts.split}: {_dropped_text(counts)}")
     for remark, count in counts.remarks.items():
-        lines = warnings if remark in SUSPICIOUS else facts
+        lines = facts if remark in ORDINARY else warnings
         rows = f"{share_of(count, counts.kept)} rows"
         if remark is Remark.JOINED_DIFFERS:
             rows = f"{share_of(count, counts.joined_rows)} text rows"
@@ -282,19 +273,14 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
     return facts, warnings
 
 
-def log_audit(counts: AuditCounts) -> None:
-    """The account in the log, line by line."""
-    facts, warnings = format_audit(counts)
-    for line in facts:
-        logger.info(line)
-    for line in warnings:
-        logger.warning(line)
-
-
 def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bool = True) -> None:
     """The account of each split, and once what a user may not expect of prompts that are texts."""
     for audit in audits:
-        log_audit(audit)
+        facts, warnings = format_audit(audit)
+        for line in facts:
+            logger.info(line)
+        for line in warnings:
+            logger.warning(line)
     if about_texts:
         log_missing_bos(audits, tokenizer)
 

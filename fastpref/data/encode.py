@@ -6,8 +6,10 @@ What the tokens of a row are stands in `row_tokens`; here EOS is appended to the
 import hashlib
 import json
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from typing import Any
 
 import datasets
@@ -112,17 +114,16 @@ def load_split(
 
 def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
     """Several sources as one split; equal prompts of different sources stay different prompts."""
-    groups, audit, offset = [], parts[0].audit, 0
-    for index, part in enumerate(parts):
+    groups, offset = [], 0
+    for part in parts:
         groups.append(part.groups + offset)
         offset += part.num_prompts
-        audit = audit + part.audit if index else audit
     return PreferenceSplit(
         name=parts[0].name,
         dataset=datasets.concatenate_datasets([part.dataset for part in parts]),
         groups=np.concatenate(groups),
         num_prompts=offset,
-        audit=audit,
+        audit=reduce(operator.add, (part.audit for part in parts)),
         places=join_places([part.places for part in parts]),
         sizes=tuple(len(part.dataset) for part in parts),
     )

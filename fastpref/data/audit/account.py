@@ -3,21 +3,18 @@
 import logging
 from typing import Any
 
+from fastpref.checks import both_ends
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import SPLITS, DataOptions
 
 logger = logging.getLogger("fastpref")
 
-PREVIEW_CHARACTERS = 160
 
-
-def run_audit(
-    options: DataOptions, tokenizer: Any, *, vocab_size: int, quiet: bool = False
-) -> list[PreferenceSplit]:
+def run_audit(options: DataOptions, tokenizer: Any, *, vocab_size: int) -> list[PreferenceSplit]:
     """`task=audit`: read, check and encode every split; the account and an example go to the log.
 
     Args:
-        options, tokenizer, vocab_size, quiet: See `load_split`.
+        options, tokenizer, vocab_size: See `load_split`.
 
     Returns:
         The encoded splits, train first.
@@ -27,9 +24,8 @@ def run_audit(
     """
     splits = []
     for split in SPLITS:
-        encoded = load_split(options, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
-        if not quiet:
-            logger.info("%s, first row:\n%s", split, describe_example(encoded, tokenizer))
+        encoded = load_split(options, split, tokenizer, vocab_size=vocab_size, quiet=False)
+        logger.info("%s, first row:\n%s", split, describe_example(encoded, tokenizer))
         splits.append(encoded)
     return splits
 
@@ -57,8 +53,4 @@ def describe_example(split: PreferenceSplit, tokenizer: Any) -> str:
 
 
 def _part(name: str, ids: list[int], comment: str, tokenizer: Any) -> str:
-    text = tokenizer.decode(ids)
-    if len(text) > PREVIEW_CHARACTERS:
-        half = PREVIEW_CHARACTERS // 2
-        text = f"{text[:half]} … {text[-half:]}"
-    return f"  {name} ({len(ids)} tokens, {comment}): {text!r}"
+    return f"  {name} ({len(ids)} tokens, {comment}): {both_ends(tokenizer.decode(ids))!r}"
