@@ -188,12 +188,10 @@ class World:
             if sender is None or now - asked < 1:
                 continue
             asked = now
-            if self.store.check([end_key(sender)]) and not self.store.check(keys):
-                reason = self.store.get(end_key(sender)).decode()
+            reason = self.look_up(end_key(sender))
+            if reason and not self.store.check(keys):
                 raise DistributedError(f"rank {sender} ended: {reason}")
-            beat = (
-                self.store.get(beat_key(sender)) if self.store.check([beat_key(sender)]) else last
-            )
+            beat = self.look_up(beat_key(sender)) or last
             if beat != last:
                 last, heard = beat, time.monotonic()
             elif last and time.monotonic() - heard > self.timeout.total_seconds():

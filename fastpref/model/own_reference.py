@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 from fastpref.batch import Batch
-from fastpref.model.logit_path import LogitPath
 from fastpref.model.scorer import HeadStates, TokenScorer
 
 
@@ -24,19 +23,9 @@ class OwnReference:
         self._adapters = policy.adapters
 
     @property
-    def path(self) -> LogitPath:
-        """From the last hidden states to the logits."""
-        return self._policy.path
-
-    @property
     def num_embeddings(self) -> int:
         """Tokens that the model can read."""
         return self._policy.num_embeddings
-
-    @property
-    def num_positions(self) -> int | None:
-        """Longest sequence that a table of positions allows; None without a table."""
-        return self._policy.num_positions
 
     def __call__(self, batch: Batch) -> Tensor:
         """Log-probabilities of the batch's N response tokens, (N,) float32."""

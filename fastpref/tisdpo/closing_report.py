@@ -37,12 +37,6 @@ def describe_weights(reports: list[WeightsReport]) -> str:
     return f"{words}, mean {report.chosen.mean():+.3f}, {report.rejected.mean():+.3f}"
 
 
-def close_run(run_dir: Path, stages: list[Stage]) -> None:
-    """The model under the run folder's own name, and the closing report."""
-    link_model(run_dir, stages[-1])
-    print_report(run_dir, stages)
-
-
 def link_model(run_dir: Path, last: Stage) -> None:
     """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's."""
     for name in (EXPORT_FOLDER, MERGED_FOLDER):

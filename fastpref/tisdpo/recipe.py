@@ -6,13 +6,14 @@ done again; the same command with the same `run_dir` goes on with the first one 
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import InterruptionError, PreemptionError
 from fastpref.signals import end_if_past, say_if_stopped
-from fastpref.tisdpo.closing_report import close_run
+from fastpref.tisdpo.closing_report import link_model, print_report
 from fastpref.tisdpo.recipe_folder import find_place, open_run_dir
 from fastpref.tisdpo.run_stage import run_stage
 from fastpref.tisdpo.stage_record import is_done, take_inputs
@@ -70,4 +71,5 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
         logger.info("%s: %s", place, stage.what)
         run_stage(stage, folder, world, inputs=inputs, command=command)
         done.append(folder)
-    world.on_main(lambda: close_run(run_dir, stages))
+    world.on_main(partial(link_model, run_dir, stages[-1]))
+    world.on_main(partial(print_report, run_dir, stages))

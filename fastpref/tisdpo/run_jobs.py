@@ -9,8 +9,9 @@ from fastpref.distributed import World
 from fastpref.scoring.score import score_sides
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.jobs import JobOptions
-from fastpref.tisdpo.report import WeightsReport
-from fastpref.tisdpo.report_files import report_on
+from fastpref.tisdpo.report import WeightsReport, read_report
+from fastpref.tisdpo.report_html import write_html
+from fastpref.tisdpo.report_plot import plot_weights
 from fastpref.tisdpo.weight_rows import SourceJob, write_weights
 
 logger = logging.getLogger("fastpref")
@@ -58,3 +59,12 @@ def run_jobs(
         deadline_seconds=deadline_seconds,
     )
     return world.only_on_main(write) or []
+
+
+def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
+    """Read a weights file back and write its two pictures."""
+    report = read_report(job.path, job.encoded, job.origin, tokenizer)
+    write_html(report, job.path.with_name("weights.html"))
+    plot_weights(report, job.path.with_name("weights.png"))
+    logger.info("wrote %s and weights.png", job.path.with_name("weights.html"))
+    return report

@@ -1,14 +1,12 @@
 """One stage of `task=tisdpo`, with its models in memory for as long as it takes."""
 
 import contextlib
-import gc
 import io
 import time
 from pathlib import Path
 
-import torch
-
 from fastpref.distributed import World
+from fastpref.memory.repetition import release_memory
 from fastpref.tisdpo.closing_report import describe_training, describe_weights
 from fastpref.tisdpo.estimate import estimate_weights
 from fastpref.tisdpo.report import WeightsReport
@@ -42,7 +40,8 @@ def run_stage(
                 reports = estimate_weights(stage.config, world)
                 seconds = time.perf_counter() - started
     finally:
-        free_memory()
+        # before the next stage loads its models
+        release_memory()
 
     def close() -> None:
         result = describe_training(folder) if is_training else describe_weights(reports)
@@ -51,10 +50,3 @@ def run_stage(
 
     # no rank starts on a stage whose input rank 0 has not finished
     world.on_main(close)
-
-
-def free_memory() -> None:
-    """Give a stage's models back before the next one loads its own."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -99,7 +99,7 @@ def sample(run: Run, stop: StopRequest) -> bool:
             scorer,
             rows["prompt_ids"],
             run.tokenizer,
-            max_length=min(config.max_length, scorer.num_positions or config.max_length),
+            max_length=min(config.max_length, run.policy.num_positions or config.max_length),
             batch_size=config.eval_batch_size,
             seed=config.seed,
             world=run.world,
