@@ -4,15 +4,12 @@ from typing import Any
 
 import torch
 
-from fastpref.config import ModelConfig
-from fastpref.config.groups import FLASH_PACKAGES
+from fastpref.config.groups import FLASH_PACKAGES, ModelConfig
 from fastpref.distributed import World
 from fastpref.model.adapters.lora import Adapters
 from fastpref.model.attention.backends import PackedAttention
-from fastpref.model.frozen import (
-    compute_in,
-    store_parameters,
-)
+from fastpref.model.exact_arithmetic import cast_in_forward
+from fastpref.model.frozen import store_parameters
 from fastpref.model.liger import replace_layers
 from fastpref.model.logit_path import LogitPath
 from fastpref.model.parallelize import parallelize, send_weights, wrap_blocks
@@ -106,4 +103,4 @@ def freeze(scorer: TokenScorer, dtype: torch.dtype, block_name: str | None) -> N
         # cast once what would be cast in every forward
         store_parameters(scorer.model, dtype, kept=adapters)
     else:
-        compute_in(scorer.model, dtype, block_name, kept=adapters)
+        cast_in_forward(scorer.model, dtype, block_name, kept=adapters)

@@ -21,6 +21,7 @@ from fastpref.errors import (
     is_out_of_memory,
 )
 from fastpref.model.exact_arithmetic import computing_in, exact_arithmetic
+from fastpref.model.files.full_weights import some
 from fastpref.model.frozen import round_buffers
 from fastpref.model.logit_path import (
     ROUNDING,
@@ -91,10 +92,9 @@ def check_finite_weights(model: Any) -> None:
     """
     wrong = [name for name, parameter in model.named_parameters() if not _is_finite(parameter)]
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise CheckpointError(
-            f"model.name_or_path: weights of {title(model)} are not finite (NaN or "
-            f"infinite): {', '.join(wrong[:4])}{more}"
+            f"model.name_or_path: weights of {title(model)} are not finite (NaN or infinite): "
+            f"{some(wrong)}"
         )
 
 

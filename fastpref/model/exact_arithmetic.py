@@ -60,13 +60,14 @@ def exact_products() -> Iterator[None]:
 def cast_in_forward(
     model: Any,
     dtype: torch.dtype,
-    block_name: str | None,
+    block_name: str | None = None,
     *,
     tables_at_once: bool = False,
     kept: Collection[nn.Parameter] = (),
 ) -> list[Callable[[], None]]:
     """Cast each block's parameters while it runs, and all others while anything around them does:
-    some families read the dtype of a norm or a head before it runs.
+    some families read the dtype of a norm or a head before it runs. FSDP2's mixed precision without
+    its copies; under FSDP2 it does nothing, as the parameters have that dtype by then.
 
     Args:
         model: A causal LM of transformers.

@@ -12,7 +12,6 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fastpref.config import ModelConfig
-from fastpref.model.exact_arithmetic import cast_in_forward
 from fastpref.model.files.paths import ModelSource, named_model
 from fastpref.model.files.weight_files import weight_files, weights_folder
 from fastpref.model.source import build_meta
@@ -84,30 +83,6 @@ def is_stored_exactly(model: Any) -> bool:
     if any(getattr(module, name, None) for module in model.modules() for name in kept):
         return False
     return all(not b.is_floating_point() or b.dtype == torch.float32 for b in model.buffers())
-
-
-def compute_in(
-    model: Any,
-    dtype: torch.dtype,
-    block_name: str | None = None,
-    *,
-    kept: Sequence[nn.Parameter] = (),
-) -> None:
-    """Let a frozen model compute in a dtype: each block's parameters are cast while it runs.
-
-    The same as FSDP2's mixed precision, without its copies. Under FSDP2 it does nothing, as the
-    parameters have that dtype by then.
-
-    Args:
-        model: A causal LM of transformers.
-        dtype: That of the arithmetic.
-        block_name: Class of the transformer blocks, None: found from the model.
-        kept: Parameters that stay as they are.
-
-    Raises:
-        ConfigError: no module of the model is of that class.
-    """
-    cast_in_forward(model, dtype, block_name, kept=kept)
 
 
 def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:

@@ -4,7 +4,6 @@ One rank alone is not sharded (`masters`, `frozen`): master weights, compute dty
 arithmetic are the same.
 """
 
-from collections.abc import Iterator
 from functools import wraps
 from typing import Any
 
@@ -92,11 +91,12 @@ def parallelize(
     fully_shard(
         scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart
     )
-    for module in _fsdp_modules(scorer):
-        # the losses divide by the step's global number of pairs: ranks are summed, not averaged
-        module.set_gradient_divide_factor(1.0)
-        if mesh.device_type == "cpu":
-            module.set_force_sum_reduction_for_comms(True)
+    for module in scorer.modules():
+        if isinstance(module, FSDPModule):
+            # the losses divide by the step's global number of pairs: ranks are summed, not averaged
+            module.set_gradient_divide_factor(1.0)
+            if mesh.device_type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)
     for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
     return scorer
@@ -131,14 +131,8 @@ def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:
         scorer: Sharded; empty on every rank but 0.
         weights: Rank 0's full state dict from before sharding, {} elsewhere.
     """
-    if dist.get_world_size() == 1:
-        return
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(scorer, weights, options=options)
     # rotary tables and the like are not in a state dict
     for buffer in scorer.buffers():
         dist.broadcast(buffer, src=0)
-
-
-def _fsdp_modules(root: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in root.modules() if isinstance(module, FSDPModule))

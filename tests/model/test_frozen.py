@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref.batches.padded import pad_rows
 from fastpref.config import ModelConfig
 from fastpref.errors import ConfigError
+from fastpref.model.exact_arithmetic import cast_in_forward as compute_in
 from fastpref.model.files.paths import find_model
 from fastpref.model.frozen import (
     checkpoint_dtypes,
-    compute_in,
     frozen_dtype,
     is_stored_exactly,
 )
