@@ -1,17 +1,35 @@
 """A small policy with everything a checkpoint has to handle, and a way to train it step by step."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.folders import CHECKPOINTS, find_named, find_newest
+from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.checkpoint.state import collect_state
+from fastpref.checkpoint.store import SaveReport
 from fastpref.distributed import World
+from fastpref.errors import CheckpointError
 from fastpref.train.optim import build_optimizer, build_scheduler
 
 NUM_ROWS = 6
 """Of every step, over all ranks."""
+
+
+def raise_if_failed(report: SaveReport) -> None:
+    if report.error is not None:
+        raise CheckpointError(report.error)
+
+
+def find_checkpoint(resume: str, run_dir: Path, agreement: Agreement) -> Checkpoint | None:
+    """The newest one of a run for "auto", else the one that a path means, found by rank 0."""
+    if resume == "auto":
+        return agreement.on_main(lambda: find_newest(run_dir / CHECKPOINTS))
+    return agreement.on_main(lambda: find_named(Path(resume)))
 
 
 class SmallPolicy(nn.Module):

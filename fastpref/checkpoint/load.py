@@ -1,11 +1,10 @@
-"""A run's training checkpoints seen from its start: which one to go on from, and going on from it.
+"""Going on from a training checkpoint.
 
 Saving is `store`.
 """
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.checkpoint.agreement import Agreement
-from fastpref.checkpoint.folders import CHECKPOINTS, find_named, find_newest
 from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.checkpoint.random_states import set_random_states
 from fastpref.checkpoint.restore import restore_state
@@ -22,28 +20,6 @@ from fastpref.checkpoint.writer import STATE, random_states_file
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
-
-
-def find_checkpoint(resume: str, run_dir: Path, agreement: Agreement) -> Checkpoint | None:
-    """The checkpoint that an option asks to go on from, found by rank 0 for all.
-
-    Args:
-        resume: "never"; "auto", the newest whole one of this run, if it has any; or the path of a
-            run folder or of one checkpoint.
-        run_dir: Of this run.
-        agreement: Of the ranks.
-
-    Returns:
-        None to start from the beginning.
-
-    Raises:
-        CheckpointError: on every rank: what was asked for is not there, or nothing is whole.
-    """
-    if resume == "never":
-        return None
-    if resume == "auto":
-        return agreement.on_main(lambda: find_newest(run_dir / CHECKPOINTS))
-    return agreement.on_main(lambda: find_named(Path(resume).expanduser()))
 
 
 def read_record(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
@@ -66,7 +42,7 @@ def load_checkpoint(
     as they are, which is logged.
 
     Args:
-        checkpoint: What `find_checkpoint` found.
+        checkpoint: To go on from.
         policy, optimizer, scheduler: As built for the run, with the learning rate, weight decay
             and the like to go on with; None is left out.
         agreement: Of the ranks.

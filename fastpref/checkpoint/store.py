@@ -58,15 +58,6 @@ class SaveReport:
     error: str | None = None
     """Why there is none; the same on every rank."""
 
-    def raise_if_failed(self) -> None:
-        """For a save that must not fail, such as the last one.
-
-        Raises:
-            CheckpointError: with what went wrong.
-        """
-        if self.error is not None:
-            raise CheckpointError(self.error)
-
 
 class CheckpointStore:
     """Saves a run's checkpoints, one at a time, and deletes those that are not kept.

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import SmallTraining, assert_same_state
+from small_training import SmallTraining, assert_same_state, find_checkpoint, raise_if_failed
 
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.checkpoint.folders import Best
-from fastpref.checkpoint.load import find_checkpoint, load_checkpoint, read_record
+from fastpref.checkpoint.load import load_checkpoint, read_record
 from fastpref.checkpoint.size import estimate_bytes
 from fastpref.checkpoint.snapshot import HostCopies
 from fastpref.checkpoint.store import CheckpointStore
@@ -33,7 +33,7 @@ def save_once(run_dir, agreement, training, step, **options) -> None:
     with store_in(run_dir, agreement, **options) as store:
         store.save(step, *training.parts, record={"step": step})
         for report in store.wait():
-            report.raise_if_failed()
+            raise_if_failed(report)
 
 
 def load_newest(run_dir, agreement, training) -> dict:
@@ -179,8 +179,7 @@ def test_the_best_checkpoint_is_kept_by_the_metric_of_its_weights(world, agreeme
     assert kept == {"step-00000002", "step-00000005"}
 
 
-def test_never_and_auto_start_anew_where_there_is_nothing(agreement, tmp_path):
-    assert find_checkpoint("never", tmp_path, agreement) is None
+def test_auto_starts_anew_where_there_is_nothing(agreement, tmp_path):
     assert find_checkpoint("auto", tmp_path, agreement) is None
     assert find_checkpoint("auto", tmp_path / "no such folder", agreement) is None
 

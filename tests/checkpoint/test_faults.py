@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_on_ranks
-from small_training import SmallTraining, assert_same_state
+from small_training import SmallTraining, assert_same_state, find_checkpoint, raise_if_failed
 
 from fastpref.checkpoint import direct
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.checkpoint.folders import find_newest, folder_name
-from fastpref.checkpoint.load import find_checkpoint, load_checkpoint
+from fastpref.checkpoint.load import load_checkpoint
 from fastpref.checkpoint.store import CheckpointStore
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
@@ -53,7 +53,7 @@ def save_endlessly(run_dir: Path) -> None:
             training.train(step - 1, step)
             store.save(step, *training.parts, record={})
             for report in store.poll():
-                report.raise_if_failed()
+                raise_if_failed(report)
                 (run_dir / "said.partial").write_text(str(report.step))
                 (run_dir / "said.partial").rename(run_dir / "said")
 
@@ -145,7 +145,7 @@ def test_a_save_that_is_killed_at_any_instant_leaves_a_checkpoint(world, agreeme
         with store_in(run_dir, agreement, resumed_from=checkpoint) as store:
             resumed.train(checkpoint.step, 3)
             store.save(3, *resumed.parts, record={})
-            store.wait()[0].raise_if_failed()
+            raise_if_failed(store.wait()[0])
         assert_same_state(resumed.whole_state(), expected[3])
         names = {folder_name(3), folder_name(checkpoint.step), "latest"}
         assert set(os.listdir(run_dir / "checkpoints")) == names
@@ -231,7 +231,7 @@ def test_a_checkpoints_folder_that_was_removed_is_made_again(world, agreement, t
     with store_in(tmp_path, agreement) as store:
         shutil.rmtree(tmp_path / "checkpoints")
         store.save(1, *training.parts, record={})
-        store.wait()[0].raise_if_failed()
+        raise_if_failed(store.wait()[0])
     assert find_newest(tmp_path / "checkpoints").step == 1
 
 
@@ -243,7 +243,7 @@ def test_a_run_folder_that_was_removed_is_reported(world, agreement, tmp_path):
         store.save(1, *training.parts, record={})
         [report] = store.wait()
     with pytest.raises(CheckpointError, match=r"step 1 was not saved: .*No such file or directory"):
-        report.raise_if_failed()
+        raise_if_failed(report)
     assert not run_dir.exists()
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
-from small_training import SmallTraining, assert_same_state
+from small_training import SmallTraining, assert_same_state, find_checkpoint, raise_if_failed
 
 from fastpref.checkpoint import store as stores
 from fastpref.checkpoint.agreement import AgreedError, Agreement
-from fastpref.checkpoint.load import find_checkpoint, load_checkpoint
+from fastpref.checkpoint.load import load_checkpoint
 from fastpref.checkpoint.store import CheckpointStore
 from fastpref.distributed import World, init_world
 from fastpref.errors import CheckpointError, DistributedError
@@ -33,7 +33,7 @@ def save(run_dir: Path, agreement: Agreement, training: SmallTraining, step: int
     run_dir.mkdir(exist_ok=True)
     with CheckpointStore(run_dir, agreement, CPU, asynchronous=True, keep=1) as store:
         store.save(step, *training.parts, record={"step": step})
-        store.wait()[0].raise_if_failed()
+        raise_if_failed(store.wait()[0])
 
 
 def load(run_dir: Path, agreement: Agreement, training: SmallTraining) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def check_one_rank_that_cannot_write(world: World, agreement: Agreement, run_dir
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert_same_state(training.whole_state(), before)
         store.save(1, *training.parts, record={})
-        store.wait()[0].raise_if_failed()
+        raise_if_failed(store.wait()[0])
     assert find_checkpoint("auto", run_dir, agreement).step == 1
 
 
