@@ -326,7 +326,6 @@ def main_first(world: World, prepare: Callable[[], Result]) -> Result:
     """Run `prepare` on rank 0, then on the others, who find its results in the cache.
 
     Args:
-        world: Who we are.
         prepare: Reads, tokenizes; writes nothing but a cache that a second call finds.
 
     Raises:

@@ -75,7 +75,6 @@ def end_if_past(seconds: int | None, world: "World", outcome: str) -> None:
 
     Args:
         seconds: Since the start of the command; None: never.
-        world: Whoever runs.
         outcome: What there is, in words.
 
     Raises:

@@ -106,14 +106,7 @@ def _count(
 def _cells(
     counted: Counted, device: Device, packing: PackingConfig, step: Step
 ) -> list[tuple[str, str]]:
-    """Name and text of each number.
-
-    Args:
-        counted: The model.
-        device: The GPUs.
-        packing: Tokens that were asked for.
-        step: What of it a GPU computes.
-    """
+    """Name and text of each number."""
     plan = counted.plan(device)
     tokens = min(packing.token_limit or auto_tokens(plan, device.memory), step.num_tokens)
     sent = communicated_bytes(

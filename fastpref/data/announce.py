@@ -54,10 +54,6 @@ def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> 
 def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
     """Read and check the rows of every split that a dataset has, as the files have them.
 
-    Args:
-        options: What the data depends on.
-        quiet: Neither progress bars nor log lines.
-
     Raises:
         DataError: a dataset has no split; see `read_rows`.
     """

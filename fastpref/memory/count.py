@@ -41,11 +41,7 @@ class Weights(NamedTuple):
     """Of the total."""
 
     def stored_bytes(self, itemsize: int) -> int:
-        """Of all but the adapters, in a dtype.
-
-        Args:
-            itemsize: Of the dtype, bytes.
-        """
+        """Of all but the adapters, in a dtype."""
         # with the scales of blocks of 64, themselves in 8 bits: arXiv:2305.14314, section 3
         return (self.total - self.in_four_bits) * itemsize + int(self.in_four_bits * 4.127 / 8)
 

@@ -24,13 +24,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def device_here(device: torch.device, num_ranks: int, *, replicated: bool) -> Device:
-    """The devices of a run, and what the program takes of a CPU with what it has loaded.
-
-    Args:
-        device: This rank's.
-        num_ranks: Devices.
-        replicated: See `Device`.
-    """
+    """The devices of a run, and what the program takes of a CPU with what it has loaded."""
     process = resident_bytes() if device.type == "cpu" else 0
     return Device(device.type, num_ranks, available_bytes(device), process, replicated)
 

@@ -83,12 +83,6 @@ class Repetition:
     ) -> list[Result]:
         """`function(items)`, a result an item, of all at once or of as many as memory holds.
 
-        Args:
-            items: In their order.
-            function: Computes several at once.
-            tokens: Of an item.
-            undo: See `compute`.
-
         Raises:
             MemoryExhaustedError, RankMemoryError: see `compute`.
         """

@@ -38,12 +38,7 @@ class Stack(NamedTuple):
 
 
 def find_stack(model: Any, blocks: Sequence[nn.Module]) -> Stack | None:
-    """The list that a model's blocks are, if there are many and each takes what the others do.
-
-    Args:
-        model: Of transformers.
-        blocks: See `find_blocks`.
-    """
+    """The list that a model's blocks are, if there are many and each takes what the others do."""
     types = config_value(model.config.get_text_config(), "layer_types") or ()
     if len(blocks) <= SHALLOW[1] or len(set(types)) > 1 or len(set(map(_kind, blocks))) > 1:
         return None

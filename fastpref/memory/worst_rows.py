@@ -81,12 +81,7 @@ class Rows(NamedTuple):
     """Whether attention keeps a prompt's keys once for each of its branches."""
 
     def batch(self, num_rows: int, *, long_prompts: bool) -> Batch:
-        """So many rows as long as they come, on the meta device.
-
-        Args:
-            num_rows: Of the batch.
-            long_prompts: See `Parts.of_longest`, where prompts are shared.
-        """
+        """So many rows as long as they come, on the meta device."""
         parts = Parts.of_longest(
             self.longest,
             pairs=self.pairs,

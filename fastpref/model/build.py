@@ -38,7 +38,6 @@ def build_scorer(
     Args:
         model: What `load_causal_lm` returned.
         config: Its options.
-        world: Whoever computes.
         path: From its last hidden states to its logits.
         trainable: False for a reference.
         attention: What computes packed rows; None for padded ones.

@@ -29,7 +29,6 @@ def choose_compilation(wish: str, model: Any, world: World, *, num_tokens: int) 
     Args:
         wish: "auto", "true" or "false"; auto compiles on a GPU alone.
         model: Of transformers.
-        world: Whoever computes.
         num_tokens: Of the whole run, over all devices.
     """
     if wish != "auto":

@@ -88,10 +88,6 @@ def is_stored_exactly(model: Any) -> bool:
 def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:
     """Whether a model loaded in a dtype differs in more than its parameters' dtype, see
     `is_stored_exactly`.
-
-    Args:
-        source: Where it lies.
-        dtype: float32, bfloat16 or float16.
     """
     if dtype == "float32":
         return False
@@ -104,11 +100,6 @@ def store_parameters(
     """Store all of a model's parameters in one dtype, as FSDP2 asks; buffers stay as they are.
 
     Some families keep parameters in float32 when the others are loaded in 16 bits.
-
-    Args:
-        model: Of transformers.
-        dtype: To store in.
-        kept: Parameters that stay as they are.
     """
     as_they_are = set(kept)
     others = [
@@ -124,12 +115,7 @@ def store_parameters(
 
 
 def round_buffers(model: Any, dtype: torch.dtype) -> None:
-    """Give a model's buffers the dtypes that they have where the family is loaded in a dtype.
-
-    Args:
-        model: A causal LM of transformers.
-        dtype: That of its arithmetic.
-    """
+    """Give a model's buffers the dtypes that they have where the family is loaded in a dtype."""
     with torch.device("meta"):
         twin = type(model)._from_config(model.config, dtype=dtype)
     for name, like in twin.named_buffers():

@@ -36,7 +36,6 @@ def choose_liger(wish: str, model: Any, world: World, *, compiled: bool) -> bool
         wish: "auto", "true" or "false": auto takes them on a GPU where they compute the same as
             the model's own layers and nothing is compiled, which fuses the same operations.
         model: Of transformers, on the CPU; only rank 0's has weights.
-        world: Whoever computes.
         compiled: Whether blocks are compiled.
 
     Raises:

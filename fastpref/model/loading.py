@@ -33,7 +33,6 @@ def load_causal_lm(
 
     Args:
         config: Of the model.
-        world: Whoever computes.
         trainable: False for a reference, and for a model that scores alone.
         beside_policy: It is a reference: what of it is no parameter must be the policy's own.
 
@@ -117,13 +116,7 @@ def load_reference(config: ModelConfig, world: World, findings: Findings) -> Any
 def starts_exactly_equal(
     model: ModelConfig, findings: Findings, *, compile: bool, activation_checkpointing: bool
 ) -> bool:
-    """Whether policy and reference give the same bits before the first update.
-
-    Args:
-        model: Options of both.
-        findings: What was found out about them.
-        compile, activation_checkpointing: How blocks are computed.
-    """
+    """Whether policy and reference give the same bits before the first update."""
     # rounding twice to the same dtype is rounding once, to another one it is not
     stored_equal = model.reference_dtype in (None, model.policy_dtype) or {
         model.reference_dtype,
@@ -138,12 +131,6 @@ def starts_exactly_equal(
 
 def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool) -> Findings:
     """What rank 0 finds out about a model by computing a few tokens, on every rank.
-
-    Args:
-        model: What `load_causal_lm` returned.
-        config: Its options.
-        world: Whoever computes.
-        trainable: False where it scores only.
 
     Raises:
         FastprefError: it cannot be trained, see `check_model`.

@@ -55,11 +55,7 @@ class SequenceGroup(NamedTuple):
 
 
 class Sequences:
-    """The sequences of a packed row one by one, a prompt once for each that begins with it.
-
-    Args:
-        layout: Of the row.
-    """
+    """The sequences of a packed row one by one, a prompt once for each that begins with it."""
 
     def __init__(self, layout: SegmentLayout) -> None:
         self._layout = layout

@@ -12,9 +12,6 @@ class OwnReference:
     """A policy without its adapters, or with those that its training started from.
 
     Computes what a second model in memory would; see `TokenScorer` for the methods.
-
-    Args:
-        policy: With adapters.
     """
 
     def __init__(self, policy: TokenScorer) -> None:

@@ -44,9 +44,6 @@ def declared_positions(config: Any) -> int | None:
 def frequencies_change_beyond(config: Any) -> int | None:
     """Tokens of a sequence from which on all sequences computed beside it are rotated otherwise
     (longrope, dynamic scaling of rotary embeddings); None where no sequence has such an effect.
-
-    Args:
-        config: Of a model of transformers.
     """
     config = config.get_text_config()
     changing = [
@@ -96,11 +93,7 @@ def _tables(module: nn.Module) -> Iterator[Tensor]:
 
 
 def trained_positions(config: Any) -> int | None:
-    """Tokens that a model without a table was made for, scaling of its rotary angles included.
-
-    Args:
-        config: Of the model, of transformers.
-    """
+    """Tokens that a model without a table was made for, scaling of its rotary angles included."""
     declared = declared_positions(config)
     if declared is None:
         return None
@@ -125,10 +118,6 @@ def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
 def check_positions(model: Any, longest: int) -> None:
     """Refuse sequences that run off a table of positions; warn of those a model was not made for.
 
-    Args:
-        model: Of transformers.
-        longest: Tokens of the longest sequence.
-
     Raises:
         ConfigError: naming the largest max_length that fits.
     """
@@ -142,12 +131,7 @@ def check_positions(model: Any, longest: int) -> None:
 
 
 def warn_beyond_training(model: Any, longest: int) -> None:
-    """Say where sequences are longer than those that a model without a table was made for.
-
-    Args:
-        model: Of transformers.
-        longest: Tokens of the longest sequence.
-    """
+    """Say where sequences are longer than those that a model without a table was made for."""
     trained = trained_positions(model.config)
     if position_limit(model) is None and trained is not None and longest > trained:
         logger.warning(

@@ -21,7 +21,6 @@ def place_adapters(
     Args:
         model: What `load_frozen_base` returned.
         options: Of the run.
-        world: Whoever computes.
         start: Folder of the adapter to go on from; None for new ones.
     """
     if not options.adapter.trained:

@@ -17,11 +17,7 @@ that was seen, of the whole module or of one type of layers."""
 
 
 class _Steady:
-    """In place of the forward of a rotary module of transformers.
-
-    Args:
-        module: Whose.
-    """
+    """In place of the forward of a rotary module of transformers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -140,10 +140,6 @@ def count_uses(batch: Batch, num_rows: int) -> Tensor:
     however they are laid out: the second copy of a prompt and padding count 0, a token that both
     responses begin with and that is computed once counts 2. The last token of a response is left
     out, because it predicts nothing and packed rows do not compute it.
-
-    Args:
-        batch: Packed or padded.
-        num_rows: P.
     """
     index_N, sequences_N, num_tokens = (
         batch.score_index[: batch.num_scored],

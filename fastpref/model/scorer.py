@@ -137,7 +137,6 @@ class TokenScorer(nn.Module):
         """Last hidden states at the positions that predict `batch.target`, shape (N or more, D).
 
         Args:
-            batch: The micro-batch.
             longest: Tokens to allow for where the batch's own sequences are shorter.
         """
         rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
@@ -207,7 +206,6 @@ class TokenScorer(nn.Module):
         """Score the batch's N response tokens.
 
         Args:
-            batch: The micro-batch.
             reference: The reference's states on the same batch; asks for the KL as well.
             direction: "reference_policy" or "policy_reference", see `token_logps_and_kl`.
 
@@ -243,10 +241,6 @@ class TokenScorer(nn.Module):
 
     def tdpo1_values(self, batch: Batch, reference: HeadStates) -> Tensor:
         """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
-
-        Args:
-            batch: The micro-batch.
-            reference: The reference's states on the same batch.
 
         Returns:
             (N,) float32, in nats.

@@ -51,12 +51,7 @@ class RowCache:
         return sorted(path.name for path in self.folder.glob("*.npz"))
 
     def read(self, names: Sequence[str], wanted: set[bytes]) -> None:
-        """Take rows from files; one that is damaged is left out, and said.
-
-        Args:
-            names: Of the files.
-            wanted: Digests of the rows to take.
-        """
+        """Take rows from files; one that is damaged is left out, and said."""
         for name in names:
             for digest, logps in _read(self.folder / name):
                 if digest in wanted and digest not in self._values:
@@ -101,11 +96,7 @@ class RowCache:
         return unsaved
 
     def write(self, rows: Sequence[ScoredRow], about: dict[str, Any]) -> None:
-        """Save rows in a file of their own; one process of a run does it.
-
-        Args:
-            rows: At least one.
-            about: What they belong to, in words.
+        """Save rows, at least one, in a file of their own; one process of a run does it.
 
         Raises:
             CheckpointError: the file cannot be written.

@@ -42,7 +42,6 @@ def score_sides(
     Args:
         sides: The models.
         sources: Rows, and their shards by the side's label.
-        world: Who we are.
         tokenizer: For its padding token.
         packing: Whether rows are to be packed.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
@@ -84,7 +83,6 @@ def score_missing(
     Args:
         side: The model.
         sources: Rows and the shards of this model for them.
-        world: Who we are.
         models: Of all sides.
         tokenizer, batch_size, deadline_seconds: See `score_sides`.
 

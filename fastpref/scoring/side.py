@@ -57,12 +57,6 @@ def check_finite(
 ) -> None:
     """Refuse a model that gives NaN or infinity; runs on every rank with the same outcome.
 
-    Args:
-        parts: Of each row: chosen, rejected.
-        places: Where these rows stand among the source's.
-        rows: The source.
-        side: The model.
-
     Raises:
         CheckpointError: naming the file, the row and the token.
     """

@@ -49,7 +49,6 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
     Args:
         stages: Of the run.
         run_dir: Of the run.
-        world: Whoever runs.
         command: What goes on with the run once it was stopped, in words.
 
     Raises:

@@ -94,7 +94,6 @@ def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
     Args:
         place: Where it is to be, see `find_place`.
         options: The text of its `config.yaml`.
-        world: Whoever runs.
     """
     named = place.run_dir
     if named and world.on_main(lambda: go_on_in(named, options)):

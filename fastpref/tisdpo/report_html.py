@@ -33,12 +33,7 @@ th { color: var(--muted); }
 
 
 def write_html(report: WeightsReport, path: Path) -> None:
-    """Write the report as a page of its own.
-
-    Args:
-        report: What to show.
-        path: The file.
-    """
+    """Write the report as a page of its own."""
     with complete_file(path) as file:
         file.write(render_html(report))
 

@@ -31,12 +31,7 @@ Line = tuple[str, str | list[WeighedToken]]
 
 
 def plot_weights(report: WeightsReport, path: Path) -> None:
-    """Two histograms above, pairs coloured token by token below.
-
-    Args:
-        report: What to show.
-        path: The PNG to write.
-    """
+    """Two histograms above, pairs coloured token by token below."""
     import matplotlib
 
     matplotlib.use("Agg")

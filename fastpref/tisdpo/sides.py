@@ -30,7 +30,6 @@ def build_sides(
         weights: Names of both, and what stands beside their prompts.
         model: The run's: precision and attention of both.
         adapter: The run's: whether their adapters stand beside layers in 4 bits.
-        world: Whoever computes.
 
     Raises:
         CheckpointError: one of them is missing.

@@ -74,11 +74,6 @@ def read_record(folder: Path) -> dict[str, Any]:
 def take_inputs(stages: list[Stage], done: Sequence[Path], world: World) -> dict[str, str]:
     """Fingerprints of what the run is given, as it lies there now: the same for every stage.
 
-    Args:
-        stages: Of the run.
-        done: Folders of those that are done.
-        world: Whoever runs.
-
     Raises:
         CheckpointError: stages that are done were computed from other data, or from another model;
             with a table of what differs.

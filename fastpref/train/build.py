@@ -17,11 +17,6 @@ from fastpref.train.workload import build_workload
 def build_run(config: Config, world: World, start: Start) -> Run:
     """Everything a run needs, in the order in which mistakes are cheap to find: data, then models.
 
-    Args:
-        config: Of the run.
-        world: Whoever runs.
-        start: What it goes on from.
-
     Raises:
         FastprefError: whatever is wrong with the config, the data or the model, or does not go
             with the checkpoint.

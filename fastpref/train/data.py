@@ -71,7 +71,6 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
 
     Args:
         config: Of the run.
-        world: Whoever runs.
         chat_date: What a chat template that prints the date is told; "": today, by rank 0's clock.
         quiet: Without a word on what there is.
     """
@@ -120,14 +119,7 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
 def build_loaders(
     data: Data, layout: RowLayout, *, num_embeddings: int, min_micro_batches: int
 ) -> Loaders:
-    """How the rows of each split become batches.
-
-    Args:
-        data: What was read.
-        layout: How the model takes rows.
-        num_embeddings: Tokens that it can read.
-        min_micro_batches: Of an optimizer step, at least.
-    """
+    """How the rows of each split become batches."""
     filler = pad_token_id(data.tokenizer, num_embeddings)
     train = Loader(
         data=data.train,

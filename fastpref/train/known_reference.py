@@ -60,7 +60,6 @@ def know_reference(
 
     Args:
         loaders: Of the run.
-        world: Whoever runs.
         policy: As training starts from it.
         origin: What that is.
         folder: Of all models' log-probabilities.

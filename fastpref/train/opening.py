@@ -31,7 +31,6 @@ def open_run_dir(start: Start, options: str, world: World) -> Path:
     Args:
         start: What it starts from, and where.
         options: The text of its `config.yaml`.
-        world: Whoever runs.
 
     Raises:
         ConfigError: it holds another run.

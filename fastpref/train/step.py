@@ -20,11 +20,6 @@ def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str
     The loss is summed over pairs and divided by their global number, whatever the split into
     micro-batches and ranks; gradients are summed over ranks.
 
-    Args:
-        run: The run.
-        step_batches: What the step computes.
-        step: Steps before this one.
-
     Returns:
         Metric names, their means over the batch before the update (K,), on the device, and the
         tokens that the model's body computed, over all ranks.

@@ -28,7 +28,6 @@ def train(config: Config, world: World, *, command: str | None = None) -> float:
 
     Args:
         config: Of the run.
-        world: Whoever runs.
         command: What goes on with the run once it was stopped, in words; None: `resume=auto`.
 
     Returns:

@@ -41,7 +41,6 @@ def build_workload(
         objective: What is minimised.
         pair: Policy and reference, loaded, on their device.
         training: The options, before it was found out whether blocks are compiled.
-        world: Whoever computes.
         limit: Tokens at once that were asked for; None leaves them to us.
         longest: Tokens of the longest sequence.
     """

@@ -13,9 +13,6 @@ logger = logging.getLogger("fastpref")
 def run_audit(options: DataOptions, tokenizer: Any, *, vocab_size: int) -> list[PreferenceSplit]:
     """`task=audit`: read, check and encode every split; the account and an example go to the log.
 
-    Args:
-        options, tokenizer, vocab_size: See `load_split`.
-
     Returns:
         The encoded splits, train first.
 

@@ -49,7 +49,6 @@ def choose_rows(
         model: Of transformers, on the CPU; only rank 0's has weights.
         options: Of the model: its attention, its compute dtype, its blocks.
         packing: What was asked for.
-        world: Whoever computes.
         path: From the model's last hidden states to its logits.
         longest: Tokens of the longest sequence that will be trained on.
         few_lengths: Fill packed rows up to one of a few lengths.

@@ -14,10 +14,6 @@ PROBE_WINDOW = 4
 def narrow_windows(model: Any, longest: int) -> Iterator[None]:
     """Windows as short as the probe's rows are, so that these tell what a family makes of them;
     those that reach over every sequence stay as they are.
-
-    Args:
-        model: Of transformers; as it was afterwards.
-        longest: Tokens of the longest sequence.
     """
     holders = [model.config.get_text_config(), *model.modules()]
     before = []

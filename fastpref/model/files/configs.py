@@ -100,13 +100,7 @@ def _refuse_custom_code(name: str, fields: dict[str, Any]) -> None:
 
 
 def code_refused(name: str, why: str, code: str) -> CheckpointError:
-    """That a folder wants to run Python code, which was not allowed.
-
-    Args:
-        name: Folder or hub name.
-        why: It needs it.
-        code: What it is.
-    """
+    """That a folder wants to run Python code, which was not allowed."""
     return CheckpointError(
         f"model: {name} cannot be loaded without running {code}: {why}; "
         "model.trust_remote_code=true runs it, with all that you may do on this machine, so read "

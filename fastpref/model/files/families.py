@@ -46,10 +46,6 @@ def has_family(config: Any) -> bool:
 def code_options(config: Any, source: ModelSource) -> dict[str, Any]:
     """What `from_config` takes so that code of the folder may run, and no other revision of it than
     the weights'.
-
-    Args:
-        config: Of the model.
-        source: Where it lies.
     """
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     own = _own_class(config) if source.trust_remote_code else None

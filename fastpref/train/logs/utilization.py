@@ -55,11 +55,6 @@ class UsefulWork(NamedTuple):
 def useful_work(pair: Pair, options: ModelConfig, world: World) -> UsefulWork | None:
     """What a step of a policy and its reference needs; None where a peak is not known, or a token
     does not see every weight.
-
-    Args:
-        pair: The models.
-        options: Of both.
-        world: Whoever computes.
     """
     if world.device.type != "cuda" or options.compute_dtype == "float32":
         return None
