@@ -43,7 +43,6 @@ class RowLayout(Protocol):
         """Which of a step's rows each rank computes at once.
 
         Args:
-            columns: The step's rows.
             num_ranks: Ranks that share the step.
             min_micro_batches: Micro-batches of a rank, at least.
         """
@@ -62,7 +61,6 @@ class RowLayout(Protocol):
         """A micro-batch of the plan as several smaller ones, as far as its rows can be divided.
 
         Args:
-            columns: The step's rows.
             micro_batch: Which of them.
             max_tokens: Of each part.
         """

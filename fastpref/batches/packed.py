@@ -34,7 +34,6 @@ def plan_step(
     above the best division (Graham 1969).
 
     Args:
-        columns: The step's rows.
         max_tokens: Most tokens of a micro-batch; a pair that has more gets one of its own.
         num_ranks: Ranks that share the step.
         min_micro_batches: Micro-batches of a rank, at least.
@@ -199,7 +198,6 @@ def pack(
     """Lay the rows of a micro-batch out as one packed row.
 
     Args:
-        columns: The step's rows.
         micro_batch: Which of them, and which of those share a prompt.
         pad_token_id: The only token of a micro-batch without rows, which scores nothing.
         share_prompt: False gives every sequence its own copy of its prompt.

@@ -62,7 +62,6 @@ def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = Fa
 
     Args:
         model: Without adapters.
-        block_name: Class of its blocks; None: found from the model.
         in_four_bits: Whether the blocks' linear layers will be; they are replaced.
     """
     blocks = [
@@ -101,7 +100,6 @@ def count_token_bytes(
         model: On the meta device, in the dtype of the arithmetic; used up.
         body: See `LogitPath.body`.
         rows: What is computed.
-        block_name: Class of its blocks; None: found from the model.
         activation_checkpointing: Whether blocks are computed again in the backward.
         fused_layers: Whether norms and SwiGLU layers are fused kernels.
         balanced: Whether the balance of its router, if it has one, is part of the loss.

@@ -156,7 +156,6 @@ def stand_in_four_bits(model: Any, block_name: str | None) -> None:
 
     Args:
         model: On the meta device.
-        block_name: Class of its blocks; None: found from the model.
     """
     for _, _, layer in linear_layers(model, block_name):
         layer.__class__ = _FourBits

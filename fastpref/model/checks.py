@@ -57,7 +57,6 @@ def check_model(
     Args:
         model: Of transformers, with its weights, on the CPU.
         dtype: What it will compute in.
-        block_name: Class of its blocks, None: found from the model.
         trainable: False where it scores only.
 
     Raises:

@@ -20,7 +20,6 @@ def exact_arithmetic(model: Any, block_name: str | None = None) -> Iterator[None
 
     Args:
         model: A causal LM of transformers, on a CPU.
-        block_name: Class of the transformer blocks, None: found from the model.
     """
     with computing_in(model, torch.float32, block_name), exact_products():
         yield
@@ -34,7 +33,6 @@ def computing_in(model: Any, dtype: torch.dtype, block_name: str | None = None) 
     Args:
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
-        block_name: Class of the transformer blocks, None: found from the model.
     """
     undo = cast_in_forward(model, dtype, block_name, tables_at_once=True)
     try:
@@ -72,7 +70,6 @@ def cast_in_forward(
     Args:
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
-        block_name: Class of the transformer blocks, None: found from the model.
         tables_at_once: Embeddings and head as well, at the cost of their memory; else each of
             them while it runs itself.
         kept: Parameters that stay as they are.

@@ -25,7 +25,6 @@ def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
     the checkpoint's 16 bits if this changes no number, or else the compute dtype.
 
     Args:
-        config: Of the model.
         beside_policy: It is the reference of a policy, which may be stored in 16 bits itself.
 
     Raises:

@@ -32,7 +32,6 @@ def load_causal_lm(
     Policy and reference compute in the same dtype through the same code, however each is stored.
 
     Args:
-        config: Of the model.
         trainable: False for a reference, and for a model that scores alone.
         beside_policy: It is a reference: what of it is no parameter must be the policy's own.
 

@@ -86,7 +86,6 @@ def measure_logit_path(model: Any, block_name: str | None = None) -> LogitPath:
 
     Args:
         model: A causal LM of transformers with its weights, on the CPU.
-        block_name: Class of its blocks, None: found from the model.
 
     Raises:
         ConfigError: there is more in between than a linear head, a scale and a softcap.

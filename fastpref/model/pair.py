@@ -55,7 +55,6 @@ def build_pair(
 
     Args:
         options: Of the run.
-        packing: Whether rows are to be packed.
         longest: Tokens of the longest sequence.
         num_tokens: Of the whole run, about; 0 where there is none.
     """

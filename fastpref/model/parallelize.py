@@ -39,7 +39,6 @@ def wrap_blocks(
 
     Args:
         model: Of transformers.
-        block_name: Class of the blocks, None: found from the model.
         activation_checkpointing: Recompute each block's activations in the backward.
         compile: Compile each block, see `compile_block`.
         packed: Rows are: layers that mix tokens by other means than attention go sequence by
@@ -72,7 +71,6 @@ def parallelize(
         mesh: One dimension, every rank.
         compute_dtype: What parameters are cast to for forward and backward; gradients are
             reduced in float32.
-        block_name: Class of the transformer blocks, None: found from the model.
         trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
             What is trained of a model with adapters, they have said.
     """

@@ -201,7 +201,6 @@ def load_tokenizer(
 
     Args:
         name: What `resolve_tokenizer` returned.
-        revision: Hub revision.
         trust_remote_code: Whether Python code that lies beside it may run.
 
     Raises:

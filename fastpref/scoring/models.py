@@ -25,7 +25,6 @@ class SideModels:
 
     Args:
         sides: In the order in which they score.
-        packing: Whether rows are to be packed.
         longest: Tokens of the longest sequence that any of them scores.
 
     Raises:
@@ -95,7 +94,6 @@ def load_frozen_scorer(
 
     Args:
         options: Of the model.
-        packing: Whether rows are to be packed.
         longest: Tokens of the longest sequence that will be scored.
         adapters: Folders of adapters that stand beside its weights, by names to activate them by.
         quantized: Its layers in 4 bits.

@@ -43,7 +43,6 @@ def score_sides(
         sides: The models.
         sources: Rows, and their shards by the side's label.
         tokenizer: For its padding token.
-        packing: Whether rows are to be packed.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
         deadline_seconds: Since the start of the command, when what was scored has to be saved.
 

@@ -47,8 +47,6 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
     """What is left to do, none of it beside stages that were computed from something else.
 
     Args:
-        stages: Of the run.
-        run_dir: Of the run.
         command: What goes on with the run once it was stopped, in words.
 
     Raises:

@@ -23,7 +23,6 @@ def run_stage(
 
     Args:
         stage: What to do.
-        folder: Of the stage.
         inputs: Fingerprints of what the run is given.
         command: What goes on with the run once it was stopped, in words.
     """

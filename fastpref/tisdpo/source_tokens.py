@@ -53,7 +53,6 @@ def encode_source(
     """Token ids of a source's rows as training sees them, without truncation.
 
     Args:
-        rows: The source.
         templates: Texts that stand beside each prompt, the first of them "" for none.
         chat: How conversations are rendered; its tokenizer is that of both models.
         include_eos: Append EOS to both responses.

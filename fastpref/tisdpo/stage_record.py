@@ -27,7 +27,6 @@ def mark_done(folder: Path, record: dict[str, Any], table: str) -> None:
     """Leave word in a stage's folder that it is done: never again is anything computed there.
 
     Args:
-        folder: Of the stage.
         record: `what`, `result` and `seconds` for the closing report; `fingerprints`.
         table: Its own closing table, for `summary.txt`; "" if it has none.
     """

@@ -70,7 +70,6 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
     Rows are validated before the tokenizer is loaded, and everything before any model.
 
     Args:
-        config: Of the run.
         chat_date: What a chat template that prints the date is told; "": today, by rank 0's clock.
         quiet: Without a word on what there is.
     """

@@ -130,7 +130,6 @@ def open_log(
     """The log of a run; what its folder holds already is the beginning of it.
 
     Args:
-        run_dir: Of the run.
         world: Rank 0 writes.
         followers: Which trackers follow it.
         options: All options of the run, which trackers keep.

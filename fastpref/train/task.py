@@ -27,7 +27,6 @@ def train(config: Config, world: World, *, command: str | None = None) -> float:
     """Train a policy.
 
     Args:
-        config: Of the run.
         command: What goes on with the run once it was stopped, in words; None: `resume=auto`.
 
     Returns:

@@ -61,7 +61,6 @@ def probe_packing(
         path: From its last hidden states to its logits.
         share_prompt: Whether prompts are to be shared.
         longest: Tokens of the longest sequence that will be trained on.
-        block_name: Class of its blocks, None: found from the model.
     """
     before = model.config._attn_implementation
     calls: set[AttentionCall] = set()

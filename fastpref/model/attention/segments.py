@@ -55,7 +55,6 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
     """The segments of a packed row in groups: those without a mask, then the others.
 
     Args:
-        layout: Of the row.
         window: Tokens that one attends to; None: all before it. With one, segments are divided, so
             that no more keys are multiplied than about twice those in a window; on a GPU, whose
             scores are in memory, so that there are never too many of them.

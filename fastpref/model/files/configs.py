@@ -28,7 +28,6 @@ def load_config(name: str, revision: str | None = None, *, trust_remote_code: bo
 
     Args:
         name: Folder or hub name of a model with weights of its own.
-        revision: Hub revision.
         trust_remote_code: Whether Python code that lies beside it may run.
 
     Raises:

@@ -71,7 +71,6 @@ def resolve_tokenizer(
         name_or_path: All that `resolve_model` accepts, or a folder with a tokenizer alone. An
             adapter without a tokenizer of its own has its base's.
         key: The option it was written under, for the message.
-        revision: Hub revision.
 
     Raises:
         CheckpointError: no tokenizer lies there.
@@ -160,7 +159,6 @@ def find_model(
 
     Args:
         name_or_path: What the user wrote, see `resolve_model`.
-        revision: Hub revision.
         key: The option it was written under, for the message.
         trust_remote_code: Whether Python code that lies beside the base may run.
 

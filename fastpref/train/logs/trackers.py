@@ -71,7 +71,6 @@ def build_trackers(
 
     Args:
         options: Which.
-        run_dir: Of the run.
         run_options: All options of the run, for those that keep them.
         examples: Seen before this start; what was logged beyond is not this run's any more.
     """
