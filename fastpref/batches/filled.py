@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from fastpref.batch import IGNORED, Batch, Segment, SegmentLayout
@@ -43,20 +42,16 @@ def fill_up(batch: Batch, length: int, *, pad_token_id: int) -> Batch:
     assert batch.layout is not None and batch.position_ids is not None
     T = batch.input_ids.shape[1]
     assert length >= T
-    missing = -batch.num_scored % SCORED_MULTIPLE
+    padding, missing = torch.arange(length - T), -batch.num_scored % SCORED_MULTIPLE
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, length - T), value=pad_token_id),
-        position_ids=torch.cat([batch.position_ids, _positions(length - T)[None]], dim=1),
+        position_ids=torch.cat([batch.position_ids, padding[None] % PADDING_SEGMENT], dim=1),
         layout=_with_padding(batch.layout, T, length),
         # each of them another token, so that a backward never adds many to one
         score_index=torch.cat([batch.score_index, torch.arange(missing) % length]),
         target=F.pad(batch.target, (0, missing), value=IGNORED),
     )
-
-
-def _positions(num_tokens: int) -> Tensor:
-    return torch.arange(num_tokens) % PADDING_SEGMENT
 
 
 def _with_padding(layout: SegmentLayout, T: int, length: int) -> SegmentLayout:

@@ -134,13 +134,13 @@ def format_help(config_dir: Path) -> str:
         "Choices (a file under configs/ sets several options; options given here win):",
     ]
     for group in CHOICE_GROUPS:
-        lines += [f"  {group}=", *_wrap("  ".join(list_choices(config_dir, group)), 6)]
+        lines += [f"  {group}=", *_wrap("  ".join(list_choices(config_dir, group)))]
     lines += ["", "Options, with the value they have where no choice above sets another:"]
     for title, options in _sections():
         lines += ["", title, ""]
         for option in options:
             lines.append(f"  {option.key}={format_value(option.default)}  ({option.kind})")
-            lines += _wrap(option.doc, 6)
+            lines += _wrap(option.doc)
     return "\n".join(lines)
 
 
@@ -162,8 +162,8 @@ def _summary(schema: type) -> str:
     return " ".join((schema.__doc__ or "").split())
 
 
-def _wrap(text: str, indent: int) -> list[str]:
-    margin = " " * indent
+def _wrap(text: str) -> list[str]:
+    margin = " " * 6
     return textwrap.wrap(
         text, 96, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
     )

@@ -26,12 +26,7 @@ from fastpref.data.cache import (
     progress_bars,
     tokenizing_in,
 )
-from fastpref.data.chat import (
-    ChatFormat,
-    check_chat_template,
-    current_date,
-    prints_date,
-)
+from fastpref.data.chat import check_chat_template, current_date, prints_date
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_counts
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.data.layouts.row_values import RowError
@@ -290,12 +285,7 @@ def encode_batch(
 ) -> dict[str, list[Any]]:
     """Encode a batch of `datasets.map`. Columns in and out: `FEATURES`, `encoded_features`."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    chat = ChatFormat(
-        tokenizer=tokenizer,
-        template=options.chat_template,
-        arguments=options.template_kwargs,
-        date=options.chat_date,
-    )
+    chat = options.chat(tokenizer)
     texts = [
         row_texts(row, named_responses(row, options), chat, strict=options.strict) for row in rows
     ]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import Remark
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.row_tokens import RowTokens
@@ -42,6 +43,15 @@ class EncodeOptions:
     """The last weight of each list in the file belongs to EOS."""
     weights_mismatch: str = ""
     """Why weights would stand beside other tokens than those they were estimated for."""
+
+    def chat(self, tokenizer: Any) -> ChatFormat:
+        """How conversations become text."""
+        return ChatFormat(
+            tokenizer=tokenizer,
+            template=self.chat_template,
+            arguments=self.template_kwargs,
+            date=self.chat_date,
+        )
 
 
 class EncodedPair(NamedTuple):

@@ -46,7 +46,7 @@ class Fitting:
     def fit(self, limit: int | None) -> int:
         """Tokens to compute at once; says what was planned and found."""
         world, device = self.world, self.world.device
-        plan = world.on_main(lambda: self._plan())
+        plan = world.on_main(self._plan)
         available = -world.agree_max(-available_bytes(device))
         num_tokens = self.layout.max_tokens if limit is None else limit
         chosen_here = limit is None and device.type == "cuda"

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 from fastpref.config import ModelConfig
 from fastpref.model.files.paths import ModelSource, named_model
-from fastpref.model.files.weight_files import weight_files, weights_folder
+from fastpref.model.files.weight_files import stored_weights, weights_folder
 from fastpref.model.source import build_meta
 
 HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
@@ -58,15 +58,10 @@ def checkpoint_dtypes(source: ModelSource) -> set[str]:
     """
     try:
         folder = weights_folder(source.name, source.revision)
-        dtypes: set[str] = set()
-        for path in weight_files(folder):
-            with safe_open(path, "pt") as file:
-                keys = file.keys()
-                dtypes |= {file.get_slice(key).get_dtype() for key in keys}
+        return {part.get_dtype() for _, part in stored_weights(folder)}
     # what is wrong is said by the load that follows
     except (OSError, ValueError, SafetensorError):
         return set()
-    return dtypes
 
 
 def is_stored_exactly(model: Any) -> bool:

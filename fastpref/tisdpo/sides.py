@@ -87,9 +87,7 @@ def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
     Raises:
         CheckpointError: naming the file, the row and the token.
     """
-    model = side.model
-    source = named_model(model, key=f"weights.{side.label}")
-    vocab_size = read_vocab_size(source)
+    vocab_size = read_vocab_size(named_model(side.model, key=f"weights.{side.label}"))
     for i, ids in enumerate(encoded):
         highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
         if highest >= vocab_size:

@@ -45,15 +45,10 @@ class SourceJob:
 
     def is_finished(self) -> bool:
         """Whether the file is there with exactly these weights."""
-        if not self.path.is_file():
-            return False
-        try:
-            origin = read_origin(self.path)
-        except DataError:
-            # a damaged record: the file is estimated anew
-            return False
+        origin = known_origin(self.path)
         return (
             origin is not None
+            and self.path.is_file()
             and origin.fingerprint == self.origin.fingerprint
             and origin.size_bytes == self.path.stat().st_size
             # last, as it reads the source once more
@@ -103,13 +98,17 @@ def shards_folder(path: Path) -> Path:
     return path.with_name(f"{path.stem}.shards")
 
 
+def known_origin(path: Path) -> WeightsOrigin | None:
+    """The record beside a weights file; none where it is damaged: the file is estimated anew."""
+    try:
+        return read_origin(path)
+    except DataError:
+        return None
+
+
 def written_date(path: Path) -> str:
     """The day that a weights file was estimated for, "" where none is known."""
-    try:
-        origin = read_origin(path)
-    except DataError:
-        # a damaged record: the file is estimated anew
-        return ""
+    origin = known_origin(path)
     return origin.chat_date or "" if origin else ""
 
 

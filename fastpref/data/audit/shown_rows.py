@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fastpref.data.audit.token_texts import TokenSpans, token_spans
-from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import REMARK_TEXTS
 from fastpref.data.encode_row import (
     EncodedPair,
@@ -87,12 +86,7 @@ class RowView(NamedTuple):
             return ShownRow(labels, place, drop, notes, _texts_as_they_came(row))
         options = self.options
         responses = named_responses(row, options)
-        chat = ChatFormat(
-            tokenizer=self.tokenizer,
-            template=options.chat_template,
-            arguments=options.template_kwargs,
-            date=options.chat_date,
-        )
+        chat = options.chat(self.tokenizer)
         texts = row_texts(row, responses, chat, strict=options.strict)
         [tokens] = tokenize_rows([texts], self.tokenizer)
         try:

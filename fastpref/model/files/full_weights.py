@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
@@ -18,7 +17,7 @@ from fastpref.model.files.configs import load_base_config, quantization_options
 from fastpref.model.files.families import code_options, find_family
 from fastpref.model.files.paths import ModelSource, matching_files, read_object
 from fastpref.model.files.reading import reading
-from fastpref.model.files.weight_files import INDEX, WHOLE, weight_files
+from fastpref.model.files.weight_files import INDEX, WHOLE, stored_weights
 
 logger = logging.getLogger("fastpref")
 
@@ -204,11 +203,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def shapes_in(folder: Path) -> Shapes:
     """Shape of each weight in the files of a folder; of a hub name nothing."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    shapes = {name: tuple(part.get_shape()) for name, part in stored_weights(folder)}
     for path in sorted(folder.glob("pytorch_model*.bin")) if not shapes else ():
         shapes |= shapes_of(load_pickle(path))
     return shapes

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from fastpref.config import ModelConfig
 from fastpref.model.files.archives import load_pickle, read_policy
 from fastpref.model.files.configs import load_base_config
 from fastpref.model.files.paths import archived_model, named_model
 from fastpref.model.files.reading import reading
-from fastpref.model.files.weight_files import weight_files, weights_folder
+from fastpref.model.files.weight_files import stored_weights, weights_folder
 
 DTYPES = {
     "F32": torch.float32,
@@ -57,16 +56,11 @@ def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
 
 
 def _in_safetensors(folder: Path) -> dict[str, tuple[torch.dtype, int]]:
-    found: dict[str, tuple[torch.dtype, int]] = {}
-    for path in weight_files(folder):
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            for name in names:
-                weight = file.get_slice(name)
-                dtype = DTYPES.get(weight.get_dtype())
-                if dtype is not None:
-                    found[name] = (dtype, math.prod(weight.get_shape()))
-    return found
+    return {
+        name: (dtype, math.prod(part.get_shape()))
+        for name, part in stored_weights(folder)
+        if (dtype := DTYPES.get(part.get_dtype())) is not None
+    }
 
 
 def _in_pickles(folder: Path) -> dict[str, tuple[torch.dtype, int]]:

@@ -1,7 +1,10 @@
 """Which files of a checkpoint's folder hold its weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 from fastpref.model.files.paths import local_folder, matching_files, read_object
 
@@ -36,6 +39,15 @@ def weight_files(folder: Path) -> list[Path]:
     if names:
         return [folder / name for name in names if (folder / name).is_file()]
     return matching_files(folder, (_SHARDS,))
+
+
+def stored_weights(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Names of the weights in `weight_files`, each with what tells its shape and dtype unread."""
+    for path in weight_files(folder):
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            for name in names:
+                yield name, file.get_slice(name)
 
 
 def _indexed(folder: Path) -> Sequence[str]:
