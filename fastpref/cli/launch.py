@@ -22,7 +22,6 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     """Run this same command under torchrun, one process a GPU.
 
     Args:
-        num_gpus: Processes.
         port: Where they meet; None: a free one.
 
     Returns:

@@ -39,9 +39,7 @@ def show_plan(
     """Print the plan with and without activation checkpointing, on one GPU and on all.
 
     Args:
-        training: The run's options.
         packing: How rows are laid out, if the model's attention can.
-        options: The GPUs.
         longest: Tokens of a sequence, at most.
 
     Raises:

@@ -129,13 +129,6 @@ def encode_rows(
 ) -> PreferenceSplit:
     """Encode one source, or take the result of an earlier run from the cache.
 
-    Args:
-        rows: Checked.
-        tokenizer: Of transformers.
-        options: How to encode.
-        vocab_size: Rows of the model's embedding.
-        num_proc: Processes that tokenize.
-
     Raises:
         DataError: a row breaks a rule (file:row: field), or a token id reaches `vocab_size`.
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.

@@ -105,10 +105,7 @@ def encode_row(
     """EOS, token weights, reversal and truncation of one row.
 
     Args:
-        row: A checked row.
         tokens: Of its prompt and of its `named_responses`.
-        eos_id: Of the tokenizer.
-        options: How to encode.
 
     Raises:
         RowError: weights that do not fit the tokens.
@@ -154,7 +151,6 @@ def check_weights_digest(
         row: A checked row; one without a digest passes, its weights are of unknown origin.
         prompt: Its prompt's ids.
         responses: Chosen and rejected as the file has them, without EOS.
-        options: For the reason to give.
 
     Raises:
         RowError: the digest is that of other tokens.

@@ -136,10 +136,6 @@ def plan_memory(
     """What training takes of every device.
 
     Args:
-        weights: How many there are.
-        tokens: What the model's body takes for a token.
-        sizes: Bytes of a number.
-        device: What it is trained on.
         head: Of it, the gradient of its weight left out.
     """
     trained = weights.adapters or -(-weights.total // device.num)

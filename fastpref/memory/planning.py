@@ -75,9 +75,7 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
     """What a run's models are, built without memory.
 
     Args:
-        training: The options.
         measured: Of models and data, or taken for granted where there are none.
-        device: What is trained on.
 
     Raises:
         FastprefError: there is no such model.
@@ -135,7 +133,6 @@ def most_step_tokens(training: TrainingOptions, num_ranks: int, *, longest: int)
     """Tokens of a rank's rows in a step, if all were as long as they come.
 
     Args:
-        training: The options.
         num_ranks: Shares that a step's rows are divided into.
         longest: Tokens of the longest sequence.
     """

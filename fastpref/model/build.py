@@ -37,13 +37,9 @@ def build_scorer(
 
     Args:
         model: What `load_causal_lm` returned.
-        config: Its options.
         path: From its last hidden states to its logits.
         trainable: False for a reference.
         attention: What computes packed rows; None for padded ones.
-        activation_checkpointing: Recompute activations in the backward.
-        compile: Compile each block.
-        liger: Norms and SwiGLU layers by Liger's kernels.
         adapters: In it; where it is trained, all that is.
         replicated: Every rank has the whole of it.
         router: Of its experts; where it is trained, its balance is part of the loss.

@@ -54,7 +54,6 @@ def build_pair(
     """Policy and, where one computes beside it, reference: loaded, tried, on their device.
 
     Args:
-        options: Of the run.
         longest: Tokens of the longest sequence.
         num_tokens: Of the whole run, about; 0 where there is none.
     """

@@ -20,7 +20,6 @@ def place_adapters(
 
     Args:
         model: What `load_frozen_base` returned.
-        options: Of the run.
         start: Folder of the adapter to go on from; None for new ones.
     """
     if not options.adapter.trained:
@@ -60,7 +59,6 @@ def fits_whole(model: Any, options: AdapterConfig, world: World) -> bool:
 
     Args:
         model: On the CPU, with adapters.
-        options: Of the adapters.
         world: Whoever computes; all ranks decide alike.
     """
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())

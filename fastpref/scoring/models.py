@@ -93,7 +93,6 @@ def load_frozen_scorer(
     """A model without gradients, and how it takes rows.
 
     Args:
-        options: Of the model.
         longest: Tokens of the longest sequence that will be scored.
         adapters: Folders of adapters that stand beside its weights, by names to activate them by.
         quantized: Its layers in 4 bits.

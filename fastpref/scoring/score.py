@@ -40,9 +40,7 @@ def score_sides(
     """Score what the models have not scored yet, one model after the other.
 
     Args:
-        sides: The models.
         sources: Rows, and their shards by the side's label.
-        tokenizer: For its padding token.
         batch_size: Rows scored at once; None leaves that to how rows are laid out.
         deadline_seconds: Since the start of the command, when what was scored has to be saved.
 
@@ -78,12 +76,6 @@ def score_missing(
     deadline_seconds: int | None,
 ) -> None:
     """Score the shards that one model has not scored yet; it is loaded only if there are any.
-
-    Args:
-        side: The model.
-        sources: Rows and the shards of this model for them.
-        models: Of all sides.
-        tokenizer, batch_size, deadline_seconds: See `score_sides`.
 
     Raises:
         CheckpointError, InterruptionError, PreemptionError: see `score_sides`.

@@ -22,7 +22,6 @@ def run_stage(
     `summary.txt`.
 
     Args:
-        stage: What to do.
         inputs: Fingerprints of what the run is given.
         command: What goes on with the run once it was stopped, in words.
     """

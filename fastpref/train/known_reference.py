@@ -59,7 +59,6 @@ def know_reference(
     """Score the rows of a run that no run before it scored.
 
     Args:
-        loaders: Of the run.
         policy: As training starts from it.
         origin: What that is.
         folder: Of all models' log-probabilities.

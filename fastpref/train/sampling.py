@@ -41,9 +41,6 @@ def sample_responses(
     Args:
         prompts: Token ids.
         max_length: Prompt and response tokens together.
-        batch_size: Prompts at a time.
-        seed: Of the sampling.
-        world: Whoever samples.
         stop: Whether to: one process stops after a token, ranks after a batch.
         repetition: What to do where memory runs out.
 

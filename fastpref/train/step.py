@@ -74,9 +74,6 @@ def within_memory(
     step's are forgotten and computed again: at most once for each halving.
 
     Args:
-        run: Of which a step is computed.
-        loader: That the step came from.
-        step_batches: The step.
         compute: Its metrics, micro-batch by micro-batch.
         undo: Takes back what `compute` has left where it failed.
 

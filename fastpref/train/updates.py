@@ -43,10 +43,7 @@ def build_updates(
 
     Args:
         policy: Computes with what the optimizer makes of its parameters.
-        world: Where it computes.
         optimizer, lr, options, warmup_steps: See `build_optimizer` and `build_scheduler`.
-        num_steps: Of the whole run.
-        max_grad_norm: Gradients are clipped to it.
         skip_nonfinite: Leave steps that are not finite out, see `FiniteGuard`.
     """
     built = build_optimizer(optimizer, policy.trained(), lr=lr, options=options.arguments())

@@ -38,7 +38,6 @@ def build_workload(
     """What a run computes, with as many tokens at once as the device holds.
 
     Args:
-        objective: What is minimised.
         pair: Policy and reference, loaded, on their device.
         training: The options, before it was found out whether blocks are compiled.
         limit: Tokens at once that were asked for; None leaves them to us.
