@@ -77,24 +77,19 @@ def _obstacle(model: Any, device: torch.device) -> str:
         return "the package liger-kernel is not installed"
     if model.config.model_type not in FAMILIES:
         return f"{model.config.model_type} is none of {', '.join(FAMILIES)}"
-    for layer in _one_of_each(model):
-        try:
-            difference = _difference(layer, device)
-        except Exception as error:
-            return f"{type(layer).__name__} failed: {first_line(error)}"
-        if not difference <= _TOLERANCE:
-            return f"{type(layer).__name__} is off by {difference:.1e}"
+    layers = (module for module in model.modules() if is_norm(module) or is_swiglu(module))
+    one_of_each = {type(layer): layer for layer in layers}
+    measures = {kind.__name__: partial(_difference, x, device) for kind, x in one_of_each.items()}
     plain = getattr(sys.modules[type(model).__module__], ROTATION, None)
-    try:
-        difference = _difference_of_rotation(getattr(plain, "plain", plain), device)
-    except Exception as error:
-        return f"{ROTATION} failed: {first_line(error)}"
-    return "" if difference <= _TOLERANCE else f"{ROTATION} is off by {difference:.1e}"
-
-
-def _one_of_each(model: nn.Module) -> list[Any]:
-    layers = [module for module in model.modules() if is_norm(module) or is_swiglu(module)]
-    return list({type(layer): layer for layer in layers}.values())
+    measures[ROTATION] = partial(_difference_of_rotation, getattr(plain, "plain", plain), device)
+    for name, measure in measures.items():
+        try:
+            difference = measure()
+        except Exception as error:
+            return f"{name} failed: {first_line(error)}"
+        if not difference <= _TOLERANCE:
+            return f"{name} is off by {difference:.1e}"
+    return ""
 
 
 def _difference(layer: Any, device: torch.device) -> float:
