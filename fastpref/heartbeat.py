@@ -90,7 +90,7 @@ class Heartbeat:
         """Tell the others why this rank ends; they may wait for it in a collective."""
         text = str(error) if isinstance(error, FastprefError) else type(error).__name__
         try:
-            self._world.store.set(end_key(self._world.rank), f"{text or type(error).__name__}")
+            self._world.store.set(end_key(self._world.rank), text or type(error).__name__)
         except (dist.DistError, RuntimeError):
             # the store went with another rank
             logger.debug("rank %d cannot say why it ends", self._world.rank)
@@ -139,13 +139,11 @@ class Heartbeat:
 
     def _silent(self) -> list[int]:
         """Ranks that do not beat while this one listens; one may say meanwhile why it ended."""
-        before = {rank: self._last_beat(rank) for rank in self._others()}
+        look_up = self._world.look_up
+        before = {rank: look_up(beat_key(rank)) for rank in self._others()}
         deadline = time.monotonic() + SILENCE_SECONDS
         silent = list(before)
         while silent and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 2)
-            silent = [rank for rank in silent if self._last_beat(rank) == before[rank]]
+            silent = [rank for rank in silent if look_up(beat_key(rank)) == before[rank]]
         return silent
-
-    def _last_beat(self, rank: int) -> str:
-        return self._world.look_up(beat_key(rank))

@@ -43,21 +43,10 @@ def _add_model(digest: "hashlib._Hash", source: ModelSource) -> None:
     if not Path(source.base).is_dir():
         commit = load_base_config(source)._commit_hash
         digest.update(f"{source.base}@{commit}".encode())
-    for folder in (source.base, *source.adapters):
-        if Path(folder).is_dir():
-            code = (".py",) if source.trust_remote_code else ()
-            _add_folder(digest, Path(folder), (*WEIGHT_SUFFIXES, *code))
-
-
-def _add_folder(digest: "hashlib._Hash", folder: Path, suffixes: tuple[str, ...]) -> None:
-    _add_files(
-        digest,
-        [
-            path
-            for path in sorted(folder.iterdir())
-            if path.suffix in suffixes or path.name in CONFIG_FILES
-        ],
-    )
+    suffixes = (*WEIGHT_SUFFIXES, ".py") if source.trust_remote_code else WEIGHT_SUFFIXES
+    for folder in filter(Path.is_dir, map(Path, (source.base, *source.adapters))):
+        paths = sorted(folder.iterdir())
+        _add_files(digest, [x for x in paths if x.suffix in suffixes or x.name in CONFIG_FILES])
 
 
 def _add_files(digest: "hashlib._Hash", paths: list[Path]) -> None:
