@@ -74,4 +74,6 @@ def test_packed_rows_beyond_the_window_are_the_padded_ones(family):
             batch = pack_rows(rows(), pad_token_id=0, share_prompt=share_prompt)
             found = values_and_gradients(scorer, batch)
             for ours, theirs in zip(found, expected, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+                # a sum of float32 is as exact as its largest terms
+                atol = max(1e-5, 2e-6 * theirs.abs().max().item())
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=atol)
