@@ -1,9 +1,12 @@
 """What the tests of the ops share: cases, torch's own composite, and the yardstick."""
 
-from collections.abc import Callable, Iterator
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from fastpref_kernels import get_workspace_mib, set_workspace_mib
 from torch import Tensor
@@ -20,6 +23,30 @@ itself, each rounded to 8 bits, by 2^-9 at most."""
 TIMES_TORCH = 2.0
 """What a float32 result may be off by, in errors of torch's own: column blocks are as many
 roundings in another order, and no two orders have the same error."""
+
+
+def cases(*, together: int = 2, **axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Every combination of the axes' values; in Triton's interpreter, where one takes seconds, as
+    many as it takes for any values of `together` axes to come together."""
+    grid = list(itertools.product(*(enumerate(values) for values in axes.values())))
+    if os.environ.get("TRITON_INTERPRET"):
+        grid = _covering(grid, together)
+    values = [[value for _, value in case] for case in grid]
+    indirect = [name for name in axes if name == "route"]
+    return pytest.mark.parametrize(tuple(axes), values, indirect=indirect)
+
+
+def _covering(grid: list[tuple[Any, ...]], together: int) -> list[tuple[Any, ...]]:
+    """Of cases of numbered values the one with most that is new, until nothing is."""
+    combinations = [
+        set(itertools.combinations(enumerate(i for i, _ in case), together)) for case in grid
+    ]
+    missing, chosen = set[Any]().union(*combinations), []
+    while missing:
+        best = max(range(len(grid)), key=lambda i: len(combinations[i] & missing))
+        missing -= combinations[best]
+        chosen.append(grid[best])
+    return chosen
 
 
 def assert_no_worse_than_torch(

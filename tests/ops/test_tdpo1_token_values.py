@@ -10,6 +10,7 @@ from oracle import (
     SHAPES,
     WORKSPACES_MIB,
     assert_no_worse_than_torch,
+    cases,
     count_gemms,
     double,
     nearby,
@@ -65,10 +66,9 @@ def assert_matches_float64(policy, reference, target, **options):
         assert_no_worse_than_torch(our, same, true, floor=floor)
 
 
-@pytest.mark.parametrize("mib", WORKSPACES_MIB)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("N", "V", "D"), SHAPES)
-def test_values_and_gradients_match_float64(N, V, D, dtype, mib):
+@cases(shape=SHAPES, dtype=[torch.float32, torch.bfloat16, torch.float16], mib=WORKSPACES_MIB)
+def test_values_and_gradients_match_float64(shape, dtype, mib):
+    N, V, D = shape
     policy = random_head(N, V, D, dtype)
     with workspace(mib):
         assert_matches_float64(policy, nearby(policy), random_target(N, V))

@@ -15,6 +15,7 @@ from oracle import (
     SHAPES,
     WORKSPACES_MIB,
     assert_no_worse_than_torch,
+    cases,
     double,
     gradients,
     peak_bytes,
@@ -67,10 +68,9 @@ def assert_matches_float64(leaves, target, *, scale=1.0, softcap=None, ignore=-1
         assert_no_worse_than_torch(our, same, true)
 
 
-@pytest.mark.parametrize("mib", WORKSPACES_MIB)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("N", "V", "D"), SHAPES)
-def test_token_logps_and_gradients_match_float64(N, V, D, dtype, mib):
+@cases(shape=SHAPES, dtype=FLOATS, mib=WORKSPACES_MIB)
+def test_token_logps_and_gradients_match_float64(shape, dtype, mib):
+    N, V, D = shape
     with workspace(mib):
         assert_matches_float64(random_head(N, V, D, dtype), random_target(N, V))
 
@@ -202,8 +202,7 @@ def test_a_vocabulary_that_no_block_divides_is_whole():
     assert_matches_float64(random_head(5, 129_920, 8), torch.tensor([0, 129_919, 64, 128_000, 7]))
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
-@pytest.mark.parametrize("ignore", [-100, 3, 0, -1])
+@cases(together=1, ignore=[-100, 3, 0, -1], softcap=[None, 30.0])
 def test_ignored_rows_score_zero_whatever_they_hold(ignore, softcap):
     input, weight, bias = random_head(252, 507, 123)
     target_N = random_target(252, 507, ignore=ignore)

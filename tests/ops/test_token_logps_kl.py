@@ -13,6 +13,7 @@ from oracle import (
     SHAPES,
     WORKSPACES_MIB,
     assert_no_worse_than_torch,
+    cases,
     double,
     nearby,
     peak_bytes,
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastpref.losses import tdpo_loss
 
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 DIRECTIONS = ["reference_policy", "policy_reference"]
 both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
@@ -92,19 +94,15 @@ def assert_matches_float64(policy, reference, target, **options):
         assert_no_worse_than_torch(our, same, true)
 
 
-@both_directions
-@pytest.mark.parametrize("mib", WORKSPACES_MIB)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("N", "V", "D"), SHAPES)
-def test_scores_and_gradients_match_float64(N, V, D, dtype, mib, direction):
+@cases(shape=SHAPES, dtype=FLOATS, mib=WORKSPACES_MIB, direction=DIRECTIONS)
+def test_scores_and_gradients_match_float64(shape, dtype, mib, direction):
+    N, V, D = shape
     policy = random_head(N, V, D, dtype)
     with workspace(mib):
         assert_matches_float64(policy, nearby(policy), random_target(N, V), direction=direction)
 
 
-@both_directions
-@pytest.mark.parametrize("mib", WORKSPACES_MIB)
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@cases(softcap=[None, 5.0], mib=WORKSPACES_MIB, direction=DIRECTIONS)
 def test_the_models_may_differ_in_width_and_dtype(softcap, mib, direction):
     policy = random_head(252, 507, 123)
     reference = tuple(leaf.detach() for leaf in random_head(252, 507, 61, torch.bfloat16, seed=1))
@@ -119,10 +117,7 @@ def test_the_models_may_differ_in_width_and_dtype(softcap, mib, direction):
         )
 
 
-@both_directions
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 3, 252])
+@cases(rows=[1, 3, 252], dtype=FLOATS[:2], softcap=[None, 5.0], direction=DIRECTIONS)
 def test_identical_models_differ_by_exactly_nothing(rows, dtype, softcap, direction):
     policy = random_head(rows, 507, 123, dtype)
     # a copy that lies at another alignment in memory
@@ -412,9 +407,9 @@ def test_a_kl_of_large_logits_is_no_worse_than_torchs(direction):
 
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="seen with MKL only")
-@both_directions
-@pytest.mark.parametrize(("V", "D"), [(507, 123), (2049, 64), (7, 31)])
-def test_a_row_has_the_same_bits_in_any_batch(V, D, direction):
+@cases(together=1, width=[(507, 123), (2049, 64), (7, 31)], direction=DIRECTIONS)
+def test_a_row_has_the_same_bits_in_any_batch(width, direction):
+    V, D = width
     if os.environ.get("TRITON_INTERPRET") and V < 16:
         pytest.skip("narrow products are a GPU library's there")
     policy = random_head(252, V, D)

@@ -8,6 +8,7 @@ from fastpref_kernels import naive, token_logps_and_kl
 from oracle import (
     ROUNDED_TWICE,
     TIMES_TORCH,
+    cases,
     count_gemms,
     double,
     half_kept,
@@ -30,14 +31,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # N, V, D, D of the reference: ragged blocks of rows and columns; rows no tensor descriptor takes
 SHAPES = {"fused": (150, 400, 136, 72), "products": (60, 1100, 123, 61)}
 DIRECTIONS = ["reference_policy", "policy_reference"]
+MODES = ["store", "partial", "lean"]
 TRANSFORMS = {"plain": {}, "softcap": {"logit_scale": 0.7, "logit_softcap": 20.0}}
 
 # the interpreter cuts bfloat16 off where a GPU rounds: twice the error of what is kept
 GRADIENT_BOUND = ROUNDED_TWICE if torch.cuda.is_available() else 4.5e-3
 
 both_routes = pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
-all_modes = pytest.mark.parametrize("mode", ["store", "partial", "lean"])
-both_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+all_modes = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.fixture(autouse=True)
@@ -122,27 +123,20 @@ def assert_exact(policy, reference, target_N, grads, *, bounds, **options):
         assert relative_error(gradient, true) <= gradient_bound
 
 
-@both_routes
-@all_modes
-@both_directions
-@pytest.mark.parametrize(("transform", "bias"), [("plain", False), ("softcap", True)])
-def test_every_mode_is_exact_in_float32(route, mode, direction, transform, bias, monkeypatch):
+@cases(together=3, route=SHAPES, mode=MODES, direction=DIRECTIONS, transform=TRANSFORMS)
+def test_every_mode_is_exact_in_float32(route, mode, direction, transform, monkeypatch):
     force(mode, monkeypatch)
-    policy, reference, target_N = models(route, bias=bias)
+    policy, reference, target_N = models(route, bias=transform == "softcap")
     assert_exact(
         policy, reference, target_N, upstream(len(target_N)),
         bounds=(1e-5, 1e-5, 3e-6), direction=direction, **TRANSFORMS[transform],
     )  # fmt: skip
 
 
-@both_routes
-@all_modes
-@both_directions
-@pytest.mark.parametrize(("near", "transform"), [(None, "plain"), (0.02, "softcap")])
-def test_every_mode_keeps_the_bounds_of_16_bits(
-    route, mode, direction, near, transform, monkeypatch
-):
+@cases(route=SHAPES, mode=MODES, direction=DIRECTIONS, transform=TRANSFORMS)
+def test_every_mode_keeps_the_bounds_of_16_bits(route, mode, direction, transform, monkeypatch):
     force(mode, monkeypatch)
+    near = 0.02 if transform == "softcap" else None
     policy, reference, target_N = models(route, dtype=torch.bfloat16, near=near)
     assert_exact(
         policy, reference, target_N, upstream(len(target_N)),
@@ -152,9 +146,7 @@ def test_every_mode_keeps_the_bounds_of_16_bits(
     )  # fmt: skip
 
 
-@both_routes
-@all_modes
-@both_directions
+@cases(route=SHAPES, mode=MODES, direction=DIRECTIONS)
 def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
     route, mode, direction, monkeypatch
 ):
@@ -167,17 +159,10 @@ def test_the_kl_alone_keeps_its_gradient_where_the_models_are_close(
     )  # fmt: skip
 
 
-@both_routes
-@all_modes
-@both_directions
-@pytest.mark.parametrize(
-    ("dtype", "transform"),
-    [(torch.float32, "softcap"), (torch.bfloat16, "plain")],
-)
-def test_identical_models_differ_by_exactly_nothing(
-    route, mode, direction, dtype, transform, monkeypatch
-):
+@cases(route=SHAPES, mode=MODES, direction=DIRECTIONS, dtype=[torch.float32, torch.bfloat16])
+def test_identical_models_differ_by_exactly_nothing(route, mode, direction, dtype, monkeypatch):
     force(mode, monkeypatch)
+    transform = "softcap" if dtype == torch.float32 else "plain"
     policy, _, target_N = models(route, dtype=dtype)
     reference = [leaf.detach().clone() for leaf in policy]
     scores, gradients = run(
@@ -188,10 +173,7 @@ def test_identical_models_differ_by_exactly_nothing(
     assert not scores.kl.any() and not any(gradient.any() for gradient in gradients)
 
 
-@both_routes
-@all_modes
-@both_directions
-@pytest.mark.parametrize("margin", [60.0, -200.0])
+@cases(route=SHAPES, mode=MODES, direction=DIRECTIONS, margin=[60.0, -200.0])
 def test_certain_and_hopeless_tokens_are_exact(route, mode, direction, margin, monkeypatch):
     force(mode, monkeypatch)
     policy, reference, target_N = models(route, bias=False)
@@ -233,9 +215,7 @@ def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, mon
         )
 
 
-@both_routes
-@both_directions
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@cases(route=SHAPES, direction=DIRECTIONS, transform=TRANSFORMS)
 def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
     policy, reference, target_N = models(route, num_rows=150, dtype=torch.bfloat16, near=0.02)
     options = TRANSFORMS[transform]

@@ -8,6 +8,7 @@ from fastpref_kernels import naive, token_logps
 from oracle import (
     ROUNDED_TWICE,
     TIMES_TORCH,
+    cases,
     count_gemms,
     double,
     gradients,
@@ -94,24 +95,18 @@ def assert_exact(leaves, wanted, target_N, grad_N, *, logp_bound, gradient_bound
         assert relative_error(grad, true) <= gradient_bound
 
 
-@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    ("transform", "bias"), [("plain", False), ("scale", True), ("softcap", False)]
-)
-def test_every_mode_is_exact_in_float32(route, mode, transform, bias, monkeypatch):
+@cases(route=SHAPES, mode=MODES, transform=TRANSFORMS)
+def test_every_mode_is_exact_in_float32(route, mode, transform, monkeypatch):
     force(mode, monkeypatch)
     assert_exact(
-        *case(*SHAPES[route], mode=mode, bias=bias),
+        *case(*SHAPES[route], mode=mode, bias=transform == "scale"),
         logp_bound=1e-5,
         gradient_bound=2e-6,
         **TRANSFORMS[transform],
     )
 
 
-@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@cases(route=SHAPES, mode=MODES, transform=TRANSFORMS)
 def test_every_mode_keeps_the_bounds_of_16_bits(route, mode, transform, monkeypatch):
     force(mode, monkeypatch)
     assert_exact(
@@ -131,9 +126,7 @@ def test_float16_gradients_do_not_underflow(route):
     )
 
 
-@pytest.mark.parametrize("route", ["fused", "products"], indirect=True)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("margin", [60.0, -60.0, -200.0])
+@cases(route=SHAPES, mode=MODES, margin=[60.0, -60.0, -200.0])
 def test_certain_and_hopeless_tokens_are_exact(route, mode, margin, monkeypatch):
     force(mode, monkeypatch)
     N, V, D = SHAPES[route]
