@@ -40,13 +40,16 @@ def logger_as_it_was():
 
 @pytest.fixture(autouse=True)
 def shortcuts(request, monkeypatch):
-    """Pictures are blank but where a test looks at one, memory is counted once a model."""
-    from shortcuts import count_once, leave_pictures_blank
+    """Pictures are blank but where a test looks at one, memory is counted once a model, and rows
+    are read once but in the tests of reading."""
+    from shortcuts import count_once, leave_pictures_blank, read_once
 
     if request.node.get_closest_marker("looks_at_pictures") is None:
         leave_pictures_blank(monkeypatch.setattr)
     if request.node.get_closest_marker("counts_memory") is None:
         count_once(monkeypatch.setattr)
+    if "data" not in request.node.path.parts:
+        read_once(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
 import torch.multiprocessing as mp
-from shortcuts import leave_pictures_blank
+from shortcuts import leave_pictures_blank, taken
 
 from fastpref.cli.command_line import leave
 
@@ -19,7 +19,10 @@ TIMEOUT_SECONDS = 300
 
 # ranks are forked from a process that has imported what takes seconds, and did nothing else
 multiprocessing.set_forkserver_preload(
-    ["fastpref.train.task", "hydra", "matplotlib.pyplot", "peft", "pytest"]
+    [
+        *("fastpref.train.task", "fastpref.tisdpo.recipe", "transformers.models.llama"),
+        *("hydra", "matplotlib.pyplot", "peft", "pytest"),
+    ]
 )
 
 
@@ -28,11 +31,12 @@ class OfTest(NamedTuple):
 
     variables: dict[str, str]
     streams: tuple["Stream", "Stream"]
+    shortcuts: list[Callable[[], None]]
 
     @classmethod
     def here(cls) -> "OfTest":
         """Those of this process."""
-        return cls(dict(os.environ), (Stream(1), Stream(2)))
+        return cls(dict(os.environ), (Stream(1), Stream(2)), taken())
 
     def take(self) -> None:
         """Have them in this process."""
@@ -40,6 +44,9 @@ class OfTest(NamedTuple):
         os.environ.update(self.variables)
         for stream, number in zip(self.streams, (1, 2), strict=True):
             os.dup2(stream.number, number)
+        leave_pictures_blank()
+        for shortcut in self.shortcuts:
+            shortcut()
 
 
 class Stream:
@@ -109,6 +116,5 @@ def _enter(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    leave_pictures_blank()
     function(*args)
     leave(0)
