@@ -2,16 +2,14 @@
 
 import json
 import logging
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from stopped_runs import run as run_command
 from tiny_models import save_dataset, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -24,8 +22,6 @@ from fastpref.model.source import load_model, load_model_tokenizer
 from fastpref.train.export.latest import export_model
 from fastpref.train.export.plan import plan_export
 from fastpref.train.task import train
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # two ends of a text, and settings that transformers would not save together
 GENERATION = '{"eos_token_id": [2, 7], "do_sample": false, "temperature": 0.6, "own": 1}\n'
@@ -277,25 +273,20 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(base, tmp_path):
     assert not (run_dir / "LATEST").is_symlink()
 
 
-def test_a_full_disk_ends_in_exit_4_without_a_traceback(base, tmp_path):
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
+def test_a_full_disk_ends_in_exit_4_without_a_traceback(base, tmp_path, capsys):
     options = [
         *("model=blank_model", f"model.name_or_path={base / 'source'}", "datasets=[words]"),
         *(f"base_data_dir={base}", "loss=sft", f"run_dir={tmp_path / 'run'}", "batch_size=8"),
         *("model.fsdp_policy_mp=null", "n_eval_examples=0", "sample_during_eval=false"),
         *("max_length=64", "max_prompt_length=32"),
     ]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *options],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        preexec_fn=no_large_files,
-        timeout=120,
-    )
-    assert result.returncode == 4, result.stderr
-    assert "LATEST: cannot be written" in result.stderr and "Traceback" not in result.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
+    try:
+        code = run_command(options)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert code == 4, said
+    assert "LATEST: cannot be written" in said and "Traceback" not in said
     assert not list((tmp_path / "run").glob("LATEST*"))
