@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastpref.batches.mixed_order import MixedOrder, interleave, whole_weights
@@ -38,13 +38,17 @@ def test_any_start_of_the_turns_has_each_source_to_within_one(weights):
     st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=4),
     st.booleans(),
     st.integers(1, 5),
+    st.just(3),
 )
-def test_any_number_of_examples_is_in_the_shares_to_within_one(parts, drop_last, batch_size):
+# to a millionth, which is what shares are taken to: as many turns, in seconds
+@example([(30, 1), (7, 9), (1, 3)], False, 3, 6)
+def test_any_number_of_examples_is_in_the_shares_to_within_one(
+    parts, drop_last, batch_size, digits
+):
     sizes, weights = zip(*parts, strict=True)
     if sum(sizes) < batch_size:
         return
-    # to a millionth, which is what shares are taken to
-    shares = [round(weight / sum(weights), 6) for weight in weights]
+    shares = [round(weight / sum(weights), digits) for weight in weights]
     order, sources = mixed(sizes, shares, drop_last=drop_last, batch_size=batch_size)
     rows = visited(order)
     lengths = np.arange(1, len(rows) + 1)

@@ -160,8 +160,11 @@ def test_tokens_take_what_the_plan_says_to_a_tenth(models, world: World, shape, 
     assert_planned(make_config(models / shape, adapter=AdapterConfig(kind=kind)), world)
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}, {"kind": "qlora"}], ids=str)
-@pytest.mark.parametrize("shape", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [("llama", {}), ("llama", {"kind": "qlora"}), ("qwen3", {}), ("qwen3", {"dropout": 0.1})],
+    ids=str,
+)
 def test_so_do_those_of_adapters_in_bfloat16(models, world: World, shape, options):
     # where float32 adapters keep inputs of their own, or the layer's, by what they stand beside
     if options.get("kind") == "qlora":

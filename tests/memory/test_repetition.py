@@ -1,6 +1,7 @@
 """Memory that runs out inside a step, a held-out pass, sampling or an estimation costs nothing."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,19 @@ def arguments(base: Path, run_dir: Path, *options: str) -> list[str]:
         *("n_eval_examples=8", "eval_batch_size=8", "n_eval_model_samples=4", "warmup_steps=0"),
         *("minimum_log_interval_secs=0", "checkpoint.every=0", *options),
     ]
+
+
+@pytest.fixture(scope="module")
+def whole_run(base, tmp_path_factory) -> Callable[..., Path]:
+    """A run of these options whose memory holds everything, once."""
+
+    @functools.cache
+    def whole(*options: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("whole") / "run"
+        assert run(arguments(base, run_dir, *options)) == 0
+        return run_dir
+
+    return whole
 
 
 @contextmanager
@@ -80,32 +94,30 @@ def assert_same_run(ours: Path, expected: Path) -> None:
 SHARES = {"reference": 0.05, "policy": 0.3, "backward": 0.6, "its end": 0.95}
 CASES = [
     *(("dpo", True, place) for place in SHARES),
-    *(("tdpo2", True, place) for place in ("policy", "backward")),
-    *(("dpo", False, "backward"), ("sft", True, "backward")),
+    *(("tdpo2", True, "backward"), ("dpo", False, "backward"), ("sft", True, "backward")),
 ]
 
 
 @pytest.mark.parametrize(("loss", "packed", "place"), CASES)
 def test_a_step_that_memory_did_not_hold_is_computed_again_to_the_same_update(
-    base, tmp_path, capsys, loss, packed, place
+    base, whole_run, tmp_path, capsys, loss, packed, place
 ):
     options = [*LOSSES[loss], f"packing.enabled={packed}", "optimizer=SGD", "lr=0.1"]
-    share = SHARES[place]
-    assert run(arguments(base, tmp_path / "whole", *options)) == 0
+    share, whole = SHARES[place], whole_run(*options)
     capsys.readouterr()
     with failing(step, "accumulate_gradients", 2, share) as modes:
         assert run(arguments(base, tmp_path / "cut", *options)) == 0
     assert [len(mode.failed) for mode in modes] == [1]
     assert "computing them again, from here on at most" in capsys.readouterr().err
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
-    computed, whole = (
-        [record["tokens_computed"] for record in read_metrics(tmp_path / name, "train")]
-        for name in ("cut", "whole")
+    assert_same_run(tmp_path / "cut", whole)
+    computed, at_once = (
+        [record["tokens_computed"] for record in read_metrics(run_dir, "train")]
+        for run_dir in (tmp_path / "cut", whole)
     )
     # the step before is one micro-batch; what failed and what comes after it are several, which
     # have less padding, and of packed rows as many tokens
-    assert computed[0] == whole[0]
-    for ours, theirs in zip(computed[1:], whole[1:], strict=True):
+    assert computed[0] == at_once[0]
+    for ours, theirs in zip(computed[1:], at_once[1:], strict=True):
         assert ours == theirs if packed else ours < theirs
 
 
