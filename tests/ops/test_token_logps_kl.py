@@ -348,8 +348,7 @@ def test_a_shared_head_receives_the_policys_gradient_only(direction):
     assert torch.equal(gradient(weight), gradient(weight.detach().clone()))
 
 
-@both_directions
-@pytest.mark.parametrize("softcap", [None, 30.0])
+@cases(together=1, direction=DIRECTIONS, softcap=[None, 30.0])
 def test_ignored_rows_score_zero_whatever_they_hold(direction, softcap):
     policy = random_head(252, 507, 123)
     reference = nearby(policy)

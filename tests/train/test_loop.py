@@ -238,12 +238,12 @@ def test_two_ranks_give_the_single_process_run(base, tmp_path):
         # 5 rows, 3 micro-batches: the last one, and those of the last batch, leave ranks without
         "tdpo2 odd": {"loss": TDPOConfig(), "batch_size": 5, "gradient_accumulation_steps": 3},
         # one rank never has a row
-        "tdpo2 single": {"loss": TDPOConfig(), "batch_size": 1, "n_examples": 4, "n_epochs": 1},
-        "dpo single padded": {"batch_size": 1, "n_examples": 4, "n_epochs": 1},
+        "tdpo2 single": {"loss": TDPOConfig(), "batch_size": 1, "n_examples": 4},
+        "dpo single padded": {"batch_size": 1, "n_examples": 4},
     }
     configs = {}
     for name, options in cases.items():
-        config = make_config(base, tmp_path / name, **{"model": "tied", **options})
+        config = make_config(base, tmp_path / name, **{"model": "tied", "n_epochs": 1, **options})
         config.data.drop_last = config.batch_size == 8
         config.packing.enabled = not name.endswith("padded")
         config.packing.max_tokens = 8192
