@@ -103,6 +103,7 @@ def test_a_step_that_memory_did_not_hold_is_computed_again_to_the_same_update(
     base, whole_run, tmp_path, capsys, loss, packed, place
 ):
     options = [*LOSSES[loss], f"packing.enabled={packed}", "optimizer=SGD", "lr=0.1"]
+    options += ["sample_during_eval=false"]
     share, whole = SHARES[place], whole_run(*options)
     capsys.readouterr()
     with failing(step, "accumulate_gradients", 2, share) as modes:
@@ -122,7 +123,7 @@ def test_a_step_that_memory_did_not_hold_is_computed_again_to_the_same_update(
 
 
 def test_memory_may_run_out_again_and_in_a_step_of_adapters(base, tmp_path, capsys):
-    options = ["loss=dpo", "adapter=lora"]
+    options = ["loss=dpo", "adapter=lora", "sample_during_eval=false"]
     assert run(arguments(base, tmp_path / "whole", *options)) == 0
     capsys.readouterr()
     with failing(step, "accumulate_gradients", 2, 0.5, 1.7):
