@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from stopped_runs import run as run_command
-from tiny_models import save_dataset, save_tiny_model
+from tiny_models import build_model, save_dataset, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
@@ -19,6 +19,7 @@ from fastpref.errors import CheckpointError
 from fastpref.model.files.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
+from fastpref.train.export.config import write_config
 from fastpref.train.export.latest import export_model
 from fastpref.train.export.plan import plan_export
 from fastpref.train.task import train
@@ -199,6 +200,16 @@ def test_the_parts_of_a_config_have_the_dtype_as_well(tmp_path):
     AutoTokenizer.from_pretrained(save_tiny_model(tmp_path / "t")).save_pretrained(
         tmp_path / "source"
     )
+    path = tmp_path / "source/config.json"
+    # as transformers 4 writes it
+    fields = json.loads(path.read_text())
+    older = {"rope_theta": 5e5, "rope_local_base_freq": 2e4}
+    older |= {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    del fields["text_config"]["rope_parameters"]
+    fields["torch_dtype"] = fields.pop("dtype")
+    fields["text_config"] |= older
+    path.write_text(json.dumps(fields | {"own": {"a": 1}}))
+    rotary = AutoConfig.from_pretrained(tmp_path / "source").text_config.rope_parameters
     for dtype in ("checkpoint", "float32"):
         latest = export(tmp_path / "source", tmp_path / dtype, save_dtype=dtype)
         expected = "bfloat16" if dtype == "checkpoint" else dtype
@@ -206,6 +217,24 @@ def test_the_parts_of_a_config_have_the_dtype_as_well(tmp_path):
         assert {fields["dtype"], fields["text_config"]["dtype"]} == {expected}
         # what is not trained is what it was
         assert fields["vision_config"]["dtype"] == "bfloat16"
+        # who knows the older names alone finds what the source had
+        assert older.items() <= fields["text_config"].items()
+        assert fields["torch_dtype"] == expected
+        assert fields["own"] == {"a": 1}
+        assert AutoConfig.from_pretrained(latest).text_config.rope_parameters == rotary
+        assert rotary["full_attention"]["rope_theta"] == 5e5
+
+
+def test_fields_of_a_source_that_would_be_read_otherwise_are_left_out(tmp_path):
+    given = {"dtype": torch.float32, "others": None}
+    model = build_model("llama")
+    scaled = {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    few_bits = {"quantization_config": {"quant_method": "fp8"}}
+    write_config(model, tmp_path, source=few_bits | {"own": 1, "_name_or_path": "x"}, **given)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["own"] == 1 and not {"quantization_config", "_name_or_path"} & fields.keys()
+    write_config(model, tmp_path, source=scaled, **given)
+    assert "rope_scaling" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_an_archive_s_dtypes_count_and_the_model_s_own_files(base, tmp_path):

@@ -44,7 +44,7 @@ def write_model(model: Any, weights: dict[str, Tensor], plan: ExportPlan, folder
         write_config(
             model,
             partial,
-            architectures=plan.architectures,
+            source=plan.config,
             dtype=written,
             others=most_common_dtype(arranged.untouched),
         )

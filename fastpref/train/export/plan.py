@@ -56,8 +56,8 @@ class ExportPlan:
     """Of the checkpoint that the run started from."""
     source: SourceWeights
     """Its files, held open."""
-    architectures: list[str] | None
-    """What its config says that it is."""
+    config: Mapping[str, Any]
+    """Fields of its config."""
     adapter: AdapterConfig | None
     """The run's options; None: the model itself is trained."""
     base: AdapterBase | None
@@ -114,16 +114,16 @@ def plan_export(
         model=model,
         loaded=loaded_dtypes(model),
         source=open_weights(model, wrapper=is_wrapper(model_config)),
-        architectures=_architectures(source),
+        config=_config_fields(source),
         base=find_adapter_base(model) if adapter else None,
         adapter=adapter,
     )
 
 
-def _architectures(source: ModelSource) -> list[str] | None:
+def _config_fields(source: ModelSource) -> dict[str, Any]:
     with reading("the files", source.base):
         folder = local_folder(source.base, source.revision, (CONFIG,))
-        return read_object(folder / CONFIG).get("architectures")
+        return read_object(folder / CONFIG)
 
 
 def _read_files(name: str, revision: str | None, patterns: tuple[str, ...]) -> dict[str, bytes]:
