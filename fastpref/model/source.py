@@ -23,7 +23,7 @@ from fastpref.model.files.paths import (
     resolve_tokenizer,
 )
 from fastpref.model.files.reading import reading
-from fastpref.model.two_tables import holds_two_tables
+from fastpref.model.two_tables import holds_two_tables, untie_two_tables
 
 logger = logging.getLogger("fastpref")
 
@@ -55,6 +55,7 @@ def load_model(
     options = _attention_option(attention)
     if archive:
         model = _load_archive(source, archive, dtype=dtype, attention=attention)
+        untie_two_tables(model)
     else:
         for adapter in source.adapters:
             check_adapter(adapter)
@@ -62,6 +63,7 @@ def load_model(
         # reference are the same model
         exact = torch.float32 if source.adapters else dtype
         model = load_checkpoint(source, dtype=exact, attention=options)
+        untie_two_tables(model)
         for adapter in source.adapters:
             model = merge_adapter(model, adapter)
         if exact != dtype:

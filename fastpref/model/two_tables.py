@@ -1,6 +1,7 @@
 """Checkpoints whose config ties the head to the embedding and whose files hold two of them.
 
-transformers loads both and leaves them apart; whatever is built without weights has to know.
+transformers loads both and leaves them apart; whatever is built without weights has to know, and so
+has whoever reads the config of an export: what believes it drops the head.
 """
 
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from fastpref.model.adapters.folders import untie
 from fastpref.model.adapters.tied_head import is_tied
 from fastpref.model.files.weight_files import weight_files
 
@@ -34,6 +36,13 @@ def holds_two_tables(name: str, model: Any) -> bool:
         return False
     embedding, head = (_tensor(tables[key], key) for key in wanted)
     return not torch.equal(embedding, head)
+
+
+def untie_two_tables(model: Any) -> None:
+    """Let the config of a model with weights say that embedding and head are two, if they are."""
+    says_one = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if says_one and model.get_output_embeddings() is not None and not is_tied(model):
+        untie(model.config)
 
 
 def _tensor(path: Path, name: str) -> torch.Tensor:

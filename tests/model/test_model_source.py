@@ -64,6 +64,9 @@ def test_two_tables_that_a_config_calls_one_are_two_everywhere(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     full = load_model(find_model(str(folder)), dtype=torch.float32)
     assert not torch.equal(full.get_input_embeddings().weight, full.get_output_embeddings().weight)
+    # an export says so too, whatever it started from
+    archived = load_model(find_model(str(folder)), dtype=torch.float32, archive=str(folder))
+    assert not full.config.tie_word_embeddings and not archived.config.tie_word_embeddings
     # what other ranks and the plan build
     empty = build_empty(find_model(str(folder)), dtype=torch.float32)
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
@@ -73,7 +76,8 @@ def test_two_tables_that_a_config_calls_one_are_two_everywhere(tmp_path):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     for build in (load_model, build_empty):
-        assert is_tied(build(find_model(str(folder)), dtype=torch.float32))
+        model = build(find_model(str(folder)), dtype=torch.float32)
+        assert is_tied(model) and model.config.tie_word_embeddings
 
 
 def test_padding_has_a_row_in_the_embedding():
