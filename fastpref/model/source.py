@@ -10,7 +10,9 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
 from fastpref.errors import ConfigError
+from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.folders import adapt_config, check_adapter, merge_adapter, untie
+from fastpref.model.adapters.given import given_config
 from fastpref.model.files.archives import read_policy
 from fastpref.model.files.configs import code_of, code_refused, load_base_config, say_what_runs
 from fastpref.model.files.families import code_options, find_family
@@ -130,14 +132,23 @@ def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
 
 
-def check_archive(config: ModelConfig) -> None:
-    """Refuse a `model.archive` that is not there.
+def check_start(config: ModelConfig, *, with_adapters: bool) -> None:
+    """Refuse what training could not start from, before anything is loaded.
+
+    Args:
+        config: Of the model.
+        with_adapters: Adapters are trained.
 
     Raises:
-        CheckpointError: neither a file nor a model's folder.
+        CheckpointError: `model.archive` is neither a file nor a model's folder, or the adapter to
+            train on is of a kind that can only be merged.
+        ConfigError: adapters cannot name the model that they would belong to.
     """
     if config.archive and not Path(config.archive).expanduser().is_file():
         archived_model(config)
+    start = find_adapter_base(config).start if with_adapters else None
+    if start is not None:
+        given_config(start)
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:

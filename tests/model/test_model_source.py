@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from fastpref.cli.run import main
-from fastpref.config import Config, ModelConfig, SFTConfig, WeightsConfig
+from fastpref.config import AdapterConfig, Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.adapters.tied_head import is_tied
-from fastpref.model.files.paths import find_model
+from fastpref.model.files.paths import find_model, resolve_model
 from fastpref.model.source import build_empty, load_model, load_tokenizer, pad_token_id
 
 
@@ -48,6 +48,18 @@ def test_an_archive_that_is_not_there_is_named_before_rows_become_tokens(
     assert main(Config(model=model, loss=SFTConfig(), datasets=["planted"])) == 4
     said = capfd.readouterr().err
     assert "fastpref: model.archive: " in said and "rows of planted" not in said, said
+
+
+def test_an_adapter_that_can_only_be_merged_is_refused_before_rows_become_tokens(tmp_path, capfd):
+    base = str(resolve_model("tiny"))
+    fields = {"peft_type": "LORA", "base_model_name_or_path": base, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields | {"bias": "all"}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    model = ModelConfig(name_or_path=str(tmp_path))
+    options = {"loss": SFTConfig(), "datasets": ["planted"], "adapter": AdapterConfig(kind="lora")}
+    assert main(Config(model=model, **options)) == 4
+    said = capfd.readouterr().err
+    assert "has bias=all" in said and "rows of planted" not in said, said
 
 
 def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
