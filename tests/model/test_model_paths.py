@@ -67,6 +67,10 @@ def test_what_a_folder_or_file_is_instead_of_a_model_is_said(model_dir, tokenize
         resolve_model(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"which model\.tokenizer_name_or_path names"):
         resolve_model(str(tokenizer_dir))
+    # as peft saves several adapters, and trainers their checkpoints
+    write_adapter(tmp_path / "policy", str(model_dir))
+    with pytest.raises(CheckpointError, match=r"models lie in it, name one of them: .*/policy$"):
+        resolve_model(str(tmp_path))
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
         with pytest.raises(CheckpointError, match="GGUF files are quantized"):
@@ -114,7 +118,10 @@ def test_a_base_is_looked_for_from_the_working_folder_and_from_the_adapter(
         ("{", "cannot be read as JSON"),
         ("[]", "must hold a JSON object, got list"),
         ('{"peft_type": "LORA"}', "in base_model_name_or_path, got None"),
-        ('{"base_model_name_or_path": "/gone"}', "^base_model_name_or_path of .*no folder /gone"),
+        (
+            '{"base_model_name_or_path": "/gone"}',
+            "^base_model_name_or_path of .*no folder /gone; .* write there where it lies now$",
+        ),
         ('{"base_model_name_or_path": "."}', "is its own base_model_name_or_path"),
     ],
 )

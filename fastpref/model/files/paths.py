@@ -50,7 +50,7 @@ def resolve_model(name_or_path: str, *, key: str = "model.name_or_path") -> str:
     """
     candidates = _folders(name_or_path)
     for folder in candidates:
-        if (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file():
+        if _holds_model(folder):
             return _taken(folder, candidates, key)
     path = candidates[0]
     if path.is_dir():
@@ -204,7 +204,12 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
     if not Path(name).expanduser().is_dir() and (adapter / name).is_dir():
         name = str(adapter / name)
     key = f"{BASE_FIELD} of {adapter / ADAPTER_CONFIG}"
-    return resolve_model(name, key=key), fields.get("revision")
+    try:
+        return resolve_model(name, key=key), fields.get("revision")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; the adapter needs that model: write there where it lies now"
+        ) from error
 
 
 def local_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -254,6 +259,10 @@ def _folders(name_or_path: str) -> list[Path]:
     return [path, path.parent.parent / path.name]
 
 
+def _holds_model(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
 def _taken(folder: Path, candidates: list[Path], key: str) -> str:
     if not candidates[0].exists():
         logger.warning("%s: no folder %s, taking %s", key, candidates[0], folder)
@@ -279,6 +288,9 @@ def _what_it_is(path: Path) -> str:
         return "; GGUF files are quantized and cannot be trained, name the model they were made of"
     if path.suffix == ".pt":
         return "; weights of the seed repositories go to model.archive"
+    inside = [f for f in path.iterdir() if _holds_model(f)] if path.is_dir() else []
+    if inside:
+        return f"; models lie in it, name one of them: {', '.join(sorted(map(str, inside))[:8])}"
     if path.is_dir() and holds_tokenizer(path):
         return "; it holds a tokenizer, which model.tokenizer_name_or_path names"
     return ""
