@@ -20,7 +20,7 @@ from fastpref_kernels.head import (
     take_target,
 )
 from fastpref_kernels.row_sums import RowSums, ValueStats, empty_slopes
-from fastpref_kernels.workspace import ROW_MULTIPLE, slices, tile_shape
+from fastpref_kernels.workspace import LEAST_COLUMNS, ROW_MULTIPLE, slices, tile_shape
 
 
 class Means(NamedTuple):
@@ -192,10 +192,12 @@ def _add_columns(
 
 
 def _whole_matmul(exp_RC: Tensor, weight_CD: Tensor) -> Tensor:
-    """(R, D) float32, of rows padded as `ROW_MULTIPLE` asks for."""
-    R = len(exp_RC)
+    """(R, D) float32, of rows and columns padded as `ROW_MULTIPLE` and `LEAST_COLUMNS` ask for."""
+    R, D = len(exp_RC), weight_CD.shape[1]
     whole_RC = F.pad(exp_RC, (0, 0, 0, -R % ROW_MULTIPLE))
-    return matmul(whole_RC, weight_CD)[:R]
+    if D < LEAST_COLUMNS:
+        weight_CD = F.pad(weight_CD, (0, LEAST_COLUMNS - D))
+    return matmul(whole_RC, weight_CD)[:R, :D]
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

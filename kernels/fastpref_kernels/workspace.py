@@ -13,7 +13,7 @@ ROW_MULTIPLE = 32
 number of rows beside it and with the operands' alignment in memory."""
 
 LEAST_COLUMNS = 16
-"""Fewest columns of a GEMM that makes logits on a CPU, for the same reason."""
+"""Fewest columns of such a GEMM on a CPU, for the same reason."""
 
 _PREFERRED_TILE = {"cpu": (1024, 2048)}
 """Rows, columns. Logits of 8 MiB stay in a CPU's cache: 1.2 to 1.4 times faster than 256 MiB

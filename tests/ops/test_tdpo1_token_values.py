@@ -228,8 +228,10 @@ def test_without_a_scored_row_gradients_are_zero(N):
     assert not any(values.any() for values in results)
 
 
-def test_the_same_inputs_give_the_same_bits_and_a_row_the_same_in_any_batch():
-    policy = random_head(252, 507, 123)
+# a product of 7 columns is another one of MKL's
+@pytest.mark.parametrize("D", [123, 7])
+def test_the_same_inputs_give_the_same_bits_and_a_row_the_same_in_any_batch(D):
+    policy = random_head(252, 507, D)
     reference, target_N = nearby(policy), random_target(252, 507, ignore=None)
     first, second = (
         values_and_gradients(tdpo1_token_values, policy, reference, target_N) for _ in range(2)
