@@ -65,8 +65,8 @@ class RowSums:
 
     @cached_property
     def lse(self) -> Tensor:
-        """(R,) log Σ exp(z) over the whole row."""
-        return torch.logaddexp(self.lse_others, self.exact_target_logit).float()
+        """(R,) float64, log Σ exp(z) over the whole row."""
+        return torch.logaddexp(self.lse_others, self.exact_target_logit)
 
     @cached_property
     def lse_over_max(self) -> Tensor:
@@ -133,7 +133,7 @@ class JointSums:
 
     @property
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The first five of JointStats, (R,)."""
+        """The first five of JointStats, (R,); log-sum-exps in float64."""
         (logps_R, reference_logps_R), (lse_R, reference_lse_R) = self.models.logps, self.models.lse
         return logps_R, lse_R, reference_logps_R, reference_lse_R, self.kl
 
@@ -148,7 +148,11 @@ def base_gap(first_logit_R: Tensor, second_logit_R: Tensor) -> Tensor:
 
 
 class JointStats(NamedTuple):
-    """What a forward over two models finds out about each row, (N,) float32, and what it keeps."""
+    """What a forward over two models finds out about each row, (N,), and what it keeps.
+
+    Float32, but for log-sum-exps: with large logits a rounded one would be off by a part of every
+    probability that counts from it, 1e-4 at logits of 1,000.
+    """
 
     logps: Tensor
     """0 where ignored, and so are the reference's and the KL."""
@@ -166,8 +170,8 @@ class JointStats(NamedTuple):
         """Uninitialised, one number a row of `input`."""
         # not len(input): torch.compile would make a constant of it, here and wherever it traces
         N = input.shape[0]
-        scores = (input.new_empty(N, dtype=torch.float32) for _ in range(5))
-        logps, lse, reference_logps, reference_lse, kl = scores
+        logps, reference_logps, kl = (input.new_empty(N, dtype=torch.float32) for _ in range(3))
+        lse, reference_lse = (input.new_empty(N, dtype=torch.float64) for _ in range(2))
         return cls(logps, lse, reference_logps, reference_lse, kl, kept, kept_scales)
 
 
@@ -182,7 +186,7 @@ class ValueStats(NamedTuple):
     reference_logps: Tensor
     """(N,) float32, 0 where ignored."""
     reference_lse: Tensor
-    """(N,) float32."""
+    """(N,) float64."""
     kept: Tensor
     """What the mode keeps of the reference; no elements if nothing."""
     kept_sums: Tensor
@@ -194,7 +198,8 @@ class ValueStats(NamedTuple):
     ) -> "ValueStats":
         """Uninitialised, one number a row of `input`."""
         N = input.shape[0]
-        values, logps, lse = (input.new_empty(N, dtype=torch.float32) for _ in range(3))
+        values, logps = (input.new_empty(N, dtype=torch.float32) for _ in range(2))
+        lse = input.new_empty(N, dtype=torch.float64)
         return cls(values, slopes, logps, lse, kept, kept_sums)
 
 
@@ -214,8 +219,18 @@ class TokenStats(NamedTuple):
     logps: Tensor
     """(N,) float32, 0 where ignored."""
     lse: Tensor
-    """(N,) float32."""
+    """(N,) float64."""
     kept: Tensor
     """What the mode keeps; no elements if nothing."""
     kept_sums: Tensor
     """(N,) float32, sums of what is kept; undefined where nothing is."""
+
+
+def log_softmax_(logits_RC: Tensor, lse_R: Tensor) -> Tensor:
+    """Logits less their float64 log-sum-exp, in place.
+
+    In two steps, as float32 holds it in two numbers: the first one leaves no error where
+    exponentials of what is left are worth anything.
+    """
+    high_R = lse_R.float()
+    return logits_RC.sub_(high_R[:, None]).sub_((lse_R - high_R).float()[:, None])

@@ -19,7 +19,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
-from fastpref_kernels.row_sums import RowSums, ValueStats, empty_slopes
+from fastpref_kernels.row_sums import RowSums, ValueStats, empty_slopes, log_softmax_
 from fastpref_kernels.workspace import LEAST_COLUMNS, ROW_MULTIPLE, slices, tile_shape
 
 
@@ -110,7 +110,7 @@ def tdpo1_token_values_bwd(
         R = rows.stop - rows.start
         reference_RD = reference.input_tile(rows, targets.ignored)
         logits_RC = reference.logits(reference_RD, reference.weight_tile(cols), cols)[:R]
-        q_RC = logits_RC.sub_(stats.reference_lse[rows, None]).exp_()
+        q_RC = log_softmax_(logits_RC, stats.reference_lse[rows]).exp_()
         dlogits_RC = q_RC.mul_(-scaled_grad_N[rows, None])
         put_target(dlogits_RC, targets.ids[rows], cols, target_grad_N[rows])
         return dlogits_RC

@@ -117,8 +117,15 @@ def cap_logits(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z = cap · tanh(scale · logits / cap)."""
     logits *= scale
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + e^2x): exact at both ends, within cap · 1e-7 between
-        logits = softcap - 2 * softcap / (1 + tl.exp(logits * (2 / softcap)))
+        # tanh(x) = 1 - 2 / (1 + e^2x), off by 1e-7 of the cap: near 0 its series instead, to which
+        # the cap is nothing
+        over_cap = logits / softcap
+        squared = over_cap * over_cap
+        series = squared * (-17.0 / 315) + 2.0 / 15
+        series = squared * series - 1.0 / 3
+        near_zero = logits + logits * (squared * series)
+        capped = softcap - 2 * softcap / (1 + tl.exp(2 * over_cap))
+        logits = tl.where(tl.abs(over_cap) < 0.2, near_zero, capped)
     return logits
 
 
@@ -147,6 +154,14 @@ def transform_both(
             offs_v, mask_v, scale, softcap, HAS_REFERENCE_BIAS, HAS_SOFTCAP,
         ),
     )  # fmt: skip
+
+
+@triton.jit
+def log_softmax(logits, lse):
+    """Logits less their rows' float64 log-sum-exp, as `row_sums.log_softmax_`."""
+    high = lse.to(tl.float32)
+    low = (lse - high.to(tl.float64)).to(tl.float32)
+    return logits - high[:, None] - low[:, None]
 
 
 @triton.jit

@@ -89,7 +89,11 @@ class _Shares(NamedTuple):
         others_N, v_N, exp_NV = self
         ids_N, head, weight_VD = call.targets.ids, call.head, call.operands.head.weight
         # what rounding the target's column to 16 bits took away
-        target_N = times_slope(others_N, head, call.stats.lse + call.stats.logps)
+        target_N = others_N
+        if head.softcap is not None:
+            # made again, not lse + log p: near the cap the slope has but their last digits
+            logits_N = call.operands.target_logits(slice(0, len(ids_N)))
+            target_N = times_slope(others_N, head, logits_N)
         rest_N = target_N - v_N * exp_NV.gather(1, ids_N[:, None])[:, 0]
         input_ND = torch.empty_like(head.input, memory_format=torch.contiguous_format)
         for rows in slices(len(ids_N), _PRODUCT_ROWS):

@@ -6,6 +6,7 @@ import triton.language as tl
 from fastpref_kernels.tiles import (
     halves,
     locate_tile,
+    log_softmax,
     product_tile,
     softcap_slope,
     tile_index,
@@ -18,7 +19,7 @@ def _dlogits(
     logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP: tl.constexpr
 ):
     """g · (e_y - p) times the softcap's slope; the target's own number is not a difference."""
-    dlogits = -grad[:, None] * tl.exp(logits - lse[:, None])
+    dlogits = -grad[:, None] * tl.exp(log_softmax(logits, lse))
     is_target = offs_v[None, :] == target[:, None]
     dlogits = tl.where(is_target, target_grad[:, None], dlogits)
     if HAS_SOFTCAP:
@@ -66,7 +67,7 @@ def _dlogits_tile(
 def _dlogits_kernel(
     input_desc, weight_desc, dlogits_desc,      # (N, D), (V, D), (N, stop_v - start_v) 16-bit float
     bias_ptr, target_ptr,                       # (V,) float; (N,) int64, -1 where ignored
-    lse_ptr, grad_ptr, target_grad_ptr,         # (N,) float32
+    lse_ptr, grad_ptr, target_grad_ptr,         # (N,) float64, float32, float32
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PROGRAMS: tl.constexpr, OUT: tl.constexpr,
@@ -93,7 +94,7 @@ def _dlogits_kernel(
 def _dlogits_tile_kernel(
     logits_ptr, dlogits_ptr,             # (R, stop_v - start_v) float32 without bias, float
     bias_ptr, target_ptr,                # (V,) float; (N,) int64, -1 where ignored
-    lse_ptr, grad_ptr, target_grad_ptr,  # (N,) float32
+    lse_ptr, grad_ptr, target_grad_ptr,  # (N,) float64, float32, float32
     stride_logits, stride_dlogits, first_n, R, start_v, stop_v, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,

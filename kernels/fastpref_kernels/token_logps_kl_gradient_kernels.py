@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastpref_kernels.tiles import (
     eighths,
+    log_softmax,
     product_tile,
     softcap_slope,
     tile_index,
@@ -71,8 +72,8 @@ def _recomputed_gradient(
     offs_v, mask_v, softcap, UNDER_REFERENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of logits from both models' logits."""
-    logps = logits - lse[:, None]
-    reference_logps = reference_logits - reference_lse[:, None]
+    logps = log_softmax(logits, lse)
+    reference_logps = log_softmax(reference_logits, reference_lse)
     p = tl.exp(logps)
     dlogits = _gradient(
         p, p - tl.exp(reference_logps), logps - reference_logps,

@@ -113,7 +113,9 @@ class JointSweep:
             **joint_transforms(self.operands),
             **COMPILE,
         )
-        return torch.where(rescued_R, models.lse_others - models.lse, models.logps)
+        # over the anchors as they were rounded: with large logits that is a part of what is stored
+        others_lse_2R = torch.stack([others_lse_R, reference_others_lse_R])
+        return torch.where(rescued_R, others_lse_2R - models.lse, models.logps)
 
     def _run_fused(self, tile: GemmTile, kept_RV: list[Tensor] | None) -> None:
         heads = [model.head for model in self.operands]

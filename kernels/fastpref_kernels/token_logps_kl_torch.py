@@ -14,7 +14,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
-from fastpref_kernels.row_sums import JointStats, JointSums, RowSums, base_gap
+from fastpref_kernels.row_sums import JointStats, JointSums, RowSums, base_gap, log_softmax_
 from fastpref_kernels.workspace import slices, tile_shape
 
 
@@ -81,8 +81,8 @@ def token_logps_kl_bwd(
         slope_RC = policy.softcap_slope(logps_RC)
         reference_RD = reference.input_tile(rows, targets.ignored)
         reference_RC = reference.logits(reference_RD, reference.weight_tile(cols), cols)[:R]
-        logps_RC -= stats.lse[rows, None]
-        reference_RC -= stats.reference_lse[rows, None]
+        log_softmax_(logps_RC, stats.lse[rows])
+        log_softmax_(reference_RC, stats.reference_lse[rows])
         gradient = _kl_gradient_under_reference if under_reference else _kl_gradient_under_policy
         dlogits_RC = gradient(
             logps_RC, reference_RC, grad_logps_N[rows], grad_kl_N[rows], stats.kl[rows]

@@ -19,7 +19,6 @@ from fastpref_kernels.gemm import matmul
 from fastpref_kernels.gemm_tiles import JOINT_ROW_TILE
 from fastpref_kernels.head import (
     Gradients,
-    Head,
     Heads,
     NeedsGrad,
     Targets,
@@ -41,6 +40,7 @@ from fastpref_kernels.launch import (
     row_grid,
 )
 from fastpref_kernels.row_sums import JointStats
+from fastpref_kernels.token_logps_backward import times_slope
 from fastpref_kernels.token_logps_kl_sweep import JointSweep, joint_transforms
 from fastpref_kernels.workspace import keeping_mode, kept_rows, slices
 
@@ -121,7 +121,7 @@ def token_logps_kl_bwd(
     K, N = stats.kept.shape[1], len(targets.ids)
     remake = _from_products if operands[0].tile is None else _from_fused
     sources = (
-        (slice(0, K), _from_stored, vectors | _stored_vectors(policy, stats, vectors)),
+        (slice(0, K), _from_stored, vectors | _stored_vectors(operands[0], stats, vectors)),
         (
             slice(K, N),
             remake,
@@ -153,15 +153,15 @@ def token_logps_kl_bwd(
 
 
 def _stored_vectors(
-    policy: Head, stats: JointStats, vectors: dict[str, Tensor]
+    policy: Operands, stats: JointStats, vectors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Arguments of `_from_stored` that are the kept rows' own, (K,)."""
     log_scale_K, reference_log_scale_K = stats.kept_scales
-    target_K = vectors["target_grad_ptr"][: len(log_scale_K)]
-    slope_N = policy.softcap_slope(stats.lse + stats.logps)
-    if slope_N is not None:
+    K = len(log_scale_K)
+    target_K = vectors["target_grad_ptr"][:K]
+    if policy.head.softcap is not None:
         # the other columns were stored with theirs
-        target_K = target_K * slope_N[: len(log_scale_K)]
+        target_K = times_slope(target_K, policy.head, policy.target_logits(slice(0, K)))
     return {
         "log_scale_ptr": log_scale_K,
         "reference_log_scale_ptr": reference_log_scale_K,

@@ -13,7 +13,7 @@ from fastpref_kernels.head import (
     put_target,
     take_target,
 )
-from fastpref_kernels.row_sums import RowSums, TokenStats
+from fastpref_kernels.row_sums import RowSums, TokenStats, log_softmax_
 from fastpref_kernels.workspace import slices, tile_shape
 
 
@@ -24,8 +24,9 @@ def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
 
 def empty_stats(head: Head, mode: str) -> TokenStats:
     """Uninitialised results of the forward."""
-    N = head.input.shape[0]
-    return TokenStats(*(head.input.new_empty(n, dtype=torch.float32) for n in (N, N, 0, 0)))
+    N, empty = head.input.shape[0], head.input.new_empty
+    kept, kept_sums = (empty(0, dtype=torch.float32) for _ in range(2))
+    return TokenStats(empty(N, dtype=torch.float32), empty(N, dtype=torch.float64), kept, kept_sums)
 
 
 def token_logps_fwd(head: Head, targets: Targets, mode: str) -> TokenStats:
@@ -67,7 +68,7 @@ def token_logps_bwd(
         R = rows.stop - rows.start
         logits_RC = head.logits(hidden_RD, head_CD, cols)[:R]
         slope_RC = head.softcap_slope(logits_RC)
-        p_RC = logits_RC.sub_(stats.lse[rows, None]).exp_()
+        p_RC = log_softmax_(logits_RC, stats.lse[rows]).exp_()
         dlogits_RC = p_RC.mul_(-scaled_grad_N[rows, None])
         put_target(dlogits_RC, targets.ids[rows], cols, target_grad_N[rows])
         return dlogits_RC if slope_RC is None else dlogits_RC.mul_(slope_RC)

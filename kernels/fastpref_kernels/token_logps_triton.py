@@ -56,8 +56,8 @@ def empty_stats(head: Head, mode: str) -> TokenStats:
         kept = head.input.new_empty(num_sums, aligned_columns(V), dtype=head.exp_dtype)
     elif mode == "frozen":
         kept = empty_slopes(head.input, mode)
-    scalars = (head.input.new_empty(n, dtype=torch.float32) for n in (N, N, num_sums))
-    logps, lse, kept_sums = scalars
+    logps, kept_sums = (head.input.new_empty(n, dtype=torch.float32) for n in (N, num_sums))
+    lse = head.input.new_empty(N, dtype=torch.float64)
     return TokenStats(logps, lse, kept, kept_sums)
 
 

@@ -84,6 +84,12 @@ def test_scale_comes_before_the_softcap(softcap, mib):
         )
 
 
+# logits that are all at the cap, and logits to which it is nothing
+@pytest.mark.parametrize("softcap", [1e-3, 1e5])
+def test_a_softcap_may_be_small_or_large(softcap):
+    assert_matches_float64(random_head(20, 37, 16), random_target(20, 37), softcap=softcap)
+
+
 @pytest.mark.parametrize(
     ("input_dtype", "weight_dtype"),
     [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.float16,) * 2],
@@ -187,6 +193,29 @@ def test_a_common_offset_of_all_logits_changes_nothing(offset):
     expected_N = token_logps(input, weight, target_N)
     shifted_N = token_logps(input, weight, target_N, linear_bias=torch.full((61,), offset))
     torch.testing.assert_close(shifted_N, expected_N, rtol=0, atol=5e-4)
+
+
+# kept exponentials, and logits that are made again
+@pytest.mark.parametrize("mib", [1024, 0.001])
+def test_an_offset_of_all_logits_does_not_round_their_gradients(mib):
+    # of a head for one number, whose weight's gradient is the logits'; in float32 without rounding
+    weight_VD, reference_VD = torch.randint(-1024, 1024, (2, 40, 1)) / 512
+    target_N, ones_ND = torch.tensor([0, 3, -100, 39]), torch.ones(4, 1)
+
+    def of(offset):
+        weight = (weight_VD + offset).requires_grad_()
+        models = weight, target_N, ones_ND, reference_VD + offset
+        for values_N in (
+            token_logps(ones_ND, *models[:2]),
+            token_logps_and_kl(ones_ND, *models).kl,
+            token_logps_and_kl(ones_ND, *models, direction="policy_reference").kl,
+            tdpo1_token_values(ones_ND, *models),
+        ):
+            yield torch.autograd.grad(values_N, weight, torch.tensor([1.0, -2, 1, 0.5]))[0]
+
+    with workspace(mib):
+        for gradient_VD, expected_VD in zip(of(-4000.0), of(0.0), strict=True):
+            torch.testing.assert_close(gradient_VD, expected_VD, rtol=0, atol=1e-6)
 
 
 def test_an_offset_of_two_to_the_24_leaves_log_two():
@@ -483,7 +512,7 @@ def test_the_registered_ops_keep_the_dispatchers_rules(op):
         "needs_grad": [True] * 3,
         "workspace": 2**20,
     }
-    torch.library.opcheck(torch.ops.fastpref.head_v4.default, arguments, options)
+    torch.library.opcheck(torch.ops.fastpref.head_v5.default, arguments, options)
 
 
 def test_arguments_that_do_not_fit_are_named():

@@ -117,6 +117,14 @@ def test_the_models_may_differ_in_width_and_dtype(softcap, mib, direction):
         )
 
 
+@both_directions
+@pytest.mark.parametrize("softcap", [1e-3, 1e5])
+def test_a_softcap_may_be_small_or_large(softcap, direction):
+    policy, target_N = random_head(20, 37, 16), random_target(20, 37)
+    options = {"direction": direction, "logit_softcap": softcap}
+    assert_matches_float64(policy, nearby(policy), target_N, **options)
+
+
 @cases(rows=[1, 3, 252], dtype=FLOATS[:2], softcap=[None, 5.0], direction=DIRECTIONS)
 def test_identical_models_differ_by_exactly_nothing(rows, dtype, softcap, direction):
     policy = random_head(rows, 507, 123, dtype)
