@@ -84,10 +84,14 @@ def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> No
                 f"{name} must be a number, got a tensor, which would get no gradient; scale the "
                 "hidden states by one that is learned"
             )
-    if not is_above_zero(logit_scale):
-        raise ValueError(f"logit_scale must be > 0 and finite, got {logit_scale!r}")
-    if logit_softcap is not None and not is_above_zero(logit_softcap):
-        raise ValueError(f"logit_softcap must be None or > 0 and finite, got {logit_softcap!r}")
+    # in float32, as the logits: 1e300 would make infinities of them
+    most = torch.finfo(torch.float32).max
+    if not is_above_zero(logit_scale, most=most):
+        raise ValueError(f"logit_scale must be > 0 and finite in float32, got {logit_scale!r}")
+    if logit_softcap is not None and not is_above_zero(logit_softcap, most=most):
+        raise ValueError(
+            f"logit_softcap must be None or > 0 and finite in float32, got {logit_softcap!r}"
+        )
 
 
 def check_target(target: Tensor, input: Tensor, ignore_index: int) -> None:
@@ -129,6 +133,16 @@ def check_tensor(
         raise ValueError(
             f"{name} has a forward-mode gradient, and the op has a backward one alone: "
             "torch.autograd.grad, not torch.func.jvp"
+        )
+
+
+def refuse_transforms(op: str) -> None:
+    """No transform of torch.func is under way, which the registered ops have no rules for."""
+    # torch has no public name for it; torch.compile refuses by itself
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            f"fastpref_kernels.{op} must be called outside of torch.func's transforms (grad, vjp, "
+            "jacrev, vmap), got a call in one: take torch.autograd.grad, and a loop for vmap"
         )
 
 

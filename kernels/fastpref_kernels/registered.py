@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, register_autograd
 
-from fastpref_kernels.checks import check_target_range
+from fastpref_kernels.checks import check_target_range, refuse_transforms
 from fastpref_kernels.dispatch import implementation
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.row_sums import JointStats, TokenStats, ValueStats
@@ -27,6 +27,8 @@ from fastpref_kernels.workspace import bounded_by, bytes_set
 class HeadOp(NamedTuple):
     """What sets one op apart from the others."""
 
+    public: str
+    """Its name in `fastpref_kernels`."""
     stats: type[TokenStats] | type[JointStats] | type[ValueStats]
     """Tensors that its forward returns."""
     differentiable: tuple[str, ...]
@@ -37,9 +39,11 @@ class HeadOp(NamedTuple):
 
 
 OPS = {
-    "token_logps": HeadOp(TokenStats, ("logps",), 1),
-    "token_logps_kl": HeadOp(JointStats, ("logps", "kl"), 2, has_direction=True),
-    "tdpo1_token_values": HeadOp(ValueStats, ("values",), 2),
+    "token_logps": HeadOp("token_logps", TokenStats, ("logps",), 1),
+    "token_logps_kl": HeadOp(
+        "token_logps_and_kl", JointStats, ("logps", "kl"), 2, has_direction=True
+    ),
+    "tdpo1_token_values": HeadOp("tdpo1_token_values", ValueStats, ("values",), 2),
 }
 
 
@@ -74,6 +78,7 @@ def sweep_heads(
     needs_grad = [
         torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
     ]
+    refuse_transforms(OPS[op].public)
     stats = head_fwd(
         _tensors(policy),
         frozen,
@@ -327,4 +332,4 @@ def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str])
     register_autograd(backward, differentiate_twice, setup_context=remember_op)
 
 
-differentiable_once("fastpref::head_bwd_v5", lambda options: options["op"])
+differentiable_once("fastpref::head_bwd_v5", lambda options: OPS[options["op"]].public)

@@ -12,6 +12,7 @@ from fastpref_kernels.checks import (
     check_range,
     check_tensor,
     check_whole,
+    refuse_transforms,
 )
 from fastpref_kernels.dispatch import implementation
 from fastpref_kernels.registered import differentiable_once, inside_op
@@ -46,6 +47,8 @@ def sequence_log_ratios(
         ValueError: shapes, dtypes, devices or ranges are not as above.
     """
     _check(logps, reference_logps, sequence_ids, num_sequences, token_weights)
+    if logps.requires_grad:
+        refuse_transforms("sequence_log_ratios")
     weights = None if token_weights is None else token_weights.detach()
     return fwd_op(
         logps, reference_logps.detach(), weights, sequence_ids, num_sequences=num_sequences

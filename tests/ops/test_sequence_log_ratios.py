@@ -103,6 +103,14 @@ def test_gradients_of_gradients_are_refused():
         grad_N.sum().backward()
 
 
+def test_a_gradient_of_torch_func_is_refused():
+    def total(logps_N):
+        return sequence_log_ratios(logps_N, torch.zeros(9), torch.arange(9) % 3, 3).sum()
+
+    with pytest.raises(ValueError, match=r"sequence_log_ratios must be called outside of torch.fu"):
+        torch.func.grad(total)(torch.randn(9))
+
+
 def test_an_upstream_gradient_may_be_expanded():
     logps_N = torch.randn(9, requires_grad=True)
     sequence_log_ratios(logps_N, torch.zeros(9), torch.arange(9) % 3, 3).backward(

@@ -420,6 +420,10 @@ def test_gradients_of_gradients_are_refused():
     (grad_ND,) = torch.autograd.grad(loss, input, create_graph=True)
     with pytest.raises(RuntimeError, match=r"token_logps is differentiable once.*create_graph"):
         grad_ND.sum().backward()
+    scores = token_logps_and_kl(input, weight, random_target(6, 61), input, weight)
+    (grad_ND,) = torch.autograd.grad(scores.kl.sum(), input, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"token_logps_and_kl is differentiable once"):
+        grad_ND.sum().backward()
 
 
 def test_autocast_changes_nothing():
@@ -550,6 +554,16 @@ def test_arguments_that_do_not_fit_are_named():
             ),
             "input has a forward-mode gradient",
         ),
+        *(
+            (
+                lambda transform=transform: transform(lambda h: token_logps(h, weight, target_N)),
+                "fastpref_kernels.token_logps must be called outside of torch.func's transforms",
+            )
+            for transform in (
+                lambda function: torch.func.grad(lambda h: function(h).sum())(input),
+                lambda function: torch.func.vmap(function)(input[None].detach()),
+            )
+        ),
         (lambda: set_workspace_mib(0), "workspace_mib must be > 0 and finite, got 0"),
         (lambda: set_workspace_mib(float("nan")), "workspace_mib must be > 0"),
         (lambda: set_workspace_mib("a"), "workspace_mib must be > 0 and finite, got 'a'"),
@@ -563,8 +577,8 @@ def test_arguments_that_do_not_fit_are_named():
                 f"{name} must be .*, got {re.escape(repr(value))}",
             )
             for name, values in {
-                "logit_scale": (None, "2", [1.0], 10**400),
-                "logit_softcap": ("2", 10**400),
+                "logit_scale": (None, "2", [1.0], 10**400, 1e300),
+                "logit_softcap": ("2", 10**400, 1e300),
                 "ignore_index": (None, 1.5, 2**63),
             }.items()
             for value in values
