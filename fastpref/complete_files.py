@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +46,25 @@ def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         partial.replace(path)
         sync_folder(path.parent)
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Add a text to the end of a file: all of it, or none and the file as it was.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    content = text.encode()
+    with writing(path), path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            # what is no file of a disk has no end
+            with suppress(OSError):
+                file.truncate(end)
+            raise
 
 
 @contextmanager

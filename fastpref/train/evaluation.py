@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import torch
 
@@ -84,14 +85,14 @@ def sample(run: Run, stop: StopRequest) -> bool:
     """Samples of the policy and, before the first update, of the reference, to samples.jsonl.
 
     Returns:
-        False if it was asked to stop before the end.
+        False if it was asked to stop before the end, or the disk did not take them: the next start
+        draws them again.
     """
-    step, examples = run.state.step, run.state.examples
     assert run.eval is not None
     config, dataset = run.config, run.eval.data.dataset
     rows = dataset[run.eval.order.epoch_rows(0)[: config.n_eval_model_samples].tolist()]
     sources: dict[str, TokenScorer | OwnReference] = {"policy": run.policy}
-    if run.reference is not None and step == 0:
+    if run.reference is not None and run.state.step == 0:
         sources["reference"] = run.reference
     samples: dict[str, list[str]] = {}
     for name, scorer in sources.items():
@@ -109,14 +110,22 @@ def sample(run: Run, stop: StopRequest) -> bool:
         if responses is None:
             return False
         samples[name] = responses
-    if not run.world.is_main:
-        return True
+    if run.world.is_main:
+        with stop.if_unwritable():
+            keep_samples(run, samples, rows)
+    return not stop.agreed(run.world)
+
+
+def keep_samples(run: Run, samples: dict[str, list[str]], rows: dict[str, Any]) -> None:
+    """Write samples beside the prompts and chosen responses of their rows, and show the first.
+
+    Raises:
+        CheckpointError: they cannot be written.
+    """
     samples["prompt"] = run.tokenizer.batch_decode(rows["prompt_ids"])
     samples["chosen"] = run.tokenizer.batch_decode(rows["chosen_ids"], skip_special_tokens=True)
     records = [
         dict(zip(samples, values, strict=True)) for values in zip(*samples.values(), strict=True)
     ]
-    with stop.if_unwritable():
-        write_samples(run.run_dir / "samples.jsonl", step, examples, records)
+    write_samples(run.run_dir / "samples.jsonl", run.state.step, run.state.examples, records)
     logger.info("a sample of the policy: %r -> %r", records[0]["prompt"], records[0]["policy"])
-    return True

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from fastpref.complete_files import writing
+from fastpref.complete_files import append_whole
 from fastpref.distributed import World
 from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import OwnReference
@@ -102,7 +102,5 @@ def write_samples(path: Path, step: int, examples: int, samples: Sequence[dict[s
     Raises:
         CheckpointError: it cannot be written.
     """
-    with writing(path), path.open("a", encoding="utf-8") as lines:
-        for sample in samples:
-            record = {"step": step, "examples": examples, **sample}
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+    records = ({"step": step, "examples": examples, **sample} for sample in samples)
+    append_whole(path, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in records))

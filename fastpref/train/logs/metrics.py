@@ -7,7 +7,6 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastpref.complete_files import writing
+from fastpref.complete_files import append_whole, writing
 from fastpref.errors import first_line
 from fastpref.train.logs.utilization import UsefulWork
 
@@ -162,21 +161,11 @@ class MetricsLog:
         self.unwritten.append(json.dumps(line) + "\n")
 
     def _write_lines(self) -> None:
-        """All of them, or none and the file as it was."""
+        """All of them, or none."""
         if self._is_refused:
             return
         self._is_refused = True
-        content = "".join(self.unwritten).encode()
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                while content:
-                    content = content[file.write(content) :]
-            except OSError:
-                # what is no file of a disk has no end
-                with suppress(OSError):
-                    file.truncate(end)
-                raise
+        append_whole(self.path, "".join(self.unwritten))
         self.unwritten.clear()
         self._is_refused = False
 
