@@ -1,12 +1,15 @@
 """What a run folder tells of the steps before a checkpoint, without those that came after it."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastpref.complete_files import complete_file
 from fastpref.train.state import RunState
+
+logger = logging.getLogger("fastpref")
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -27,14 +30,28 @@ def bring_history(
     Raises:
         CheckpointError: it cannot be written.
     """
-    for name in (METRICS, SAMPLES):
-        if not (source / name).is_file():
-            continue
+    for name, waiting in ((METRICS, unwritten), (SAMPLES, ())):
         kept = [line for line, record in _lines(source / name) if is_before(record, state)]
+        kept += [x for x in waiting if is_before(json.loads(x), state) and x not in kept]
         if name == METRICS:
-            kept += [line for line in unwritten if line not in kept]
-        with complete_file(run_dir / name) as file:
-            file.writelines(kept)
+            warn_of_gaps(source / name, kept, state.step)
+        if kept or (source / name).is_file():
+            with complete_file(run_dir / name) as file:
+                file.writelines(kept)
+
+
+def warn_of_gaps(path: Path, lines: Sequence[str], num_steps: int) -> None:
+    """Say where metrics lack steps that were done: nobody but a user takes lines away."""
+    records = map(json.loads, lines)
+    steps = {record["step"] for record in records if record.get("split") == "train"}
+    if len(steps) < num_steps:
+        logger.warning(
+            "%s has no line of %d of the %d steps that were done: it was cut or altered, and the "
+            "run goes on without them",
+            path,
+            num_steps - len(steps),
+            num_steps,
+        )
 
 
 def is_before(record: dict[str, Any], state: RunState) -> bool:
@@ -46,12 +63,14 @@ def is_before(record: dict[str, Any], state: RunState) -> bool:
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    path = run_dir / METRICS
-    return [record for _, record in _lines(path)] if path.is_file() else []
+    return [record for _, record in _lines(run_dir / METRICS)]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines with what they say; one that a killed process has not finished is left out."""
+    """Lines with what they say; one that a killed process has not finished is left out. None where
+    there is no file."""
+    if not path.is_file():
+        return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:

@@ -1,0 +1,46 @@
+"""What a run folder tells of the steps before a checkpoint: each line once, and gaps are said."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from fastpref.train.resume.history import bring_history, read_records
+from fastpref.train.state import RunState
+
+
+def line(step: int, split: str, **numbers: float) -> str:
+    return json.dumps({"step": step, "split": split, **numbers}) + "\n"
+
+
+def brought(tmp_path: Path, lines: list[str], unwritten: list[str], **state: int) -> list[Any]:
+    """(step, split) of what is brought from a folder's metrics; no lines: it has no such file."""
+    if lines:
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    bring_history(tmp_path, tmp_path, RunState(**state), unwritten)
+    return [(record["step"], record["split"]) for record in read_records(tmp_path)]
+
+
+def test_an_evaluation_that_is_done_again_stands_there_once(tmp_path):
+    steps = [line(1, "train"), line(2, "train")]
+    refused = [line(2, "train"), line(2, "eval")]
+    done, stopped = {"step": 2, "evaluated": 2}, {"step": 2, "evaluated": 0}
+    expected = [(1, "train"), (2, "train")]
+    assert brought(tmp_path, steps, refused, **stopped) == expected
+    assert brought(tmp_path, steps, refused, **done) == [*expected, (2, "eval")]
+    # nor does it stay where the file took it, or one that a kill cut short
+    cut = line(2, "eval")[:-5]
+    assert brought(tmp_path, [*steps, line(2, "eval"), cut], [], **stopped) == expected
+
+
+def test_lines_that_somebody_took_away_are_missed(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "fastpref")
+    logging.getLogger("fastpref").propagate = True
+    whole = [line(1, "train"), line(1, "eval"), line(2, "train"), line(3, "train")]
+    assert len(brought(tmp_path, whole, [], step=2, evaluated=1)) == 3 and not caplog.text
+    assert brought(tmp_path, whole[1:3], [], step=2, evaluated=1) == [(1, "eval"), (2, "train")]
+    assert "has no line of 1 of the 2 steps that were done" in caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    assert brought(tmp_path, [], [line(2, "train")], step=2) == [(2, "train")]
+    assert caplog.text.count("has no line of 1 of the 2 steps") == 2
+    assert not (tmp_path / "samples.jsonl").exists()
