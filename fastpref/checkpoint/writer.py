@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from fastpref.checkpoint.agreement import AgreedError, Agreement
 from fastpref.checkpoint.direct import DirectFile
-from fastpref.checkpoint.folders import LATEST, PARTIAL, folder_name, set_aside
+from fastpref.checkpoint.folders import LATEST, MARK, PARTIAL, folder_name, set_aside
 from fastpref.checkpoint.manifest import (
     Checkpoint,
     FileEntry,
@@ -29,7 +29,7 @@ from fastpref.checkpoint.manifest import (
 from fastpref.checkpoint.restore import reasons_of
 from fastpref.checkpoint.size import free_bytes
 from fastpref.checkpoint.snapshot import Snapshot
-from fastpref.complete_files import complete_file, sync_folder
+from fastpref.complete_files import complete_file, sync_folder, writing
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
@@ -154,8 +154,12 @@ def _publish(partial: Path, manifest: Manifest) -> None:
     try:
         with complete_file(final.parent / LATEST) as file:
             file.write(f"{final.name}\n")
+        # beside the folder, which may be emptied, or a disk that is not there one day
+        mark = final.parent.with_name(MARK)
+        with writing(mark):
+            mark.touch()
     except CheckpointError as error:
-        # it only tells people what finding finds out for itself
+        # they only tell what finding finds out for itself
         logger.warning("%s does not name %s: %s", LATEST, final.name, error)
 
 

@@ -99,7 +99,7 @@ def read_options(run_dir: Path) -> dict[Any, Any]:
     """The options that a run folder was started with; {} if its config.yaml cannot be read."""
     try:
         options = OmegaConf.to_container(OmegaConf.load(run_dir / OPTIONS))
-    except (YAMLError, OmegaConfBaseException):
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
         return {}
     return options if isinstance(options, dict) else {}
 
@@ -107,9 +107,10 @@ def read_options(run_dir: Path) -> dict[Any, Any]:
 def keep_options(run_dir: Path, options: str, step: int) -> None:
     """Write the options of this start; those before it stay beside them."""
     path = run_dir / OPTIONS
-    before = path.read_text(encoding="utf-8") if path.is_file() else options
-    if before != options:
-        with complete_file(run_dir / f"config-until-step-{step}.yaml") as file:
+    # as it lies there, which may be damaged
+    before = path.read_bytes() if path.is_file() else options.encode()
+    if before != options.encode():
+        with complete_file(run_dir / f"config-until-step-{step}.yaml", "wb") as file:
             file.write(before)
     with complete_file(path) as file:
         file.write(options)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from fastpref.checkpoint.folders import CHECKPOINTS, step_folders
+from fastpref.checkpoint.folders import CHECKPOINTS, PARTIAL, step_folders
 from fastpref.complete_files import remove, writing
 from fastpref.config import Config
 from fastpref.distributed import World
@@ -51,7 +51,7 @@ class RunPlace:
         check_writable("run_dir", folder)
         if not folder.is_dir() or not names_in(folder) or took_no_step(folder):
             return
-        is_run = (folder / OPTIONS).is_file()
+        is_run = (folder / OPTIONS).is_file() or bool(step_folders(folder / CHECKPOINTS))
         if not (may_go_on and is_run):
             advice = " or set resume=auto to go on with the run in it" if is_run else ""
             raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
@@ -92,6 +92,8 @@ class RunPlace:
             return _claim(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock(self.run_dir)
+        # again: while models were loaded another start may have come, saved and gone
+        self.check()
         if names_in(self.run_dir):
             logger.info("%s: what a start without a single step has left is replaced", self.run_dir)
             clear_start(self.run_dir)
@@ -121,13 +123,16 @@ PROBE = ".fastpref-"
 """How a folder's name begins that is made to see whether one can be, and goes at once."""
 TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
 """In the name of a run folder."""
+ORIGIN = "branched-off-from"
+"""In the folder of a run that began with another run's checkpoint: that checkpoint's path."""
 LEFT_AT_THE_START = (
-    *(OPTIONS, LOCK, "metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard"),
-    *("wandb", "wandb-id"),
+    *("metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb", "wandb-id"),
     *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
     *(MERGED_FOLDER, f"{MERGED_FOLDER}.partial", f"{MERGED_FOLDER}.old"),
+    *(f"{ORIGIN}{PARTIAL}", f"{OPTIONS}{PARTIAL}", LOCK, OPTIONS),
 )
-"""What a run may have written before its first step, by name."""
+"""What a run may have written before its first step, by name. The options come last, by which
+a folder is known for a run's: a kill while the others are removed leaves it one."""
 
 
 def names_in(run_dir: Path) -> set[str]:
@@ -157,10 +162,14 @@ def check_writable(key: str, folder: Path) -> None:
         ConfigError: naming the option, and the path that stands in the way.
     """
     try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        ways = (folder, *folder.absolute().parents)
+        existing = next(path for path in ways if path.exists() or path.is_symlink())
     # a name that is too long, a parent that may not be read, a current folder that is gone
     except OSError as error:
         raise ConfigError(f"{key}: {folder}: {error.strerror}") from None
+    if existing.is_symlink() and not existing.exists():
+        where = f"a link to {existing.readlink()}, which is not there"
+        raise ConfigError(f"{key}: {existing} is {where}")
     if not existing.is_dir():
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
     try:
@@ -242,8 +251,12 @@ def user_name() -> str:
 
 
 def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
-    """Remove what a run has left that is not gone on with; its numbers are not ours."""
-    kept = (LOCK, EXPORT_FOLDER, MERGED_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
+    """Remove what a run has left that is not gone on with; its numbers are not ours.
+
+    Args:
+        keep_model: Leave its model, and the options that are about to be replaced.
+    """
+    kept = (LOCK, OPTIONS, EXPORT_FOLDER, MERGED_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
     for name in LEFT_AT_THE_START:
         if name not in kept:
             remove(run_dir / name)

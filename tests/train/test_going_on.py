@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from stopped_runs import assert_same_end, lines_of, run, small_command, stopping
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 from transformers.utils import chat_template_utils
 
+from fastpref.complete_files import append_whole
 from fastpref.errors import CheckpointError
-from fastpref.train import loop
+from fastpref.train import assembly, evaluation, loop
 from fastpref.train.logs import metrics
 from fastpref.train.resume import start
 from fastpref.train.run_folder import RunPlace
@@ -66,10 +68,15 @@ def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
             raise MachineIsGone
         return real(run, *args)
 
-    monkeypatch.setattr(loop, "train_step", killed)
-    with pytest.raises(MachineIsGone):
-        run(command)
-    monkeypatch.undo()
+    def gone(*_: Any, **__: Any) -> Any:
+        raise MachineIsGone
+
+    # before its first step, then before its first checkpoint
+    for module, name, dies in ((assembly, "open_log", gone), (loop, "train_step", killed)):
+        monkeypatch.setattr(module, name, dies)
+        with pytest.raises(MachineIsGone):
+            run(command)
+        monkeypatch.undo()
     assert [line["step"] for line in lines_of(branch)][-1] == 2
     assert not list((branch / "checkpoints").glob("step-*"))
     # the same command, or the one that goes on wherever there is something
@@ -92,6 +99,10 @@ def test_checkpoints_that_were_there_are_missed(base, stopped, tmp_path, capsys)
     (run_dir / "checkpoints").symlink_to(tmp_path / "unmounted")
     assert run(arguments(base, run_dir, "resume=auto")) == 4
     assert "unmounted, which is not there, and" in capsys.readouterr().err
+    # an empty place where that disk is to be
+    (tmp_path / "unmounted").mkdir()
+    assert run(arguments(base, run_dir, "resume=auto")) == 4
+    assert f"{run_dir / 'checkpoints'} is empty, and" in capsys.readouterr().err
     assert lines_of(run_dir) == before
 
 
@@ -173,6 +184,38 @@ def test_a_line_that_the_disk_did_not_take_is_written_with_the_checkpoint(
         assert steps == ([0, 1] if num_refused == 2 else [0])
         assert run(arguments(base, run_dir, "resume=auto")) == 0
         assert_same_end(run_dir, whole, files=FILES)
+
+
+def test_samples_that_the_disk_did_not_take_are_drawn_again(base, tmp_path, monkeypatch):
+    run_dir, real = tmp_path / "run", evaluation.write_samples
+
+    def refused(path: Path, step: int, *rest: Any) -> None:
+        if step:
+            raise CheckpointError("samples.jsonl: no space left")
+        real(path, step, *rest)
+
+    monkeypatch.setattr(evaluation, "write_samples", refused)
+    options = ["n_examples=16", "sample_during_eval=true", "n_eval_model_samples=2", "resume=auto"]
+    assert run(arguments(base, run_dir, *options)) == 4
+    monkeypatch.undo()
+    assert run(arguments(base, run_dir, *options)) == 0
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 2, 2]
+    assert [record["step"] for record in read_metrics(run_dir, "eval")] == [0, 2]
+
+
+def test_of_a_text_that_does_not_fit_nothing_is_added(tmp_path):
+    path = tmp_path / "lines"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_whole(path, "of before\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (15, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"lines: cannot be written: File too large"):
+            append_whole(path, "longer than that\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_whole(path, "after\n")
+    assert path.read_text() == "of before\nafter\n"
 
 
 def test_other_held_out_rows_are_said_and_begin_another_best(base, stopped, tmp_path, capsys):

@@ -1,7 +1,11 @@
 """Run folders: what a start without a step leaves stands in nobody's way, anything else does."""
 
 import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,7 +15,8 @@ import train
 from fastpref.cli.command_line import main
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.errors import ConfigError
-from fastpref.train.run_folder import run_place, took_no_step
+from fastpref.train.opening import keep_options, read_options
+from fastpref.train.run_folder import clear_start, keeping_locks, run_place, took_no_step
 
 EVAL, TRAIN = ({"step": 0, "examples": 0, "split": split} for split in ("eval", "train"))
 
@@ -56,6 +61,64 @@ def test_only_what_a_run_leaves_before_its_first_step_may_be_replaced(
         return
     with pytest.raises(ConfigError, match=r"run_dir: .* is not empty; name a new folder"):
         run_place(config).check()
+
+
+def test_what_another_start_has_done_meanwhile_is_not_replaced(tmp_path):
+    run_dir = tmp_path / "run"
+    place = run_place(make_config(run_dir=str(run_dir)))
+    place.check()
+    # it came, trained and ended while this one loaded its models
+    fill(run_dir, ["config.yaml", "LATEST"], [EVAL, TRAIN])
+    before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    with keeping_locks(), pytest.raises(ConfigError, match="set resume=auto to go on with the run"):
+        place.create("")
+    assert {path: path.read_bytes() for path in before} == before
+    assert (run_dir / "LATEST").is_dir()
+
+
+@pytest.mark.parametrize("keep_model", [False, True])
+def test_killed_while_it_is_cleared_a_run_folder_is_one_of_a_run(tmp_path, monkeypatch, keep_model):
+    names = ["config.yaml", "LATEST", "wandb", "samples.jsonl", "curves.png"]
+    removed: list[Path] = []
+
+    def until(number: int, remove: Callable[..., None]) -> Callable[..., None]:
+        def act(path: Path, **options: Any) -> None:
+            removed.extend([path] * path.exists())
+            if len(removed) > number:
+                raise KeyboardInterrupt
+            remove(path, **options)
+
+        return act
+
+    for number in range(len(names) + 1):
+        run_dir = fill(tmp_path / f"run-{number}", names, [EVAL, TRAIN] if keep_model else [EVAL])
+        removed.clear()
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", until(number, Path.unlink))
+            patch.setattr(shutil, "rmtree", until(number, shutil.rmtree))
+            clear_start(run_dir, keep_model=keep_model)
+        run_place(make_config(run_dir=str(run_dir))).check(may_go_on=True)
+    assert len(removed) == len(names) + (-1 if keep_model else 1)
+
+
+def test_a_run_without_its_options_is_known_by_its_checkpoints(tmp_path):
+    run_dir = fill(tmp_path / "run", ["samples.jsonl"], [EVAL, TRAIN])
+    (run_dir / "checkpoints" / "step-00000001").mkdir(parents=True)
+    run_place(make_config(run_dir=str(run_dir))).check(may_go_on=True)
+    keep_options(run_dir, "lr: 1\n", 1)
+    # damaged, they stay as they are
+    (run_dir / "config.yaml").write_bytes(b"\xff{[")
+    assert read_options(run_dir) == {}
+    keep_options(run_dir, "lr: 1\n", 2)
+    assert (run_dir / "config-until-step-2.yaml").read_bytes() == b"\xff{["
+    assert read_options(run_dir) == {"lr": 1}
+
+
+def test_a_folder_on_a_disk_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "unmounted")
+    for name in ("runs", "runs/mine"):
+        with pytest.raises(ConfigError, match=r"runs is a link to .*unmounted, which is not there"):
+            run_place(make_config(run_dir=str(tmp_path / name))).check()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,8 @@
 from pathlib import Path
 
 from fastpref.checkpoint.folders import CHECKPOINTS, LATEST
-from fastpref.complete_files import complete_file
-from fastpref.train.run_folder import OPTIONS
-
-ORIGIN = "branched-off-from"
-"""In the folder of a run that began with another run's checkpoint: that checkpoint's path."""
+from fastpref.complete_files import complete_file, writing
+from fastpref.train.run_folder import OPTIONS, ORIGIN
 
 
 def run_of(path: Path) -> Path | None:
@@ -30,6 +27,9 @@ def keep_origin(run_dir: Path, checkpoint: Path) -> None:
     Raises:
         CheckpointError: it cannot be written.
     """
+    with writing(run_dir):
+        # a run with numbers and without a folder of checkpoints is one that has lost them
+        (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     with complete_file(run_dir / ORIGIN) as file:
         file.write(f"{checkpoint.resolve()}\n")
 

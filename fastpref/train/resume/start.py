@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpref.checkpoint.agreement import Agreement
-from fastpref.checkpoint.folders import CHECKPOINTS, find_named, find_newest
+from fastpref.checkpoint.folders import CHECKPOINTS, MARK, find_named, find_newest, step_folders
 from fastpref.checkpoint.load import load_checkpoint, read_record
 from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
@@ -158,9 +158,15 @@ def check_not_lost(run_dir: Path) -> None:
         CheckpointError: they are gone, or on a disk that is.
     """
     folder = run_dir / CHECKPOINTS
-    if folder.is_dir() or not names_in(run_dir) or took_no_step(run_dir):
+    is_there = folder.is_dir()
+    # a run that ended before its first one has a folder without any
+    if step_folders(folder) or (is_there and not (run_dir / MARK).is_file()):
         return
-    where = f"a link to {folder.readlink()}, which is not there" if folder.is_symlink() else "gone"
+    if not names_in(run_dir) or took_no_step(run_dir):
+        return
+    where = "empty" if is_there else "gone"
+    if folder.is_symlink() and not is_there:
+        where = f"a link to {folder.readlink()}, which is not there"
     raise CheckpointError(
         f"resume: {folder} is {where}, and {run_dir} holds the numbers of a run that had it: "
         "bring it back, or name a new run_dir"
