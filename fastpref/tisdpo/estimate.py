@@ -22,10 +22,15 @@ from fastpref.tisdpo.weight_rows import writing_alone
 
 
 @say_if_stopped(KEPT)
-def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
+def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> list[WeightsReport]:
     """Score every split of every dataset and write `<output_dir>/<name><suffix>/<split>.jsonl`.
 
     A run that was stopped goes on where it was; one whose file is there already does nothing.
+
+    Args:
+        config: Of the run.
+        world: Whoever runs.
+        chat_date: The day that a new file tells a chat template which prints it; "": today.
 
     Returns:
         On rank 0 a report on each dataset, which is also written as `weights.html` and
@@ -42,7 +47,9 @@ def estimate_weights(config: Config, world: World) -> list[WeightsReport]:
     """
     sides = build_sides(config.weights, config.model, config.adapter, world)
     tokenizer = shared_tokenizer(sides)
-    options = JobOptions(weights=config.weights, data=config.data, packing=config.packing)
+    options = JobOptions(
+        weights=config.weights, data=config.data, packing=config.packing, chat_date=chat_date
+    )
     files = main_first(world, lambda: read_files(data_options(config), quiet=not world.is_main))
     sources = one_for_each_file(files, options)
     with writing_alone([options.path_of(rows) for rows in sources], world):

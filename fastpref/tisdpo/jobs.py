@@ -34,6 +34,8 @@ class JobOptions:
     weights: WeightsConfig
     data: DataConfig
     packing: PackingConfig
+    chat_date: str = ""
+    """What a chat template that prints the date is told in files not begun yet; "": today."""
 
     def path_of(self, rows: Rows) -> Path:
         """The weights file of a source."""
@@ -49,7 +51,8 @@ def open_job(
     """What is known of a weights file before a model is loaded, rendered for the day it belongs to.
 
     Where the chat template prints the date that is the day on which its estimation began: that of
-    the file if it is there already, that of the shards of a run that was stopped, else today.
+    the file if it is there already, that of the shards of a run that was stopped, else the one that
+    was given, or today.
 
     Raises:
         DataError, ConfigError, CheckpointError: see `build_job`.
@@ -63,7 +66,7 @@ def open_job(
     path = options.path_of(rows)
     if not (rows.has_chats and prints_date(tokenizer, template)):
         return build_job(options, sides, rows, chat, path)
-    begun = world.on_main(partial(begin_date, path, chat))
+    begun = world.on_main(partial(begin_date, path, chat, options.chat_date))
     written = world.on_main(partial(written_date, path))
     job = build_job(options, sides, rows, replace(chat, date=written or begun), path)
     if written in ("", begun) or world.on_main(job.is_finished):

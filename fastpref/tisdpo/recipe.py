@@ -56,7 +56,7 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
     folders = [run_dir / stage.name for stage in stages]
     done = world.on_main(lambda: [folder for folder in folders if is_done(folder)])
     if len(done) == len(stages):
-        take_inputs(stages, done, world)
+        take_inputs(stages, run_dir, done, world)
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), start=1):
         place = f"stage {number} of {len(stages)}, {stage.name}"
         if folder in done:
@@ -64,7 +64,7 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
             continue
         end_if_past(stage.config.checkpoint.deadline_seconds(), world, f"{command} goes on")
         # again before each: a command may take days, and files are replaced meanwhile
-        inputs = take_inputs(stages, done, world)
+        inputs = take_inputs(stages, run_dir, done, world)
         logger.info("%s: %s", place, stage.what)
         run_stage(stage, folder, world, inputs=inputs, command=command)
         done.append(folder)

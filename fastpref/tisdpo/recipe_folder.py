@@ -18,6 +18,8 @@ from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, lock, took_no_ste
 
 logger = logging.getLogger("fastpref")
 
+DATE_FILE = "chat-date"
+"""In the folder of a run whose chat template prints the date: the day of its first start."""
 MAY_CHANGE = (
     *("run_dir", "output_dir", "local_dirs", "exp_name", "trainer", "fsdp_port", "debug"),
     *("minimum_log_interval_secs", "wandb", "tensorboard", "checkpoint", "resume", "parallel"),
@@ -74,7 +76,7 @@ def has_begun(run_dir: Path) -> bool:
 
 def _is_result(child: Path) -> bool:
     if not child.is_dir():
-        return child.name not in (OPTIONS, LOCK)
+        return child.name not in (OPTIONS, LOCK, DATE_FILE)
     files = (path for path in child.rglob("*") if path.is_file())
     return not took_no_step(child) and any(path.name != LOCK for path in files)
 

@@ -10,7 +10,7 @@ from fastpref.memory.repetition import release_memory
 from fastpref.tisdpo.closing_report import describe_training, describe_weights
 from fastpref.tisdpo.estimate import estimate_weights
 from fastpref.tisdpo.report import WeightsReport
-from fastpref.tisdpo.stage_record import mark_done
+from fastpref.tisdpo.stage_record import CHAT_DATE, mark_done
 from fastpref.tisdpo.stages import Stage
 from fastpref.train.task import train
 
@@ -25,6 +25,7 @@ def run_stage(
         inputs: Fingerprints of what the run is given.
         command: What goes on with the run once it was stopped, in words.
     """
+    chat_date = inputs[CHAT_DATE]
     is_training = stage.config.task == "train"
     started = time.perf_counter()
     table = io.StringIO()
@@ -32,9 +33,9 @@ def run_stage(
     try:
         with contextlib.redirect_stdout(table):
             if is_training:
-                seconds = train(stage.config, world, command=command)
+                seconds = train(stage.config, world, command=command, chat_date=chat_date)
             else:
-                reports = estimate_weights(stage.config, world)
+                reports = estimate_weights(stage.config, world, chat_date=chat_date)
                 seconds = time.perf_counter() - started
     finally:
         # before the next stage loads its models

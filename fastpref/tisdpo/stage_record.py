@@ -9,8 +9,10 @@ from typing import Any
 
 from fastpref.checkpoint.folders import CHECKPOINTS
 from fastpref.complete_files import complete_file
+from fastpref.data.chat import prints_date
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
+from fastpref.tisdpo.recipe_folder import DATE_FILE
 from fastpref.tisdpo.stages import Stage
 from fastpref.train.data import load_data
 from fastpref.train.resume.comparison import FORMAT, check_same_run
@@ -65,13 +67,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError):
         pass
     raise CheckpointError(
-        f"{path} is not the record of a stage that is done: copy the folder anew, or delete this "
-        "file to have the stage done again"
+        f"{path} is not the record of a stage that is done: copy the folder anew, or delete it to "
+        "have the stage done again"
     )
 
 
-def take_inputs(stages: list[Stage], done: Sequence[Path], world: World) -> dict[str, str]:
+def take_inputs(
+    stages: list[Stage], run_dir: Path, done: Sequence[Path], world: World
+) -> dict[str, str]:
     """Fingerprints of what the run is given, as it lies there now: the same for every stage.
+
+    Args:
+        run_dir: Of the recipe, which keeps the day that stages tell chat templates.
+        done: Folders of the stages that are done.
 
     Raises:
         CheckpointError: stages that are done were computed from other data, or from another model;
@@ -81,19 +89,29 @@ def take_inputs(stages: list[Stage], done: Sequence[Path], world: World) -> dict
     [weights] = [stage for stage in stages if stage.name == "weights"]
     # rows as pairs, as the files have them, and the model before the first stage
     config = replace(weights.config, model=stages[0].config.model)
-    told = world.on_main(
-        lambda: [read_record(folder).get("fingerprints", {}).get(CHAT_DATE, "") for folder in done]
-    )
-    data = load_data(config, world, chat_date=max(told, default=""), quiet=True)
+    told = world.on_main(lambda: begin_date(run_dir, done))
+    data = load_data(config, world, chat_date=told, quiet=True)
     inputs = data.fingerprints(config.model, world) | {CHAT_DATE: data.chat_date}
     options = asdict(config)
 
     def compare() -> None:
         for folder in done:
             check_inputs(folder, inputs, options, allow=config.resume.allow)
+        if not told and prints_date(*data.texts):
+            with complete_file(run_dir / DATE_FILE) as file:
+                file.write(data.chat_date)
 
     world.on_main(compare)
     return inputs
+
+
+def begin_date(run_dir: Path, done: Sequence[Path]) -> str:
+    """The day that the chat template of a run is told, "" where none is known yet."""
+    noted = run_dir / DATE_FILE
+    if noted.is_file():
+        return noted.read_text(encoding="utf-8")
+    records = [read_record(folder).get("fingerprints", {}) for folder in done]
+    return max((record.get(CHAT_DATE, "") for record in records), default="")
 
 
 def check_inputs(

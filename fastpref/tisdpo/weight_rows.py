@@ -112,10 +112,18 @@ def written_date(path: Path) -> str:
     return origin.chat_date or "" if origin else ""
 
 
-def begin_date(path: Path, chat: ChatFormat) -> str:
-    """The day on which the estimation of a weights file began: today, or that of its shards."""
+def begin_date(path: Path, chat: ChatFormat, given: str) -> str:
+    """The day on which the estimation of a weights file began: that of its shards, or of now.
+
+    Args:
+        path: Of the file.
+        chat: Whose clock tells today.
+        given: What stands for today; "": nothing does.
+    """
     noted = shards_folder(path) / DATE_FILE
-    return noted.read_text(encoding="utf-8") if noted.is_file() else current_date(chat.tokenizer)
+    if noted.is_file():
+        return noted.read_text(encoding="utf-8")
+    return given or current_date(chat.tokenizer)
 
 
 def write_weights(job: SourceJob, decimals: int | None) -> None:

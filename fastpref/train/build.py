@@ -14,8 +14,11 @@ from fastpref.train.run import Run
 from fastpref.train.workload import build_workload
 
 
-def build_run(config: Config, world: World, start: Start) -> Run:
+def build_run(config: Config, world: World, start: Start, chat_date: str = "") -> Run:
     """Everything a run needs, in the order in which mistakes are cheap to find: data, then models.
+
+    Args:
+        chat_date: The day that a new run tells a chat template which prints it; "": today.
 
     Raises:
         FastprefError: whatever is wrong with the config, the data or the model, or does not go
@@ -30,7 +33,7 @@ def build_run(config: Config, world: World, start: Start) -> Run:
         config.transform,
         adapters=config.adapter.trained,
     )
-    data = load_data(config, world, chat_date=start.state.chat_date)
+    data = load_data(config, world, chat_date=start.state.chat_date or chat_date)
     fingerprints: dict[str, str] = {}
     if start.checkpoint is not None:
         # before models are loaded for nothing

@@ -23,11 +23,14 @@ from fastpref.train.run_folder import keeping_locks, run_place
 logger = logging.getLogger("fastpref")
 
 
-def train(config: Config, world: World, *, command: str | None = None) -> float:
+def train(
+    config: Config, world: World, *, command: str | None = None, chat_date: str = ""
+) -> float:
     """Train a policy.
 
     Args:
         command: What goes on with the run once it was stopped, in words; None: `resume=auto`.
+        chat_date: The day that a new run tells a chat template which prints it; "": today.
 
     Returns:
         Seconds of the training, those of earlier starts included.
@@ -39,7 +42,7 @@ def train(config: Config, world: World, *, command: str | None = None) -> float:
     seed_everything(config.seed)
     with keeping_locks(), Agreement(world) as agreement:
         start = find_start(config.resume.path, run_place(config), agreement)
-        run = build_run(config, world, start)
+        run = build_run(config, world, start, chat_date)
         for line in advise(run):
             logger.warning(line)
         deadline = Deadline(config.checkpoint.deadline_seconds())

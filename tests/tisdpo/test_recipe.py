@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import Tomorrow
 from ranks import run_on_ranks
 from stopped_runs import stopping_after
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 from transformers import AutoModelForCausalLM
+from transformers.utils import chat_template_utils
 
 import train
 from fastpref.cli.command_line import main
@@ -25,6 +27,7 @@ from fastpref.errors import ConfigError
 from fastpref.model import loading
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
+from fastpref.train import data
 from fastpref.train.run import Run
 
 STAGES = ["positive", "negative", "weights", "policy"]
@@ -323,6 +326,31 @@ def test_two_ranks_share_every_stage(base, tmp_path):
     run_on_ranks(_run_on_rank, 2, arguments)
     assert done(run_dir) == ["weights", "policy"]
     assert len(read_metrics(run_dir / "policy", "train")) == 2
+
+
+def test_a_recipe_that_goes_on_on_another_day_tells_its_templates_the_first(
+    base, tmp_path, monkeypatch
+):
+    rows = [
+        row | {"prompt": [{"role": "user", "content": row["prompt"]}]} for row in text_rows(4, 1)
+    ]
+    write_rows(tmp_path / "words", "train", rows)
+    template, run_dir = tmp_path / "dated.jinja", tmp_path / "run"
+    template.write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    )
+    options = {"base_data_dir": tmp_path, "n_eval_examples": 0, "data.chat_template": template}
+    command = job(base, "tisdpo_s", run_dir=run_dir, n_epochs=1, **options)
+    with stopping_after(1):
+        assert run(command) == 75
+    today = (run_dir / "chat-date").read_text()
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    monkeypatch.setattr(data, "today", lambda *_: pytest.fail("a stage asks for the day"))
+    assert run(command) == 0
+    records = [json.loads((run_dir / stage / "stage.json").read_text()) for stage in STAGES]
+    assert {record["fingerprints"]["chat date"] for record in records} == {today}
+    weights = json.loads((run_dir / "weights" / "words" / "train.weights.json").read_text())
+    assert weights["chat_date"] == today
 
 
 def test_other_options_or_another_run_are_refused_in_a_run_folder(base, tmp_path, capsys):
