@@ -9,8 +9,10 @@ from tiny_models import read_metrics
 
 import train
 from fastpref.cli.command_line import main
+from fastpref.config.trackers import WandbConfig
 from fastpref.errors import CheckpointError
 from fastpref.train.logs.metrics import MetricsLog
+from fastpref.train.logs.trackers import WandbTracker
 
 # stands in for the service's package, which tests neither install nor reach
 WANDB = """
@@ -96,6 +98,13 @@ def test_a_tracker_that_does_not_start_is_left_out_with_a_warning(
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert run(tmp_path / "run", "wandb.enabled=true") == 0
     assert "Weights & Biases does not follow this run: busy" in capsys.readouterr().err
+
+
+def test_a_run_is_one_there_though_it_was_killed_before_it_had_a_name(tmp_path, packages):
+    (packages / "wandb.py").write_text("def init(**options):\n    return options\n")
+    (tmp_path / "wandb-id").touch()
+    names = [WandbTracker(WandbConfig(), tmp_path, {})._run["id"] for _ in range(2)]
+    assert names[0] and names[0] == names[1]
 
 
 def test_a_file_of_numbers_that_cannot_be_written_is_said_once(caplog):

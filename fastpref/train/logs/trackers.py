@@ -139,9 +139,12 @@ class TensorboardTracker:
 def _run_id(run_dir: Path) -> str:
     """The same for every start in a run folder, another one for every folder."""
     path = run_dir / RUN_ID
-    if not path.is_file():
-        path.write_text(secrets.token_hex(8), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+    # empty where a kill came before it was written
+    known = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not known:
+        known = secrets.token_hex(8)
+        path.write_text(known, encoding="utf-8")
+    return known
 
 
 def _scalars(record: Record) -> dict[str, float]:
