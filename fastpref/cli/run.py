@@ -46,13 +46,14 @@ def main(config: Config) -> int:
             show_plan(config.training, config.packing, config.plan, longest=config.max_length)
             return 0
         config.check_device(*_device())
+        advice = Advice(config)
+        for line in (*advice.on_task(), *advice.on_idle()):
+            logger.warning(line)
         if config.task == "audit":
             from fastpref.cli.audit import audit
 
             audit(config)
             return 0
-        for line in Advice(config).on_task():
-            logger.warning(line)
         num_gpus = torch.cuda.device_count()
         on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
         check_task(config, num_gpus if on_every_gpu else world_size())

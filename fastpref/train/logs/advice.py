@@ -5,6 +5,7 @@ would help, or says nothing.
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,10 @@ from fastpref.config import (
     PlanConfig,
     ReferenceConfig,
     StagesConfig,
+    TDPOConfig,
+    TISDPOConfig,
     TransformConfig,
+    WandbConfig,
     WeightsConfig,
 )
 from fastpref.distributed import World
@@ -222,6 +226,32 @@ class Advice(NamedTuple):
         if config.model.reference_dtype is not None and config.caches_reference:
             yield "model.reference_dtype has no effect: no reference is held"
 
+    def on_idle(self) -> Iterator[str]:
+        """Single options that were set and that another option leaves nothing to do.
+
+        To be asked of the config as the user gave it.
+        """
+        config = self.config
+        loss, model, tracker = config.loss, config.model, config.wandb
+        unread: dict[str, str] = {}
+        if isinstance(loss, TDPOConfig) and loss.if_tdpo2:
+            unread["kl_metrics_every"] = "TDPO2 has its KL in every line"
+        elif isinstance(loss, TDPOConfig):
+            unread["alpha"] = "loss.if_tdpo2=false is TDPO1, which has no such weight"
+        elif isinstance(loss, TISDPOConfig) and not loss.token_level:
+            unread["alpha"] = "it weighs the KL, which loss.token_level=true adds"
+        for name, why in unread.items():
+            if getattr(loss, name) != getattr(type(loss), name):
+                yield _idle(f"loss.{name}", why)
+        if config.data.eos_weight is not None and not loss.needs.weights:
+            yield _idle("data.eos_weight", f"loss={loss.name} takes no token weights")
+        if model.revision is not None and Path(model.name_or_path).is_dir():
+            yield _idle("model.revision", f"{model.name_or_path} is a folder here")
+        if config.resume.allow and config.resume.path == "never" and config.task == "train":
+            yield _idle("resume.allow", "resume=never begins anew")
+        if not tracker.enabled and tracker != WandbConfig():
+            yield _idle("wandb.*", "wandb.enabled=false")
+
     def on_task(self) -> Iterator[str]:
         """Groups of options that were set and that the task does not read.
 
@@ -274,6 +304,10 @@ class Advice(NamedTuple):
                 f"the options transform.* have no effect with loss={config.loss.name}, which takes "
                 "no token weights"
             )
+
+
+def _idle(option: str, why: str) -> str:
+    return f"{option} has no effect: {why}"
 
 
 @torch.no_grad()
