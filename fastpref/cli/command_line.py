@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -52,11 +53,11 @@ def main(
 def _run(
     arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
 ) -> int:
-    from fastpref.cli.options import format_help
+    from fastpref.cli.options import WIDEST, format_help
     from fastpref.cli.overrides import read_config
 
     if {"--help", "-h"} & set(arguments):
-        print(format_help(config_dir))
+        print(format_help(config_dir, shutil.get_terminal_size((WIDEST, 24)).columns))
         return 0
     if "--version" in arguments:
         print(f"fastpref {__version__}")

@@ -6,7 +6,7 @@ import inspect
 import textwrap
 import typing
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from fastpref.config import LOSSES, Config, LossConfig
@@ -121,12 +121,22 @@ def _field_docs(schema: type) -> dict[str, str]:
     return docs
 
 
-def format_help(config_dir: Path) -> str:
-    """Usage, the choices of each group, every option with type, default and meaning."""
+WIDEST = 96
+"""Characters of a line of text, at most: longer ones are hard to read."""
+
+
+def format_help(config_dir: Path, width: int = WIDEST) -> str:
+    """Usage, the choices of each group, every option with type, default and meaning.
+
+    Args:
+        config_dir: The folder configs/.
+        width: Of the terminal, characters; usage and names of options stay whole in narrow ones.
+    """
+    wrap = partial(_wrap, width=max(40, min(width, WIDEST)))
     lines = [
         "Train a causal language model on preferences.",
         "",
-        "  python train.py                        train the embedded model on the embedded data",
+        "  python train.py                        train the embedded model on its data",
         "  python train.py KEY=VALUE ...          change options",
         "  python train.py KEY=VALUE ... --cfg    print every option's value and stop",
         "  python train.py --version              print the version",
@@ -134,13 +144,13 @@ def format_help(config_dir: Path) -> str:
         "Choices (a file under configs/ sets several options; options given here win):",
     ]
     for group in CHOICE_GROUPS:
-        lines += [f"  {group}=", *_wrap("  ".join(list_choices(config_dir, group)))]
+        lines += [f"  {group}=", *wrap("  ".join(list_choices(config_dir, group)), 6)]
     lines += ["", "Options, with the value they have where no choice above sets another:"]
     for title, options in _sections():
-        lines += ["", title, ""]
+        lines += ["", *wrap(title, 0), *([""] if options else [])]
         for option in options:
             lines.append(f"  {option.key}={format_value(option.default)}  ({option.kind})")
-            lines += _wrap(option.doc)
+            lines += wrap(option.doc, 6)
     return "\n".join(lines)
 
 
@@ -162,10 +172,10 @@ def _summary(schema: type) -> str:
     return " ".join((schema.__doc__ or "").split())
 
 
-def _wrap(text: str) -> list[str]:
-    margin = " " * 6
+def _wrap(text: str, indent: int, width: int) -> list[str]:
+    margin = " " * indent
     return textwrap.wrap(
-        text, 96, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+        text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
     )
 
 

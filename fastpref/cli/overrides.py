@@ -24,65 +24,12 @@ from fastpref.cli.options import (
     list_options,
     losses_with,
 )
+from fastpref.cli.other_names import OTHER_CHOICES, OTHER_NAMES, UNREAD
 from fastpref.config import Config, LossConfig
 from fastpref.errors import ConfigError
 
-# what other trainers call our options
-OTHER_NAMES = {
-    "adam_beta1": "optim.betas",
-    "adam_epsilon": "optim.eps",
-    "attn_implementation": "model.attention",
-    "bf16": "model.fsdp_policy_mp",
-    "dataset": "datasets",
-    "dataset_name": "datasets",
-    "dtype": "model.policy_dtype",
-    "epochs": "n_epochs",
-    "eval_steps": "eval_every",
-    "fp16": "model.fsdp_policy_mp",
-    "gradient_checkpointing": "activation_checkpointing",
-    "hydra.run.dir": "run_dir",
-    "learning_rate": "lr",
-    "logging_steps": "minimum_log_interval_secs",
-    "loss_type": "loss",
-    "lr_scheduler_type": "optim.schedule",
-    "max_seq_length": "max_length",
-    "max_steps": "n_examples",
-    "micro_batch_size": "gradient_accumulation_steps",
-    "model_name_or_path": "model.name_or_path",
-    "num_epochs": "n_epochs",
-    "num_train_epochs": "n_epochs",
-    "optim": "optimizer",
-    "path": "model.name_or_path",
-    "per_device_eval_batch_size": "eval_batch_size",
-    "per_device_train_batch_size": "batch_size",
-    "ref_model_dtype": "model.reference_dtype",
-    "report_to": "wandb.enabled",
-    "resume_from_checkpoint": "resume.path",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "tokenizer": "model.tokenizer_name_or_path",
-    "torch_dtype": "model.policy_dtype",
-    "train_batch_size": "batch_size",
-    "warmup_ratio": "warmup_steps",
-}
 SHORT = {"resume": "resume.path"}
 """Groups whose own name stands for one of their options."""
-# what other trainers call a choice of ours
-OTHER_CHOICES = {
-    "loss=cdpo": "loss=dpo loss.label_smoothing=0.1",
-    "loss=tdpo1": "loss=tdpo loss.if_tdpo2=false",
-    "loss=tdpo2": "loss=tdpo",
-    "loss=tis-dpo": "loss=tisdpo",
-    "loss=tis_dpo": "loss=tisdpo",
-    "loss=sigmoid": "loss=dpo",
-    "model=mistral": "model=mistra",
-}
-# (loss, key) pairs that the configs of the TDPO and TIS-DPO repositories have and nothing reads
-UNREAD = {
-    ("tdpo", "loss.reference_free"),
-    ("tisdpo", "loss.reference_free"),
-    ("tisdpo", "loss.label_smoothing"),
-}
 
 ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
 """One of a list: in quotes, or up to the next comma; text as it stands, where YAML has marks."""
@@ -302,7 +249,9 @@ def guess_option(key: str, options: dict[str, Option]) -> str | None:
     key = key.replace("-", "_")
     group, _, leaf = key.rpartition(".")
     siblings = [name for name in options if group and name.rpartition(".")[0] == group]
-    by_leaf = {name.rpartition(".")[2]: name for name in options}
+    # what another loss has is told apart where its full name is given
+    by_leaf = {name.rpartition(".")[2]: name for name in [*all_options(), *options]}
+    del by_leaf["name"]
     names = by_leaf | OTHER_NAMES | {name: name for name in options}
     spelt = nearest(key, names)
     return (

@@ -102,6 +102,12 @@ class ModelConfig:
                 "got float32; set model.fsdp_policy_mp=bfloat16 or model.attention=sdpa"
             )
 
+    def needing_cuda(self) -> tuple[str, str] | None:
+        """What was asked for that runs on a CUDA device alone, and what runs elsewhere too."""
+        if self.attention in CUDA_ATTENTIONS:
+            return f"model.attention={self.attention}", "model.attention=sdpa"
+        return ("model.liger=true", "model.liger=auto") if self.liger == "true" else None
+
     def check_installed(self) -> None:
         """Refuse an attention whose package is not installed.
 

@@ -32,6 +32,20 @@ class LossConfig:
         """What data and models must give."""
         return LossNeeds()
 
+    @property
+    def held_out_metrics(self) -> list[str]:
+        """Names of an evaluation's numbers of the loss, as metrics.jsonl has them."""
+        needs, pair = self.needs, ("chosen", "rejected")
+        names = ["loss/eval", "logps_eval/chosen"]
+        if needs.pairs:
+            names += ["logps_eval/rejected", *(f"rewards_eval/{name}" for name in pair)]
+            names += ["rewards_eval/accuracies", "rewards_eval/margins"]
+        if needs.kl is not None:
+            names += [f"kl_eval/{name}" for name in (*pair, "margin")]
+        if needs.weights:
+            names += [f"logps_eval/{name}_unweighted" for name in pair]
+        return names
+
     def __post_init__(self) -> None:
         if LOSSES.get(self.name) is not type(self):
             raise ValueError(

@@ -15,7 +15,6 @@ from fastpref.checks import check_choice, check_number, expand_home
 from fastpref.config.adapter import AdapterConfig
 from fastpref.config.data import DataConfig
 from fastpref.config.groups import (
-    CUDA_ATTENTIONS,
     HeadConfig,
     ModelConfig,
     OptimConfig,
@@ -207,11 +206,10 @@ class Config:
             )
         if self.n_epochs is None and self.n_examples is None:
             raise ValueError("n_epochs and n_examples are both null: give at least one of them")
-        if self.checkpoint.keep_best is not None and not self.n_eval_examples:
-            raise ValueError(
-                f"checkpoint.keep_best={self.checkpoint.keep_best} needs evaluations, got "
-                "n_eval_examples=0"
-            )
+        # stages of other tasks have losses of their own, and are checked as trainings
+        if self.task == "train":
+            loss, metrics = self.loss.name, self.loss.held_out_metrics
+            self.checkpoint.check_best(self.n_eval_examples, loss, metrics)
         # the full check needs torch; a path or a call is refused here
         if not self.optimizer.isidentifier():
             raise ValueError(
@@ -306,10 +304,10 @@ class Config:
         Raises:
             ConfigError: naming the option and a value that works.
         """
-        if self.model.attention in CUDA_ATTENTIONS and device_type != "cuda":
+        asked = self.model.needing_cuda()
+        if asked and device_type != "cuda":
             raise ConfigError(
-                f"model.attention={self.model.attention} needs a CUDA device, this one is "
-                f"{device_type}; set model.attention=sdpa"
+                f"{asked[0]} needs a CUDA device, this one is {device_type}; set {asked[1]}"
             )
         if self.adapter.quantized and device_type != "cuda":
             raise ConfigError(

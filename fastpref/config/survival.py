@@ -1,6 +1,7 @@
 """Schemas of the groups `checkpoint`, `resume` and `parallel`: how a run outlives what ends it."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fastpref.checks import check_choice, check_number, expand_home
@@ -44,6 +45,22 @@ class CheckpointConfig:
             )
         if self.deadline is not None:
             self.deadline_seconds()
+
+    def check_best(self, n_eval_examples: int, loss: str, metrics: Collection[str]) -> None:
+        """Refuse a best checkpoint by what no evaluation of the run says.
+
+        Args:
+            n_eval_examples: Of each evaluation.
+            loss: Its name.
+            metrics: That its evaluations have.
+        """
+        if self.keep_best is None:
+            return
+        if not n_eval_examples:
+            raise ValueError(
+                f"checkpoint.keep_best={self.keep_best} needs evaluations, got n_eval_examples=0"
+            )
+        check_choice(f"checkpoint.keep_best with loss={loss}", self.keep_best, metrics)
 
     def deadline_seconds(self) -> int | None:
         """`deadline` in seconds."""

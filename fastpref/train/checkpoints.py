@@ -10,10 +10,9 @@ from dataclasses import asdict
 from fastpref.checkpoint.folders import CHECKPOINTS, Best
 from fastpref.checkpoint.size import available_memory, estimate_bytes, free_bytes
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
-from fastpref.checks import hint
 from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import CheckpointError
 from fastpref.signals import StopRequest
 from fastpref.train.logs.metrics import Record
 from fastpref.train.resume.comparison import FORMAT, HELD_OUT
@@ -53,7 +52,6 @@ class Checkpoints:
     def after_evaluation(self, evaluation: Record | None, stop: StopRequest) -> None:
         """One that an earlier start did not come to the end of, or that of the beginning; its
         numbers are added to those of the checkpoint that the run goes on from."""
-        self.check_metric(evaluation)
         if evaluation is not None and self._run.state.step and self._is_best(evaluation):
             self.save(stop)
 
@@ -124,20 +122,6 @@ class Checkpoints:
             if self._run.world.is_main:
                 say(report)
 
-    def check_metric(self, evaluation: Record | None) -> None:
-        """Refuse a name of the best metric that an evaluation does not have.
-
-        Raises:
-            ConfigError: naming those that it has.
-        """
-        best = self._store.best
-        if evaluation is not None and best is not None and best.metric not in evaluation:
-            names = sorted(name for name in evaluation if "eval" in name)
-            raise ConfigError(
-                f"checkpoint.keep_best={best.metric}: an evaluation has no such number, only "
-                f"{', '.join(names)}{hint(best.metric, names)}"
-            )
-
     def _is_best(self, evaluation: Record) -> bool:
         """Whether an evaluation is the best so far, by the metric that was asked for."""
         self._metrics = {
@@ -146,7 +130,6 @@ class Checkpoints:
         best, run = self._store.best, self._run
         if best is None:
             return False
-        self.check_metric(evaluation)
         state, value = run.state, self._metrics[best.metric]
         # of another metric or other rows, an earlier best says nothing
         best_of = f"{best.metric} of {run.fingerprints[HELD_OUT]}"

@@ -1,6 +1,7 @@
 """The rules of the configuration, and what the command line makes of KEY=VALUE arguments."""
 
 import re
+from itertools import pairwise
 
 import pytest
 from omegaconf import OmegaConf
@@ -243,6 +244,16 @@ def test_a_best_checkpoint_needs_evaluations():
 
 
 @pytest.mark.parametrize(
+    ("loss", "metric", "nearest"),
+    [("dpo", "rewards_eval/margin", "rewards_eval/margins"), ("sft", "logps_eval/rejected", "")],
+)
+def test_a_best_checkpoint_is_by_what_evaluations_of_the_loss_say(loss, metric, nearest):
+    message = f"keep_best with loss={loss} must be one of loss/eval, .* got '{metric}'.*{nearest}"
+    with pytest.raises(ConfigError, match=message):
+        read(f"loss={loss}", f"checkpoint.keep_best={metric}")
+
+
+@pytest.mark.parametrize(
     ("argument", "message"),
     [
         ("batch_size=abc", "batch_size must be an integer, got abc"),
@@ -284,6 +295,10 @@ def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
         (["batchsize=1"], "nearest: batch_size"),
         (["data=hh"], "data is a group of options: data.on_error"),
         (["hydra.run.dir=x"], "nearest: run_dir"),
+        (["lora_alpha=32"], "nearest: adapter.alpha"),
+        (["cutoff_len=512"], "nearest: max_length"),
+        (["sample_packing=true"], "nearest: packing.enabled"),
+        (["label_smoothing=0.1"], "nearest: loss.label_smoothing"),
         (["qqqq=1"], "qqqq: no such option; `python train.py --help`"),
         (["--learning_rat", "0.123"], "options are written KEY=VALUE; write lr=0.123"),
         (["--learning_rate=0.1"], "write lr=0.1"),
@@ -424,6 +439,9 @@ def test_device_that_cannot_is_refused_with_what_can():
         with pytest.raises(ConfigError, match=rf"attention={attention} needs a CUDA device"):
             model = ModelConfig(name_or_path="tiny", attention=attention)
             tiny_config(model=model).check_device("cpu", has_bfloat16=True)
+    with pytest.raises(ConfigError, match=r"liger=true needs a CUDA device.*liger=auto"):
+        liger = ModelConfig(name_or_path="tiny", liger="true")
+        tiny_config(model=liger).check_device("cpu", has_bfloat16=True)
     with pytest.raises(ConfigError, match=r"does not compute in bfloat16; .*fsdp_policy_mp=null"):
         tiny_config().check_device("cuda", has_bfloat16=False)
 
@@ -461,6 +479,13 @@ def test_help_names_and_explains_every_option():
         assert len(option.doc) > 10, option.key
         assert option.key == "loss.name" or f"{option.key}=" in text
         assert option.key == "loss.name" or option.doc in text
+
+
+@pytest.mark.parametrize(("width", "longest"), [(20, 80), (80, 80), (96, 96), (200, 96)])
+def test_help_fits_the_terminal_and_is_never_hard_to_read(width, longest):
+    lines = format_help(train.CONFIG_DIR, width).splitlines()
+    assert max(map(len, lines)) <= longest
+    assert not any(not a and not b for a, b in pairwise(lines))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fastpref.config import (
     TISDPOConfig,
 )
 from fastpref.objectives.objective import build_objective
+from fastpref.train.logs.metrics import name_for_split
 
 ROWS = [
     EncodedRow([5, 6], [7, 8, 2], [9, 2], [0.7, 1.3, 0.0], [1.1, 0.0]),
@@ -141,6 +142,8 @@ def test_metric_names_are_the_seeds():
             TokenScores(ones_N, ones_N, ones_N if names >= kl else None), batch
         )
         assert set(metrics) == names, name
+        held_out = {name_for_split(metric, "eval") for metric in metrics}
+        assert set(CONFIGS[name].held_out_metrics) == held_out, name
 
 
 def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():
