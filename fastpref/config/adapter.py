@@ -70,7 +70,7 @@ class AdapterConfig:
         """
         if self.quantized and find_spec("bitsandbytes") is None:
             raise ValueError(
-                "adapter=qlora needs the package bitsandbytes: pip install 'fastpref[qlora]'"
+                "adapter=qlora needs the package bitsandbytes: pip install bitsandbytes"
             )
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ INCHES_LEFT, INCHES_RIGHT, INCHES_BELOW, INCHES_ABOVE = 1.05, 0.2, 0.5, 0.35
 
 PANELS = [
     # title, metrics (one line each), unit of the vertical axis
-    ("loss", ["loss"], "nats per pair"),
+    ("loss", ["loss"], "mean over examples"),
     ("reward accuracy", ["rewards/accuracies"], "share of pairs"),
     ("reward margin", ["rewards/margins"], "chosen - rejected"),
     ("sequential KL", ["kl/chosen", "kl/rejected"], "nats per response"),
