@@ -3,10 +3,13 @@
 import datetime
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
+import pytest
 from small_data import make_config, write_jsonl
 
+from fastpref.data.layouts.row_values import RowError
 from fastpref.data.options import data_options
 from fastpref.data.source import read_rows
 from fastpref.data.sources.readers import read_records
@@ -76,3 +79,33 @@ def test_null_columns_of_a_parquet_file_stay_and_null_keys_of_structs_go(tmp_pat
     ]
     path = write_parquet(tmp_path, pyarrow.Table.from_pylist(records))
     assert [record for _, record in read_records(path)] == [records[0], records[1] | {"list": None}]
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="these datasets have no type of JSON")
+def test_what_datasets_declares_as_json_is_what_its_text_stands_for(tmp_path):
+    call = {"function": {"name": "f", "arguments": {"to": "Zürich", "via": None}}}
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call]}]
+    record = {"messages": turns, "said": turns, "tools": [{"name": "f"}], "at": [[1.0, 2.0]]}
+    json_type = datasets.Json()
+    message = {"role": datasets.Value("string"), "content": datasets.Value("string")}
+    features = {
+        "messages": datasets.List(message | {"tool_calls": json_type}),
+        "said": datasets.List(json_type),
+        "tools": json_type,
+        "at": datasets.Array2D((1, 2), "float64"),
+    }
+    table = datasets.Dataset.from_list([record], features=datasets.Features(features))
+    table.to_parquet(tmp_path / "train.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "train.parquet", *(tmp_path / "saved").glob("*.arrow")):
+        assert [found for _, found in read_records(path)] == [record]
+
+
+@pytest.mark.skipif(not hasattr(pyarrow, "json_"), reason="this pyarrow has no type of JSON")
+def test_a_value_declared_as_json_that_is_none_is_a_bad_row(tmp_path):
+    column = pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(["{}", "{"]))
+    path = write_parquet(tmp_path, pyarrow.table({"tools": column}))
+    (_, whole), (number, error) = read_records(path)
+    assert (whole, number) == ({"tools": {}}, 2)
+    assert isinstance(error, RowError)
+    assert error.at("f:2").startswith("f:2:tools: tools is declared as JSON and is none: ")

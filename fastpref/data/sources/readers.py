@@ -19,6 +19,7 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz", ".arrow")
 """Forms of a data file, the first one that exists is read."""
 
 ARROW_MAGIC = b"ARROW1"
+JSON_TYPE = "arrow.json"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -28,7 +29,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
     passed over. A .json file has one array of objects, or JSON lines. In parquet every struct of a
     column has the same keys, and those that a message or a tool call lacks are null: such keys are
-    left out, however deep they lie. Maps become objects. So it is in Arrow files, streams such as
+    left out, however deep they lie. Maps become objects, and what is declared as JSON the values
+    that its text stands for, null among them. So it is in Arrow files, streams such as
     `save_to_disk` of `datasets` writes or files with an index.
 
     Yields:
@@ -139,26 +141,44 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
 def read_batches(
     batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
 ) -> Iterator[tuple[int, Any]]:
-    """Records of tables, numbered from 1, without keys of structs that are null."""
+    """Records of tables, numbered from 1, without keys of structs that are null; a `RowError` in
+    place of one with a value that is declared as JSON and is none."""
     number = 0
     for batch in batches:
         fields = {field.name: field.type for field in batch.schema}
         for record in batch.to_pylist():
             number += 1
-            yield number, {name: _given(record[name], fields[name]) for name in record}
+            yield number, _given_fields(record, fields)
+
+
+def _given_fields(record: dict[str, Any], fields: dict[str, pyarrow.DataType]) -> Any:
+    given = {}
+    for name, value in record.items():
+        try:
+            given[name] = _given(value, fields[name])
+        except (ValueError, RecursionError) as error:
+            return RowError(f"{name} is declared as JSON and is none: {error}", name)
+    return given
 
 
 def _given(value: Any, declared: pyarrow.DataType) -> Any:
-    """A parquet value without the keys of structs that are null, maps as objects."""
+    """A parquet value without the keys of structs that are null, maps as objects, JSON decoded.
+
+    Raises:
+        ValueError: what is declared as JSON is none.
+    """
     kinds = pyarrow.types
     if value is None:
         return None
+    if isinstance(declared, pyarrow.BaseExtensionType):
+        # the type `Json` of `datasets`: in a struct, tool calls of any arguments
+        return json.loads(value) if declared.extension_name == JSON_TYPE else value
     if kinds.is_struct(declared):
         inner = {field.name: field.type for field in declared}
         return {key: _given(item, inner[key]) for key, item in value.items() if item is not None}
     if kinds.is_map(declared):
         return {str(key): _given(item, declared.item_type) for key, item in value}
     # lists of numbers, such as token weights, are long and have nothing to leave out
-    if isinstance(value, list) and kinds.is_nested(declared.value_type):
+    if isinstance(value, list) and not kinds.is_primitive(declared.value_type):
         return [_given(item, declared.value_type) for item in value]
     return value
