@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,17 @@ class ChatFormat:
     def name(self) -> str:
         """Where the template comes from, for messages."""
         return "the tokenizer's chat template" if self.template is None else "data.chat_template"
+
+    @cached_property
+    def closing(self) -> str:
+        """What the template puts behind the EOS of an answer, white space at its ends aside; "" for
+        nothing. There a model has stopped: a generation prompt, which some put last always."""
+        try:
+            text = self.render(PLAIN_EXCHANGE)
+        except RowError:
+            return ""
+        _, _, end = text.rpartition(PLAIN_EXCHANGE[-1]["content"])
+        return end.partition(self.tokenizer.eos_token)[2].strip()
 
     def render(
         self, messages: Messages, tools: Messages | None = None, *, generation_prompt: bool = False
@@ -191,7 +202,7 @@ def render_chat(
     """Render one prompt and its responses.
 
     A response is what the template adds to the prompt with its generation prompt. The EOS that the
-    template puts last, white space after it included, is taken off: the encoder appends it.
+    template puts last is taken off, and what it puts behind it: the encoder appends EOS.
 
     Args:
         prompt, responses: JSON lists of messages.
@@ -225,7 +236,8 @@ def render_chat(
     return RenderedChat(
         prompt=shared,
         responses=[
-            strip_final_eos(text[len(shared) :], chat.tokenizer.eos_token) for text in full_texts
+            strip_final_eos(text[len(shared) :], chat.tokenizer.eos_token, chat.closing)
+            for text in full_texts
         ],
         is_prefix=shared == prompt_text,
         arguments_decoded=arguments_decoded,
@@ -234,9 +246,9 @@ def render_chat(
     )
 
 
-def strip_final_eos(text: str, eos_token: str) -> str:
-    """`text` without an EOS at its end and the white space after it; unchanged without EOS."""
-    stripped = text.rstrip()
+def strip_final_eos(text: str, eos_token: str, closing: str = "") -> str:
+    """`text` without an EOS at its end, white space and `closing` after it; unchanged without."""
+    stripped = text.rstrip().removesuffix(closing).rstrip()
     return stripped.removesuffix(eos_token) if stripped.endswith(eos_token) else text
 
 

@@ -93,6 +93,16 @@ def test_one_final_eos_is_taken_off_with_the_space_after_it(text, expected):
     assert strip_final_eos(text, "</s>") == expected
 
 
+@pytest.mark.parametrize("closing", ["[assistant]", "</s>", "\n<end>\n"])
+def test_what_a_template_puts_behind_the_last_eos_is_not_of_the_response(closing):
+    # the first as DeepSeek Coder has it: the generation prompt always, whether asked for or not
+    template = TEMPLATE.replace(
+        "[assistant]{% endif", "[assistant]{% else %}" + closing + "{% endif"
+    )
+    prompt, responses, *_ = render(template, chosen=say("assistant", f"yes</s>{closing}x"))
+    assert (prompt, responses) == ("<s>[user]Q</s>\n[assistant]", [f"yes</s>{closing}x", "no"])
+
+
 def test_what_is_rendered_is_what_the_row_says_key_by_key():
     arguments = {"to": "Zürich", "from": None, "by": {"z": [1, 2.5], "a": True}}
     tools = [{"type": "function", "function": {"name": "trip", "description": "ä"}}]
