@@ -242,7 +242,8 @@ def truncate(
 def keeps_end(form: str, options: EncodeOptions) -> bool:
     """Whether of a prompt that is too long the end stays."""
     if options.truncation_mode == "auto":
-        return form == "hh"
+        # of a conversation the last turn and the generation prompt, without which none answers
+        return form != "text"
     return options.truncation_mode == "keep_end"
 
 

@@ -95,6 +95,10 @@ def test_dialogues_keep_the_end_of_a_long_prompt_and_other_rows_its_start(tmp_pa
     assert texts(split, 0)[0] == "\nAssistant:"[-12:].rjust(12, "\n")
     assert texts(split, 1)[0] == "abcdefghijkl"
     assert split.audit.remarks == {Remark.PROMPT_CUT: 2}
+    chat = {"prompt": [say("user", "x" * 40)]}
+    chat |= {side: [say("assistant", side)] for side in ("chosen", "rejected")}
+    rendered = encode(tmp_path, [chat], tokenizer=byte_tokenizer(TEMPLATE), **bounds)
+    assert texts(rendered)[0] == "\n[assistant]"
     # the name hh means dialogues whatever its rows look like
     write(tmp_path, rows[1:], name="hh")
     assert texts(encode(tmp_path, names=["hh"], **bounds))[0] == "uvwxyz012345"
