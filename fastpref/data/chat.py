@@ -15,7 +15,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from fastpref.checks import hint
 from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError
-from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out
+from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out, spells_eos
 from fastpref.errors import ConfigError, first_line
 
 PLAIN_EXCHANGE = [
@@ -133,6 +133,10 @@ class RenderedChat(NamedTuple):
     """The first field of a response that its text does not hold, "chosen.reasoning_content"."""
     prompt_left_out: bool = False
     """A tool or a system message is not in the prompt's text."""
+    eos_added: bool = False
+    """The template does not end a response with EOS."""
+    eos_spelled: bool = False
+    """A message spells EOS out, before its end."""
 
 
 def read_chat_template(path: str | None) -> str | None:
@@ -233,16 +237,18 @@ def render_chat(
         field_left_out(field, answer, text, len(shared))
         for field, answer, text in zip(fields, answers, full_texts, strict=False)
     )
+    eos_token = chat.tokenizer.eos_token
+    rendered = [text[len(shared) :] for text in full_texts]
+    stripped = [strip_final_eos(text, eos_token, chat.closing) for text in rendered]
     return RenderedChat(
         prompt=shared,
-        responses=[
-            strip_final_eos(text[len(shared) :], chat.tokenizer.eos_token, chat.closing)
-            for text in full_texts
-        ],
+        responses=stripped,
         is_prefix=shared == prompt_text,
         arguments_decoded=arguments_decoded,
         left_out=next(filter(None, left_out), ""),
         prompt_left_out=prompt_is_left_out(messages, schemas, prompt_text),
+        eos_added=any(one == other for one, other in zip(rendered, stripped, strict=True)),
+        eos_spelled=spells_eos([messages, *answers], eos_token),
     )
 
 

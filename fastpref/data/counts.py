@@ -41,6 +41,9 @@ class Remark(IntFlag):
     TOKENIZED_APART = auto()
     JOINED_DIFFERS = auto()
     EQUAL_WHEN_CUT = auto()
+    OTHERS_SPEAK = auto()
+    EOS_ADDED = auto()
+    TEXT_OF_MESSAGES = auto()
 
 
 REMARK_TEXTS = {
@@ -69,6 +72,11 @@ REMARK_TEXTS = {
     "one, which is the rule of the seed repositories",
     Remark.EQUAL_WHEN_CUT: "chosen and rejected are equal only as max_length, max_prompt_length "
     "and data.truncation cut them",
+    Remark.OTHERS_SPEAK: "a response holds messages that are not the assistant's, such as results "
+    "of tools, and they are in the loss as well",
+    Remark.EOS_ADDED: "the chat template ends a response with something else than EOS, which is "
+    "put behind it",
+    Remark.TEXT_OF_MESSAGES: "a text is a list of messages written out, and taken as it stands",
 }
 ORDINARY = (
     Remark.PROMPT_CUT
@@ -76,9 +84,12 @@ ORDINARY = (
     | Remark.REJECTED_CUT
     | Remark.EOS_AT_END
     | Remark.ARGUMENTS_DECODED
+    | Remark.EOS_ADDED
 )
 """What nobody is warned of."""
-PROMPT_COLUMNS = ("system", "system_prompt", "history", "context", "input")
+PROMPT_COLUMNS = (
+    *("system", "system_prompt", "history", "context", "input", "tools", "chat_template_kwargs"),
+)
 """Columns without which a prompt may be another one than was meant."""
 MAX_IDENTICAL = 0.5
 JOINED_ROWS = 1000

@@ -1,6 +1,8 @@
 """What is remarkable about rows as texts: equal prompts, pairs that come again, idle weights."""
 
 import hashlib
+import json
+import re
 from typing import NamedTuple
 
 from fastpref.data.counts import Remark
@@ -8,6 +10,8 @@ from fastpref.data.layouts.rows import MALFORMED, Row, comparable, prompt_said
 
 NO_MESSAGES = "[]"
 """The prompt of a row of messages that has none."""
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from)\1\s*:""")
+"""How a list of messages begins in JSON, or as Python or a table of CSV writes it."""
 
 
 def row_remarks(row: Row) -> Remark:
@@ -16,7 +20,13 @@ def row_remarks(row: Row) -> Remark:
     weights = (row["chosen_weights"], row["rejected_weights"])
     if any(values and not any(values) for values in weights):
         remarks |= Remark.ZERO_WEIGHTS
-    repeats = all(text.startswith(row["prompt"]) for text in (row["chosen"], row["rejected"]))
+    sides = (row["chosen"], row["rejected"])
+    if row["form"] == "chat":
+        speakers = {message["role"] for side in sides for message in json.loads(side or "[]")}
+        remarks |= Remark.OTHERS_SPEAK if speakers - {"assistant"} else 0
+    elif any(map(WRITTEN_MESSAGES.match, (row["prompt"], *sides))):
+        remarks |= Remark.TEXT_OF_MESSAGES
+    repeats = all(text.startswith(row["prompt"]) for text in sides)
     # of messages this is recognised, see `divide_conversations`
     if row["form"] == "text" and row["prompt"].strip() and repeats:
         remarks |= Remark.PROMPT_TWICE

@@ -1,4 +1,4 @@
-"""What of a conversation is not in the text that a chat template makes of it."""
+"""What of a conversation is not in the text that a chat template makes of it, or should not be."""
 
 import json
 from collections.abc import Iterator
@@ -41,6 +41,17 @@ def prompt_is_left_out(messages: Messages, tools: Messages | None, text: str) ->
     said = [function.get("name") for function in functions if isinstance(function, dict)]
     said += [m.get("content") for m in messages if m["role"] in ("system", "developer")]
     return any(isinstance(part, str) and not _holds(text, part.strip()) for part in said)
+
+
+def spells_eos(parts: list[Messages], eos_token: str) -> bool:
+    """Whether a message of some says EOS before its end: it becomes the token, and no template
+    makes another of it."""
+    return any(
+        eos_token in leaf.rstrip().removesuffix(eos_token)
+        for messages in parts
+        for message in messages
+        for _, leaf in text_leaves(message)
+    )
 
 
 def text_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:

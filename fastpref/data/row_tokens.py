@@ -215,7 +215,7 @@ def _outcome(
     drop = EMPTY_RESPONSE if is_blank or not all(stripped) else ""
     remarks |= row.remarks
     remarks |= Remark.EOS_AT_END if stripped != responses else 0
-    # the turns of a conversation may each end in EOS
+    # the turns of a conversation may each end in EOS: there it is looked for in what they say
     has_eos = not row.is_chat and any(eos_id in part for part in (prompt, *stripped))
     remarks |= Remark.EOS_INSIDE if has_eos else 0
     remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
@@ -228,4 +228,6 @@ def _chat_remarks(rendered: RenderedChat) -> Remark:
     remarks |= Remark.ARGUMENTS_DECODED if rendered.arguments_decoded else 0
     remarks |= Remark.RESPONSE_NOT_RENDERED if rendered.left_out else 0
     remarks |= Remark.PROMPT_NOT_RENDERED if rendered.prompt_left_out else 0
+    remarks |= Remark.EOS_ADDED if rendered.eos_added else 0
+    remarks |= Remark.EOS_INSIDE if rendered.eos_spelled else 0
     return remarks

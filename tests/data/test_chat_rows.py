@@ -96,6 +96,31 @@ def test_what_a_template_leaves_out_is_counted_with_its_first_place(tmp_path, ca
     assert "train.jsonl:2:chosen.content)" in caplog.text
 
 
+def test_what_else_than_the_assistants_words_is_in_the_loss_is_counted(tmp_path):
+    looked_up = [calling({}), say("tool", "12:30"), say("assistant", "At noon.")]
+    rows = [chat(), chat(question="R"), chat("a<|im_end|>b", question="S"), chat("c<|im_end|>")]
+    rows[1]["chosen"] = looked_up
+    split = encode(tmp_path, rows, byte_level_tokenizer(CHATML_TOOLS))
+    counted = {Remark.OTHERS_SPEAK: 2, Remark.EOS_INSIDE: 3, Remark.EOS_AT_END: 4}
+    assert split.audit.first_remarks == {
+        remark: f"{tmp_path / 'data' / 'set' / 'train.jsonl'}:{row}"
+        for remark, row in counted.items()
+    }
+    # as in Gemma: turns end in a marker of their own
+    tokenizer = byte_level_tokenizer(CHATML_TOOLS, eos_token="</s>")
+    split = encode(tmp_path, rows[:1], tokenizer)
+    assert split.audit.remarks == {Remark.EOS_ADDED: 1}
+    assert texts(split, tokenizer)[1] == "yes<|im_end|>\n</s>"
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_texts_that_are_messages_written_out_are_counted(tmp_path, write):
+    answers = [write([say("user", "Q"), say("assistant", answer)]) for answer in ("yes", "no")]
+    rows = [pair("Q", *answers), pair("R", '[{"a": 1}]', "{'role': 2}")]
+    split = encode(tmp_path, rows, byte_level_tokenizer())
+    assert split.audit.remarks == {Remark.TEXT_OF_MESSAGES: 1}
+
+
 def test_responses_that_differ_in_what_is_left_out_alone_are_nothing_to_prefer(tmp_path):
     rows = [chat("<think>a</think>yes", "<think>b</think>yes", f"Q{i}") for i in range(3)]
     with pytest.raises(DataError, match=r"equals rejected in 3 of 3 .* leaves out .*:1:chosen\."):

@@ -238,25 +238,25 @@ def test_columns_that_nobody_reads_are_told_of_once(tmp_path):
     weights = {"chosen_weight": [1.0], "rejected_weight": [1.0]}
     rows = [
         *pairs(2),
-        pair("a", system="S", id="1") | weights,
+        pair("a", system="S", id="1", tools="[]") | weights,
         pair("b", id="2", **extra),
         chat | {"system": "S", "tools": []},
     ]
     path = write_jsonl(folder(tmp_path), "train", rows)
-    unread = {str(path): ["system", "id", "chosen_weight", "rejected_weight", *extra]}
+    unread = {str(path): ["system", "id", "tools", "chosen_weight", "rejected_weight", *extra]}
     assert read(tmp_path).counts.unread == unread
     facts, warnings = format_audit(read(tmp_path).counts)
     assert facts[-1] == (
         f"train: columns of {path} that are not read: id, chosen_weight, rejected_weight, "
         "column0, column1, column2, column3, column4, … (12 in all)"
     )
-    # without it the prompts may be others than were meant
+    # without them the prompts may be others than were meant
     assert warnings[-1] == (
-        f"train: columns of {path} that are not read and may belong to the prompt: system; write "
-        "into it what the model is to read"
+        f"train: columns of {path} that are not read and may belong to the prompt: system, "
+        "tools; write into it what the model is to read"
     )
     weighted = read(tmp_path, loss=TISDPOConfig()).counts.unread
-    assert weighted == {str(path): ["system", "id", *extra]}
+    assert weighted == {str(path): ["system", "id", "tools", *extra]}
     write_jsonl(folder(tmp_path), "train", [chat | {"system": "S", "tools": []}])
     assert not read(tmp_path).counts.unread
 
