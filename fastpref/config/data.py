@@ -43,8 +43,8 @@ class DataConfig:
     """seed: responses get max_length - max_prompt_length tokens. fill: they get what the prompt
     left. drop: pairs longer than max_length are dropped."""
     truncation_mode: str = "auto"
-    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_start of texts, keep_end
-    of messages and of hh)."""
+    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end of messages and of
+    hh, keep_start of other texts)."""
     order: str = "fastpref"
     """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
     shares: list[float] | None = None

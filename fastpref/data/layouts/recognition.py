@@ -111,10 +111,17 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
             "chosen and rejected",
             "rejected",
         )
+    also = "; or messages, conversations, or prompt and completion" if single else ""
+    if single and not any(side in record for side in SIDES):
+        raise RowError(
+            f"no column for the response; columns found: {listed(sorted(record)) or 'none'}; "
+            "data.columns={completion: COLUMN} says which column it is; needed: prompt, chosen, "
+            f"rejected{also}",
+            "completion",
+        )
     try:
         check_columns(list(record))
     except RowError as error:
-        also = "; or messages, conversations, or prompt and completion" if single else ""
         raise RowError(f"{error}{also}", error.field) from None
     raise AssertionError("a pair has both columns")
 

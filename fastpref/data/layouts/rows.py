@@ -179,8 +179,8 @@ def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
     turn = chosen.rfind(ASSISTANT_TURN)
     if turn < 0:
         raise RowError(
-            "no prompt: columns found: chosen, rejected; needed: prompt, chosen, rejected, or "
-            r"dialogues in chosen and rejected with '\n\nAssistant:' turns"
+            "no prompt: needed: prompt, chosen, rejected, or dialogues in chosen and rejected with "
+            r"'\n\nAssistant:' turns"
         )
     prompt = chosen[: turn + len(ASSISTANT_TURN)]
     if not rejected.startswith(prompt):
@@ -222,7 +222,11 @@ def _parse_text(record: dict[str, Any], single: bool) -> Row:
     try:
         parts = split_dialogues(chosen, rejected)
     except RowError as error:
-        raise RowError(f"{error}{_rename_hint('prompt', list(record))}") from None
+        columns = list(record)
+        found = listed(sorted(map(str, columns)))
+        raise RowError(
+            f"{error}; columns found: {found}{_rename_hint('prompt', columns)}"
+        ) from None
     if parts is None:
         # its prompt keeps the row's place in the order of the data
         prompt = chosen[: chosen.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN)]
