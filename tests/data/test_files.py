@@ -170,6 +170,23 @@ def test_what_a_data_file_may_end_with_is_said_where_there_is_none(tmp_path):
     assert f"expected {endings} in it" in refusal(tmp_path, names=["other"])
 
 
+def test_folders_that_are_data_sets_by_themselves_are_offered(tmp_path):
+    # as Anthropic/hh-rlhf lies on the hub
+    for name in ("helpful/train.jsonl", "harmless/data/train-00000-of-00001.parquet"):
+        write(tmp_path, name)
+    write(tmp_path, "test.jsonl")
+    message = refusal(tmp_path)
+    assert message.endswith("; folders in it that have one: datasets=[set/harmless,set/helpful]")
+    assert read(tmp_path, names=["set/helpful"]).name == "set/helpful"
+    assert "nearest: test.jsonl" in refusal(tmp_path, split_names={"train": "tests"})
+
+
+def test_what_is_no_data_and_the_other_split_are_not_the_nearest(tmp_path):
+    write(tmp_path, "test.jsonl")
+    (tmp_path / "data" / "set" / "state.json").write_text("{}")
+    assert "nearest" not in refusal(tmp_path)
+
+
 def test_splits_of_other_names_are_offered_and_read(tmp_path):
     for name in ("train_prefs", "test_prefs", "train_sft"):
         write(tmp_path, f"data/{name}-00000-of-00001.parquet")

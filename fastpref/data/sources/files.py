@@ -104,7 +104,7 @@ def find_source(
     if folder is not None and folder.is_dir():
         paths, others = find_files(folder, there)
         if not paths:
-            raise _no_files(folder, split, there)
+            raise _no_files(folder, name, split, there)
         passed_over = tuple(str(path.relative_to(folder)) for path in others)
         return Location(name, split, there, tuple(map(str, paths)), passed_over=passed_over)
     if name in SOURCES:
@@ -263,16 +263,32 @@ def _contents(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _no_files(folder: Path, split: str, there: str) -> MissingSplitError:
+def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitError:
     contents = list(_contents(folder))
     found = [str(path.relative_to(folder)) for path in contents]
     splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
     advice = _split_names(split, splits) if split == there else ""
-    advice = advice or hint(f"{there}.jsonl", [name for name in found if name.endswith(SUFFIXES)])
+    advice = advice or _own_folders(folder, name, there)
+    # neither what `datasets` puts beside is meant nor, unless by its name, the other split
+    others = ("", "train", "test") if split == there else ("",)
+    near = [path.name for path in contents if split_of(path) not in others]
+    near = [file for file in near if not NO_DATA.fullmatch(file)]
+    advice = advice or hint(f"{there}.jsonl", near)
     return MissingSplitError(
         f"datasets: no file {folder / there}{ANY_SUFFIX}; found "
         f"{listed(found) or 'an empty folder'}{advice}"
     )
+
+
+def _own_folders(folder: Path, name: str, there: str) -> str:
+    """Folders that are data sets by themselves, as the hub has configurations, to end a message
+    with; "" for none."""
+    own = [
+        f"{name}/{child.name}"
+        for child in sorted(path for path in folder.iterdir() if path.is_dir())
+        if any(split_of(path) == there for path in _contents(child) if path.is_file())
+    ]
+    return f"; folders in it that have one: datasets=[{','.join(own)}]" if own else ""
 
 
 def _split_names(missing: str, splits: set[str]) -> str:
