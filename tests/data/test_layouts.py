@@ -501,8 +501,8 @@ def test_a_row_without_known_columns_says_what_is_needed_and_how_to_name_it(tmp_
     sft = refusal(tmp_path, {"text": "Q"}, loss=SFTConfig)
     assert sft.endswith("; or messages, conversations, or prompt and completion")
     # {chosen: text} would be asked for rejected next
-    assert "train.jsonl:1:completion: no column for the response; columns found: text; " in sft
-    assert "data.columns={completion: COLUMN} says which column it is" in sft
+    assert "data.columns={completion: COLUMN} says which column the response is" in sft
+    assert "chosen: COLUMN" not in sft
     orca = {"system": "S", "input": "Q", "chosen": "a", "rejected": "b"}
     assert "turns; columns found: chosen, input, rejected, system; " in refusal(tmp_path, orca)
     near = refusal(tmp_path, {"prompt": "Q", "chosen": "a", "reject": "b"})

@@ -114,10 +114,10 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
     also = "; or messages, conversations, or prompt and completion" if single else ""
     if single and not any(side in record for side in SIDES):
         raise RowError(
-            f"no column for the response; columns found: {listed(sorted(record)) or 'none'}; "
-            "data.columns={completion: COLUMN} says which column it is; needed: prompt, chosen, "
-            f"rejected{also}",
-            "completion",
+            f"no column 'chosen'; columns found: {listed(sorted(record)) or 'none'}; "
+            "data.columns={completion: COLUMN} says which column the response is; needed: prompt, "
+            f"chosen, rejected{also}",
+            "chosen",
         )
     try:
         check_columns(list(record))
