@@ -117,15 +117,13 @@ def cap_logits(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z = cap · tanh(scale · logits / cap)."""
     logits *= scale
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (1 + e^2x), off by 1e-7 of the cap: near 0 its series instead, to which
-        # the cap is nothing
+        # 1 - 2 / (1 + e^2x) is off by 1e-7, which near 0 is a large part of it: there its series
         over_cap = logits / softcap
         squared = over_cap * over_cap
-        series = squared * (-17.0 / 315) + 2.0 / 15
-        series = squared * series - 1.0 / 3
-        near_zero = logits + logits * (squared * series)
-        capped = softcap - 2 * softcap / (1 + tl.exp(2 * over_cap))
-        logits = tl.where(tl.abs(over_cap) < 0.2, near_zero, capped)
+        series = squared * (squared * (squared * (-17.0 / 315) + 2.0 / 15) - 1.0 / 3)
+        near_zero = over_cap + over_cap * series
+        tanh = 1 - 2 / (1 + tl.exp(2 * over_cap))
+        logits = softcap * tl.where(tl.abs(over_cap) < 0.2, near_zero, tanh)
     return logits
 
 

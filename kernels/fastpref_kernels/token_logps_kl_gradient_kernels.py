@@ -69,9 +69,9 @@ def _stored_gradient_kernel(
 @triton.jit
 def _recomputed_gradient(
     logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad, target,
-    offs_v, mask_v, softcap, UNDER_REFERENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    offs_v, softcap, UNDER_REFERENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of logits from both models' logits."""
+    """Gradient of a tile of logits from both models' logits; undefined beyond the vocabulary."""
     logps = log_softmax(logits, lse)
     reference_logps = log_softmax(reference_logits, reference_lse)
     p = tl.exp(logps)
@@ -83,7 +83,7 @@ def _recomputed_gradient(
     dlogits = tl.where(is_target, target_grad[:, None], dlogits)
     if HAS_SOFTCAP:
         dlogits *= softcap_slope(logits, softcap)
-    return tl.where(mask_v[None, :] & (target >= 0)[:, None], dlogits, 0.0)
+    return tl.where((target >= 0)[:, None], dlogits, 0.0)
 
 
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
@@ -134,8 +134,9 @@ def _joint_dlogits_kernel(
         )  # fmt: skip
         dlogits = _recomputed_gradient(
             logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad,
-            target, offs_v, mask_v, softcap, UNDER_REFERENCE, HAS_SOFTCAP,
+            target, offs_v, softcap, UNDER_REFERENCE, HAS_SOFTCAP,
         )  # fmt: skip
+        dlogits = tl.where(mask_v[None, :], dlogits, 0.0)
         dlogits_desc.store([start_n, part_v - start_v], dlogits.to(OUT))
 
 
@@ -176,7 +177,7 @@ def _joint_dlogits_tile_kernel(
     )  # fmt: skip
     dlogits = _recomputed_gradient(
         logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad,
-        target, offs_v, mask_v, softcap, UNDER_REFERENCE, HAS_SOFTCAP,
+        target, offs_v, softcap, UNDER_REFERENCE, HAS_SOFTCAP,
     )  # fmt: skip
     dlogits = dlogits.to(dlogits_ptr.dtype.element_ty)
     tl.store(dlogits_ptr + rows_long * stride_dlogits + cols[None, :], dlogits, mask=mask)

@@ -153,7 +153,7 @@ def test_shares_are_of_datasets_however_many_files_each_has(tmp_path):
 
 
 def test_arguments_of_the_template_reach_the_page(tmp_path):
-    template = TEMPLATE + "{% if shout %}!{{ shout }}!{% endif %}"
+    template = "{% if shout %}!{{ shout }}!{% endif %}" + TEMPLATE
     rows = [conversation(row) for row in pairs(3)]
     write_jsonl(tmp_path / "data" / "set", "train", rows)
     options = options_of(tmp_path, template_kwargs={"shout": "hey"})

@@ -41,6 +41,7 @@ def test_lines_that_somebody_took_away_are_missed(tmp_path, caplog):
     assert brought(tmp_path, whole[1:3], [], step=2, evaluated=1) == [(1, "eval"), (2, "train")]
     assert "has no line of 1 of the 2 steps that were done" in caplog.text
     (tmp_path / "metrics.jsonl").unlink()
+    caplog.clear()
     assert brought(tmp_path, [], [line(2, "train")], step=2) == [(2, "train")]
-    assert caplog.text.count("has no line of 1 of the 2 steps") == 2
+    assert "has no line of 1 of the 2 steps" in caplog.text
     assert not (tmp_path / "samples.jsonl").exists()

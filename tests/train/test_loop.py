@@ -408,7 +408,7 @@ def test_a_reference_in_its_checkpoints_16_bits_changes_no_number(base, tmp_path
 
 def test_an_archive_gives_policy_and_reference_their_weights(base, tmp_path):
     trained = run(make_config(base, tmp_path / "sft", loss=SFTConfig(), n_epochs=4))
-    seed_format = tmp_path / "seed" / "policy.pt"
+    seed_format = tmp_path / "of the seed" / "policy.pt"
     seed_format.parent.mkdir()
     state = AutoModelForCausalLM.from_pretrained(trained / "LATEST").state_dict()
     torch.save({"step_idx": 3, "state": state, "metrics": {}}, seed_format)
