@@ -123,7 +123,7 @@ def cap_logits(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
         series = squared * (squared * (squared * (-17.0 / 315) + 2.0 / 15) - 1.0 / 3)
         near_zero = over_cap + over_cap * series
         tanh = 1 - 2 / (1 + tl.exp(2 * over_cap))
-        logits = softcap * tl.where(tl.abs(over_cap) < 0.2, near_zero, tanh)
+        logits = softcap * tl.where(squared < 0.04, near_zero, tanh)
     return logits
 
 
