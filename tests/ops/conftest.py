@@ -6,6 +6,8 @@ from functools import cache, wraps
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 
 def patching_once(interpreter: ModuleType, patch: Callable[..., Any]) -> Callable[..., Any]:
     """The interpreter's way of replacing Triton's language by itself, without the search that
@@ -80,6 +82,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
     types_once(core)
     TritonSemantic.broadcast_impl_value = of_one_type_at_once(TritonSemantic.broadcast_impl_value)
+    # Triton 3.6 takes what is no number for the larger one, a GPU the other
+    interpreter.InterpreterBuilder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(
+        lhs, rhs, np.fmax
+    )
     # private names: another version may do without them
     if hasattr(interpreter, "_get_np_dtype"):
         interpreter._get_np_dtype = by_name(interpreter._get_np_dtype)
