@@ -276,8 +276,8 @@ SPILL_LIMIT = {"sm_90": 16, "sm_100": 320}
 and read once behind the GEMM. On Blackwell the joint sweep that keeps its exponentials spills more,
 which a tile of its own would end."""
 LOOPING_SPILL_LIMIT = 56
-"""The same where one loop goes over tiles and their GEMMs: TDPO1's sweep, and with Triton 3.6 the
-gradients under a softcap, both at a D of one block; without these two nothing spills."""
+"""The same where one loop goes over tiles and their GEMMs: TDPO1's sweep, and with Triton 3.6 that
+under a softcap, both at a D of one block."""
 RESCUE_SPILL_LIMIT = 8
 """Bytes a thread of a kernel that hardly ever has anything to do: Triton 3.6 spills two numbers on
 sm_90."""
