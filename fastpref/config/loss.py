@@ -33,7 +33,7 @@ class LossConfig:
         return LossNeeds()
 
     @property
-    def held_out_metrics(self) -> list[str]:
+    def held_out_names(self) -> list[str]:
         """Names of an evaluation's numbers of the loss, as metrics.jsonl has them."""
         needs, pair = self.needs, ("chosen", "rejected")
         names = ["loss/eval", "logps_eval/chosen"]

@@ -208,8 +208,8 @@ class Config:
             raise ValueError("n_epochs and n_examples are both null: give at least one of them")
         # stages of other tasks have losses of their own, and are checked as trainings
         if self.task == "train":
-            loss, metrics = self.loss.name, self.loss.held_out_metrics
-            self.checkpoint.check_best(self.n_eval_examples, loss, metrics)
+            loss = self.loss
+            self.checkpoint.check_best(self.n_eval_examples, loss.name, loss.held_out_names)
         # the full check needs torch; a path or a call is refused here
         if not self.optimizer.isidentifier():
             raise ValueError(

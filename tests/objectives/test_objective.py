@@ -143,7 +143,7 @@ def test_metric_names_are_the_seeds():
         )
         assert set(metrics) == names, name
         held_out = {name_for_split(metric, "eval") for metric in metrics}
-        assert set(CONFIGS[name].held_out_metrics) == held_out, name
+        assert set(CONFIGS[name].held_out_names) == held_out, name
 
 
 def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():
