@@ -9,6 +9,7 @@ from fastpref_kernels import (
     token_logps,
     token_logps_and_kl,
 )
+from fastpref_kernels.row_sums import RowSums
 from oracle import (
     SHAPES,
     WORKSPACES_MIB,
@@ -146,6 +147,16 @@ def test_identical_models_differ_by_exactly_nothing(rows, dtype, softcap, direct
     assert torch.equal(logps_N, reference_logps_N)
     assert not kl_N.any()
     assert not any(grad.any() for grad in leaf_grads)
+
+
+def test_sums_that_are_equal_have_equal_logarithms_wherever_a_row_lies():
+    """A processor's vector instructions and what computes the rest differ in float64's last bit."""
+    for rows in range(1, 90):
+        max_R, sum_exp_R = torch.randn(rows), torch.rand(rows) * 9 + 1
+        sums = RowSums(max_R, sum_exp_R, max_R + torch.randn(rows))
+        both = RowSums.of_both(sums, sums)
+        for value in (both.surprisal, both.lse, both.lse_over_max):
+            assert torch.equal(*value)
 
 
 @both_directions
