@@ -44,6 +44,7 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     family = find_family(config, source)
     if Path(name).is_dir():
         check_files(Path(name))
+    in_few_bits = quantization_options(name, config)
 
     def load() -> Any:
         return family.from_pretrained(
@@ -57,7 +58,7 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
             # that of the folder is for whoever answers with the model, and may be one that
             # transformers refuses; an export has the file as it is
             generation_config=GenerationConfig(),
-            **quantization_options(name, config),
+            **in_few_bits,
             **attention,
         )
 
@@ -67,7 +68,12 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
         return family.from_config(config, **code_options(config, source))
 
     with reading("ModelForCausalLM", name):
-        return _load_full(load, opening, build, lambda: shapes_in(Path(name)))
+        model = _load_full(load, opening, build, lambda: shapes_in(Path(name)))
+    if in_few_bits:
+        # the model's own are asked for instead; with those it was loaded by, older versions of
+        # transformers write few bits again
+        vars(model).pop("_weight_conversions", None)
+    return model
 
 
 def check_files(folder: Path) -> None:
