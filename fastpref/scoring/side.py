@@ -23,10 +23,9 @@ class Side:
     label: str
     """positive or negative."""
     model: ModelConfig
-    template: str
-    """Text of its template, "" for none."""
     origin: ModelOrigin
-    quantized: bool = False
+    """What it is, and the text of its template, "" for none."""
+    quantized: bool
     """Its adapter stands beside layers in 4 bits, as it was trained."""
 
 

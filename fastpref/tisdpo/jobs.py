@@ -85,7 +85,7 @@ def build_job(
     weights, data = options.weights, options.data
     rows, encoded, counts = encode_under_templates(
         rows,
-        list(dict.fromkeys(["", *(side.template for side in sides)])),
+        list(dict.fromkeys(["", *(side.origin.template for side in sides)])),
         chat.tokenizer,
         # of whole pairs, as the files have them
         replace(
@@ -102,11 +102,12 @@ def build_job(
     settings = scoring_settings(options, sides[0].model, chat)
     prints, shards = {}, {}
     for side in sides:
-        check_ids(rows, encoded[side.template], side)
-        tokens = rows_digest(encoded[side.template])
-        prints[side.label] = fingerprint([settings, tokens, side.origin.identity, side.template])
+        template, identity = side.origin.template, side.origin.identity
+        check_ids(rows, encoded[template], side)
+        tokens = rows_digest(encoded[template])
+        prints[side.label] = fingerprint([settings, tokens, identity, template])
         folder = shards_folder(path) / f"{side.label}-{prints[side.label][:16]}"
-        shards[side.label] = Shards.of(folder, encoded[side.template], weights.shard_rows)
+        shards[side.label] = Shards.of(folder, encoded[template], weights.shard_rows)
     origin = WeightsOrigin(
         source=rows.source,
         rows=len(rows.dataset),

@@ -43,12 +43,8 @@ def build_sides(
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:
             identity += ", its base in 4 bits"
-        text = template_text(template)
-        origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
-        side = Side(
-            label=label, model=own, template=text, origin=origin, quantized=adapter.quantized
-        )
-        sides.append(side)
+        origin = ModelOrigin(name_or_path=name, identity=identity, template=template_text(template))
+        sides.append(Side(label=label, model=own, origin=origin, quantized=adapter.quantized))
     return sides
 
 
