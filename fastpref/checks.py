@@ -75,6 +75,24 @@ def expand_home(options: Any, *names: str) -> None:
             setattr(options, name, [os.path.expanduser(path) for path in value])
 
 
+def take_other_name(options: Any, name: str, other: str, *, group: str = "") -> None:
+    """Give an option the value of its other name, which nothing else reads.
+
+    Raises:
+        ValueError: both are given, and differ.
+    """
+    value, given = getattr(options, name), getattr(options, other)
+    if given is None:
+        return
+    if value not in (None, given):
+        raise ValueError(
+            f"{group}{other} is another name of {group}{name}: give one of them, "
+            f"got {given!r} and {value!r}"
+        )
+    setattr(options, name, given)
+    setattr(options, other, None)
+
+
 def listed(names: Sequence[str], most: int = 8) -> str:
     """ "a, b, c" of the first `most` names, then how many there are in all; "" of none."""
     more = f", … ({len(names)} in all)" if len(names) > most else ""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from fastpref.batch import EncodedRow
 
@@ -151,19 +152,13 @@ class EncodedColumns:
         prompts = self.prompt.lengths * self.num_sides
         return prompts + self.chosen.lengths + self.rejected.lengths
 
-    def row(self, index: int) -> EncodedRow:
-        """One row by itself."""
-        lists = [self._list(self.ids, name, index) for name in ("prompt", "chosen", "rejected")]
-        weights = [
-            self.weights if self.weights is None else self._list(self.weights, name, index)
-            for name in ("chosen_weights", "rejected_weights")
-        ]
-        return EncodedRow(*lists, *weights)
-
-    def _list(self, values: np.ndarray, name: str, row: int) -> list[Any]:
-        ranges: Ranges = getattr(self, name)
-        start = ranges.starts[row]
-        return values[start : start + ranges.lengths[row]].tolist()
+    def token_weights(self, rows: np.ndarray) -> torch.Tensor | None:
+        """(N,) float32, beside the tokens of `responses`; None where every token weighs 1."""
+        if self.weights is None:
+            return None
+        sides = (self.chosen_weights, self.rejected_weights)
+        ranges = concatenate([side.take(rows) for side in sides if side is not None])
+        return torch.from_numpy(self.weights[ranges.flat()])
 
 
 def _join(

@@ -10,7 +10,7 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.filled import fill_up, filled_length
 from fastpref.batches.packed import pack, pack_rows, plan_step
-from fastpref.batches.padded import pad_rows
+from fastpref.batches.padded import pad, pad_rows
 from fastpref.batches.plan import MicroBatch, StepPlan
 
 CPU_TOKENS = 8192
@@ -211,9 +211,8 @@ class PaddedRows:
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
     ) -> Batch:
-        """Right-padded rows, see `pad_rows`."""
-        rows = [columns.row(row) for row in micro_batch.rows.tolist()]
-        return pad_rows(rows, pad_token_id=pad_token_id)
+        """Right-padded rows, see `pad`."""
+        return pad(columns, micro_batch.rows, pad_token_id=pad_token_id)
 
     def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
         """Right-padded rows."""

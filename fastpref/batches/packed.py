@@ -245,19 +245,10 @@ def pack(
         ),
         score_index=torch.from_numpy(score_index),
         target=torch.from_numpy(columns.ids[responses.flat()]),
-        token_weights=_token_weights(columns, rows),
+        token_weights=columns.token_weights(rows),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
         num_sequences=S,
     )
-
-
-def _token_weights(columns: EncodedColumns, rows: np.ndarray) -> torch.Tensor | None:
-    """(N,) float32 in the order of the targets; None where every token weighs 1."""
-    if columns.weights is None:
-        return None
-    sides = [columns.chosen_weights, columns.rejected_weights]
-    of_rows = concatenate([side.take(rows) for side in sides if side is not None])
-    return torch.from_numpy(columns.weights[of_rows.flat()])
 
 
 def _layout(*, plain: np.ndarray, branches: np.ndarray, prefixes: np.ndarray) -> SegmentLayout:

@@ -5,7 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastpref.checks import as_count, as_number, check_choice, check_number, expand_home
+from fastpref.checks import (
+    as_count,
+    as_number,
+    check_choice,
+    check_number,
+    expand_home,
+    take_other_name,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 SAVE_DTYPES = ("checkpoint", "float32")
@@ -77,13 +84,7 @@ class ModelConfig:
         if not self.name_or_path:
             raise ValueError("model.name_or_path must name a folder or hub id, got ''")
         expand_home(self, "name_or_path", "tokenizer_name_or_path", "archive")
-        if self.block is not None:
-            if self.block_name not in (None, self.block):
-                raise ValueError(
-                    "model.block is another name of model.block_name: give one of them, "
-                    f"got {self.block!r} and {self.block_name!r}"
-                )
-            self.block_name, self.block = self.block, None
+        take_other_name(self, "block_name", "block", group="model.")
         for name in ("policy_dtype", "fsdp_policy_mp", "reference_dtype"):
             dtype = getattr(self, name)
             if dtype is not None:

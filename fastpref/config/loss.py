@@ -52,6 +52,8 @@ class LossConfig:
                 f"loss.name={self.name} does not fit {type(self).__name__}; choose the loss by "
                 "loss=NAME"
             )
+        for name, bounds in LOSS_BOUNDS.items():
+            check_number(f"loss.{name}", getattr(self, name, None), **bounds)
 
 
 @dataclass(kw_only=True)
@@ -83,11 +85,6 @@ class DPOConfig(LossConfig):
     def needs(self) -> LossNeeds:
         return LossNeeds(weights=self.token_level)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("loss.beta", self.beta, gt=0)
-        check_number("loss.label_smoothing", self.label_smoothing, ge=0, lt=0.5)
-
 
 @dataclass(kw_only=True)
 class IPOConfig(LossConfig):
@@ -96,10 +93,6 @@ class IPOConfig(LossConfig):
     name: str = "ipo"
     beta: float = 0.1
     """Regularisation: the margin of log-ratios is pulled to 1/(2 beta) nats, > 0."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("loss.beta", self.beta, gt=0)
 
 
 @dataclass(kw_only=True)
@@ -115,11 +108,6 @@ class SimPOConfig(LossConfig):
     @property
     def needs(self) -> LossNeeds:
         return LossNeeds(reference=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("loss.beta", self.beta, gt=0)
-        check_number("loss.gamma", self.gamma, ge=0)
 
 
 @dataclass(kw_only=True)
@@ -141,12 +129,6 @@ class TDPOConfig(LossConfig):
     def needs(self) -> LossNeeds:
         return LossNeeds(kl="reference_policy")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("loss.beta", self.beta, gt=0)
-        check_number("loss.alpha", self.alpha, ge=0)
-        check_number("loss.kl_metrics_every", self.kl_metrics_every, ge=1)
-
 
 @dataclass(kw_only=True)
 class TISDPOConfig(LossConfig):
@@ -164,12 +146,15 @@ class TISDPOConfig(LossConfig):
     def needs(self) -> LossNeeds:
         return LossNeeds(weights=True, kl="policy_reference" if self.token_level else None)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("loss.beta", self.beta, gt=0)
-        check_number("loss.alpha", self.alpha, ge=0)
 
-
+LOSS_BOUNDS: dict[str, dict[str, float]] = {
+    "beta": {"gt": 0},
+    "label_smoothing": {"ge": 0, "lt": 0.5},
+    "alpha": {"ge": 0},
+    "gamma": {"ge": 0},
+    "kl_metrics_every": {"ge": 1},
+}
+"""Of the losses' options, wherever a loss has them."""
 LOSSES: dict[str, type[LossConfig]] = {
     "sft": SFTConfig,
     "dpo": DPOConfig,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
-from fastpref.checks import check_choice, check_number, expand_home
+from fastpref.checks import check_choice, check_number, expand_home, take_other_name
 from fastpref.config.adapter import AdapterConfig
 from fastpref.config.data import DataConfig
 from fastpref.config.groups import (
@@ -194,7 +194,7 @@ class Config:
         check_choice("compile", self.compile, ("auto", "true", "false"))
         self._check_trainer()
         self._check_numbers()
-        self._check_run_dir()
+        take_other_name(self, "run_dir", "local_run_dir")
         if not self.datasets or not all(self.datasets):
             raise ValueError(f"datasets must name at least one dataset, got {list(self.datasets)}")
         self.data.check_datasets(self.datasets)
@@ -257,16 +257,6 @@ class Config:
         check_number("warmup_steps", self.warmup_steps, ge=0)
         check_number("minimum_log_interval_secs", self.minimum_log_interval_secs, ge=0)
         check_number("fsdp_port", self.fsdp_port, ge=1, le=65535)
-
-    def _check_run_dir(self) -> None:
-        """Fold local_run_dir into run_dir, which is all that the rest reads."""
-        if self.local_run_dir is not None:
-            if self.run_dir not in (None, self.local_run_dir):
-                raise ValueError(
-                    "local_run_dir is another name of run_dir: give one of them, "
-                    f"got {self.local_run_dir!r} and {self.run_dir!r}"
-                )
-            self.run_dir, self.local_run_dir = self.local_run_dir, None
 
     @property
     def training(self) -> TrainingOptions:

@@ -33,14 +33,20 @@ class TrackerOptions(NamedTuple):
     debug: bool
     """None of them."""
 
+    @property
+    def packages(self) -> list[str]:
+        """Of the trackers that follow the run."""
+        asked = {"wandb": self.wandb.enabled, "tensorboard": self.tensorboard.enabled}
+        return [name for name, is_asked in asked.items() if is_asked and not self.debug]
+
     def check_installed(self) -> None:
         """Refuse a tracker that would follow the run and whose package is not there.
 
         Raises:
             ValueError: naming the option and the package.
         """
-        for package, tracker in (("wandb", self.wandb), ("tensorboard", self.tensorboard)):
-            if tracker.enabled and not self.debug and find_spec(package) is None:
+        for package in self.packages:
+            if find_spec(package) is None:
                 raise ValueError(
                     f"{package}.enabled=true needs the package {package}, which is not installed"
                 )

@@ -136,7 +136,7 @@ def encode_rows(
     dataset, encoded = encode_source(rows, tokenizer, options, num_proc=num_proc)
     # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
     check_vocabulary(encoded, vocab_size, tokenizer)
-    return _as_split(rows, dataset, encoded)
+    return as_split(rows, dataset, encoded)
 
 
 def encode_source(
@@ -193,7 +193,7 @@ def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> Enc
     return options
 
 
-def _as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
+def as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
     """Encoded rows, those to drop left out, and the account of all of them."""
     counts, kept = count_dataset(encoded, rows.location, rows.counts.split)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()

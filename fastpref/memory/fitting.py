@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastpref.batch import EncodedRow
-from fastpref.batches.layouts import RowLayout
 from fastpref.config import TrainingOptions
 from fastpref.distributed import World
 from fastpref.errors import MemoryExhaustedError, RankMemoryError, is_out_of_memory
@@ -22,7 +21,6 @@ from fastpref.memory.planning import (
     rounded,
 )
 from fastpref.memory.repetition import release_memory
-from fastpref.memory.worst_rows import worst_rows
 from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.step_loss import StepLoss
 
@@ -35,8 +33,6 @@ class Fitting:
 
     policy: TokenScorer
     step_loss: StepLoss
-    layout: RowLayout
-    """With the limit that holds where nothing is found out."""
     training: TrainingOptions
     measured: Measured
     replicated: bool
@@ -48,7 +44,7 @@ class Fitting:
         world, device = self.world, self.world.device
         plan = world.on_main(self._plan)
         available = -world.agree_max(-available_bytes(device))
-        num_tokens = self.layout.max_tokens if limit is None else limit
+        num_tokens = self.measured.rows.layout.max_tokens if limit is None else limit
         chosen_here = limit is None and device.type == "cuda"
         if chosen_here and plan is not None:
             num_tokens = auto_tokens(plan, available)
@@ -91,15 +87,7 @@ class Fitting:
         loaded = torch.cuda.memory_allocated(world.device)
         tried, peak = min(num_tokens, self._most_tokens), None
         while peak is None:
-            rows = worst_rows(
-                self.policy,
-                num_tokens=tried,
-                longest=self.measured.rows.longest,
-                pairs=needs.pairs,
-                weighted=needs.weights,
-                shares_prompts=self.layout.shares_prompts,
-                long_prompts=self.layout.repeats_prompts,
-            )
+            rows = self.measured.rows.worst(self.policy, tried, weighted=needs.weights)
             peak = self._peak(rows, tried)
             if peak is None:
                 num_tokens = tried = tried // 2
@@ -116,7 +104,7 @@ class Fitting:
         """Bytes allocated at most while rows are computed at once; None if memory ran out."""
         world, device = self.world, self.world.device
         # filled up as a row of the limit is
-        layout = self.layout.limited_to(num_tokens)
+        layout = self.measured.rows.layout.limited_to(num_tokens)
         batch = layout.build_rows(rows, pad_token_id=0)
         if self.training.caches_reference:
             batch = replace(batch, reference_logps=torch.zeros(batch.num_scored))

@@ -34,7 +34,7 @@ class Measured(NamedTuple):
     body: str | None
     """See `LogitPath.body`; None: the one that the family names so."""
     rows: Rows
-    """What is trained on."""
+    """What is trained on; their layout has the limit that holds where nothing is found out."""
     state_bytes: int
     """What the optimizer keeps of a weight that is trained."""
 

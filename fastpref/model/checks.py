@@ -5,7 +5,7 @@ many nats in a response.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,11 +191,12 @@ def check_backward(scorer: TokenScorer) -> None:
     """
     model = scorer.model
     embedded: list[Tensor] = []
-    hook = model.get_input_embeddings().register_forward_hook(
+    remember = model.get_input_embeddings().register_forward_hook(
         lambda _, __, output: embedded.append(output)
     )
     try:
-        states = _hidden_states(scorer, *_padded_rows(model))
+        with remember:
+            states = _hidden_states(scorer, *_padded_rows(model))
         # through every layer, and no memory for the gradient of any weight
         inputs = embedded or [next(model.parameters())]
         found = torch.autograd.grad(states.float().sum(), inputs, allow_unused=True)
@@ -210,8 +211,6 @@ def check_backward(scorer: TokenScorer) -> None:
         if any(grad is not None for grad in found):
             return
         obstacle = "no gradient reaches its embedding"
-    finally:
-        hook.remove()
     raise ConfigError(
         f"model.name_or_path: {title(model)} cannot be trained as it computes in "
         f"evaluation mode: {obstacle}"
@@ -304,12 +303,9 @@ def _outputs(model: nn.Module) -> Iterator[list[tuple[str, float]]]:
         sums = [t.detach().double().sum().item() for t in tensors if isinstance(t, Tensor)]
         outputs.append((name, sum(sums)))
 
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: remember(name, output))
-        for name, module in model.named_modules()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            hooks.enter_context(
+                module.register_forward_hook(lambda _, __, x, name=name: remember(name, x))
+            )
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

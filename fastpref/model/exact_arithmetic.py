@@ -4,12 +4,13 @@ Float32 holds every bfloat16 and float16 number, so a model whose parameters are
 are used computes what it would if it had been loaded in float32.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastpref.model.blocks import find_blocks
 
@@ -34,12 +35,12 @@ def computing_in(model: Any, dtype: torch.dtype, block_name: str | None = None) 
         model: A causal LM of transformers.
         dtype: That of the arithmetic.
     """
-    undo = cast_in_forward(model, dtype, block_name, tables_at_once=True)
+    hooks = cast_in_forward(model, dtype, block_name, tables_at_once=True)
     try:
         yield
     finally:
-        for function in undo:
-            function()
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -62,7 +63,7 @@ def cast_in_forward(
     *,
     tables_at_once: bool = False,
     kept: Collection[nn.Parameter] = (),
-) -> list[Callable[[], None]]:
+) -> list[RemovableHandle]:
     """Cast each block's parameters while it runs, and all others while anything around them does:
     some families read the dtype of a norm or a head before it runs. FSDP2's mixed precision without
     its copies; under FSDP2 it does nothing, as the parameters have that dtype by then.
@@ -75,14 +76,14 @@ def cast_in_forward(
         kept: Parameters that stay as they are.
 
     Returns:
-        What undoes it, one function a module.
+        The hooks that do it.
     """
     blocks = find_blocks(model, block_name)
     as_they_are = set(kept)
-    undo = [
-        cast_during(block, [p for p in block.parameters() if p not in as_they_are], dtype)
-        for block in blocks
-    ]
+    hooks = []
+    for block in blocks:
+        own = [p for p in block.parameters() if p not in as_they_are]
+        hooks += cast_during(block, own, dtype)
     inside = {module for block in blocks for module in block.modules()}
     apart = {parameter for block in blocks for parameter in block.parameters()}
     apart |= as_they_are
@@ -96,18 +97,14 @@ def cast_in_forward(
         own = list(module.parameters(recurse=False)) if module in tables else []
         own += [p for p in module.parameters() if p not in apart]
         if own:
-            undo.append(cast_during(module, own, dtype))
-    return undo
+            hooks += cast_during(module, own, dtype)
+    return hooks
 
 
 def cast_during(
     module: nn.Module, parameters: Sequence[nn.Parameter], dtype: torch.dtype
-) -> Callable[[], None]:
-    """Let parameters have a dtype while a module's forward runs.
-
-    Returns:
-        What undoes it.
-    """
+) -> list[RemovableHandle]:
+    """Let parameters have a dtype while a module's forward runs, by these hooks."""
     stored: list[tuple[nn.Parameter, Tensor]] = []
 
     def widen(*_: object) -> None:
@@ -120,13 +117,7 @@ def cast_during(
             parameter.data = narrow
         stored.clear()
 
-    hooks = [
+    return [
         module.register_forward_pre_hook(widen),
         module.register_forward_hook(restore, always_call=True),
     ]
-
-    def undo() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return undo

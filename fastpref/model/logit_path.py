@@ -175,11 +175,8 @@ def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
 def _observe(model: Any, head: nn.Module) -> Observation:
     ids = probe_ids(model, 2, 12)
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
-    try:
+    with head.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output))):
         logits = call_family(model, model, use_cache=False, **_inputs(ids)).logits
-    finally:
-        hook.remove()
     if len(seen) != 1:
         raise _unfit(model, f"(its LM head runs {len(seen)} times in one forward)")
     head_input, head_output = (tensor.float().flatten(0, -2) for tensor in seen[0])
@@ -237,11 +234,8 @@ def _measure_transform(
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(seen.head_output.shape, generator=generator)
     given *= torch.logspace(-4, 6, len(given))[:, None]
-    hook = head.register_forward_hook(lambda _, __, output: given.view(output.shape))
-    try:
+    with head.register_forward_hook(lambda _, __, output: given.view(output.shape)):
         got = call_family(model, model, use_cache=False, **_inputs(seen.ids)).logits
-    finally:
-        hook.remove()
     got = got.float().flatten(0, -2)
     V = int((got > -1e30).any(0).nonzero().max()) + 1
     given, got = given[:, :V], got[:, :V]

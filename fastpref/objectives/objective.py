@@ -4,7 +4,7 @@ An `Objective` is chosen before the training loop starts; the loop never learns 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -54,11 +54,11 @@ class SequenceScores:
     """(S,) log π(response | prompt) as it is, in nats; None where `logps` is just that."""
 
 
-PairObjective = Callable[[SequenceScores, SequenceScores], PairLoss]
-"""Chosen scores, rejected scores -> losses, chosen rewards, rejected rewards."""
-
 FourSumsLoss = Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]
-"""A function of `losses`: two numbers of the chosen and of the rejected responses (P,)."""
+"""A function of `losses`: a first number of the chosen and of the rejected responses (P,), then a
+second one."""
+TwoSums = Callable[[SequenceScores], tuple[Tensor, Tensor]]
+"""Those two numbers of each response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,93 +89,82 @@ def build_objective(config: LossConfig) -> Objective:
         case SFTConfig():
             return Objective(title="SFT", needs=config.needs, losses=_sft_losses)
         case DPOConfig():
-            dpo = partial(dpo_loss, beta=config.beta, label_smoothing=config.label_smoothing)
-            title = "cDPO" if config.label_smoothing else "DPO"
-            if config.reference_free:
-                return _pair_objective(title, config, _of_logps(partial(dpo, reference_free=True)))
-            return _pair_objective(title, config, _of_log_ratios(dpo), starts_at_log_two=True)
+            dpo = partial(
+                dpo_loss,
+                beta=config.beta,
+                label_smoothing=config.label_smoothing,
+                reference_free=config.reference_free,
+            )
+            return _pair_objective(
+                "cDPO" if config.label_smoothing else "DPO",
+                config,
+                dpo,
+                _logps_and_reference if config.reference_free else _log_ratios_alone,
+                starts_at_log_two=not config.reference_free,
+            )
         case IPOConfig():
             ipo = partial(ipo_loss, beta=config.beta)
-            return _pair_objective("IPO", config, _of_log_ratios(ipo))
+            return _pair_objective("IPO", config, ipo, _log_ratios_alone)
         case SimPOConfig():
             simpo = partial(simpo_loss, beta=config.beta, gamma=config.gamma)
-            return _pair_objective("SimPO", config, _of_mean_logps(simpo))
+            return _pair_objective("SimPO", config, simpo, lambda x: (x.logps, x.num_tokens))
         case TDPOConfig():
             tdpo = partial(
                 tdpo_loss, beta=config.beta, alpha=config.alpha, if_tdpo2=config.if_tdpo2
             )
-            return _pair_objective(
-                "TDPO2" if config.if_tdpo2 else "TDPO1",
-                config,
-                _of_log_ratios_and_kl(tdpo),
-                value_loss=None if config.if_tdpo2 else tdpo,
+            return replace(
+                _pair_objective(
+                    "TDPO2" if config.if_tdpo2 else "TDPO1",
+                    config,
+                    tdpo,
+                    _log_ratios_and_kl,
+                    starts_at_log_two=True,
+                ),
+                losses_of_values=None if config.if_tdpo2 else _losses_of_values(tdpo),
                 detailed_every=1 if config.if_tdpo2 else config.kl_metrics_every,
-                starts_at_log_two=True,
             )
         case TISDPOConfig():
             tisdpo = partial(
                 tisdpo_loss, beta=config.beta, alpha=config.alpha, token_level=config.token_level
             )
-            sums = _of_log_ratios_and_kl if config.token_level else _of_log_ratios
-            return _pair_objective("TIS-DPO", config, sums(tisdpo), starts_at_log_two=True)
+            sums = _log_ratios_and_kl if config.token_level else _log_ratios_alone
+            return _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True)
     raise AssertionError(f"no objective for {type(config).__name__}")
 
 
-def _of_log_ratios(loss: FourSumsLoss) -> PairObjective:
-    """A loss of log-ratios alone.
-
-    They stand in for the policy's log-probabilities and zeros for the reference's: the same
+def _log_ratios_alone(scores: SequenceScores) -> tuple[Tensor, Tensor]:
+    """They stand in for the policy's log-probabilities and zeros for the reference's: the same
     differences without subtracting two sums of hundreds of nats. Or zeros for a KL without effect.
     """
-
-    def losses(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
-        assert chosen.log_ratios is not None and rejected.log_ratios is not None
-        zeros_P = torch.zeros_like(chosen.log_ratios)
-        return loss(chosen.log_ratios, rejected.log_ratios, zeros_P, zeros_P)
-
-    return losses
+    assert scores.log_ratios is not None
+    return scores.log_ratios, torch.zeros_like(scores.log_ratios)
 
 
-def _of_log_ratios_and_kl(loss: FourSumsLoss) -> PairObjective:
-    def losses(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
-        assert chosen.log_ratios is not None and rejected.log_ratios is not None
-        assert chosen.kl is not None and rejected.kl is not None
-        return loss(chosen.log_ratios, rejected.log_ratios, chosen.kl, rejected.kl)
-
-    return losses
+def _log_ratios_and_kl(scores: SequenceScores) -> tuple[Tensor, Tensor]:
+    assert scores.log_ratios is not None and scores.kl is not None
+    return scores.log_ratios, scores.kl
 
 
-def _of_logps(loss: FourSumsLoss) -> PairObjective:
-    """A loss that tells policy and reference apart."""
-
-    def losses(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
-        assert chosen.log_ratios is not None and rejected.log_ratios is not None
-        reference_chosen_P = chosen.logps - chosen.log_ratios
-        reference_rejected_P = rejected.logps - rejected.log_ratios
-        return loss(chosen.logps, rejected.logps, reference_chosen_P, reference_rejected_P)
-
-    return losses
-
-
-def _of_mean_logps(loss: FourSumsLoss) -> PairObjective:
-    def losses(chosen: SequenceScores, rejected: SequenceScores) -> PairLoss:
-        return loss(chosen.logps, rejected.logps, chosen.num_tokens, rejected.num_tokens)
-
-    return losses
+def _logps_and_reference(scores: SequenceScores) -> tuple[Tensor, Tensor]:
+    """For a loss that tells policy and reference apart."""
+    assert scores.log_ratios is not None
+    return scores.logps, scores.logps - scores.log_ratios
 
 
 def _pair_objective(
     title: str,
     config: LossConfig,
-    loss: PairObjective,
+    loss: FourSumsLoss,
+    sums: TwoSums,
     *,
-    value_loss: FourSumsLoss | None = None,
-    detailed_every: int = 1,
     starts_at_log_two: bool = False,
 ) -> Objective:
     def losses(scores: TokenScores, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=config.needs.weights)
-        losses_P, *rewards = loss(chosen, rejected)
+        (chosen_first, chosen_second), (rejected_first, rejected_second) = map(
+            sums, (chosen, rejected)
+        )
+        losses_P, *rewards = loss(chosen_first, rejected_first, chosen_second, rejected_second)
         metrics = _reward_metrics(*rewards)
         if chosen.kl is not None and rejected.kl is not None:
             metrics["kl/chosen"] = chosen.kl
@@ -189,18 +178,11 @@ def _pair_objective(
         return losses_P, {name: value.detach() for name, value in metrics.items()}
 
     return Objective(
-        title=title,
-        needs=config.needs,
-        losses=losses,
-        losses_of_values=None if value_loss is None else _losses_of_values(value_loss),
-        detailed_every=detailed_every,
-        starts_at_log_two=starts_at_log_two,
+        title=title, needs=config.needs, losses=losses, starts_at_log_two=starts_at_log_two
     )
 
 
-def _losses_of_values(
-    loss: FourSumsLoss,
-) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:
+def _losses_of_values(loss: FourSumsLoss) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:
     """TDPO1's loss from the sum of log-ratio and KL, all that it and its rewards depend on."""
 
     def losses(values_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:

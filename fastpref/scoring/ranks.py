@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
@@ -20,16 +19,6 @@ from fastpref.signals import StopRequest
 
 CPU_TOKENS = 2048
 """Tokens scored at once on a CPU, at most: more take memory and are not faster."""
-
-
-def divide_rows(
-    rows: Sequence[EncodedRow], layout: RowLayout, device: torch.device, batch_size: int | None
-) -> list[list[int]]:
-    """Which rows of a shard are scored at once; the same for any number of ranks."""
-    if batch_size is not None:
-        return in_groups(len(rows), batch_size)
-    most_tokens = CPU_TOKENS if device.type == "cpu" else None
-    return layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
 
 
 def repeat_scoring(world: World, batch_size: int | None) -> Repetition:
@@ -53,13 +42,14 @@ class Ranks:
     """Told of every batch."""
     repetition: Repetition
     """What to do where memory runs out."""
+    batch_size: int | None
+    """Rows scored at once; None leaves that to the layout."""
 
-    def score_rows(self, rows: Sequence[EncodedRow], batch_size: int | None) -> list[PairLogps]:
+    def score_rows(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
         """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
 
         Args:
             rows: Of a shard.
-            batch_size: Of them scored at once; None leaves that to the layout.
 
         Returns:
             On every rank those of all rows, in their order.
@@ -67,8 +57,7 @@ class Ranks:
         Raises:
             InterruptionError, PreemptionError: a signal came, or the deadline is near.
         """
-        world = self.world
-        batches = divide_rows(rows, self.layout, world.device, batch_size)
+        world, batches = self.world, self._divide(rows)
         mine: list[tuple[int, PairLogps]] = []
         for first in range(0, len(batches), world.size):
             if self.stop.agreed(world):
@@ -93,6 +82,13 @@ class Ranks:
             dist.all_gather_object(gathered, mine)
         by_place = dict(pair for of_rank in gathered for pair in of_rank)
         return [by_place[i] for i in range(len(rows))]
+
+    def _divide(self, rows: Sequence[EncodedRow]) -> list[list[int]]:
+        """Which rows of a shard are scored at once; the same for any number of ranks."""
+        if self.batch_size is not None:
+            return in_groups(len(rows), self.batch_size)
+        most_tokens = CPU_TOKENS if self.world.device.type == "cpu" else None
+        return self.layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
         """Those of some rows at once."""

@@ -83,11 +83,11 @@ class ReferenceScoring:
             CheckpointError: a log-probability is not finite, or a file cannot be written.
             InterruptionError, PreemptionError: a signal came; what was scored is kept.
         """
-        visible, started = self.world.is_main, time.perf_counter()
+        started = time.perf_counter()
         num_found = len(self.cache)
         missing = self._missing(visits)
         num_tokens = sum(visit.num_tokens for _, of_loader in missing for visit in of_loader)
-        if visible and num_found:
+        if num_found:
             logger.info(
                 "reference: %s rows were scored by earlier runs; log-ratios of equal models are "
                 "zero there up to rounding",
@@ -95,20 +95,18 @@ class ReferenceScoring:
             )
         if not num_tokens:
             return
-        if visible:
-            logger.info("reference: scoring the rows that %s lacks", self.cache.folder)
+        logger.info("reference: scoring the rows that %s lacks", self.cache.folder)
         with (
             StopRequest(self.deadline) as stop,
-            ScoringProgress("reference", num_tokens, visible=visible) as progress,
+            ScoringProgress("reference", num_tokens, visible=self.world.is_main) as progress,
         ):
             for loader, of_loader in missing:
                 self._score_visits(loader, of_loader, stop, progress)
             self._save()
             self._end_if_asked(stop)
-        if visible:
-            num_scored = len(self.cache) - num_found
-            seconds = time.perf_counter() - started
-            logger.info("reference: %s rows scored in %.1f s", f"{num_scored:,}", seconds)
+        num_scored = len(self.cache) - num_found
+        seconds = time.perf_counter() - started
+        logger.info("reference: %s rows scored in %.1f s", f"{num_scored:,}", seconds)
 
     def _missing(
         self, visits: Sequence[tuple[Loader, Sequence[Visit]]]

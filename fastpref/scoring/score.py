@@ -84,7 +84,7 @@ def score_missing(
     missing = world.on_main(lambda: [shards.missing() for _, shards in sources])
     num_shards = sum(len(shards) for _, shards in sources)
     num_missing = sum(map(len, missing))
-    if world.is_main and num_missing < num_shards:
+    if num_missing < num_shards:
         done = num_shards - num_missing
         logger.info("%s model: %d of %d shards are there already", side.label, done, num_shards)
     if num_missing == 0:
@@ -108,19 +108,13 @@ def score_missing(
             stop=stop,
             progress=progress,
             repetition=repeat_scoring(world, batch_size),
+            batch_size=batch_size,
         )
-        for (source, shards), shards_to_score in zip(sources, missing, strict=True):
+        for (rows, shards), shards_to_score in zip(sources, missing, strict=True):
             for shard in shards_to_score:
-                score_shard(shard, shards, source, side, ranks, batch_size=batch_size)
-
-
-def score_shard(
-    shard: int, shards: Shards, source: Rows, side: Side, ranks: Ranks, *, batch_size: int | None
-) -> None:
-    """Score and save one shard of a source's rows, see `score_missing`."""
-    places = shards.rows_of(shard)
-    parts = ranks.score_rows([shards.rows[i] for i in places], batch_size)
-    check_finite(parts, places, source, side)
-    logps = np.concatenate([x for pair in parts for x in pair])
-    ranks.world.on_main(partial(shards.write, shard, logps))
-    ranks.progress.shard_is_done()
+                places = shards.rows_of(shard)
+                parts = ranks.score_rows([shards.rows[i] for i in places])
+                check_finite(parts, places, rows, side)
+                logps = np.concatenate([x for pair in parts for x in pair])
+                world.on_main(partial(shards.write, shard, logps))
+                progress.shard_is_done()

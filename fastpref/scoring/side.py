@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastpref.batch import EncodedRow
 from fastpref.config import ModelConfig
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.errors import CheckpointError, DataError
+from fastpref.model.files.paths import named_model
 from fastpref.model.scorer import TokenScorer
+from fastpref.model.source import read_vocab_size
 from fastpref.scoring.shards import PairLogps, Shards
 
 
@@ -20,11 +23,27 @@ class Side:
     label: str
     """positive or negative."""
     model: ModelConfig
-    template: str
-    """Text of its template, "" for none."""
     origin: ModelOrigin
-    quantized: bool = False
+    """What it is, and the text of its template, "" for none."""
+    quantized: bool
     """Its adapter stands beside layers in 4 bits, as it was trained."""
+
+
+def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
+    """Refuse tokens that have no row in a model's embedding, before it is loaded.
+
+    Raises:
+        CheckpointError: naming the file, the row and the token.
+    """
+    vocab_size = read_vocab_size(named_model(side.model, key=f"weights.{side.label}"))
+    for i, ids in enumerate(encoded):
+        highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
+        if highest >= vocab_size:
+            raise CheckpointError(
+                f"weights.{side.label}: {rows.place(i)} has token id {highest}, the embedding "
+                f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
+                "another model"
+            )
 
 
 def check_positions(

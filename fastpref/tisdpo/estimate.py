@@ -47,10 +47,11 @@ def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> li
     """
     sides = build_sides(config.weights, config.model, config.adapter, world)
     tokenizer = shared_tokenizer(sides)
+    data = data_options(config)
     options = JobOptions(
-        weights=config.weights, data=config.data, packing=config.packing, chat_date=chat_date
+        weights=config.weights, data=data, packing=config.packing, chat_date=chat_date
     )
-    files = main_first(world, lambda: read_files(data_options(config), quiet=not world.is_main))
+    files = main_first(world, lambda: read_files(data, quiet=not world.is_main))
     sources = one_for_each_file(files, options)
     with writing_alone([options.path_of(rows) for rows in sources], world):
         jobs = [open_job(options, sides, rows, tokenizer, world) for rows in sources]

@@ -2,23 +2,24 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastpref.config import DataConfig, ModelConfig, PackingConfig, WeightsConfig
+from fastpref.config import ModelConfig, PackingConfig, WeightsConfig
 from fastpref.data.cache import code_digest
-from fastpref.data.chat import ChatFormat, check_chat_template, prints_date, read_chat_template
+from fastpref.data.chat import ChatFormat, check_chat_template, prints_date
 from fastpref.data.encode import tokenizer_digest
+from fastpref.data.options import DataOptions
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, template_digest
 from fastpref.distributed import World
 from fastpref.scoring.shards import Shards, rows_digest
-from fastpref.scoring.side import Side
-from fastpref.tisdpo.sides import check_ids
-from fastpref.tisdpo.source_tokens import encode_source
+from fastpref.scoring.side import Side, check_ids
+from fastpref.tisdpo.source_tokens import encode_under_templates
 from fastpref.tisdpo.weight_rows import (
     SourceJob,
     begin_date,
@@ -32,7 +33,7 @@ class JobOptions:
     """What an estimation depends on beside its models and its rows."""
 
     weights: WeightsConfig
-    data: DataConfig
+    data: DataOptions
     packing: PackingConfig
     chat_date: str = ""
     """What a chat template that prints the date is told in files not begun yet; "": today."""
@@ -57,14 +58,11 @@ def open_job(
     Raises:
         DataError, ConfigError, CheckpointError: see `build_job`.
     """
-    template = read_chat_template(options.data.chat_template)
+    chat = options.data.encode.chat(tokenizer)
     if rows.has_chats:
-        check_chat_template(tokenizer, template, options.data.template_kwargs)
-    chat = ChatFormat(
-        tokenizer=tokenizer, template=template, arguments=options.data.template_kwargs
-    )
+        check_chat_template(tokenizer, chat.template, chat.arguments)
     path = options.path_of(rows)
-    if not (rows.has_chats and prints_date(tokenizer, template)):
+    if not (rows.has_chats and prints_date(tokenizer, chat.template)):
         return build_job(options, sides, rows, chat, path)
     begun = world.on_main(partial(begin_date, path, chat, options.chat_date))
     written = world.on_main(partial(written_date, path))
@@ -85,23 +83,31 @@ def build_job(
         CheckpointError: a token has no row in a model's embedding.
     """
     weights, data = options.weights, options.data
-    rows, encoded, counts = encode_source(
+    rows, encoded, counts = encode_under_templates(
         rows,
-        list(dict.fromkeys(["", *(side.template for side in sides)])),
-        chat,
+        list(dict.fromkeys(["", *(side.origin.template for side in sides)])),
+        chat.tokenizer,
+        # of whole pairs, as the files have them
+        replace(
+            data.encode,
+            sft=False,
+            weighted=False,
+            reverse_dataset=False,
+            max_length=sys.maxsize,
+            chat_date=chat.date,
+        ),
         include_eos=weights.include_eos,
-        on_error=data.on_error,
-        strict=data.strict,
-        max_dropped=data.max_dropped,
+        max_dropped=data.read.max_dropped,
     )
     settings = scoring_settings(options, sides[0].model, chat)
     prints, shards = {}, {}
     for side in sides:
-        check_ids(rows, encoded[side.template], side)
-        tokens = rows_digest(encoded[side.template])
-        prints[side.label] = fingerprint([settings, tokens, side.origin.identity, side.template])
+        template, identity = side.origin.template, side.origin.identity
+        check_ids(rows, encoded[template], side)
+        tokens = rows_digest(encoded[template])
+        prints[side.label] = fingerprint([settings, tokens, identity, template])
         folder = shards_folder(path) / f"{side.label}-{prints[side.label][:16]}"
-        shards[side.label] = Shards.of(folder, encoded[side.template], weights.shard_rows)
+        shards[side.label] = Shards.of(folder, encoded[template], weights.shard_rows)
     origin = WeightsOrigin(
         source=rows.source,
         rows=len(rows.dataset),

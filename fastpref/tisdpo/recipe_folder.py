@@ -99,12 +99,10 @@ def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
     """
     named = place.run_dir
     if named and world.on_main(lambda: go_on_in(named, options)):
-        if world.is_main:
-            logger.info("run folder: %s, gone on with", named)
+        logger.info("run folder: %s, gone on with", named)
         return named
     run_dir = world.on_main(lambda: place.create(options))
-    if world.is_main:
-        logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
+    logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
     return run_dir
 
 

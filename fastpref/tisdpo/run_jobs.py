@@ -27,8 +27,7 @@ def run_jobs(
     deadline_seconds: int | None,
 ) -> list[WeightsReport]:
     """Score and write what is not there yet, see `estimate_weights`."""
-    if world.is_main:
-        log_counts([job.counts for job in jobs], tokenizer)
+    log_counts([job.counts for job in jobs], tokenizer)
     finished = world.on_main(lambda: [job.is_finished() for job in jobs])
     unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
 

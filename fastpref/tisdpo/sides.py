@@ -5,18 +5,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 
-from fastpref.batch import EncodedRow
 from fastpref.config import AdapterConfig, ModelConfig, WeightsConfig
-from fastpref.data.source import Rows
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.model.files.identity import model_identity, side_model
 from fastpref.model.files.paths import named_model
-from fastpref.model.source import load_model_tokenizer, read_vocab_size
+from fastpref.model.source import load_model_tokenizer
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text
 
@@ -46,12 +43,8 @@ def build_sides(
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:
             identity += ", its base in 4 bits"
-        text = template_text(template)
-        origin = ModelOrigin(name_or_path=name, identity=identity, template=text)
-        side = Side(
-            label=label, model=own, template=text, origin=origin, quantized=adapter.quantized
-        )
-        sides.append(side)
+        origin = ModelOrigin(name_or_path=name, identity=identity, template=template_text(template))
+        sides.append(Side(label=label, model=own, origin=origin, quantized=adapter.quantized))
     return sides
 
 
@@ -79,20 +72,3 @@ def shared_tokenizer(sides: Sequence[Side]) -> Any:
             f"vocabulary than that of weights.positive ({sides[0].origin.name_or_path})"
         )
     return positive
-
-
-def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
-    """Refuse tokens that have no row in a model's embedding, before it is loaded.
-
-    Raises:
-        CheckpointError: naming the file, the row and the token.
-    """
-    vocab_size = read_vocab_size(named_model(side.model, key=f"weights.{side.label}"))
-    for i, ids in enumerate(encoded):
-        highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
-        if highest >= vocab_size:
-            raise CheckpointError(
-                f"weights.{side.label}: {rows.place(i)} has token id {highest}, the embedding "
-                f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
-                "another model"
-            )

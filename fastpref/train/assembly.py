@@ -49,7 +49,7 @@ class Parts(NamedTuple):
             # auto decides by itself how a step is divided
             min_micro_batches=1 if limit is None else config.gradient_accumulation_steps,
         )
-        announce_adapters(policy, config.adapter, world)
+        announce_adapters(policy, config.adapter)
         announce_tokens(loaders.train, world)
         num_steps = loaders.train.order.num_steps
         updates = self.updates(num_steps)

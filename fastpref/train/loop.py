@@ -66,13 +66,13 @@ def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopR
             stop.ask(NON_FINITE)
     if due:
         with stop.if_unwritable():
-            show_step(progress, run.log.flush(), visible=run.world.is_main)
+            show_step(progress, run.log.flush())
     progress.advance()
 
 
-def show_step(progress: Progress, record: Record | None, *, visible: bool) -> None:
-    """The latest training record: beside the bar in short, or as a log line in full."""
-    if record is None or not visible:
+def show_step(progress: Progress, record: Record | None) -> None:
+    """The latest training record, on rank 0: beside the bar in short, or as a log line in full."""
+    if record is None:
         return
     if not progress.on_terminal:
         logger.info("train stats after %d examples: %s", record["examples"], format_metrics(record))

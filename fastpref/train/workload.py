@@ -43,7 +43,6 @@ def build_workload(
         limit: Tokens at once that were asked for; None leaves them to us.
         longest: Tokens of the longest sequence.
     """
-    layout = pair.layout
     training = training._replace(compile=str(pair.compiled).lower())
     step_loss = StepLoss(objective, pair.policy, pair.reference)
     attention = pair.policy.attention
@@ -51,16 +50,15 @@ def build_workload(
     fitting = Fitting(
         policy=pair.policy,
         step_loss=step_loss,
-        layout=layout,
         training=training,
         measured=Measured(
             body=pair.policy.path.body,
-            rows=Rows(layout, longest, training.loss.needs.pairs, gathers_keys),
+            rows=Rows(pair.layout, longest, training.loss.needs.pairs, gathers_keys),
             state_bytes=state_bytes(training),
         ),
         replicated=pair.replicated,
         world=world,
     )
-    layout = layout.limited_to(fitting.fit(limit))
+    layout = pair.layout.limited_to(fitting.fit(limit))
     useful = useful_work(pair, training.model, world)
     return Workload(step_loss, layout, Repetition(num_ranks=world.size), useful)

@@ -30,7 +30,7 @@ from fastpref.memory.live_bytes import LiveBytes
 from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan
 from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
 from fastpref.memory.stack import find_stack
-from fastpref.memory.worst_rows import Rows, worst_rows
+from fastpref.memory.worst_rows import Rows
 from fastpref.model.adapters.lora import insert_adapters
 from fastpref.model.blocks import find_blocks
 from fastpref.model.pair import Pair, build_pair
@@ -118,15 +118,8 @@ def count(config: Config, device: Device, layout: RowLayout = PACKED) -> MemoryP
 
 def measured_peak(pair: Pair, step_loss: StepLoss, num_tokens: int) -> tuple[int, int]:
     """Bytes that a forward and a backward of pairs take beside the weights, and their tokens."""
-    rows = worst_rows(
-        pair.policy,
-        num_tokens=num_tokens,
-        longest=LONGEST,
-        pairs=True,
-        weighted=False,
-        shares_prompts=pair.layout.shares_prompts,
-        long_prompts=pair.layout.repeats_prompts,
-    )
+    rows_like = Rows(pair.layout, LONGEST, pairs=True, gathers_keys=False)
+    rows = rows_like.worst(pair.policy, num_tokens, weighted=False)
     batch = pair.layout.build_rows(rows, pad_token_id=0)
     present = [*pair.policy.parameters(), *pair.policy.buffers()]
     if isinstance(pair.reference, torch.nn.Module):

@@ -14,7 +14,7 @@ from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, SFTCo
 from fastpref.distributed import World, init_world
 from fastpref.memory.plan import GIB, Device, communicated_bytes
 from fastpref.memory.planning import Measured, count_training
-from fastpref.memory.worst_rows import Rows, worst_rows
+from fastpref.memory.worst_rows import Rows
 from fastpref.model.pair import build_pair
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
@@ -63,14 +63,8 @@ def compare(world: World, folder: Path, loss: str, kind: str, base: str) -> None
     )
     pair = build_pair(config.training, config.packing, world, longest=LONGEST)
     needs = config.loss.needs
-    rows = worst_rows(
-        pair.policy,
-        num_tokens=2 * LONGEST,
-        longest=LONGEST,
-        pairs=needs.pairs,
-        weighted=False,
-        shares_prompts=pair.layout.shares_prompts,
-    )
+    rows_like = Rows(pair.layout, LONGEST, pairs=needs.pairs, gathers_keys=False)
+    rows = rows_like.worst(pair.policy, 2 * LONGEST, weighted=False)
     batch = pair.layout.build_rows(rows, pad_token_id=0)
     step_loss = StepLoss(build_objective(config.loss), pair.policy, pair.reference)
     with SentBytes() as counted:
@@ -80,7 +74,6 @@ def compare(world: World, folder: Path, loss: str, kind: str, base: str) -> None
             step_loss.done()
         pair.policy.sum_gradients()
     device = Device("cpu", NUM_RANKS, GIB, replicated=pair.replicated)
-    rows_like = Rows(pair.layout, LONGEST, pairs=needs.pairs, gathers_keys=False)
     measured = Measured(body=None, rows=rows_like, state_bytes=8)
     model = count_training(config.training, measured, device)
     planned = communicated_bytes(

@@ -1,5 +1,6 @@
 """Whether a model computes packed rows as it computes padded ones: by doing both."""
 
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -89,16 +90,11 @@ def _run_padded(
 ) -> tuple[list[nn.Module], Tensor]:
     """The blocks that text goes through, and the last hidden states of the probe's padded rows."""
     ran: list[nn.Module] = []
-    hooks = [
-        block.register_forward_pre_hook(lambda block, _: ran.append(block))
-        for block in find_blocks(model, block_name)
-    ]
-    try:
-        rows = probe_rows(probe_ids(model, 2, 30)[0])
+    rows = probe_rows(probe_ids(model, 2, 30)[0])
+    with ExitStack() as hooks:
+        for block in find_blocks(model, block_name):
+            hooks.enter_context(block.register_forward_pre_hook(lambda x, _: ran.append(x)))
         padded_ND = TokenScorer(model, path=path).hidden_states(pad_rows(rows, pad_token_id=0))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return ran, padded_ND
 
 

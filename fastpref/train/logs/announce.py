@@ -22,8 +22,6 @@ def announce(
     adapters: bool = False,
 ) -> None:
     """Say what is about to happen, and what in it a user may not expect."""
-    if not world.is_main:
-        return
     logger.info(
         "%s of %s on %s: %d x %s, %s, arithmetic in %s",
         objective.title,
@@ -59,9 +57,9 @@ def announce_tokens(loader: Loader, world: World) -> None:
     )
 
 
-def announce_adapters(policy: TokenScorer, options: AdapterConfig, world: World) -> None:
+def announce_adapters(policy: TokenScorer, options: AdapterConfig) -> None:
     """Say what of the model is trained, if it is adapters."""
-    if policy.adapters is None or not world.is_main:
+    if policy.adapters is None:
         return
     trained = sum(parameter.numel() for parameter in policy.adapters.trained())
     logger.info(

@@ -27,11 +27,9 @@ def check_trackers(options: TrackerOptions) -> None:
     Raises:
         ConfigError: its package cannot be imported, or Weights & Biases knows no account.
     """
-    if options.debug:
-        return
-    if options.tensorboard.enabled:
+    if "tensorboard" in options.packages:
         _check_import("tensorboard.enabled", "torch.utils.tensorboard")
-    if options.wandb.enabled:
+    if "wandb" in options.packages:
         _check_import("wandb.enabled", "wandb")
         _check_login()
 
@@ -74,12 +72,10 @@ def build_trackers(
         run_options: All options of the run, for those that keep them.
         examples: Seen before this start; what was logged beyond is not this run's any more.
     """
-    if options.debug:
-        return []
     wanted: dict[str, Callable[[], Tracker]] = {}
-    if options.wandb.enabled:
+    if "wandb" in options.packages:
         wanted[WandbTracker.name] = partial(WandbTracker, options.wandb, run_dir, run_options)
-    if options.tensorboard.enabled:
+    if "tensorboard" in options.packages:
         wanted[TensorboardTracker.name] = partial(TensorboardTracker, run_dir, examples)
     trackers = []
     for name, build in wanted.items():
