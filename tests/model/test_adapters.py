@@ -110,6 +110,31 @@ def test_a_merged_adapter_is_what_was_trained(models, tmp_path, case):
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
+def test_experts_adapters_of_transformers_4_are_merged(tmp_path):
+    """There each expert's layers are layers of their own, with names of their own."""
+    mixture = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    base = save_tiny_model(tmp_path / "base", model_type="qwen3_moe", head_dim=8, **mixture)
+    expected = AutoModelForCausalLM.from_pretrained(base)
+    ends = ["gate_proj", "up_proj", "down_proj"]
+    saved = {}
+    with torch.no_grad():
+        for i, block in enumerate(expected.model.layers):
+            experts = block.mlp.experts
+            for j in range(2):
+                matrices = *experts.gate_up_proj[j].chunk(2), experts.down_proj[j]
+                for end, weight in zip(ends, matrices, strict=True):
+                    A, B = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+                    name = f"base_model.model.model.layers.{i}.mlp.experts.{j}.{end}"
+                    saved |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+                    weight += 2 * B @ A
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=ends, task_type="CAUSAL_LM")
+    config.base_model_name_or_path = str(base)
+    config.save_pretrained(tmp_path / "adapter")
+    save_file(saved, tmp_path / "adapter" / "adapter_model.safetensors")
+    model = load_model(find_model(str(tmp_path / "adapter")), dtype=torch.float32)
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
+
+
 def test_an_adapter_on_an_adapter_is_merged_after_it(models, adapter, tmp_path):
     save_adapter(adapter, tmp_path / "plain", peft.LoraConfig(r=2, target_modules=["v_proj"]))
     merged = load_model(find_model(str(adapter)), dtype=torch.float32)

@@ -16,6 +16,7 @@ from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters.base import find_adapter_base
+from fastpref.model.adapters.given import given_config
 from fastpref.model.adapters.lora import adapter_state, add_adapters
 from fastpref.model.adapters.targets import choose_targets
 from fastpref.model.adapters.tied_head import adapted_head
@@ -183,6 +184,7 @@ REFUSED_ADAPTERS = {
     "tables beside it": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
     "biases": ({"bias": "all"}, "biases that are the reference's"),
     "some tokens": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+    "a base of its own": ({"kasa_config": {}}, "kasa_config"),
     "added tokens": ({"rows": 360}, "whole matrices of its own"),
 }
 
@@ -195,12 +197,28 @@ def test_adapters_that_are_more_than_low_rank_matrices_are_refused(models, world
         adapt(load(models / "untied"), world, start)
 
 
-def test_an_adapter_of_another_kind_is_refused(models, world, tmp_path):
+OTHER_KINDS = {
+    "IA3": peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+    "ADALORA": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=1),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_an_adapter_of_another_kind_is_refused(models, tmp_path, kind):
+    peft.get_peft_model(load(models / "tied"), OTHER_KINDS[kind]).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=f"is {kind}, of which LoRA alone"):
+        given_config(str(tmp_path))
+
+
+def test_block_diagonal_adapters_are_trained_on(models, world, tmp_path):
+    blocks = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+    options = {"target_modules": ["q_proj", "o_proj"], "use_bdlora": blocks}
+    start = save_adapter(models / "tied", tmp_path / "adapter", **options)
+    expected = peft.PeftModel.from_pretrained(load(models / "tied"), start)
     model = load(models / "tied")
-    config = peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
-    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="is IA3, of which LoRA alone"):
-        adapt(load(models / "tied"), world, tmp_path / "adapter")
+    adapt(model, world, start)
+    ids = torch.arange(3, 15)[None]
+    torch.testing.assert_close(model(ids).logits, expected(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,14 @@ def test_an_adapter_that_moved_its_base_is_refused(models, world, tmp_path, init
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "a bias")],
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "a bias"),
+        (
+            {"use_bdlora": {"target_modules_bd_a": ["q_proj", "lm_head"], "nblocks": 2}},
+            "DoRA or an",
+        ),
+    ],
 )
 def test_a_head_that_is_more_than_low_rank_is_refused(models, world, tmp_path, options, message):
     targets = ["q_proj", "lm_head"]

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import resource
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastpref.model.source import load_model, load_model_tokenizer
 from fastpref.train.export.config import write_config
 from fastpref.train.export.latest import export_model
 from fastpref.train.export.plan import plan_export
+from fastpref.train.export.weight_files import write_weights
 from fastpref.train.task import train
 
 # two ends of a text, and settings that transformers would not save together
@@ -105,6 +107,20 @@ def test_a_run_leaves_what_its_source_has_beside_the_weights(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(latest)
     assert model.generation_config.eos_token_id == [2, 7]
     assert not (tmp_path / "run" / "LATEST.partial").exists()
+
+
+def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        (tmp_path / "LATEST").mkdir()
+        weights = {"a": torch.ones(2), "b": torch.ones(2)}
+        write_weights(tmp_path / "LATEST", weights, most_bytes=8)
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "LATEST").iterdir()
+    }
+    assert len(modes) == 3 and set(modes.values()) == {"0o640"}, modes
 
 
 def test_the_template_that_was_trained_on_is_that_of_every_file(base, tmp_path):

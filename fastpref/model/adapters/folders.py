@@ -145,13 +145,15 @@ def _not_mergeable(folder: str, why: str) -> CheckpointError:
 
 def _check_names(adapted: Any, folder: str) -> None:
     """Refuse weights that are missing, which peft leaves at random, and ones without a place."""
-    from peft import get_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    saved = set(_shapes(folder))
+    # filled once more: only then does peft say which names it took, and folders of older versions
+    # of transformers have others than the model (each expert's where it has one matrix for all)
+    result: Any = set_peft_model_state_dict(adapted, load_adapter(folder))
     needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    missing = sorted(needed - saved)
+    missing = sorted({name.replace(".default", "") for name in result.missing_keys} & needed)
     own = {name for name, _ in adapted.base_model.model.named_parameters(remove_duplicate=False)}
-    spare = sorted(name for name in saved - needed if not _has_place(name, own))
+    spare = sorted(name for name in result.unexpected_keys if not _has_place(name, own))
     if missing or spare:
         raise no_fit(folder, missing, spare, adapted.base_model.model)
 

@@ -12,8 +12,12 @@ from fastpref.model.adapters.targets import whole_names
 from fastpref.model.adapters.tied_head import TIED, head_names, is_tied, without_head
 from fastpref.model.files.reading import reading
 
-WHOLE_PARTS = ("modules_to_save", "trainable_token_indices", "alora_invocation_tokens")
-"""Fields of peft's config for what is trained beside the low-rank matrices."""
+MORE_PARTS = (
+    *("modules_to_save", "trainable_token_indices", "alora_invocation_tokens"),
+    *("kasa_config", "arrow_config"),
+)
+"""Fields of peft's config for what is more than low-rank matrices beside the base: other trained
+weights, KaSA's own weights of the base, other adapters."""
 MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """First values of peft that come with other weights of the base."""
 
@@ -29,13 +33,14 @@ def given_config(folder: str) -> Any:
     check_adapter(folder)
     with reading("the adapter", folder):
         config: Any = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
+    # AdaLoRA's config is a kind of it
+    if type(config) is not LoraConfig:
         raise not_beside(folder, f"is {config.peft_type.value}, of which LoRA alone can be")
     if config.bias != "none":
         raise not_beside(
             folder, f"has bias={config.bias}: it moves biases that are the reference's too"
         )
-    for name in WHOLE_PARTS:
+    for name in MORE_PARTS:
         value = getattr(config, name, None)
         if value:
             raise not_beside(folder, f"has {name}={value}")

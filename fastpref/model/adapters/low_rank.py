@@ -114,7 +114,8 @@ def _forward(layer: Any, parts_of: PartsOf, input: Tensor) -> Tensor:
         return base(input)
     A, B = layer.lora_A[name], layer.lora_B[name]
     drops = not isinstance(layer.lora_dropout[name], nn.Identity)
-    if drops or B.bias is not None or name in layer.lora_variant:
+    # matrices of a variant may be modules of its own
+    if drops or name in layer.lora_variant or B.bias is not None:
         return type(layer).forward(layer, input)
     parts = None
     if has_units(input) and not torch.compiler.is_compiling():

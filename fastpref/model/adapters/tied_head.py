@@ -138,9 +138,10 @@ def obstacle_of_head(model: Any, name: str) -> str:
     [computes] = getattr(tables[1], TIED, (tables[1],))
     if name not in getattr(computes, "scaling", ()):
         return ""
+    matrix = dict(computes.lora_B.items()).get(name)
     more = {
-        "DoRA": name in computes.lora_variant,
-        "a bias": name in computes.lora_B and computes.lora_B[name].bias is not None,
+        "DoRA or another variant": name in computes.lora_variant,
+        "a bias": getattr(matrix, "bias", None) is not None,
         "dropout": not isinstance(computes.lora_dropout[name], nn.Identity),
     }
     found = [what for what, has in more.items() if has]

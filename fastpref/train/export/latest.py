@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastpref.distributed import World
@@ -28,6 +27,7 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.train.export.config import dtype_name
 from fastpref.train.export.model_folder import dtype_of_most, new_folder, write_files, write_model
 from fastpref.train.export.plan import ExportPlan
+from fastpref.train.export.weight_files import write_safetensors
 
 logger = logging.getLogger("fastpref")
 
@@ -94,7 +94,7 @@ def _write_adapters(model: Any, adapters: Adapters, plan: ExportPlan, folder: Pa
         partial.mkdir()
         weights = {name: x.cpu().contiguous() for name, x in adapter_state(model).items()}
         # as peft writes it
-        save_file(weights, partial / SAFETENSORS, metadata={"format": "pt"})
+        write_safetensors(weights, partial / SAFETENSORS)
         config = copy.copy(adapters.config)
         config.base_model_name_or_path = plan.base.name
         config.revision = plan.base.source.revision

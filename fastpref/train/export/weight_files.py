@@ -30,12 +30,24 @@ def write_weights(
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         read = _apart({key: _tensor(weights[key]) for key in shard})
-        save_file(read, folder / name, metadata={"format": "pt"})
+        write_safetensors(read, folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(map(_num_bytes, weights.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+    """Write one file, with the permissions that its folder has.
+
+    Args:
+        weights: By their names; contiguous, and no two in the same memory.
+        path: Of the file, in a folder that this process made.
+    """
+    save_file(weights, path, metadata={"format": "pt"})
+    # safetensors 0.8 leaves it to its owner alone; the folder has what the umask says
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _divide(sizes: Mapping[str, int], most_bytes: int) -> list[list[str]]:
