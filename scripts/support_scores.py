@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tiny_families import plain_class
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig
 
+from fastpref.batches.columns import Ranges
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.run import Run
 
@@ -24,12 +26,16 @@ def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
     sequences: Sequences = []
     scores: list[Tensor] = []
     for [micro_batch] in plan:
-        rows = [columns.row(int(i)) for i in micro_batch.rows]
-        sequences += [(list(row.prompt_ids), list(row.chosen_ids)) for row in rows]
-        sequences += [(list(row.prompt_ids), list(row.rejected_ids)) for row in rows]
+        prompts = columns.prompt.take(np.tile(micro_batch.rows, columns.num_sides))
+        responses = columns.responses(micro_batch.rows)
+        sequences += zip(_lists(columns.ids, prompts), _lists(columns.ids, responses), strict=True)
         batch = run.eval.build(columns, micro_batch)
         scores += _by_sequence(run.policy, batch)
     return sequences, scores
+
+
+def _lists(ids: np.ndarray, ranges: Ranges) -> list[list[int]]:
+    return [ids[start : start + length].tolist() for start, length in zip(*ranges, strict=True)]
 
 
 @torch.no_grad()
