@@ -32,6 +32,8 @@ DATA = "data"
 """The dimension of the mesh along which rows are divided."""
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long ranks wait for one another where nothing else is said."""
+# ranks need not start in one moment, whatever they allow one another later
+SHORTEST_MEETING = datetime.timedelta(minutes=1)
 # rank 0 may download a model or tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
 # rank 0 may hold the store that tells the others of its failure, and stays until they know
@@ -272,7 +274,7 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     """Join the process group: NCCL for tensors on GPUs, gloo for tensors on the CPU.
 
     Args:
-        timeout: How long a rank waits for the others in a collective.
+        timeout: How long a rank waits for the others, in a collective and to meet them.
 
     Raises:
         RankError: the variables of torchrun are wrong, or the other ranks are not found.
@@ -287,7 +289,8 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    store = join_store(rank, size) if launched() else stores.HashStore()
+    meeting = max(timeout, SHORTEST_MEETING)
+    store = join_store(rank, size, meeting) if launched() else stores.HashStore()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=(DATA,))
@@ -295,8 +298,11 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     return World(rank=rank, size=size, device=device, mesh=mesh, store=shared, timeout=timeout)
 
 
-def join_store(rank: int, size: int) -> Any:
+def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
     """The store at MASTER_ADDR:MASTER_PORT that the ranks meet in.
+
+    Args:
+        timeout: How long to wait for those that may have died before they came.
 
     Raises:
         RankError: it cannot be opened, or not every rank came.
@@ -307,7 +313,7 @@ def join_store(rank: int, size: int) -> Any:
 
     def meet() -> None:
         try:
-            store, _, _ = next(stores.rendezvous("env://", rank, size))
+            store, _, _ = next(stores.rendezvous("env://", rank, size, timeout=timeout))
             found.put((store, None))
         except Exception as error:
             found.put((None, error))

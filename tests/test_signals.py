@@ -201,9 +201,14 @@ def test_a_process_that_was_forked_off_dies_by_the_signal_itself():
 
 def test_a_process_that_starts_others_passes_a_signal_on():
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    with passing_on(signal.SIGUSR1):
+    own = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: own.append(True))
+    with passing_on([signal.SIGUSR1]):
         signal.raise_signal(signal.SIGUSR1)
-    assert child.wait(30) == -signal.SIGUSR1
+        assert child.wait(30) == -signal.SIGUSR1 and not own
+        # nobody is there any more
+        signal.raise_signal(signal.SIGUSR1)
+    assert own and signal.signal(signal.SIGUSR1, before) is not before
 
 
 def test_sampling_ends_with_the_token_at_which_a_signal_or_the_deadline_comes():

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.checkpoint.agreement import AgreedError, Agreement, describe, name_ranks
-from fastpref.checkpoint.probe import probe_state
+from fastpref.checkpoint.probe import PROBE_SIZE, probe_state
 from fastpref.checkpoint.state import (
     OPTIMIZER,
     SHARD,
@@ -157,6 +157,8 @@ def _empty_state(
     # a counter of steps is in the host's memory or beside its parameter: on this machine, with this
     # kernel, it may be another than where it was saved
     places = probe_state(optimizer, local_part(next(iter(parameters.values()))).device)
+    # momentum that was switched on since begins at nothing, as optimizers have it
+    begun = {key for key, kept in places.items() if kept.shape == (PROBE_SIZE, PROBE_SIZE)}
     for name, layouts in entries.items():
         if name not in parameters:
             raise CheckpointError(f"it has state of {name}, which is not trained here")
@@ -174,6 +176,8 @@ def _empty_state(
                 kept = places.get(key, local_part(parameter))
                 empty = torch.zeros(saved[full_name].size, dtype=dtype, device=kept.device)
             targets[full_name] = state[parameter][key] = empty
+        for key in begun - layouts.keys():
+            state[parameter][key] = torch.zeros_like(parameter, requires_grad=False)
     return state
 
 

@@ -5,17 +5,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from fastpref.errors import ConfigError, DistributedError, first_line
-from fastpref.signals import heard
+from fastpref.signals import SIGNALS, die, heard
 
 SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
-TORCHRUN_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""What torchrun takes over, ignored or not."""
 
 
 def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
@@ -50,41 +50,49 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     if hasattr(launch, "shutdown_timeout"):
         # of ranks that a signal stops: seconds to save in; older torch gives them 30
         launch.shutdown_timeout = SAVE_SECONDS
-    # under nohup it would end with the terminal
-    launch.signals_to_handle = ",".join(number.name for number in heard(TORCHRUN_SIGNALS))
+    # torchrun forgets the ranks' exit codes at a signal that it handles, and it has to have one
+    launch.signals_to_handle = signal.SIGQUIT.name
     try:
-        with passing_on(signal.SIGUSR1):
+        with passing_on(SIGNALS):
             elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
-    except SignalException as stopped:
-        # the ranks got the signal too
-        return 130 if stopped.sigval == signal.SIGINT else 75
+    except SignalException:
+        # SIGQUIT, at which nothing is saved
+        return DistributedError.exit_code
     except RendezvousError as error:
         raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
     return 0
 
 
 @contextmanager
-def passing_on(number: signal.Signals) -> Iterator[None]:
-    """While entered, a signal that torchrun does not know goes to the processes that it started.
+def passing_on(numbers: Iterable[signal.Signals]) -> Iterator[None]:
+    """While entered, signals go to the processes that this one started.
 
-    They end by themselves, each with everything saved.
+    They end by themselves, each with everything saved, and their exit code says so. Where there is
+    none a signal is for this process.
     """
 
-    def pass_on(*_: object) -> None:
-        for path in Path("/proc/self/task").glob("*/children"):
-            for child in path.read_text(encoding="ascii").split():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(child), number)
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        lists = Path("/proc/self/task").glob("*/children")
+        children = [child for path in lists for child in path.read_text("ascii").split()]
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
+        if not children:
+            handler = before[number]
+            handler(number, frame) if callable(handler) else die(number)
 
-    before = [signal.signal(own, pass_on) for own in heard([number])]
+    before: dict[int, Any] = {}
+    for number in heard(numbers):
+        before[number] = signal.getsignal(number)
+        signal.signal(number, pass_on)
     try:
         yield
     finally:
-        for handler in before:
-            signal.signal(number, handler)
+        for own, handler in before.items():
+            signal.signal(own, handler)
 
 
 def check_port(port: int) -> None:

@@ -129,7 +129,7 @@ LEFT_AT_THE_START = (
     *("metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb", "wandb-id"),
     *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
     *(MERGED_FOLDER, f"{MERGED_FOLDER}.partial", f"{MERGED_FOLDER}.old"),
-    *(f"{ORIGIN}{PARTIAL}", f"{OPTIONS}{PARTIAL}", LOCK, OPTIONS),
+    *(f"wandb-id{PARTIAL}", f"{ORIGIN}{PARTIAL}", f"{OPTIONS}{PARTIAL}", LOCK, OPTIONS),
 )
 """What a run may have written before its first step, by name. The options come last, by which
 a folder is known for a run's: a kill while the others are removed leaves it one."""

@@ -204,6 +204,19 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts():
             launch_on_every_gpu(2, port)
 
 
+def test_the_launcher_says_of_a_signal_what_became_of_the_ranks(tmp_path, monkeypatch):
+    rank = tmp_path / "rank.py"
+    # one that cannot write what it is to save
+    rank.write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(sys, "argv", [str(rank)])
+    assert launch_on_every_gpu(1, None) == 4
+
+
 def test_the_launcher_brings_back_one_run_and_the_exit_code_of_the_ranks(
     base, tmp_path, monkeypatch, capfd
 ):

@@ -184,6 +184,15 @@ def test_from_an_earlier_checkpoint_in_another_folder_history_comes_along(
         (["max_length=16", "max_prompt_length=8"], "resume.allow=[data]"),
         (["optim.schedule=linear", "n_examples=160"], "resume.allow=[n_examples,optim.schedule]"),
         (["model=tiny", "model.name_or_path=tiny"], "model was "),
+        # what no leave makes possible, before models are loaded
+        (
+            ["optimizer=RMSprop", "resume.allow=[optimizer]"],
+            "nothing goes on with another optimizer\n",
+        ),
+        (
+            ["adapter=lora", "model.policy_dtype=bfloat16", "resume.allow=[adapter,model]"],
+            "nothing goes on with another adapter.kind\n",
+        ),
     ],
 )
 def test_what_changes_the_numbers_is_refused_by_name(base, stopped, capsys, options, refused):

@@ -41,7 +41,7 @@ def make_config(**options: object) -> Config:
     [
         ([], [], True),
         (["config.yaml"], [], True),
-        (["config.yaml", "wandb", "samples.jsonl"], [EVAL], True),
+        (["config.yaml", "wandb", "samples.jsonl", "wandb-id.partial"], [EVAL], True),
         (["config.yaml", "LATEST", "curves.png"], [EVAL], True),
         (["config.yaml"], [EVAL, TRAIN], False),
         # whose numbers are gone: the model may be all that somebody kept

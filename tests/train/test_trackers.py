@@ -103,8 +103,11 @@ def test_a_tracker_that_does_not_start_is_left_out_with_a_warning(
 def test_a_run_is_one_there_though_it_was_killed_before_it_had_a_name(tmp_path, packages):
     (packages / "wandb.py").write_text("def init(**options):\n    return options\n")
     (tmp_path / "wandb-id").touch()
+    before = (tmp_path / "wandb-id").stat().st_ino
     names = [WandbTracker(WandbConfig(), tmp_path, {})._run["id"] for _ in range(2)]
     assert names[0] and names[0] == names[1]
+    # not written in its place, where a kill would leave half of it
+    assert (tmp_path / "wandb-id").stat().st_ino != before
 
 
 def test_a_file_of_numbers_that_cannot_be_written_is_said_once(caplog):

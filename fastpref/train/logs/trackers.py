@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastpref.complete_files import complete_file
 from fastpref.config import TrackerOptions, WandbConfig
 from fastpref.errors import ConfigError, first_line
 from fastpref.train.logs.metrics import Record, Tracker
@@ -135,11 +136,12 @@ class TensorboardTracker:
 def _run_id(run_dir: Path) -> str:
     """The same for every start in a run folder, another one for every folder."""
     path = run_dir / RUN_ID
-    # empty where a kill came before it was written
+    # empty where a kill of an earlier version came before it was written
     known = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not known:
         known = secrets.token_hex(8)
-        path.write_text(known, encoding="utf-8")
+        with complete_file(path) as file:
+            file.write(known)
     return known
 
 

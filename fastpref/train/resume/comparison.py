@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.errors import CheckpointError
-from fastpref.train.resume.differences import Difference, effect_of, is_among, list_differences
+from fastpref.train.resume.differences import (
+    Difference,
+    effect_of,
+    is_among,
+    is_of_state,
+    list_differences,
+)
 
 logger = logging.getLogger("fastpref")
 
@@ -56,12 +62,20 @@ def check_same_run(
     ]
     lines = [_line(difference, effect, allow) for difference, effect in found]
     refused = [d.key for d, effect in found if not effect and not is_among(d.key, allow)]
-    if refused:
+    adapted = options["adapter"]["kind"] != "none"
+    of_state = [d.key for d, _ in found if is_of_state(d, adapted=adapted)]
+    if refused or of_state:
+        names = " and ".join(of_state)
+        advice = (
+            f" or name a new run_dir with resume=never: nothing goes on with another {names}"
+            if of_state
+            else ", name a new run_dir with resume=never, or accept them with "
+            f"resume.allow=[{','.join(refused)}]"
+        )
         raise CheckpointError(
             f"{folder} is of a run with other numbers:\n  "
             + "\n  ".join(lines)
-            + "\nset them back, name a new run_dir with resume=never, or accept them with "
-            f"resume.allow=[{','.join(refused)}]"
+            + f"\nset them back{advice}"
         )
     for line in lines:
         logger.warning("going on with other options: %s", line)

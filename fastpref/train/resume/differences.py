@@ -119,6 +119,18 @@ def effect_of(difference: Difference, schedule: str) -> str:
     return ""
 
 
+def is_of_state(difference: Difference, *, adapted: bool) -> bool:
+    """Whether what was saved has no place in a run with the other value, whatever is allowed.
+
+    Args:
+        adapted: Adapters are what is trained; their masters are in float32 in any case.
+    """
+    key, before, now = difference
+    if key == "adapter.kind":
+        return "none" in (before, now)
+    return key == "optimizer" or (key == "model.policy_dtype" and not adapted)
+
+
 def check_same_options(of_ranks: Sequence[dict[str, Any]]) -> None:
     """Refuse ranks that were started with different options: each would go its own way.
 
