@@ -207,6 +207,22 @@ def test_another_learning_rate_applies_at_the_checkpoints_place_in_the_schedule(
         training.train(step, step + 1)
 
 
+def test_momentum_that_was_switched_on_since_begins_at_nothing(world, agreement, tmp_path):
+    training = SmallTraining(world, "RMSprop")
+    training.train(0, 3)
+    save_once(tmp_path, agreement, training, 3)
+    resumed = SmallTraining(world, "RMSprop")
+    for each in (training, resumed):
+        each.optimizer.param_groups[0]["momentum"] = 0.9
+    load_newest(tmp_path, agreement, resumed)
+    # by itself an optimizer that has begun makes no further state
+    for kept in training.optimizer.state.values():
+        kept["momentum_buffer"] = torch.zeros_like(kept["square_avg"])
+    for each in (training, resumed):
+        each.train(3, 5)
+    assert_same_state(resumed.whole_state(), training.whole_state())
+
+
 def test_what_does_not_fit_is_refused_by_name(world, agreement, tmp_path):
     save_once(tmp_path, agreement, SmallTraining(world), 1)
     with pytest.raises(CheckpointError, match=r"holds state of AdamW, not of RMSprop"):

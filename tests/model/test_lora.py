@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_family, build_model, save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.given import given_config
-from fastpref.model.adapters.lora import adapter_state, add_adapters
+from fastpref.model.adapters.lora import adapter_state, add_adapters, insert_adapters
 from fastpref.model.adapters.targets import choose_targets
 from fastpref.model.adapters.tied_head import adapted_head
 from fastpref.model.logit_path import measure_logit_path
@@ -266,6 +266,16 @@ def test_a_head_that_is_more_than_low_rank_is_refused(models, world, tmp_path, o
         adapt(load(models / "untied"), world, start)
     with pytest.raises(ConfigError, match=r"lm_head, .* cannot have dropout"):
         adapt(load(models / "untied"), world, target_modules=targets, dropout=0.1)
+
+
+def test_an_adapter_whose_sizes_come_from_its_layers_takes_no_memory(models, tmp_path):
+    start = save_adapter(models / "untied", tmp_path / "adapter", use_dora=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(models / "untied"))
+    trained = insert_adapters(model, AdapterConfig(kind="lora"), None, str(start)).trained()
+    saved = load_file(start / "adapter_model.safetensors")
+    assert all(parameter.is_meta for parameter in trained)
+    assert sum(x.numel() for x in trained) == sum(x.numel() for x in saved.values())
 
 
 def test_an_adapter_on_one_of_two_tied_tables_is_refused(models, world, tmp_path):

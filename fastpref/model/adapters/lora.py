@@ -282,11 +282,10 @@ def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
             warnings.simplefilter("ignore")
             # of a tied head we take care ourselves
             own = dataclasses.replace(config, ensure_weight_tying=False)
-            inject_adapter_in_model(own, model, name)
+            # peft's word for adapters without memory: DoRA's come from their layers' weights
+            is_meta = next(model.parameters()).is_meta
+            inject_adapter_in_model(own, model, name, low_cpu_mem_usage=is_meta)
     except (ValueError, NotImplementedError) as error:  # peft's words name what it cannot adapt
-        is_meta = next(model.parameters()).is_meta
-        if is_meta and isinstance(error, NotImplementedError):  # torch's: DoRA reads weights
-            raise ValueError(f"{config.peft_type.value} without memory") from error
         if folder is not None:
             raise not_beside(folder, f"does not fit its base model: {first_line(error)}") from error
         option = "dropout" if "lora_dropout" in str(error) else "target_modules"
