@@ -15,7 +15,8 @@ class EncodedRow(NamedTuple):
     """One preference pair (or, for SFT, one prompt and response) as token ids.
 
     A response ends in EOS unless truncation took it. Token weights stand one beside each response
-    token; None weighs every token 1. `rejected_ids` is empty in SFT.
+    token; None weighs every token 1. So does whether a token is in the loss; None: all of them are.
+    `rejected_ids` is empty in SFT.
     """
 
     prompt_ids: Sequence[int]
@@ -23,6 +24,8 @@ class EncodedRow(NamedTuple):
     rejected_ids: Sequence[int]
     chosen_weights: Sequence[float] | None = None
     rejected_weights: Sequence[float] | None = None
+    chosen_scored: Sequence[bool] | None = None
+    rejected_scored: Sequence[bool] | None = None
 
 
 class Segment(NamedTuple):
@@ -107,8 +110,8 @@ class Batch:
     """(N or more,) int64: the position, in the flattened `input_ids`, whose hidden state predicts a
     target. A shared position is there once for each sequence that it predicts a token of."""
     target: Tensor
-    """(N or more,) int64: the response tokens, in the order of `score_index`; what is beyond N
-    fills a shape up, is `IGNORED` and scores nothing."""
+    """(N or more,) int64: the response tokens, in the order of `score_index`; `IGNORED`, which
+    scores nothing, where they are not in the loss, and beyond N, where it fills a shape up."""
     token_weights: Tensor | None
     """(N,) float32, or None when every token weighs 1."""
     sequence_ids: Tensor

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from fastpref.batch import EncodedRow
+from fastpref.batch import IGNORED, EncodedRow
 
 
 class Ranges(NamedTuple):
@@ -53,6 +53,9 @@ class EncodedColumns:
     reference_logps: np.ndarray | None = None
     """float32, beside `ids`: of every response token under the reference, in nats; a prompt's are
     not read. None where they are not known beforehand."""
+    scored: np.ndarray | None = None
+    """bool, beside `ids`: which response tokens are in the loss; a prompt's are not read. None
+    where all are."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen"):
@@ -70,15 +73,16 @@ class EncodedColumns:
         """From rows one by one."""
         columns = zip(*rows, strict=True) if rows else [()] * len(EncodedRow._fields)
         lists = dict(zip(EncodedRow._fields, columns, strict=True))
-        weighted = any(weights is not None for weights in lists["chosen_weights"])
         return cls._of_lists(
             {
                 name: (
-                    np.concatenate([*map(np.asarray, column), []]),
-                    np.array([len(values) for values in column], np.int64),
+                    np.concatenate([[], *(values for values in column if values is not None)]),
+                    np.array(
+                        [len(values) if values is not None else 0 for values in column], np.int64
+                    ),
                 )
                 for name, column in lists.items()
-                if weighted or not name.endswith("weights")
+                if name.endswith("ids") or any(values is not None for values in column)
             }
         )
 
@@ -89,7 +93,7 @@ class EncodedColumns:
             {
                 name: (
                     pc.list_flatten(table[name]).to_numpy(),
-                    pc.list_value_length(table[name]).to_numpy().astype(np.int64),
+                    pc.list_value_length(table[name]).fill_null(0).to_numpy().astype(np.int64),
                 )
                 for name in EncodedRow._fields
                 if name in table.column_names
@@ -111,6 +115,7 @@ class EncodedColumns:
             weights=weights if of_weights else None,
             chosen_weights=of_weights.get("chosen_weights"),
             rejected_weights=of_weights.get("rejected_weights"),
+            scored=_scored(ids, of_ids, columns),
         )
 
     def __len__(self) -> int:
@@ -152,6 +157,21 @@ class EncodedColumns:
         prompts = self.prompt.lengths * self.num_sides
         return prompts + self.chosen.lengths + self.rejected.lengths
 
+    @property
+    def num_scored(self) -> int:
+        """Response tokens in the loss."""
+        if self.scored is None:
+            return int(self.chosen.lengths.sum() + self.rejected.lengths.sum())
+        return int(self.scored[self.responses(np.arange(len(self))).flat()].sum())
+
+    def targets(self, rows: np.ndarray) -> torch.Tensor:
+        """(N,) int64: the tokens of `responses`, `IGNORED` where they are not in the loss."""
+        tokens = self.responses(rows).flat()
+        ids = self.ids[tokens]
+        return torch.from_numpy(
+            ids if self.scored is None else np.where(self.scored[tokens], ids, IGNORED)
+        )
+
     def token_weights(self, rows: np.ndarray) -> torch.Tensor | None:
         """(N,) float32, beside the tokens of `responses`; None where every token weighs 1."""
         if self.weights is None:
@@ -172,6 +192,20 @@ def _join(
         offset = int(ends[-1]) if len(ends) else offset
     values = [np.zeros(0, dtype), *(values for values, _ in columns.values())]
     return np.concatenate(values, dtype=dtype, casting="unsafe"), ranges
+
+
+def _scored(
+    ids: np.ndarray, of_ids: dict[str, Ranges], columns: dict[str, tuple[np.ndarray, np.ndarray]]
+) -> np.ndarray | None:
+    """Of all ids, which are in the loss, from the columns that say so of some responses."""
+    if not any(name.endswith("scored") for name in columns):
+        return None
+    scored = np.ones(len(ids), bool)
+    for side in ("chosen", "rejected"):
+        values, lengths = columns.get(f"{side}_scored", ((), np.zeros(0, np.int64)))
+        told = np.flatnonzero(lengths)
+        scored[of_ids[f"{side}_ids"].take(told).flat()] = values
+    return scored
 
 
 def concatenate(parts: Sequence[Ranges]) -> Ranges:

@@ -36,8 +36,8 @@ class StepBatches(NamedTuple):
 
     @property
     def num_scored(self) -> int:
-        """Response tokens of its rows, over all ranks."""
-        return int(self.columns.chosen.lengths.sum() + self.columns.rejected.lengths.sum())
+        """Response tokens of its rows that are in the loss, over all ranks."""
+        return self.columns.num_scored
 
     @property
     def most_tokens(self) -> int:

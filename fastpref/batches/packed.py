@@ -244,7 +244,7 @@ def pack(
             prefixes=trunks[others],
         ),
         score_index=torch.from_numpy(score_index),
-        target=torch.from_numpy(columns.ids[responses.flat()]),
+        target=columns.targets(rows),
         token_weights=columns.token_weights(rows),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
         num_sequences=S,

@@ -30,8 +30,7 @@ def pad(columns: EncodedColumns, rows: np.ndarray, *, pad_token_id: int) -> Batc
     input_ids = np.full(max(1, S) * L, pad_token_id)
     input_ids[Ranges(starts, prompts.lengths).flat()] = columns.ids[prompts.flat()]
     response_starts = starts + prompts.lengths
-    target = columns.ids[responses.flat()]
-    input_ids[Ranges(response_starts, responses.lengths).flat()] = target
+    input_ids[Ranges(response_starts, responses.lengths).flat()] = columns.ids[responses.flat()]
     attention_mask = np.zeros_like(input_ids)
     attention_mask[Ranges(starts, lengths).flat()] = 1
     # an empty batch attends to its one padding token: a row without any key is NaN in softmax
@@ -41,7 +40,7 @@ def pad(columns: EncodedColumns, rows: np.ndarray, *, pad_token_id: int) -> Batc
         input_ids=torch.from_numpy(input_ids).view(-1, L),
         attention_mask=torch.from_numpy(attention_mask).view(-1, L),
         score_index=torch.from_numpy(score_index),
-        target=torch.from_numpy(target),
+        target=columns.targets(rows),
         token_weights=columns.token_weights(rows),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
         num_sequences=S,

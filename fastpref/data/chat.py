@@ -3,9 +3,9 @@
 import datetime
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from fastpref.checks import hint
 from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out, spells_eos
+from fastpref.data.speakers import Spans, others_are_learned, written_spans
 from fastpref.errors import ConfigError, first_line
 
 PLAIN_EXCHANGE = [
@@ -137,6 +138,10 @@ class RenderedChat(NamedTuple):
     """The template does not end a response with EOS."""
     eos_spelled: bool = False
     """A message spells EOS out, before its end."""
+    written: Sequence[Spans | None] = (None, None)
+    """What of prompt + response the assistant writes; None: all of the response."""
+    others_in_loss: bool = False
+    """Others speak in a response, and where is not known."""
 
 
 def read_chat_template(path: str | None) -> str | None:
@@ -227,8 +232,9 @@ def render_chat(
         decoded = [_decode_arguments(part) for part in (messages, *answers)]
         if decoded == [messages, *answers]:
             raise
+        messages, *answers = decoded
         try:
-            prompt_text, full_texts = _render_row(decoded[0], decoded[1:], schemas, chat, fields)
+            prompt_text, full_texts = _render_row(messages, answers, schemas, chat, fields)
         except RowError:
             raise error from None
         arguments_decoded = True
@@ -240,6 +246,8 @@ def render_chat(
     eos_token = chat.tokenizer.eos_token
     rendered = [text[len(shared) :] for text in full_texts]
     stripped = [strip_final_eos(text, eos_token, chat.closing) for text in rendered]
+    render = partial(chat.render, tools=schemas)
+    written = written_spans(messages, answers, shared, stripped, render)
     return RenderedChat(
         prompt=shared,
         responses=stripped,
@@ -249,6 +257,8 @@ def render_chat(
         prompt_left_out=prompt_is_left_out(messages, schemas, prompt_text),
         eos_added=any(one == other for one, other in zip(rendered, stripped, strict=True)),
         eos_spelled=spells_eos([messages, *answers], eos_token),
+        written=written,
+        others_in_loss=others_are_learned(answers, written),
     )
 
 

@@ -44,6 +44,7 @@ class Remark(IntFlag):
     OTHERS_SPEAK = auto()
     EOS_ADDED = auto()
     TEXT_OF_MESSAGES = auto()
+    OTHERS_IN_LOSS = auto()
 
 
 REMARK_TEXTS = {
@@ -73,10 +74,13 @@ REMARK_TEXTS = {
     Remark.EQUAL_WHEN_CUT: "chosen and rejected are equal only as max_length, max_prompt_length "
     "and data.truncation cut them",
     Remark.OTHERS_SPEAK: "a response holds messages that are not the assistant's, such as results "
-    "of tools, and they are in the loss as well",
+    "of tools: read, not learned",
     Remark.EOS_ADDED: "the chat template ends a response with something else than EOS, which is "
     "put behind it",
     Remark.TEXT_OF_MESSAGES: "a text is a list of messages written out, and taken as it stands",
+    Remark.OTHERS_IN_LOSS: "where messages that are not the assistant's stand in a response is not "
+    "known, so they are in the loss as well: the chat template renders the beginning of the "
+    "conversation in another way than the whole, or the tokenizer tells no offsets",
 }
 ORDINARY = (
     Remark.PROMPT_CUT
@@ -85,6 +89,7 @@ ORDINARY = (
     | Remark.EOS_AT_END
     | Remark.ARGUMENTS_DECODED
     | Remark.EOS_ADDED
+    | Remark.OTHERS_SPEAK
 )
 """What nobody is warned of."""
 PROMPT_COLUMNS = (

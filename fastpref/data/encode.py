@@ -41,6 +41,7 @@ from fastpref.errors import DataError
 logger = logging.getLogger("fastpref")
 
 WEIGHT_COLUMNS = ("chosen_weights", "rejected_weights")
+SCORED_COLUMNS = ("chosen_scored", "rejected_scored")
 LIBRARIES = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
 BOOKKEEPING = {
     "row": datasets.Value("int64"),
@@ -61,7 +62,9 @@ class PreferenceSplit:
     dataset: datasets.Dataset
     """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists; a response ends in EOS unless it
     was cut; rejected_ids is empty in SFT), and where the loss is weighted chosen_weights,
-    rejected_weights (float32 lists, one per response token)."""
+    rejected_weights (float32 lists, one per response token). Where others than the assistant speak
+    in a response of some row chosen_scored, rejected_scored: bool lists, one per response token
+    whether it is in the loss; null where all of the response is."""
     groups: np.ndarray
     """Number of each row's prompt, ascending by first appearance. (rows,) int64."""
     num_prompts: int
@@ -209,10 +212,16 @@ def as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -
         places=places_of(rows.location.files, encoded.with_format("numpy")["row"][:]),
         groups=encoded.with_format("numpy")["group"][:],
         num_prompts=rows.num_prompts,
-        dataset=encoded.remove_columns(list(BOOKKEEPING)),
+        dataset=encoded.remove_columns([*BOOKKEEPING, *unused_columns(encoded)]),
         audit=counts,
         sizes=(len(encoded),),
     )
+
+
+def unused_columns(encoded: datasets.Dataset) -> list[str]:
+    """Which of `SCORED_COLUMNS` have nothing in any row."""
+    table = encoded.select_columns(list(SCORED_COLUMNS)).with_format("arrow")[:]
+    return [name for name in SCORED_COLUMNS if table[name].null_count == len(table)]
 
 
 def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
@@ -236,6 +245,7 @@ def encoded_features(options: EncodeOptions) -> datasets.Features:
     }
     if options.weighted:
         features |= {column: datasets.List(datasets.Value("float32")) for column in WEIGHT_COLUMNS}
+    features |= {column: datasets.List(datasets.Value("bool")) for column in SCORED_COLUMNS}
     return datasets.Features(features | BOOKKEEPING)
 
 

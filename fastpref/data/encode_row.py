@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple
 
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import Remark
 from fastpref.data.layouts.row_values import RowError
-from fastpref.data.row_tokens import RowTokens
+from fastpref.data.row_tokens import RowTokens, Scored
 from fastpref.token_weights import align_weights, prepare_weights, token_digest
 
 TOO_LONG = "longer than max_length"
+NOTHING_SCORED = "nothing that the assistant writes is in a response"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +69,22 @@ class EncodedPair(NamedTuple):
     note: str = ""
     lengths: Sequence[int] = ()
     """Tokens of the prompt and of each response with its EOS before anything was cut."""
+    scored: Sequence[Scored] = ()
+    """Which of `response_ids` are in the loss."""
 
     def columns(self) -> dict[str, Any]:
         """The same as columns of the encoded dataset; a side that is not there is empty."""
         chosen_ids, rejected_ids = [*self.response_ids, (), ()][:2]
         chosen_weights, rejected_weights = [*self.response_weights, (), ()][:2]
+        chosen_scored, rejected_scored = [*self.scored, None, None][:2]
         return {
             "prompt_ids": self.prompt_ids,
             "chosen_ids": chosen_ids,
             "rejected_ids": rejected_ids,
             "chosen_weights": chosen_weights,
             "rejected_weights": rejected_weights,
+            "chosen_scored": chosen_scored,
+            "rejected_scored": rejected_scored,
             "remarks": int(self.remarks),
             "drop": self.drop,
             "note": self.note,
@@ -112,21 +119,27 @@ def encode_row(
     """
     if tokens.drop:
         return EncodedPair(drop=tokens.drop, note=tokens.note)
-    prompt, responses = tokens.prompt, list(tokens.responses)
+    prompt, responses, scored = tokens.prompt, list(tokens.responses), list(tokens.scored)
     remarks = Remark(row["remarks"]) | tokens.remarks
     weights: list[list[float]] = []
     if options.weighted:
         check_weights_digest(row, prompt, responses, options)
-        weights = response_weights(row, [len(response) for response in responses], options)
+        lengths = [len(response) for response in responses]
+        weights = response_weights(row, lengths, options, scored=scored)
         remarks |= Remark.NO_WEIGHTS if row["chosen_weights"] is None else 0
     if options.reverse_dataset and not options.sft:
-        responses, weights = responses[::-1], weights[::-1]
+        responses, weights, scored = responses[::-1], weights[::-1], scored[::-1]
     full = [[*response, eos_id] for response in responses]
     lengths = [len(part) for part in (prompt, *full)]
     cut = truncate(prompt, full, options, keep_end=keeps_end(row["form"], options))
     if cut is None:
         return EncodedPair(drop=TOO_LONG, lengths=lengths)
     prompt_ids, response_ids = cut
+    kept_scored = [
+        marks and marks[: len(kept)] for marks, kept in zip(scored, response_ids, strict=False)
+    ]
+    if not all(marks is None or any(marks) for marks in kept_scored):
+        return EncodedPair(drop=NOTHING_SCORED, lengths=lengths)
     kept_weights = [
         align_weights(
             weights[side],
@@ -138,7 +151,13 @@ def encode_row(
     ]
     remarks |= _cut_remarks((prompt, *full), (prompt_ids, *response_ids))
     return EncodedPair(
-        prompt_ids, response_ids, kept_weights, remarks, note=tokens.note, lengths=lengths
+        prompt_ids,
+        response_ids,
+        kept_weights,
+        remarks,
+        note=tokens.note,
+        lengths=lengths,
+        scored=[None if marks is None or all(marks) else marks for marks in kept_scored],
     )
 
 
@@ -161,7 +180,7 @@ def check_weights_digest(
 
 
 def response_weights(
-    row: dict[str, Any], lengths: list[int], options: EncodeOptions
+    row: dict[str, Any], lengths: list[int], options: EncodeOptions, *, scored: Sequence[Scored]
 ) -> list[list[float]]:
     """Prepared weights of chosen and rejected as the file has them; ones where it has none.
 
@@ -169,6 +188,8 @@ def response_weights(
         row: A checked row.
         lengths: Tokens of the two untruncated responses, without EOS.
         options: Transform and seed.
+        scored: Which tokens are in the loss: the others weigh 0, and the transform does not see
+            their weights.
 
     Raises:
         RowError: a list is not as long as its response.
@@ -188,13 +209,23 @@ def response_weights(
                 f"expected {length}, found {len(weights)}",
                 f"{side}_weight",
             )
-    return prepare_weights(
-        chosen,
-        rejected,
+    sides = (chosen, rejected)
+    marks = [
+        [True] * len(weights) if of_side is None else of_side[: len(weights)]
+        for weights, of_side in zip(sides, scored, strict=True)
+    ]
+    learned = [list(compress(weights, kept)) for weights, kept in zip(sides, marks, strict=True)]
+    prepared = prepare_weights(
+        learned[0],
+        learned[1],
         options.transform_method,
         options.transform_params,
         row_seed=f"{options.seed}:{row['row']}",
     )
+    return [
+        [next(values) if is_kept else 0.0 for is_kept in kept]
+        for values, kept in zip(map(iter, prepared), marks, strict=True)
+    ]
 
 
 def truncate(

@@ -12,8 +12,11 @@ from fastpref.data.chat import ChatFormat, RenderedChat, render_chat
 from fastpref.data.counts import JOINED_ROWS, Remark
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
+from fastpref.data.speakers import Spans, written_tokens
 
 Ids = list[int]
+Scored = list[bool] | None
+"""Which tokens of a response are in the loss; None: all."""
 Offsets = Sequence[tuple[int, int]]
 
 TOKENIZE = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
@@ -29,6 +32,8 @@ class RowTexts(NamedTuple):
     remarks: Remark = Remark(0)
     note: str = ""
     """What of a response is not rendered."""
+    written: Sequence[Spans | None] = (None, None)
+    """What of prompt + response the assistant writes; None: all of the response."""
     error: RowError | None = None
     """Why there are no texts."""
 
@@ -43,6 +48,8 @@ class RowTokens(NamedTuple):
     note: str = ""
     drop: str = ""
     """Why the row is left out, "" for one to keep."""
+    scored: Sequence[Scored] = (None, None)
+    """Which tokens of each response and of its EOS are in the loss."""
 
 
 def row_texts(
@@ -80,7 +87,9 @@ def row_texts(
         message = "the rendered prompt does not start prompt + response (data.strict=true)"
         return RowTexts(error=RowError(message))
     note = in_source(rendered.left_out, row)
-    return RowTexts(rendered.prompt, rendered.responses, True, _chat_remarks(rendered), note)
+    return RowTexts(
+        rendered.prompt, rendered.responses, True, _chat_remarks(rendered), note, rendered.written
+    )
 
 
 def tokenize_rows(
@@ -112,11 +121,10 @@ def tokenize_rows(
             outcomes.append(row.error)
             continue
         if row.is_chat:
-            prompt, responses, remarks = next(whole)
+            outcomes.append(_outcome(row, next(whole), tokenizer))
         else:
-            prompt, responses = next(divided)
             remarks = Remark.JOINED_DIFFERS if next(joined, False) else Remark(0)
-        outcomes.append(_outcome(row, prompt, responses, remarks, tokenizer))
+            outcomes.append(_outcome(row, RowTokens(*next(divided), remarks), tokenizer))
     return outcomes
 
 
@@ -169,9 +177,7 @@ def _differ_when_joined(
     ]
 
 
-def _tokenize_by_offsets(
-    rows: Sequence[RowTexts], tokenizer: Any
-) -> list[tuple[Ids, list[Ids], Remark]]:
+def _tokenize_by_offsets(rows: Sequence[RowTexts], tokenizer: Any) -> list[RowTokens]:
     texts = [row.prompt + response for row in rows for response in row.responses]
     if not texts:
         return []
@@ -186,27 +192,46 @@ def _tokenize_by_offsets(
         # a prompt that is not covered to its end has left the rest to a token of the response
         reached = offsets[0][length - 1][1] if length else 0
         remarks = Remark.BORDER_TOKEN if reached < border else Remark(0)
-        outcomes.append((ids[0][:length], [part[length:] for part in ids], remarks))
+        scored = [
+            _scored(of_response[length:], spans, border + len(response))
+            for of_response, spans, response in zip(
+                offsets, row.written, row.responses, strict=False
+            )
+        ]
+        responses = [part[length:] for part in ids]
+        outcomes.append(RowTokens(ids[0][:length], responses, remarks, scored=scored))
     return outcomes
 
 
-def _tokenize_without_offsets(
-    rows: Sequence[RowTexts], tokenizer: Any
-) -> list[tuple[Ids, list[Ids], Remark]]:
+def _scored(offsets: Offsets, spans: Spans | None, end: int) -> Scored:
+    """Which tokens of a response and of its EOS are in the loss.
+
+    Args:
+        offsets: Of its tokens in prompt + response.
+        spans: What the assistant writes of it.
+        end: Characters of it.
+    """
+    if spans is None:
+        return None
+    return [*written_tokens(offsets, spans), bool(spans) and spans[-1][1] == end]
+
+
+def _tokenize_without_offsets(rows: Sequence[RowTexts], tokenizer: Any) -> list[RowTokens]:
     outcomes = []
-    for whole, (prompt, responses) in zip(
-        _tokenize_joined(rows, tokenizer), _tokenize_apart(rows, tokenizer), strict=True
+    for row, whole, (prompt, responses) in zip(
+        rows, _tokenize_joined(rows, tokenizer), _tokenize_apart(rows, tokenizer), strict=True
     ):
+        has_spans = any(spans is not None for spans in row.written)
+        remarks = Remark.OTHERS_IN_LOSS if has_spans else Remark(0)
         if all(ids[: len(prompt)] == prompt for ids in whole):
-            outcomes.append((prompt, [ids[len(prompt) :] for ids in whole], Remark(0)))
+            outcomes.append(RowTokens(prompt, [ids[len(prompt) :] for ids in whole], remarks))
         else:
-            outcomes.append((prompt, responses, Remark.TOKENIZED_APART))
+            outcomes.append(RowTokens(prompt, responses, remarks | Remark.TOKENIZED_APART))
     return outcomes
 
 
-def _outcome(
-    row: RowTexts, prompt: Ids, responses: list[Ids], remarks: Remark, tokenizer: Any
-) -> RowTokens | RowError:
+def _outcome(row: RowTexts, tokens: RowTokens, tokenizer: Any) -> RowTokens | RowError:
+    prompt, responses, remarks, *_ = tokens
     if not prompt:
         return RowError(EMPTY_PROMPT, "prompt")
     eos_id = tokenizer.eos_token_id
@@ -219,7 +244,12 @@ def _outcome(
     has_eos = not row.is_chat and any(eos_id in part for part in (prompt, *stripped))
     remarks |= Remark.EOS_INSIDE if has_eos else 0
     remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
-    return RowTokens(prompt, stripped, remarks, row.note, drop)
+    scored = [
+        # that of the EOS that is appended is the last one
+        marks and [*marks[: len(ids)], marks[-1]]
+        for ids, marks in zip(stripped, tokens.scored, strict=False)
+    ]
+    return RowTokens(prompt, stripped, remarks, row.note, drop, scored)
 
 
 def _chat_remarks(rendered: RenderedChat) -> Remark:
@@ -230,4 +260,5 @@ def _chat_remarks(rendered: RenderedChat) -> Remark:
     remarks |= Remark.PROMPT_NOT_RENDERED if rendered.prompt_left_out else 0
     remarks |= Remark.EOS_ADDED if rendered.eos_added else 0
     remarks |= Remark.EOS_INSIDE if rendered.eos_spelled else 0
+    remarks |= Remark.OTHERS_IN_LOSS if rendered.others_in_loss else 0
     return remarks

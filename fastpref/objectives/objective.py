@@ -11,7 +11,7 @@ import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
 from torch import Tensor
 
-from fastpref.batch import Batch
+from fastpref.batch import IGNORED, Batch
 from fastpref.config import (
     DPOConfig,
     IPOConfig,
@@ -44,7 +44,7 @@ class SequenceScores:
     logps: Tensor
     """(S,) log π(response | prompt), in nats."""
     num_tokens: Tensor
-    """(S,) float32: tokens of the response, unweighted."""
+    """(S,) float32: tokens of the response that are scored, unweighted."""
     log_ratios: Tensor | None
     """(S,) log π - log π_ref, summed token by token: two close numbers never round apart; None
     without reference."""
@@ -214,7 +214,8 @@ def _sum_sequences(
 ) -> tuple[SequenceScores, SequenceScores]:
     weights_N = batch.token_weights if weighted else None
     logps_S = _sum(scores.logps, batch, weights_N)
-    num_tokens_S = _sum(torch.ones_like(scores.logps), batch, None)
+    is_scored_N = batch.target[: batch.num_scored] != IGNORED
+    num_tokens_S = _sum(is_scored_N.to(scores.logps), batch, None)
     kl_S = None if scores.kl is None else _sum(scores.kl, batch, weights_N)
     unweighted_logps_S = _sum(scores.logps.detach(), batch, None) if weighted else None
     log_ratios_S = None

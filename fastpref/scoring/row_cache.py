@@ -156,7 +156,8 @@ def _read(path: Path) -> list[ScoredRow]:
 
 
 def row_digests(columns: EncodedColumns) -> list[bytes]:
-    """What rows are known by: a digest of the token ids of each."""
+    """What rows are known by: a digest of the token ids of each, and of which of them are scored
+    where not all of a response are."""
     parts = (columns.prompt, columns.chosen, columns.rejected)
     ids = columns.ids.astype("<i4")
     starts = np.stack([part.starts for part in parts], axis=1)
@@ -168,6 +169,10 @@ def row_digests(columns: EncodedColumns) -> list[bytes]:
         digest = hashlib.blake2b(lengths[of_row].tobytes(), digest_size=DIGEST_BYTES)
         for start, stop in zip(begin, end, strict=True):
             digest.update(ids[start:stop].tobytes())
+        if columns.scored is not None:
+            marks = [columns.scored[slice(*side)] for side in zip(begin[1:], end[1:], strict=True)]
+            if not all(side.all() for side in marks):
+                digest.update(b"".join(side.tobytes() for side in marks))
         digests.append(digest.digest())
     return digests
 

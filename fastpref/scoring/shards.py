@@ -26,10 +26,13 @@ def num_tokens(row: EncodedRow) -> int:
 
 
 def rows_digest(rows: Sequence[EncodedRow]) -> str:
-    """Digest of the token ids of rows in their order, wherever they were read from."""
+    """Digest of the token ids of rows in their order, wherever they were read from, and of which
+    of them are in the loss."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(token_digest(row.prompt_ids, row.chosen_ids, row.rejected_ids).encode())
+        for marks in (row.chosen_scored, row.rejected_scored):
+            digest.update(b"all" if marks is None else bytes(marks))
     return digest.hexdigest()
 
 

@@ -109,11 +109,13 @@ def read_report(
     shown = pick_examples(encoded)
     for i, record in enumerate(read_lines(path)):
         raw = [np.array(record[f"{side}_weight"], np.float64) for side in ("chosen", "rejected")]
-        chosen.append(-raw[0])
-        rejected.append(raw[1])
-        wrong.append(masks[i] if masks else np.zeros(len(raw[1]), np.bool_))
+        is_wrong = masks[i] if masks else np.zeros(len(raw[1]), np.bool_)
         if i in shown:
-            examples.append(build_example(encoded[i], raw, wrong[-1], tokenizer))
+            examples.append(build_example(encoded[i], raw, is_wrong, tokenizer))
+        of_chosen, of_rejected = learned_tokens(encoded[i])
+        chosen.append(-raw[0][of_chosen])
+        rejected.append(raw[1][of_rejected])
+        wrong.append(is_wrong[of_rejected])
     rejected_weights = np.concatenate(rejected)
     return WeightsReport(
         title=f"{path.parent.name}, {path.stem}",
@@ -125,6 +127,14 @@ def read_report(
         examples=examples,
         auc=roc_auc(rejected_weights, np.concatenate(wrong)) if masks else None,
     )
+
+
+def learned_tokens(row: EncodedRow) -> list[NDArray[np.bool_] | slice]:
+    """Which tokens of chosen and rejected are in the loss."""
+    return [
+        slice(None) if marks is None else np.array(marks, np.bool_)
+        for marks in (row.chosen_scored, row.rejected_scored)
+    ]
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

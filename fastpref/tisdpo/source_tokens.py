@@ -10,7 +10,7 @@ import datasets
 
 from fastpref.batch import EncodedRow
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts
-from fastpref.data.encode import as_split, encode_batch, encoded_features
+from fastpref.data.encode import SCORED_COLUMNS, as_split, encode_batch, encoded_features
 from fastpref.data.encode_row import EncodeOptions
 from fastpref.data.layouts.row_values import json_text
 from fastpref.data.layouts.rows import MALFORMED
@@ -67,13 +67,15 @@ def encode_under_templates(
             encoded[text] = _encode_beside(text, batch, plain, tokenizer, options, rows)
         places = [i for i, reason in enumerate(plain["drop"]) if not reason]
         kept += [start + i for i in places]
+        scored = _scored_responses(plain, include_eos=include_eos)
         for text, columns in encoded.items():
             if not include_eos:
                 for name in ID_COLUMNS[1:]:
                     columns[name] = [ids[:-1] for ids in columns[name]]
             # arrays: an eighth of the memory of lists
             by_template[text] += [
-                EncodedRow(*(array("i", columns[name][i]) for name in ID_COLUMNS)) for i in places
+                EncodedRow(*(array("i", columns[name][i]) for name in ID_COLUMNS), **scored[i])
+                for i in places
             ]
         parts.append(datasets.Dataset.from_dict(plain, features=encoded_features(options)))
     counts = as_split(rows, rows.dataset, datasets.concatenate_datasets(parts)).audit
@@ -81,6 +83,19 @@ def encode_under_templates(
     if len(kept) < len(rows.dataset):
         rows = replace(rows, dataset=rows.dataset.select(kept))
     return SourceTokens(rows, by_template, counts)
+
+
+def _scored_responses(columns: Columns, *, include_eos: bool) -> list[dict[str, Any]]:
+    """Of each row, which tokens of its responses are in the loss: the others get a weight of 0."""
+    end = None if include_eos else -1
+    rows = zip(*(columns[name] for name in SCORED_COLUMNS), strict=True)
+    return [
+        {
+            name: None if marks is None else array("b", marks[:end])
+            for name, marks in zip(SCORED_COLUMNS, row, strict=True)
+        }
+        for row in rows
+    ]
 
 
 def _encode_beside(

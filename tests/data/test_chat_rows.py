@@ -96,7 +96,7 @@ def test_what_a_template_leaves_out_is_counted_with_its_first_place(tmp_path, ca
     assert "train.jsonl:2:chosen.content)" in caplog.text
 
 
-def test_what_else_than_the_assistants_words_is_in_the_loss_is_counted(tmp_path):
+def test_what_else_than_the_assistants_words_a_response_holds_is_counted(tmp_path):
     looked_up = [calling({}), say("tool", "12:30"), say("assistant", "At noon.")]
     rows = [chat(), chat(question="R"), chat("a<|im_end|>b", question="S"), chat("c<|im_end|>")]
     rows[1]["chosen"] = looked_up

@@ -80,6 +80,15 @@ def test_of_a_conversation_the_template_is_told_from_what_was_said(tmp_path):
         assert [t.id for t in part.tokens] == split.dataset[0][f"{part.name}_ids"]
 
 
+def test_what_others_say_in_a_response_is_read_alone(tmp_path):
+    looked_up = [("assistant", "a"), ("tool", "b"), ("assistant", "c")]
+    answer = [{"role": role, "content": content} for role, content in looked_up]
+    _, shown = report(tmp_path, [CHAT | {"chosen": answer}], template=TEMPLATE)
+    chosen = shown.rows[0].parts[1]
+    assert texts(chosen, LOSS) == "a</s>c</s>"
+    assert texts(chosen, PROMPT) == "\n[tool]b</s>\n[assistant]"
+
+
 def test_sft_shows_what_is_imitated(tmp_path):
     rows = [pair("Q", "first", "no"), pair("Q", "second", "no")]
     _, shown = report(tmp_path, rows, loss=SFTConfig())

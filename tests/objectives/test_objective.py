@@ -1,12 +1,17 @@
 """Objectives against the seed repositories' formulas in float64, on padded full-logits batches."""
 
+from copy import deepcopy
+from types import SimpleNamespace
+
 import pytest
 import torch
 from fastpref_kernels import TokenScores
+from tiny_models import build_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastpref.batch import EncodedRow
+from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.config import (
     DPOConfig,
@@ -17,7 +22,10 @@ from fastpref.config import (
     TDPOConfig,
     TISDPOConfig,
 )
+from fastpref.model.attention.interface import build_attention
+from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.objective import build_objective
+from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.logs.metrics import name_for_split
 
 ROWS = [
@@ -74,7 +82,7 @@ def seed_loss(config: LossConfig, log_p: Tensor, log_q: Tensor, batch) -> Tensor
     if isinstance(config, IPOConfig):
         return (M_w - M_l - 1 / (2 * config.beta)) ** 2
     if isinstance(config, SimPOConfig):
-        P = total(label_p) / torch.tensor([3, 2, 2, 4])
+        P = total(label_p) / torch.bincount(batch.sequence_ids)
         return -F.logsigmoid(config.beta * (P[:2] - P[2:]) - config.gamma)
     if isinstance(config, TDPOConfig):
         K = total((log_q.exp() * (log_q - log_p)).sum(-1))
@@ -124,6 +132,54 @@ def test_values_and_gradients_are_the_seed_formulas(name):
                 own = batch.sequence_ids == first + i
                 values = log_p.gather(1, batch.target[:, None])[:, 0].detach()
                 assert value == pytest.approx((of_tokens * values)[own].sum().item(), rel=1e-5)
+
+
+def log_probabilities(model, rows) -> Tensor:
+    """Of the scored tokens' positions (N, V), by transformers, one sequence after the other."""
+    parts = []
+    for side in ("chosen", "rejected"):
+        for row in rows:
+            ids, scored = getattr(row, f"{side}_ids"), getattr(row, f"{side}_scored")
+            logits = model(torch.tensor([[*row.prompt_ids, *ids]])).logits[0]
+            own = logits[len(row.prompt_ids) - 1 : -1].log_softmax(-1)
+            parts.append(own if scored is None else own[torch.tensor(scored)])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("layout", [pad_rows, pack_rows])
+@pytest.mark.parametrize("name", ["simpo", "tdpo1", "tdpo2", "tisdpo token_level"])
+def test_tokens_that_are_not_scored_have_no_part_in_a_loss(name, layout):
+    config, rows = CONFIGS[name], list(ROWS)
+    rows[0] = rows[0]._replace(chosen_scored=[True, False, True])
+    rows[1] = rows[1]._replace(rejected_scored=[False, True, True, False])
+    policy = build_model("llama")
+    reference = deepcopy(policy)
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    batch = layout(rows, pad_token_id=0)
+    scored = batch.target >= 0
+    learned = SimpleNamespace(
+        target=batch.target[scored],
+        sequence_ids=batch.sequence_ids[scored],
+        token_weights=batch.token_weights[scored],
+    )
+    exact = deepcopy(policy).double()
+    with torch.no_grad():
+        log_q = log_probabilities(deepcopy(reference).double(), rows)
+    expected = seed_loss(config, log_probabilities(exact, rows), log_q, learned)
+    expected.sum().backward()
+
+    objective = build_objective(config)
+    scorers = [TokenScorer(model, build_attention("sdpa")) for model in (policy, reference)]
+    step_loss = StepLoss(objective, *scorers)
+    # without all metrics TDPO1 is computed in another way
+    for step in (None, 1):
+        policy.zero_grad()
+        losses, _ = step_loss.compute(batch, step)
+        losses.sum().backward()
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-5)
+        for ours, theirs in zip(policy.parameters(), exact.parameters(), strict=True):
+            torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_metric_names_are_the_seeds():

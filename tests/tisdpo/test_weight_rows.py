@@ -184,6 +184,19 @@ def test_estimation_and_training_see_the_same_tokens_of_a_metaspace_tokenizer(tm
     assert len(load(config)) == 4
 
 
+def test_what_the_assistant_does_not_write_has_a_weight_of_zero(tmp_path):
+    models = models_with(tmp_path, metaspace_tokenizer(MISTRAL))
+    row = plain_chats()[0]
+    [answer] = row["chosen"]
+    row["chosen"] = [answer, {"role": "tool", "content": "12"}, answer]
+    write_rows(tmp_path / "data" / "rows", "train", [row])
+    config = make_config(models, tmp_path)
+    [written] = estimate(config)
+    [scored] = load(config)["chosen_scored"]
+    assert [weight != 0 for weight in written["chosen_weight"]] == scored[:-1]
+    assert 0 < sum(scored) < len(scored)
+
+
 def test_rows_that_a_template_refuses_obey_on_error(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="fastpref")
     models = models_with(tmp_path, metaspace_tokenizer(MISTRAL))

@@ -40,7 +40,8 @@ def describe_example(split: PreferenceSplit, tokenizer: Any) -> str:
         ids = row[f"{side}_ids"]
         if not ids:
             continue
-        ending = "in the loss, "
+        scored = row.get(f"{side}_scored")
+        ending = "in the loss, " if scored is None else f"{sum(scored)} of them in the loss, "
         ending += "EOS last" if ids[-1] == tokenizer.eos_token_id else "cut, no EOS"
         weights = row.get(f"{side}_weights")
         if weights:

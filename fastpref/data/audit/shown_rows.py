@@ -19,7 +19,7 @@ from fastpref.data.rendered_parts import text_leaves
 from fastpref.data.row_tokens import RowTexts, RowTokens, row_texts, tokenize_rows
 
 PROMPT, LOSS, MASKED, CUT = "prompt", "loss", "masked", "cut"
-"""What becomes of a token: it is read, it is learned, its weight is 0, it is left out."""
+"""What becomes of a token: it is read alone, it is learned, its weight is 0, it is left out."""
 
 
 class ShownToken(NamedTuple):
@@ -137,12 +137,19 @@ class RowView(NamedTuple):
             weights: Sequence[float | None] = [None] * len(ids)
             if encoded.response_weights:
                 weights = [*encoded.response_weights[place], *weights[num_kept:]]
+            learned = encoded.scored[place] if encoded.scored else None
+            fates = [
+                _fate(
+                    i, num_kept, weight, is_learned=learned is None or i >= num_kept or learned[i]
+                )
+                for i, weight in enumerate(weights)
+            ]
             yield ShownPart(
                 name,
                 [
-                    ShownToken(id, text, _fate(i, num_kept, weight), is_template, weight)
-                    for i, (id, text, is_template, weight) in enumerate(
-                        zip(ids, pieces, [*masks[1 + side], True], weights, strict=True)
+                    ShownToken(id, text, fate, is_template, None if fate == PROMPT else weight)
+                    for id, text, fate, is_template, weight in zip(
+                        ids, pieces, fates, [*masks[1 + side], True], weights, strict=True
                     )
                 ],
             )
@@ -166,9 +173,11 @@ class RowView(NamedTuple):
         return [prompt, *(TokenSpans(whole.text, whole.spans[num_prompt:]) for whole in wholes)]
 
 
-def _fate(place: int, num_kept: int, weight: float | None) -> str:
+def _fate(place: int, num_kept: int, weight: float | None, *, is_learned: bool) -> str:
     if place >= num_kept:
         return CUT
+    if not is_learned:
+        return PROMPT
     return MASKED if weight == 0 else LOSS
 
 
