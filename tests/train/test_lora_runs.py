@@ -294,7 +294,15 @@ def mean_logp(base: Path, model: Any) -> float:
 EXPORTS = [
     *((family, "", []) for family in FAMILIES),
     ("llama", "-adapter", []),
-    ("llama", "", ["adapter.target_modules=[q_proj,lm_head,embed_tokens]"]),
+    (
+        # which has nothing that is tied
+        "llama",
+        "",
+        [
+            "adapter.target_modules=[q_proj,lm_head,embed_tokens]",
+            "adapter.ensure_weight_tying=true",
+        ],
+    ),
     (
         "qwen2",
         "",

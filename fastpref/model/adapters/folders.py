@@ -129,9 +129,8 @@ def _forget_tied_head(adapted: Any) -> None:
     """Leave a head's adapter out that looks at the embedding's: merged, it would count twice."""
     model = adapted.base_model.model
     head = model.get_output_embeddings()
-    if adapted.peft_config["default"].to_dict().get("ensure_weight_tying") and hasattr(
-        head, "base_layer"
-    ):
+    looks = adapted.peft_config["default"].to_dict().get("ensure_weight_tying") and is_tied(model)
+    if looks and hasattr(head, "base_layer"):
         model.set_output_embeddings(head.base_layer)
 
 
