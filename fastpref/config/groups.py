@@ -169,7 +169,7 @@ class OptimConfig:
     betas: list[float] | None = None
     """Two decay rates of the Adam family, each in [0, 1)."""
     eps: float | None = None
-    """Added to the denominator, >= 0."""
+    """Added to the denominator, > 0: a word that no row of a step has is given a gradient of 0."""
     momentum: float | None = None
     """Momentum of SGD and RMSprop, in [0, 1)."""
 
@@ -182,7 +182,7 @@ class OptimConfig:
         check_choice("optim.schedule", self.schedule, ("constant", "cosine", "linear"))
         check_number("optim.min_lr_ratio", self.min_lr_ratio, ge=0, le=1)
         check_number("optim.weight_decay", self.weight_decay, ge=0)
-        check_number("optim.eps", self.eps, ge=0)
+        check_number("optim.eps", self.eps, gt=0)
         check_number("optim.momentum", self.momentum, ge=0, lt=1)
         if self.betas is not None:
             if len(self.betas) != 2:

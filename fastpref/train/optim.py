@@ -40,6 +40,10 @@ def build_optimizer(
     # have no fused kernel of any other optimizer
     if name in ("Adam", "AdamW"):
         given["fused"] = True
+    if name == "Adafactor" and "eps" in given:
+        # beside what is added to the denominator, the least size of a weight in its step
+        _, least = inspect.signature(optimizer_class).parameters["eps"].default
+        given["eps"] = (given["eps"], least)
     if name in ON_LOCAL_SHARDS:
         return _on_local_shards(optimizer_class, list(parameters), lr=lr, **given)
     return optimizer_class(list(parameters), lr=lr, **given)

@@ -197,6 +197,8 @@ def test_lists_and_null():
         ("data.on_error=skp", "data.on_error must be one of raise, skip.*nearest: skip"),
         ("data.max_dropped=1.5", "data.max_dropped must be >= 0 and <= 1, got 1.5"),
         ("data.eos_weight=nan", "data.eos_weight must be finite"),
+        # words that a step does not have would be 0 / 0
+        ("optim.eps=0", "optim.eps must be > 0, got 0.0"),
         ("optim.schedule=cosin", "optim.schedule must be one of .*nearest: cosine"),
         ("optim.betas=[0.9]", "optim.betas must be two numbers"),
         ("optim.betas=[0.9,1]", "optim.betas must be >= 0 and < 1"),

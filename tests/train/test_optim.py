@@ -69,6 +69,18 @@ def test_options_reach_the_optimizer_and_null_is_torchs_default():
     assert group["eps"] == torch.optim.AdamW([parameter]).param_groups[0]["eps"]
 
 
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad", "Adafactor"])
+def test_what_is_added_to_the_denominator_reaches_optimizers(name):
+    steps = []
+    for eps in (1e-8, 1e3):
+        parameter = torch.nn.Parameter(torch.ones(3, 4))
+        optimizer = build_optimizer(name, [parameter], lr=0.1, options={"eps": eps})
+        parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer.step()
+        steps.append((1 - parameter).mean().item())
+    assert 0 <= steps[1] < 0.1 * steps[0]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
