@@ -142,8 +142,16 @@ def check_start(config: ModelConfig, *, with_adapters: bool) -> None:
     Raises:
         CheckpointError: `model.archive` is neither a file nor a model's folder, or the adapter to
             train on is of a kind that can only be merged.
-        ConfigError: adapters cannot name the model that they would belong to.
+        ConfigError: adapters cannot name the model that they would belong to, or the family has
+            not the attention that was asked for.
     """
+    if config.attention == "sdpa":
+        family = build_meta(named_model(config), dtype=torch.float32)
+        if not family._supports_sdpa:
+            raise ConfigError(
+                f"model.attention=sdpa: {type(family).__name__} has no such attention in "
+                "transformers; set model.attention=auto or eager"
+            )
     if config.archive and not Path(config.archive).expanduser().is_file():
         archived_model(config)
     start = find_adapter_base(config).start if with_adapters else None
