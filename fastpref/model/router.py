@@ -8,6 +8,7 @@ which pairs are computed together. Of one pair it is what transformers computes.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -162,6 +163,21 @@ def count_uses(batch: Batch, num_rows: int) -> Tensor:
         before_P = batch.position_ids.flatten()[last_P]
     token_T = torch.arange(num_tokens, device=index_N.device)
     return uses_PT + ((token_T >= last_P - before_P) & (token_T <= last_P))
+
+
+@contextmanager
+def balance_left_out(model: Any) -> Iterator[None]:
+    """Let a model's own forward not compute the loss of its router's balance, though its config
+    says so: nobody reads it, and transformers' fails where keys are cached and prompts padded."""
+    configs = [model.config, model.config.get_text_config()]
+    saying = [config for config in configs if getattr(config, "output_router_logits", False)]
+    for config in saying:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        for config in saying:
+            config.output_router_logits = True
 
 
 def states_and_router_logits(

@@ -31,7 +31,7 @@ from fastpref.model.masters import MasterWeights
 from fastpref.model.mixers import Sequences, computing
 from fastpref.model.positions import position_limit
 from fastpref.model.rotary import keep_steady
-from fastpref.model.router import RouterBalance
+from fastpref.model.router import RouterBalance, balance_left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +276,7 @@ class TokenScorer(nn.Module):
         # a cache is longer after every token, and blocks may be compiled for each length apart
         eager = torch.compiler.set_stance("force_eager")
         try:
-            with eager:
+            with eager, balance_left_out(self.model):
                 return self.model.generate(
                     input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **options
                 )

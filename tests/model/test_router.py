@@ -269,3 +269,14 @@ def test_a_family_with_another_loss_is_trained_without(monkeypatch):
     assert choose_balance(None, router, model) is None
     with pytest.raises(ConfigError, match="another one"):
         choose_balance(0.1, router, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_asks_for_the_loss_in_every_forward_draws_the_same_samples(family):
+    scorer = build_scorer(build(family), coefficient=0)
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    options = {"attention_mask": (ids > 0).long(), "do_sample": False, "max_new_tokens": 3}
+    expected = scorer.generate(ids, **options)
+    scorer.model.config.get_text_config().output_router_logits = True
+    assert torch.equal(scorer.generate(ids, **options), expected)
+    assert scorer.model.config.get_text_config().output_router_logits
