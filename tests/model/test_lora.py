@@ -264,8 +264,17 @@ def test_a_head_that_is_more_than_low_rank_is_refused(models, world, tmp_path, o
     start = save_adapter(models / "untied", tmp_path / "adapter", target_modules=targets, **options)
     with pytest.raises(CheckpointError, match=f"lm_head, .* cannot have {message}"):
         adapt(load(models / "untied"), world, start)
-    with pytest.raises(ConfigError, match=r"lm_head, .* cannot have dropout"):
+    with pytest.raises(ConfigError, match=r"lm_head, .* cannot have dropout, .*adapter\.dropout=0"):
         adapt(load(models / "untied"), world, target_modules=targets, dropout=0.1)
+
+
+def test_dropout_of_experts_is_refused_by_its_option_whoever_made_the_adapter(world, tmp_path):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    base = save_tiny_model(tmp_path / "base", model_type="qwen3_moe", head_dim=8, **sizes)
+    experts = {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}
+    for start in (None, save_adapter(base, tmp_path / "adapter", **experts)):
+        with pytest.raises(ConfigError, match=r"adapter\.dropout=0\.1: .* a mixture's experts"):
+            adapt(load(base), world, start, dropout=0.1)
 
 
 def test_an_adapter_whose_sizes_come_from_its_layers_takes_no_memory(models, tmp_path):

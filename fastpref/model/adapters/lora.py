@@ -286,10 +286,15 @@ def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
             is_meta = next(model.parameters()).is_meta
             inject_adapter_in_model(own, model, name, low_cpu_mem_usage=is_meta)
     except (ValueError, NotImplementedError) as error:  # peft's words name what it cannot adapt
+        if "lora_dropout" in str(error):
+            raise ConfigError(
+                f"adapter.dropout={config.lora_dropout:g}: peft drops no input of a matrix that is "
+                "no layer by itself, such as a mixture's experts; set adapter.dropout=0, or name "
+                "layers alone in adapter.target_modules"
+            ) from error
         if folder is not None:
             raise not_beside(folder, f"does not fit its base model: {first_line(error)}") from error
-        option = "dropout" if "lora_dropout" in str(error) else "target_modules"
-        raise ConfigError(f"adapter.{option}: {first_line(error)}") from error
+        raise ConfigError(f"adapter.target_modules: {first_line(error)}") from error
     if ties:
         tie_head(model)
     obstacle = obstacle_of_head(model, name)

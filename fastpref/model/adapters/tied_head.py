@@ -142,7 +142,9 @@ def obstacle_of_head(model: Any, name: str) -> str:
     more = {
         "DoRA or another variant": name in computes.lora_variant,
         "a bias": getattr(matrix, "bias", None) is not None,
-        "dropout": not isinstance(computes.lora_dropout[name], nn.Identity),
+        "dropout, which adapter.dropout=0 leaves out": not isinstance(
+            computes.lora_dropout[name], nn.Identity
+        ),
     }
     found = [what for what, has in more.items() if has]
     return f"{names[computes]}, with which logits are made, cannot have {found[0]}" if found else ""
