@@ -45,9 +45,10 @@ def test_folders_runs_and_archives_of_runs_are_found(model_dir, tmp_path):
         assert resolve(f"{latest}/policy.pt") == latest
 
 
-def test_the_readmes_organisation_in_a_path_is_left_out(model_dir):
-    for resolve in (resolve_model, resolve_tokenizer):
+def test_the_readmes_organisation_in_a_path_is_left_out_and_that_said_once(model_dir, caplog):
+    for resolve in (resolve_model, resolve_model, resolve_tokenizer):
         assert resolve(str(model_dir.parent / "Qwen" / "base")) == str(model_dir)
+    assert caplog.text.count("model.name_or_path: no folder") == 1
 
 
 @pytest.mark.parametrize("name", ["gpt2-large", "EleutherAI/pythia-2.8b"])

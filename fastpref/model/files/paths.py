@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -265,8 +266,14 @@ def _holds_model(folder: Path) -> bool:
 
 def _taken(folder: Path, candidates: list[Path], key: str) -> str:
     if not candidates[0].exists():
-        logger.warning("%s: no folder %s, taking %s", key, candidates[0], folder)
+        _say_taken(key, candidates[0], folder)
     return str(folder)
+
+
+@cache
+def _say_taken(key: str, asked: Path, taken: Path) -> None:
+    """Say once that a folder beside the one asked for is taken."""
+    logger.warning("%s: no folder %s, taking %s", key, asked, taken)
 
 
 def _refuse_a_path(name: str, path: Path, key: str) -> None:
