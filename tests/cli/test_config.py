@@ -290,6 +290,8 @@ def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
         (["model.blok_name=x"], "model.blok_name: no such option; nearest: model.block_name"),
         (["learning_rate=1"], "learning_rate: no such option; nearest: lr"),
         (["num_train_epochs=1"], "nearest: n_epochs"),
+        (["load_best_model_at_end=true"], "nearest: checkpoint.keep_best"),
+        (["dataset_train_split=a"], "nearest: data.split_names"),
         (["per_device_train_batch_size=1"], "nearest: batch_size"),
         (["gradient_checkpointing=true"], "nearest: activation_checkpointing"),
         (["beta=0.1"], "nearest: loss.beta"),
