@@ -135,6 +135,28 @@ def test_the_template_that_was_trained_on_is_that_of_every_file(base, tmp_path):
     assert "chat_template" not in json.loads((latest / "tokenizer_config.json").read_text())
 
 
+def test_a_tokenizer_s_config_stays_as_transformers_4_wrote_and_reads_it(base, tmp_path):
+    source = save_tiny_model(tmp_path / "source", model_type="qwen2")
+    path = source / "tokenizer_config.json"
+    template = source / "chat_template.jinja"
+    older = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<|bos|>"],
+        "chat_template": template.read_text(),
+    }
+    fields = json.loads(path.read_text()) | older
+    path.write_text(json.dumps(fields))
+    template.unlink()
+    kept = export(source, tmp_path / "kept")
+    assert (kept / "tokenizer_config.json").read_bytes() == path.read_bytes()
+    replaced = export(source, tmp_path / "replaced", chat_template=TEMPLATE)
+    for folder, expected in ((kept, older["chat_template"]), (replaced, TEMPLATE)):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.chat_template == expected
+        assert (folder / "chat_template.jinja").read_text() == expected
+        assert json.loads((folder / path.name).read_text()) == fields | {"chat_template": expected}
+
+
 DTYPES = {
     # save_dtype, policy_dtype: what is written, what the log says of it
     (None, "float32"): ("float32", "in float32, as trained; model.save_dtype=checkpoint writes bf"),
@@ -180,12 +202,12 @@ def test_a_float32_export_holds_every_bit_and_a_checkpoint_s_is_rounded_once(bas
         assert torch.equal(weight, exact[name]), name
 
 
-def export(name, run_dir, **options) -> Path:
+def export(name, run_dir, *, chat_template=None, **options) -> Path:
     """A model as a folder, untrained."""
     model = ModelConfig(name_or_path=str(name), **options)
     tokenizer = load_model_tokenizer(model)
     loaded = load_model(find_model(str(name)), dtype=torch.float32, archive=model.archive)
-    plan = plan_export(model, loaded.config, tokenizer, None)
+    plan = plan_export(model, loaded.config, tokenizer, chat_template)
     run_dir.mkdir(exist_ok=True)
     world = init_world()
     try:

@@ -30,6 +30,7 @@ from fastpref.model.files.source_weights import SourceWeights, open_weights
 from fastpref.model.source import find_tokenizer
 from fastpref.train.export.config import json_bytes
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MODEL_FILES = (
     *(GENERATION_CONFIG, "*processor*.json", "audio_tokenizer_config.json", "chat_template.json"),
@@ -107,7 +108,10 @@ def plan_export(
     with tempfile.TemporaryDirectory() as name, reading("a config to save", source.base):
         model_config.save_pretrained(name)
     with reading("a tokenizer to save", tokenizer.name_or_path):
-        texts |= _save_tokenizer(tokenizer, chat_template)
+        saved = _save_tokenizer(tokenizer, chat_template)
+    # transformers 5 writes into it a class and lists of tokens that transformers 4 cannot read
+    own_config = {name: texts[name] for name in (TOKENIZER_CONFIG,) if name in texts}
+    texts |= saved | own_config
     return ExportPlan(
         texts=_with_template(texts, chat_template),
         others=_with_template(others, chat_template),
