@@ -93,10 +93,10 @@ def take_other_name(options: Any, name: str, other: str, *, group: str = "") -> 
     setattr(options, other, None)
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """ "a, b, c" of the first `most` names, then how many there are in all; "" of none."""
-    more = f", … ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def listed(names: Sequence[str]) -> str:
+    """ "a, b, c" of the first eight names, then how many there are in all; "" of none."""
+    more = f", … ({len(names)} in all)" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
 
 
 def both_ends(text: str) -> str:

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fastpref.data.sources.planted import TINY_MODEL_DIR, generate_rows, generate_sft_rows
+from fastpref.data.sources.planted import generate_rows, generate_sft_rows
 
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
@@ -118,8 +118,9 @@ def run_sft(work_dir: Path) -> Path:
 def export(model_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Writes model and tokenizer to the package data, weights in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
-    model.save_pretrained(TINY_MODEL_DIR)
-    tokenizer.save_pretrained(TINY_MODEL_DIR)
+    folder = REPOSITORY / "fastpref" / "assets" / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.files.families import other_parts
 from fastpref.model.files.paths import resolve_model
 from fastpref.model.files.reading import reason
-from fastpref.model.mixers import describe_mixers, isolated_mixers
+from fastpref.model.mixers import describe_mixers
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.build import build_run
 from fastpref.train.export.latest import export_model
@@ -150,6 +150,9 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
     run = trained.run
     reasons = [_reason(line) for line in said if "cannot be trained on packed rows" in line]
     attention = run.policy.attention
+    modules = run.policy.model.modules() if attention else ()
+    # layers that compute a packed row's sequences one by one
+    mixers = [module for module in modules if hasattr(module.forward, "isolated")]
     return Entry(
         family,
         "trains" if trained.is_right else "differs",
@@ -157,7 +160,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
         run.train.layout.name,
         attention.name if attention else "its own",
         tuple(sorted(trained.asked)),
-        describe_mixers(isolated_mixers(run.policy.model) if attention else []),
+        describe_mixers(mixers),
         _adapters(folder, world),
         *trained[1:4],
         wrapper=_other_parts(run.policy.model),

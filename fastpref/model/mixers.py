@@ -223,11 +223,6 @@ def _mixes(module: nn.Module, family: str) -> bool:
     return _MIXERS.search(type(module).__name__.removeprefix(family)) is not None
 
 
-def isolated_mixers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a model that compute a packed row's sequences one by one."""
-    return [module for module in model.modules() if hasattr(module.forward, "isolated")]
-
-
 def isolate_mixers(mixers: Iterable[nn.Module]) -> None:
     """Let layers compute a packed row's sequences one by one, in place; other rows as before."""
     for mixer in mixers:

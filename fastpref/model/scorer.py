@@ -55,9 +55,9 @@ class TokenScorer(nn.Module):
 
     Args:
         model: Any causal LM of transformers whose logits are a linear head on the last hidden
-            states, with factors, a softcap and a cut. `model_checks` tells whether that holds.
+            states, with factors, a softcap and a cut; `model/checks.py` tells whether it is.
         attention: What computes packed rows; None: every batch must be padded.
-            `attention_choice` tells whether the model can.
+            `model/attention/choice.py` tells whether the model can.
         path: From the last hidden states to the logits; None: measured, which takes weights.
         adapters: In the model, and all of it that is trained; None: it has none.
         balance: The loss of its router's balance, to be taken after each forward that records

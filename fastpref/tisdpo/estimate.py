@@ -3,8 +3,8 @@
 A file's weight of response token y is log π⁻(y | …) - log π⁺(y | …), the TIS-DPO repository's sign
 on both sides; the loader turns it into the weight that the loss takes (`token_weights`).
 
-One model after the other scores all rows, shard by shard (`weight_shards`); the weights are written
-once both are done.
+One model after the other scores all rows, shard by shard (`scoring/shards.py`); the weights are
+written once both are done.
 """
 
 from fastpref.config import Config

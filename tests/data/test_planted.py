@@ -5,17 +5,13 @@ import itertools
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpref.data.sources.planted import (
-    TINY_MODEL_DIR,
-    check_answer,
-    generate_rows,
-    generate_sft_rows,
-)
+from fastpref.data.sources.planted import check_answer, generate_rows, generate_sft_rows
+from fastpref.model.files.paths import resolve_model
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY_MODEL_DIR)
+    return AutoTokenizer.from_pretrained(resolve_model("tiny"))
 
 
 def ids_of(tokenizer, text):
@@ -76,7 +72,7 @@ def test_text_survives_the_tokenizer(tokenizer):
 
 
 def test_the_shipped_model_knows_the_task_and_is_unsure_of_it(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(TINY_MODEL_DIR)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model("tiny"))
     assert 0.5e6 < model.num_parameters() < 1.5e6
     right = 0
     rows = generate_rows("test", num_rows=40)

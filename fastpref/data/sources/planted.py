@@ -13,11 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import cycle
-from pathlib import Path
 from typing import Any
-
-TINY_MODEL_DIR = Path(__file__).parents[2] / "assets" / "tiny"
-"""Hugging Face folder of the shipped model: about one million parameters, instruction-tuned."""
 
 PROMPT_TEMPLATE = "Question: {question}\nAnswer:"
 MAX_PLANTED = 3
