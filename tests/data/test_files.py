@@ -1,5 +1,9 @@
+import csv
 import gzip
+import io
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -13,6 +17,7 @@ from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
 from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.source import read_rows
+from fastpref.data.sources.delimited import SEPARATORS
 from fastpref.data.sources.files import find_source, split_of
 from fastpref.errors import DataError
 
@@ -47,9 +52,19 @@ def write(tmp_path, name, rows=ROWS):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return path
-    array = ".json" in path.suffixes
-    text = json.dumps(rows, indent=1) if array else "".join(json.dumps(r) + "\n" for r in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    form = path.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    if form in SEPARATORS:
+        with io.StringIO() as file:
+            table = csv.DictWriter(file, rows[0], delimiter=SEPARATORS[form])
+            table.writeheader()
+            table.writerows(rows)
+            text = file.getvalue()
+    elif form == "json":
+        text = json.dumps(rows, indent=1)
+    else:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    compress = {".gz": gzip.compress, ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True)}
+    path.write_bytes(compress.get(path.suffix, bytes)(text.encode()))
     return path
 
 
@@ -57,6 +72,7 @@ def write(tmp_path, name, rows=ROWS):
     "name",
     [
         *("train.jsonl", "train.jsonl.gz", "train.parquet", "train.json", "train.json.gz"),
+        *("train.jsonl.zst", "train.json.zst", "train.csv", "train.csv.gz", "train.tsv.zst"),
         *("data/train.parquet", "train/0000.parquet", "data/train/part.jsonl"),
         *("data/train-00000-of-00001.parquet", "data/train-00000-of-00001-a1b2c3.parquet"),
     ],
@@ -161,10 +177,11 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path):
 
 def test_what_a_data_file_may_end_with_is_said_where_there_is_none(tmp_path):
     (tmp_path / "data" / "set").mkdir(parents=True)
-    (tmp_path / "data" / "set" / "train.csv").write_text("prompt,chosen,rejected\n")
-    endings = "train.jsonl (or .jsonl.gz, .parquet, .json, .json.gz, .arrow, or shards of one)"
+    (tmp_path / "data" / "set" / "train.xlsx").write_text("prompt,chosen,rejected\n")
+    forms = ".parquet, .json, .arrow, .csv, .tsv, those of text also .gz or .zst"
+    endings = f"train.jsonl (or {forms}, or shards of one)"
     message = refusal(tmp_path)
-    assert f"{endings}; found train.csv" in message
+    assert f"{endings}; found train.xlsx" in message
     # what cannot be read is no file that may be meant
     assert "nearest" not in message
     assert f"expected {endings} in it" in refusal(tmp_path, names=["other"])
@@ -223,7 +240,7 @@ def test_a_json_file_may_hold_lines_too(tmp_path):
     path = tmp_path / "data" / "set" / "train.json"
     write_jsonl(path.parent, "lines", ROWS).rename(path)
     assert read(tmp_path).dataset["row"][:] == [1, 2, 3, 4, 5, 6, 7]
-    for bad in (b"{cut off", b"\xff\xfe", b"// rows"):
+    for bad in (b"{cut off", b"\xff", b"// rows"):
         path.write_bytes(b"\n".join([bad, *(json.dumps(row).encode() for row in ROWS)]))
         assert f"{path}:1: invalid " in refusal(tmp_path)
         rows = read(tmp_path, on_error="skip")
@@ -385,3 +402,45 @@ def test_a_local_folder_comes_before_the_hub(tmp_path):
     assert find_source("org/name", "train", str(tmp_path / "data"), {}).paths
     assert find_source("org/name", "train", None, {}).is_hub
     assert find_source("org/other", "train", str(tmp_path / "data"), {}).is_hub
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train.jsonl", gzip.compress(b"{}"), "compressed by gzip"),
+        ("train.csv", b"PK\x03\x04 a sheet", "a zip archive"),
+        ("train.json", "[]".encode("utf-16"), "text in UTF-16"),
+        ("train.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
+        ("train.jsonl.zst", b"PAR1", "a parquet file"),
+    ],
+)
+def test_a_file_of_another_form_than_its_name_says_is_called_what_it_is(
+    tmp_path, name, content, message
+):
+    path = write(tmp_path, name)
+    path.write_bytes(content)
+    assert refusal(tmp_path).startswith(
+        f"{path}: must be {path.suffix} as its name says; it is {message}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (Path.mkdir, "a folder"),
+        (os.mkfifo, "no regular file"),
+        (lambda path: path.symlink_to("gone.jsonl"), "a link to nothing"),
+    ],
+)
+def test_what_has_the_name_of_a_file_and_is_none_is_called_what_it_is(tmp_path, make, what):
+    path = write(tmp_path, "train.jsonl")
+    path.unlink()
+    make(path)
+    assert refusal(tmp_path).endswith(f"found train.jsonl ({what})")
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json"])
+def test_a_key_that_stands_twice_is_refused(tmp_path, name):
+    path = write(tmp_path, name)
+    path.write_text(path.read_text(encoding="utf-8").replace('"rejected"', '"chosen"'), "utf-8")
+    assert "invalid JSON: 'chosen' stands twice" in refusal(tmp_path)

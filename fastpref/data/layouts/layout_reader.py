@@ -9,6 +9,7 @@ from fastpref.data.layouts.readings import Record
 from fastpref.data.layouts.recognition import TEXTS, AmbiguousRowError, Layout, recognise
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import SIDES, Row, parse_row
+from fastpref.data.layouts.written_lists import with_lists
 
 
 class LayoutReader:
@@ -43,7 +44,7 @@ class LayoutReader:
     def _parsed(self, record: Any) -> tuple[Row, Layout]:
         if not isinstance(record, dict):
             return self._parse(record), TEXTS
-        record = self._renamed(record)
+        record = self._with_lists(self._renamed(record))
         layout = self._recognised(record)
         try:
             row = self._parse(layout.read(record), single=layout.single)
@@ -79,6 +80,12 @@ class LayoutReader:
                 )
             renamed[field] = record[column]
         return renamed
+
+    def _with_lists(self, record: Record) -> Record:
+        try:
+            return with_lists(record)
+        except RowError as error:
+            raise self._as_named(error, TEXTS) from None
 
     def _recognised(self, record: Record) -> Layout:
         try:

@@ -186,7 +186,8 @@ def _recognise_numbered(record: Record, named: Sequence[str]) -> Layout:
 
 def _recognise_single(record: Record, named: Sequence[str]) -> Layout:
     response = _only(_present(RESPONSES, record, named), "the response to imitate")
-    if isinstance(record.get("label"), bool) and response not in named:
+    # of a table of text it is a word
+    if str(record.get("label")).lower() in ("true", "false") and response not in named:
         raise AmbiguousRowError(
             "two readings: label says which responses are good and which bad, as in KTO's data, or "
             "something else; to imitate good ones only take the rows with label=false out of the "

@@ -14,7 +14,10 @@ from fastpref.data.sources.readers import SUFFIXES
 from fastpref.errors import DataError
 
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
-ANY_SUFFIX = f"{SUFFIXES[0]} (or {', '.join(SUFFIXES[1:])}, or shards of one)"
+ANY_SUFFIX = (
+    ".jsonl (or .parquet, .json, .arrow, .csv, .tsv, those of text also .gz or .zst, or shards of "
+    "one)"
+)
 """What a data file may end with, in words."""
 NO_DATA = re.compile(r"(dataset_info|dataset_dict|state)\.json|cache-.*\.arrow")
 """What `datasets` puts beside the files that `save_to_disk` writes."""
@@ -265,7 +268,7 @@ def _contents(folder: Path) -> Iterator[Path]:
 
 def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitError:
     contents = list(_contents(folder))
-    found = [str(path.relative_to(folder)) for path in contents]
+    found = [f"{path.relative_to(folder)}{_no_file(path)}" for path in contents]
     splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
     advice = _split_names(split, splits) if split == there else ""
     advice = advice or _own_folders(folder, name, there)
@@ -278,6 +281,15 @@ def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitEr
         f"datasets: no file {folder / there}{ANY_SUFFIX}; found "
         f"{listed(found) or 'an empty folder'}{advice}"
     )
+
+
+def _no_file(path: Path) -> str:
+    """What something with the name of a data file is, where it is no file."""
+    if not split_of(path) or path.is_file():
+        return ""
+    if path.is_dir():
+        return " (a folder)"
+    return " (no regular file)" if path.exists() else " (a link to nothing)"
 
 
 def _own_folders(folder: Path, name: str, there: str) -> str:

@@ -4,23 +4,49 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow
 import pyarrow.parquet
 
 from fastpref.checks import listed
 from fastpref.data.layouts.row_values import RowError, kind
+from fastpref.data.sources.delimited import SEPARATORS, read_delimited
 from fastpref.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz", ".arrow")
+SUFFIXES = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".json.gz", ".json.zst", ".arrow"),
+    *(".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst"),
+)
 """Forms of a data file, the first one that exists is read."""
 
 ARROW_MAGIC = b"ARROW1"
 JSON_TYPE = "arrow.json"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FIRST_BYTES = {
+    b"PAR1": "a parquet file",
+    ARROW_MAGIC: "an Arrow file",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"PK\x03\x04": "a zip archive",
+    b"\xff\xfe": "text in UTF-16, not UTF-8",
+    b"\xfe\xff": "text in UTF-16, not UTF-8",
+    b"<!": "a page of the web",
+    b"<html": "a page of the web",
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` brings the file itself",
+}
+"""What begins so, whatever its name says."""
+OWN_FIRST_BYTES = {
+    ".parquet": (b"PAR1",),
+    ".arrow": (ARROW_MAGIC,),
+    ".gz": (b"\x1f\x8b",),
+    ".zst": (b"\x28\xb5\x2f\xfd",),
+}
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -31,7 +57,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     column has the same keys, and those that a message or a tool call lacks are null: such keys are
     left out, however deep they lie. Maps become objects, and what is declared as JSON the values
     that its text stands for, null among them. So it is in Arrow files, streams such as
-    `save_to_disk` of `datasets` writes or files with an index.
+    `save_to_disk` of `datasets` writes or files with an index. Tables of text: `read_delimited`.
 
     Yields:
         The line (in tables the row, in an array the element), counted from 1, and the record; a
@@ -40,14 +66,27 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    suffix = path.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
     readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json}
+    readers |= dict.fromkeys(SEPARATORS, _read_delimited)
     reader = readers.get(suffix, _read_json_lines)
     try:
+        _check_form(path)
         yield from reader(path)
     except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         # a damaged file of either form ends up here
         raise DataError(f"{path}: cannot be read: {error}") from error
+
+
+def _check_form(path: Path) -> None:
+    """Raises DataError where a file begins as one of another form does."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    for first_bytes, form in FIRST_BYTES.items():
+        if start.startswith(first_bytes) and first_bytes not in OWN_FIRST_BYTES.get(
+            path.suffix, ()
+        ):
+            raise DataError(f"{path}: must be {path.suffix} as its name says; it is {form}")
 
 
 def _read_json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -67,7 +106,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _read_json_lines(path)
         return
     try:
-        value = json.loads(content.decode()) if content.strip() else []
+        value = decode(content.decode().strip()) if content.strip() else []
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: invalid UTF-8: byte 0x{content[error.start]:02x} at offset {error.start}"
@@ -87,6 +126,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(value, start=1)
 
 
+def _read_delimited(path: Path) -> Iterator[tuple[int, Any]]:
+    [separator] = (mark for suffix, mark in SEPARATORS.items() if f".{suffix}" in path.suffixes)
+    with _open(path) as lines:
+        first = lines.readline().removeprefix(BYTE_ORDER_MARK)
+        yield from read_delimited(chain([first], lines), separator, str(path))
+
+
 def _is_lines(content: bytes) -> bool:
     """Whether JSON is one value a line: its first line is a value, or the whole is none and another
     line is an object."""
@@ -103,13 +149,28 @@ def _is_lines(content: bytes) -> bool:
 
 
 def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+    if path.suffix == ".zst":
+        # what BufferedReader asks of a raw file, a file of pyarrow has
+        return BufferedReader(cast(RawIOBase, pyarrow.input_stream(path, compression="zstd")))
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError where a key stands twice: it is not known which of both is meant."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return record
+
+
+decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def _parse_line(line: bytes, offset: int, number: int) -> Any:
     try:
         # what is missing at its end is missing there, not in the first column of the next line
-        return json.loads(line.decode().rstrip("\r\n"))
+        return decode(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return RowError(
             f"invalid UTF-8: byte 0x{line[error.start]:02x} at offset {offset + error.start}"
@@ -117,6 +178,8 @@ def _parse_line(line: bytes, offset: int, number: int) -> Any:
     except json.JSONDecodeError as error:
         if number == 1 and line.lstrip().startswith(b"["):
             return RowError("invalid JSON lines: an array; write one object per line")
+        if number == 1 and line.strip() == b"{":
+            return RowError("invalid JSON lines: an object over several lines; write one on each")
         return RowError(f"invalid JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
         return RowError(f"invalid JSON: {error}")
