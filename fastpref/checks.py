@@ -36,8 +36,15 @@ def check_number(
     rules = {sign: bound for sign, bound in bounds.items() if bound is not None}
     if math.isfinite(value) and all(_COMPARE[sign](value, rules[sign]) for sign in rules):
         return
-    rule = " and ".join(f"{sign} {bound:g}" for sign, bound in rules.items()) or "finite"
+    # inf > 0, which is not what is wrong with it
+    words = [] if rules and math.isfinite(value) else ["finite"]
+    words += [f"{sign} {_exact(bound)}" for sign, bound in rules.items()]
+    rule = " and ".join(words)
     raise ValueError(f"{key} must be {rule}, got {value}")
+
+
+def _exact(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def check_choice(key: str, value: str, choices: Collection[str]) -> None:

@@ -54,7 +54,7 @@ def _run(
     arguments: list[str], compose_choices: Callable[[list[str]], "DictConfig"], config_dir: Path
 ) -> int:
     from fastpref.cli.options import WIDEST, format_help
-    from fastpref.cli.overrides import read_config
+    from fastpref.cli.overrides import read_config, split_arguments
 
     if {"--help", "-h"} & set(arguments):
         print(format_help(config_dir, shutil.get_terminal_size((WIDEST, 24)).columns))
@@ -73,7 +73,8 @@ def _run(
     # torch and transformers are imported from here on, a second or more
     from fastpref.cli.run import main as run
 
-    return run(config)
+    given, _ = split_arguments(arguments)
+    return run(config, given)
 
 
 def leave(exit_code: int) -> NoReturn:

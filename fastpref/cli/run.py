@@ -4,7 +4,7 @@ import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from fastpref.cli.launch import launch_on_every_gpu
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastpref")
 
 
-def main(config: Config) -> int:
+def main(config: Config, given: Collection[str] = ()) -> int:
     """Check what depends on the machine, join the other ranks, and do the config's task.
+
+    Args:
+        config: Of the run.
+        given: Keys of the options that the command names.
 
     Returns:
         0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises, and
@@ -47,7 +51,7 @@ def main(config: Config) -> int:
             return 0
         config.check_device(*_device())
         advice = Advice(config)
-        for line in (*advice.on_task(), *advice.on_idle()):
+        for line in (*advice.on_task(), *advice.on_idle(given)):
             logger.warning(line)
         if config.task == "audit":
             from fastpref.cli.audit import audit

@@ -8,6 +8,7 @@ from fastpref.checks import check_choice, check_number, expand_home
 
 MODES = ("auto", "async", "sync")
 RESUME_WORDS = ("never", "auto")
+LONGEST_WAIT = 366 * 24 * 3600
 
 
 @dataclass(kw_only=True)
@@ -102,4 +103,4 @@ class ParallelConfig:
     than the slowest of them takes longer than the others, a checkpoint's writing included."""
 
     def __post_init__(self) -> None:
-        check_number("parallel.timeout", self.timeout, ge=1)
+        check_number("parallel.timeout", self.timeout, ge=1, le=LONGEST_WAIT)

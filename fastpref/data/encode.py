@@ -95,8 +95,10 @@ def load_split(
     """
     parts = []
     for rows in read_rows(options, split, quiet=quiet):
-        if options.encode.template_kwargs and not (quiet or rows.has_chats):
-            logger.warning("data.template_kwargs: %s has no conversations to render", rows.source)
+        if not (quiet or rows.has_chats):
+            for name in ("chat_template", "template_kwargs"):
+                if getattr(options.encode, name):
+                    logger.warning("data.%s: %s has no conversations to render", name, rows.source)
         num_proc = options.num_proc or processes_for(len(rows.dataset))
         with progress_bars(quiet), cache_errors(options.cache_dir):
             part = encode_rows(

@@ -19,12 +19,8 @@ from fastpref.config import (
     ModelConfig,
     OptimConfig,
     ReferenceConfig,
-    ResumeConfig,
     SimPOConfig,
-    TDPOConfig,
-    TISDPOConfig,
     TransformConfig,
-    WandbConfig,
     WeightsConfig,
 )
 from fastpref.config.stages import StagesConfig
@@ -191,29 +187,6 @@ def test_options_that_adapters_are_not_trained_well_with_are_said(options, messa
 )
 def test_adapters_that_nothing_trains_are_said(options, messages):
     assert_messages(Advice(make_config(**options)).on_task(), messages)
-
-
-@pytest.mark.parametrize(
-    ("options", "messages"),
-    [
-        ({}, []),
-        ({"loss": TDPOConfig(alpha=0.9)}, []),
-        ({"loss": TDPOConfig(alpha=0.9, if_tdpo2=False)}, [r"loss\.alpha .* is TDPO1"]),
-        ({"loss": TDPOConfig(kl_metrics_every=3)}, [r"loss\.kl_metrics_every has no effect"]),
-        ({"loss": TISDPOConfig(alpha=0.9)}, [r"loss\.alpha .* loss\.token_level=true adds"]),
-        ({"loss": TISDPOConfig(alpha=0.9, token_level=True)}, []),
-        ({"data": DataConfig(eos_weight=1.0)}, [r"data\.eos_weight .* no token weights"]),
-        ({"resume": ResumeConfig(allow=["lr"])}, [r"resume\.allow .* begins anew"]),
-        ({"resume": ResumeConfig(allow=["lr"], path="auto")}, []),
-        ({"wandb": WandbConfig(entity="me")}, [r"wandb\.\* has no effect: wandb\.enabled=false"]),
-        (
-            {"model": ModelConfig(name_or_path=str(ROOT), revision="main")},
-            [r"model\.revision .* is a folder here"],
-        ),
-    ],
-)
-def test_options_that_another_one_leaves_nothing_to_do_are_said(options, messages):
-    assert_messages(Advice(make_config(**options)).on_idle(), messages)
 
 
 AUTO = ReferenceConfig(mode="auto", cache_dir="kept")

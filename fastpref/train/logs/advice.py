@@ -4,8 +4,7 @@ None of it is an error. Each method looks at one matter and says it with its num
 would help, or says nothing.
 """
 
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,13 +20,11 @@ from fastpref.config import (
     PlanConfig,
     ReferenceConfig,
     StagesConfig,
-    TDPOConfig,
-    TISDPOConfig,
     TransformConfig,
-    WandbConfig,
     WeightsConfig,
 )
 from fastpref.distributed import World
+from fastpref.train.logs.idle import RULES, block_rules
 from fastpref.train.run import Run
 
 STEPS_OF_LR = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
@@ -226,31 +223,17 @@ class Advice(NamedTuple):
         if config.model.reference_dtype is not None and config.caches_reference:
             yield "model.reference_dtype has no effect: no reference is held"
 
-    def on_idle(self) -> Iterator[str]:
-        """Single options that were set and that another option leaves nothing to do.
+    def on_idle(self, given: Collection[str]) -> Iterator[str]:
+        """Options that a command names and that another option leaves nothing to do.
 
-        To be asked of the config as the user gave it.
+        Args:
+            given: Their keys, whatever their values.
         """
         config = self.config
-        loss, model, tracker = config.loss, config.model, config.wandb
-        unread: dict[str, str] = {}
-        if isinstance(loss, TDPOConfig) and loss.if_tdpo2:
-            unread["kl_metrics_every"] = "TDPO2 has its KL in every line"
-        elif isinstance(loss, TDPOConfig):
-            unread["alpha"] = "loss.if_tdpo2=false is TDPO1, which has no such weight"
-        elif isinstance(loss, TISDPOConfig) and not loss.token_level:
-            unread["alpha"] = "it weighs the KL, which loss.token_level=true adds"
-        for name, why in unread.items():
-            if getattr(loss, name) != getattr(type(loss), name):
-                yield _idle(f"loss.{name}", why)
-        if config.data.eos_weight is not None and not loss.needs.weights:
-            yield _idle("data.eos_weight", f"loss={loss.name} takes no token weights")
-        if model.revision is not None and Path(model.name_or_path).is_dir():
-            yield _idle("model.revision", f"{model.name_or_path} is a folder here")
-        if config.resume.allow and config.resume.path == "never" and config.task == "train":
-            yield _idle("resume.allow", "resume=never begins anew")
-        if not tracker.enabled and tracker != WandbConfig():
-            yield _idle("wandb.*", "wandb.enabled=false")
+        for rule in (*RULES, *block_rules(config.transform)):
+            named = [key for key in rule.options.split() if key in given]
+            if named and rule.is_idle(config):
+                yield f"{', '.join(named)} has no effect: {rule.why.format(c=config)}"
 
     def on_task(self) -> Iterator[str]:
         """Groups of options that were set and that the task does not read.
@@ -304,10 +287,6 @@ class Advice(NamedTuple):
                 f"the options transform.* have no effect with loss={config.loss.name}, which takes "
                 "no token weights"
             )
-
-
-def _idle(option: str, why: str) -> str:
-    return f"{option} has no effect: {why}"
 
 
 @torch.no_grad()
