@@ -188,10 +188,22 @@ def _begin_as_fork() -> None:
     # no handler of Python's: one that is noted as a fork begins to wait would wait with it
     for number in heard():
         signal.signal(number, signal.SIG_DFL)
-    # of Linux; elsewhere it waits for work that never comes
+    # elsewhere than on Linux it waits for work that never comes
+    _hear_of_parents_death(signal.SIGKILL)
+
+
+def _hear_of_parents_death(number: signal.Signals) -> None:
+    """Have the system send this process a signal when the one that started it ends; on Linux."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
-        prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        prctl(_PARENT_DEATH_SIGNAL, number)
+
+
+def stop_without_launcher() -> None:
+    """Take the end of torchrun for SIGTERM: killed outright it passes nothing on, and its ranks
+    would train to their end with nobody to know, in a folder that the next start wants."""
+    if LAUNCHED_BY_TORCHRUN:
+        _hear_of_parents_death(signal.SIGTERM)
 
 
 os.register_at_fork(

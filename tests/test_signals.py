@@ -59,6 +59,20 @@ with signals_end_the_process(), say_if_stopped("what there is lies in run"):
 """
 )
 
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+RANK = (
+    BUSY
+    + """
+with signals_end_the_process():
+    stop_without_launcher()
+    print("ready", flush=True)
+    __import__("time").sleep(60)
+"""
+)
+
 PASSING_ON = """
 import signal, subprocess, sys
 from fastpref.cli.launch import passing_on
@@ -218,6 +232,21 @@ def test_a_process_that_starts_others_passes_a_signal_on():
     # by itself: a process that runs tests has children that are not this test's
     done = subprocess.run([sys.executable, "-c", PASSING_ON], cwd=ROOT, timeout=60)
     assert done.returncode == 0
+
+
+def test_a_rank_whose_launcher_is_killed_outright_ends_as_at_sigterm():
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK],
+        cwd=ROOT,
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "test"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    # both are at their end when nobody holds the pipes any more
+    assert launcher.communicate(timeout=30)[1] == "fastpref: terminated; nothing to save yet\n"
 
 
 def test_sampling_ends_with_the_token_at_which_a_signal_or_the_deadline_comes():

@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, NoReturn
 from fastpref import __version__
 from fastpref.cli.streams import fill_standard_streams, outlive_readers
 from fastpref.errors import ConfigError, FastprefError, say_error
-from fastpref.signals import signals_end_the_process, signals_kill, stop_error
+from fastpref.signals import (
+    signals_end_the_process,
+    signals_kill,
+    stop_error,
+    stop_without_launcher,
+)
 
 # what takes time to import is imported where signals are handled
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ def main(
     outlive_readers()
     forget_odd_widths()
     with signals_end_the_process():
+        stop_without_launcher()
         try:
             check_current_folder()
             return _run(arguments, compose_choices, config_dir)
