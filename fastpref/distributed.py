@@ -5,8 +5,6 @@ import itertools
 import logging
 import os
 import pickle
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastpref.errors import DistributedError, FastprefError, RankError, first_line
 from fastpref.explanations import explain
+from fastpref.meeting import join_store
 
 logger = logging.getLogger("fastpref")
 
@@ -296,36 +295,6 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=(DATA,))
     shared = stores.PrefixStore("fastpref", store)
     return World(rank=rank, size=size, device=device, mesh=mesh, store=shared, timeout=timeout)
-
-
-def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """The store at MASTER_ADDR:MASTER_PORT that the ranks meet in.
-
-    Args:
-        timeout: How long to wait for those that may have died before they came.
-
-    Raises:
-        RankError: it cannot be opened, or not every rank came.
-    """
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    logger.info("rank %d of %d, meeting the others at %s", rank, size, place)
-    found: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-
-    def meet() -> None:
-        try:
-            store, _, _ = next(stores.rendezvous("env://", rank, size, timeout=timeout))
-            found.put((store, None))
-        except Exception as error:
-            found.put((None, error))
-
-    # in a thread: torch waits for half an hour without letting a signal's handler run
-    threading.Thread(target=meet, daemon=True).start()
-    store, error = found.get()
-    if error is not None:
-        raise RankError(
-            f"rank {rank} of {size} cannot meet the others at {place}: {first_line(error)}"
-        )
-    return store
 
 
 def main_first(world: World, prepare: Callable[[], Result]) -> Result:

@@ -119,7 +119,9 @@ class Heartbeat:
         if silent:
             names = listed([f"rank {rank}" for rank in silent])
             return kind(f"{names} died or hangs, there is no sign of life; {error}")
-        return DistributedError(f"{error}; every rank is alive: one waits for what others skipped")
+        return DistributedError(
+            f"{error}; every rank is alive: one is late, or waits for what others skipped"
+        )
 
     def _beat(self) -> None:
         count = 0

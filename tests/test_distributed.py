@@ -1,10 +1,12 @@
 """Ranks share rank 0's errors, and say what is wrong with the world they were started in."""
 
+import datetime
 import json
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from fastpref.distributed import World, init_world, read_ranks
 from fastpref.errors import DataError, RankError, error_text
 from fastpref.explanations import explain
 from fastpref.heartbeat import Heartbeat
+from fastpref.meeting import join_store
 from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer
 from fastpref.model.liger import choose_liger
@@ -268,3 +271,19 @@ def test_a_rank_that_cannot_join_says_so_whatever_its_number(base, tmp_path, mon
         monkeypatch.setenv(name, value)
     assert main(arguments(base, "model", tmp_path), train.compose_choices, train.CONFIG_DIR) == 7
     assert "RANK must be in [0, 2), got '7'" in capsys.readouterr().err
+
+
+def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(monkeypatch):
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(join_store, 0, 2, datetime.timedelta(seconds=30))
+        with pytest.raises(TimeoutError):
+            first.result(0.3)
+        join_store(1, 2, datetime.timedelta(seconds=30))
+        assert first.result(30)
+    with pytest.raises(RankError, match="rank 2 did not come in 0 s"):
+        join_store(1, 3, datetime.timedelta(seconds=0.1))
