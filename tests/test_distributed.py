@@ -27,6 +27,7 @@ from tiny_models import (
 import train
 from fastpref import heartbeat
 from fastpref.cli.command_line import main
+from fastpref.cli.run import run_on_this_rank
 from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.distributed import World, init_world, read_ranks
@@ -287,3 +288,12 @@ def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(monkeypatch):
         assert first.result(30)
     with pytest.raises(RankError, match="rank 2 did not come in 0 s"):
         join_store(1, 3, datetime.timedelta(seconds=0.1))
+
+
+def end_late() -> None:
+    """Rank 0 has something to do of its own for longer than ranks wait in a collective."""
+    run_on_this_rank(lambda world: time.sleep(2.5 * world.is_main), 1)
+
+
+def test_rank_0_may_take_longer_to_end_than_ranks_wait_for_one_another():
+    run_on_ranks(end_late, 2)

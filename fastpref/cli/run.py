@@ -94,6 +94,8 @@ def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> N
         with Heartbeat(world) as heartbeat:
             try:
                 task(world)
+                # rank 0 may wait for a tracker's service: no collective is open meanwhile
+                world.compare_on_main(None, lambda _: None)
                 # no rank leaves, and takes the others' store along, before all are done
                 world.agree_max(0)
             except Exception as error:
