@@ -322,6 +322,7 @@ def test_an_export_is_what_was_trained_for_peft_transformers_and_merged(
     latest, merged = tmp_path / "run" / "LATEST", tmp_path / "run" / "LATEST-merged"
     fields = json.loads((latest / "adapter_config.json").read_text())
     assert fields["base_model_name_or_path"] == str(base / family)
+    assert fields["target_modules"] == sorted(fields["target_modules"])
     assert not (latest / "config.json").exists()
     with torch.no_grad():
         bare = AutoModelForCausalLM.from_pretrained(base / family)(IDS).logits

@@ -99,6 +99,10 @@ def _write_adapters(model: Any, adapters: Adapters, plan: ExportPlan, folder: Pa
         config.base_model_name_or_path = plan.base.name
         config.revision = plan.base.source.revision
         config.inference_mode = True
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                # of names, which peft would write in another order each time
+                setattr(config, name, sorted(value))
         config.save_pretrained(partial)
         write_files(plan.texts, partial)
     logger.info(
