@@ -189,9 +189,12 @@ def _tokenize_by_offsets(rows: Sequence[RowTexts], tokenizer: Any) -> list[RowTo
         offsets = [next(all_offsets) for _ in row.responses]
         border = len(row.prompt)
         length = divide_by_offsets(border, ids, offsets)
-        # a prompt that is not covered to its end has left the rest to a token of the response
+        prompt = ids[0][:length]
+        # a prompt that is not covered to its end has left the rest to a token of the response, or
+        # ends in a blank that is no token's, as WordPiece has it
         reached = offsets[0][length - 1][1] if length else 0
-        remarks = Remark.BORDER_TOKEN if reached < border else Remark(0)
+        crosses = reached < border and tokenize(tokenizer, [row.prompt]) != [prompt]
+        remarks = Remark.BORDER_TOKEN if crosses else Remark(0)
         scored = [
             _scored(of_response[length:], spans, border + len(response))
             for of_response, spans, response in zip(
@@ -199,7 +202,7 @@ def _tokenize_by_offsets(rows: Sequence[RowTexts], tokenizer: Any) -> list[RowTo
             )
         ]
         responses = [part[length:] for part in ids]
-        outcomes.append(RowTokens(ids[0][:length], responses, remarks, scored=scored))
+        outcomes.append(RowTokens(prompt, responses, remarks, scored=scored))
     return outcomes
 
 

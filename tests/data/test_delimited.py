@@ -1,5 +1,9 @@
 """What tables of text hold, and what their readers say of those that are none."""
 
+import csv
+import io
+import json
+
 import pytest
 
 from fastpref.data.layouts.row_values import RowError
@@ -23,6 +27,17 @@ def test_values_of_a_table_are_texts_as_they_stand(tmp_path):
     assert records(tmp_path, content) == [(2, ('a "b",\r\nc', "NA")), (5, (" 5", ""))]
     assert records(tmp_path, b'prompt\tchosen\n\'a,\t"b"\n', "train.tsv") == [(2, ("'a,", "b"))]
     assert records(tmp_path, b"") == []
+
+
+def test_messages_and_weights_of_a_table_are_what_their_json_text_stands_for(tmp_path):
+    messages = [{"role": "user", "content": 'a "b", c'}]
+    with io.StringIO() as file:
+        table = csv.writer(file)
+        table.writerow(["chosen", "chosen_weight"])
+        table.writerow([json.dumps(messages), "[1, 0.5]"])
+        table.writerow(['[{"x": 1}]', "[2]"])
+        content = file.getvalue().encode()
+    assert records(tmp_path, content) == [(2, (messages, [1, 0.5])), (3, ('[{"x": 1}]', [2]))]
 
 
 def test_a_row_that_is_none_is_told_with_its_line(tmp_path):

@@ -544,3 +544,32 @@ def test_the_cache_knows_columns_from_each_other(tmp_path):
     for column, prompt in (("a", "A"), ("b", "B"), ("a", "A")):
         rows = read(tmp_path, record, data={"columns": {"prompt": column}})
         assert rows.dataset["prompt"][0] == prompt
+
+
+TURN, GOOD, BAD = [say("user", "Q")], [say("assistant", "yes")], [say("assistant", "no")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": TURN, "chosen": GOOD, "rejected": BAD},
+        {"prompt": "Q", "chosen": TURN + GOOD, "rejected": TURN + BAD},
+        {"conversations": TURN, "response_0": BAD, "response_1": GOOD, "winner": 1},
+    ],
+)
+def test_messages_as_a_struct_of_lists_are_the_same_row(record):
+    structs = {
+        field: {key: [message[key] for message in value] for key in ("role", "content")}
+        for field, value in record.items()
+        if isinstance(value, list)
+    }
+    reader = LayoutReader({}, single=False, weighted=False, allow_roles=False)
+    (row, layout), (wanted, as_list) = reader.parse(record | structs), reader.parse(record)
+    assert (row, layout.what) == (wanted, as_list.what)
+
+
+def test_a_struct_of_lists_of_several_lengths_is_refused():
+    reader = LayoutReader({"chosen": "good"}, single=False, weighted=False, allow_roles=False)
+    with pytest.raises(RowError, match="a message each, got role 2, content 1") as found:
+        reader.parse({"good": {"role": ["user", "assistant"], "content": ["Q"]}, "rejected": BAD})
+    assert found.value.field == "good"

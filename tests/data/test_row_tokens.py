@@ -1,7 +1,8 @@
 import pytest
 from chat_templates import CHATML_TOOLS, MISTRAL, byte_level_tokenizer, metaspace_tokenizer
 from small_data import TEMPLATE
-from transformers import PreTrainedTokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import JOINED_ROWS, Remark
@@ -111,6 +112,21 @@ def test_a_token_over_the_border_belongs_to_the_response_and_the_prompt_is_one_f
     assert pieces(tokenizer, tokens.prompt)[-1] == "Ġ"
     assert not tokens.remarks
     assert tokens_of(chat_row("yes"), tokenizer, sides=("chosen",)).remarks == Remark.BORDER_TOKEN
+
+
+def test_a_blank_at_the_border_that_no_token_has_is_no_token_over_it():
+    words = ["[UNK]", "</s>", "user", "assistant", ":", "q", "yes", "no"]
+    model = models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    pieces_of_words = Tokenizer(model)
+    pieces_of_words.normalizer = normalizers.BertNormalizer()
+    pieces_of_words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=pieces_of_words, eos_token="</s>", chat_template=ENDING_IN_SPACE
+    )
+    tokens = tokens_of(chat_row(), tokenizer)
+    assert [tokenizer.decode(part) for part in tokens.responses] == ["yes", "no"]
+    assert tokenizer.decode(tokens.prompt).endswith(":")
+    assert not tokens.remarks
 
 
 def test_the_longest_common_run_within_the_prompt_is_the_prompt():

@@ -9,7 +9,7 @@ from fastpref.data.layouts.readings import Record
 from fastpref.data.layouts.recognition import TEXTS, AmbiguousRowError, Layout, recognise
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import SIDES, Row, parse_row
-from fastpref.data.layouts.written_lists import with_lists
+from fastpref.data.layouts.turns import transposed
 
 
 class LayoutReader:
@@ -44,7 +44,7 @@ class LayoutReader:
     def _parsed(self, record: Any) -> tuple[Row, Layout]:
         if not isinstance(record, dict):
             return self._parse(record), TEXTS
-        record = self._with_lists(self._renamed(record))
+        record = self._transposed(self._renamed(record))
         layout = self._recognised(record)
         try:
             row = self._parse(layout.read(record), single=layout.single)
@@ -81,9 +81,9 @@ class LayoutReader:
             renamed[field] = record[column]
         return renamed
 
-    def _with_lists(self, record: Record) -> Record:
+    def _transposed(self, record: Record) -> Record:
         try:
-            return with_lists(record)
+            return transposed(record)
         except RowError as error:
             raise self._as_named(error, TEXTS) from None
 

@@ -40,6 +40,10 @@ MAX_WEIGHT = 1e30
 EMPTY_RESPONSE = "empty response"
 NO_SHARED_PROMPT = "no shared prompt"
 MALFORMED = "malformed row"
+SEVERAL = (
+    "; response_0, response_1 and better_response_id are two responses and the number of the "
+    "better one; of responses with scores or ranks write a row for each pair"
+)
 EMPTY_PROMPT = "prompt is empty: at least one token must come before the response"
 
 
@@ -163,7 +167,8 @@ def check_columns(columns: list[str]) -> None:
     if missing:
         raise RowError(
             f"no column {missing[0]!r}; columns found: {listed(sorted(columns)) or 'none'}; "
-            f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}",
+            f"needed: prompt, chosen, rejected{_rename_hint(missing[0], columns)}"
+            f"{'' if len(missing) < 2 else SEVERAL}",
             missing[0],
         )
 

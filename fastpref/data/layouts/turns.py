@@ -19,6 +19,8 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 """What `from` says, and the role it is."""
+SPEAKERS = ("role", "from")
+"""Keys of a message of which it has one."""
 
 
 def user(text: str) -> Messages:
@@ -36,6 +38,28 @@ def is_messages(value: Any) -> bool:
     """Whether a value is one message or begins a list of them."""
     first = value[0] if isinstance(value, list) and value else value
     return isinstance(first, dict)
+
+
+def are_messages(value: Any) -> bool:
+    """Whether a value is a list of objects that each say who speaks."""
+    return isinstance(value, list) and all(
+        isinstance(message, dict) and any(key in message for key in SPEAKERS) for message in value
+    )
+
+
+def transposed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its messages as lists, where older versions of `datasets` wrote a struct of
+    lists: `{"role": […], "content": […]}`.
+
+    Raises:
+        RowError: the lists of a struct are of several lengths.
+    """
+    lists = {
+        field: _as_list(field, value)
+        for field, value in record.items()
+        if isinstance(value, dict) and any(isinstance(value.get(key), list) for key in SPEAKERS)
+    }
+    return record | lists if lists else record
 
 
 def is_response(message: Any) -> bool:
@@ -126,6 +150,19 @@ def user_says(messages: Messages, text: str) -> bool:
         message["role"] == "user" and content_text(message.get("content", "")).strip() == text
         for message in messages
     )
+
+
+def _as_list(field: str, struct: dict[str, Any]) -> Messages:
+    # what is no list has another length than each of them
+    lengths = {key: len(item) if isinstance(item, list) else -1 for key, item in struct.items()}
+    if len(set(lengths.values())) > 1:
+        sizes = [f"{key} {size if size >= 0 else 'none'}" for key, size in lengths.items()]
+        raise RowError(
+            f"{field} is an object of lists, which must have one element a message each, got "
+            f"{', '.join(sizes)}",
+            field,
+        )
+    return [dict(zip(struct, values, strict=True)) for values in zip(*struct.values(), strict=True)]
 
 
 def _from_sharegpt(place: str, field: str, message: Any) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """Tables of text, .csv and .tsv: records of texts, by the names in the first line."""
 
 import csv
+import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastpref.checks import listed
 from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import WEIGHT_FIELDS
+from fastpref.data.layouts.turns import are_messages
 from fastpref.errors import DataError
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
@@ -17,8 +20,9 @@ def read_delimited(
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     """Records of a table as RFC 4180 writes it, UTF-8; a value in quotes may have line breaks.
 
-    Every value is a text as it stands: 5, NA and nothing at all are texts too. A column without a
-    name, as the index of pandas has none, is left out.
+    Every value is a text as it stands: 5, NA and nothing at all are texts too. Messages and token
+    weights, for which a table has no lists, are what their JSON text stands for. A column without
+    a name, as the index of pandas has none, is left out.
 
     Args:
         lines: Of the file, without byte order mark.
@@ -61,7 +65,20 @@ def _record(header: list[str], row: list[str]) -> dict[str, Any] | RowError:
     for column, value in zip(header, row, strict=True):
         if byte := _stray_byte(value):
             return RowError(f"{column} is no UTF-8: byte {byte}", column)
-    return {column: value for column, value in zip(header, row, strict=True) if column}
+    return {
+        column: _value(column, text) for column, text in zip(header, row, strict=True) if column
+    }
+
+
+def _value(column: str, text: str) -> Any:
+    is_weights = column in WEIGHT_FIELDS
+    if not (is_weights or text.startswith("[{")):
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if is_weights or are_messages(value) else text
 
 
 def _check_header(header: list[str], separator: str, name: str) -> None:

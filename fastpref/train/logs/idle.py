@@ -96,7 +96,7 @@ RULES = (
     Rule(
         "base_data_dir",
         lambda c: not _is_local(c.datasets, c.base_data_dir),
-        "none of datasets=[{c.datasets[0]}, …] is a folder in {c.base_data_dir}",
+        "none of datasets={c.datasets} is a folder in {c.base_data_dir}",
     ),
     Rule(
         "fsdp_port",
