@@ -22,6 +22,13 @@ SIGNS_OF_A_LOST_RANK = (
     "Timed out waiting",
 )
 
+SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
+"""Of Python, and of the C++ library that torch starts threads with."""
+NO_PROCESS = (
+    "no other process or thread can be started, for want of memory or by a limit of it or of them "
+    "(ulimit -u, ulimit -v, a container's)"
+)
+
 
 def explain(error: BaseException) -> FastprefError | None:
     """The error with an exit code of its own that another one amounts to; None for a bug of ours.
@@ -37,6 +44,8 @@ def explain(error: BaseException) -> FastprefError | None:
             f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; a smaller "
             "packing.max_tokens or max_length, or activation_checkpointing=true need less"
         )
+    if isinstance(error, RuntimeError) and text in SIGNS_OF_NO_THREAD:
+        return MemoryExhaustedError(f"{NO_PROCESS}: {text}")
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_RANK)
     ):
@@ -50,5 +59,7 @@ def _explain_system_error(error: OSError) -> FastprefError:
     """A file or folder that the system does not give, or give up, while the program needs it."""
     if error.errno == errno.ENOMEM:
         return MemoryExhaustedError(f"out of memory: {error.strerror}")
+    if error.errno == errno.EAGAIN and error.filename is None:
+        return MemoryExhaustedError(f"{NO_PROCESS}: {error.strerror}")
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
     return CheckpointError(f"{name}: {error.strerror}")

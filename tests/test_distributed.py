@@ -1,6 +1,7 @@
 """Ranks share rank 0's errors, and say what is wrong with the world they were started in."""
 
 import datetime
+import errno
 import json
 import os
 import threading
@@ -225,6 +226,19 @@ def test_an_error_of_one_rank_alone_is_said_by_it(monkeypatch):
     assert first.close(error) is error and second.close(error) is error
     assert error_text(error) == ""
     assert store.get("end 1") == b"no folder words"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),
+        BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    ],
+)
+def test_where_no_thread_or_process_can_be_started_that_is_said(error):
+    known = explain(error)
+    assert known.exit_code == 6 and "ulimit -u" in str(known)
 
 
 def test_a_rank_waits_for_rank_0_without_a_word(capfd):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.agreement import Agreement, describe
 from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.checkpoint.random_states import set_random_states
 from fastpref.checkpoint.restore import restore_state
@@ -81,8 +81,9 @@ def _read_state(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
 
     def read() -> dict[str, Any]:
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+            state = json.loads(path.read_text(encoding="utf-8"))
+            return {name: state[name] for name in ("record", "optimizer", "scheduler")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
 
     return agreement.on_main(read)

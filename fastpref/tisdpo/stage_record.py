@@ -15,7 +15,7 @@ from fastpref.errors import CheckpointError
 from fastpref.tisdpo.recipe_folder import DATE_FILE
 from fastpref.tisdpo.stages import Stage
 from fastpref.train.data import load_data
-from fastpref.train.resume.comparison import FORMAT, check_same_run
+from fastpref.train.resume.comparison import check_same_run
 
 MARKER = "stage.json"
 """In a stage's folder once it is done: its seconds, its result in words, and the fingerprints of
@@ -121,7 +121,7 @@ def check_inputs(
     before = read_record(folder).get("fingerprints", {})
     check_same_run(
         folder,
-        {"format": FORMAT, "options": options, "fingerprints": before},
+        {"options": options, "fingerprints": before},
         options,
         {name: digest for name, digest in inputs.items() if name in before},
         allow=allow,

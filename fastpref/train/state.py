@@ -44,4 +44,10 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
-        return cls(**values | {"guard": GuardState(*values["guard"])})
+        """What `to_json` gave; of an earlier version fields may be missing that have a default.
+
+        Raises:
+            KeyError, TypeError: there are fields of a later version, or not what a run counts.
+        """
+        counted = {name: values[name] for name in ("step", "examples")}
+        return cls(**values | counted | {"guard": GuardState(*values["guard"])})

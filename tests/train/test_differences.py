@@ -1,8 +1,13 @@
 """Which options of two starts differ."""
 
 from dataclasses import asdict
+from pathlib import Path
+
+import pytest
 
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
+from fastpref.errors import CheckpointError
+from fastpref.train.resume.comparison import FORMAT, check_record
 from fastpref.train.resume.differences import Difference, list_differences
 from fastpref.train.state import RunState
 
@@ -29,3 +34,25 @@ def test_tokens_at_once_are_taken_over_only_where_they_were_found_out():
     assert state.tokens_found("1 x cuda, activations kept") == 4096
     assert state.tokens_found("2 x cuda, activations kept") is None
     assert RunState().tokens_found("") is None
+
+
+def test_a_record_of_another_version_is_read_or_refused_by_what_it_lacks_or_has():
+    state = RunState(step=3, examples=24).to_json()
+    record = {"format": FORMAT, "state": state, "options": {}, "fingerprints": {}}
+
+    def check(**changes) -> None:
+        check_record(Path("step-00000003"), record | changes)
+
+    # an earlier one
+    check(state={name: state[name] for name in ("step", "examples", "guard")})
+    for problem, changes in {
+        "its format is another one": {"format": FORMAT + 1},
+        "unexpected keyword argument 'curriculum'": {"state": state | {"curriculum": 3}},
+        "takes from 1 to 3 positional arguments": {"state": state | {"guard": [0, 0, 0]}},
+        "KeyError: 'step'": {"state": {"guard": [0, 0]}},
+    }.items():
+        with pytest.raises(CheckpointError, match=problem):
+            check(**changes)
+    del record["fingerprints"]
+    with pytest.raises(CheckpointError, match="another version of fastpref"):
+        check()

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastpref.checkpoint.agreement import describe
 from fastpref.errors import CheckpointError
 from fastpref.train.resume.differences import (
     Difference,
@@ -13,6 +14,7 @@ from fastpref.train.resume.differences import (
     is_of_state,
     list_differences,
 )
+from fastpref.train.state import RunState
 
 logger = logging.getLogger("fastpref")
 
@@ -20,6 +22,29 @@ FORMAT = 1
 """Of the record in a checkpoint."""
 HELD_OUT = "held-out data"
 """The fingerprint that updates do not depend on; "none" where there are no such rows."""
+
+
+def check_record(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse what another version of fastpref has said of a run, where this one cannot read it.
+
+    Args:
+        folder: Of the checkpoint.
+        record: Its own.
+
+    Raises:
+        CheckpointError: naming what is not known or not there.
+    """
+    try:
+        RunState.from_json(record["state"])
+        readable = {"format", "options", "fingerprints"} <= record.keys()
+        problem = "" if readable and record["format"] == FORMAT else "its format is another one"
+    except (KeyError, TypeError) as error:
+        problem = describe(error)
+    if problem:
+        raise CheckpointError(
+            f"{folder} was saved by another version of fastpref, and this one cannot read it "
+            f"({problem}): go on with that version, or name a new run_dir"
+        )
 
 
 def check_same_run(
@@ -43,10 +68,6 @@ def check_same_run(
     Raises:
         CheckpointError: with a table of what differs.
     """
-    if record.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder}: its record has format {record.get('format')}, this version reads {FORMAT}"
-        )
     schedule = options["optim"]["schedule"]
     found = [
         (difference, effect_of(difference, schedule))

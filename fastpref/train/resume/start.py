@@ -14,7 +14,7 @@ from fastpref.checkpoint.load import load_checkpoint, read_record
 from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
-from fastpref.train.resume.comparison import check_same_run
+from fastpref.train.resume.comparison import check_record, check_same_run
 from fastpref.train.resume.origin import is_branch_of, origin_of, run_of
 from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
 from fastpref.train.state import RunState
@@ -110,6 +110,7 @@ def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:
         logger.info("resume=auto: no checkpoint in %s, a new start", looked_in)
         return Start(agreement=agreement, place=place, run_dir=found.run_dir)
     record = read_record(found.checkpoint, agreement)
+    check_record(found.checkpoint.folder, record)
     return Start(agreement=agreement, place=place, record=record, **found._asdict())
 
 
