@@ -112,11 +112,14 @@ class Heartbeat:
             silent = [] if ended else self._silent()
         except (dist.DistError, RuntimeError) as lost:
             return RankError(f"rank 0, or what else had the ranks' store, died: {first_line(lost)}")
-        # rank 0 speaks for all as long as it can
-        kind = RankError if 0 in [*ended, *silent] else DistributedError
         if ended:
-            return kind("; ".join(f"rank {rank} ended: {why}" for rank, why in ended.items()))
+            # it has said so itself, or rank 0 does
+            return DistributedError(
+                "; ".join(f"rank {rank} ended: {why}" for rank, why in ended.items())
+            )
         if silent:
+            # rank 0 speaks for all as long as it can
+            kind = RankError if 0 in silent else DistributedError
             names = listed([f"rank {rank}" for rank in silent])
             return kind(f"{names} died or hangs, there is no sign of life; {error}")
         return DistributedError(

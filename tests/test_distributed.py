@@ -32,7 +32,7 @@ from fastpref.cli.run import run_on_this_rank
 from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.distributed import World, init_world, read_ranks
-from fastpref.errors import DataError, RankError, error_text
+from fastpref.errors import DataError, LostRankError, RankError, error_text
 from fastpref.explanations import explain
 from fastpref.heartbeat import Heartbeat
 from fastpref.meeting import join_store
@@ -226,6 +226,16 @@ def test_an_error_of_one_rank_alone_is_said_by_it(monkeypatch):
     assert first.close(error) is error and second.close(error) is error
     assert error_text(error) == ""
     assert store.get("end 1") == b"no folder words"
+
+
+def test_what_rank_0_ended_of_is_said_by_it_alone(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    store = dist.HashStore()
+    first, second = (Heartbeat(world_of(rank, store)) for rank in range(2))
+    first.say_why(DataError("no folder words"))
+    lost = second.close(LostRankError("Connection closed by peer"))
+    assert str(lost) == "rank 0 ended: no folder words"
+    assert error_text(lost) == ""
 
 
 @pytest.mark.parametrize(
