@@ -62,7 +62,6 @@ class Heartbeat:
         if isinstance(known, LostRankError):
             known = self.name_the_lost(known)
             if isinstance(known, RankError):
-                # with rank 0 the store is gone, or does not answer
                 return known
         self.say_why(known or error)
         if known is None:
@@ -113,18 +112,24 @@ class Heartbeat:
         except (dist.DistError, RuntimeError) as lost:
             return RankError(f"rank 0, or what else had the ranks' store, died: {first_line(lost)}")
         if ended:
-            # it has said so itself, or rank 0 does
-            return DistributedError(
-                "; ".join(f"rank {rank} ended: {why}" for rank, why in ended.items())
-            )
+            # they have said so, or rank 0 does
+            reasons = "; ".join(f"rank {rank} ended: {why}" for rank, why in ended.items())
+            return self._settled(reasons, speaks=False)
         if silent:
-            # rank 0 speaks for all as long as it can
-            kind = RankError if 0 in silent else DistributedError
             names = listed([f"rank {rank}" for rank in silent])
-            return kind(f"{names} died or hangs, there is no sign of life; {error}")
+            text = f"{names} died or hangs, there is no sign of life; {error}"
+            # the first that knows: rank 0 may wait for one that is there
+            return self._settled(text, speaks=self._world.store.add("speakers", 1) == 1)
         return DistributedError(
             f"{error}; every rank is alive: one is late, or waits for what others skipped"
         )
+
+    def _settled(self, text: str, *, speaks: bool) -> RankError:
+        """What this rank ends with, and the others know of."""
+        error = RankError(text)
+        error.is_own = speaks
+        self.say_why(error)
+        return error
 
     def _beat(self) -> None:
         count = 0

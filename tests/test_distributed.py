@@ -238,6 +238,19 @@ def test_what_rank_0_ended_of_is_said_by_it_alone(monkeypatch):
     assert error_text(lost) == ""
 
 
+def test_of_a_rank_that_is_lost_the_first_that_knows_speaks(monkeypatch):
+    monkeypatch.setattr(heartbeat, "SILENCE_SECONDS", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    store = dist.HashStore()
+    error = LostRankError("Connection closed by peer")
+    texts = [error_text(Heartbeat(world_of(1, store)).close(error))]
+    # as one that has listened at the same time
+    monkeypatch.setattr(Heartbeat, "_reasons", lambda self: {})
+    texts.append(error_text(Heartbeat(world_of(1, store)).close(error)))
+    assert [text[:33] for text in texts] == ["fastpref: rank 0 died or hangs, t", ""]
+    assert store.get("end 1").decode().startswith("rank 0 died or hangs")
+
+
 @pytest.mark.parametrize(
     "error",
     [
