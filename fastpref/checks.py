@@ -36,9 +36,9 @@ def check_number(
     rules = {sign: bound for sign, bound in bounds.items() if bound is not None}
     if math.isfinite(value) and all(_COMPARE[sign](value, rules[sign]) for sign in rules):
         return
-    # inf > 0, which is not what is wrong with it
-    words = [] if rules and math.isfinite(value) else ["finite"]
-    words += [f"{sign} {_exact(bound)}" for sign, bound in rules.items()]
+    words = [f"{sign} {_exact(bound)}" for sign, bound in rules.items()]
+    # inf is > 0: that is not what is wrong with it
+    words += [] if rules and math.isfinite(value) else ["finite"]
     rule = " and ".join(words)
     raise ValueError(f"{key} must be {rule}, got {value}")
 

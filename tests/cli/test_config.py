@@ -176,8 +176,8 @@ def test_lists_and_null():
     [
         ("loss.beta=-1", "loss.beta must be > 0, got -1.0"),
         ("lr=-1e-6", "lr must be > 0"),
-        ("lr=nan", "lr must be finite and > 0, got nan"),
-        ("lr=inf", "lr must be finite and > 0, got inf"),
+        ("lr=nan", "lr must be > 0 and finite, got nan"),
+        ("lr=inf", "lr must be > 0 and finite, got inf"),
         ("max_grad_norm=-1", "max_grad_norm must be > 0"),
         ("loss.alpha=-0.1", "loss.alpha must be >= 0"),
         ("warmup_steps=-1", "warmup_steps must be >= 0"),
