@@ -109,9 +109,10 @@ def plan_export(
         model_config.save_pretrained(name)
     with reading("a tokenizer to save", tokenizer.name_or_path):
         saved = _save_tokenizer(tokenizer, chat_template)
-    # transformers 5 writes into it a class and lists of tokens that transformers 4 cannot read
-    own_config = {name: texts[name] for name in (TOKENIZER_CONFIG,) if name in texts}
-    texts |= saved | own_config
+    if TOKENIZER_CONFIG in texts:
+        # transformers 5 writes a class and lists of tokens into it that transformers 4 cannot read
+        del saved[TOKENIZER_CONFIG]
+    texts |= saved
     return ExportPlan(
         texts=_with_template(texts, chat_template),
         others=_with_template(others, chat_template),

@@ -27,7 +27,10 @@ class Rule(NamedTuple):
 
 def block_rules(transform: TransformConfig) -> Iterator[Rule]:
     """A rule for each block of options of a transform: one method reads one of them."""
-    for name in (name for name in METHODS if name != "origin"):
+    for name in METHODS:
+        if name == "origin":
+            # it has no options
+            continue
         keys = vars(getattr(transform, name))
         yield Rule(
             " ".join(f"transform.{name}.{key}" for key in keys),
