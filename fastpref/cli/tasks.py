@@ -18,15 +18,16 @@ def check_task(config: Config, num_ranks: int) -> None:
         ConfigError: the place for its results, or the optimizer.
     """
     from fastpref.train.optim import check_optimizer
+    from fastpref.train.resume.origin import run_to_go_on_with
     from fastpref.train.run_folder import check_writable, run_place
 
-    check_resume(config.resume)
     if config.task == "estimate_weights":
         assert config.weights.output_dir
         check_writable("weights.output_dir", Path(config.weights.output_dir))
         return
+    place = run_place(config)
     if config.task == "train":
-        place = run_place(config)
+        check_resume(config.resume, run_to_go_on_with(config.resume.path, place))
         place.check(may_go_on=config.resume.path != "never")
         if config.caches_reference:
             folder = place.references(config.reference.cache_dir)
@@ -34,21 +35,28 @@ def check_task(config: Config, num_ranks: int) -> None:
     else:
         from fastpref.tisdpo.recipe_folder import check_run_folder, find_place
 
-        place = find_place(run_place(config), config.resume.path, config.stages)
-        check_run_folder(place, config.to_yaml())
+        place = find_place(place, config.resume.path, config.stages)
+        check_resume(config.resume, place.run_dir)
+        check_run_folder(place, config.to_yaml(), allow=config.resume.allow)
     check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
 
 
-def check_resume(resume: ResumeConfig) -> None:
-    """Refuse names that no option has.
+def check_resume(resume: ResumeConfig, run_dir: Path | None) -> None:
+    """Refuse names that no option has, and none had when the run was started.
+
+    Args:
+        run_dir: That is gone on with; None: a new run, or whose options are not known yet.
 
     Raises:
         ConfigError: naming the option.
     """
     from fastpref.cli.options import all_options
+    from fastpref.train.opening import names_of_starts
     from fastpref.train.resume.differences import unknown_names
 
-    wrong = unknown_names(resume.allow, [*all_options(), "data", "model", "tokenizer"])
+    earlier = names_of_starts(run_dir) if run_dir else ()
+    known = [*all_options(), *earlier, "data", "model", "tokenizer"]
+    wrong = unknown_names(resume.allow, known)
     if wrong:
         raise ConfigError(f"resume.allow: there is no option {', '.join(wrong)}")
 

@@ -1,6 +1,7 @@
 """The run folder of `task=tisdpo`: one that an earlier start has left is gone on in."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.tisdpo.stages import first_stage
 from fastpref.train.opening import read_options
-from fastpref.train.resume.differences import is_among, list_differences
+from fastpref.train.resume.differences import Difference, is_among, list_differences
 from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, lock, took_no_step
 
 logger = logging.getLogger("fastpref")
@@ -41,12 +42,13 @@ def find_place(place: RunPlace, resume: str, stages: StagesConfig) -> RunPlace:
     return replace(place, run_dir=place.newest_with(first_stage(stages)))
 
 
-def check_run_folder(place: RunPlace, options: str) -> None:
+def check_run_folder(place: RunPlace, options: str, *, allow: Sequence[str]) -> None:
     """Refuse, before anything is loaded, a run folder that is not one of this run's.
 
     Args:
         place: Where it is to be.
         options: The text of its `config.yaml`.
+        allow: Names of options that may differ from those of its start.
 
     Raises:
         ConfigError: it cannot be made, holds something else, or was started with other options.
@@ -55,17 +57,18 @@ def check_run_folder(place: RunPlace, options: str) -> None:
     if run_dir is None or not (run_dir / OPTIONS).is_file():
         place.check()
         return
-    before = read_options(run_dir)
+    before = read_options(run_dir / OPTIONS)
     if before.get("task") != "tisdpo":
         if not took_no_step(run_dir):
             raise ConfigError(f"run_dir: {run_dir} holds another run; name a new folder")
         return
     now = OmegaConf.to_container(OmegaConf.create(options))
-    changes = list_changes(before, now)
+    changes = [change for change in list_changes(before, now) if not is_among(change.key, allow)]
     if changes and has_begun(run_dir):
         raise ConfigError(
-            f"run_dir: {run_dir} was started with other options: {'; '.join(changes)}; give "
-            "the same ones to go on with it, or name a new folder"
+            f"run_dir: {run_dir} was started with other options: {'; '.join(map(str, changes))}; "
+            "give the same ones to go on with it, name a new folder, or accept them with "
+            f"resume.allow=[{','.join(change.key for change in changes)}]"
         )
 
 
@@ -81,10 +84,10 @@ def _is_result(child: Path) -> bool:
     return not took_no_step(child) and any(path.name != LOCK for path in files)
 
 
-def list_changes(before: Any, now: Any) -> list[str]:
-    """Options that differ and must not, as "lr was 0.1, is 0.2"."""
+def list_changes(before: Any, now: Any) -> list[Difference]:
+    """Options that differ and must not."""
     return [
-        str(difference)
+        difference
         for difference in list_differences(before, now)
         if not is_among(difference.key, MAY_CHANGE)
     ]
@@ -110,7 +113,7 @@ def go_on_in(run_dir: Path, options: str) -> bool:
     """Whether a folder is that of an earlier start of this run; it then has the options of this
     one where nothing had been computed from the others."""
     path = run_dir / OPTIONS
-    if not path.is_file() or read_options(run_dir).get("task") != "tisdpo":
+    if not path.is_file() or read_options(path).get("task") != "tisdpo":
         return False
     lock(run_dir)
     if not has_begun(run_dir):

@@ -31,8 +31,8 @@ def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: st
     checkpoints.finish(stop)
     export_model(run.policy, run.export, run.run_dir, run.world)
     seconds = run.state.seconds + run.seconds()
-    if run.world.is_main:
-        show_results(run.log.records, run.run_dir, seconds)
+    # curves take longer than ranks may wait for one another in a collective
+    run.world.on_main(lambda: show_results(run.log.records, run.run_dir, seconds))
     checkpoints.raise_if_unsaved()
     what_is_saved = (
         f"the model so far is in {run.run_dir / 'LATEST'}, {command} goes on after step "

@@ -16,7 +16,7 @@ from fastpref.errors import ConfigError
 from fastpref.train.logs.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.logs.trackers import build_trackers
 from fastpref.train.logs.utilization import UsefulWork
-from fastpref.train.resume.differences import effect_of, list_differences
+from fastpref.train.resume.differences import dotted, effect_of, list_differences
 from fastpref.train.resume.history import METRICS, bring_history, read_records
 from fastpref.train.resume.origin import keep_origin
 from fastpref.train.resume.start import Start
@@ -81,7 +81,7 @@ def changes_of_numbers(run_dir: Path, options: str) -> list[str]:
     now: Any = OmegaConf.to_container(OmegaConf.create(options))
     return [
         str(difference)
-        for difference in list_differences(read_options(run_dir), now)
+        for difference in list_differences(read_options(run_dir / OPTIONS), now)
         if not effect_of(difference, now["optim"]["schedule"])
     ]
 
@@ -95,13 +95,19 @@ def begin_anew(run_dir: Path, options: str) -> None:
         file.write(options)
 
 
-def read_options(run_dir: Path) -> dict[Any, Any]:
-    """The options that a run folder was started with; {} if its config.yaml cannot be read."""
+def read_options(path: Path) -> dict[Any, Any]:
+    """The options in a run folder's `config.yaml`; {} if it cannot be read."""
     try:
-        options = OmegaConf.to_container(OmegaConf.load(run_dir / OPTIONS))
+        options = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
         return {}
     return options if isinstance(options, dict) else {}
+
+
+def names_of_starts(run_dir: Path) -> set[str]:
+    """Dotted names of the options that the starts of a run had, those of other versions of fastpref
+    among them, see `keep_options`."""
+    return {name for path in run_dir.glob("config*.yaml") for name in dotted(read_options(path))}
 
 
 def keep_options(run_dir: Path, options: str, step: int) -> None:

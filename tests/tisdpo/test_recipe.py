@@ -208,6 +208,12 @@ def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
     error = refused([*command, "checkpoint.deadline=00:00:01"], 75)
     assert f"is near; the same command with run_dir={run_dir} goes on" in error
 
+    # of a version that had one option more
+    with (run_dir / "config.yaml").open("a") as options_then:
+        options_then.write("warmth: 1\n")
+    assert "accept them with resume.allow=[warmth]" in refused(command, 2)
+    command.append("resume.allow=[warmth]")
+
     # it was another day then
     record = json.loads(marker.read_text())
     record["fingerprints"]["chat date"] = "2001-02-03"
@@ -222,7 +228,7 @@ def test_what_is_left_is_done_beside_stages_of_the_same_data_and_model_alone(
     assert {record["fingerprints"]["chat date"] for record in records} == {"2001-02-03"}
     # a copy that follows links
     shutil.copytree(run_dir, tmp_path / "copy")
-    assert run(job(tmp_path, "tisdpo_d", run_dir=tmp_path / "copy", **options)) == 0
+    assert run([*command, f"run_dir={tmp_path / 'copy'}"]) == 0
     # nothing is left to do, and all of it belongs to other rows
     shutil.copy(rows / "test.jsonl", rows / "train.jsonl")
     assert run(command) == 4
@@ -402,7 +408,7 @@ def test_options_of_the_stages_are_checked_before_anything_runs(base, option, me
 def test_changes_are_listed_by_their_dotted_names():
     before = {"lr": 1, "run_dir": "a", "loss": {"beta": 1, "run_dir": 2}}
     now = {"lr": 2, "run_dir": "b", "loss": {"beta": 1, "run_dir": 3}, "new": 0}
-    assert list_changes(before, now) == [
+    assert list(map(str, list_changes(before, now))) == [
         "loss.run_dir was 2, is 3",
         "lr was 1, is 2",
         "new was None, is 0",

@@ -4,6 +4,7 @@ import fcntl
 import json
 import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from stopped_runs import assert_same_end, lines_of, run, small_command, stopping
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 from transformers.utils import chat_template_utils
 
+from fastpref.checkpoint.manifest import digest_files, read_manifest, write_manifest
 from fastpref.complete_files import append_whole
 from fastpref.errors import CheckpointError
 from fastpref.train import assembly, evaluation, loop
@@ -261,3 +263,37 @@ def test_a_chat_template_that_prints_the_date_prints_that_of_the_first_start(
     # a run that begins then begins with it
     assert run(arguments(base, tmp_path / "later", *options)) == 0
     assert lines_of(tmp_path / "later")[0] != lines_of(tmp_path / "whole")[0]
+
+
+def give_option(run_dir: Path, text: str, **option: Any) -> None:
+    """Have a run folder, and the newest checkpoint in it, be of a version with one option more."""
+    folder = max((run_dir / "checkpoints").glob("step-*"))
+    state = json.loads((folder / "state.json").read_text())
+    state["record"]["options"]["loss"] |= option
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = read_manifest(folder)
+    files = manifest.files | digest_files([folder / "state.json"])
+    write_manifest(folder, replace(manifest, files=files))
+    options = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(options.replace("\nloss:\n", f"\nloss:\n  {text}\n"))
+
+
+def test_an_option_that_only_an_earlier_version_has_can_be_allowed_at_every_start(
+    base, stopped, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    give_option(run_dir, "warmth: 0.3", warmth=0.3)
+    command = arguments(base, run_dir, "resume=auto")
+    assert run(command) == 4
+    said = capsys.readouterr().err
+    assert "loss.warmth was 0.3, is no option of this run: CHANGES THE NUMBERS" in said
+    assert "go on with the version that has them, name a new run_dir" in said
+    assert "accept them with resume.allow=[loss.warmth]" in said
+    command.append("resume.allow=[loss.warmth]")
+    assert run([*command, "resume.allow=[loss.warm]"]) == 2
+    assert "there is no option loss.warm" in capsys.readouterr().err
+    assert run(command) == 0
+    assert "loss.warmth was 0.3, is no option of this run: allowed" in capsys.readouterr().err
+    # the newest checkpoint does not know of it any more
+    assert run(command) == 0

@@ -8,6 +8,7 @@ from typing import Any
 from fastpref.checkpoint.agreement import describe
 from fastpref.errors import CheckpointError
 from fastpref.train.resume.differences import (
+    GONE,
     Difference,
     effect_of,
     is_among,
@@ -82,7 +83,7 @@ def check_same_run(
         if before.get(name, digest) != digest
     ]
     lines = [_line(difference, effect, allow) for difference, effect in found]
-    refused = [d.key for d, effect in found if not effect and not is_among(d.key, allow)]
+    refused = [d for d, effect in found if not effect and not is_among(d.key, allow)]
     adapted = options["adapter"]["kind"] != "none"
     of_state = [d.key for d, _ in found if is_of_state(d, adapted=adapted)]
     if refused or of_state:
@@ -91,12 +92,14 @@ def check_same_run(
             f" or name a new run_dir with resume=never: nothing goes on with another {names}"
             if of_state
             else ", name a new run_dir with resume=never, or accept them with "
-            f"resume.allow=[{','.join(refused)}]"
+            f"resume.allow=[{','.join(d.key for d in refused)}]"
         )
+        only_there = bool(refused) and all(d.now == GONE for d in refused)
+        back = "go on with the version that has them" if only_there else "set them back"
         raise CheckpointError(
             f"{folder} is of a run with other numbers:\n  "
             + "\n  ".join(lines)
-            + f"\nset them back{advice}"
+            + f"\n{back}{advice}"
         )
     for line in lines:
         logger.warning("going on with other options: %s", line)

@@ -1,6 +1,6 @@
 """Options of two starts of one run: which of them differ, and which of these change its numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
@@ -46,6 +46,10 @@ LENGTH = ("n_epochs", "n_examples")
 
 OF_A_MACHINE = ("base_data_dir", "data.cache_dir", "data.num_proc")
 """Options that ranks may have of their own: what is read there is compared."""
+
+
+GONE = "no option of this run"
+"""What an option is now that only another loss has, or another version of fastpref."""
 
 
 class Difference(NamedTuple):
@@ -94,6 +98,8 @@ def _differences(before: Any, now: Any, defaults: Any, prefix: str) -> list[Diff
         if isinstance(old, dict) and isinstance(new, dict):
             inner = default if isinstance(default, dict) else {}
             found += _differences(old, new, inner, f"{prefix}{key}.")
+        elif old != new and key not in now:
+            found.append(Difference(prefix + key, old, GONE))
         elif old != new:
             found.append(Difference(prefix + key, old, new))
     return found
@@ -149,6 +155,14 @@ def check_same_options(of_ranks: Sequence[dict[str, Any]]) -> None:
         ]
         if lines:
             raise ConfigError(f"rank {rank} was started with {'; '.join(lines)}")
+
+
+def dotted(options: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a nested config, those of its groups among them."""
+    for key, value in options.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
 
 
 def unknown_names(names: Sequence[str], known: Sequence[str]) -> list[str]:

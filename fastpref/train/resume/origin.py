@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastpref.checkpoint.folders import CHECKPOINTS, LATEST
 from fastpref.complete_files import complete_file, writing
-from fastpref.train.run_folder import OPTIONS, ORIGIN
+from fastpref.train.run_folder import OPTIONS, ORIGIN, RunPlace
 
 
 def run_of(path: Path) -> Path | None:
@@ -18,6 +18,14 @@ def run_of(path: Path) -> Path | None:
         if found is not None:
             return found
     return None
+
+
+def run_to_go_on_with(resume: str, place: RunPlace) -> Path | None:
+    """The run folder that `resume` means, which need not be there; None: there is none, or a
+    checkpoint lies in none."""
+    if resume == "auto":
+        return place.run_dir or place.newest_with(CHECKPOINTS)
+    return None if resume == "never" else run_of(Path(resume))
 
 
 def keep_origin(run_dir: Path, checkpoint: Path) -> None:

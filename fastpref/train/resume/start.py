@@ -15,7 +15,7 @@ from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.resume.comparison import check_record, check_same_run
-from fastpref.train.resume.origin import is_branch_of, origin_of, run_of
+from fastpref.train.resume.origin import is_branch_of, origin_of, run_of, run_to_go_on_with
 from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
 from fastpref.train.state import RunState
 from fastpref.train.updates import Updates
@@ -126,7 +126,7 @@ def _find(resume: str, place: RunPlace) -> Found:
     """A run folder is locked before anything is looked for in it: whoever writes there may have
     saved something newer, or deleted what was found, by the time it is read."""
     if resume == "auto":
-        run_dir = place.run_dir or place.newest_with(CHECKPOINTS)
+        run_dir = run_to_go_on_with(resume, place)
         return _find_in(run_dir) if run_dir and run_dir.is_dir() else Found()
     path = Path(resume)
     source, run_dir = run_of(path), place.run_dir
