@@ -1,5 +1,6 @@
 """Files that appear under their name when they are complete, and never before."""
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from fastpref.errors import CheckpointError
+
+LOCK = ".lock"
+"""In a folder that one process, or several together, may write to."""
 
 
 @contextmanager
@@ -85,6 +89,28 @@ def complete_folder(folder: Path) -> Iterator[Path]:
             replace_folder(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def share(folder: Path, remains: str) -> IO[str]:
+    """A lock on a folder that several processes may write to at once; it is given back by closing
+    it. Whoever comes while nobody writes removes what kills have left half written.
+
+    Args:
+        folder: That is there.
+        remains: What the names of such files are like, as a pattern.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    lock = (folder / LOCK).open("a", encoding="utf-8")
+    # a file system without locks: then nobody has one to himself, and nothing is removed
+    with suppress(OSError):
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for partial in folder.glob(remains):
+                partial.unlink(missing_ok=True)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
 
 
 def sync_folder(folder: Path) -> None:

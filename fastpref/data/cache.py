@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import fastpref_kernels
 import pyarrow
 from datasets.exceptions import DatasetGenerationError
 
+from fastpref.complete_files import share
 from fastpref.errors import DataError, FastprefError
 from fastpref.signals import forks_end_with_us
 
@@ -22,6 +23,8 @@ LOST_PROCESS = "subprocesses has abruptly died"
 """What `datasets` says when one ended."""
 NOT_OF_FILES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """What the system says where it has no more processes, memory or descriptors."""
+TEMPORARY = "tmp????????"
+"""Names of files that `datasets` has not finished: as large as what it maps."""
 THREADS = "TOKENIZERS_PARALLELISM"
 """Environment variable of `tokenizers`."""
 
@@ -82,6 +85,19 @@ def tokenizing_in(num_proc: int) -> Iterator[None]:
             del os.environ[THREADS]
         elif num_proc > 1 and before is not None:
             os.environ[THREADS] = before
+
+
+@contextmanager
+def without_remains(dataset: datasets.Dataset) -> Iterator[None]:
+    """While entered, rows of ours are mapped; what kills have left half written beside them goes
+    first, if no other process maps them."""
+    folders = {Path(file["filename"]).parent for file in dataset.cache_files}
+    with ExitStack() as locks:
+        for folder in folders:
+            # one that may only be read has what is wanted, or `datasets` says that it cannot write
+            with suppress(OSError):
+                locks.enter_context(share(folder, TEMPORARY))
+        yield
 
 
 @contextmanager

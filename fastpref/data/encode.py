@@ -25,6 +25,7 @@ from fastpref.data.cache import (
     processes_for,
     progress_bars,
     tokenizing_in,
+    without_remains,
 )
 from fastpref.data.chat import check_chat_template, current_date, prints_date
 from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_counts
@@ -156,7 +157,7 @@ def encode_source(
     check_tokenizer(tokenizer)
     options = options_of_source(rows, tokenizer, options)
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
-    with tokenizing_in(num_proc):
+    with tokenizing_in(num_proc), without_remains(dataset):
         encoded = dataset.map(
             encode_batch,
             batched=True,

@@ -1,7 +1,5 @@
 """Log-probabilities of rows under one model, found by the rows' tokens: in memory, on the disk."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,14 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate
-from fastpref.complete_files import complete_file, writing
+from fastpref.complete_files import complete_file, share, writing
 
 logger = logging.getLogger("fastpref")
 
 ABOUT = "about.json"
 """Beside the files: what they belong to, for people."""
-LOCK = ".lock"
-"""Beside the files: shared by the processes that write."""
 DIGEST_BYTES = 16
 
 ScoredRow = tuple[bytes, NDArray[np.float32]]
@@ -102,7 +98,7 @@ class RowCache:
             CheckpointError: the file cannot be written.
         """
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-        with _share(self.folder):
+        with _open(self.folder):
             with complete_file(self.folder / f"{name}.npz", "wb") as file:
                 np.savez(
                     file,
@@ -118,24 +114,15 @@ class RowCache:
                     partial.replace(self.folder / ABOUT)
 
 
-def _share(folder: Path) -> IO[str]:
-    """A lock on a folder that several processes may write to at once; it is given back by closing
-    it. Whoever comes while nobody writes removes what kills have left half written.
+def _open(folder: Path) -> IO[str]:
+    """The folder's lock, see `share`.
 
     Raises:
         CheckpointError: the folder cannot be written to.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a", encoding="utf-8")
-    # a file system without locks: then nobody has one to himself, and nothing is removed
-    with contextlib.suppress(OSError):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for partial in folder.glob("*.partial"):
-                partial.unlink(missing_ok=True)
-        fcntl.flock(lock, fcntl.LOCK_SH)
-    return lock
+        return share(folder, "*.partial")
 
 
 def _read(path: Path) -> list[ScoredRow]:

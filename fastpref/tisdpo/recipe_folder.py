@@ -8,14 +8,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fastpref.complete_files import complete_file
+from fastpref.complete_files import LOCK, complete_file
 from fastpref.config import StagesConfig
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.tisdpo.stages import first_stage
 from fastpref.train.opening import read_options
 from fastpref.train.resume.differences import Difference, is_among, list_differences
-from fastpref.train.run_folder import LOCK, OPTIONS, RunPlace, lock, took_no_step
+from fastpref.train.run_folder import OPTIONS, RunPlace, lock, took_no_step
 
 logger = logging.getLogger("fastpref")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from fastpref.checkpoint.folders import CHECKPOINTS, PARTIAL, step_folders
-from fastpref.complete_files import remove, writing
+from fastpref.complete_files import LOCK, remove, writing
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
@@ -115,8 +115,6 @@ def run_place(config: Config) -> RunPlace:
 
 OPTIONS = "config.yaml"
 """In every run folder: the options of its last start."""
-LOCK = ".lock"
-"""In a run folder: locked by the process that writes there."""
 AUDIT_PAGE = "audit.html"
 """What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
 PROBE = ".fastpref-"

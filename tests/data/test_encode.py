@@ -19,6 +19,7 @@ from small_data import (
     write_jsonl,
 )
 
+from fastpref.complete_files import share
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data import cache
 from fastpref.data.counts import Remark
@@ -411,6 +412,19 @@ def is_running(pid: int) -> bool:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return False
+
+
+def test_what_a_kill_has_left_of_an_encoding_goes_unless_somebody_writes_there(tmp_path):
+    encode(tmp_path, pairs(3))
+    [rows] = (tmp_path / "cache").rglob("generator-train.arrow")
+    left, ours = rows.with_name("tmp0a_b1c2d"), rows.with_name("tmp.arrow")
+    for path in (left, ours):
+        path.write_bytes(b"half")
+    with share(rows.parent, "none"):
+        encode(tmp_path, max_length=9, max_prompt_length=3)
+        assert left.exists()
+    encode(tmp_path, max_length=9, max_prompt_length=3)
+    assert not left.exists() and ours.exists()
 
 
 def test_another_process_finds_the_cache(tmp_path):

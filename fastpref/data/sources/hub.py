@@ -16,6 +16,7 @@ from fastpref.checks import listed
 from fastpref.data.layouts.rows import ASSISTANT_TURN
 from fastpref.data.sources.readers import read_batches
 from fastpref.errors import DataError
+from fastpref.signals import forks_end_with_us
 
 HUB_PATHS = {
     "hh": "Anthropic/hh-rlhf",
@@ -175,9 +176,10 @@ def _split_se(records: datasets.Dataset, split: str) -> Records:
     num_test = int(len(records) * SE_TEST_SHARE)
     bounds = range(num_test) if split == "test" else range(num_test, len(records))
     # ten million posts: hours in one process
-    return records.select(bounds).map(
-        _strip_record, num_proc=os.cpu_count(), desc=f"stripping HTML of se {split}"
-    )
+    with forks_end_with_us():
+        return records.select(bounds).map(
+            _strip_record, num_proc=os.cpu_count(), desc=f"stripping HTML of se {split}"
+        )
 
 
 def _strip_record(record: dict[str, Any]) -> dict[str, Any]:
