@@ -1,5 +1,6 @@
 """The reference of a run, scored before its first step: no second model, no pass of it later."""
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -142,7 +144,9 @@ class ReferenceScoring:
 
     def _end_if_asked(self, stop: StopRequest) -> None:
         if stop.agreed(self.world):
-            self._save()
+            # a torchrun that was killed has taken the ranks' store along: rank 0 saves all the same
+            with contextlib.suppress(dist.DistError):
+                self._save()
             stop.raise_saying(
                 f"rows that were scored are kept in {self.cache.folder}; the same command goes on "
                 "there"

@@ -1,5 +1,7 @@
 """The end of a run, wherever it comes: state, model, curves and table, and why it was not later."""
 
+import torch.distributed as dist
+
 from fastpref.signals import StopRequest
 from fastpref.train.checkpoints import Checkpoints
 from fastpref.train.export.latest import export_model
@@ -29,14 +31,19 @@ def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: st
         run.log.flush()
     # first what cannot be had again
     checkpoints.finish(stop)
-    export_model(run.policy, run.export, run.run_dir, run.world)
+    what_is_saved, lost = f"the model so far is in {run.run_dir / 'LATEST'}", None
     seconds = run.state.seconds + run.seconds()
-    # curves take longer than ranks may wait for one another in a collective
-    run.world.on_main(lambda: show_results(run.log.records, run.run_dir, seconds))
+    try:
+        export_model(run.policy, run.export, run.run_dir, run.world)
+        # curves take longer than ranks may wait for one another in a collective
+        run.world.on_main(lambda: show_results(run.log.records, run.run_dir, seconds))
+    except dist.DistError as error:
+        # a torchrun that was killed has taken the ranks' store along
+        what_is_saved, lost = f"the state is saved in {run.run_dir}", error
     checkpoints.raise_if_unsaved()
-    what_is_saved = (
-        f"the model so far is in {run.run_dir / 'LATEST'}, {command} goes on after step "
-        f"{run.state.step}"
+    stop.raise_if_requested(
+        f"{what_is_saved}, {command} goes on after step {run.state.step}", run.world
     )
-    stop.raise_if_requested(what_is_saved, run.world)
+    if lost is not None:
+        raise lost
     return seconds

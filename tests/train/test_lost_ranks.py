@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import time
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import pytest
 from ranks import start_on_ranks
 from stopped_runs import run
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
+from torch.distributed import DistNetworkError, TCPStore
 
 from fastpref.cli.command_line import leave
 
@@ -37,8 +39,10 @@ class Rank(NamedTuple):
     stderr: Path
 
 
-def start_two(base: Path, run_dir: Path, *, timeout: int = TIMEOUT_SECONDS) -> list[Rank]:
-    """Two processes of one run that does not end by itself."""
+def start_two(
+    base: Path, run_dir: Path, *, timeout: int = TIMEOUT_SECONDS, port: int | None = None
+) -> list[Rank]:
+    """Two processes of one run that does not end by itself; with a port, in the store there."""
     command = [
         *("model=blank_model", f"model.name_or_path={base / 'model'}", "model.fsdp_policy_mp=null"),
         *("datasets=[words]", f"base_data_dir={base}", "loss=dpo", f"run_dir={run_dir}"),
@@ -48,12 +52,15 @@ def start_two(base: Path, run_dir: Path, *, timeout: int = TIMEOUT_SECONDS) -> l
     ]
     run_dir.parent.mkdir(exist_ok=True)
     stderr = [run_dir.parent / f"stderr-{rank}" for rank in range(2)]
-    processes = start_on_ranks(train_and_leave, 2, command, stderr)
+    processes = start_on_ranks(train_and_leave, 2, command, stderr, port)
     return [Rank(*of_rank) for of_rank in zip(processes, stderr, strict=True)]
 
 
-def train_and_leave(command: list[str], stderr: list[Path]) -> None:
+def train_and_leave(command: list[str], stderr: list[Path], port: int | None) -> None:
     """What `python train.py` does, its stderr in a file."""
+    if port is not None:
+        # as torchrun does; `run` takes the next one
+        os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(port - 1)}
     with stderr[int(os.environ["RANK"])].open("w") as file:
         os.dup2(file.fileno(), 2)
     leave(run(command))
@@ -111,3 +118,28 @@ def test_a_signal_to_one_rank_ends_both_at_the_same_step_with_everything_saved(b
     last = read_metrics(run_dir, "train")[-1]["step"]
     assert re.search(rf"resume=auto run_dir=\S+ goes on after step {last}$", said[0].rstrip())
     assert (run_dir / "checkpoints" / "latest").read_text() == f"step-{last:08d}\n"
+
+
+def test_ranks_whose_launcher_is_killed_end_as_at_a_signal_and_say_what_is_saved(base, tmp_path):
+    run_dir = tmp_path / "run"
+    store, port = open_store()
+    ranks = start_two(base, run_dir, timeout=PATIENT_SECONDS, port=port)
+    wait_for_steps(ranks, run_dir)
+    # the system tells them of its end, and the store ends with it
+    del store
+    for rank in ranks:
+        os.kill(rank.process.pid, signal.SIGTERM)
+    codes, said = zip(*(end_of(rank) for rank in ranks), strict=True)
+    assert codes == (75, 75), said
+    last = read_metrics(run_dir, "train")[-1]["step"]
+    saved = f"terminated; the state is saved in {run_dir}, resume=auto run_dir={run_dir} goes on"
+    assert said[0].endswith(f"fastpref: {saved} after step {last}\n")
+    assert (run_dir / "checkpoints" / f"step-{last:08d}").is_dir()
+
+
+def open_store() -> tuple[TCPStore, int]:
+    """A store that no rank holds, on a port that `run` can name."""
+    for port in range(20_000, 30_000):
+        with suppress(DistNetworkError):
+            return TCPStore("localhost", port, is_master=True, wait_for_workers=False), port
+    raise AssertionError("no port is free")
