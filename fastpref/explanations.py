@@ -29,6 +29,11 @@ NO_PROCESS = (
     "(ulimit -u, ulimit -v, a container's)"
 )
 
+NO_FILE = (
+    "no more files or connections can be open at once, by a limit of the process or of the machine "
+    "(ulimit -n)"
+)
+
 
 def explain(error: BaseException) -> FastprefError | None:
     """The error with an exit code of its own that another one amounts to; None for a bug of ours.
@@ -46,6 +51,8 @@ def explain(error: BaseException) -> FastprefError | None:
         )
     if isinstance(error, RuntimeError) and text in SIGNS_OF_NO_THREAD:
         return MemoryExhaustedError(f"{NO_PROCESS}: {text}")
+    if isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in text:
+        return MemoryExhaustedError(f"{NO_FILE}: {first_line(error)}")
     if isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in SIGNS_OF_A_LOST_RANK)
     ):
@@ -59,6 +66,8 @@ def _explain_system_error(error: OSError) -> FastprefError:
     """A file or folder that the system does not give, or give up, while the program needs it."""
     if error.errno == errno.ENOMEM:
         return MemoryExhaustedError(f"out of memory: {error.strerror}")
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return MemoryExhaustedError(f"{NO_FILE}: {error.strerror}")
     if error.errno == errno.EAGAIN and error.filename is None:
         return MemoryExhaustedError(f"{NO_PROCESS}: {error.strerror}")
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"

@@ -254,6 +254,21 @@ def test_of_a_rank_that_is_lost_the_first_that_knows_speaks(monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
+        RuntimeError(
+            "[enforce fail at gloo/transport/tcp/socket.cc:24] socket: Too many open files"
+        ),
+        OSError(errno.EMFILE, "Too many open files", "train.jsonl"),
+    ],
+)
+def test_where_no_file_can_be_opened_that_is_said(error):
+    known = explain(error)
+    assert known is not None and known.exit_code == 6
+    assert str(known).startswith("no more files or connections can be open at once")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
         RuntimeError("can't start new thread"),
         RuntimeError("Resource temporarily unavailable"),
         BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),

@@ -135,8 +135,10 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
 
 def is_of_cache(error: OSError, folder: str) -> bool:
     """Whether it is for the cache in `folder` that the system refuses something."""
+    if error.errno in NOT_OF_FILES:
+        return False
     if not isinstance(error.filename, str):
-        return error.errno not in NOT_OF_FILES
+        return True
     # one above it as well: the folder is made there
     paths = [os.path.abspath(os.path.expanduser(path)) for path in (folder, error.filename)]
     return os.path.commonpath(paths) in paths
