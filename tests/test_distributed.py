@@ -254,9 +254,7 @@ def test_of_a_rank_that_is_lost_the_first_that_knows_speaks(monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError(
-            "[enforce fail at gloo/transport/tcp/socket.cc:24] socket: Too many open files"
-        ),
+        RuntimeError("[enforce fail at gloo/tcp/socket.cc:24] socket: Too many open files"),
         OSError(errno.EMFILE, "Too many open files", "train.jsonl"),
     ],
 )

@@ -4,8 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastpref.config import Config, ResumeConfig
-from fastpref.errors import ConfigError
+from fastpref.config import Config
 
 if TYPE_CHECKING:
     from fastpref.distributed import World
@@ -17,6 +16,7 @@ def check_task(config: Config, num_ranks: int) -> None:
     Raises:
         ConfigError: the place for its results, or the optimizer.
     """
+    from fastpref.cli.resume_names import check_resume
     from fastpref.train.optim import check_optimizer
     from fastpref.train.resume.origin import run_to_go_on_with
     from fastpref.train.run_folder import check_writable, run_place
@@ -39,26 +39,6 @@ def check_task(config: Config, num_ranks: int) -> None:
         check_resume(config.resume, place.run_dir)
         check_run_folder(place, config.to_yaml(), allow=config.resume.allow)
     check_optimizer(config.optimizer, config.optim.arguments(), num_ranks)
-
-
-def check_resume(resume: ResumeConfig, run_dir: Path | None) -> None:
-    """Refuse names that no option has, and none had when the run was started.
-
-    Args:
-        run_dir: That is gone on with; None: a new run, or whose options are not known yet.
-
-    Raises:
-        ConfigError: naming the option.
-    """
-    from fastpref.cli.options import all_options
-    from fastpref.train.opening import names_of_starts
-    from fastpref.train.resume.differences import unknown_names
-
-    earlier = names_of_starts(run_dir) if run_dir else ()
-    known = [*all_options(), *earlier, "data", "model", "tokenizer"]
-    wrong = unknown_names(resume.allow, known)
-    if wrong:
-        raise ConfigError(f"resume.allow: there is no option {', '.join(wrong)}")
 
 
 def run_task(config: Config, world: "World") -> None:
