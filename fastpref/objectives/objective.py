@@ -79,6 +79,8 @@ class Objective:
     """The same losses from `tdpo1_token_values` (N,), and those metrics that these tell."""
     detailed_every: int = 1
     """Optimizer steps between those that ask for every metric, where some cost more."""
+    held_out_kl: str | None = None
+    """Direction of a KL that is told of held-out rows though the loss is made without it."""
     starts_at_log_two: bool = False
     """The loss is ln 2 while policy and reference are equal."""
 
@@ -128,7 +130,10 @@ def build_objective(config: LossConfig) -> Objective:
                 tisdpo_loss, beta=config.beta, alpha=config.alpha, token_level=config.token_level
             )
             sums = _log_ratios_and_kl if config.token_level else _log_ratios_alone
-            return _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True)
+            return replace(
+                _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True),
+                held_out_kl="policy_reference",
+            )
     raise AssertionError(f"no objective for {type(config).__name__}")
 
 

@@ -34,7 +34,9 @@ class StepLoss:
         self.objective = objective
         self._policy = policy
         self._reference = reference
-        self._score = _choose_scores(objective, policy, reference)
+        kl = objective.needs.kl
+        self._score = _choose_scores(kl, policy, reference)
+        self._score_held_out = _choose_scores(kl or objective.held_out_kl, policy, reference)
         # behind a softcap the mean of the logits is not linear in the hidden states
         has_values = objective.losses_of_values is not None
         self._from_values = has_values and policy.path.softcap is None
@@ -65,7 +67,8 @@ class StepLoss:
         """The objective's losses and metrics."""
         detailed = step is None or step % self.objective.detailed_every == 0
         if detailed or not self._from_values:
-            return self.objective.losses(self._score(batch), batch)
+            score = self._score_held_out if step is None else self._score
+            return self.objective.losses(score(batch), batch)
         assert self._reference is not None and self.objective.losses_of_values is not None
         values_N = self._policy.tdpo1_values(batch, _states(self._reference, batch))
         return self.objective.losses_of_values(values_N, batch)
@@ -78,13 +81,17 @@ class StepLoss:
 
 
 def _choose_scores(
-    objective: Objective, policy: TokenScorer, reference: TokenScorer | OwnReference | None
+    direction: str | None, policy: TokenScorer, reference: TokenScorer | OwnReference | None
 ) -> Callable[[Batch], TokenScores]:
-    """Token scores of a micro-batch: policy with gradients, reference without."""
+    """Token scores of a micro-batch: policy with gradients, reference without.
+
+    Args:
+        direction: Of the KL; None: without one.
+        policy, reference: As in `StepLoss`; a reference that is not here has no KL.
+    """
     if reference is None:
         # None where the loss has no reference
         return lambda batch: TokenScores(policy(batch), batch.reference_logps, None)
-    direction = objective.needs.kl
 
     def score_log_ratios(batch: Batch) -> TokenScores:
         with torch.no_grad():

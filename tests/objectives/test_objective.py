@@ -202,6 +202,20 @@ def test_metric_names_are_the_seeds():
         assert set(CONFIGS[name].held_out_names) == held_out, name
 
 
+def test_held_out_rows_tell_the_kl_that_tisdpo_trains_without():
+    batch = pad_rows(ROWS, pad_token_id=0)
+    models = [build_model(family, vocab_size=V) for family in ("llama", "qwen2")]
+    scorers = [TokenScorer(model, build_attention("sdpa")) for model in models]
+    plain, with_kl = (
+        StepLoss(build_objective(TISDPOConfig(token_level=token_level)), *scorers)
+        for token_level in (False, True)
+    )
+    assert "kl/margin" not in plain.compute(batch, 0)[1]
+    metrics, expected = (step_loss.compute(batch, None)[1] for step_loss in (plain, with_kl))
+    for name in ("kl/chosen", "kl/rejected", "kl/margin"):
+        assert torch.equal(metrics[name], expected[name]) and metrics[name].abs().min() > 1e-3
+
+
 def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():
     objective = build_objective(TDPOConfig())
     batch = pad_rows([], pad_token_id=0)
