@@ -72,6 +72,12 @@ def test_what_a_folder_or_file_is_instead_of_a_model_is_said(model_dir, tokenize
     write_adapter(tmp_path / "policy", str(model_dir))
     with pytest.raises(CheckpointError, match=r"models lie in it, name one of them: .*/policy$"):
         resolve_model(str(tmp_path))
+    archive = tmp_path / "seed" / "LATEST" / "policy.pt"
+    archive.parent.mkdir(parents=True)
+    archive.touch()
+    for folder in (archive.parent, archive.parent.parent):
+        with pytest.raises(CheckpointError, match=f"set model.archive={archive}$"):
+            resolve_model(str(folder), key="model.archive")
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
         with pytest.raises(CheckpointError, match="GGUF files are quantized"):

@@ -24,6 +24,8 @@ EXPORT_FOLDER = "LATEST"
 MERGED_FOLDER = f"{EXPORT_FOLDER}-merged"
 """The folder of a run that holds the trained adapter and its base as one model."""
 CONFIG = "config.json"
+ARCHIVE = "policy.pt"
+"""The file of weights in a run folder of the seed repositories, or in its `LATEST/`."""
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder a LoRA adapter of peft: its weights are merged into those of its base."""
 BASE_FIELD = "base_model_name_or_path"
@@ -252,7 +254,7 @@ def _folders(name_or_path: str) -> list[Path]:
     if name_or_path == EMBEDDED and not Path(name_or_path).exists():
         return [Path(str(files("fastpref") / "assets" / EMBEDDED))]
     path = Path(name_or_path).expanduser()
-    if path.name == "policy.pt" and not path.exists():
+    if path.name == ARCHIVE and not path.exists():
         path = path.parent
     if path.exists():
         return [path, path / EXPORT_FOLDER]
@@ -295,6 +297,11 @@ def _what_it_is(path: Path) -> str:
         return "; GGUF files are quantized and cannot be trained, name the model they were made of"
     if path.suffix == ".pt":
         return "; weights of the seed repositories go to model.archive"
+    archives = [f for f in (path / ARCHIVE, path / EXPORT_FOLDER / ARCHIVE) if f.is_file()]
+    if archives:
+        return (
+            f"; weights of the seed repositories go by their file: set model.archive={archives[0]}"
+        )
     inside = [f for f in path.iterdir() if _holds_model(f)] if path.is_dir() else []
     if inside:
         return f"; models lie in it, name one of them: {', '.join(sorted(map(str, inside))[:8])}"
