@@ -7,37 +7,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastpref.data.audit.token_texts import token_spans
+from fastpref.data.options import SPLITS
 from fastpref.data.sources.planted import generate_rows
 
 
-def planted_masks(
-    split: str, rows: Sequence[tuple[str, str]], tokenizer: Any
-) -> list[NDArray[np.bool_]]:
-    """Of each row, the tokens of the rejected response that overlap a planted character.
+def planted_mask(
+    prompt: str, rejected: str, ids: Sequence[int], tokenizer: Any
+) -> NDArray[np.bool_]:
+    """Which tokens of a rejected response of the set overlap a planted character.
 
     Args:
-        split: train or test of the built-in set.
-        rows: Prompt and rejected response of each row, all of that split.
+        prompt, rejected: The row's texts.
+        ids: Of the response, without EOS.
         tokenizer: A fast one, for its offsets.
-
-    Returns:
-        One mask per row, as long as its response without EOS.
     """
-    spans = _spans_by_row(split)
-    encoded = tokenizer(
-        [rejected for _, rejected in rows], add_special_tokens=False, return_offsets_mapping=True
+    planted = _planted_spans()[prompt, rejected]
+    spans = token_spans(rejected, ids, tokenizer).spans
+    return np.array(
+        [any(start < stop and begin < end for begin, stop in planted) for start, end in spans],
+        np.bool_,
     )
-    return [
-        np.array(
-            [any(start < b and a < end for a, b in spans[row]) for start, end in offsets], np.bool_
-        )
-        for row, offsets in zip(rows, encoded["offset_mapping"], strict=True)
-    ]
 
 
 @cache
-def _spans_by_row(split: str) -> dict[tuple[str, str], list[list[int]]]:
-    return {(row["prompt"], row["rejected"]): row["planted_spans"] for row in generate_rows(split)}
+def _planted_spans() -> dict[tuple[str, str], list[list[int]]]:
+    rows = (row for split in SPLITS for row in generate_rows(split))
+    return {(row["prompt"], row["rejected"]): row["planted_spans"] for row in rows}
 
 
 def roc_auc(scores: NDArray[np.floating], is_positive: NDArray[np.bool_]) -> float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastpref.batch import EncodedRow
 from fastpref.data.audit.token_texts import token_texts
 from fastpref.data.weights_file import WeightsOrigin
-from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
+from fastpref.tisdpo.planted_tokens import planted_mask, roc_auc
 
 NUM_EXAMPLES = 12
 LONGEST_EXAMPLE = 160
@@ -104,12 +104,18 @@ def read_report(
         origin: Where the weights come from.
         tokenizer: Of both models.
     """
-    masks = known_wrong_tokens(path, encoded, origin, tokenizer)
+    # without offsets it is not known which tokens hold a planted character
+    has_planted = origin.source == "planted" and tokenizer.is_fast
     chosen, rejected, wrong, examples = [], [], [], []
     shown = pick_examples(encoded)
     for i, record in enumerate(read_lines(path)):
         raw = [np.array(record[f"{side}_weight"], np.float64) for side in ("chosen", "rejected")]
-        is_wrong = masks[i] if masks else np.zeros(len(raw[1]), np.bool_)
+        is_wrong = np.zeros(len(raw[1]), np.bool_)
+        if has_planted:
+            # EOS, where it has a weight, is never planted
+            ids = list(encoded[i].rejected_ids)[: -1 if origin.includes_eos else None]
+            texts = (record["prompt"], record["rejected"])
+            is_wrong[: len(ids)] = planted_mask(*texts, ids, tokenizer)
         if i in shown:
             examples.append(build_example(encoded[i], raw, is_wrong, tokenizer))
         of_chosen, of_rejected = learned_tokens(encoded[i])
@@ -125,7 +131,7 @@ def read_report(
         chosen=np.concatenate(chosen),
         rejected=rejected_weights,
         examples=examples,
-        auc=roc_auc(rejected_weights, np.concatenate(wrong)) if masks else None,
+        auc=roc_auc(rejected_weights, np.concatenate(wrong)) if has_planted else None,
     )
 
 
@@ -141,21 +147,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a weights file, one at a time."""
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
-
-
-def known_wrong_tokens(
-    path: Path, encoded: Sequence[EncodedRow], origin: WeightsOrigin, tokenizer: Any
-) -> list[NDArray[np.bool_]]:
-    """Masks over the rejected tokens of the built-in set `planted`; [] for any other data."""
-    if origin.source != "planted":
-        return []
-    texts = [(record["prompt"], record["rejected"]) for record in read_lines(path)]
-    masks = planted_masks(path.stem, texts, tokenizer)
-    # EOS, where it has a weight, is never planted
-    return [
-        np.pad(mask, (0, len(row.rejected_ids) - len(mask)))
-        for mask, row in zip(masks, encoded, strict=True)
-    ]
 
 
 def pick_examples(encoded: Sequence[EncodedRow]) -> set[int]:

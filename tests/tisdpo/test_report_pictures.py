@@ -1,5 +1,6 @@
 """The report of token weights: its numbers, a page without network, a picture."""
 
+import json
 import re
 from html.parser import HTMLParser
 
@@ -7,10 +8,19 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from fastpref.batch import EncodedRow
 from fastpref.data.sources.planted import generate_rows
+from fastpref.data.weights_file import ModelOrigin, WeightsOrigin
 from fastpref.model.files.paths import resolve_model
-from fastpref.tisdpo.planted_tokens import planted_masks, roc_auc
-from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram, token_texts
+from fastpref.tisdpo.planted_tokens import roc_auc
+from fastpref.tisdpo.report import (
+    Example,
+    WeighedToken,
+    WeightsReport,
+    histogram,
+    read_report,
+    token_texts,
+)
 from fastpref.tisdpo.report_html import write_html
 from fastpref.tisdpo.report_plot import lay_out, plot_weights
 
@@ -104,15 +114,38 @@ def test_roc_auc_counts_ties_half():
     assert roc_auc(np.array([0.0, 1.0, 2.0, 3.0]), is_positive) == 0.25
 
 
-def test_planted_masks_mark_exactly_the_tokens_that_differ(tokenizer):
-    rows = generate_rows("test", num_rows=64)
-    masks = planted_masks("test", [(row["prompt"], row["rejected"]) for row in rows], tokenizer)
-    for row, mask in zip(rows, masks, strict=True):
-        chosen, rejected = (
-            tokenizer(row[side], add_special_tokens=False)["input_ids"]
-            for side in ("chosen", "rejected")
+@pytest.mark.parametrize("includes_eos", [False, True])
+def test_the_roc_auc_of_planted_tokens_is_one_where_these_alone_weigh(
+    tmp_path, tokenizer, includes_eos
+):
+    end = [tokenizer.eos_token_id] if includes_eos else []
+    encoded, lines = [], []
+    for row in generate_rows("train", num_rows=32):
+        prompt, chosen, rejected = (
+            tokenizer(row[field], add_special_tokens=False)["input_ids"]
+            for field in ("prompt", "chosen", "rejected")
         )
-        assert mask.tolist() == [a != b for a, b in zip(chosen, rejected, strict=True)]
+        chosen, rejected = chosen + end, rejected + end
+        encoded.append(EncodedRow(prompt, chosen, rejected))
+        weights = [float(a != b) for a, b in zip(chosen, rejected, strict=True)]
+        lines.append(json.dumps(row | {"chosen_weight": weights, "rejected_weight": weights}))
+    model = ModelOrigin(name_or_path="model", identity="", template="")
+    origin = WeightsOrigin(
+        source="planted",
+        rows=len(lines),
+        tokens=0,
+        includes_eos=includes_eos,
+        round=None,
+        compute_dtype="float32",
+        tokenizer="",
+        positive=model,
+        negative=model,
+        fingerprint="",
+    )
+    # as data.split_names calls it
+    path = tmp_path / "train_prefs.jsonl"
+    path.write_text("\n".join(lines))
+    assert read_report(path, encoded, origin, tokenizer).auc == 1
 
 
 def test_token_texts_make_up_the_text(tokenizer):
