@@ -1,6 +1,7 @@
 """From rows to batches: what each step computes, made ahead of the loop in a thread."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout
 from fastpref.batches.order import GlobalOrder
 from fastpref.batches.plan import MicroBatch, StepPlan
-from fastpref.batches.prefetch import Prefetch
+from fastpref.batches.prefetch import prefetch
 from fastpref.data.encode import PreferenceSplit
 from fastpref.distributed import World
 
@@ -123,9 +124,9 @@ class Loader:
             return [batch.pin_memory() for batch in batches]
         return batches
 
-    def steps(self, world: World, start: int = 0) -> Prefetch[StepBatches]:
+    def steps(self, world: World, start: int = 0) -> AbstractContextManager[Iterator[StepBatches]]:
         """The steps from `start` on, each ready before it is asked for."""
-        return Prefetch(lambda index: self.step(index, world), range(start, self.order.num_steps))
+        return prefetch(lambda index: self.step(index, world), range(start, self.order.num_steps))
 
     def savings(self, num_ranks: int, num_steps: int) -> tuple[int, int]:
         """Tokens in the data and tokens computed for them, over the first steps."""

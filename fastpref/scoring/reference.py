@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.loader import Loader, StepBatches
-from fastpref.batches.prefetch import Prefetch
+from fastpref.batches.prefetch import prefetch
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
@@ -134,7 +134,7 @@ class ReferenceScoring:
     ) -> None:
         """Steps of a loader, as they are trained on."""
         world, indices = self.world, [visit.step for visit in visits]
-        with Prefetch(lambda index: loader.step(index, world), indices) as steps:
+        with prefetch(lambda index: loader.step(index, world), indices) as steps:
             for visit, step in zip(visits, steps, strict=True):
                 self._end_if_asked(stop)
                 self._score(loader, visit, step)
