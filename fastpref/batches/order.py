@@ -5,10 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.config.data import ORDERS
 from fastpref.errors import ConfigError
-
-ORDERS = ("fastpref", "dpo", "tdpo", "tisdpo")
-"""`fastpref` follows the seed option; the others are what the three repositories really did."""
 
 
 class GlobalOrder:

@@ -7,11 +7,12 @@ from pathlib import Path
 from fastpref.cli.length_table import show_lengths
 from fastpref.complete_files import complete_file
 from fastpref.config import Config
+from fastpref.config.data import SPLITS
 from fastpref.data.announce import read_splits
 from fastpref.data.audit.account import run_audit
 from fastpref.data.audit.html import AuditPage
 from fastpref.data.audit.report import report_split
-from fastpref.data.options import SPLITS, data_options
+from fastpref.data.options import data_options
 from fastpref.model.source import load_vocabulary
 from fastpref.train.orders import build_train_order, log_mix
 from fastpref.train.run_folder import AUDIT_PAGE, check_writable, run_place

@@ -14,7 +14,9 @@ ROW_FIELDS = (
     *("response_0", "response_1", "better_response_id"),
 )
 """What a column can be read as; which of them make a row, the table of layouts says."""
-SPLIT_FIELDS = ("train", "test")
+SPLITS = ("train", "test")
+ORDERS = ("fastpref", "dpo", "tdpo", "tisdpo")
+"""`fastpref` follows the seed option; the others are what the three repositories really did."""
 OWN_ARGUMENTS = (
     *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
     *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens", "padding"),
@@ -98,7 +100,7 @@ class DataConfig:
         check_choice("data.truncation", self.truncation, ("seed", "fill", "drop"))
         modes = ("auto", "keep_start", "keep_end")
         check_choice("data.truncation_mode", self.truncation_mode, modes)
-        check_choice("data.order", self.order, ("fastpref", "dpo", "tdpo", "tisdpo"))
+        check_choice("data.order", self.order, ORDERS)
         check_number("data.eos_weight", self.eos_weight)
         check_columns(self.columns)
         check_split_names(self.split_names)
@@ -171,7 +173,7 @@ def check_split_names(split_names: Mapping[str, str]) -> None:
         ValueError: naming the split.
     """
     for split, name in split_names.items():
-        check_choice("data.split_names", split, SPLIT_FIELDS)
+        check_choice("data.split_names", split, SPLITS)
         if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(
                 f"data.split_names.{split} must be the name of a split, as train_prefs in "

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastpref.checks import both_ends, listed, share_of
-from fastpref.data.options import SPLITS, DataOptions
+from fastpref.config.data import SPLITS
+from fastpref.data.options import DataOptions
 from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.source import Rows, load_rows, read_rows
 

@@ -32,7 +32,7 @@ from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_cou
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_RESPONSE, MALFORMED
-from fastpref.data.options import SPLITS, DataOptions
+from fastpref.data.options import DataOptions
 from fastpref.data.places import Places, join_places, place_of, places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.source import Rows, count_dataset, read_rows, sft_targets
@@ -109,7 +109,7 @@ def load_split(
         parts.append(part)
     joined = join_splits(parts)
     if not quiet:
-        log_counts([joined.audit], tokenizer, about_texts=split == SPLITS[0])
+        log_counts([joined.audit], tokenizer, about_texts=split == "train")
     return joined
 
 

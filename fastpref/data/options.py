@@ -1,16 +1,11 @@
 """What decides which rows a run has, how they are read and how they become token ids."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from fastpref.config import Config
 from fastpref.data.chat import read_chat_template
 from fastpref.data.encode_row import EncodeOptions
 from fastpref.data.selection import HeldOut
-
-if TYPE_CHECKING:
-    from fastpref.config import Config
-
-SPLITS = ("train", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +57,7 @@ class DataOptions:
         return replace(self, held_out=held_out, deduplicate=False)
 
 
-def data_options(config: "Config") -> DataOptions:
+def data_options(config: Config) -> DataOptions:
     """The options of a config that its data depends on.
 
     Raises:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from fastpref.data.options import SPLITS, DataOptions
+from fastpref.config.data import SPLITS
+from fastpref.data.options import DataOptions
 from fastpref.data.sources.files import Location, MissingSplitError, check_hub_split, find_source
 from fastpref.errors import DataError
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastpref.config.data import SPLITS
 from fastpref.data.audit.token_texts import token_spans
-from fastpref.data.options import SPLITS
 from fastpref.data.sources.planted import generate_rows
 
 

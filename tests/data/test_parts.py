@@ -8,10 +8,11 @@ import pyarrow.parquet
 import pytest
 from small_data import TEMPLATE, byte_tokenizer, make_config, pair, pairs, write_jsonl
 
+from fastpref.config.data import SPLITS
 from fastpref.data.announce import read_files, read_splits
 from fastpref.data.audit.report import report_split
 from fastpref.data.encode import load_split
-from fastpref.data.options import SPLITS, data_options
+from fastpref.data.options import data_options
 from fastpref.data.parts import check_sources, own_parts
 from fastpref.data.selection import COPY
 from fastpref.data.source import read_rows

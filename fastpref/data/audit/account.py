@@ -4,8 +4,9 @@ import logging
 from typing import Any
 
 from fastpref.checks import both_ends
+from fastpref.config.data import SPLITS
 from fastpref.data.encode import PreferenceSplit, load_split
-from fastpref.data.options import SPLITS, DataOptions
+from fastpref.data.options import DataOptions
 
 logger = logging.getLogger("fastpref")
 

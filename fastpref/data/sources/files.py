@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastpref.checks import hint, listed
+from fastpref.config.data import SPLITS
 from fastpref.data.cache import file_state
 from fastpref.data.sources.built_in import SOURCES
 from fastpref.data.sources.hub import hub_splits, hub_state
@@ -307,7 +308,7 @@ def _split_names(missing: str, splits: set[str]) -> str:
     """What a missing split may be called there, and the other one with it, to end a message with;
     "" for no idea."""
     meant = {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         names = [name for name in sorted(splits) if name.startswith(f"{split}_")]
         names += [name for name in OTHER_NAMES.get(split, ()) if name in splits]
         if split not in splits and names:
