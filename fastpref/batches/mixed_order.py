@@ -125,7 +125,7 @@ class MixedOrder(GlobalOrder):
 
     def _shuffled_pass(self, source: int, number: int) -> np.ndarray:
         prompts = self._prompt_rows[source]
-        return prompts.in_order(shuffled(len(prompts.counts), self.seed, source, number))
+        return prompts.in_order(shuffled(len(prompts.places.lengths), self.seed, source, number))
 
     def _remainder_warning(self, remainder: int, drop_last: bool) -> str | None:
         # what does not fill a batch comes in the next epoch

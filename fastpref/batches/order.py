@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastpref.batches.columns import Ranges
 from fastpref.config.data import ORDERS
 from fastpref.errors import ConfigError
 
@@ -93,7 +94,7 @@ class GlobalOrder:
         return self._rows.in_order(self._group_order(epoch))
 
     def _group_order(self, epoch: int) -> np.ndarray:
-        num_groups = len(self._rows.counts)
+        num_groups = len(self._rows.places.lengths)
         if self.order == "fastpref":
             return shuffled(num_groups, self.seed, epoch)
         prompt_order = list(range(self._num_prompts))
@@ -151,17 +152,12 @@ class PromptRows(NamedTuple):
 
     rows: np.ndarray
     """(rows,) int64: those of the first prompt, of the second, …, each as they come."""
-    starts: np.ndarray
-    """(prompts,) int64: where those of a prompt begin in `rows`."""
-    counts: np.ndarray
-    """(prompts,) int64: how many it has, > 0."""
+    places: Ranges
+    """Of each prompt: where its rows stand in `rows`; it has at least one."""
 
     def in_order(self, prompts: np.ndarray) -> np.ndarray:
         """The rows of prompts in that order. Shape (rows,)."""
-        counts = self.counts[prompts]
-        ends = np.cumsum(counts)
-        within_prompt = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        return self.rows[np.repeat(self.starts[prompts], counts) + within_prompt]
+        return self.rows[self.places.take(prompts).flat()]
 
 
 def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
@@ -177,7 +173,7 @@ def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
     places = ranks[places]
     rows = np.argsort(places, kind="stable")
     _, starts, counts = np.unique(places[rows], return_index=True, return_counts=True)
-    return ids[order], PromptRows(rows, starts, counts)
+    return ids[order], PromptRows(rows, Ranges(starts, counts))
 
 
 def shuffled(number: int, seed: int, *keys: int) -> np.ndarray:

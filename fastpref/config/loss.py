@@ -165,9 +165,8 @@ LOSSES: dict[str, type[LossConfig]] = {
 }
 
 
-def _check_ordered(block: object, low: str, high: str) -> None:
+def _check_ordered(prefix: str, block: object, low: str, high: str) -> None:
     """Both bounds finite and low < high: equal bounds divide by zero or silence the weights."""
-    prefix = f"transform.{METHOD_OF_BLOCK[type(block)]}"
     for name in (low, high):
         check_number(f"{prefix}.{name}", getattr(block, name))
     if not getattr(block, low) < getattr(block, high):
@@ -201,7 +200,7 @@ class ThresholdTransform:
     """Smallest weight, nats, < upper_threshold."""
 
     def __post_init__(self) -> None:
-        _check_ordered(self, "lower_threshold", "upper_threshold")
+        _check_ordered("transform.threshold", self, "lower_threshold", "upper_threshold")
 
 
 @dataclass(kw_only=True)
@@ -218,8 +217,8 @@ class ThresholdAndScaleTransform:
     """Weight that max_val becomes, > min_scale."""
 
     def __post_init__(self) -> None:
-        _check_ordered(self, "min_val", "max_val")
-        _check_ordered(self, "min_scale", "max_scale")
+        _check_ordered("transform.threshold_and_scale", self, "min_val", "max_val")
+        _check_ordered("transform.threshold_and_scale", self, "min_scale", "max_scale")
 
 
 @dataclass(kw_only=True)
@@ -232,7 +231,7 @@ class RandomTransform:
     """Largest weight drawn, > min_val."""
 
     def __post_init__(self) -> None:
-        _check_ordered(self, "min_val", "max_val")
+        _check_ordered("transform.random", self, "min_val", "max_val")
 
 
 @dataclass(kw_only=True)
@@ -248,7 +247,7 @@ class RankBasedTransform:
     ranks (equal)."""
 
     def __post_init__(self) -> None:
-        _check_ordered(self, "min_scale", "max_scale")
+        _check_ordered("transform.rank_based", self, "min_scale", "max_scale")
         check_choice("transform.rank_based.ties", self.ties, TIES)
 
 
@@ -265,18 +264,12 @@ class PaperTransform:
 
     def __post_init__(self) -> None:
         check_number("transform.paper.k", self.k, gt=0)
-        _check_ordered(self, "L", "U")
+        _check_ordered("transform.paper", self, "L", "U")
 
 
-METHOD_OF_BLOCK: dict[type, str] = {
-    BinaryTransform: "binary",
-    ThresholdTransform: "threshold",
-    ThresholdAndScaleTransform: "threshold_and_scale",
-    RandomTransform: "random",
-    RankBasedTransform: "rank_based",
-    PaperTransform: "paper",
-}
-METHODS = ("origin", *METHOD_OF_BLOCK.values())
+METHODS = (
+    *("origin", "binary", "threshold", "threshold_and_scale", "random", "rank_based", "paper"),
+)
 
 
 @dataclass(kw_only=True)
