@@ -116,11 +116,3 @@ def test_tools_may_be_a_list_or_json_text():
     assert all(read_tools(tools) == [schema] for tools in ([schema], *texts))
     assert read_tools(None) is read_tools("null") is read_tools(" ") is None
     assert read_tools([]) == []
-
-
-def test_a_row_nested_too_deeply_is_refused():
-    deep = "x"
-    for _ in range(5000):
-        deep = [deep]
-    with pytest.raises(RowError, match="nested too deeply"):
-        parse(chosen=[say("assistant", "a", x=deep)])

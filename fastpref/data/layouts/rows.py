@@ -110,10 +110,7 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool, single: bool = 
     """
     if not isinstance(record, dict):
         raise RowError(f"a row must be an object with chosen and rejected, got {kind(record)}")
-    try:
-        row = _parse_texts(record, allow_roles, single)
-    except RecursionError:
-        raise RowError("the row is nested too deeply") from None
+    row = _parse_texts(record, allow_roles, single)
     if weighted and not row["drop"]:
         row["chosen_weights"], row["rejected_weights"] = _parse_weights(record)
         row["weights_digest"] = _parse_digest(record)
