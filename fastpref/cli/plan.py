@@ -22,6 +22,7 @@ from fastpref.memory.planning import (
 )
 from fastpref.memory.worst_rows import Rows
 from fastpref.model.attention.choice import ON_GPU
+from fastpref.model.beforehand import check_options
 from fastpref.model.replicate import is_replicated
 from fastpref.train.optim import state_bytes
 
@@ -44,8 +45,10 @@ def show_plan(
 
     Raises:
         FastprefError: there is no such model.
-        ConfigError: the family cannot be computed without memory.
+        ConfigError: the model cannot do what an option asks for, or the family cannot be computed
+            without memory.
     """
+    check_options(training.model, training.adapter, packing, trainable=True)
     columns = list(_columns(training, packing, options, longest))
     table = Table(title=f"{training.model.name_or_path}, GiB of each GPU")
     for i, (title, _) in enumerate([("", []), *columns]):

@@ -144,8 +144,8 @@ def current_sequences() -> Sequences | None:
 
 
 def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], str | None]:
-    """The layers of blocks that mix tokens by other means than attention, and what cannot be
-    computed sequence by sequence; None if all can.
+    """The layers of blocks that mix tokens by other means than attention, and why the model can
+    compute no packed rows whatever these do; None if nothing says so.
 
     Known before any number: a convolution over a row's neighbours may leak little enough between
     packed rows to pass for rounding.
@@ -177,6 +177,8 @@ def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module
     for name in (type(block).__name__ for block in blocks):
         if _MIXERS.search(name):
             return [], f"its {name} mixes tokens by itself"
+    if not model._can_set_attn_implementation():
+        return [], "its attention is one of its own, which transformers cannot exchange"
     return [], None
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger("fastpref")
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 """What families call them in their configs."""
+NO_ROUTER = "it has no router of experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,12 +200,9 @@ def choose_balance(wish: float | None, router: Router | None, model: Any) -> Rou
     Raises:
         ConfigError: a coefficient, and no router whose balance can be had.
     """
-    obstacle = "it has no router of experts" if router is None else router.obstacle
+    obstacle = NO_ROUTER if router is None else router.obstacle
     if wish and obstacle:
-        raise ConfigError(
-            f"model.router_aux_loss={wish:g}: {title(model)} cannot be trained with a loss of its "
-            f"router's balance: {obstacle}; set model.router_aux_loss=auto"
-        )
+        raise _no_balance(wish, model, obstacle)
     if router is None or wish == 0:
         return None
     if wish is None and not router.coefficient:
@@ -218,6 +216,24 @@ def choose_balance(wish: float | None, router: Router | None, model: Any) -> Rou
         " as the checkpoint has it" if wish is None else "",
     )
     return RouterBalance(coefficient, router.top_k)
+
+
+def check_coefficient(wish: float | None, model: Any) -> None:
+    """Refuse a coefficient of the loss of a router that is not there; the model may be on the meta
+    device.
+
+    Raises:
+        ConfigError: see `choose_balance`.
+    """
+    if wish and not has_router(model):
+        raise _no_balance(wish, model, NO_ROUTER)
+
+
+def _no_balance(wish: float, model: Any, obstacle: str) -> ConfigError:
+    return ConfigError(
+        f"model.router_aux_loss={wish:g}: {title(model)} cannot be trained with a loss of its "
+        f"router's balance: {obstacle}; set model.router_aux_loss=auto"
+    )
 
 
 @torch.no_grad()

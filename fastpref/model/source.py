@@ -10,16 +10,13 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
 from fastpref.errors import ConfigError
-from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.folders import adapt_config, check_adapter, merge_adapter, untie
-from fastpref.model.adapters.given import given_config
 from fastpref.model.files.archives import read_policy
 from fastpref.model.files.configs import code_of, code_refused, load_base_config, say_what_runs
 from fastpref.model.files.families import code_options, find_family
 from fastpref.model.files.full_weights import load_checkpoint, load_weights, named_weights
 from fastpref.model.files.paths import (
     ModelSource,
-    archived_model,
     find_archive,
     named_model,
     resolve_tokenizer,
@@ -118,7 +115,9 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
             )
 
     model = build()
-    if holds_two_tables(source.base, model):
+    with reading("Weights", source.base):
+        has_two_tables = holds_two_tables(source.base, model)
+    if has_two_tables:
         untie(config)
         model = build()
     for adapter in source.adapters:
@@ -130,33 +129,6 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
 
 def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
-
-
-def check_start(config: ModelConfig, *, with_adapters: bool) -> None:
-    """Refuse what training could not start from, before anything is loaded.
-
-    Args:
-        config: Of the model.
-        with_adapters: Adapters are trained.
-
-    Raises:
-        CheckpointError: `model.archive` is neither a file nor a model's folder, or the adapter to
-            train on is of a kind that can only be merged.
-        ConfigError: adapters cannot name the model that they would belong to, or the family has
-            not the attention that was asked for.
-    """
-    if config.attention == "sdpa":
-        family = build_meta(named_model(config), dtype=torch.float32)
-        if not family._supports_sdpa:
-            raise ConfigError(
-                f"model.attention=sdpa: {type(family).__name__} has no such attention in "
-                "transformers; set model.attention=auto or eager"
-            )
-    if config.archive and not Path(config.archive).expanduser().is_file():
-        archived_model(config)
-    start = find_adapter_base(config).start if with_adapters else None
-    if start is not None:
-        given_config(start)
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:

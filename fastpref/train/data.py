@@ -13,7 +13,8 @@ from fastpref.data.audit.account import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
-from fastpref.model.source import check_start, load_vocabulary, pad_token_id
+from fastpref.model.beforehand import check_options
+from fastpref.model.source import load_vocabulary, pad_token_id
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 from fastpref.train.resume.fingerprints import take_digests, take_model_digest, today
 
@@ -78,7 +79,7 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
     options = data_options(config)
     main_first(world, lambda: read_splits(options, splits, quiet=quiet))
     # to make tokens of many rows takes an hour
-    check_start(config.model, with_adapters=config.adapter.trained)
+    check_options(config.model, config.adapter, config.packing, trainable=True)
     tokenizer, vocab_size = load_vocabulary(config.model)
     chat_date = chat_date or today(tokenizer, world)
     options = replace(options, encode=replace(options.encode, chat_date=chat_date))

@@ -31,13 +31,8 @@ def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
     """
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
-    found = list(linear_layers(model, block_name))
-    if not found:
-        raise ConfigError(
-            f"adapter=qlora: {type(model).__name__} has no torch.nn.Linear in its blocks, which is "
-            "all that can be quantized; choose adapter=lora"
-        )
-    for parent, name, layer in found:
+    check_quantizable(model, block_name)
+    for parent, name, layer in list(linear_layers(model, block_name)):
         weight = layer.weight.data.to(world.device)
         if world.size > 1:
             dist.broadcast(weight, src=0)
@@ -57,6 +52,19 @@ def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
         setattr(parent, name, quantized)
     # what peft asks to put adapters beside such layers
     model.is_loaded_in_4bit = True
+
+
+def check_quantizable(model: Any, block_name: str | None) -> None:
+    """Refuse a model of which 4 bits would hold nothing; it may be on the meta device.
+
+    Raises:
+        ConfigError: the blocks have no linear layers of torch.
+    """
+    if not any(True for _ in linear_layers(model, block_name)):
+        raise ConfigError(
+            f"adapter=qlora: {type(model).__name__} has no torch.nn.Linear in its blocks, which is "
+            "all that can be quantized; choose adapter=lora"
+        )
 
 
 @torch.no_grad()

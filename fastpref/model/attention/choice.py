@@ -16,7 +16,7 @@ from fastpref.errors import ConfigError, first_line
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.calls import AttentionCall
 from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.packing_probe import probe_packing, probe_rows
+from fastpref.model.attention.packing_probe import cannot_share, probe_packing, probe_rows
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.logit_path import LogitPath
 
@@ -111,12 +111,9 @@ def _find_packing(
         model.set_attn_implementation(before)
         obstacle = attention
         break
-    name = type(model).__name__
     if packing.share_prompt == "true":
-        raise ConfigError(
-            f"packing.share_prompt=true: {name} cannot share prompts: {obstacle}; "
-            "set packing.share_prompt=auto"
-        )
+        raise cannot_share(model, obstacle)
+    name = type(model).__name__
     logger.warning("%s cannot be trained on packed rows: %s; taking padded ones", name, obstacle)
     return None
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
-from fastpref.errors import first_line, is_out_of_memory
+from fastpref.config import PackingConfig
+from fastpref.errors import ConfigError, first_line, is_out_of_memory
 from fastpref.model.attention.calls import AttentionCall, recording
 from fastpref.model.attention.windows import limited_view, narrow_windows
 from fastpref.model.blocks import find_blocks
@@ -83,6 +84,27 @@ def probe_packing(
     if obstacle is not None:
         model.set_attn_implementation(before)
     return PackingProbe(calls, describe_mixers(mixers), obstacle)
+
+
+def check_layout(model: Any, packing: PackingConfig, block_name: str | None) -> None:
+    """Refuse shared prompts of a model whose layers alone say that it has none; it may be on the
+    meta device.
+
+    Raises:
+        ConfigError: see `choose_rows` of `choice.py`.
+    """
+    if packing.share_prompt == "true":
+        _, obstacle = find_mixers(model, find_blocks(model, block_name))
+        if obstacle is not None:
+            raise cannot_share(model, obstacle)
+
+
+def cannot_share(model: Any, obstacle: str | None) -> ConfigError:
+    """That a model does not compute what it was asked to, and why."""
+    return ConfigError(
+        f"packing.share_prompt=true: {type(model).__name__} cannot share prompts: {obstacle}; "
+        "set packing.share_prompt=auto"
+    )
 
 
 def _run_padded(
