@@ -43,16 +43,17 @@ def main(config: Config, given: Collection[str] = ()) -> int:
         # of several ranks one is enough
         if config.task in ("plan", "audit") and not is_main:
             return 0
+        if config.task != "plan":
+            config.check_device(*_device())
+        advice = Advice(config)
+        for line in (*advice.on_task(), *advice.on_idle(given)):
+            logger.warning(line)
         if config.task == "plan":
             from fastpref.cli.plan import show_plan
 
             bound_workspace(config.head, int(config.plan.memory_gib * 2**30))
             show_plan(config.training, config.packing, config.plan, longest=config.max_length)
             return 0
-        config.check_device(*_device())
-        advice = Advice(config)
-        for line in (*advice.on_task(), *advice.on_idle(given)):
-            logger.warning(line)
         if config.task == "audit":
             from fastpref.cli.audit import audit
 

@@ -18,6 +18,7 @@ from fastpref.config import (
     DPOConfig,
     ModelConfig,
     OptimConfig,
+    PlanConfig,
     ReferenceConfig,
     SimPOConfig,
     TransformConfig,
@@ -140,6 +141,19 @@ def test_steps_and_gradients_that_a_dtype_cannot_hold_are_said(model, optimizer,
         ({"weights": WeightsConfig(round=2)}, [r"weights\.\* have no effect with task=train"]),
         ({"stages": StagesConfig(contrast="sft")}, [r"stages\.\* have no effect with task=train"]),
         ({"transform": TransformConfig(method="paper")}, [r"transform\.\* .* with loss=dpo"]),
+        (
+            {"task": "audit", "transform": TransformConfig(method="paper")},
+            [r"transform\.\* .* with loss=dpo"],
+        ),
+        (
+            {
+                "task": "plan",
+                "weights": WeightsConfig(round=2),
+                "transform": TransformConfig(method="paper"),
+                "plan": PlanConfig(num_gpus=2),
+            },
+            [r"weights\.\* .* with task=plan", r"transform\.\* .* with task=plan"],
+        ),
     ],
 )
 def test_groups_of_options_that_the_task_does_not_read_are_said(options, messages):

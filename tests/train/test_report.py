@@ -88,9 +88,12 @@ def test_no_label_leaves_its_panel(tmp_path, monkeypatch, size, metrics):
 
 
 def test_the_table_names_the_files_that_are_there(tmp_path):
-    (tmp_path / "LATEST").mkdir()
-    table = summarize(SPARSE, tmp_path, 1.0)
-    assert str(tmp_path / "LATEST") in table and "curves.png" not in table
+    # of a name that is wider than the table, with what looks like a mark of rich
+    run_dir = tmp_path / f"{'long ' * 20}[b]name"
+    (run_dir / "LATEST").mkdir(parents=True)
+    table = summarize(SPARSE, run_dir, 1.0)
+    assert table.splitlines()[0] == run_dir.name
+    assert str(run_dir / "LATEST") in table and "curves.png" not in table
 
 
 def test_neither_a_plot_nor_a_table_that_fails_ends_a_run(tmp_path, monkeypatch, caplog):

@@ -241,10 +241,11 @@ class Advice(NamedTuple):
         To be asked of the config as the user gave it.
         """
         config = self.config
-        if config.task == "train" and config.weights != WeightsConfig():
+        scores = config.task in ("estimate_weights", "tisdpo")
+        if not scores and config.weights != WeightsConfig():
             yield (
-                "the options weights.* have no effect with task=train; task=estimate_weights or a "
-                "recipe of TIS-DPO reads them"
+                f"the options weights.* have no effect with task={config.task}; "
+                "task=estimate_weights or a recipe of TIS-DPO reads them"
             )
         if not config.adapter.trained and config.adapter != AdapterConfig():
             yield (
@@ -276,17 +277,19 @@ class Advice(NamedTuple):
                 f"the options stages.* have no effect with task={config.task}; task=tisdpo reads "
                 "them"
             )
-        if config.plan != PlanConfig():
+        if config.task != "plan" and config.plan != PlanConfig():
             yield f"the options plan.* have no effect with task={config.task}; task=plan reads them"
-        if (
-            config.task == "train"
-            and not config.loss.needs.weights
-            and config.transform != TransformConfig()
-        ):
-            yield (
-                f"the options transform.* have no effect with loss={config.loss.name}, which takes "
-                "no token weights"
-            )
+        if config.task != "tisdpo" and config.transform != TransformConfig():
+            if config.task in ("plan", "estimate_weights"):
+                yield (
+                    f"the options transform.* have no effect with task={config.task}; training "
+                    "takes them to its token weights"
+                )
+            elif not config.loss.needs.weights:
+                yield (
+                    f"the options transform.* have no effect with loss={config.loss.name}, which "
+                    "takes no token weights"
+                )
 
 
 @torch.no_grad()

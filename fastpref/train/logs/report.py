@@ -118,11 +118,16 @@ def render(table: Table, paths: Mapping[str, Path], *, width: int | None = None)
         console = Console(file=lines, width=shown_width, force_terminal=stdout.is_terminal)
     else:
         console = Console(file=lines, width=width)
+    # names that users give are whole, however long, and their brackets are no marks
+    title, table.title = table.title, None
+    if title is not None:
+        console.print(title, style="table.title", soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     length = max(map(len, paths))
     for label, path in paths.items():
         if path.exists():
-            console.print(f"{label:{length}}  {path}", soft_wrap=True, highlight=False)
+            line = f"{label:{length}}  {path}"
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
     return lines.getvalue()
 
 
