@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 
 from fastpref.batches.layouts import CPU_TOKENS, PackedRows, PaddedRows
-from fastpref.batches.loader import Loader
+from fastpref.batches.loader import Loader, pad_token_id
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
 from fastpref.model.files.paths import find_model, resolve_model
-from fastpref.model.source import load_tokenizer, pad_token_id, read_vocab_size
+from fastpref.model.source import load_tokenizer, read_vocab_size
 
 
 def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Loader:

@@ -129,7 +129,9 @@ def failures(base: Path, world: World) -> dict[str, Callable[[], Any]]:
         ),
         "2 packing": pack,
         "2 liger": lambda: choose_liger("true", load("model"), world, compiled=False),
-        "4 identity": lambda: build_sides(weights, whole.model, whole.adapter, world),
+        "4 identity": lambda: build_sides(
+            weights, whole.model, whole.adapter, whole.packing, world
+        ),
         "4 run folder": lambda: world.on_main(
             lambda: run_place(make_config(base, run_dir=UNWRITABLE)).create("")
         ),

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -141,3 +141,17 @@ class Loader:
 def num_computed(plan: StepPlan) -> int:
     """Tokens that the model's body computes in a step, over all ranks."""
     return sum(batch.num_tokens for of_ranks in plan for batch in of_ranks)
+
+
+def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
+    """What fills a row: the tokenizer's padding token, else EOS, else token 0. Never scored or
+    attended to, but looked up all the same, so it has a row in the embedding.
+
+    Args:
+        tokenizer: Its padding token may have been added to it alone.
+        num_embeddings: Rows of the model's embedding.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None and token_id < num_embeddings:
+            return token_id
+    return 0

@@ -13,7 +13,7 @@ from fastpref.data.audit.account import run_audit
 from fastpref.data.audit.html import AuditPage
 from fastpref.data.audit.report import report_split
 from fastpref.data.options import data_options
-from fastpref.model.source import load_vocabulary
+from fastpref.model.beforehand import load_vocabulary
 from fastpref.train.orders import build_train_order, log_mix
 from fastpref.train.run_folder import AUDIT_PAGE, check_writable, run_place
 

@@ -2,26 +2,36 @@
 
 # what other trainers call our options
 OTHER_NAMES = {
+    "accelerator_config": "trainer",
     "adam_beta1": "optim.betas",
     "adam_epsilon": "optim.eps",
     "attn_implementation": "model.attention",
+    "auto_find_batch_size": "packing.max_tokens",
     "base_model": "model.name_or_path",
     "bf16": "model.fsdp_policy_mp",
     "cutoff_len": "max_length",
     "data_seed": "seed",
     "dataset": "datasets",
+    "dataset_config": "datasets",
     "dataset_dir": "base_data_dir",
     "dataset_name": "datasets",
     "dataset_test_split": "data.split_names",
+    "dataset_text_field": "data.columns",
     "dataset_train_split": "data.split_names",
     "deepspeed": "trainer",
+    "do_eval": "n_eval_examples",
     "dtype": "model.policy_dtype",
     "epochs": "n_epochs",
+    "eval_dataset": "data.split_names",
     "eval_on_start": "do_first_eval",
     "eval_steps": "eval_every",
+    "eval_strategy": "eval_every",
+    "evaluation_strategy": "eval_every",
     "finetuning_type": "adapter",
     "fp16": "model.fsdp_policy_mp",
     "fsdp": "trainer",
+    "fsdp_config": "trainer",
+    "gamma_beta_ratio": "loss.gamma",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_clipping": "max_grad_norm",
     "hydra.run.dir": "run_dir",
@@ -37,15 +47,18 @@ OTHER_NAMES = {
     "lora_target": "adapter.target_modules",
     "loss_type": "loss",
     "lr_scheduler_type": "optim.schedule",
+    "max_completion_length": "max_length",
     "max_samples": "n_examples",
     "max_seq_length": "max_length",
     "max_steps": "n_examples",
+    "max_target_length": "max_length",
     "metric_for_best_model": "checkpoint.keep_best",
     "micro_batch_size": "gradient_accumulation_steps",
     "model_name_or_path": "model.name_or_path",
     "num_epochs": "n_epochs",
     "num_train_epochs": "n_epochs",
     "optim": "optimizer",
+    "packing_strategy": "packing.enabled",
     "padding_free": "packing.enabled",
     "path": "model.name_or_path",
     "peft_config": "adapter",
@@ -53,6 +66,7 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "batch_size",
     "precompute_ref_log_probs": "reference.mode",
     "pref_loss": "loss",
+    "processing_class": "model.tokenizer_name_or_path",
     "ref_model_dtype": "model.reference_dtype",
     "report_to": "wandb.enabled",
     "resume_from_checkpoint": "resume.path",
@@ -60,6 +74,7 @@ OTHER_NAMES = {
     "run_name": "exp_name",
     "sample_packing": "packing.enabled",
     "save_steps": "checkpoint.every",
+    "save_strategy": "checkpoint.every",
     "save_total_limit": "checkpoint.keep",
     "sequence_len": "max_length",
     "stage": "loss",
@@ -67,6 +82,7 @@ OTHER_NAMES = {
     "tokenizer": "model.tokenizer_name_or_path",
     "torch_dtype": "model.policy_dtype",
     "train_batch_size": "batch_size",
+    "train_dataset": "datasets",
     "use_liger_kernel": "model.liger",
     "use_lora": "adapter",
     "use_peft": "adapter",
@@ -89,4 +105,75 @@ UNREAD = {
     ("tdpo", "loss.reference_free"),
     ("tisdpo", "loss.reference_free"),
     ("tisdpo", "loss.label_smoothing"),
+}
+# what other trainers have an option for and there is none here, and what there is instead
+NOT_HERE = {
+    **dict.fromkeys(
+        ("ref_model", "ref_model_name_or_path", "reference_model", "model_ref"),
+        "the reference is the model that training starts from, model.name_or_path or "
+        "model.archive, and no other one",
+    ),
+    **dict.fromkeys(
+        ("sync_ref_model", "ref_model_sync_steps", "ref_model_mixup_alpha", "force_use_ref_model"),
+        "the reference is the model that training starts from, and stays that",
+    ),
+    **dict.fromkeys(
+        ("model_adapter_name", "ref_adapter_name"),
+        "with adapter=lora an adapter folder in model.name_or_path is trained on, and as it was "
+        "is the reference",
+    ),
+    **dict.fromkeys(
+        ("rpo_alpha", "ld_alpha", "cpo_alpha", "discopop_tau", "use_weighting", "loss_weights"),
+        "no loss here has such a term; `loss` chooses among those there are",
+    ),
+    **dict.fromkeys(
+        ("f_divergence_type", "f_alpha_divergence_coef"),
+        "the losses here are of the reverse KL alone",
+    ),
+    **dict.fromkeys(
+        ("assistant_only_loss", "completion_only_loss", "train_on_inputs", "label_pad_token_id"),
+        "the loss is of responses alone, always",
+    ),
+    **dict.fromkeys(
+        ("use_liger_loss", "use_logits_to_keep", "entropy_from_logits"),
+        "the logits of the vocabulary are never built, whatever the options",
+    ),
+    **dict.fromkeys(
+        ("push_to_hub", "hub_model_id", "hub_token", "hub_strategy", "hub_private_repo"),
+        "nothing is uploaded; `hf upload NAME RUN_FOLDER/LATEST` does it",
+    ),
+    **dict.fromkeys(
+        ("eos_token", "pad_token"),
+        "tokens are those of the tokenizer; model.tokenizer_name_or_path names another one",
+    ),
+    **dict.fromkeys(
+        ("local_rank", "world_size", "n_gpu", "num_processes"),
+        "trainer=FSDPTrainer takes all GPUs, torchrun as many as it is told",
+    ),
+    **dict.fromkeys(
+        ("use_cpu", "no_cuda", "device"),
+        "a GPU that is there is taken; CUDA_VISIBLE_DEVICES=-1 hides it",
+    ),
+    **dict.fromkeys(
+        ("save_only_model", "save_safetensors"),
+        "the model in LATEST is safetensors, checkpoints have the optimizer too; checkpoint.every "
+        "says how often",
+    ),
+    **dict.fromkeys(
+        ("shuffle_dataset", "group_by_length"),
+        "rows are shuffled by `seed`, and packed whatever their lengths",
+    ),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns", "streaming"),
+        "rows are tokenized once, into a cache, and batches are made ahead of the training",
+    ),
+    **dict.fromkeys(
+        ("neftune_noise_alpha", "use_dora", "lora_task_type", "early_stopping", "tf32"),
+        "there is nothing like it here",
+    ),
+    "disable_dropout": "no model drops anything while it is trained; adapter.dropout is one of "
+    "adapters",
+    "load_in_8bit": "a frozen model is in 16 or, with adapter=qlora, in 4 bits",
+    "model_init_kwargs": "its keys are options here, such as model.attention and "
+    "model.policy_dtype",
 }

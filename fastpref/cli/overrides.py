@@ -24,7 +24,7 @@ from fastpref.cli.options import (
     list_options,
     losses_with,
 )
-from fastpref.cli.other_names import OTHER_CHOICES, OTHER_NAMES, UNREAD
+from fastpref.cli.other_names import NOT_HERE, OTHER_CHOICES, OTHER_NAMES, UNREAD
 from fastpref.config import Config, LossConfig
 from fastpref.errors import ConfigError
 
@@ -233,6 +233,8 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
     members = [name for name in options if name.startswith(key + ".")]
     if members and key not in OTHER_NAMES:
         return f"{key}={text}: {key} is a group of options: {', '.join(members)}"
+    if leaf.replace("-", "_") in NOT_HERE:
+        return f"{key}: no such option; {NOT_HERE[leaf.replace('-', '_')]}"
     meant = guess_option(key, options)
     advice = f"; nearest: {meant}" if meant else "; `python train.py --help` lists the options"
     if group == "loss":
@@ -266,6 +268,8 @@ def guess_option(key: str, options: dict[str, Option]) -> str | None:
 def explain_flag(flag: str, text: str) -> str:
     """How to write `--learning_rate 0.1` here."""
     name = flag.lstrip("-").replace("-", "_")
+    if name in NOT_HERE:
+        return f"{flag}: no such option; {NOT_HERE[name]}"
     options = all_options()
     meant = name if name in options else guess_option(name, options)
     option = options.get(meant or "")

@@ -1,5 +1,5 @@
-"""What of a run's options a model cannot do, told before rows are tokenized and weights are read:
-asked of its twin without memory.
+"""What is known of a model before rows are tokenized and weights are read: its vocabulary, and what
+of a run's options it cannot do, asked of its twin without memory.
 
 A family that cannot be built so is asked once it is loaded: each of these rules holds there, too.
 """
@@ -19,7 +19,7 @@ from fastpref.model.attention.packing_probe import check_layout
 from fastpref.model.blocks import find_blocks
 from fastpref.model.files.paths import ModelSource, archived_model, named_model
 from fastpref.model.router import check_coefficient
-from fastpref.model.source import build_meta
+from fastpref.model.source import build_meta, load_model_tokenizer, read_vocab_size
 
 
 def check_options(
@@ -62,6 +62,16 @@ def check_options(
     # last, because it changes the twin
     if trainable and adapter.trained:
         insert_adapters(twin, adapter, config.block_name, start)
+
+
+def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
+    """The tokenizer of a model's options, and the rows of its embedding; no weights are loaded.
+
+    Raises:
+        CheckpointError: there is no such model.
+    """
+    num_embeddings = read_vocab_size(named_model(config))
+    return load_model_tokenizer(config), num_embeddings
 
 
 def _build_twin(source: ModelSource) -> Any:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
 
 from fastpref.batch import SegmentLayout
 from fastpref.checks import listed
@@ -177,7 +178,9 @@ def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module
     for name in (type(block).__name__ for block in blocks):
         if _MIXERS.search(name):
             return [], f"its {name} mixes tokens by itself"
-    if not model._can_set_attn_implementation():
+    # a wrapper's file may have an attention of its own, which is not that of its text
+    models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    if not any(part._can_set_attn_implementation() for part in models):
         return [], "its attention is one of its own, which transformers cannot exchange"
     return [], None
 

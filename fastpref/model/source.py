@@ -18,7 +18,6 @@ from fastpref.model.files.full_weights import load_checkpoint, load_weights, nam
 from fastpref.model.files.paths import (
     ModelSource,
     find_archive,
-    named_model,
     resolve_tokenizer,
 )
 from fastpref.model.files.reading import reading
@@ -131,16 +130,6 @@ def _attention_option(attention: str) -> dict[str, str]:
     return {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
 
 
-def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
-    """The tokenizer of a model's options, and the rows of its embedding; no weights are loaded.
-
-    Raises:
-        CheckpointError: there is no such model.
-    """
-    num_embeddings = read_vocab_size(named_model(config))
-    return load_model_tokenizer(config), num_embeddings
-
-
 def read_vocab_size(source: ModelSource) -> int:
     """Rows of a model's embedding, without loading weights.
 
@@ -224,17 +213,3 @@ def load_tokenizer(
             "set eos_token in its tokenizer_config.json or name another tokenizer"
         )
     return tokenizer
-
-
-def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
-    """What fills a row: the tokenizer's padding token, else EOS, else token 0. Never scored or
-    attended to, but looked up all the same, so it has a row in the embedding.
-
-    Args:
-        tokenizer: Its padding token may have been added to it alone.
-        num_embeddings: Rows of the model's embedding.
-    """
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None and token_id < num_embeddings:
-            return token_id
-    return 0

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastpref.batches.loader import pad_token_id
 from fastpref.config import PackingConfig
 from fastpref.data.source import Rows
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.model.positions import warn_beyond_training
-from fastpref.model.source import pad_token_id
 from fastpref.scoring.models import SideModels
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.ranks import Ranks, repeat_scoring

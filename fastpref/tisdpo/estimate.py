@@ -11,7 +11,6 @@ from fastpref.config import Config
 from fastpref.data.announce import read_files
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
-from fastpref.model.beforehand import check_options
 from fastpref.scoring.score import KEPT
 from fastpref.signals import say_if_stopped
 from fastpref.tisdpo.jobs import JobOptions, open_job
@@ -46,7 +45,7 @@ def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> li
         InterruptionError, PreemptionError: a signal came, or the deadline is near; complete shards
             stay.
     """
-    sides = build_sides(config.weights, config.model, config.adapter, world)
+    sides = build_sides(config.weights, config.model, config.adapter, config.packing, world)
     tokenizer = shared_tokenizer(sides)
     data = data_options(config)
     options = JobOptions(
@@ -54,8 +53,6 @@ def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> li
     )
     files = main_first(world, lambda: read_files(data, quiet=not world.is_main))
     sources = one_for_each_file(files, options)
-    for side in sides:
-        check_options(side.model, config.adapter, config.packing, trainable=False)
     with writing_alone([options.path_of(rows) for rows in sources], world):
         jobs = [open_job(options, sides, rows, tokenizer, world) for rows in sources]
         return run_jobs(

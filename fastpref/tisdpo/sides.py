@@ -7,10 +7,11 @@ from typing import Any
 
 from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 
-from fastpref.config import AdapterConfig, ModelConfig, WeightsConfig
+from fastpref.config import AdapterConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
+from fastpref.model.beforehand import check_options
 from fastpref.model.files.identity import model_identity, side_model
 from fastpref.model.files.paths import named_model
 from fastpref.model.source import load_model_tokenizer
@@ -19,7 +20,11 @@ from fastpref.tisdpo.templates import template_text
 
 
 def build_sides(
-    weights: WeightsConfig, model: ModelConfig, adapter: AdapterConfig, world: World
+    weights: WeightsConfig,
+    model: ModelConfig,
+    adapter: AdapterConfig,
+    packing: PackingConfig,
+    world: World,
 ) -> list[Side]:
     """The positive and the negative model.
 
@@ -27,9 +32,11 @@ def build_sides(
         weights: Names of both, and what stands beside their prompts.
         model: The run's: precision and attention of both.
         adapter: The run's: whether their adapters stand beside layers in 4 bits.
+        packing: How rows are to lie.
 
     Raises:
         CheckpointError: one of them is missing.
+        ConfigError: one of them cannot do what an option asks for.
     """
     assert weights.positive and weights.negative and weights.output_dir
     sides = []
@@ -39,6 +46,7 @@ def build_sides(
     ):
         own = side_model(scoring_precision(model, world), name)
         named_model(own, key=f"weights.{label}")
+        check_options(own, adapter, packing, trainable=False)
         # gigabytes are read once, not by every rank
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:

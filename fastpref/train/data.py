@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from fastpref.batches.layouts import RowLayout
-from fastpref.batches.loader import Loader
+from fastpref.batches.loader import Loader, pad_token_id
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, ModelConfig
 from fastpref.data.announce import read_splits
@@ -13,8 +13,7 @@ from fastpref.data.audit.account import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
-from fastpref.model.beforehand import check_options
-from fastpref.model.source import load_vocabulary, pad_token_id
+from fastpref.model.beforehand import check_options, load_vocabulary
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 from fastpref.train.resume.fingerprints import take_digests, take_model_digest, today
 

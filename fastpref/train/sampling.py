@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from fastpref.batches.loader import pad_token_id
 from fastpref.complete_files import append_whole
 from fastpref.distributed import World
 from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
-from fastpref.model.source import pad_token_id
 from fastpref.signals import StopRequest
 
 

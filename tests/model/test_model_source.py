@@ -11,12 +11,13 @@ from tiny_models import save_dataset, save_tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from fastpref.batches.loader import pad_token_id
 from fastpref.cli.run import main
 from fastpref.config import AdapterConfig, Config, ModelConfig, SFTConfig, WeightsConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.adapters.tied_head import is_tied
 from fastpref.model.files.paths import find_model, resolve_model
-from fastpref.model.source import build_empty, load_model, load_tokenizer, pad_token_id
+from fastpref.model.source import build_empty, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="module")
