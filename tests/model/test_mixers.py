@@ -154,3 +154,10 @@ def test_keys_picked_by_an_indexer_and_layers_that_are_whole_blocks_stay_padded(
         model = build(family)
         mixers, obstacle = find_mixers(model, find_blocks(model, None))
         assert not mixers and obstacle
+
+
+@pytest.mark.parametrize(("family", "is_own"), [("bloom", True), ("got_ocr2", False)])
+def test_a_wrappers_attention_is_that_of_its_text(family, is_own):
+    model = build_tiny(family)
+    _, obstacle = find_mixers(model, find_blocks(model, None))
+    assert (obstacle is not None and "one of its own" in obstacle) == is_own
