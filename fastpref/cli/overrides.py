@@ -232,7 +232,11 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
         return f"{key}: loss={loss} has no {leaf}; it belongs to loss={', '.join(losses_with(key))}"
     members = [name for name in options if name.startswith(key + ".")]
     if members and key not in OTHER_NAMES:
-        return f"{key}={text}: {key} is a group of options: {', '.join(members)}"
+        switch = f"{key}.enabled"
+        advice = (
+            f"; write {switch}={text.lower()}" if switch in options and _is_switch(text) else ""
+        )
+        return f"{key}={text}: {key} is a group of options: {', '.join(members)}{advice}"
     if leaf.replace("-", "_") in NOT_HERE:
         return f"{key}: no such option; {NOT_HERE[leaf.replace('-', '_')]}"
     meant = guess_option(key, options)
@@ -240,6 +244,10 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
     if group == "loss":
         return f"{key}: loss={loss} has no option {leaf}{advice}"
     return f"{key}: no such option{advice}"
+
+
+def _is_switch(text: str) -> bool:
+    return text.lower() in ("true", "false")
 
 
 def guess_option(key: str, options: dict[str, Option]) -> str | None:

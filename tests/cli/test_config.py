@@ -293,6 +293,7 @@ def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
         (["loss=tisdpo", "loss.label_smoothing=0"], "loss=tisdpo has no label_smoothing; .*effect"),
         (["model.blok_name=x"], "model.blok_name: no such option; nearest: model.block_name"),
         (["learning_rate=1"], "learning_rate: no such option; nearest: lr"),
+        (["packing=False"], "packing is a group of options: .*; write packing.enabled=false"),
         (["ref_model=a"], "ref_model: .*; the reference is the model that training starts from"),
         (["loss.rpo_alpha=1"], "loss.rpo_alpha: .*; no loss here has such a term"),
         (["--assistant_only_loss"], "--assistant_only_loss: .* of responses alone"),
