@@ -35,6 +35,7 @@ def said(*arguments):
         ("sample_during_eval=false n_eval_model_samples=2", "n_eval_model_samples has no effect"),
         ("data.truncation=drop max_prompt_length=9", "max_prompt_length has no effect: .*=drop"),
         ("packing.enabled=false packing.share_prompt=auto", "packing.share_prompt has no effect"),
+        ("packing.enabled=false model.attention=flex", "model.attention .*: .* padded rows"),
         ("loss=tisdpo transform.paper.k=2", "transform.paper.k .* transform.method=paper reads it"),
         ("recipe=tisdpo_d weights.positive=a", "weights.positive .* task=estimate_weights takes"),
         ("recipe=tisdpo_s stages.contrast_beta=1", "stages.contrast_beta .*=sft has no DPO"),
@@ -52,6 +53,8 @@ def test_an_option_that_another_one_leaves_nothing_to_do_is_said(arguments, mess
     "arguments",
     [
         "loss=tdpo loss.alpha=0.9",
+        "datasets=[nowhere] base_data_dir=/tmp",
+        "packing.enabled=false model.attention=eager",
         "loss=tisdpo loss.token_level=true loss.alpha=0.9",
         "loss=tisdpo transform=aggressive",
         "loss=tisdpo transform.method=paper transform.paper.k=2",

@@ -12,6 +12,8 @@ from fastpref.config import (
     TISDPOConfig,
     TransformConfig,
 )
+from fastpref.data.sources.built_in import SOURCES
+from fastpref.data.sources.files import HUB_ID
 
 
 class Rule(NamedTuple):
@@ -43,8 +45,12 @@ def _takes_another(name: str) -> Callable[[Config], bool]:
     return lambda c: c.loss.needs.weights and c.transform.method != name
 
 
-def _is_local(names: Sequence[str], folder: str | None) -> bool:
-    return any((Path(folder or "") / name).is_dir() for name in names)
+def _are_elsewhere(names: Sequence[str], folder: str | None) -> bool:
+    """Whether all are built in or of the hub; what is nowhere ends the run and says so itself."""
+    return all(
+        (name in SOURCES or HUB_ID.fullmatch(name)) and not (Path(folder or "") / name).is_dir()
+        for name in names
+    )
 
 
 def _is_tdpo(loss: LossConfig, *, two: bool) -> bool:
@@ -98,7 +104,7 @@ RULES = (
     ),
     Rule(
         "base_data_dir",
-        lambda c: not _is_local(c.datasets, c.base_data_dir),
+        lambda c: _are_elsewhere(c.datasets, c.base_data_dir),
         "none of datasets={c.datasets} is a folder in {c.base_data_dir}",
     ),
     Rule(
@@ -135,6 +141,11 @@ RULES = (
         "packing.share_prompt",
         lambda c: not c.packing.enabled,
         "packing.enabled=false",
+    ),
+    Rule(
+        "model.attention",
+        lambda c: not c.packing.enabled and c.model.attention in ("varlen", "flex"),
+        "packing.enabled=false has padded rows, which the model computes by itself",
     ),
     Rule(
         "weights.positive weights.negative weights.output_dir weights.suffix",
