@@ -407,7 +407,8 @@ def test_a_local_folder_comes_before_the_hub(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("train.jsonl", gzip.compress(b"{}"), "compressed by gzip"),
+        # of no date: it is part of the test's name, which is the same in all processes
+        ("train.jsonl", gzip.compress(b"{}", mtime=0), "compressed by gzip"),
         ("train.csv", b"PK\x03\x04 a sheet", "a zip archive"),
         ("train.json", "[]".encode("utf-16"), "text in UTF-16"),
         ("train.parquet", b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
