@@ -108,10 +108,10 @@ def test_a_run_without_its_options_is_known_by_its_checkpoints(tmp_path):
     keep_options(run_dir, "lr: 1\n", 1)
     # damaged, they stay as they are
     (run_dir / "config.yaml").write_bytes(b"\xff{[")
-    assert read_options(run_dir) == {}
+    assert read_options(run_dir / "config.yaml") == {}
     keep_options(run_dir, "lr: 1\n", 2)
     assert (run_dir / "config-until-step-2.yaml").read_bytes() == b"\xff{["
-    assert read_options(run_dir) == {"lr": 1}
+    assert read_options(run_dir / "config.yaml") == {"lr": 1}
 
 
 def test_a_folder_on_a_disk_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):
