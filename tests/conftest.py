@@ -30,12 +30,13 @@ hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)
-def logger_as_it_was():
-    """A command line run within the process makes the project's logger its own."""
+def logger_as_imported():
+    """A command line run within the process makes the project's logger its own: that of the test
+    before, or of a fixture of this one's module."""
     logger = logging.getLogger("fastpref")
-    before = (logger.handlers[:], logger.level, logger.propagate)
-    yield
-    logger.handlers[:], logger.level, logger.propagate = before
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(autouse=True)

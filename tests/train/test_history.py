@@ -35,7 +35,6 @@ def test_an_evaluation_that_is_done_again_stands_there_once(tmp_path):
 
 def test_lines_that_somebody_took_away_are_missed(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "fastpref")
-    logging.getLogger("fastpref").propagate = True
     whole = [line(1, "train"), line(1, "eval"), line(2, "train"), line(3, "train")]
     assert len(brought(tmp_path, whole, [], step=2, evaluated=1)) == 3 and not caplog.text
     assert brought(tmp_path, whole[1:3], [], step=2, evaluated=1) == [(1, "eval"), (2, "train")]
