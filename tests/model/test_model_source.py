@@ -52,11 +52,11 @@ def test_an_archive_that_is_not_there_is_named_before_rows_become_tokens(
 
 
 def test_an_attention_that_a_family_has_not_is_named_before_rows_become_tokens(tmp_path, capfd):
-    folder = save_tiny_model(tmp_path, model_type="gemma2", head_dim=8)
+    folder = save_tiny_model(tmp_path, model_type="bloom")
     model = ModelConfig(name_or_path=str(folder), attention="sdpa")
     assert main(Config(model=model, loss=SFTConfig(), datasets=["planted"])) == 2
     said = capfd.readouterr().err
-    assert "model.attention=sdpa: Gemma2ForCausalLM" in said and "rows of planted" not in said, said
+    assert "model.attention=sdpa: BloomForCausalLM" in said and "rows of planted" not in said, said
 
 
 def test_an_adapter_that_can_only_be_merged_is_refused_before_rows_become_tokens(tmp_path, capfd):
