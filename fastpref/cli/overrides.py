@@ -237,8 +237,8 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
             f"; write {switch}={text.lower()}" if switch in options and _is_switch(text) else ""
         )
         return f"{key}={text}: {key} is a group of options: {', '.join(members)}{advice}"
-    if leaf.replace("-", "_") in NOT_HERE:
-        return f"{key}: no such option; {NOT_HERE[leaf.replace('-', '_')]}"
+    if instead := NOT_HERE.get(leaf.replace("-", "_")):
+        return f"{key}: no such option; {instead}"
     meant = guess_option(key, options)
     advice = f"; nearest: {meant}" if meant else "; `python train.py --help` lists the options"
     if group == "loss":
@@ -276,8 +276,8 @@ def guess_option(key: str, options: dict[str, Option]) -> str | None:
 def explain_flag(flag: str, text: str) -> str:
     """How to write `--learning_rate 0.1` here."""
     name = flag.lstrip("-").replace("-", "_")
-    if name in NOT_HERE:
-        return f"{flag}: no such option; {NOT_HERE[name]}"
+    if instead := NOT_HERE.get(name):
+        return f"{flag}: no such option; {instead}"
     options = all_options()
     meant = name if name in options else guess_option(name, options)
     option = options.get(meant or "")

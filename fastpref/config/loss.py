@@ -267,9 +267,7 @@ class PaperTransform:
         _check_ordered("transform.paper", self, "L", "U")
 
 
-METHODS = (
-    *("origin", "binary", "threshold", "threshold_and_scale", "random", "rank_based", "paper"),
-)
+METHODS = ("origin", "binary", "threshold", "threshold_and_scale", "random", "rank_based", "paper")
 
 
 @dataclass(kw_only=True)
