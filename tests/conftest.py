@@ -40,6 +40,12 @@ def logger_as_imported():
 
 
 @pytest.fixture(autouse=True)
+def arithmetic_as_named(monkeypatch):
+    """16 bits are 16 bits, whatever the CPU of the tests has units for."""
+    monkeypatch.setattr("fastpref.model.precision.has_units", lambda dtype: True)
+
+
+@pytest.fixture(autouse=True)
 def shortcuts(request, monkeypatch):
     """Pictures are blank but where a test looks at one, memory is counted once a model, and rows
     are read once but in the tests of reading."""

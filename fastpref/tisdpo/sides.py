@@ -1,11 +1,8 @@
 """The two models of an estimation: what they are, and that they speak of the same tokens."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
-
-from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 
 from fastpref.config import AdapterConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.data.weights_file import ModelOrigin
@@ -14,6 +11,7 @@ from fastpref.errors import CheckpointError
 from fastpref.model.beforehand import check_options
 from fastpref.model.files.identity import model_identity, side_model
 from fastpref.model.files.paths import named_model
+from fastpref.model.precision import precision_here
 from fastpref.model.source import load_model_tokenizer
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.templates import template_text
@@ -39,12 +37,12 @@ def build_sides(
         ConfigError: one of them cannot do what an option asks for.
     """
     assert weights.positive and weights.negative and weights.output_dir
-    sides = []
+    model, sides = precision_here(model, world), []
     for label, name, template in (
         ("positive", weights.positive, weights.positive_template),
         ("negative", weights.negative, weights.negative_template),
     ):
-        own = side_model(scoring_precision(model, world), name)
+        own = side_model(model, name)
         named_model(own, key=f"weights.{label}")
         check_options(own, adapter, packing, trainable=False)
         # gigabytes are read once, not by every rank
@@ -54,15 +52,6 @@ def build_sides(
         origin = ModelOrigin(name_or_path=name, identity=identity, template=template_text(template))
         sides.append(Side(label=label, model=own, origin=origin, quantized=adapter.quantized))
     return sides
-
-
-def scoring_precision(model: ModelConfig, world: World) -> ModelConfig:
-    """The model in float32 where bfloat16 is the slower of the two as well as the less exact."""
-    on_cpu = world.device.type == "cpu"
-    emulated = world.on_main(lambda: on_cpu and not cpu_multiplies_bfloat16())
-    if not emulated or model.compute_dtype != "bfloat16":
-        return model
-    return replace(model, fsdp_policy_mp="float32")
 
 
 def shared_tokenizer(sides: Sequence[Side]) -> Any:

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from fastpref.config import Config
+from fastpref.config import Config, ModelConfig
 from fastpref.distributed import World
 from fastpref.model.pair import Pair
 from fastpref.train.data import Data, Loaders, build_loaders
-from fastpref.train.export.plan import plan_export
+from fastpref.train.export.plan import ExportPlan, plan_export
 from fastpref.train.known_reference import Origin, know_reference
 from fastpref.train.logs.announce import announce_adapters, announce_tokens
 from fastpref.train.opening import open_log, open_run_dir
@@ -32,6 +32,8 @@ class Parts(NamedTuple):
     """What a run is made of."""
 
     config: Config
+    model: ModelConfig
+    """Its options with the arithmetic of this device."""
     world: World
     start: Start
     data: Data
@@ -53,14 +55,7 @@ class Parts(NamedTuple):
         announce_tokens(loaders.train, world)
         num_steps = loaders.train.order.num_steps
         updates = self.updates(num_steps)
-        plan = partial(
-            plan_export,
-            config.model,
-            policy.model.config,
-            *self.data.texts,
-            adapter=config.adapter if config.adapter.trained else None,
-        )
-        export = world.only_on_main(plan)
+        export = self.export_plan()
         # the policy is still the model that training starts from
         loaders = self.with_reference(loaders, fingerprints["model"])
         state = self.start.load(policy, updates, world.device, num_steps=num_steps)
@@ -82,6 +77,7 @@ class Parts(NamedTuple):
         )
         return Run(
             config=config,
+            model=self.model,
             world=world,
             run_dir=run_dir,
             tokenizer=self.data.tokenizer,
@@ -99,6 +95,18 @@ class Parts(NamedTuple):
             export=export,
         )
 
+    def export_plan(self) -> ExportPlan | None:
+        """What the trained model will be written as, on rank 0."""
+        adapter = self.config.adapter
+        plan = partial(
+            plan_export,
+            self.config.model,
+            self.pair.policy.model.config,
+            *self.data.texts,
+            adapter=adapter if adapter.trained else None,
+        )
+        return self.world.only_on_main(plan)
+
     def with_reference(self, loaders: Loaders, digest: str) -> Loaders:
         """Loaders that know of the reference what is to be known beforehand."""
         config = self.config
@@ -108,7 +116,7 @@ class Parts(NamedTuple):
             loaders,
             self.world,
             policy=self.pair.policy,
-            origin=Origin(config.model, digest, config.adapter.quantized),
+            origin=Origin(self.model, digest, config.adapter.quantized),
             folder=self.start.place.references(config.reference.cache_dir),
             repetition=self.work.repetition,
             deadline_seconds=config.checkpoint.deadline_seconds(),

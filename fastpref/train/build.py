@@ -5,6 +5,7 @@ from dataclasses import asdict
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.pair import build_pair
+from fastpref.model.precision import precision_here
 from fastpref.objectives.objective import build_objective
 from fastpref.train.assembly import Parts, place_of
 from fastpref.train.data import load_data
@@ -25,10 +26,11 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
             with the checkpoint.
     """
     objective = build_objective(config.loss)
+    model = precision_here(config.model, world)
     announce(
         objective,
         world,
-        config.model,
+        model,
         config.datasets,
         config.transform,
         adapters=config.adapter.trained,
@@ -39,8 +41,9 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         # before models are loaded for nothing
         fingerprints = data.fingerprints(config.model, world)
         start.check(asdict(config), fingerprints, allow=config.resume.allow)
+    training = config.training._replace(model=model)
     pair = build_pair(
-        config.training,
+        training,
         config.packing,
         world,
         longest=data.longest,
@@ -51,9 +54,9 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
     work = build_workload(
         objective,
         pair,
-        config.training,
+        training,
         world,
         limit=config.packing.token_limit or start.state.tokens_found(place),
         longest=data.longest,
     )
-    return Parts(config, world, start, data, pair, work).assemble(fingerprints)
+    return Parts(config, model, world, start, data, pair, work).assemble(fingerprints)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.batches.loader import Loader
-from fastpref.config import Config
+from fastpref.config import Config, ModelConfig
 from fastpref.distributed import World
 from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import OwnReference
@@ -24,6 +24,8 @@ class Run:
     """All that the loop works on."""
 
     config: Config
+    model: ModelConfig
+    """The options of the model, with the arithmetic of this device."""
     world: World
     run_dir: Path
     tokenizer: Any

@@ -60,7 +60,8 @@ def matrix_units(enabled: bool) -> Iterator[None]:
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has units for bfloat16: AMX, or the instructions of AVX-512."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    has = torch.cpu.get_capabilities()
+    return any(has.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:

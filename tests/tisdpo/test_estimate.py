@@ -223,8 +223,8 @@ def test_other_forms_are_written_as_they_came_and_load_for_tisdpo(models, tmp_pa
 def test_bfloat16_gives_way_to_float32_on_a_cpu_without_units(
     models, tmp_path, monkeypatch, has_units
 ):
-    name = "fastpref.tisdpo.sides.cpu_multiplies_bfloat16"
-    monkeypatch.setattr(name, lambda: has_units)
+    name = "fastpref.model.precision.has_units"
+    monkeypatch.setattr(name, lambda dtype: has_units)
     write_rows(tmp_path / "data" / "rows", "train", ROWS[:2])
     config = make_config(models, tmp_path)
     config.model = ModelConfig(name_or_path=models[0])

@@ -5,6 +5,7 @@ would help, or says nothing.
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ WORTH_SAYING = 0.1
 
 def advise(run: Run) -> list[str]:
     """What to say of a run that has been put together; every rank calls this."""
-    order, advice = run.train.order, Advice(run.config)
+    order, advice = run.train.order, Advice(replace(run.config, model=run.model))
     share = unmoved_share(run.policy.trained(), run.config.lr, run.world)
     return [
         *advice.on_schedule(order.num_steps),
