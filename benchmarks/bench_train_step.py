@@ -99,6 +99,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --model and --data, or --shape")
     if arguments.model and not arguments.data:
         parser.error("--model needs --data")
+    if arguments.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps must be > {WARM_UP_STEPS}, which are not counted")
     return arguments
 
 

@@ -112,6 +112,9 @@ class Batch:
     target: Tensor
     """(N or more,) int64: the response tokens, in the order of `score_index`; `IGNORED`, which
     scores nothing, where they are not in the loss, and beyond N, where it fills a shape up."""
+    in_loss: Tensor | None = None
+    """(M or more,) int64: the places in `target` that the head computes, where not all of the N
+    tokens are in the loss: those that are, and what fills a shape up; None: all."""
     token_weights: Tensor | None
     """(N,) float32, or None when every token weighs 1."""
     sequence_ids: Tensor
@@ -126,6 +129,22 @@ class Batch:
     def num_scored(self) -> int:
         """N."""
         return len(self.sequence_ids)
+
+    @property
+    def head_index(self) -> Tensor:
+        """(M or more,) int64: `score_index` of what the head computes."""
+        return self.score_index if self.in_loss is None else self.score_index[self.in_loss]
+
+    @property
+    def head_target(self) -> Tensor:
+        """(M or more,) int64: `target` of what the head computes."""
+        return self.target if self.in_loss is None else self.target[self.in_loss]
+
+    def of_scored(self, values: Tensor) -> Tensor:
+        """(N,): what the head has made of what it computes, 0 where a token is not in the loss."""
+        if self.in_loss is not None:
+            values = values.new_zeros(len(self.target)).index_copy(0, self.in_loss, values)
+        return values if len(values) == self.num_scored else values[: self.num_scored]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`; from pinned memory the copies do not wait for the host."""

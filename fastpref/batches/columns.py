@@ -172,6 +172,13 @@ class EncodedColumns:
             ids if self.scored is None else np.where(self.scored[tokens], ids, IGNORED)
         )
 
+    def in_loss(self, rows: np.ndarray) -> torch.Tensor | None:
+        """(M,) int64: which of `targets` are in the loss; None where all are."""
+        if self.scored is None:
+            return None
+        is_scored = self.scored[self.responses(rows).flat()]
+        return None if is_scored.all() else torch.from_numpy(np.flatnonzero(is_scored))
+
     def token_weights(self, rows: np.ndarray) -> torch.Tensor | None:
         """(N,) float32, beside the tokens of `responses`; None where every token weighs 1."""
         if self.weights is None:

@@ -42,15 +42,18 @@ def fill_up(batch: Batch, length: int, *, pad_token_id: int) -> Batch:
     assert batch.layout is not None and batch.position_ids is not None
     T = batch.input_ids.shape[1]
     assert length >= T
-    padding, missing = torch.arange(length - T), -batch.num_scored % SCORED_MULTIPLE
+    padding, missing = torch.arange(length - T), -len(batch.head_target) % SCORED_MULTIPLE
+    filler = torch.arange(missing)
+    in_loss = batch.in_loss
     return replace(
         batch,
         input_ids=F.pad(batch.input_ids, (0, length - T), value=pad_token_id),
         position_ids=torch.cat([batch.position_ids, padding[None] % PADDING_SEGMENT], dim=1),
         layout=_with_padding(batch.layout, T, length),
         # each of them another token, so that a backward never adds many to one
-        score_index=torch.cat([batch.score_index, torch.arange(missing) % length]),
+        score_index=torch.cat([batch.score_index, filler % length]),
         target=F.pad(batch.target, (0, missing), value=IGNORED),
+        in_loss=None if in_loss is None else torch.cat([in_loss, batch.num_scored + filler]),
     )
 
 

@@ -245,6 +245,7 @@ def pack(
         ),
         score_index=torch.from_numpy(score_index),
         target=columns.targets(rows),
+        in_loss=columns.in_loss(rows),
         token_weights=columns.token_weights(rows),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
         num_sequences=S,

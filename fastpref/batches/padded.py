@@ -41,6 +41,7 @@ def pad(columns: EncodedColumns, rows: np.ndarray, *, pad_token_id: int) -> Batc
         attention_mask=torch.from_numpy(attention_mask).view(-1, L),
         score_index=torch.from_numpy(score_index),
         target=columns.targets(rows),
+        in_loss=columns.in_loss(rows),
         token_weights=columns.token_weights(rows),
         sequence_ids=torch.from_numpy(np.repeat(np.arange(S), responses.lengths)),
         num_sequences=S,

@@ -1,7 +1,5 @@
 """How large a training checkpoint will be, before the first one, and how much room there is."""
 
-import contextlib
-import os
 import shutil
 from pathlib import Path
 
@@ -47,25 +45,6 @@ def probe_share(optimizer: Optimizer) -> tuple[float, int]:
     state = probe_state(optimizer, torch.device("cpu"))
     num_bytes = PROBE_SIZE * PROBE_SIZE * torch.get_default_dtype().itemsize
     return sum(value.nbytes for value in state.values()) / num_bytes, len(state)
-
-
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of the host's memory that can be had, the limit of this control group counted."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        [_, kib, *_] = next(line for line in lines if line.startswith("MemAvailable")).split()
-        free = int(kib) * 1024
-    with contextlib.suppress(OSError, ValueError):
-        limit = int((group / "memory.max").read_text(encoding="ascii"))
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        free = min(free, limit - used)
-    return free
-
-
-def available_to_rank() -> int:
-    """Bytes of the host's memory that each of the ranks on it can have."""
-    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def free_bytes(folder: Path) -> int:

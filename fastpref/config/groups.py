@@ -51,7 +51,8 @@ class ModelConfig:
     policy_dtype: str = "float32"
     """Master dtype of weights and optimizer state: float32, bfloat16 or float16."""
     fsdp_policy_mp: str | None = "bfloat16"
-    """Compute dtype, with or without FSDP; null: compute in policy_dtype."""
+    """Compute dtype, with or without FSDP; null: compute in policy_dtype. A CPU without units for
+    16 bits computes in float32 in any case."""
     reference_dtype: str | None = None
     """How the reference is stored; it always computes as the policy does. null: in the checkpoint's
     16 bits where the arithmetic is in float32, which changes no number, else the compute dtype."""

@@ -45,13 +45,16 @@ class Fitting:
         plan = world.on_main(self._plan)
         available = -world.agree_max(-available_bytes(device))
         num_tokens = self.measured.rows.layout.max_tokens if limit is None else limit
-        chosen_here = limit is None and device.type == "cuda"
-        if chosen_here and plan is not None:
-            num_tokens = auto_tokens(plan, available)
+        on_gpu = device.type == "cuda"
+        if limit is None and plan is not None:
+            planned = auto_tokens(plan, available)
+            # more at once are no faster on a CPU
+            num_tokens = planned if on_gpu else min(num_tokens, planned)
         if plan is not None:
             self._say(plan, min(num_tokens, self._most_tokens), available)
-        if chosen_here:
+        if limit is None and on_gpu:
             num_tokens = self._confirm(num_tokens, plan, available)
+        if limit is None:
             logger.info("packing.max_tokens=auto: %s", f"{num_tokens:,}")
         return num_tokens
 

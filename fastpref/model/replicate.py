@@ -5,9 +5,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fastpref.checkpoint.size import available_to_rank
 from fastpref.config import AdapterConfig, TrainingOptions
 from fastpref.distributed import World
+from fastpref.host_memory import available_to_rank
 from fastpref.model.adapters.lora import Adapters, add_adapters
 from fastpref.model.scorer import TokenScorer
 

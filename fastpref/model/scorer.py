@@ -39,7 +39,7 @@ class HeadStates:
     """What a model's LM head is applied to, for the joint sweep over policy and reference."""
 
     hidden: Tensor
-    """(N or more, D) last hidden states at `Batch.score_index`, compute dtype."""
+    """(M or more, D) last hidden states at `Batch.head_index`, compute dtype."""
     weight: Tensor
     """(V, D) LM-head weight, gathered, compute dtype."""
     bias: Tensor | None
@@ -134,7 +134,7 @@ class TokenScorer(nn.Module):
         return position_limit(self.model)
 
     def hidden_states(self, batch: Batch, longest: int = 0) -> Tensor:
-        """Last hidden states at the positions that predict `batch.target`, shape (N or more, D).
+        """Last hidden states at the positions that predict `batch.head_target`, (M or more, D).
 
         Args:
             longest: Tokens to allow for where the batch's own sequences are shorter.
@@ -149,7 +149,7 @@ class TokenScorer(nn.Module):
             compute = self.balance.last_hidden_states
         with computing(sequences):
             hidden_BLD = compute(self.model, self.path.body, input_ids=batch.input_ids, **rows)
-        return hidden_BLD.flatten(0, 1)[batch.score_index]
+        return hidden_BLD.flatten(0, 1)[batch.head_index]
 
     def states(self, batch: Batch) -> HeadStates:
         """Hidden states and head, for another model's joint sweep.
@@ -160,9 +160,9 @@ class TokenScorer(nn.Module):
 
     def _states(self, batch: Batch) -> HeadStates:
         self._lend_masters()
-        hidden_ND = self.hidden_states(batch)
+        hidden_MD = self.hidden_states(batch)
         head, V = self.head, self.path.vocab_size
-        hidden_ND, weight = adapted_head(head, hidden_ND)
+        hidden_MD, weight = adapted_head(head, hidden_MD)
         bias = getattr(head, "bias", None)
         if weight.shape[0] > V:
             weight, bias = weight[:V], None if bias is None else bias[:V]
@@ -170,8 +170,8 @@ class TokenScorer(nn.Module):
             # the ops scale what the head makes of hidden states and bias together
             bias = bias / self.path.hidden_scale
         # of a frozen model that is stored in 16 bits
-        dtype = hidden_ND.dtype
-        return HeadStates(hidden_ND, weight.to(dtype), None if bias is None else bias.to(dtype))
+        dtype = hidden_MD.dtype
+        return HeadStates(hidden_MD, weight.to(dtype), None if bias is None else bias.to(dtype))
 
     @property
     def _logit_scale(self) -> float:
@@ -213,22 +213,22 @@ class TokenScorer(nn.Module):
             Per-token log-probabilities (N,), float32, in nats; with a reference, TokenScores of
             log-probabilities, reference log-probabilities and KL.
         """
-        states, N = self._states(batch), batch.num_scored
-        hidden_ND, weight, bias = states.hidden, states.weight, states.bias
+        states, target = self._states(batch), batch.head_target
+        hidden_MD, weight, bias = states.hidden, states.weight, states.bias
         if reference is None:
             logps = token_logps(
-                hidden_ND,
+                hidden_MD,
                 weight,
-                batch.target,
+                target,
                 linear_bias=bias,
                 logit_scale=self._logit_scale,
                 logit_softcap=self.path.softcap,
             )
-            return _scored(logps, N)
+            return batch.of_scored(logps)
         scores = token_logps_and_kl(
-            hidden_ND,
+            hidden_MD,
             weight,
-            batch.target,
+            target,
             reference.hidden,
             reference.weight,
             direction=direction,
@@ -237,7 +237,7 @@ class TokenScorer(nn.Module):
             logit_scale=self._logit_scale,
             logit_softcap=self.path.softcap,
         )
-        return TokenScores(*(_scored(values, N) for values in scores if values is not None))
+        return TokenScores(*(batch.of_scored(values) for values in scores if values is not None))
 
     def tdpo1_values(self, batch: Batch, reference: HeadStates) -> Tensor:
         """Log-ratio plus KL of the batch's N response tokens, see `tdpo1_token_values`.
@@ -250,14 +250,14 @@ class TokenScorer(nn.Module):
         values = tdpo1_token_values(
             states.hidden,
             states.weight,
-            batch.target,
+            batch.head_target,
             reference.hidden,
             reference.weight,
             linear_bias=states.bias,
             reference_linear_bias=reference.bias,
             logit_scale=self._logit_scale,
         )
-        return _scored(values, batch.num_scored)
+        return batch.of_scored(values)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
@@ -282,8 +282,3 @@ class TokenScorer(nn.Module):
                 )
         finally:
             self.release()
-
-
-def _scored(values: Tensor, num_scored: int) -> Tensor:
-    """Without what fills a batch up to a shape."""
-    return values if len(values) == num_scored else values[:num_scored]

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 
 from fastpref.checkpoint.folders import CHECKPOINTS, Best
-from fastpref.checkpoint.size import available_memory, estimate_bytes, free_bytes
+from fastpref.checkpoint.size import estimate_bytes, free_bytes
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError
+from fastpref.host_memory import available_memory
 from fastpref.signals import StopRequest
 from fastpref.train.logs.metrics import Record
 from fastpref.train.resume.comparison import FORMAT, HELD_OUT

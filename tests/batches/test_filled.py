@@ -1,5 +1,7 @@
 """Rows filled up to a few lengths give the numbers of rows as long as they come."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,17 @@ from tiny_models import FAMILIES, build_model
 
 from fastpref.batch import IGNORED, EncodedRow
 from fastpref.batches.columns import EncodedColumns
-from fastpref.batches.filled import NUM_LENGTHS, PADDING_SEGMENT, fill_up, filled_length
+from fastpref.batches.filled import (
+    NUM_LENGTHS,
+    PADDING_SEGMENT,
+    SCORED_MULTIPLE,
+    fill_up,
+    filled_length,
+)
 from fastpref.batches.layouts import PackedRows
 from fastpref.batches.packed import pack_rows
+from fastpref.batches.padded import pad_rows
+from fastpref.model import scorer
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.scorer import TokenScorer
@@ -80,6 +90,49 @@ def test_every_score_of_a_filled_batch_is_as_long_as_its_targets():
         lambda b: scorer.tdpo1_values(b, scorer.states(b)),
     ):
         torch.testing.assert_close(call(filled), call(batch), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "filled"])
+def test_the_head_computes_what_is_in_the_loss_alone(layout, monkeypatch):
+    build_rows = partial(pad_rows if layout == "padded" else pack_rows, pad_token_id=0)
+    rows = [
+        row._replace(
+            chosen_scored=[i % 2 == 0 for i in range(len(row.chosen_ids))],
+            rejected_scored=[i % 3 == 0 for i in range(len(row.rejected_ids))],
+        )
+        for row in PAIRS
+    ]
+    masked, whole = build_rows(rows), build_rows(PAIRS)
+    is_scored = masked.target != IGNORED
+    M = int(is_scored.sum())
+    if layout == "filled":
+        masked = fill_up(masked, masked.input_ids.shape[1] + 9, pad_token_id=0)
+        M = SCORED_MULTIPLE
+    head_rows = []
+    ops = ("token_logps", "token_logps_and_kl", "tdpo1_token_values")
+    for op in (getattr(scorer, name) for name in ops):
+
+        def count_rows(hidden, *args, op=op, **options):
+            head_rows.append(len(hidden))
+            return op(hidden, *args, **options)
+
+        monkeypatch.setattr(scorer, op.__name__, count_rows)
+    policy = TokenScorer(LLAMA, None if layout == "padded" else build_attention("sdpa"))
+    for call in (
+        policy,
+        lambda b: policy(b, policy.states(b)).kl,
+        lambda b: policy.tdpo1_values(b, policy.states(b)),
+    ):
+        results = []
+        for batch in (masked, whole):
+            LLAMA.zero_grad()
+            values_N = call(batch).where(is_scored, 0)
+            values_N.sum().backward()
+            gradients = {name: p.grad.clone() for name, p in LLAMA.named_parameters()}
+            results.append((values_N.detach(), gradients))
+        assert_same(*results)
+        assert (call(masked)[~is_scored] == 0).all()
+    assert set(head_rows) == {M, len(is_scored)} and head_rows.count(M) == 6
 
 
 def test_lengths_are_few_and_pass_the_limit_only_where_a_row_does():

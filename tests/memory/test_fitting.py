@@ -7,7 +7,6 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from fastpref.checkpoint.size import available_memory
 from fastpref.distributed import init_world
 from fastpref.memory.fitting import agreed_tokens
 from fastpref.memory.here import available_bytes, resident_bytes
@@ -43,12 +42,7 @@ def test_what_fits_is_taken_and_never_nothing():
         torch.distributed.destroy_process_group()
 
 
-def test_the_memory_of_a_machine_is_what_its_control_group_and_ranks_leave(tmp_path, monkeypatch):
-    (tmp_path / "memory.max").write_text(str(3 * GIB))
-    (tmp_path / "memory.current").write_text(str(2 * GIB))
-    assert available_memory(tmp_path) <= GIB
-    (tmp_path / "memory.max").write_text("max")
-    assert available_memory(tmp_path) > 0
+def test_the_memory_of_a_rank_is_its_share_of_the_machine(monkeypatch):
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert available_bytes(torch.device("cpu")) <= physical // 4 + resident_bytes()
