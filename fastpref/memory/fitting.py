@@ -26,6 +26,10 @@ from fastpref.objectives.step_loss import StepLoss
 
 logger = logging.getLogger("fastpref")
 
+UNTRIED = 0.9
+"""Share of a CPU's memory that a plan may take which nothing confirms: it is within a tenth of what
+a step takes."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitting:
@@ -47,9 +51,11 @@ class Fitting:
         num_tokens = self.measured.rows.layout.max_tokens if limit is None else limit
         on_gpu = device.type == "cuda"
         if limit is None and plan is not None:
-            planned = auto_tokens(plan, available)
-            # more at once are no faster on a CPU
-            num_tokens = planned if on_gpu else min(num_tokens, planned)
+            if on_gpu:
+                num_tokens = auto_tokens(plan, available)
+            else:
+                # more than are allowed there anyway would not be faster
+                num_tokens = min(num_tokens, auto_tokens(plan, int(UNTRIED * available)))
         if plan is not None:
             self._say(plan, min(num_tokens, self._most_tokens), available)
         if limit is None and on_gpu:

@@ -1,16 +1,20 @@
 """How many tokens are computed at once: one number for all ranks, of the memory that there is."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_on_ranks
+from stopped_runs import run, small_command
+from tiny_models import read_metrics, save_dataset, save_tiny_model
 
 from fastpref.distributed import init_world
+from fastpref.memory import fitting
 from fastpref.memory.fitting import agreed_tokens
 from fastpref.memory.here import available_bytes, resident_bytes
-from fastpref.memory.plan import GIB
+from fastpref.memory.plan import GIB, Device
 
 ROOM = 10 * GIB
 
@@ -40,6 +44,31 @@ def test_what_fits_is_taken_and_never_nothing():
         assert agreed_tokens(world, 8192, 8192, room=GIB, loaded=2 * GIB, peak=ROOM) == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_auto_keeps_a_cpu_within_its_memory_and_changes_no_number(tmp_path, monkeypatch):
+    save_dataset(tmp_path, "words", num_train=16, num_test=0)
+    save_tiny_model(tmp_path / "model")
+    device = Device("cpu", 1, memory=0)
+    monkeypatch.setattr(fitting, "device_here", lambda *_, **__: device)
+    plans = []
+    describe = fitting.describe_plan
+
+    def keep_plan(plan, *args):
+        plans.append(plan)
+        return describe(plan, *args)
+
+    monkeypatch.setattr(fitting, "describe_plan", keep_plan)
+    options = ("n_eval_examples=0", "n_epochs=1")
+    assert run(small_command(tmp_path, tmp_path / "roomy", *options)) == 0
+    # what is planned without a trial leaves a tenth
+    room = int(plans[0].peak(100) / fitting.UNTRIED)
+    monkeypatch.setattr(fitting, "available_bytes", lambda _: room)
+    assert run(small_command(tmp_path, tmp_path / "tight", *options)) == 0
+    roomy, tight = (read_metrics(tmp_path / name, "train") for name in ("roomy", "tight"))
+    assert [x["loss/train"] for x in tight] == pytest.approx([x["loss/train"] for x in roomy])
+    [path] = (tmp_path / "tight" / "checkpoints").glob("step-*/state.json")
+    assert 90 <= json.loads(path.read_text())["record"]["state"]["max_tokens"] <= 100
 
 
 def test_the_memory_of_a_rank_is_its_share_of_the_machine(monkeypatch):
