@@ -11,6 +11,7 @@ from fastpref.cli.launch import launch_on_every_gpu
 from fastpref.cli.tasks import check_task, run_task
 from fastpref.config import Config
 from fastpref.errors import say_error
+from fastpref.host import available_cores
 from fastpref.signals import signals_change_nothing
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def main(config: Config, given: Collection[str] = ()) -> int:
     from fastpref.memory.here import bound_workspace, device_memory
     from fastpref.train.logs.advice import Advice
 
+    keep_to_cores()
     try:
         # of several ranks one is enough
         if config.task in ("plan", "audit") and not is_main:
@@ -107,6 +109,15 @@ def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> N
                 raise cause from error
     finally:
         dist.destroy_process_group()
+
+
+def keep_to_cores() -> None:
+    """Let torch start no more threads than there are cores for: each would wait for the others."""
+    import torch
+
+    cores = available_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)
 
 
 def _device() -> tuple[str, bool]:

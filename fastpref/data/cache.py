@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from fastpref.complete_files import share
 from fastpref.errors import DataError, FastprefError
+from fastpref.host import available_cores
 from fastpref.signals import forks_end_with_us
 
 ROWS_OF_A_PROCESS = 5000
@@ -66,9 +67,7 @@ def progress_bars(quiet: bool) -> Iterator[None]:
 def processes_for(num_rows: int) -> int:
     """How many processes to tokenize rows in: those that are busy for longer than they take to
     start, and no more than there are cores."""
-    has_affinity = hasattr(os, "sched_getaffinity")
-    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(1, min(num_cores, num_rows // ROWS_OF_A_PROCESS))
+    return max(1, min(available_cores(), num_rows // ROWS_OF_A_PROCESS))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from fastpref_kernels import set_workspace_mib
 from fastpref_kernels.workspace import auto_workspace_mib
 
 from fastpref.config import HeadConfig
-from fastpref.host_memory import available_to_rank
+from fastpref.host import available_to_rank
 from fastpref.memory.plan import Device, MemoryPlan
 
 _RESIDENT = Path("/proc/self/statm")

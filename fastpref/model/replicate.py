@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from fastpref.config import AdapterConfig, TrainingOptions
 from fastpref.distributed import World
-from fastpref.host_memory import available_to_rank
+from fastpref.host import available_to_rank
 from fastpref.model.adapters.lora import Adapters, add_adapters
 from fastpref.model.scorer import TokenScorer
 

@@ -13,7 +13,7 @@ from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline
 from fastpref.errors import CheckpointError
-from fastpref.host_memory import available_memory
+from fastpref.host import available_memory
 from fastpref.signals import StopRequest
 from fastpref.train.logs.metrics import Record
 from fastpref.train.resume.comparison import FORMAT, HELD_OUT

@@ -4,7 +4,6 @@ The derivations of preference rows are those of the DPO repository; each works o
 records.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import combinations
@@ -16,6 +15,7 @@ from fastpref.checks import listed
 from fastpref.data.layouts.rows import ASSISTANT_TURN
 from fastpref.data.sources.readers import read_batches
 from fastpref.errors import DataError
+from fastpref.host import available_cores
 from fastpref.signals import forks_end_with_us
 
 HUB_PATHS = {
@@ -178,7 +178,7 @@ def _split_se(records: datasets.Dataset, split: str) -> Records:
     # ten million posts: hours in one process
     with forks_end_with_us():
         return records.select(bounds).map(
-            _strip_record, num_proc=os.cpu_count(), desc=f"stripping HTML of se {split}"
+            _strip_record, num_proc=available_cores(), desc=f"stripping HTML of se {split}"
         )
 
 
