@@ -139,6 +139,8 @@ def die(number: int, _: FrameType | None = None) -> None:
     """Handle a signal as if there were no handler."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
+    # the first process of a container has no such end
+    os._exit(128 + number)
 
 
 def heard(numbers: Iterable[signal.Signals] = SIGNALS) -> list[signal.Signals]:
