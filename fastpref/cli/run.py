@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastpref")
 
 STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""Variables by which programs that start several processes tell their number, and those programs."""
+"""Variables in which programs that start several processes tell their number, by the variable."""
 
 
 def main(config: Config, given: Collection[str] = ()) -> int:
