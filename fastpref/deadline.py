@@ -1,7 +1,13 @@
 """The time by which a command has to end."""
 
+import datetime
 import os
 import time
+
+JOB_END = "SLURM_JOB_END_TIME"
+"""Environment variable in which Slurm tells a job when its time is over, in seconds since 1970."""
+JOB_MARGIN = 30
+"""Seconds of a job that are left unused: clocks differ, and processes take time to end."""
 
 
 class Deadline:
@@ -38,3 +44,17 @@ def seconds_since_start() -> float:
         fields = file.read().rpartition(")")[2].split()
     ticks = os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
+
+
+def seconds_of_job() -> int | None:
+    """From the start of this process to the end of the Slurm job that it is part of; None where it
+    is part of none, or of one that was given more time than it was told."""
+    end = os.environ.get(JOB_END, "")
+    left = int(end) - time.time() if end.isdecimal() else 0.0
+    return int(left + seconds_since_start()) - JOB_MARGIN if left > 0 else None
+
+
+def clock_time(seconds: int) -> str:
+    """The date and time so many seconds after the start of this process."""
+    left = datetime.timedelta(seconds=seconds - seconds_since_start())
+    return f"{datetime.datetime.now() + left:%Y-%m-%d %H:%M}"

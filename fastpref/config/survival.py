@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from fastpref.checks import check_choice, check_number, expand_home
+from fastpref.deadline import seconds_of_job
 
 MODES = ("auto", "async", "sync")
 RESUME_WORDS = ("never", "auto")
@@ -28,9 +29,10 @@ class CheckpointConfig:
     """A held-out metric as metrics.jsonl names it, such as loss/eval or rewards_eval/accuracies: a
     checkpoint is also written after each evaluation that is the best so far, and stays. Lower is
     better for names that begin with loss or kl."""
-    deadline: str | None = None
+    deadline: str | None = "auto"
     """HH:MM:SS since the start of the command, whatever its task: so that what was computed is
-    saved by then, it ends in time with exit code 75, as if a signal had come."""
+    saved by then, it ends in time with exit code 75, as if a signal had come. auto: the end of the
+    Slurm job, where there is one; null: never."""
     mode: str = "auto"
     """async: copy the state to the host's memory and write while training goes on. sync: write
     while training waits. auto: async where there is memory for the copy."""
@@ -64,12 +66,17 @@ class CheckpointConfig:
         check_choice(f"checkpoint.keep_best with loss={loss}", self.keep_best, metrics)
 
     def deadline_seconds(self) -> int | None:
-        """`deadline` in seconds."""
+        """`deadline` in seconds; None: there is none."""
         if self.deadline is None:
             return None
+        if self.deadline == "auto":
+            return seconds_of_job()
         match = re.fullmatch(r"(\d+):([0-5]\d):([0-5]\d)", self.deadline)
         if match is None:
-            raise ValueError(f"checkpoint.deadline must be HH:MM:SS, got {self.deadline!r}")
+            raise ValueError(
+                f"checkpoint.deadline must be HH:MM:SS, got {self.deadline!r}; auto is the end of "
+                "a Slurm job"
+            )
         hours, minutes, seconds = map(int, match.groups())
         return 3600 * hours + 60 * minutes + seconds
 

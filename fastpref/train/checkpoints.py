@@ -11,7 +11,7 @@ from fastpref.checkpoint.folders import CHECKPOINTS, Best
 from fastpref.checkpoint.size import estimate_bytes, free_bytes
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.config import CheckpointConfig
-from fastpref.deadline import Deadline
+from fastpref.deadline import Deadline, clock_time
 from fastpref.errors import CheckpointError
 from fastpref.host import available_memory
 from fastpref.signals import StopRequest
@@ -190,6 +190,9 @@ def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:
     options = run.config.checkpoint
     gib, free = num_bytes / 2**30, free_bytes(run.run_dir) / 2**30
     rhythm = f"every {options.every} steps and at the end" if options.every else "at the end"
+    deadline = options.deadline_seconds()
+    if deadline is not None:
+        rhythm += f", which comes by {clock_time(deadline)}"
     logger.info(
         "checkpoints of %.2f GiB %s, %s, the newest %d stay: %s has %.1f GiB free",
         gib,

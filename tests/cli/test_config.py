@@ -1,18 +1,21 @@
 """The rules of the configuration, and what the command line makes of KEY=VALUE arguments."""
 
 import re
+import time
 from itertools import pairwise
 
 import pytest
 from omegaconf import OmegaConf
 
 import train
+from fastpref import deadline
 from fastpref.checks import nearest
 from fastpref.cli.options import all_options, format_help, list_choices
 from fastpref.cli.overrides import build_config, read_config
 from fastpref.config import (
     LOSSES,
     METHODS,
+    CheckpointConfig,
     Config,
     DPOConfig,
     ModelConfig,
@@ -506,3 +509,17 @@ def test_help_fits_the_terminal_and_is_never_hard_to_read(width, longest):
 )
 def test_nearest_prefers_what_was_abbreviated(name, meant):
     assert nearest(name, LOSSES) == meant
+
+
+def test_the_deadline_of_a_job_is_its_end_unless_it_was_given_more_time(monkeypatch):
+    options = CheckpointConfig()
+    monkeypatch.delenv(deadline.JOB_END, raising=False)
+    assert options.deadline_seconds() is None
+    monkeypatch.setattr(deadline, "seconds_since_start", lambda: 50.0)
+    monkeypatch.setenv(deadline.JOB_END, f"{time.time() + 1000:.0f}")
+    assert options.deadline_seconds() == pytest.approx(1050 - deadline.JOB_MARGIN, abs=2)
+    assert CheckpointConfig(deadline=None).deadline_seconds() is None
+    assert CheckpointConfig(deadline="01:00:00").deadline_seconds() == 3600
+    for other in (f"{time.time() - 5:.0f}", "", "soon"):
+        monkeypatch.setenv(deadline.JOB_END, other)
+        assert options.deadline_seconds() is None

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -349,7 +350,9 @@ def test_a_signal_at_any_time_is_answered_when_everything_is_saved(
         assert "loss/eval" in manifest.metrics
 
 
-def test_a_deadline_ends_the_run_in_time_with_everything_saved(base, tmp_path, capsys, monkeypatch):
+def test_the_end_of_a_job_ends_the_run_in_time_with_everything_saved(
+    base, tmp_path, capsys, monkeypatch
+):
     run_dir, evaluated = tmp_path / "run", []
     held_out_metrics = evaluation.held_out_metrics
 
@@ -360,9 +363,10 @@ def test_a_deadline_ends_the_run_in_time_with_everything_saved(base, tmp_path, c
     # it comes in the first of four batches after step 4
     monkeypatch.setattr(deadline, "seconds_since_start", lambda: 100.0 * (4 in evaluated))
     monkeypatch.setattr(evaluation, "held_out_metrics", evaluating)
-    options = ["loss=dpo", "checkpoint.deadline=00:01:40", "eval_batch_size=2"]
-    assert run(arguments(base, run_dir, *options)) == 75
-    assert "checkpoint.deadline is near" in capsys.readouterr().err
+    monkeypatch.setenv(deadline.JOB_END, f"{time.time() + 100 + deadline.JOB_MARGIN:.0f}")
+    assert run(arguments(base, run_dir, "loss=dpo", "eval_batch_size=2")) == 75
+    error = capsys.readouterr().err
+    assert "at the end, which comes by 20" in error and "checkpoint.deadline is near" in error
     assert (run_dir / "checkpoints" / "latest").is_file()
     assert evaluated == [0, 0, 0, 0, 4]
 
