@@ -24,7 +24,7 @@ files once and can be dropped at any time."""
 
 def available_memory() -> int:
     """Bytes of the machine that can be had, >= 0: as many as this process's groups leave."""
-    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, KeyError):
         room = _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
     for group in _groups("memory"):
