@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpref import host
-from fastpref.cli.run import keep_to_cores
+from fastpref.cli.launch import keep_to_cores
 from fastpref.host import available_cores, available_memory
 
 MIB = 2**20

@@ -1,21 +1,27 @@
-"""One command, a process for every GPU."""
+"""One command, a process for every GPU; who else starts processes, and the threads of each."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from fastpref.errors import ConfigError, DistributedError, first_line
+from fastpref.host import available_cores
 from fastpref.signals import SIGNALS, die, heard
+
+logger = logging.getLogger("fastpref")
 
 SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
+STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+"""What starts several processes of a command, by the variable in which it tells their number."""
 
 
 def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
@@ -111,3 +117,28 @@ def check_port(port: int) -> None:
                 f"fsdp_port={port} cannot be had: {error.strerror}; name another one, or null for "
                 "a free one"
             ) from None
+
+
+def warn_of_others(environment: Mapping[str, str]) -> None:
+    """Say that each of several processes runs by itself, where nobody told them their ranks."""
+    from fastpref.distributed import launched
+
+    if launched():
+        return
+    for name, starter in STARTERS.items():
+        if environment.get(name, "1") not in ("0", "1"):
+            logger.warning(
+                "%s started %s of this command, and each runs by itself; for one run on all of "
+                "them let it start torchrun, once a machine",
+                starter,
+                environment[name],
+            )
+
+
+def keep_to_cores() -> None:
+    """Let torch start no more threads than there are cores for: each would wait for the others."""
+    import torch
+
+    cores = available_cores()
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
+        torch.set_num_threads(cores)

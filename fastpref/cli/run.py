@@ -4,23 +4,19 @@ import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from fastpref.cli.launch import launch_on_every_gpu
+from fastpref.cli.launch import keep_to_cores, launch_on_every_gpu, warn_of_others
 from fastpref.cli.tasks import check_task, run_task
 from fastpref.config import Config
 from fastpref.errors import say_error
-from fastpref.host import available_cores
 from fastpref.signals import signals_change_nothing
 
 if TYPE_CHECKING:
     from fastpref.distributed import World
 
 logger = logging.getLogger("fastpref")
-
-STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""Variables in which programs that start several processes tell their number, by the variable."""
 
 
 def main(config: Config, given: Collection[str] = ()) -> int:
@@ -64,8 +60,7 @@ def main(config: Config, given: Collection[str] = ()) -> int:
 
             audit(config)
             return 0
-        if not launched():
-            warn_of_others(os.environ)
+        warn_of_others(os.environ)
         num_gpus = torch.cuda.device_count()
         on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
         check_task(config, num_gpus if on_every_gpu else world_size())
@@ -114,27 +109,6 @@ def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> N
                 raise cause from error
     finally:
         dist.destroy_process_group()
-
-
-def warn_of_others(environment: Mapping[str, str]) -> None:
-    """Say that each of several processes trains by itself, where nobody told them their ranks."""
-    for name, starter in STARTERS.items():
-        if environment.get(name, "1") not in ("0", "1"):
-            logger.warning(
-                "%s started %s of this command, and each runs by itself; for one run on all of "
-                "them let it start torchrun, once a machine",
-                starter,
-                environment[name],
-            )
-
-
-def keep_to_cores() -> None:
-    """Let torch start no more threads than there are cores for: each would wait for the others."""
-    import torch
-
-    cores = available_cores()
-    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
-        torch.set_num_threads(cores)
 
 
 def _device() -> tuple[str, bool]:

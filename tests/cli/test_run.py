@@ -13,8 +13,7 @@ import pytest
 from stopped_runs import run as run_here
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
-from fastpref.cli.launch import launch_on_every_gpu
-from fastpref.cli.run import warn_of_others
+from fastpref.cli.launch import launch_on_every_gpu, warn_of_others
 from fastpref.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
