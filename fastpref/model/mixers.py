@@ -94,14 +94,15 @@ class Sequences:
                 SequenceGroup(
                     (len(rows), L),
                     *(
-                        torch.from_numpy(x).to(device)
+                        torch.from_numpy(x).to(device, non_blocking=True)
                         for x in (sources, np.flatnonzero(is_token), np.flatnonzero(is_own))
                     ),
                 )
             )
             own = np.arange(L) - (lengths - tokens)[rows, None] + segments_S4[rows, :1]
             places.append(own[is_own])
-        return groups, torch.from_numpy(np.argsort(np.concatenate(places))).to(device)
+        of_tokens = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return groups, of_tokens.to(device, non_blocking=True)
 
     def take_apart(self, row: Tensor) -> list[Tensor]:
         """(1, T, …) -> (S, L, …) of each group; padding is zero.

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from packed_pairs import PAIRS, assert_same, random_pairs
 from torch import Tensor
 
@@ -92,11 +92,14 @@ def test_the_layers_are_found_and_measured_when_a_model_is_loaded(family):
 
 @settings(max_examples=15, deadline=None)
 @given(random_pairs())
+@example([EncodedRow([64, 13], [3], [3])])
 def test_any_pairs_are_computed_as_they_would_be_padded(rows):
     model = isolated("qwen3_next")
     packed = scores_and_gradients(model, pack_rows(rows, pad_token_id=0))
-    # of a single key the gradient is rounding alone
-    assert_same(packed, scores_and_gradients(model, pad_rows(rows, pad_token_id=0)), floor=0.1)
+    padded = scores_and_gradients(model, pad_rows(rows, pad_token_id=0))
+    # of a single key the gradient is rounding alone; of the example, plain transformers in float32
+    # gives the embedding's within 1.1e-5 of float64
+    assert_same(packed, padded, floor=0.1, of_gradients=3e-5)
 
 
 @pytest.mark.parametrize("family", ["mamba", "lfm2", "qwen3_next"])

@@ -31,6 +31,7 @@ from fastpref.config import (
 )
 from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
+from fastpref.train import loop
 from fastpref.train.build import build_run
 from fastpref.train.resume.start import find_start
 from fastpref.train.run_folder import run_place
@@ -222,6 +223,26 @@ def test_rows_of_one_length_are_compiled_once(base, tmp_path, monkeypatch):
         lengths.add(length)
     dist.destroy_process_group()
     assert len(lengths) < parts.train.order.num_steps, "no two rows are equally long"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_no_step_the_host_waits_for_the_device(base, tmp_path, monkeypatch, dtype):
+    train_step = loop.train_step
+
+    def watched(run, batches, step):
+        # the first one compiles kernels
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            return train_step(run, batches, step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    config = make_config(base, tmp_path / "run", loss=TDPOConfig(), n_eval_examples=0)
+    config.model.fsdp_policy_mp = dtype
+    run(config)
 
 
 def run_each(configs: list[Config]) -> None:

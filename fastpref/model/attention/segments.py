@@ -46,8 +46,10 @@ class SegmentGroup(NamedTuple):
         return {"is_causal": self.mask is None, "attn_mask": self.mask}
 
     def to(self, device: torch.device) -> "SegmentGroup":
-        """The same group on a device."""
-        moved: list[Any] = [x.to(device) if isinstance(x, Tensor) else x for x in self]
+        """The same group on a device, without a wait for what that computes."""
+        moved: list[Any] = [
+            x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self
+        ]
         return SegmentGroup(*moved)
 
 
