@@ -258,3 +258,13 @@ def test_sampling_ends_with_the_token_at_which_a_signal_or_the_deadline_comes():
         assert criterion(ids, None).tolist() == [True] * 3
     with StopRequest(Deadline(0)) as stop:
         assert StopOnSignal(stop)(ids, None).tolist() == [True] * 3
+
+
+def test_a_second_signal_ends_the_first_process_of_a_container_too():
+    # for which the system drops signals that have no handler
+    script = (
+        "import signal; from fastpref.signals import die; "
+        "signal.raise_signal = lambda _: None; die(signal.SIGTERM)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
+    assert ended.returncode == 128 + signal.SIGTERM

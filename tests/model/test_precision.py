@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+from fastpref_kernels.gemm import cpu_multiplies_bfloat16
 from stopped_runs import run
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 
@@ -46,6 +47,12 @@ def test_units_are_what_the_cpu_says(monkeypatch):
     assert HAS_UNITS("float32") and HAS_UNITS("float16")
     says.clear()
     assert HAS_UNITS("float32") and not HAS_UNITS("float16")
+    # asked once a process
+    has_bfloat16 = cpu_multiplies_bfloat16.__wrapped__
+    assert not has_bfloat16()
+    for name in ("amx_bf16", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
+        assert has_bfloat16()
 
 
 def test_a_run_computes_so_and_goes_on_where_there_are_units(tmp_path, monkeypatch):
@@ -53,14 +60,8 @@ def test_a_run_computes_so_and_goes_on_where_there_are_units(tmp_path, monkeypat
     save_tiny_model(tmp_path / "model")
     command = [
         *("model=blank_model", f"model.name_or_path={tmp_path / 'model'}", "datasets=[words]"),
-        *(
-            f"base_data_dir={tmp_path}",
-            "max_length=64",
-            "max_prompt_length=32",
-            "batch_size=8",
-            "n_eval_examples=0",
-        ),
-        *("warmup_steps=0", "minimum_log_interval_secs=0", "resume=auto"),
+        *(f"base_data_dir={tmp_path}", "max_length=64", "max_prompt_length=32", "batch_size=8"),
+        *("n_eval_examples=0", "warmup_steps=0", "minimum_log_interval_secs=0", "resume=auto"),
     ]
     monkeypatch.setattr(UNITS, lambda dtype: dtype == "float32")
     exact = [*command, "model.fsdp_policy_mp=null", "n_epochs=1", f"run_dir={tmp_path / 'exact'}"]
