@@ -68,8 +68,10 @@ def test_stopped_again_and_again_a_run_ends_bitwise_the_same(base, tmp_path, nam
 
 
 def test_stopped_again_and_again_two_ranks_end_bitwise_the_same(base, tmp_path):
-    run_on_ranks(train_whole_and_in_starts, 2, base, tmp_path, {"tdpo2": 6})
-    assert_same_end(tmp_path / "tdpo2" / "cut", tmp_path / "tdpo2" / "whole")
+    jobs = {"tdpo2": 6, "sft": 6}
+    run_on_ranks(train_whole_and_in_starts, 2, base, tmp_path, jobs)
+    for name in jobs:
+        assert_same_end(tmp_path / name / "cut", tmp_path / name / "whole")
 
 
 def train_some_steps(command: list[str], num_steps: int) -> None:
