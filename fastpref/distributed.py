@@ -281,12 +281,7 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     rank, size, local_rank = read_ranks() if launched() else (0, 1, 0)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise RankError(
-                f"LOCAL_RANK is {local_rank}, but {torch.cuda.device_count()} GPUs are visible; "
-                "start at most one process a GPU"
-            )
-        device = torch.device("cuda", local_rank)
+        device = torch.device("cuda", index_of_gpu(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     meeting = max(timeout, SHORTEST_MEETING)
     store = join_store(rank, size, meeting) if launched() else stores.HashStore()
@@ -295,6 +290,22 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=(DATA,))
     shared = stores.PrefixStore("fastpref", store)
     return World(rank=rank, size=size, device=device, mesh=mesh, store=shared, timeout=timeout)
+
+
+def index_of_gpu(local_rank: int, num_gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own: a scheduler may show each process one.
+
+    Raises:
+        RankError: there are not enough of them.
+    """
+    if num_gpus == 1 and not dist.is_torchelastic_launched():
+        return 0
+    if local_rank >= num_gpus:
+        raise RankError(
+            f"LOCAL_RANK is {local_rank}, but {num_gpus} GPUs are visible; start at most one "
+            "process a GPU"
+        )
+    return local_rank
 
 
 def main_first(world: World, prepare: Callable[[], Result]) -> Result:

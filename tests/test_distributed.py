@@ -31,7 +31,7 @@ from fastpref.cli.command_line import main
 from fastpref.cli.run import run_on_this_rank
 from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
-from fastpref.distributed import World, init_world, read_ranks
+from fastpref.distributed import World, index_of_gpu, init_world, read_ranks
 from fastpref.errors import DataError, LostRankError, RankError, error_text
 from fastpref.explanations import explain
 from fastpref.heartbeat import Heartbeat
@@ -324,6 +324,17 @@ def test_a_rank_that_cannot_join_says_so_whatever_its_number(base, tmp_path, mon
         monkeypatch.setenv(name, value)
     assert main(arguments(base, "model", tmp_path), train.compose_choices, train.CONFIG_DIR) == 7
     assert "RANK must be in [0, 2), got '7'" in capsys.readouterr().err
+
+
+def test_a_rank_takes_the_one_gpu_that_its_scheduler_shows_it_or_the_one_of_its_number(monkeypatch):
+    assert index_of_gpu(3, 1) == 0
+    assert index_of_gpu(3, 8) == 3
+    with pytest.raises(RankError, match="LOCAL_RANK is 3, but 2 GPUs are visible"):
+        index_of_gpu(3, 2)
+    # all ranks of torchrun see the same
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(RankError, match="LOCAL_RANK is 1, but 1 GPUs are visible"):
+        index_of_gpu(1, 1)
 
 
 def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(monkeypatch):

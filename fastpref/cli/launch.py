@@ -1,4 +1,4 @@
-"""One command, a process for every GPU; who else starts processes, and the threads of each."""
+"""One command, a process for every GPU of every machine; and the threads of each."""
 
 import contextlib
 import logging
@@ -6,35 +6,40 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
+from fastpref.distributed import TIMEOUT, launched, read_ranks
 from fastpref.errors import ConfigError, DistributedError, first_line
 from fastpref.host import available_cores
+from fastpref.meeting import join_store
 from fastpref.signals import SIGNALS, die, heard
 
 logger = logging.getLogger("fastpref")
 
 SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
-STARTERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
-"""What starts several processes of a command, by the variable in which it tells their number."""
 
 
 def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
-    """Run this same command under torchrun, one process a GPU.
+    """Run this same command under torchrun, one process a GPU; where a scheduler started it once on
+    each of several machines, all of them are one run.
 
     Args:
-        port: Where they meet; None: a free one.
+        num_gpus: Of this machine.
+        port: Where they meet on one machine; None: a free one.
 
     Returns:
-        The exit code of the first rank that failed, or 0.
+        The exit code of the first rank of this machine that failed, or 0.
 
     Raises:
         ConfigError: the port is taken.
+        RankError: not every machine came.
         DistributedError: the processes do not find each other.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -42,14 +47,9 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    if port is not None:
-        check_port(port)
     launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        **_meeting(port),
         nproc_per_node=num_gpus,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"localhost:{port or 0}",
         run_id="fastpref",
         max_restarts=0,
     )
@@ -59,7 +59,7 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     # torchrun forgets the ranks' exit codes at a signal that it handles, and it has to have one
     launch.signals_to_handle = signal.SIGQUIT.name
     try:
-        with passing_on(SIGNALS):
+        with passing_on(SIGNALS), _all_machines():
             elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
@@ -70,6 +70,29 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     except RendezvousError as error:
         raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
     return 0
+
+
+def _meeting(port: int | None) -> dict[str, Any]:
+    """Where the processes meet, for torchrun: on this machine, or where a scheduler's do."""
+    if launched():
+        machine, machines, _ = read_ranks()
+        endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        rendezvous = {"rdzv_backend": "static", "rdzv_configs": {"rank": machine}}
+    else:
+        machines = 1
+        endpoint = f"localhost:{port or 0}"
+        rendezvous = {"rdzv_backend": "c10d"}
+        if port is not None:
+            check_port(port)
+    return {"min_nodes": machines, "max_nodes": machines, "rdzv_endpoint": endpoint} | rendezvous
+
+
+@contextmanager
+def _all_machines() -> Iterator[None]:
+    """Wait for the other machines first: in torchrun's wait no signal is heard."""
+    store = join_store(*read_ranks()[:2], TIMEOUT) if launched() else None
+    yield
+    del store
 
 
 @contextmanager
@@ -119,26 +142,8 @@ def check_port(port: int) -> None:
             ) from None
 
 
-def warn_of_others(environment: Mapping[str, str]) -> None:
-    """Say that each of several processes runs by itself, where nobody told them their ranks."""
-    from fastpref.distributed import launched
-
-    if launched():
-        return
-    for name, starter in STARTERS.items():
-        if environment.get(name, "1") not in ("0", "1"):
-            logger.warning(
-                "%s started %s of this command, and each runs by itself; for one run on all of "
-                "them let it start torchrun, once a machine",
-                starter,
-                environment[name],
-            )
-
-
 def keep_to_cores() -> None:
     """Let torch start no more threads than there are cores for: each would wait for the others."""
-    import torch
-
     cores = available_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)

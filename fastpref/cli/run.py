@@ -1,20 +1,20 @@
 """From a checked config to an exit code: logging, launch, task, and one message per user error."""
 
-import datetime
 import logging
 import os
 import sys
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
-from fastpref.cli.launch import keep_to_cores, launch_on_every_gpu, warn_of_others
+import torch
+
+from fastpref.cli.launch import keep_to_cores, launch_on_every_gpu
+from fastpref.cli.ranks import run_on_this_rank
+from fastpref.cli.scheduler import take_ranks, warn_of_others
 from fastpref.cli.tasks import check_task, run_task
 from fastpref.config import Config
+from fastpref.distributed import World, launched, world_size
 from fastpref.errors import say_error
-from fastpref.signals import signals_change_nothing
-
-if TYPE_CHECKING:
-    from fastpref.distributed import World
+from fastpref.explanations import explain
 
 logger = logging.getLogger("fastpref")
 
@@ -30,17 +30,16 @@ def main(config: Config, given: Collection[str] = ()) -> int:
         0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises, and
         so does a signal where nothing remembers it.
     """
-    is_main = os.environ.get("RANK", "0") == "0"
-    configure_logging(is_main=is_main)
-    import torch
-
-    from fastpref.distributed import launched, world_size
-    from fastpref.explanations import explain
-    from fastpref.memory.here import bound_workspace, device_memory
-    from fastpref.train.logs.advice import Advice
-
-    keep_to_cores()
+    one_run = config.trainer == "FSDPTrainer"
     try:
+        one_a_machine = one_run and take_ranks(os.environ, config.fsdp_port)
+        is_main = os.environ.get("RANK", "0") == "0"
+        configure_logging(is_main=is_main)
+        # they import transformers, which reads what that has set
+        from fastpref.memory.here import bound_workspace, device_memory
+        from fastpref.train.logs.advice import Advice
+
+        keep_to_cores()
         # of several ranks one is enough
         if config.task in ("plan", "audit") and not is_main:
             return 0
@@ -62,12 +61,12 @@ def main(config: Config, given: Collection[str] = ()) -> int:
             return 0
         warn_of_others(os.environ)
         num_gpus = torch.cuda.device_count()
-        on_every_gpu = config.trainer == "FSDPTrainer" and not launched() and num_gpus > 1
-        check_task(config, num_gpus if on_every_gpu else world_size())
+        on_every_gpu = one_run and num_gpus > 1 and (one_a_machine or not launched())
+        check_task(config, world_size() * (num_gpus if on_every_gpu else 1))
         if on_every_gpu:
             return launch_on_every_gpu(num_gpus, config.fsdp_port)
 
-        def task(world: "World") -> None:
+        def task(world: World) -> None:
             bound_workspace(config.head, device_memory(world.device))
             run_task(config, world)
 
@@ -81,40 +80,8 @@ def main(config: Config, given: Collection[str] = ()) -> int:
         return known.exit_code
 
 
-def run_on_this_rank(task: Callable[["World"], None], timeout_seconds: int) -> None:
-    """Join the other ranks, and leave them together.
-
-    Raises:
-        DistributedError: another rank ended, died or hangs; which one, and why if it said so.
-    """
-    import torch.distributed as dist
-
-    from fastpref.distributed import init_world
-    from fastpref.heartbeat import Heartbeat
-
-    world = init_world(datetime.timedelta(seconds=timeout_seconds))
-    try:
-        with Heartbeat(world) as heartbeat:
-            try:
-                task(world)
-                # rank 0 may wait for a tracker's service: no collective is open meanwhile
-                world.compare_on_main(None, lambda _: None)
-                # no rank leaves, and takes the others' store along, before all are done
-                world.agree_max(0)
-            except Exception as error:
-                with signals_change_nothing():
-                    cause = heartbeat.close(error)
-                if cause is error:
-                    raise
-                raise cause from error
-    finally:
-        dist.destroy_process_group()
-
-
 def _device() -> tuple[str, bool]:
     """The type of the device that is there, and whether it computes in bfloat16."""
-    import torch
-
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     asked_for = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if device_type == "cpu" and asked_for not in ("", "-1"):

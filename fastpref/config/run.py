@@ -127,9 +127,11 @@ class Config:
     exactly."""
 
     trainer: str = "BasicTrainer"
-    """BasicTrainer (one process) or FSDPTrainer (every visible GPU, or torchrun's world)."""
+    """BasicTrainer (one process) or FSDPTrainer (every visible GPU; or all processes that torchrun,
+    srun or mpirun started)."""
     fsdp_port: int | None = None
-    """Port on which the processes meet; null: a free one."""
+    """Port on which the processes meet; null: a free one, under srun one that the job's number
+    gives, under mpirun MASTER_PORT."""
 
     eval_every: int = 20_000
     """Examples between evaluations, rounded down to whole batches, at least one."""

@@ -13,7 +13,7 @@ import pytest
 from stopped_runs import run as run_here
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 
-from fastpref.cli.launch import launch_on_every_gpu, warn_of_others
+from fastpref.cli.launch import launch_on_every_gpu
 from fastpref.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,11 +234,3 @@ def test_the_launcher_brings_back_one_run_and_the_exit_code_of_the_ranks(
     assert run_dir.name.startswith("dpo_model_words_")
     assert capfd.readouterr().out.count("optimizer steps") == 1
     assert len(read_metrics(run_dir, "train")) == 3
-
-
-def test_processes_that_srun_starts_without_torchrun_are_told_that_each_runs_by_itself(caplog):
-    warn_of_others({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"})
-    assert not caplog.messages
-    warn_of_others({"SLURM_STEP_NUM_TASKS": "4"})
-    [message] = caplog.messages
-    assert message.startswith("srun started 4 of this command") and "torchrun" in message

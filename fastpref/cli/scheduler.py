@@ -1,0 +1,137 @@
+"""Ranks of processes that a scheduler started: one run on all of them, without torchrun."""
+
+import logging
+import re
+from collections.abc import Mapping, MutableMapping
+from typing import NamedTuple
+
+from fastpref.errors import ConfigError
+
+logger = logging.getLogger("fastpref")
+
+
+class Starter(NamedTuple):
+    """What starts several processes of a command, and the variables in which it tells each of them
+    how many there are and which it is, over all machines and on its own."""
+
+    name: str
+    size: str
+    rank: str
+    local_size: str
+    local_rank: str
+
+    def started(self, environment: Mapping[str, str]) -> bool:
+        """Whether it started this process and others, and torchrun none of them since."""
+        alone = environment.get(self.size, "1") in ("0", "1")
+        return not (alone or "RANK" in environment or "WORLD_SIZE" in environment)
+
+
+SRUN = Starter(
+    name="srun",
+    size="SLURM_STEP_NUM_TASKS",
+    rank="SLURM_PROCID",
+    local_size="SLURM_STEP_TASKS_PER_NODE",
+    local_rank="SLURM_LOCALID",
+)
+STARTERS = (
+    SRUN,
+    Starter(
+        name="mpirun",
+        size="OMPI_COMM_WORLD_SIZE",
+        rank="OMPI_COMM_WORLD_RANK",
+        local_size="OMPI_COMM_WORLD_LOCAL_SIZE",
+        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+    ),
+    # MPICH and Intel MPI
+    Starter(
+        name="mpiexec",
+        size="PMI_SIZE",
+        rank="PMI_RANK",
+        local_size="MPI_LOCALNRANKS",
+        local_rank="MPI_LOCALRANKID",
+    ),
+)
+FIRST_PORT, NUM_PORTS = 10_000, 20_000
+"""Of those that ranks of Slurm meet at: below the ones that systems give to connections."""
+
+
+def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
+    """Tell a process that a scheduler started its rank, in torchrun's variables.
+
+    Args:
+        environment: Of the process. Where a scheduler started several and torchrun none, RANK,
+            WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set; the last
+            two stay if they are there already.
+        port: Where the ranks meet; None: MASTER_PORT, or one that the Slurm job's number gives.
+
+    Returns:
+        Whether the scheduler started one process on each of several machines: all that is there is
+        for it.
+
+    Raises:
+        ConfigError: the scheduler does not say what is needed.
+    """
+    starter = _find(environment)
+    if starter is None:
+        return False
+    for name, of_starter in (
+        ("LOCAL_RANK", starter.local_rank),
+        ("RANK", starter.rank),
+        ("WORLD_SIZE", starter.size),
+        ("LOCAL_WORLD_SIZE", starter.local_size),
+    ):
+        if of_starter not in environment:
+            raise ConfigError(f"{starter.name} started this process without setting {of_starter}")
+        environment[name] = environment[of_starter]
+    if starter is SRUN:
+        node = environment.get("SLURM_NODEID", "0")
+        environment["LOCAL_WORLD_SIZE"] = _tasks_of_node(environment["LOCAL_WORLD_SIZE"], node)
+        environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+        environment.setdefault("MASTER_PORT", str(_port_of_step(environment)))
+    if port is not None:
+        environment["MASTER_PORT"] = str(port)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} must be set for the ranks that {starter.name} started to "
+            "meet, the same on all machines: the first one's name, and a port that is free there"
+        )
+    return environment["LOCAL_WORLD_SIZE"] == "1"
+
+
+def warn_of_others(environment: Mapping[str, str]) -> None:
+    """Say that each of several processes runs by itself."""
+    starter = _find(environment)
+    if starter is not None:
+        logger.warning(
+            "%s started %s of this command, and each runs by itself; trainer=FSDPTrainer makes one "
+            "run of them",
+            starter.name,
+            environment[starter.size],
+        )
+
+
+def first_host(hosts: str) -> str:
+    """Of a list as Slurm writes it: node07 of `node[07-09,12],login1`."""
+    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
+    assert found is not None
+    return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", found.group())
+
+
+def _find(environment: Mapping[str, str]) -> Starter | None:
+    return next((starter for starter in STARTERS if starter.started(environment)), None)
+
+
+def _tasks_of_node(tasks_per_node: str, node: str) -> str:
+    """Of `2(x3),1`, two tasks on each of three nodes and one on a fourth, those of one."""
+    counts: list[str] = []
+    for group in tasks_per_node.split(","):
+        count, _, nodes = group.rstrip(")").partition("(x")
+        counts += [count] * int(nodes or 1)
+    return counts[int(node)]
+
+
+def _port_of_step(environment: Mapping[str, str]) -> int:
+    """The same for all tasks of a step; steps and jobs that share a machine have others."""
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
+    return FIRST_PORT + (10 * job + step) % NUM_PORTS
