@@ -7,14 +7,14 @@ PEAK_TFLOPS = 790.0
 
 MILLISECONDS = {
     # job, contender: shape -> goal
-    ("forward", "fastpref"): {"S1": 28, "S2": 18.5, "S3": 34, "S4": 7, "S5": 30},
-    ("train", "fastpref large"): {"S1": 78, "S2": 49, "S3": 92, "S4": 20, "S5": 80},
-    ("train", "fastpref"): {"S1": 105, "S2": 67, "S3": 126, "S4": 27, "S5": 110},
-    ("frozen", "fastpref"): {"S1": 53, "S2": 34, "S3": 63, "S4": 13.5, "S5": 56},
-    ("tdpo1", "fastpref large"): {"S1": 78, "S2": 49, "S4": 20, "S5": 80},
-    ("tdpo1 frozen", "fastpref"): {"S1": 54, "S2": 35, "S4": 14.5, "S5": 57},
-    ("tdpo2", "fastpref large"): {"S1": 112, "S2": 66, "S3": 124, "S4": 28, "S5": 108},
-    ("tdpo2 frozen", "fastpref large"): {"S1": 84, "S2": 52, "S3": 98, "S4": 21, "S5": 86},
+    ("forward", "fastpref"): {"S1": 23, "S2": 18.5, "S3": 34, "S4": 7, "S5": 30},
+    ("train", "fastpref large"): {"S1": 71, "S2": 49, "S3": 92, "S4": 20, "S5": 80},
+    ("train", "fastpref"): {"S1": 95, "S2": 67, "S3": 126, "S4": 27, "S5": 110},
+    ("frozen", "fastpref"): {"S1": 48, "S2": 34, "S3": 63, "S4": 13.5, "S5": 56},
+    ("tdpo1", "fastpref large"): {"S1": 72, "S2": 49, "S4": 20, "S5": 80},
+    ("tdpo1 frozen", "fastpref"): {"S1": 49, "S2": 35, "S4": 14.5, "S5": 57},
+    ("tdpo2", "fastpref large"): {"S1": 98, "S2": 66, "S3": 124, "S4": 28, "S5": 108},
+    ("tdpo2 frozen", "fastpref large"): {"S1": 76, "S2": 52, "S3": 98, "S4": 21, "S5": 86},
 }
 PASSES = {
     ("forward", "fastpref"): 1,
@@ -30,7 +30,7 @@ TIME_RATIOS = [
     # ours, peer, job, largest ratio of the times
     ("fastpref large", "TRL", "train", 0.78),
     ("fastpref", "TRL", "train", 1.05),
-    ("fastpref", "TRL", "frozen", 0.70),
+    ("fastpref", "TRL", "frozen", 0.62),
     ("fastpref large", "QuACK", "train", 1.15),
     ("fastpref large", "Liger CE", "train", 0.15),
     ("fastpref large", "Liger DPO", "train", 0.70),
@@ -50,6 +50,9 @@ MEMORY_RATIOS = [
     ("fastpref", "TRL", "tdpo2", 0.15),
     ("fastpref", "TRL", "tdpo1", 0.15),
 ]
+ERRORS = {"logp_error": 3e-5, "logp_mean_error": 6e-6, "value_error": 5e-5}
+"""Goals: largest and mean error of a log-probability, mean error of a token's value, nats. torch's
+product in float32 has 2.3e-5 and 5e-6 at D = 4,096 on an H200. What follows fails a run."""
 LOGP_ERROR = 5e-5
 """Largest absolute error of a log-probability, nats."""
 KL_ERROR = 1e-5
@@ -77,6 +80,11 @@ def missed(results: list[dict]) -> list[str]:
                 f"{shape} {job} {contender}: {row['milliseconds']:.1f} ms, goal {goal} "
                 f"({PASSES[job, contender]} passes at {PEAK_TFLOPS:.0f} TFLOP/s are {floor:.1f})"
             )
+        lines += [
+            f"{shape} N={rows} {job} {contender}, {name}: {row[name]:.1e}, goal {bound:.0e}"
+            for name, bound in ERRORS.items()
+            if contender.startswith("fastpref") and row.get(name, 0.0) > bound
+        ]
     for table, field in [(TIME_RATIOS, "milliseconds"), (MEMORY_RATIOS, "extra_mib")]:
         for ours, peer, job, bound in table:
             for (shape, rows, cell_job, contender), row in by_cell.items():

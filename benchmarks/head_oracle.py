@@ -35,11 +35,13 @@ class Oracle:
         return run_job(contender, self.job, self.case)
 
     def errors(self, contender: Contender) -> dict:
-        """Largest error of log p and relative errors of the gradients, of what is per token."""
+        """Largest and mean error of log p and relative errors of the gradients, of what is per
+        token."""
         value, gradients = self.run(contender)
         if not contender.per_token:
             return {}
-        found = {"logp_error": (value[self.rows].double() - self.logps).abs().max().item()}
+        errors = (value[self.rows].double() - self.logps).abs()
+        found = {"logp_error": errors.max().item(), "logp_mean_error": errors.mean().item()}
         if gradients:
             found["input_grad_error"] = _relative(gradients[0][self.rows], self.input_grad)
         if len(gradients) > 1:
