@@ -134,14 +134,17 @@ class Truth:
         self.targets = Targets.of(case.target, -100)
         N, device = len(case.target), case.input.device
         self.rows = torch.linspace(0, N - 1, min(N, ORACLE_ROWS), device=device).long()
-        log_p_RV, log_q_RV = (self._log_softmax(head) for head in (self.policy, self.reference))
+        logits_RV = self._logits(self.policy)
+        log_p_RV, log_q_RV = logits_RV.log_softmax(1), self._logits(self.reference).log_softmax(1)
         target_R1 = case.target[self.rows, None]
         self.logps = log_p_RV.gather(1, target_R1)[:, 0]
+        means_R = (log_p_RV.exp() * logits_RV).sum(1)
+        self.by_scale = logits_RV.gather(1, target_R1)[:, 0] - means_R
+        """Derivative of log p by a factor of all logits."""
         self.kl = (log_q_RV.exp() * (log_q_RV - log_p_RV)).sum(1)
 
-    def _log_softmax(self, head: Head) -> Tensor:
-        logits_RV = head.input[self.rows].double() @ head.weight.double().t()
-        return logits_RV.log_softmax(1)
+    def _logits(self, head: Head) -> Tensor:
+        return head.input[self.rows].double() @ head.weight.double().t()
 
     def run(self, job: str, policy: Head | None = None) -> TokenStats | JointStats:
         """What the job's forward finds out; its backward runs too where that has a kernel."""
@@ -159,11 +162,23 @@ class Truth:
             )
         return stats
 
+    def _shrinkage(self, errors_R: Tensor) -> dict[str, float]:
+        """By which share logits are too small, as sums are that drop their low bits, and what log p
+        would be off by if they were made larger by it."""
+        shrunk = -(errors_R @ self.by_scale) / (self.by_scale @ self.by_scale)
+        left_R = (errors_R + shrunk * self.by_scale).abs()
+        return {
+            "shrunk": shrunk.item(),
+            "worst_rescaled": left_R.max().item(),
+            "mean_rescaled": left_R.mean().item(),
+        }
+
     def check(self, job: str) -> tuple[dict[str, float], Tensor]:
         """Errors of log p and KL, and log p of all rows; equal models must differ by nothing."""
         stats = self.run(job)
-        errors_R = (stats.logps[self.rows] - self.logps).abs()
-        found = {"worst": errors_R.max().item(), "mean": errors_R.mean().item()}
+        errors_R = stats.logps[self.rows] - self.logps
+        found = {"worst": errors_R.abs().max().item(), "mean": errors_R.abs().mean().item()}
+        found |= self._shrinkage(errors_R)
         if isinstance(stats, JointStats):
             found["kl_mean"] = (stats.kl[self.rows] - self.kl).abs().mean().item()
             same = self.run(job, self.reference)
@@ -240,7 +255,7 @@ def table(rows: list[dict]) -> str:
             figures = (
                 f"{row['milliseconds']:8.2f} ms {row['tflops']:6.0f} TFLOP/s "
                 f"{row['of_library']:5.0%}  log p worst {row['worst']:.1e} mean {row['mean']:.1e}"
-                f"{kl}{bits}"
+                f" shrunk {row['shrunk']:.1e}, rescaled {row['worst_rescaled']:.1e}{kl}{bits}"
             )
         lines.append(f"{row['job']:<10} {row['name']:<30} {figures}")
     return "\n".join(lines)
