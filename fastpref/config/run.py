@@ -85,9 +85,10 @@ class Config:
     """Data to mix: planted (embedded), hh, shp, se (hub), folders of base_data_dir, or data sets of
     the hub, org/name."""
     base_data_dir: str | None = None
-    """Holds folders {name}/ with the splits train and test: {split}.jsonl, .parquet, .json, .arrow,
-    .csv or .tsv, those of text also .gz or .zst, or shards of them in it or in its folder data/, as
-    on the hub, or as save_to_disk writes them. Without a test split see data.test_fraction."""
+    """Holds folders {name}/ with the splits train and test: {split}.jsonl, .ndjson, .parquet,
+    .json, .arrow, .csv or .tsv, those of text also .gz, .bz2, .xz or .zst, or shards of them in it
+    or in its folder data/, as on the hub, or as save_to_disk writes them. Without a test split see
+    data.test_fraction."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512

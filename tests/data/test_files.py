@@ -1,7 +1,9 @@
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 from functools import partial
 from pathlib import Path
@@ -52,7 +54,7 @@ def write(tmp_path, name, rows=ROWS):
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         return path
-    form = path.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    form = path.name.split(".")[1]
     if form in SEPARATORS:
         with io.StringIO() as file:
             table = csv.DictWriter(file, rows[0], delimiter=SEPARATORS[form])
@@ -63,7 +65,8 @@ def write(tmp_path, name, rows=ROWS):
         text = json.dumps(rows, indent=1)
     else:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-    compress = {".gz": gzip.compress, ".zst": partial(pyarrow.compress, codec="zstd", asbytes=True)}
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    compress[".zst"] = partial(pyarrow.compress, codec="zstd", asbytes=True)
     path.write_bytes(compress.get(path.suffix, bytes)(text.encode()))
     return path
 
@@ -73,6 +76,7 @@ def write(tmp_path, name, rows=ROWS):
     [
         *("train.jsonl", "train.jsonl.gz", "train.parquet", "train.json", "train.json.gz"),
         *("train.jsonl.zst", "train.json.zst", "train.csv", "train.csv.gz", "train.tsv.zst"),
+        *("train.ndjson", "train.ndjson.bz2", "train.json.bz2", "train.jsonl.xz", "train.csv.xz"),
         *("data/train.parquet", "train/0000.parquet", "data/train/part.jsonl"),
         *("data/train-00000-of-00001.parquet", "data/train-00000-of-00001-a1b2c3.parquet"),
     ],
@@ -178,8 +182,10 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path):
 def test_what_a_data_file_may_end_with_is_said_where_there_is_none(tmp_path):
     (tmp_path / "data" / "set").mkdir(parents=True)
     (tmp_path / "data" / "set" / "train.xlsx").write_text("prompt,chosen,rejected\n")
-    forms = ".parquet, .json, .arrow, .csv, .tsv, those of text also .gz or .zst"
-    endings = f"train.jsonl (or {forms}, or shards of one)"
+    endings = (
+        "train.jsonl (or .ndjson, .parquet, .json, .arrow, .csv, .tsv, those of text also .gz, "
+        ".bz2, .xz or .zst, or shards of one)"
+    )
     message = refusal(tmp_path)
     assert f"{endings}; found train.xlsx" in message
     # what cannot be read is no file that may be meant
@@ -272,7 +278,8 @@ def test_a_json_file_that_is_no_array_of_objects_is_named(tmp_path, content, say
 
 
 def test_damaged_files_are_named(tmp_path):
-    for name in ("train.parquet", "train.jsonl.gz", "train.json.gz", "train.arrow"):
+    names = ("train.parquet", "train.jsonl.gz", "train.json.gz", "train.arrow")
+    for name in (*names, "train.jsonl.bz2", "train.json.xz"):
         path = write(tmp_path, name, ROWS * 50)
         whole = path.read_bytes()
         for content in (whole[:-20], whole[: len(whole) // 2], b""):

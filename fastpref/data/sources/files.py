@@ -16,8 +16,8 @@ from fastpref.errors import DataError
 
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
 ANY_SUFFIX = (
-    ".jsonl (or .parquet, .json, .arrow, .csv, .tsv, those of text also .gz or .zst, or shards of "
-    "one)"
+    ".jsonl (or .ndjson, .parquet, .json, .arrow, .csv, .tsv, those of text also .gz, .bz2, .xz or "
+    ".zst, or shards of one)"
 )
 """What a data file may end with, in words."""
 NO_DATA = re.compile(r"(dataset_info|dataset_dict|state)\.json|cache-.*\.arrow")

@@ -1,13 +1,15 @@
 """Data files: one record at a time, with its line; what cannot be read is named exactly."""
 
+import bz2
 import gzip
 import json
+import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader, RawIOBase
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow
 import pyarrow.parquet
@@ -17,9 +19,12 @@ from fastpref.data.layouts.row_values import RowError, kind
 from fastpref.data.sources.delimited import SEPARATORS, read_delimited
 from fastpref.errors import DataError
 
-SUFFIXES = (
-    *(".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".json", ".json.gz", ".json.zst", ".arrow"),
-    *(".csv", ".csv.gz", ".csv.zst", ".tsv", ".tsv.gz", ".tsv.zst"),
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""What the name of a file of text may end with beside."""
+SUFFIXES = tuple(
+    form + end
+    for form in (".jsonl", ".ndjson", ".parquet", ".json", ".arrow", ".csv", ".tsv")
+    for end in ("", *(() if form in (".parquet", ".arrow") else COMPRESSED))
 )
 """Forms of a data file, the first one that exists is read."""
 
@@ -46,6 +51,8 @@ OWN_FIRST_BYTES = {
     ".arrow": (ARROW_MAGIC,),
     ".gz": (b"\x1f\x8b",),
     ".zst": (b"\x28\xb5\x2f\xfd",),
+    ".bz2": (b"BZh",),
+    ".xz": (b"\xfd7zXZ",),
 }
 
 
@@ -66,14 +73,14 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    suffix = path.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+    form = Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.removeprefix(".")
     readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json}
     readers |= dict.fromkeys(SEPARATORS, _read_delimited)
-    reader = readers.get(suffix, _read_json_lines)
+    reader = readers.get(form, _read_json_lines)
     try:
         _check_form(path)
         yield from reader(path)
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
         # a damaged file of either form ends up here
         raise DataError(f"{path}: cannot be read: {error}") from error
 
@@ -148,11 +155,12 @@ def _is_lines(content: bytes) -> bool:
         return any(isinstance(_parse_line(line, 0, 2), dict) for line in others)
 
 
-def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+def _open(path: Path) -> BinaryIO:
     if path.suffix == ".zst":
         # what BufferedReader asks of a raw file, a file of pyarrow has
         return BufferedReader(cast(RawIOBase, pyarrow.input_stream(path, compression="zstd")))
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    opens: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return opens.get(path.suffix, open)(path, "rb")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
