@@ -86,5 +86,10 @@ def test_html_keeps_top_level_paragraphs_and_code_alone():
 def test_a_hub_that_cannot_be_reached_is_a_data_error_that_offers_a_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"stanfordnlp/SHP on .* hub.*Offline.*base_data_dir=DIR"):
-        list(hub_rows("shp", "train", str(tmp_path)))
+    message = r"{} on .* hub.*Offline.*base_data_dir=DIR with {} in DIR/{}/train\.jsonl"
+    for name, path, rows in (
+        ("hh", "Anthropic/hh-rlhf", "rows"),
+        ("shp", "stanfordnlp/SHP", "rows of prompt, chosen and rejected"),
+    ):
+        with pytest.raises(DataError, match=message.format(path, rows, name)):
+            list(hub_rows(name, "train", str(tmp_path)))

@@ -220,6 +220,8 @@ def _unreachable(
             f"datasets: {hub_id} {rule} {listed(configs)}; "
             f"data.config_names={{{hub_id}: NAME}} chooses one"
         )
+    # of the records that these have there, rows are made here alone
+    rows = "rows of prompt, chosen and rejected" if name in ("shp", "se") else "rows"
     reason = str(error).strip().split("\n")[0][:200]
     name, called = name or hub_id, f"{name} is {hub_id}" if name else hub_id
     what = f", whose split {split!r} could not be read" if split else " could not be read"
@@ -228,7 +230,7 @@ def _unreachable(
     )
     return DataError(
         f"datasets: {called} on the Hugging Face hub{what} ({type(error).__name__}: {reason}); a "
-        f"local folder works too: set base_data_dir=DIR with rows in DIR/{name}/"
+        f"local folder works too: set base_data_dir=DIR with {rows} in DIR/{name}/"
         f"{split or 'train'}.jsonl{other}"
     )
 
