@@ -35,6 +35,8 @@ CHAT = {
         (TEXT | {"prompt": ["Q"]}, "prompt is list, chosen is text, .*must be all text or all"),
         (CHAT | {"prompt": "Q"}, "leave prompt out"),
         (TEXT | {"prompt": ""}, "prompt is empty"),
+        (CHAT | {"prompt": []}, "prompt has no messages"),
+        ({side: CHAT[side] for side in ("chosen", "rejected")}, "no prompt: .* are responses; col"),
         (CHAT | {"chosen": ["yes"]}, r"chosen\[0\] must be a message .* got text"),
         (CHAT | {"chosen": [{"role": "assistant"}]}, r"chosen\[0\] has no content"),
         (CHAT | {"rejected": [say("assistant", None)]}, r"rejected\[0\].content is null"),

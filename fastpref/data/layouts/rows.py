@@ -224,11 +224,7 @@ def _parse_text(record: dict[str, Any], single: bool) -> Row:
     try:
         parts = split_dialogues(chosen, rejected)
     except RowError as error:
-        columns = list(record)
-        found = listed(sorted(map(str, columns)))
-        raise RowError(
-            f"{error}; columns found: {found}{_rename_hint('prompt', columns)}"
-        ) from None
+        raise _no_prompt(str(error), list(record)) from None
     if parts is None:
         # its prompt keeps the row's place in the order of the data
         prompt = chosen[: chosen.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN)]
@@ -244,6 +240,8 @@ def _parse_chat(record: dict[str, Any], allow_roles: bool, single: bool) -> Row:
     conversations = whole or divide_conversations(fields)
     tools = read_tools(record.get("tools"))
     if conversations is None:
+        if all(m["role"] in RESPONSE_ROLES for side in SIDES for m in fields[side]):
+            raise _no_prompt("no prompt: chosen and rejected are responses", list(record))
         return _chat_row([], fields["chosen"], fields["rejected"], tools, NO_SHARED_PROMPT)
     prompt, chosen, rejected = conversations
     if not allow_roles:
@@ -253,7 +251,11 @@ def _parse_chat(record: dict[str, Any], allow_roles: bool, single: bool) -> Row:
     # what a response comes to is the template's business; here only what no template can mend
     is_empty = is_silent(chosen) or (is_silent(rejected) and not single)
     drop = EMPTY_RESPONSE if is_empty else ""
-    return _chat_row(add_system(prompt, record.get("system")), chosen, rejected, tools, drop)
+    prompt = add_system(prompt, record.get("system"))
+    if not prompt and not drop:
+        # a template may begin every conversation with a system message of its own
+        raise RowError("prompt has no messages: one must come before the response", "prompt")
+    return _chat_row(prompt, chosen, rejected, tools, drop)
 
 
 def _parse_weights(record: dict[str, Any]) -> tuple[list[float] | None, list[float] | None]:
@@ -309,6 +311,11 @@ def _chat_row(
 
 def _squeezed(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _no_prompt(message: str, columns: list[str]) -> RowError:
+    found = listed(sorted(map(str, columns)))
+    return RowError(f"{message}; columns found: {found}{_rename_hint('prompt', columns)}")
 
 
 def _rename_hint(wanted: str, columns: list[str]) -> str:
