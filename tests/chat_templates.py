@@ -3,7 +3,7 @@
 import datetime
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 # tools in the system turn, tool calls as JSON between tags, the reasoning of the last answer shown
 CHATML_TOOLS = """\
@@ -138,6 +138,35 @@ def metaspace_tokenizer(chat_template=None, eos_token="</s>"):
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     return wrapped(tokenizer, chat_template, eos_token, unk_token="<unk>")
+
+
+class PairsOfCharacters(PreTrainedTokenizer):
+    """A tokenizer in Python, so without offsets: two characters a token, from the left.
+
+    Decoded there is a blank between any two of them.
+    """
+
+    def __init__(self, **options):
+        self.known = ["</s>", "<s>"]
+        super().__init__(bos_token="<s>", eos_token="</s>", **options)
+
+    @property
+    def vocab_size(self):
+        return len(self.known)
+
+    def get_vocab(self):
+        return {token: index for index, token in enumerate(self.known)}
+
+    def _tokenize(self, text):
+        return [text[i : i + 2] for i in range(0, len(text), 2)]
+
+    def _convert_token_to_id(self, token):
+        if token not in self.known:
+            self.known.append(token)
+        return self.known.index(token)
+
+    def _convert_id_to_token(self, index):
+        return self.known[index]
 
 
 class Tomorrow(datetime.datetime):

@@ -89,6 +89,15 @@ def written_tokens(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[boo
     ]
 
 
+def num_equal(one: str, other: str) -> int:
+    """Characters that two texts both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
+
+
 def _turn_start(messages: Messages, text: str, render: Render) -> int | None:
     """Where in `text` the assistant's turn begins that follows some messages."""
     before, prompted = render(messages), render(messages, generation_prompt=True)
@@ -97,7 +106,7 @@ def _turn_start(messages: Messages, text: str, render: Render) -> int | None:
         return None
     # behind the prompt of an answer that is given may stand what the whole conversation leaves out,
     # such as an empty thought
-    return end + _num_equal(prompted[len(before) :], text[end:])
+    return end + num_equal(prompted[len(before) :], text[end:])
 
 
 def _turn_end(messages: Messages, text: str, render: Render) -> int | None:
@@ -114,7 +123,7 @@ def _end_in(beginning: str, text: str) -> int | None:
     Returns:
         The end, None where they differ in another way.
     """
-    agreed = _num_equal(beginning, text)
+    agreed = num_equal(beginning, text)
     for start in range(agreed, len(beginning.rstrip())):
         # a few characters first: the rest is as long as the conversation
         if text.startswith(beginning[start : start + 32], agreed) and text.startswith(
@@ -122,12 +131,3 @@ def _end_in(beginning: str, text: str) -> int | None:
         ):
             return agreed + len(beginning) - start
     return agreed if agreed == len(beginning) else None
-
-
-def _num_equal(one: str, other: str) -> int:
-    """Characters that two texts both begin with."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
-    return low

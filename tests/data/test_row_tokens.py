@@ -1,8 +1,14 @@
 import pytest
-from chat_templates import CHATML_TOOLS, MISTRAL, byte_level_tokenizer, metaspace_tokenizer
+from chat_templates import (
+    CHATML_TOOLS,
+    MISTRAL,
+    PairsOfCharacters,
+    byte_level_tokenizer,
+    metaspace_tokenizer,
+)
 from small_data import TEMPLATE
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fastpref.data.chat import ChatFormat
 from fastpref.data.counts import JOINED_ROWS, Remark
@@ -16,32 +22,6 @@ from fastpref.data.row_tokens import (
     without_final_eos,
 )
 from fastpref.errors import ConfigError
-
-
-class PairsOfCharacters(PreTrainedTokenizer):
-    """A tokenizer in Python, so without offsets: two characters a token, from the left."""
-
-    def __init__(self, **options):
-        self.known = ["</s>", "<s>"]
-        super().__init__(bos_token="<s>", eos_token="</s>", **options)
-
-    @property
-    def vocab_size(self):
-        return len(self.known)
-
-    def get_vocab(self):
-        return {token: index for index, token in enumerate(self.known)}
-
-    def _tokenize(self, text):
-        return [text[i : i + 2] for i in range(0, len(text), 2)]
-
-    def _convert_token_to_id(self, token):
-        if token not in self.known:
-            self.known.append(token)
-        return self.known.index(token)
-
-    def _convert_id_to_token(self, index):
-        return self.known[index]
 
 
 def say(role, content, **fields):

@@ -1,6 +1,7 @@
 """Rows token by token: the fate of each token is that in the encoded data."""
 
 import pytest
+from chat_templates import PairsOfCharacters
 from small_data import TEMPLATE, byte_tokenizer, make_config, pair, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig, TransformConfig
@@ -18,9 +19,10 @@ CHAT = {
 }
 
 
-def report(tmp_path, rows, *, template=None, **options):
+def report(tmp_path, rows, *, template=None, tokenizer=None, **options):
     write_jsonl(tmp_path / "data" / "set", "train", rows)
-    config, tokenizer = data_options(make_config(tmp_path, **options)), byte_tokenizer(template)
+    config = data_options(make_config(tmp_path, **options))
+    tokenizer = tokenizer or byte_tokenizer(template)
     split = load_split(config, "train", tokenizer, vocab_size=300, quiet=True)
     parts = read_rows(config, "train", quiet=True)
     return split, report_split(split, parts, tokenizer, config.encode)
@@ -78,6 +80,28 @@ def test_of_a_conversation_the_template_is_told_from_what_was_said(tmp_path):
     assert texts(chosen) == "assistant, naïve 😀</s>"
     for part in (prompt, chosen, rejected):
         assert [t.id for t in part.tokens] == split.dataset[0][f"{part.name}_ids"]
+
+
+def test_without_offsets_tokens_stand_where_they_do_in_the_text_that_was_tokenized(tmp_path):
+    tokenizer = PairsOfCharacters(chat_template=TEMPLATE)
+    _, shown = report(tmp_path, [CHAT], tokenizer=tokenizer)
+    parts = shown.rows[0].parts
+    assert texts(parts[0]) == "<s>[system]a</s>\n[user]What?</s>\n[assistant]"
+    assert texts(parts[1]) == "assistant, naïve 😀</s>"
+    said = ["".join(t.text for t in part.tokens if not t.is_template) for part in parts]
+    assert said == ["a]What?", "assistant, naïve 😀", " no"]
+
+
+def test_a_word_that_goes_on_is_decoded_with_the_tokens_behind_it():
+    class Words:
+        is_fast = False
+
+        def decode(self, ids):
+            return " ".join(["hel@@", "lo", "wo@@", "rld"][i] for i in ids).replace("@@ ", "")
+
+    assert token_spans("Hello world", [0, 1, 2, 3], Words()).spans == [
+        *((0, 3), (3, 5), (5, 8), (8, 11)),
+    ]
 
 
 def test_what_others_say_in_a_response_is_read_alone(tmp_path):

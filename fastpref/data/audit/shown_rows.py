@@ -195,7 +195,8 @@ def _template_masks(
     tools = json.loads(row["tools"]) if row["tools"] else []
     said = [[text for _, text in string_leaves(tools)] + _said(row["prompt"])]
     said += [_said(row[name]) for name in names]
-    starts = [0, *[len(texts.prompt)] * len(names)]
+    # each part's own place in its text, which may be another than the template's
+    starts = [0, *(part.spans[0][0] for part in parts[1:])]
     masks = []
     for part, leaves, start in zip(parts, said, starts, strict=True):
         is_said = said_characters(part.text, leaves, start)
