@@ -193,6 +193,15 @@ def test_what_a_data_file_may_end_with_is_said_where_there_is_none(tmp_path):
     assert f"expected {endings} in it" in refusal(tmp_path, names=["other"])
 
 
+def test_how_to_read_files_of_another_name_is_said(tmp_path):
+    # a `Dataset` that is no `DatasetDict` is saved without a split
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data" / "set")
+    assert refusal(tmp_path).endswith("called otherwise: data.split_names={train: data}")
+    assert list(read(tmp_path, split_names={"train": "data"}).records()) == ROWS
+    write(tmp_path, "mine.csv")
+    assert refusal(tmp_path).endswith("data.split_names={train: one of data, mine}")
+
+
 def test_folders_that_are_data_sets_by_themselves_are_offered(tmp_path):
     # as Anthropic/hh-rlhf lies on the hub
     for name in ("helpful/train.jsonl", "harmless/data/train-00000-of-00001.parquet"):

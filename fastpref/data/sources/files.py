@@ -275,9 +275,13 @@ def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitEr
     advice = advice or _own_folders(folder, name, there)
     # neither what `datasets` puts beside is meant nor, unless by its name, the other split
     others = ("", "train", "test") if split == there else ("",)
-    near = [path.name for path in contents if split_of(path) not in others]
-    near = [file for file in near if not NO_DATA.fullmatch(file)]
-    advice = advice or hint(f"{there}.jsonl", near)
+    near = [path for path in contents if split_of(path) not in others]
+    near = [path for path in near if not NO_DATA.fullmatch(path.name)]
+    advice = advice or hint(f"{there}.jsonl", [path.name for path in near])
+    if not advice and near and split == there == SPLITS[0]:
+        names = sorted({split_of(path) for path in near})
+        called = names[0] if len(names) == 1 else f"one of {listed(names)}"
+        advice = f"; to read what is called otherwise: data.split_names={{{split}: {called}}}"
     return MissingSplitError(
         f"datasets: no file {folder / there}{ANY_SUFFIX}; found "
         f"{listed(found) or 'an empty folder'}{advice}"
