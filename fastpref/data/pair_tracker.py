@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import re
 from typing import NamedTuple
 
 from fastpref.data.counts import Remark
 from fastpref.data.layouts.rows import MALFORMED, Row, comparable, prompt_said
+from fastpref.data.layouts.turns import WRITTEN_MESSAGES
 
 NO_MESSAGES = "[]"
 """The prompt of a row of messages that has none."""
-WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from)\1\s*:""")
-"""How a list of messages begins in JSON, or as Python or a table of CSV writes it."""
 
 
 def row_remarks(row: Row) -> Remark:

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 
+import numpy
+import pandas
 import pytest
 
 from fastpref.data.layouts.row_values import RowError
@@ -38,6 +40,17 @@ def test_messages_and_weights_of_a_table_are_what_their_json_text_stands_for(tmp
         table.writerow(['[{"x": 1}]', "[2]"])
         content = file.getvalue().encode()
     assert records(tmp_path, content) == [(2, (messages, [1, 0.5])), (3, ('[{"x": 1}]', [2]))]
+
+
+def test_messages_of_a_table_may_be_as_pandas_writes_them(tmp_path):
+    said = [{"role": "user", "content": "it's \n "}, {"role": "assistant", "content": 'a "b"'}]
+    frame = pandas.DataFrame({"prompt": [said], "chosen": [said[1:]]})
+    assert records(tmp_path, frame.to_csv(index=False).encode()) == [(2, (said, said[1:]))]
+    # between what an array holds numpy prints no commas
+    array = numpy.array([*said, None], object)[:2]
+    printed = pandas.DataFrame({"prompt": [array]}).to_csv(index=False).encode()
+    [(number, error)] = records(tmp_path, printed)
+    assert number == 2 and "json.dumps of the list writes it" in error
 
 
 def test_a_row_that_is_none_is_told_with_its_line(tmp_path):

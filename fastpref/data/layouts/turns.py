@@ -5,6 +5,7 @@ A value of a column may be a text, one message, or a list of messages; a message
 """
 
 import json
+import re
 from typing import Any
 
 from fastpref.checks import hint
@@ -21,6 +22,8 @@ SHAREGPT_ROLES = {
 """What `from` says, and the role it is."""
 SPEAKERS = ("role", "from")
 """Keys of a message of which it has one."""
+WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from)\1\s*:""")
+"""How a list of messages begins in JSON, or as Python or a table of CSV writes it."""
 
 
 def user(text: str) -> Messages:

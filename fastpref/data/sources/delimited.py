@@ -1,15 +1,16 @@
 """Tables of text, .csv and .tsv: records of texts, by the names in the first line."""
 
+import ast
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from fastpref.checks import listed
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import WEIGHT_FIELDS
-from fastpref.data.layouts.turns import are_messages
+from fastpref.data.layouts.turns import WRITTEN_MESSAGES, are_messages
 from fastpref.errors import DataError
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
@@ -21,8 +22,9 @@ def read_delimited(
     """Records of a table as RFC 4180 writes it, UTF-8; a value in quotes may have line breaks.
 
     Every value is a text as it stands: 5, NA and nothing at all are texts too. Messages and token
-    weights, for which a table has no lists, are what their JSON text stands for. A column without
-    a name, as the index of pandas has none, is left out.
+    weights, for which a table has no lists, are what their JSON text stands for, messages also as
+    Python prints them, which is what pandas writes. A column without a name, as the index of
+    pandas has none, is left out.
 
     Args:
         lines: Of the file, without byte order mark.
@@ -65,20 +67,38 @@ def _record(header: list[str], row: list[str]) -> dict[str, Any] | RowError:
     for column, value in zip(header, row, strict=True):
         if byte := _stray_byte(value):
             return RowError(f"{column} is no UTF-8: byte {byte}", column)
-    return {
-        column: _value(column, text) for column, text in zip(header, row, strict=True) if column
-    }
+    try:
+        return {
+            column: _value(column, text) for column, text in zip(header, row, strict=True) if column
+        }
+    except RowError as error:
+        return error
 
 
 def _value(column: str, text: str) -> Any:
-    is_weights = column in WEIGHT_FIELDS
-    if not (is_weights or text.startswith("[{")):
+    if column in WEIGHT_FIELDS:
+        return _loaded(json.loads, text)
+    if not text.startswith("[{"):
         return text
+    for load in (json.loads, ast.literal_eval):
+        value = _loaded(load, text)
+        if are_messages(value):
+            return value
+    if WRITTEN_MESSAGES.match(text):
+        raise RowError(
+            f"{column} begins as a list of messages and is none in JSON or Python, got "
+            f"{text!r:.60}; json.dumps of the list writes it",
+            column,
+        )
+    return text
+
+
+def _loaded(load: Callable[[str], Any], text: str) -> Any:
+    """What a text stands for; itself where that is nothing."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        return load(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-    return value if is_weights or are_messages(value) else text
 
 
 def _check_header(header: list[str], separator: str, name: str) -> None:
