@@ -93,7 +93,8 @@ ORDINARY = (
 )
 """What nobody is warned of."""
 PROMPT_COLUMNS = (
-    *("system", "system_prompt", "history", "context", "input", "tools", "chat_template_kwargs"),
+    *("system", "system_prompt", "history", "context", "input", "image", "images", "tools"),
+    "chat_template_kwargs",
 )
 """Columns without which a prompt may be another one than was meant."""
 MAX_IDENTICAL = 0.5

@@ -101,6 +101,16 @@ CASES = {
         bad={"chosen": [{"from": "gpt"}]},
         says=r"chosen: chosen\[0\]\.value is missing",
     ),
+    "openai": Case(
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [YES],
+            "non_preferred_output": [NO],
+        },
+        *CHAT,
+        bad={"input": [USER]},
+        says="input: input must be an object with messages, got list",
+    ),
     "orca": Case(
         {"system": "S", "question": "Q", "chosen": "yes", "rejected": "no"},
         [SYSTEM, USER],

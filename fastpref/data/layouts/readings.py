@@ -18,6 +18,8 @@ from fastpref.data.layouts.turns import (
 )
 
 Record = dict[str, Any]
+OPENAI = ("input", "preferred_output", "non_preferred_output")
+"""Columns that stand for `TEXT_FIELDS` in rows as OpenAI takes them."""
 
 
 def as_it_is(record: Record) -> Record:
@@ -53,6 +55,19 @@ def with_text_prompt(record: Record) -> Record:
                 side,
             )
     return {field: value for field, value in (record | sides).items() if field != "prompt"}
+
+
+def of_openai(record: Record) -> Record:
+    """What OpenAI tunes by preference on: `input` holds the prompt and its tools."""
+    given = record["input"]
+    if not isinstance(given, dict) or "messages" not in given:
+        raise RowError(f"input must be an object with messages, got {kind(given)}", "input")
+    sides = {
+        side: read_response(field, record[field])
+        for side, field in zip(SIDES, OPENAI[1:], strict=True)
+    }
+    prompt = read_turns("input", given["messages"])
+    return record | sides | {"prompt": prompt, "tools": given.get("tools") or None}
 
 
 def with_two_answers(prompt: str, record: Record) -> Record:

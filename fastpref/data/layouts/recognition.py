@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 from fastpref.checks import listed
 from fastpref.data.layouts.readings import (
+    OPENAI,
     Record,
     as_it_is,
     as_messages,
     divided,
+    of_openai,
     with_answer,
     with_completion,
     with_text_prompt,
@@ -102,6 +104,8 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
         return _recognise_pair(record, named)
     if all(field in record for field in NUMBERED):
         return _recognise_numbered(record, named)
+    if all(field in record for field in OPENAI):
+        return PREFERRED_OUTPUTS
     if any(field in record for field in RESPONSES):
         if single:
             return _recognise_single(record, named)
@@ -295,4 +299,10 @@ SHAREGPT_CONVERSATIONS = Layout(
 )
 TEXT_PROMPT = Layout(
     "prompt as text, chosen and rejected as messages", PAIR_FIELDS, with_text_prompt
+)
+PREFERRED_OUTPUTS = Layout(
+    "the messages of input, preferred_output and non_preferred_output",
+    OPENAI,
+    of_openai,
+    names=dict(zip(TEXT_FIELDS, OPENAI, strict=True)),
 )
