@@ -1,6 +1,9 @@
 """A page of its own: one HTML file that asks no network for anything, light and dark."""
 
+import unicodedata
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1917; --muted: #6b6560; --page: #fbfaf8;
@@ -26,7 +29,8 @@ dl { margin: 0; }
 figure { margin: 0; } svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--muted); font: 11px system-ui, sans-serif; }
 svg .high { fill: rgb(var(--high)); } svg .low { fill: rgb(var(--low)); }
-svg .axis { stroke: var(--line); }
+svg .axis { stroke: var(--line); } svg .mark { fill: var(--ink); }
+svg .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
 .pair { margin: 0 0 .75rem; }
 .response { font: .95rem/2 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -35,9 +39,24 @@ svg .axis { stroke: var(--line); }
 .t:hover::after { content: attr(data-w); position: absolute; left: 0; top: 100%; margin-top: .3em;
   padding: .25em .6em; border-radius: .35em; background: var(--ink); color: var(--page);
   font: .8rem/1.4 system-ui, sans-serif; white-space: pre; pointer-events: none; z-index: 2; }
+.t i, td i { font-style: normal; color: var(--muted); opacity: .75; }
+.t .s, td .s { background: radial-gradient(circle, currentColor 1px, transparent 1.4px); }
 details { margin-top: .5rem; } summary { cursor: pointer; }
 """
 """What pages of this project have in common."""
+
+
+class Bar(NamedTuple):
+    """One bar of a chart."""
+
+    kind: str
+    """Its class in the style."""
+    height: float
+    """In [0, 1] of the chart's."""
+    title: str = ""
+    """Told where a pointer rests on it."""
+    above: str = ""
+    """Written over it."""
 
 
 def render_page(title: str, body: str, *, style: str = "") -> str:
@@ -68,3 +87,73 @@ def render_tiles(tiles: list[tuple[str, str]]) -> str:
         for name, value in tiles
     )
     return f"<div class=tiles>{facts}</div>"
+
+
+def render_bars(
+    bars: Sequence[Bar],
+    *,
+    about: str,
+    ticks: Mapping[float, str],
+    limit: tuple[float, str] | None = None,
+) -> str:
+    """Bars side by side, as inline SVG.
+
+    Args:
+        bars: From the left.
+        about: What they show, for who does not see them.
+        ticks: Texts below, by their place from 0, the left, to 1.
+        limit: Place and text of a line across.
+    """
+    width, left, top, base = 480, 8, 26, 150
+    inner = width - 2 * left
+    step = inner / len(bars)
+    drawn = [f'<line class=axis x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>']
+    for i, bar in enumerate(bars):
+        x, size = left + i * step, bar.height * (base - top)
+        title = f"<title>{escape(bar.title)}</title>" if bar.title else ""
+        drawn.append(
+            f'<rect class={bar.kind} x="{x + 0.75:.1f}" y="{base - size:.1f}" '
+            f'width="{max(step - 1.5, 0.5):.1f}" height="{size:.1f}" rx="1.5">{title}</rect>'
+        )
+        if bar.above:
+            drawn.append(_svg_text(x + step / 2, top - 7, bar.above, anchor="middle"))
+    for place, text in ticks.items():
+        anchor = {0.0: "start", 1.0: "end"}.get(place, "middle")
+        drawn.append(_svg_text(left + place * inner, base + 17, text, anchor=anchor))
+    if limit is not None:
+        x = left + limit[0] * inner
+        # not beyond the picture's edge
+        anchor, gap = ("start", 4) if x < width / 2 else ("end", -4)
+        drawn.append(
+            f'<line class=limit x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{base}"/>'
+            + _svg_text(x + gap, top - 10, limit[1], anchor=anchor, kind="mark")
+        )
+    return (
+        f'<svg viewBox="0 0 {width} {base + 24}" role=img aria-label="{escape(about)}">'
+        f"{''.join(drawn)}</svg>"
+    )
+
+
+def _svg_text(x: float, y: float, text: str, *, anchor: str, kind: str = "") -> str:
+    kind = f" class={kind}" if kind else ""
+    return f'<text{kind} x="{x:.1f}" y="{y}" text-anchor={anchor}>{escape(text)}</text>'
+
+
+def visible(text: str) -> str:
+    """A text as HTML in which no character is unseen: spaces are dotted, line breaks and tabs have
+    their signs, what else has no form of its own its number. ▫ is a token without text, which has
+    some of a character's bytes."""
+    return "".join(map(_visible, text)) if text else "<i>▫</i>"
+
+
+def _visible(character: str) -> str:
+    if character == " ":
+        return "<i class=s> </i>"
+    if character == "\n":
+        return "<i>↵</i>\n"
+    if character == "\t":
+        return "<i>⇥</i>\t"
+    # controls, formats (which may turn a line around), separators, half surrogates
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs"):
+        return f"<i>U+{ord(character):04X}</i>"
+    return escape(character)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastpref.complete_files import complete_file
-from fastpref.page import render_page, render_tiles
+from fastpref.page import Bar, render_bars, render_page, render_tiles, visible
 from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram
 
 STYLE = """
@@ -80,37 +80,20 @@ nats</span></div>
 def histogram_svg(values: NDArray[np.float64], span: float, side: str) -> str:
     """Share of a side's tokens by weight, as inline SVG; a bar that is cut off says its share."""
     _, shares, highest = histogram(values, span)
-    width, left, top, base = 480, 8, 24, 150
-    step = (width - 2 * left) / len(shares)
     middle = len(shares) // 2
-    bars = []
-    for i, share in enumerate(shares):
-        size = min(1.0, share / highest) * (base - top)
-        kind = "high" if i > middle else "low" if i < middle else "none"
-        x = left + i * step
-        bars.append(
-            f'<rect class={kind} x="{x + 0.75:.1f}" y="{base - size:.1f}" '
-            f'width="{step - 1.5:.1f}" height="{size:.1f}" rx="1.5"/>'
+    bars = [
+        Bar(
+            "high" if i > middle else "low" if i < middle else "none",
+            min(1.0, share / highest),
+            above=f"{share:.0%}" if share > highest else "",
         )
-        if share > highest:
-            bars.append(
-                f'<text x="{x + step / 2:.1f}" y="{top - 7}" text-anchor=middle>{share:.0%}</text>'
-            )
-    ticks = "".join(
-        f'<text x="{left + (value + span) / (2 * span) * (width - 2 * left):.1f}" '
-        f'y="{base + 17}" text-anchor={anchor}>{label}</text>'
-        for value, anchor, label in (
-            (-span, "start", f"&minus;{span:g} and less"),
-            (0, "middle", "0"),
-            (span, "end", f"+{span:g} and more"),
-        )
-    )
+        for i, share in enumerate(shares)
+    ]
     above = float((values > 0).mean())
-    return (
-        f'<svg viewBox="0 0 {width} {base + 24}" role=img aria-label="Histogram of the weights of '
-        f'{side} tokens: {above:.0%} lie above zero">'
-        f'<line class=axis x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>'
-        f"{''.join(bars)}{ticks}</svg>"
+    return render_bars(
+        bars,
+        about=f"Histogram of the weights of {side} tokens: {above:.0%} lie above zero",
+        ticks={0.0: f"\N{MINUS SIGN}{span:g} and less", 0.5: "0", 1.0: f"+{span:g} and more"},
     )
 
 
@@ -146,8 +129,3 @@ def render_tokens(tokens: Sequence[WeighedToken], limit: float) -> str:
             f'{token.weight:+.3f}   in the file {token.raw:+.3f}">{visible(token.text)}</span>'
         )
     return "".join(spans)
-
-
-def visible(text: str) -> str:
-    """A token's text with its line breaks shown; a token without text is a dot."""
-    return escape(text).replace("\n", "↵\n") if text else "·"

@@ -9,7 +9,8 @@ import pytest
 from stopped_runs import run
 from tiny_models import save_tiny_model, text_rows, write_rows
 
-from fastpref.data.audit.html import MOST_CHARACTERS, _text, visible
+from fastpref.data.audit.html import MOST_CHARACTERS, _text
+from fastpref.page import visible
 
 EVIL = "</span></p><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 

@@ -1,6 +1,5 @@
 """`audit.html`: what becomes of the data, to be looked at."""
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
@@ -17,7 +16,7 @@ from fastpref.data.audit.shown_rows import (
     ShownRow,
     ShownToken,
 )
-from fastpref.page import render_page, render_tiles
+from fastpref.page import Bar, render_bars, render_page, render_tiles, visible
 
 MOST_TOKENS = 400
 """Of a stretch of tokens with one fate: of a longer one the middle is left out."""
@@ -43,12 +42,9 @@ ul { margin: 0 0 .6rem; padding-left: 1.2rem; max-width: 60rem; } li { overflow-
 .m { outline: 1px dashed var(--muted); outline-offset: -1px; }
 .c { text-decoration: line-through; opacity: .55; }
 .f { font-style: italic; border-bottom: 1px dotted currentColor; }
-.t i { font-style: normal; color: var(--muted); opacity: .75; }
-.t .s { background: radial-gradient(circle, currentColor 1px, transparent 1.4px); }
 .gap { font: .8rem system-ui, sans-serif; color: var(--muted); padding: 0 .6em; }
 svg .within { fill: rgb(var(--loss)); }
-svg .over { fill: rgb(var(--high)); } svg .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
-svg .mark { fill: var(--ink); }
+svg .over { fill: rgb(var(--high)); }
 """
 CLASSES = {PROMPT: "p", LOSS: "k", MASKED: "m", CUT: "c"}
 WORDS = {
@@ -144,41 +140,24 @@ def describe_lengths(histogram: Histogram) -> str:
 
 def histogram_svg(histogram: Histogram) -> str:
     """Rows by length as inline SVG, with the limit as a line where it is near."""
-    width, left, top, base = 480, 8, 26, 150
-    step = (width - 2 * left) / len(histogram.counts)
     highest, within = max(histogram.counts, default=0) or 1, histogram.bins_within
-    bars = []
-    for i, count in enumerate(histogram.counts):
-        size = count / highest * (base - top)
-        kind = "over" if within is not None and i >= within else "within"
-        tokens = f"{histogram.edges[i] + 1:,} to {histogram.edges[i + 1]:,} tokens: {count:,} rows"
-        bars.append(
-            f'<rect class={kind} x="{left + i * step + 0.75:.1f}" y="{base - size:.1f}" '
-            f'width="{max(step - 1.5, 0.5):.1f}" height="{size:.1f}" rx="1.5">'
-            f"<title>{tokens}</title></rect>"
+    bars = [
+        Bar(
+            "over" if within is not None and i >= within else "within",
+            count / highest,
+            title=f"{histogram.edges[i] + 1:,} to {histogram.edges[i + 1]:,} tokens: "
+            f"{count:,} rows",
         )
+        for i, count in enumerate(histogram.counts)
+    ]
     end = f"{histogram.edges[-1]:,}"
     if histogram.longest > histogram.edges[-1]:
         end += " and more"
-    marks = (
-        f'<text x="{left}" y="{base + 17}">0</text>'
-        f'<text x="{width - left}" y="{base + 17}" text-anchor=end>{end}</text>'
-    )
+    limit = None
     if within is not None:
-        x = left + within * step
-        # not beyond the picture's edge
-        anchor = "start" if x < width / 2 else "end"
-        marks += (
-            f'<line class=limit x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{base}"/>'
-            f'<text class=mark x="{x + (4 if anchor == "start" else -4):.1f}" y="{top - 10}" '
-            f"text-anchor={anchor}>{escape(histogram.limit_name)} = {histogram.limit:,}</text>"
-        )
-    return (
-        f'<svg viewBox="0 0 {width} {base + 24}" role=img aria-label="Histogram of '
-        f'{escape(histogram.name)}: {escape(describe_lengths(histogram))}">'
-        f'<line class=axis x1="{left}" x2="{width - left}" y1="{base}" y2="{base}"/>'
-        f"{''.join(bars)}{marks}</svg>"
-    )
+        limit = (within / len(bars), f"{histogram.limit_name} = {histogram.limit:,}")
+    about = f"Histogram of {histogram.name}: {describe_lengths(histogram)}"
+    return render_bars(bars, about=about, ticks={0.0: "0", 1.0: end}, limit=limit)
 
 
 def _row(row: ShownRow) -> str:
@@ -242,23 +221,3 @@ def _token(token: ShownToken, largest: float) -> str:
         about += f", weight {token.weight:+.4g}"
     template = " f" if token.is_template else ""
     return f'<span class="t {kind}{template}"{style} data-w="{about}">{visible(token.text)}</span>'
-
-
-def visible(text: str) -> str:
-    """A text as HTML in which no character is unseen: spaces are dotted, line breaks and tabs have
-    their signs, what else has no form of its own its number. ▫ is a token without text, which has
-    some of a character's bytes."""
-    return "".join(map(_visible, text)) if text else "<i>▫</i>"
-
-
-def _visible(character: str) -> str:
-    if character == " ":
-        return "<i class=s> </i>"
-    if character == "\n":
-        return "<i>↵</i>\n"
-    if character == "\t":
-        return "<i>⇥</i>\t"
-    # controls, formats (which may turn a line around), separators, half surrogates
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs"):
-        return f"<i>U+{ord(character):04X}</i>"
-    return escape(character)
