@@ -1,6 +1,7 @@
 """Ranks of processes that a scheduler started: one run on all of them, without torchrun."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
@@ -19,11 +20,17 @@ class Starter(NamedTuple):
     rank: str
     local_size: str
     local_rank: str
+    others: tuple[str, ...] = ()
+    """Further variables that are needed."""
 
     def started(self, environment: Mapping[str, str]) -> bool:
         """Whether it started this process and others, and torchrun none of them since."""
-        alone = environment.get(self.size, "1") in ("0", "1")
-        return not (alone or "RANK" in environment or "WORLD_SIZE" in environment)
+        return environment.get(self.size, "1") not in ("0", "1") and "RANK" not in environment
+
+    def missing(self, environment: Mapping[str, str]) -> list[str]:
+        """Those of its variables that are not there."""
+        needed = (self.local_rank, self.rank, self.size, self.local_size, *self.others)
+        return [name for name in needed if name not in environment]
 
 
 SRUN = Starter(
@@ -32,9 +39,9 @@ SRUN = Starter(
     rank="SLURM_PROCID",
     local_size="SLURM_STEP_TASKS_PER_NODE",
     local_rank="SLURM_LOCALID",
+    others=("SLURM_NODEID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"),
 )
 STARTERS = (
-    SRUN,
     Starter(
         name="mpirun",
         size="OMPI_COMM_WORLD_SIZE",
@@ -50,6 +57,9 @@ STARTERS = (
         local_size="MPI_LOCALNRANKS",
         local_rank="MPI_LOCALRANKID",
     ),
+    # last: under Slurm mpirun has srun start a daemon on each machine, and what these start has the
+    # daemon's variables too
+    SRUN,
 )
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 """Of those that ranks of Slurm meet at: below the ones that systems give to connections."""
@@ -65,7 +75,7 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
         port: Where the ranks meet; None: MASTER_PORT, or one that the Slurm job's number gives.
 
     Returns:
-        Whether the scheduler started one process on each of several machines: all that is there is
+        Whether the scheduler started one process on each of several machines: all GPUs there are
         for it.
 
     Raises:
@@ -74,20 +84,21 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
     starter = _find(environment)
     if starter is None:
         return False
-    for name, of_starter in (
-        ("LOCAL_RANK", starter.local_rank),
-        ("RANK", starter.rank),
-        ("WORLD_SIZE", starter.size),
-        ("LOCAL_WORLD_SIZE", starter.local_size),
-    ):
-        if of_starter not in environment:
-            raise ConfigError(f"{starter.name} started this process without setting {of_starter}")
-        environment[name] = environment[of_starter]
+    if missing := starter.missing(environment):
+        raise ConfigError(
+            f"{starter.name} started this process without setting {' and '.join(missing)}"
+        )
+    environment["LOCAL_RANK"] = environment[starter.local_rank]
+    environment["RANK"] = environment[starter.rank]
+    environment["WORLD_SIZE"] = environment[starter.size]
+    tasks = [environment[starter.local_size]]
+    node = 0
     if starter is SRUN:
-        node = environment.get("SLURM_NODEID", "0")
-        environment["LOCAL_WORLD_SIZE"] = _tasks_of_node(environment["LOCAL_WORLD_SIZE"], node)
+        tasks = _tasks_of_nodes(environment[SRUN.local_size])
+        node = int(environment["SLURM_NODEID"])
         environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
         environment.setdefault("MASTER_PORT", str(_port_of_step(environment)))
+    environment["LOCAL_WORLD_SIZE"] = tasks[node]
     if port is not None:
         environment["MASTER_PORT"] = str(port)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]
@@ -96,7 +107,8 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
             f"{' and '.join(missing)} must be set for the ranks that {starter.name} started to "
             "meet, the same on all machines: the first one's name, and a port that is free there"
         )
-    return environment["LOCAL_WORLD_SIZE"] == "1"
+    # one that is alone on its machine and has company on another takes one GPU, as they do
+    return set(tasks) == {"1"}
 
 
 def warn_of_others(environment: Mapping[str, str]) -> None:
@@ -119,16 +131,33 @@ def first_host(hosts: str) -> str:
 
 
 def _find(environment: Mapping[str, str]) -> Starter | None:
-    return next((starter for starter in STARTERS if starter.started(environment)), None)
+    """What started this process among others, by the variables of each; None: nothing did."""
+    started = [starter for starter in STARTERS if starter.started(environment)]
+    # srun sets some of mpiexec's
+    complete = [starter for starter in started if not starter.missing(environment)]
+    found = next(iter(complete or started), None)
+    return None if found is SRUN and _is_typed(environment) else found
 
 
-def _tasks_of_node(tasks_per_node: str, node: str) -> str:
-    """Of `2(x3),1`, two tasks on each of three nodes and one on a fourth, those of one."""
+def _is_typed(environment: Mapping[str, str]) -> bool:
+    """Whether the command was typed at a shell that `srun --pty` started: the variables are those
+    of the shell, and the tasks beside it have ended. Such a shell has a terminal, and gives each
+    command a process group of its own."""
+    task = environment.get("SLURM_TASK_PID", "")
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+        return task.isdecimal() and os.getpgid(int(task)) != os.getpgrp()
+    except OSError:
+        return False
+
+
+def _tasks_of_nodes(tasks_per_node: str) -> list[str]:
+    """Of `2(x3),1`: two tasks on each of three nodes, and one on a fourth."""
     counts: list[str] = []
     for group in tasks_per_node.split(","):
         count, _, nodes = group.rstrip(")").partition("(x")
         counts += [count] * int(nodes or 1)
-    return counts[int(node)]
+    return counts
 
 
 def _port_of_step(environment: Mapping[str, str]) -> int:

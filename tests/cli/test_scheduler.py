@@ -25,7 +25,7 @@ SRUN = {
 
 def test_a_task_of_srun_is_a_rank_that_meets_the_others_on_the_first_machine():
     environment = dict(SRUN)
-    assert take_ranks(environment, None)
+    take_ranks(environment, None)
     taken = {name: environment[name] for name in environment.keys() - SRUN.keys()}
     assert taken == {
         "RANK": "6",
@@ -37,8 +37,15 @@ def test_a_task_of_srun_is_a_rank_that_meets_the_others_on_the_first_machine():
     }
     # it is one of two there
     environment = SRUN | {"SLURM_NODEID": "1", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-    assert not take_ranks(environment, None)
+    take_ranks(environment, None)
     assert environment["LOCAL_WORLD_SIZE"] == "2"
+
+
+def test_one_task_a_machine_is_so_only_where_it_is_on_all_of_them():
+    # alone on the fourth machine, and one of seven ranks
+    assert not take_ranks(dict(SRUN), None)
+    one_each = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}
+    assert take_ranks(SRUN | one_each | {"SLURM_PROCID": "3"}, None)
 
 
 def test_steps_meet_at_ports_of_their_own_and_where_they_are_told():
@@ -73,6 +80,46 @@ def test_ranks_that_torchrun_or_nobody_started_stay_as_they_are():
         assert environment == given
 
 
+def test_a_size_that_a_job_script_exports_is_not_that_of_torchrun():
+    environment = SRUN | {"WORLD_SIZE": "8"}
+    take_ranks(environment, None)
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("6", "7")
+
+
+def test_what_mpirun_starts_by_daemons_of_srun_has_the_ranks_of_mpirun():
+    of_mpirun = {
+        "OMPI_COMM_WORLD_SIZE": "8",
+        "OMPI_COMM_WORLD_RANK": "5",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "MASTER_ADDR": "a",
+        "MASTER_PORT": "1",
+    }
+    environment = SRUN | of_mpirun
+    take_ranks(environment, None)
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("5", "8")
+    # srun with PMI-2 tells its tasks their ranks in these two as well
+    environment = SRUN | {"PMI_SIZE": "7", "PMI_RANK": "6"}
+    take_ranks(environment, None)
+    assert environment["RANK"] == "6"
+
+
+@pytest.mark.parametrize(("is_task", "taken"), [(True, "6"), (False, None)])
+def test_a_command_typed_at_a_shell_of_srun_is_none_of_its_tasks(is_task, taken):
+    typed = (
+        "import os\n"
+        "from fastpref.cli.scheduler import take_ranks\n"
+        f"task = os.getpid() if {is_task} else os.getppid()\n"
+        f"environment = {SRUN} | {{'SLURM_TASK_PID': str(task)}}\n"
+        "take_ranks(environment, None)\n"
+        "print(environment.get('RANK'))\n"
+    )
+    # at a terminal of its own, in a group of its own
+    at_terminal = f"import pty, sys; pty.spawn([sys.executable, '-c', {typed!r}])"
+    result = subprocess.run([sys.executable, "-c", at_terminal], capture_output=True, text=True)
+    assert result.stdout.strip() == str(taken)
+
+
 def test_mpirun_does_not_say_where_ranks_meet():
     of_mpirun = {
         "OMPI_COMM_WORLD_SIZE": "2",
@@ -87,7 +134,7 @@ def test_mpirun_does_not_say_where_ranks_meet():
     environment = of_mpirun | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert not take_ranks(environment, None)
     assert (environment["RANK"], environment["LOCAL_RANK"]) == ("1", "1")
-    with pytest.raises(ConfigError, match=r"mpiexec started this process without .* PMI_RANK"):
+    with pytest.raises(ConfigError, match=r"mpiexec started .* without setting PMI_RANK and MPI_L"):
         take_ranks({"PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, None)
 
 
