@@ -1,6 +1,7 @@
 """One command, a process for every GPU of every machine; and the threads of each."""
 
 import contextlib
+import datetime
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastpref.distributed import TIMEOUT, launched, read_ranks
+from fastpref.distributed import SHORTEST_MEETING, TIMEOUT, launched, read_ranks
 from fastpref.errors import ConfigError, DistributedError, first_line
 from fastpref.host import available_cores
 from fastpref.meeting import join_store
@@ -26,13 +27,16 @@ SAVE_SECONDS = 600
 """After a signal, before a rank that has not ended is killed."""
 
 
-def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
+def launch_on_every_gpu(
+    num_gpus: int, port: int | None, *, timeout: datetime.timedelta = TIMEOUT
+) -> int:
     """Run this same command under torchrun, one process a GPU; where a scheduler started it once on
     each of several machines, all of them are one run.
 
     Args:
         num_gpus: Of this machine.
         port: Where they meet on one machine; None: a free one.
+        timeout: How long machines wait for one another.
 
     Returns:
         The exit code of the first rank of this machine that failed, or 0.
@@ -59,7 +63,7 @@ def launch_on_every_gpu(num_gpus: int, port: int | None) -> int:
     # torchrun forgets the ranks' exit codes at a signal that it handles, and it has to have one
     launch.signals_to_handle = signal.SIGQUIT.name
     try:
-        with passing_on(SIGNALS), _all_machines():
+        with passing_on(SIGNALS), _all_machines(timeout):
             elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
         _, failure = failed.get_first_failure()
@@ -88,10 +92,13 @@ def _meeting(port: int | None) -> dict[str, Any]:
 
 
 @contextmanager
-def _all_machines() -> Iterator[None]:
+def _all_machines(timeout: datetime.timedelta) -> Iterator[None]:
     """Wait for the other machines first: in torchrun's wait no signal is heard."""
-    store = join_store(*read_ranks()[:2], TIMEOUT) if launched() else None
+    store = None
+    if launched():
+        store = join_store(*read_ranks()[:2], max(timeout, SHORTEST_MEETING))
     yield
+    # held until here: on the first machine it is the server that torchrun meets at too
     del store
 
 

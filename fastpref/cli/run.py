@@ -1,5 +1,6 @@
 """From a checked config to an exit code: logging, launch, task, and one message per user error."""
 
+import datetime
 import logging
 import os
 import sys
@@ -64,7 +65,8 @@ def main(config: Config, given: Collection[str] = ()) -> int:
         on_every_gpu = one_run and num_gpus > 1 and (one_a_machine or not launched())
         check_task(config, world_size() * (num_gpus if on_every_gpu else 1))
         if on_every_gpu:
-            return launch_on_every_gpu(num_gpus, config.fsdp_port)
+            timeout = datetime.timedelta(seconds=config.parallel.timeout)
+            return launch_on_every_gpu(num_gpus, config.fsdp_port, timeout=timeout)
 
         def task(world: World) -> None:
             bound_workspace(config.head, device_memory(world.device))

@@ -1,5 +1,6 @@
 """One run of the processes that srun or mpirun started."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from ranks import free_port
 
 from fastpref.cli.launch import launch_on_every_gpu
 from fastpref.cli.scheduler import first_host, take_ranks, warn_of_others
-from fastpref.errors import ConfigError
+from fastpref.errors import ConfigError, RankError
 
 SRUN = {
     "SLURM_JOB_ID": "4711",
@@ -171,3 +172,12 @@ def test_launchers_on_two_machines_start_the_ranks_of_one_run(tmp_path, monkeypa
         assert launch_on_every_gpu(1, None) == 75
         assert other.wait(60) == 75
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["20", "20"]
+
+
+def test_a_machine_that_does_not_come_is_waited_for_as_long_as_ranks_are(monkeypatch):
+    monkeypatch.setattr("fastpref.cli.launch.SHORTEST_MEETING", datetime.timedelta(seconds=1))
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    for name, value in (meeting | {"RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankError, match="rank 0 of 2 cannot meet the others"):
+        launch_on_every_gpu(1, None, timeout=datetime.timedelta(seconds=0.5))
