@@ -79,12 +79,11 @@ def open_checkpoint(folder: Path, *, digests: bool = True) -> Checkpoint:
     return Checkpoint(folder, manifest)
 
 
-def find_newest(folder: Path, *, digests: bool = True) -> Checkpoint | None:
+def find_newest(folder: Path) -> Checkpoint | None:
     """The newest whole checkpoint in `checkpoints/`; a broken one is passed over with a warning.
 
     Args:
         folder: `<run_dir>/checkpoints`; need not exist.
-        digests: Also read every byte; without it, sizes are compared.
 
     Returns:
         None if there is nothing that is named like a checkpoint.
@@ -95,12 +94,10 @@ def find_newest(folder: Path, *, digests: bool = True) -> Checkpoint | None:
     problems = []
     for candidate in step_folders(folder):
         try:
-            checkpoint = open_checkpoint(candidate, digests=digests)
+            return open_checkpoint(candidate)
         except CheckpointError as error:
             problems.append(f"{candidate.name}: {error}")
             logger.warning("%s is passed over: %s", candidate, error)
-            continue
-        return checkpoint
     if problems:
         raise CheckpointError(f"no whole checkpoint in {folder}: {'; '.join(problems)}")
     return None

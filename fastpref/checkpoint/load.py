@@ -30,8 +30,8 @@ def read_record(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
 def load_checkpoint(
     checkpoint: Checkpoint,
     policy: nn.Module,
-    optimizer: Optimizer | None,
-    scheduler: LambdaLR | None,
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
     *,
     agreement: Agreement,
     device: torch.device,
@@ -44,7 +44,7 @@ def load_checkpoint(
     Args:
         checkpoint: To go on from.
         policy, optimizer, scheduler: As built for the run, with the learning rate, weight decay
-            and the like to go on with; None is left out.
+            and the like to go on with.
         agreement: Of the ranks.
         device: Where this rank computes.
 

@@ -33,8 +33,8 @@ def restore_state(
     folder: Path,
     description: dict[str, Any],
     policy: nn.Module,
-    optimizer: Optimizer | None,
-    scheduler: LambdaLR | None,
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
     *,
     agreement: Agreement,
 ) -> None:
@@ -44,7 +44,7 @@ def restore_state(
         folder: Of a whole checkpoint.
         description: What `collect_state` said when it was saved.
         policy, optimizer, scheduler: As they were built for the run; their state is overwritten.
-            Learning rate, weight decay and the like stay those of the optimizer. None is left out.
+            Learning rate, weight decay and the like stay those of the optimizer.
         agreement: Of the ranks.
 
     Raises:
@@ -59,12 +59,9 @@ def restore_state(
         weights = policy_weights(policy)
         targets.update({f"{WEIGHTS}.{name}": weight for name, weight in weights.items()})
         _check_weights(targets, saved)
-        if optimizer is not None:
-            _check_optimizer(optimizer, description["optimizer"])
-            entries = description["optimizer"]["entries"]
-            state.update(_empty_state(policy, optimizer, entries, saved, targets))
-        if scheduler is not None and description["scheduler"] is None:
-            raise CheckpointError("it holds no learning-rate schedule")
+        _check_optimizer(optimizer, description["optimizer"])
+        entries = description["optimizer"]["entries"]
+        state.update(_empty_state(policy, optimizer, entries, saved, targets))
 
     try:
         agreement.each(prepare)
@@ -78,11 +75,9 @@ def restore_state(
     except (AgreedError, CheckpointException) as error:
         reason = reasons_of(error, agreement.size)
         raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
-    if optimizer is not None:
-        optimizer.state.clear()
-        optimizer.state.update(state)
-    if scheduler is not None:
-        _restore_scheduler(scheduler, description["scheduler"])
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    _restore_scheduler(scheduler, description["scheduler"])
 
 
 def reasons_of(error: BaseException, world_size: int) -> str:
@@ -126,15 +121,13 @@ def _check_weights(targets: dict[str, Tensor], saved: SavedTensors) -> None:
             raise CheckpointError(f"it has {name.removeprefix(prefix)}, which is not trained here")
 
 
-def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any] | None) -> None:
+def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Refuse the state of another optimizer.
 
     Raises:
-        CheckpointError: none was saved, or one of another class or with other groups.
+        CheckpointError: it is of another class, or has other groups.
     """
     name = type(optimizer).__name__
-    if saved is None:
-        raise CheckpointError(f"it holds weights alone, no state of {name}")
     if saved["class"] != name:
         raise CheckpointError(f"it holds state of {saved['class']}, not of {name}")
     if len(saved["groups"]) != len(optimizer.param_groups):

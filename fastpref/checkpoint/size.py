@@ -16,23 +16,22 @@ BYTES_PER_RANK = 32768
 """Of a rank's random states, as JSON."""
 
 
-def estimate_bytes(policy: nn.Module, optimizer: Optimizer | None, world_size: int) -> int:
+def estimate_bytes(policy: nn.Module, optimizer: Optimizer, world_size: int) -> int:
     """Bytes of one checkpoint on the disk, of all ranks' files together.
 
     Args:
         policy: What is trained; sharded or not.
-        optimizer: What trains it, whether or not it has stepped; None: the weights alone.
+        optimizer: What trains it, whether or not it has stepped.
         world_size: How many ranks write.
     """
     weights = policy_weights(policy)
     num_bytes = sum(weight.numel() * weight.itemsize for weight in weights.values())
     num_tensors = len(weights)
-    if optimizer is not None:
-        share, num_entries = probe_share(optimizer)
-        for parameter in trained_parameters(policy, optimizer).values():
-            if parameter.requires_grad:
-                num_bytes += int(share * parameter.numel() * parameter.itemsize)
-                num_tensors += num_entries
+    share, num_entries = probe_share(optimizer)
+    for parameter in trained_parameters(policy, optimizer).values():
+        if parameter.requires_grad:
+            num_bytes += int(share * parameter.numel() * parameter.itemsize)
+            num_tensors += num_entries
     return num_bytes + world_size * (num_tensors * BYTES_PER_TENSOR + BYTES_PER_RANK)
 
 

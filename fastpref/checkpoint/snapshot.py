@@ -71,8 +71,8 @@ def _host_buffer(part: Tensor) -> Tensor:
 def take_snapshot(
     step: int,
     policy: nn.Module,
-    optimizer: Optimizer | None,
-    scheduler: LambdaLR | None,
+    optimizer: Optimizer,
+    scheduler: LambdaLR,
     *,
     record: dict[str, Any],
     metrics: dict[str, float],
@@ -84,7 +84,7 @@ def take_snapshot(
 
     Args:
         step: Optimizer steps done.
-        policy, optimizer, scheduler: The state; None is left out.
+        policy, optimizer, scheduler: The state.
         record: The caller's; JSON.
         metrics: Held-out metrics of these weights.
         copies: Where to copy the tensors to; None takes them where they are.

@@ -36,37 +36,34 @@ class TrainingState:
     """JSON: what is no tensor, and how the optimizer's tensors lie."""
 
 
-def collect_state(
-    policy: nn.Module, optimizer: Optimizer | None, scheduler: LambdaLR | None
-) -> TrainingState:
+def collect_state(policy: nn.Module, optimizer: Optimizer, scheduler: LambdaLR) -> TrainingState:
     """Everything that training goes on from, but the random states and the caller's record.
 
     Args:
         policy: What is trained; sharded by FSDP2 or not.
-        optimizer: What trains it; None: the weights alone.
-        scheduler: Of its learning rate, or None.
+        optimizer: What trains it.
+        scheduler: Of its learning rate.
 
     Raises:
         CheckpointError: the optimizer keeps something that is no tensor and no number.
     """
     tensors = {f"{WEIGHTS}.{name}": weight for name, weight in policy_weights(policy).items()}
-    description: dict[str, Any] = {"optimizer": None, "scheduler": None}
-    if optimizer is not None:
-        entries: dict[str, dict[str, Any]] = {}
-        for name, parameter in trained_parameters(policy, optimizer).items():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                what = f"{type(optimizer).__name__} keeps {key} of {name}"
-                tensor, layout = _describe_entry(value, parameter, what)
-                entries.setdefault(name, {})[key] = layout
-                if tensor is not None:
-                    tensors[f"{OPTIMIZER}.{name}.{key}"] = tensor
-        description["optimizer"] = {
+    entries: dict[str, dict[str, Any]] = {}
+    for name, parameter in trained_parameters(policy, optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            what = f"{type(optimizer).__name__} keeps {key} of {name}"
+            tensor, layout = _describe_entry(value, parameter, what)
+            entries.setdefault(name, {})[key] = layout
+            if tensor is not None:
+                tensors[f"{OPTIMIZER}.{name}.{key}"] = tensor
+    description = {
+        "optimizer": {
             "class": type(optimizer).__name__,
             "groups": [_options(group) for group in optimizer.param_groups],
             "entries": entries,
-        }
-    if scheduler is not None:
-        description["scheduler"] = scheduler.state_dict()
+        },
+        "scheduler": scheduler.state_dict(),
+    }
     return TrainingState(tensors=tensors, description=description)
 
 

@@ -3,7 +3,6 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -53,8 +52,6 @@ class SaveReport:
     """How long training waited, for the save before this one too."""
     write_seconds: float
     """From the first byte to the last rename."""
-    deleted: tuple[Path, ...] = ()
-    """Older checkpoints that went."""
     error: str | None = None
     """Why there is none; the same on every rank."""
 
@@ -123,8 +120,8 @@ class CheckpointStore:
         self,
         step: int,
         policy: nn.Module,
-        optimizer: Optimizer | None,
-        scheduler: LambdaLR | None,
+        optimizer: Optimizer,
+        scheduler: LambdaLR,
         *,
         record: dict[str, Any],
         metrics: dict[str, float] | None = None,
@@ -136,7 +133,7 @@ class CheckpointStore:
 
         Args:
             step: Optimizer steps done.
-            policy, optimizer, scheduler: The state; None is left out.
+            policy, optimizer, scheduler: The state.
             record: What `load_checkpoint` returns: the run's progress, fingerprints and the like.
                 JSON: keys are strings, tuples come back as lists.
             metrics: Held-out metrics of these weights, among them that of `best`.
@@ -257,7 +254,7 @@ class CheckpointStore:
     def _write(self, snapshot: Snapshot, started: float, *, beside: bool) -> None:
         """Write a snapshot and report how it went."""
         write_started = time.perf_counter()
-        num_bytes, deleted, error = 0, [], None
+        num_bytes, error = 0, None
         try:
             if self.device.type == "cuda":
                 # a thread begins on the first GPU, and would claim memory there
@@ -265,7 +262,7 @@ class CheckpointStore:
             checkpoint = write_checkpoint(self.folder, snapshot, self.agreement)
             self._saved.add(snapshot.step)
             num_bytes = checkpoint.manifest.num_bytes
-            deleted = self._retain()
+            self._retain()
         except CheckpointError as problem:
             error = str(problem)
         except BaseException as bug:
@@ -277,7 +274,6 @@ class CheckpointStore:
             standstill_seconds=stood_until - started,
             write_started=write_started,
             num_bytes=num_bytes,
-            deleted=deleted,
             error=error,
         )
 
@@ -288,7 +284,6 @@ class CheckpointStore:
         standstill_seconds: float,
         write_started: float,
         num_bytes: int = 0,
-        deleted: Sequence[Path] = (),
         error: str | None = None,
     ) -> None:
         self._reports.put(
@@ -298,18 +293,17 @@ class CheckpointStore:
                 num_bytes=num_bytes,
                 standstill_seconds=standstill_seconds,
                 write_seconds=time.perf_counter() - write_started,
-                deleted=tuple(deleted),
                 error=error,
             )
         )
 
-    def _retain(self) -> list[Path]:
+    def _retain(self) -> None:
         """Rank 0: delete what is not kept; a file system that refuses costs room, not the run."""
         if self.agreement.rank != 0:
-            return []
+            return
         start = self.resumed_from
         try:
-            return retain(
+            retain(
                 self.folder,
                 keep=self.keep,
                 best=self.best,
@@ -317,7 +311,6 @@ class CheckpointStore:
             )
         except OSError as error:
             logger.warning("an old checkpoint could not be deleted: %s", error)
-            return []
 
     def _join(self) -> None:
         if self._writer is not None:

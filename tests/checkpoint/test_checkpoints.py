@@ -239,22 +239,6 @@ def test_what_does_not_fit_is_refused_by_name(world, agreement, tmp_path):
         load_newest(tmp_path, agreement, frozen)
 
 
-def test_weights_alone_are_saved_and_loaded_without_an_optimizer(world, agreement, tmp_path):
-    training = SmallTraining(world)
-    training.train(0, 2)
-    expected = training.whole_state()
-    with store_in(tmp_path, agreement) as store:
-        store.save(2, training.policy, None, None, record={})
-    checkpoint = find_checkpoint("auto", tmp_path, agreement)
-    fresh = SmallTraining(world)
-    load_checkpoint(checkpoint, fresh.policy, None, None, agreement=agreement, device=DEVICE)
-    for name, weight in fresh.whole_state().items():
-        if name.startswith("weights."):
-            assert torch.equal(weight, expected[name])
-    with pytest.raises(CheckpointError, match="holds weights alone"):
-        load_checkpoint(checkpoint, *fresh.parts, agreement=agreement, device=DEVICE)
-
-
 def test_an_optimizer_that_keeps_lists_is_refused_by_name(world, agreement, tmp_path):
     training = SmallTraining(world)
     training.train(0, 1)

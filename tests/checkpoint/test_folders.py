@@ -110,10 +110,12 @@ def test_every_byte_of_a_checkpoint_counts(folder):
 
 
 def test_sizes_alone_can_be_checked(folder):
-    flip(folder / "step-00000100" / "weights")
-    assert find_newest(folder, digests=False).step == 100
-    cut(folder / "step-00000100" / "weights")
-    assert find_newest(folder, digests=False).step == 10
+    newest = folder / "step-00000100"
+    flip(newest / "weights")
+    assert open_checkpoint(newest, digests=False).step == 100
+    cut(newest / "weights")
+    with pytest.raises(CheckpointError, match="truncated"):
+        open_checkpoint(newest, digests=False)
 
 
 def test_a_manifest_of_another_step_is_found_out(folder):
