@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline, clock_time
 from fastpref.errors import CheckpointError
-from fastpref.host import available_memory
+from fastpref.host import available_to_rank
 from fastpref.signals import StopRequest
 from fastpref.train.logs.metrics import Record
 from fastpref.train.resume.comparison import FORMAT, HELD_OUT
@@ -149,14 +148,16 @@ def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
     num_bytes = estimate_bytes(run.policy, run.updates.optimizer, run.world.size)
     deadline.expect(num_bytes / WRITE_RATE)
     on_gpu = run.world.device.type == "cuda"
-    asynchronous = writes_beside(options.mode, num_bytes // run.world.size, pinned=on_gpu)
+    can = writes_beside(options.mode, num_bytes // run.world.size, pinned=on_gpu)
+    # on a machine with less memory, or with more ranks, it may not
+    asynchronous = run.world.agree_max(int(not can)) == 0
     if run.world.is_main:
         announce(run, num_bytes, asynchronous=asynchronous)
     with CheckpointStore(
         run.run_dir,
         run.start.agreement,
         run.world.device,
-        asynchronous=run.world.agree_max(int(not asynchronous)) == 0,
+        asynchronous=asynchronous,
         keep=options.keep,
         best=best_by(options.keep_best),
         resumed_from=run.start.checkpoint,
@@ -173,8 +174,7 @@ def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
         pinned: In page-locked memory, of which torch takes powers of two: twice as much, at most.
     """
     num_bytes *= 2 if pinned else 1
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    fits = num_bytes * ranks_here < COPY_SHARE * available_memory()
+    fits = num_bytes < COPY_SHARE * available_to_rank()
     return mode == "async" or (mode == "auto" and fits)
 
 

@@ -69,7 +69,7 @@ def test_a_checkpoint_folder_that_is_a_file_meanwhile_costs_no_step(
 
 
 def test_a_copy_that_the_host_may_not_hold_is_not_made(monkeypatch):
-    monkeypatch.setattr(checkpoints, "available_memory", lambda: 100)
+    monkeypatch.setattr("fastpref.host.available_memory", lambda: 100)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     # a GPU's copies may take twice their bytes
     for num_bytes, pinned, beside in [(24, False, True), (25, False, False), (24, True, False)]:
