@@ -3,6 +3,7 @@
 import datetime
 import os
 import time
+from functools import cache
 
 JOB_END = "SLURM_JOB_END_TIME"
 """Environment variable in which Slurm tells a job when its time is over, in seconds since 1970."""
@@ -38,16 +39,22 @@ class Deadline:
 
 
 def seconds_since_start() -> float:
-    """Since this process was started."""
-    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+    """Since the command was started."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - _start()
+
+
+@cache
+def _start() -> float:
+    """When this process was started, or the torchrun that started it: seconds since the boot."""
+    command = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    with open(f"/proc/{command}/stat", encoding="ascii", errors="replace") as file:
         # after the name in brackets, which may hold spaces
         fields = file.read().rpartition(")")[2].split()
-    ticks = os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks
+    return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def seconds_of_job() -> int | None:
-    """From the start of this process to the end of the Slurm job that it is part of; None where it
+    """From the start of the command to the end of the Slurm job that it is part of; None where it
     is part of none, or of one that was given more time than it was told."""
     end = os.environ.get(JOB_END, "")
     left = int(end) - time.time() if end.isdecimal() else 0.0
@@ -55,6 +62,6 @@ def seconds_of_job() -> int | None:
 
 
 def clock_time(seconds: int) -> str:
-    """The date and time so many seconds after the start of this process."""
+    """The date and time so many seconds after the start of the command."""
     left = datetime.timedelta(seconds=seconds - seconds_since_start())
     return f"{datetime.datetime.now() + left:%Y-%m-%d %H:%M}"

@@ -268,3 +268,15 @@ def test_a_second_signal_ends_the_first_process_of_a_container_too():
     )
     ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT)
     assert ended.returncode == 128 + signal.SIGTERM
+
+
+def test_a_deadline_counts_from_the_start_of_the_command():
+    says = "from fastpref.deadline import _start as s; print(s(), flush=True)"
+    command = (
+        f"import os, subprocess, sys; {says}\n"
+        f"for variables in ({{}}, {{'TORCHELASTIC_RUN_ID': '1'}}):\n"
+        f"    subprocess.run([sys.executable, '-c', {says!r}], env=os.environ | variables)\n"
+    )
+    said = subprocess.check_output([sys.executable, "-c", command])
+    own, of_child, of_rank = map(float, said.split())
+    assert own == of_rank < of_child
