@@ -86,7 +86,7 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
         return False
     if missing := starter.missing(environment):
         raise ConfigError(
-            f"{starter.name} started this process without setting {' and '.join(missing)}"
+            f"{starter.name} started this process without setting {', '.join(missing)}"
         )
     environment["LOCAL_RANK"] = environment[starter.local_rank]
     environment["RANK"] = environment[starter.rank]

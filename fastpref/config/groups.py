@@ -136,7 +136,7 @@ class PackingConfig:
     max_tokens: str = "auto"
     """Tokens that a process computes at once, at most: auto, or a number >= 1. A step whose rows
     have more takes more micro-batches, to the same update; a pair that has more by itself is
-    computed alone. auto: on a GPU what its memory holds, up to 32,768; on a CPU 8,192."""
+    computed alone. auto: what memory holds, up to 32,768 on a GPU and 8,192 on a CPU."""
 
     @property
     def token_limit(self) -> int | None:

@@ -147,7 +147,8 @@ class Config:
     n_eval_model_samples: int = 16
     """Prompts to sample at each evaluation."""
     minimum_log_interval_secs: float = 1.0
-    """Least time between two logged training steps, seconds."""
+    """Least time between two writings of training steps, seconds: each step has its line, and waits
+    for the next writing."""
 
     model: ModelConfig
     """Which model to train: model=NAME is configs/model/NAME.yaml."""

@@ -140,7 +140,7 @@ def open_log(
         world: Rank 0 writes.
         followers: Which trackers follow it.
         options: All options of the run, which trackers keep.
-        min_interval_seconds: Between two training steps that are written.
+        min_interval_seconds: Between two writings of training steps.
         starts_at_log_two: Whether the first loss of two equal models is ln 2.
         exactly: Whether policy and reference then give the same bits.
         examples: Seen before this start.

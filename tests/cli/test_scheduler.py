@@ -135,7 +135,7 @@ def test_mpirun_does_not_say_where_ranks_meet():
     environment = of_mpirun | {"MASTER_ADDR": "a", "MASTER_PORT": "1"}
     assert not take_ranks(environment, None)
     assert (environment["RANK"], environment["LOCAL_RANK"]) == ("1", "1")
-    with pytest.raises(ConfigError, match=r"mpiexec started .* without setting PMI_RANK and MPI_L"):
+    with pytest.raises(ConfigError, match=r"mpiexec started .* without setting PMI_RANK, MPI_L"):
         take_ranks({"PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, None)
 
 
