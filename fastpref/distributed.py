@@ -17,15 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fastpref.errors import DistributedError, FastprefError, RankError, first_line
 from fastpref.explanations import explain
-from fastpref.meeting import join_store
+from fastpref.meeting import join_store, stores
 
 logger = logging.getLogger("fastpref")
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")
-
-# what torch.distributed exports without telling type checkers
-stores: Any = dist
 
 DATA = "data"
 """The dimension of the mesh along which rows are divided."""

@@ -26,17 +26,10 @@ from fastpref.config.loss import (
     TISDPOConfig,
     TransformConfig,
 )
-from fastpref.config.plan import (
-    PlanConfig,
-)
+from fastpref.config.plan import PlanConfig
 from fastpref.config.reference import ReferenceConfig
-from fastpref.config.run import (
-    Config,
-    TrainingOptions,
-)
-from fastpref.config.stages import (
-    StagesConfig,
-)
+from fastpref.config.run import Config, TrainingOptions
+from fastpref.config.stages import StagesConfig
 from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeConfig
 from fastpref.config.trackers import TensorboardConfig, TrackerOptions, WandbConfig
 

@@ -34,6 +34,9 @@ from fastpref.config.survival import (
 from fastpref.config.trackers import TensorboardConfig, TrackerOptions, WandbConfig
 from fastpref.errors import ConfigError
 
+TASKS = ("train", "audit", "plan", "estimate_weights", "tisdpo")
+TRAINERS = ("BasicTrainer", "FSDPTrainer")
+
 
 class TrainingOptions(NamedTuple):
     """What decides on models and memory of a training."""
@@ -333,7 +336,3 @@ class Config:
     def to_yaml(self) -> str:
         """Every option with its value, as `config.yaml` of the run folder holds it."""
         return OmegaConf.to_yaml(OmegaConf.structured(self))
-
-
-TASKS = ("train", "audit", "plan", "estimate_weights", "tisdpo")
-TRAINERS = ("BasicTrainer", "FSDPTrainer")

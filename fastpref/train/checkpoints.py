@@ -50,8 +50,9 @@ class Checkpoints:
         self._metrics = dict(start.manifest.metrics) if start else {}
 
     def after_evaluation(self, evaluation: Record | None, stop: StopRequest) -> None:
-        """One that an earlier start did not come to the end of, or that of the beginning; its
-        numbers are added to those of the checkpoint that the run goes on from."""
+        """After an evaluation that comes before the first step of this start: the beginning's, or
+        one that an earlier start did not finish. Where it is the best so far, its numbers are added
+        to the checkpoint of this step, or there is one now."""
         if evaluation is not None and self._run.state.step and self._is_best(evaluation):
             self.save(stop)
 

@@ -40,7 +40,7 @@ class Run:
     updates: Updates
     log: MetricsLog
     state: RunState
-    """Where it stands; the only part that changes."""
+    """Where it stands; counted on with every step."""
     start: Start
     """What it goes on from."""
     fingerprints: dict[str, str]

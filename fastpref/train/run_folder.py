@@ -22,6 +22,25 @@ from fastpref.model.files.paths import EXPORT_FOLDER, MERGED_FOLDER
 
 logger = logging.getLogger("fastpref")
 
+OPTIONS = "config.yaml"
+"""In every run folder: the options of its last start."""
+AUDIT_PAGE = "audit.html"
+"""What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
+PROBE = ".fastpref-"
+"""How a folder's name begins that is made to see whether one can be, and goes at once."""
+TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
+"""In the name of a run folder."""
+ORIGIN = "branched-off-from"
+"""In the folder of a run that began with another run's checkpoint: that checkpoint's path."""
+LEFT_AT_THE_START = (
+    *("metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb", "wandb-id"),
+    *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
+    *(MERGED_FOLDER, f"{MERGED_FOLDER}.partial", f"{MERGED_FOLDER}.old"),
+    *(f"wandb-id{PARTIAL}", f"{ORIGIN}{PARTIAL}", f"{OPTIONS}{PARTIAL}", LOCK, OPTIONS),
+)
+"""What a run may have written before its first step, by name. The options come last, by which
+a folder is known for a run's: a kill while the others are removed leaves it one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlace:
@@ -88,8 +107,9 @@ class RunPlace:
         return Path(cache_dir) if cache_dir else self.root / "reference-logps"
 
     def _claim(self) -> Path:
+        """The folder, made or emptied, as this process's own."""
         if self.run_dir is None:
-            return _claim(self.root, self._timed_name())
+            return _make_new(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock(self.run_dir)
         # again: while models were loaded another start may have come, saved and gone
@@ -111,26 +131,6 @@ def run_place(config: Config) -> RunPlace:
         root=run_root(config.output_dir, config.local_dirs),
         name=config.exp_name or config.computed_exp_name(),
     )
-
-
-OPTIONS = "config.yaml"
-"""In every run folder: the options of its last start."""
-AUDIT_PAGE = "audit.html"
-"""What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
-PROBE = ".fastpref-"
-"""How a folder's name begins that is made to see whether one can be, and goes at once."""
-TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
-"""In the name of a run folder."""
-ORIGIN = "branched-off-from"
-"""In the folder of a run that began with another run's checkpoint: that checkpoint's path."""
-LEFT_AT_THE_START = (
-    *("metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb", "wandb-id"),
-    *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
-    *(MERGED_FOLDER, f"{MERGED_FOLDER}.partial", f"{MERGED_FOLDER}.old"),
-    *(f"wandb-id{PARTIAL}", f"{ORIGIN}{PARTIAL}", f"{OPTIONS}{PARTIAL}", LOCK, OPTIONS),
-)
-"""What a run may have written before its first step, by name. The options come last, by which
-a folder is known for a run's: a kill while the others are removed leaves it one."""
 
 
 def names_in(run_dir: Path) -> set[str]:
@@ -260,7 +260,8 @@ def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
             remove(run_dir / name)
 
 
-def _claim(root: Path, name: str) -> Path:
+def _make_new(root: Path, name: str) -> Path:
+    """A folder of that name, or of that name and a number, which no other start has made."""
     attempt = 1
     while True:
         run_dir = root / (name if attempt == 1 else f"{name}_{attempt}")
