@@ -297,10 +297,12 @@ def index_of_gpu(local_rank: int, num_gpus: int) -> int:
     """
     if num_gpus == 1 and not dist.is_torchelastic_launched():
         return 0
-    if local_rank >= num_gpus:
+    # of all ranks here: the others would wait for one that has no GPU
+    num_ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if num_ranks > num_gpus:
         raise RankError(
-            f"LOCAL_RANK is {local_rank}, but {num_gpus} GPUs are visible; start at most one "
-            "process a GPU"
+            f"{num_ranks} ranks are on this machine and {num_gpus} of its GPUs visible; start at "
+            "most one process a GPU"
         )
     return local_rank
 

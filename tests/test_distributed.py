@@ -329,11 +329,16 @@ def test_a_rank_that_cannot_join_says_so_whatever_its_number(base, tmp_path, mon
 def test_a_rank_takes_the_one_gpu_that_its_scheduler_shows_it_or_the_one_of_its_number(monkeypatch):
     assert index_of_gpu(3, 1) == 0
     assert index_of_gpu(3, 8) == 3
-    with pytest.raises(RankError, match="LOCAL_RANK is 3, but 2 GPUs are visible"):
+    with pytest.raises(RankError, match="4 ranks are on this machine and 2 of its GPUs visible"):
         index_of_gpu(3, 2)
+    # the first of three does not wait for the third
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(RankError, match="3 ranks are"):
+        index_of_gpu(0, 2)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
     # all ranks of torchrun see the same
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(RankError, match="LOCAL_RANK is 1, but 1 GPUs are visible"):
+    with pytest.raises(RankError, match="2 ranks are on this machine and 1 of"):
         index_of_gpu(1, 1)
 
 
