@@ -33,7 +33,7 @@ def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
 
     def meet() -> None:
         try:
-            store, _, _ = next(stores.rendezvous("env://", rank, size, timeout=timeout))
+            store = _open_store(rank, size, timeout)
             store.set(f"come {rank}", "")
             await_all(store, size, timeout)
             found.put((store, None))
@@ -50,8 +50,25 @@ def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
     return store
 
 
+def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """The store, which need not have seen anybody else."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(stores.rendezvous("env://", rank, size, timeout=timeout))
+        return store
+    # rank 0's of torch's own would wait for the others itself, and not know which did not come
+    return stores.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        # torchrun, of this process, may open it as well
+        multi_tenant=True,
+    )
+
+
 def await_all(store: Any, size: int, timeout: datetime.timedelta) -> None:
-    """Wait until every rank has come: torchrun's own store is there before any of them is.
+    """Wait until every rank has come: the store is there before all of them are.
 
     Raises:
         RankError: not all came in time; which did not.
