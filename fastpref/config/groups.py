@@ -1,5 +1,6 @@
 """Schemas of the option groups `model packing optim head weights`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -281,3 +282,14 @@ class WeightsConfig:
                 f"weights.output_dir must not be base_data_dir ({base_data_dir}) without "
                 "weights.suffix: the rows read would be overwritten"
             )
+
+    def check_names(self, datasets: Sequence[str]) -> None:
+        """Refuse names of data sets that lead out of the folder that weights are written to."""
+        for name in datasets:
+            path = Path(name)
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(
+                    f"datasets: {name} is a path, and its weights would lie outside of "
+                    f"weights.output_dir; set datasets=[{path.name}], and base_data_dir to the "
+                    "folder that holds it"
+                )

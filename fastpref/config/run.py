@@ -228,6 +228,8 @@ class Config:
                 f"resume.path: task={self.task} goes on by itself with what is in its own folder, "
                 f"got {self.resume.path!r}; name that with {key}"
             )
+        if self.task in ("estimate_weights", "tisdpo"):
+            self.weights.check_names(self.datasets)
         if self.task == "estimate_weights":
             self.weights.check_task(self.base_data_dir)
         if self.task == "tisdpo":

@@ -391,6 +391,13 @@ def test_estimating_weights_refuses_what_gives_nothing_or_overwrites(tmp_path):
     assert read(*same, *prompts, out, f"base_data_dir={tmp_path}/", "weights.suffix=-w").task
 
 
+@pytest.mark.parametrize("task", ["estimate_weights", "tisdpo"])
+@pytest.mark.parametrize("name", ["/data/words", "../words"])
+def test_weights_are_written_to_their_folder_alone(task, name):
+    with pytest.raises(ConfigError, match=rf"{name} is a path, .* set datasets=\[words\]"):
+        read(f"task={task}", "loss=tisdpo", f"datasets=[{name}]", "base_data_dir=data")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
