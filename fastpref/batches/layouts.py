@@ -187,7 +187,9 @@ class PaddedRows:
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As many rows in each, as few micro-batches as the tokens allow."""
         most = max(min_micro_batches, -(-len(columns) // num_ranks))
-        for num_micro_batches in range(min_micro_batches, most + 1):
+        # fewer have no room for the rows even without padding
+        fewest = -(-int(columns.num_tokens.sum()) // (self.max_tokens * num_ranks))
+        for num_micro_batches in range(min(max(min_micro_batches, fewest), most), most + 1):
             plan = [
                 [_padded(columns, rows) for rows in np.array_split(of_ranks, num_ranks)]
                 for of_ranks in np.array_split(np.arange(len(columns)), num_micro_batches)
@@ -204,8 +206,10 @@ class PaddedRows:
         self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
     ) -> list[MicroBatch]:
         """In parts of equally many rows."""
-        num_parts = min(len(micro_batch.rows), -(-micro_batch.num_tokens // max_tokens))
-        parts = np.array_split(micro_batch.rows, max(1, num_parts))
+        num_rows = len(micro_batch.rows)
+        # as if all were as long as the longest
+        fitting = max(1, num_rows * max_tokens // micro_batch.num_tokens)
+        parts = np.array_split(micro_batch.rows, -(-num_rows // fitting))
         return [_padded(columns, rows) for rows in parts]
 
     def build(
@@ -225,6 +229,9 @@ def in_groups(num_rows: int, size: int) -> list[list[int]]:
 
 
 def _padded(columns: EncodedColumns, rows: np.ndarray) -> MicroBatch:
-    longest = columns.prompt.lengths + np.maximum(columns.chosen.lengths, columns.rejected.lengths)
-    num_tokens = columns.num_sides * len(rows) * int(longest[rows].max(initial=0))
+    prompts, chosen, rejected = (
+        ranges.lengths[rows] for ranges in (columns.prompt, columns.chosen, columns.rejected)
+    )
+    longest = int((prompts + np.maximum(chosen, rejected)).max(initial=0))
+    num_tokens = columns.num_sides * len(rows) * longest
     return MicroBatch(rows, rows, np.zeros_like(rows), num_tokens)
