@@ -140,6 +140,13 @@ def test_an_adapter_without_a_base_is_refused_by_the_field(tmp_path, monkeypatch
             resolve(".")
 
 
+def test_adapters_that_name_each_other_are_refused(tmp_path):
+    first = write_adapter(tmp_path / "first", "../second")
+    write_adapter(tmp_path / "second", "../first")
+    with pytest.raises(CheckpointError, match="is its own base_model_name_or_path"):
+        find_model(str(first))
+
+
 def test_an_adapter_on_the_hub_is_one_as_in_a_folder(model_dir, tmp_path, monkeypatch):
     cached = tmp_path / "models--someone--adapter"
     write_adapter(cached / "snapshots" / ("0" * 40), str(model_dir))

@@ -176,7 +176,8 @@ def find_model(
         if folder is None:
             ordered = tuple(reversed(adapters))
             return ModelSource(asked, name, revision, ordered, trust_remote_code)
-        if folder in adapters:
+        # one folder has many names: A/../A
+        if Path(folder).resolve() in map(Path.resolve, map(Path, adapters)):
             raise CheckpointError(f"model: {Path(folder) / ADAPTER_CONFIG} is its own {BASE_FIELD}")
         adapters.append(folder)
         name, revision = _base_of(Path(folder))
