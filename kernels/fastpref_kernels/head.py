@@ -124,6 +124,12 @@ Heads = tuple[Head, Head]
 """Policy, reference."""
 
 
+def joint_exp_dtype(heads: Heads) -> torch.dtype:
+    """What is stored of two models' logits: bfloat16 only if both models' are made of it."""
+    both = {head.exp_dtype for head in heads}
+    return torch.bfloat16 if both == {torch.bfloat16} else torch.float32
+
+
 class Targets(NamedTuple):
     """Which column of each row is scored, and which rows are not."""
 

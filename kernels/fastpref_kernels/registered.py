@@ -94,7 +94,7 @@ def sweep_heads(
     return OPS[op].stats(*stats)
 
 
-@custom_op("fastpref::head_v5", mutates_args=())
+@custom_op("fastpref::head_v6", mutates_args=())
 def head_fwd(
     policy: list[Tensor],
     reference: list[Tensor],
@@ -133,7 +133,7 @@ def _(
         return list(_Call.of(policy, reference, **options).empty_stats())
 
 
-@custom_op("fastpref::head_bwd_v5", mutates_args=())
+@custom_op("fastpref::head_bwd_v6", mutates_args=())
 def head_bwd(
     grads: list[Tensor],
     policy: list[Tensor],
@@ -307,7 +307,7 @@ def _differentiate(
     return leaves, [None] * len(reference), None
 
 
-register_autograd("fastpref::head_v5", _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::head_v6", _differentiate, setup_context=_setup_context)
 
 
 def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str]) -> None:
@@ -332,4 +332,4 @@ def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str])
     register_autograd(backward, differentiate_twice, setup_context=remember_op)
 
 
-differentiable_once("fastpref::head_bwd_v5", lambda options: OPS[options["op"]].public)
+differentiable_once("fastpref::head_bwd_v6", lambda options: OPS[options["op"]].public)

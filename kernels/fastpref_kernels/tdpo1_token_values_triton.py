@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastpref_kernels.gemm import add_matmul
-from fastpref_kernels.head import Gradients, Head, Heads, NeedsGrad, Targets
+from fastpref_kernels.head import Gradients, Heads, NeedsGrad, Targets, joint_exp_dtype
 from fastpref_kernels.launch import Operands, aligned_columns
 from fastpref_kernels.row_sums import TokenStats, ValueStats, empty_slopes
 from fastpref_kernels.tdpo1_token_values_torch import scaled_slopes, share_head, values_of
@@ -42,26 +42,26 @@ Between products, sums are rounded."""
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
     """Mode of a call; see the module's docstring."""
-    policy, reference = heads
+    policy, _ = heads
     if not any(needs_grad):
         return "scores"
     if needs_grad == (True, False, False):
         return "frozen"
     if policy.gemm_dtype == torch.float16:
         return "lean"
-    return keeping_mode(policy.input.shape[0], _row_bytes(reference))
+    return keeping_mode(policy.input.shape[0], _row_bytes(heads))
 
 
 def empty_stats(heads: Heads, mode: str) -> ValueStats:
     """Uninitialised results of the forward, with what the mode keeps for its backward."""
-    policy, reference = heads
+    policy, _ = heads
     input, N = policy.input, policy.input.shape[0]
     columns = aligned_columns(policy.weight.shape[0])
-    num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(reference))}.get(mode, 0)
+    num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(heads))}.get(mode, 0)
     return ValueStats.empty(
         input,
         empty_slopes(input, mode),
-        kept=input.new_empty(num_kept, columns, dtype=reference.exp_dtype),
+        kept=input.new_empty(num_kept, columns, dtype=joint_exp_dtype(heads)),
         kept_sums=input.new_empty(num_kept, dtype=torch.float32),
     )
 
@@ -69,9 +69,11 @@ def empty_stats(heads: Heads, mode: str) -> ValueStats:
 def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueStats:
     """Values, their derivatives in the hidden states, and what the mode's backward starts from."""
     policy, reference = (Operands.of(head, targets) for head in heads)
+    # the policy's head is multiplied with the reference's exponentials
+    reference = reference._replace(exp_dtype=joint_exp_dtype(heads))
     stats = empty_stats(heads, mode)
     N, V = len(targets.ids), policy.head.weight.shape[0]
-    K, step = len(stats.kept), _sweep_rows(heads[1])
+    K, step = len(stats.kept), _sweep_rows(heads)
     if K:
         # columns that only round a row up: an op's results hold nothing by chance
         stats.kept[:, V:] = 0
@@ -167,11 +169,12 @@ def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
     return (high_R + low_R).masked_fill_(lost_R > 0, -torch.inf)
 
 
-def _sweep_rows(reference: Head) -> int:
+def _sweep_rows(heads: Heads) -> int:
     """Rows at once: their exponentials take no more than half the workspace."""
-    fitting = int(limit() / 2 / _row_bytes(reference))
+    fitting = int(limit() / 2 / _row_bytes(heads))
     return max(ROW_MULTIPLE, min(_SWEEP_ROWS, fitting // ROW_MULTIPLE * ROW_MULTIPLE))
 
 
-def _row_bytes(reference: Head) -> int:
-    return aligned_columns(reference.weight.shape[0]) * reference.exp_dtype.itemsize
+def _row_bytes(heads: Heads) -> int:
+    """Of a row's exponentials."""
+    return aligned_columns(heads[0].weight.shape[0]) * joint_exp_dtype(heads).itemsize

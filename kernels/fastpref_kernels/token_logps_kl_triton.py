@@ -23,6 +23,7 @@ from fastpref_kernels.head import (
     NeedsGrad,
     Targets,
     head_gradients,
+    joint_exp_dtype,
     kl_target_gradients,
     logit_gradients,
 )
@@ -66,7 +67,7 @@ def empty_stats(heads: Heads, mode: str) -> JointStats:
     kept_shape = (2, num_kept, aligned_columns(V))
     return JointStats.empty(
         policy.input,
-        kept=policy.input.new_empty(kept_shape, dtype=_kept_dtype(heads)),
+        kept=policy.input.new_empty(kept_shape, dtype=joint_exp_dtype(heads)),
         kept_scales=policy.input.new_empty((2, num_kept), dtype=torch.float32),
     )
 
@@ -272,10 +273,4 @@ def _kept(stats: JointStats) -> tuple[Tensor, Tensor]:
 
 def _row_bytes(heads: Heads) -> int:
     """Of what is kept of a row."""
-    return 2 * aligned_columns(heads[0].weight.shape[0]) * _kept_dtype(heads).itemsize
-
-
-def _kept_dtype(heads: Heads) -> torch.dtype:
-    """Bfloat16 only if both models' logits are made of it."""
-    both = {head.exp_dtype for head in heads}
-    return torch.bfloat16 if both == {torch.bfloat16} else torch.float32
+    return 2 * aligned_columns(heads[0].weight.shape[0]) * joint_exp_dtype(heads).itemsize

@@ -87,6 +87,23 @@ def test_every_mode_matches_float64(route, mode, monkeypatch):
         assert (our - true).norm() / true.norm() <= 1e-5
 
 
+@pytest.mark.parametrize("mode", ["store", "frozen"])
+def test_a_reference_of_16_bits_rounds_nothing_of_a_policy_in_float32(mode, monkeypatch):
+    N, V, D = SHAPES["products"]
+    monkeypatch.setattr(tdpo1_token_values_triton, "choose_mode", lambda heads, needs_grad: mode)
+    policy = tuple(leaf.detach().to(DEVICE) for leaf in random_head(N, V, D))
+    for leaf in policy[: 1 if mode == "frozen" else 3]:
+        leaf.requires_grad_()
+    reference = [leaf.detach().to(DEVICE) for leaf in random_head(N, V, D, torch.bfloat16, seed=1)]
+    target_N = random_target(N, V).to(DEVICE)
+    ours = values_and_gradients(tdpo1_token_values, policy, reference, target_N)
+    truth = values_and_gradients(
+        naive.tdpo1_token_values, double(policy), double(tuple(reference)), target_N
+    )
+    for our, true in zip(ours, truth, strict=True):
+        assert (our - true).norm() / true.norm() <= 1e-5
+
+
 @both_routes
 @pytest.mark.parametrize("heads", ["one", "two"])
 def test_a_row_has_the_same_bits_in_every_mode(route, heads):

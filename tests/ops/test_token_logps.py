@@ -516,7 +516,7 @@ def test_the_registered_ops_keep_the_dispatchers_rules(op):
         "needs_grad": [True] * 3,
         "workspace": 2**20,
     }
-    torch.library.opcheck(torch.ops.fastpref.head_v5.default, arguments, options)
+    torch.library.opcheck(torch.ops.fastpref.head_v6.default, arguments, options)
 
 
 def test_arguments_that_do_not_fit_are_named():
