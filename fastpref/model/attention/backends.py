@@ -169,19 +169,15 @@ def flash_kernel(version: int) -> VarlenKernel:
 def torch_varlen_kernel() -> VarlenKernel:
     """`torch.nn.attention.varlen`: FlashAttention 2 inside torch, 16 bits, no softcap."""
     function = import_module("torch.nn.attention.varlen").varlen_attn
-    accepted = inspect.signature(function).parameters
-    # torch 2.10 had is_causal; what came after says the same with a window
-    has_windows = "window_size" in accepted
+    # torch 2.11 has it not
+    has_groups = "enable_gqa" in inspect.signature(function).parameters
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, rules: ScoreRules) -> Tensor:
         if rules.softcap is not None:
             raise ValueError("torch's variable-length attention has no softcap")
-        if rules.window is not None and not has_windows:
-            raise ValueError("torch's variable-length attention has windows from 2.11 on")
         before = -1 if rules.window is None else rules.window - 1
-        options: dict[str, Any] = {"window_size": (before, 0)} if has_windows else {}
-        options |= {"scale": rules.scale} | ({} if has_windows else {"is_causal": True})
-        if "enable_gqa" in accepted:
+        options: dict[str, Any] = {"window_size": (before, 0), "scale": rules.scale}
+        if has_groups:
             options["enable_gqa"] = True
         elif q.shape[1] != k.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
