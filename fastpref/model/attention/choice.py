@@ -16,7 +16,12 @@ from fastpref.errors import ConfigError, first_line
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.calls import AttentionCall
 from fastpref.model.attention.interface import build_attention
-from fastpref.model.attention.packing_probe import cannot_share, probe_packing, probe_rows
+from fastpref.model.attention.packing_probe import (
+    PROBE_WINDOW,
+    cannot_share,
+    probe_packing,
+    probe_rows,
+)
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.logit_path import LogitPath
 
@@ -211,8 +216,7 @@ def _with_gradients(
     if call.has_sinks:
         sinks = torch.linspace(-1, 1, call.heads, device=inputs[0].device).requires_grad_()
         leaves.append(sinks)
-    # less than the longest of the probe's sequences, and than one of its prompts
-    rules = ScoreRules(call.scale, call.softcap, 4 if call.has_window else None, sinks)
+    rules = ScoreRules(call.scale, call.softcap, PROBE_WINDOW if call.has_window else None, sinks)
     query, key, value = leaves[:3]
     with torch.enable_grad():
         output = attention.attend(query, key, value, attention.prepare(layout), rules)

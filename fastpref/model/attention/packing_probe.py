@@ -21,6 +21,8 @@ from fastpref.model.scorer import TokenScorer
 
 # prompt, chosen and rejected tokens of each pair; the first and the last share their prompt
 _LENGTHS = [(5, 3, 5), (1, 6, 2), (5, 2, 1)]
+PROBE_WINDOW = 4
+"""Tokens of a window that cuts these sequences, and the longer of these prompts."""
 
 
 def probe_rows(ids: Tensor) -> list[EncodedRow]:
@@ -68,7 +70,10 @@ def probe_packing(
     calls: set[AttentionCall] = set()
     mixers: list[nn.Module] = []
     try:
-        with exact_arithmetic(model, block_name), narrow_windows(model, longest):
+        with (
+            exact_arithmetic(model, block_name),
+            narrow_windows(model, longest, tokens=PROBE_WINDOW),
+        ):
             blocks, padded_ND = _run_padded(model, path, block_name)
             mixers, obstacle = find_mixers(model, blocks)
             obstacle = limited_view(model, longest) or obstacle

@@ -6,14 +6,16 @@ from typing import Any
 
 from fastpref.model.positions import config_value
 
-PROBE_WINDOW = 4
-"""Tokens: less than the longest sequence of `probe_rows` has, and than its longest prompt."""
-
 
 @contextmanager
-def narrow_windows(model: Any, longest: int) -> Iterator[None]:
-    """Windows as short as the probe's rows are, so that these tell what a family makes of them;
-    those that reach over every sequence stay as they are.
+def narrow_windows(model: Any, longest: int, *, tokens: int) -> Iterator[None]:
+    """Windows so short that the probe's rows tell what a family makes of them; those that reach
+    over every sequence stay as they are.
+
+    Args:
+        model: Of transformers.
+        longest: Tokens of the longest sequence that will be computed.
+        tokens: Of a window while entered.
     """
     holders = [model.config.get_text_config(), *model.modules()]
     before = []
@@ -21,7 +23,7 @@ def narrow_windows(model: Any, longest: int) -> Iterator[None]:
         window = vars(holder).get("sliding_window")
         if isinstance(window, int) and window < longest:
             before.append((holder, window))
-            holder.sliding_window = PROBE_WINDOW
+            holder.sliding_window = tokens
     try:
         yield
     finally:
