@@ -26,6 +26,7 @@ from fastpref.batch import SegmentLayout
 from fastpref.checks import listed
 from fastpref.model.attention.backends import GatheredKeys
 from fastpref.model.attention.segments import runs_of_like_length
+from fastpref.model.positions import config_value
 
 # of modules, without the family's name: state-space, recurrent and linear attention layers
 _MIXERS = re.compile(
@@ -160,7 +161,8 @@ def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module
     kinds = [
         kind
         for name in ("layer_types", "layers_block_type", "block_types")
-        for kind in _listed(config, name)
+        for kind in config_value(config, name) or ()
+        if isinstance(kind, str)
     ]
     for kind in filter(_SPARSE_TYPES.search, kinds):
         return [], f"a layer of it is {kind}, no attention to all tokens of a row"
@@ -190,15 +192,6 @@ def describe_mixers(mixers: Iterable[nn.Module]) -> str:
     """Their kinds; "" without any."""
     kinds = sorted({type(mixer).__name__ for mixer in mixers})
     return listed(kinds) if kinds else ""
-
-
-def _listed(config: Any, name: str) -> list[str]:
-    # a value that differs from layer to layer cannot be read off the whole model's config
-    try:
-        kinds = getattr(config, name, None) or ()
-    except RuntimeError:
-        return []
-    return [kind for kind in kinds if isinstance(kind, str)]
 
 
 def _family_prefix(model: Any) -> str:
