@@ -158,6 +158,7 @@ class TokenScorer(nn.Module):
         """
         return self._states(batch)
 
+    # apart from `states`, around which FSDP2 puts its hooks: a forward is within them already
     def _states(self, batch: Batch) -> HeadStates:
         self._lend_masters()
         hidden_MD = self.hidden_states(batch)
