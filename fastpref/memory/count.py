@@ -12,7 +12,7 @@ from fastpref.memory.stand_ins import (
     stand_in_four_bits,
 )
 from fastpref.memory.worst_rows import Rows
-from fastpref.model.adapters.quantize import linear_layers
+from fastpref.model.adapters.quantize import quantizable_layers
 from fastpref.model.attention.interface import IMPLEMENTATION
 from fastpref.model.blocks import find_blocks
 from fastpref.model.mixers import find_mixers
@@ -72,7 +72,7 @@ def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = Fa
     rows, columns = model.get_output_embeddings().weight.shape
     packed = 0
     if in_four_bits:
-        packed = sum(x.weight.numel() for _, _, x in linear_layers(model, block_name))
+        packed = sum(x.weight.numel() for _, _, x in quantizable_layers(model, block_name))
         stand_in_four_bits(model, block_name)
     return Weights(
         total,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpref.batch import SegmentLayout
-from fastpref.model.adapters.quantize import linear_layers
+from fastpref.model.adapters.quantize import quantizable_layers
 from fastpref.model.attention.backends import GatheredKeys, PackedAttention
 from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.liger import is_norm, is_swiglu
@@ -157,7 +157,7 @@ def stand_in_four_bits(model: Any, block_name: str | None) -> None:
     Args:
         model: On the meta device.
     """
-    for _, _, layer in linear_layers(model, block_name):
+    for _, _, layer in quantizable_layers(model, block_name):
         layer.__class__ = _FourBits
 
 

@@ -136,7 +136,7 @@ def _is_same(tensor: Tensor, own: Tensor | None) -> bool:
     return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own.dtype), own)
 
 
-def load_weights(model: Any, folder: str, name: str) -> None:
+def fill_adapter(model: Any, folder: str, name: str) -> None:
     """Fill an adapter with the low-rank matrices of a folder."""
     from peft import set_peft_model_state_dict
 

@@ -25,9 +25,9 @@ from fastpref.model.adapters.given import (
     adapter_part,
     check_asked,
     check_whole_matrices,
+    fill_adapter,
     given_config,
     is_of,
-    load_weights,
     not_beside,
 )
 from fastpref.model.adapters.low_rank import share_input
@@ -173,8 +173,8 @@ def add_adapters(
         _draw(model, adapters.config, seed)
     else:
         world.on_main(lambda: check_whole_matrices(model, start))
-        load_weights(model, start, TRAINED)
-        load_weights(model, start, GIVEN)
+        fill_adapter(model, start, TRAINED)
+        fill_adapter(model, start, GIVEN)
     return adapters
 
 
@@ -232,7 +232,7 @@ def add_given_adapters(
     for name, folder in folders.items():
         _inject(model, configs[name], name, folder=folder)
         world.on_main(partial(check_whole_matrices, model, folder))
-        load_weights(model, folder, name)
+        fill_adapter(model, folder, name)
     model.requires_grad_(False)
     adapters = Adapters(model, next(iter(configs.values()), None))
     adapters.activate(None)

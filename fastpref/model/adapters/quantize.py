@@ -32,7 +32,7 @@ def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
     from bitsandbytes.nn.modules import Linear4bit, Params4bit
 
     check_quantizable(model, block_name)
-    for parent, name, layer in list(linear_layers(model, block_name)):
+    for parent, name, layer in list(quantizable_layers(model, block_name)):
         weight = layer.weight.data.to(world.device)
         if world.size > 1:
             dist.broadcast(weight, src=0)
@@ -60,7 +60,7 @@ def check_quantizable(model: Any, block_name: str | None) -> None:
     Raises:
         ConfigError: the blocks have no linear layers of torch.
     """
-    if not any(True for _ in linear_layers(model, block_name)):
+    if not any(True for _ in quantizable_layers(model, block_name)):
         raise ConfigError(
             f"adapter=qlora: {type(model).__name__} has no torch.nn.Linear in its blocks, which is "
             "all that can be quantized; choose adapter=lora"
@@ -76,7 +76,7 @@ def round_blocks(model: Any, block_name: str | None, device: torch.device) -> No
         block_name: Class of the transformer blocks, None: found from the model.
         device: That quantizes; to the same bits as training had them, if the dtype is the same.
     """
-    for _, _, layer in linear_layers(model, block_name):
+    for _, _, layer in quantizable_layers(model, block_name):
         layer.weight.copy_(_rounded(layer.weight, device))
 
 
@@ -87,7 +87,7 @@ def _rounded(weight: Tensor, device: torch.device) -> Tensor:
     return dequantize_4bit(packed, state)
 
 
-def linear_layers(model: Any, block_name: str | None) -> Iterator[tuple[nn.Module, str, Any]]:
+def quantizable_layers(model: Any, block_name: str | None) -> Iterator[tuple[nn.Module, str, Any]]:
     """Each linear layer of the blocks, with the module that it is a part of and its name there."""
     for block in find_blocks(model, block_name):
         for path, module in list(block.named_modules()):

@@ -36,7 +36,7 @@ def choose_targets(
         ConfigError: an end that no layer has.
     """
     if options.target_modules is None and options.target_parameters is None:
-        return linear_layers(model, block_name), expert_matrices(model, block_name)
+        return linear_ends(model, block_name), expert_ends(model, block_name)
     modules = list(options.target_modules or ())
     parameters = list(options.target_parameters or ())
     _check_ends("target_modules", modules, [name for name, _ in model.named_modules()])
@@ -53,7 +53,7 @@ def whole_names(model: Any, ends: Iterable[str]) -> list[str]:
     return [name for name in names if any(ends_so(name, end) for end in ends)]
 
 
-def linear_layers(model: Any, block_name: str | None) -> list[str]:
+def linear_ends(model: Any, block_name: str | None) -> list[str]:
     """Ends of names that the linear layers of the transformer blocks have, and nothing else."""
     inside = {module for block in find_blocks(model, block_name) for module in block.modules()}
     names = {
@@ -72,7 +72,7 @@ def linear_layers(model: Any, block_name: str | None) -> list[str]:
     return sorted(ends if meant == names and not other_parts(model) else names)
 
 
-def expert_matrices(model: Any, block_name: str | None) -> list[str]:
+def expert_ends(model: Any, block_name: str | None) -> list[str]:
     """Ends of the names of matrices that a mixture has one of for each of its experts."""
     ends = set()
     for block in find_blocks(model, block_name):
