@@ -141,6 +141,15 @@ def fused_gap_cases(target):
                 name = f"sweep sums, bf16 exp, gap D {D} {transform}{' looping' * bool(programs)}"
                 more = options | {"D": D, "PROGRAMS": programs}
                 yield name, kernels._sweep_kernel, types | more, launch
+    # of a model in float16, or beside one in another dtype: the most shared memory of all
+    types |= PLAIN | {
+        "EXP": tl.float32,
+        "input_desc": types["input_desc"].replace("bf16", "fp16"),
+        "weight_desc": types["weight_desc"].replace("bf16", "fp16"),
+        "stored_desc": types["stored_desc"].replace("bf16", "fp32"),
+    }
+    more = {"D": 4096, "PROGRAMS": 132 if target == "sm_90" else 0}
+    yield "sweep sums, fp32 exp, gap D 4096", kernels._sweep_kernel, types | more, launch
 
 
 def row_cases():
