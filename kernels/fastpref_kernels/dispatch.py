@@ -25,16 +25,13 @@ def implementation(op: str, device: torch.device) -> ModuleType:
 
 def _runs_triton(op: str, device: torch.device) -> bool:
     if device.type == "cpu":
-        return _interpreted() and op in _WITH_TRITON
-    if device.type != "cuda" or op not in _WITH_TRITON:
+        return _interpreted()
+    if device.type != "cuda":
         return False
     obstacle = _obstacle(device)
     if obstacle:
         logger.warning("%s runs in plain torch on %s: %s", op, device, obstacle)
     return not obstacle
-
-
-_WITH_TRITON = ("token_logps", "token_logps_kl", "tdpo1_token_values", "sequence_log_ratios")
 
 
 def _interpreted() -> bool:
