@@ -57,8 +57,7 @@ class Head(NamedTuple):
         """
         if self.gemm_dtype == torch.bfloat16:
             return torch.bfloat16
-        both_bfloat16 = self.input.dtype == self.weight.dtype == torch.bfloat16
-        return torch.bfloat16 if both_bfloat16 else torch.float32
+        return torch.bfloat16 if self._is_bfloat16 else torch.float32
 
     @property
     def on_matrix_units(self) -> bool:
@@ -67,8 +66,12 @@ class Head(NamedTuple):
         On a CPU that multiplies bfloat16 faster, two to three times with AMX. What comes from
         bfloat16 is not changed by it, so logits stay exact; sums are float32 in any case.
         """
-        both_bfloat16 = self.input.dtype == self.weight.dtype == torch.bfloat16
-        return both_bfloat16 and self.input.device.type == "cpu" and cpu_multiplies_bfloat16()
+        on_cpu = self.input.device.type == "cpu"
+        return on_cpu and self._is_bfloat16 and cpu_multiplies_bfloat16()
+
+    @property
+    def _is_bfloat16(self) -> bool:
+        return self.input.dtype == self.weight.dtype == torch.bfloat16
 
     def input_tile(self, rows: slice, ignored_N: Tensor) -> Tensor:
         """Hidden states of `rows` for a GEMM, (R, D) padded to a multiple of 32 rows.

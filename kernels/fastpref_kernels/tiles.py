@@ -87,12 +87,10 @@ def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def column_parts(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
-    """The two, four or eight parts of a tile's columns, from left to right."""
+    """The two or four parts of a tile's columns, from left to right."""
     left, right = halves(tile, BLOCK_N, BLOCK_V)
     if PARTS == 2:
         return left, right
-    elif PARTS == 8:
-        return eighths(tile, BLOCK_N, BLOCK_V)
     else:
         a, b = halves(left, BLOCK_N, BLOCK_V // 2)
         c, d = halves(right, BLOCK_N, BLOCK_V // 2)
