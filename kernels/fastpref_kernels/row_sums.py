@@ -174,9 +174,10 @@ class JointStats(NamedTuple):
     reference_lse: Tensor
     kl: Tensor
     kept: Tensor
-    """What the mode keeps for its backward; no elements if nothing."""
+    """(2, K, V rounded up) of the first K rows, what the mode keeps for its backward: larger
+    exponentials, and log-ratios; no elements if nothing."""
     kept_scales: Tensor
-    """Numbers a row that go with it."""
+    """(2, K) float32, log p and log q of what is kept as 1."""
 
     @classmethod
     def empty(cls, input: Tensor, *, kept: Tensor, kept_scales: Tensor) -> "JointStats":
@@ -201,9 +202,10 @@ class ValueStats(NamedTuple):
     reference_lse: Tensor
     """(N,) float64."""
     kept: Tensor
-    """What the mode keeps of the reference; no elements if nothing."""
+    """(K, V rounded up) exponentials of the reference that the mode keeps of the first K rows; no
+    elements if none."""
     kept_sums: Tensor
-    """(N,) float32, sums of what is kept; no elements if nothing is."""
+    """(K,) float32, their sums without the target."""
 
     @classmethod
     def empty(
@@ -234,9 +236,10 @@ class TokenStats(NamedTuple):
     lse: Tensor
     """(N,) float64."""
     kept: Tensor
-    """What the mode keeps; no elements if nothing."""
+    """What the mode keeps: (K, V rounded up) exponentials of the first K rows, or (N, D)
+    derivatives in the hidden states; no elements if nothing."""
     kept_sums: Tensor
-    """(N,) float32, sums of what is kept; undefined where nothing is."""
+    """(K,) float32, sums of the exponentials without the target, before a softcap's slope."""
 
 
 def log_softmax_(logits_RC: Tensor, lse_R: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def _joint_dlogits_kernel(
     reference_input_desc, reference_weight_desc,  # (N, D_REFERENCE), (V, D_REFERENCE)
     dlogits_desc,                                 # (N, stop_v - start_v) 16-bit float
     bias_ptr, reference_bias_ptr, target_ptr,     # (V,) float, twice; (N,) int64, -1 ignored
-    lse_ptr, reference_lse_ptr, grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) f32
+    lse_ptr, reference_lse_ptr,                   # (N,) float64
+    grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, D_REFERENCE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP_N: tl.constexpr,
@@ -144,7 +145,8 @@ def _joint_dlogits_kernel(
 def _joint_dlogits_tile_kernel(
     logits_ptr, reference_logits_ptr, dlogits_ptr,  # (R, stop_v - start_v) float32, twice; float
     bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, -1 ignored
-    lse_ptr, reference_lse_ptr, grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) f32
+    lse_ptr, reference_lse_ptr,                     # (N,) float64
+    grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
     stride_logits, stride_dlogits, first_n, R, start_v, stop_v, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
