@@ -21,6 +21,7 @@ from fastpref.memory.planning import (
     most_step_tokens,
 )
 from fastpref.memory.worst_rows import Rows
+from fastpref.model.adapters.lora import Adapters
 from fastpref.model.attention.choice import ON_GPU
 from fastpref.model.beforehand import check_options
 from fastpref.model.replicate import is_replicated
@@ -48,8 +49,8 @@ def show_plan(
         ConfigError: the model cannot do what an option asks for, or the family cannot be computed
             without memory.
     """
-    check_options(training.model, training.adapter, packing, trainable=True)
-    columns = list(_columns(training, packing, options, longest))
+    twin = check_options(training.model, training.adapter, packing, trainable=True)
+    columns = list(_columns(training, packing, options, longest, twin.adapters))
     table = Table(title=f"{training.model.name_or_path}, GiB of each GPU")
     for i, (title, _) in enumerate([("", []), *columns]):
         table.add_column(title, justify="right" if i else "left")
@@ -60,7 +61,11 @@ def show_plan(
 
 
 def _columns(
-    training: TrainingOptions, packing: PackingConfig, options: PlanConfig, longest: int
+    training: TrainingOptions,
+    packing: PackingConfig,
+    options: PlanConfig,
+    longest: int,
+    adapters: Adapters | None,
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Title and cells of each column."""
     device = Device("cuda", 1, int(options.memory_gib * GIB))
@@ -71,6 +76,8 @@ def _columns(
         replicated = is_replicated(
             training.adapter, num_bytes=counted.stored_bytes, room=device.memory
         )
+        if options.num_gpus > 1 and adapters is not None and not replicated:
+            adapters.check_shardable()
         for num_gpus in sorted({1, options.num_gpus}):
             title = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
             title += ",\nrecomputed" if recomputes else ""

@@ -1,30 +1,43 @@
 """What is known of a model before rows are tokenized and weights are read: its vocabulary, and what
 of a run's options it cannot do, asked of its twin without memory.
-
-A family that cannot be built so is asked once it is loaded: each of these rules holds there, too.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastpref.config import AdapterConfig, ModelConfig, PackingConfig
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.distributed import World
+from fastpref.errors import ConfigError
 from fastpref.model.adapters.base import find_adapter_base
-from fastpref.model.adapters.given import given_config
-from fastpref.model.adapters.lora import insert_adapters
+from fastpref.model.adapters.lora import Adapters, insert_adapters
 from fastpref.model.adapters.quantize import check_quantizable
 from fastpref.model.attention.packing_probe import check_layout
 from fastpref.model.blocks import find_blocks
-from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.files.paths import archived_model, named_model
+from fastpref.model.replicate import fits_whole
 from fastpref.model.router import check_coefficient
 from fastpref.model.source import build_meta, load_model_tokenizer, read_vocab_size
 
 
+class Twin(NamedTuple):
+    """A model without memory."""
+
+    model: Any
+    """Of transformers, on the meta device."""
+    adapters: Adapters | None
+    """In it; None where all of it is trained, or it scores only."""
+
+
 def check_options(
-    config: ModelConfig, adapter: AdapterConfig, packing: PackingConfig, *, trainable: bool
-) -> None:
+    config: ModelConfig,
+    adapter: AdapterConfig,
+    packing: PackingConfig,
+    *,
+    trainable: bool,
+    world: World | None = None,
+) -> Twin:
     """Refuse what a model cannot do.
 
     Args:
@@ -32,22 +45,23 @@ def check_options(
         adapter: Of what is trained beside it.
         packing: How rows are to lie.
         trainable: False where it scores only.
+        world: Whoever trains it; None where that is not here.
+
+    Returns:
+        Its twin, for what depends on the rows.
 
     Raises:
         ConfigError: naming the option.
-        CheckpointError: `model.archive` is neither a file nor a model's folder, or the adapter to
-            train on is of a kind that can only be merged.
+        CheckpointError: there is no such model, its family cannot be built, `model.archive` is
+            neither a file nor a model's folder, or the adapter to train on is of a kind that can
+            only be merged.
     """
     if config.archive and not Path(config.archive).expanduser().is_file():
         archived_model(config)
     source, start = named_model(config), None
     if trainable and adapter.trained:
         source, start = find_adapter_base(config)
-    if start is not None:
-        given_config(start)
-    twin = _build_twin(source)
-    if twin is None:
-        return
+    twin = build_meta(source, dtype=getattr(torch, config.compute_dtype))
     if config.attention == "sdpa" and not twin._supports_sdpa:
         raise ConfigError(
             f"model.attention=sdpa: {type(twin).__name__} has no such attention in "
@@ -59,9 +73,13 @@ def check_options(
         check_coefficient(config.router_coefficient, twin)
     if adapter.quantized:
         check_quantizable(twin, config.block_name)
+    if not (trainable and adapter.trained):
+        return Twin(twin, None)
     # last, because it changes the twin
-    if trainable and adapter.trained:
-        insert_adapters(twin, adapter, config.block_name, start)
+    adapters = insert_adapters(twin, adapter, config.block_name, start)
+    if world is not None:
+        fits_whole(twin, adapters, adapter, world)
+    return Twin(twin, adapters)
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
@@ -72,11 +90,3 @@ def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
     """
     num_embeddings = read_vocab_size(named_model(config))
     return load_model_tokenizer(config), num_embeddings
-
-
-def _build_twin(source: ModelSource) -> Any:
-    """The model without memory; None where it cannot be had, which those say who load it."""
-    try:
-        return build_meta(source, dtype=torch.float32)
-    except CheckpointError:
-        return None

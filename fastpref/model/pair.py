@@ -17,7 +17,6 @@ from fastpref.model.loading import (
     try_model,
 )
 from fastpref.model.own_reference import OwnReference, beginning_of
-from fastpref.model.positions import check_positions
 from fastpref.model.replicate import place_adapters
 from fastpref.model.scorer import TokenScorer
 
@@ -58,7 +57,6 @@ def build_pair(
         num_tokens: Of the whole run, about; 0 where there is none.
     """
     model, start = load_policy(options.model, world, with_adapters=options.adapter.trained)
-    check_positions(model, longest)
     findings = try_model(model, options.model, world, trainable=True)
     compiled = choose_compilation(options.compile, model, world, num_tokens=num_tokens)
     rows = choose_rows(

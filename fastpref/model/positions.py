@@ -63,7 +63,7 @@ def position_limit(model: Any) -> int | None:
     """Longest sequence that a table of positions allows (GPT-2, GPT-J, OPT); None without a table.
 
     Args:
-        model: A causal LM of transformers; weights are not looked at.
+        model: A causal LM of transformers; may be on the meta device.
     """
     declared = declared_positions(model.config)
     if declared is None:
@@ -72,6 +72,8 @@ def position_limit(model: Any) -> int | None:
     if hasattr(config_value(model.config, "attn_config"), "alibi"):
         return declared
     embedding = model.get_input_embeddings()
+    # beside an adapter
+    embedding = getattr(embedding, "base_layer", embedding)
     for module in model.get_decoder().modules():
         is_table = isinstance(module, nn.Embedding) and module is not embedding
         # OPT and BART keep two rows in front of the first position
@@ -118,6 +120,10 @@ def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
 def check_positions(model: Any, longest: int) -> None:
     """Refuse sequences that run off a table of positions; warn of those a model was not made for.
 
+    Args:
+        model: A causal LM of transformers; may be on the meta device.
+        longest: Tokens of the longest sequence.
+
     Raises:
         ConfigError: naming the largest max_length that fits.
     """
@@ -128,6 +134,25 @@ def check_positions(model: Any, longest: int) -> None:
             f"{limit}; set max_length={limit} or less"
         )
     warn_beyond_training(model, longest)
+
+
+def check_company(model: Any, longest: int) -> None:
+    """Refuse to keep what a model computes of a row, if it computes it in another way beside longer
+    ones.
+
+    Args:
+        model, longest: See `check_positions`.
+
+    Raises:
+        ConfigError: naming the length from which on it does.
+    """
+    limit = frequencies_change_beyond(model.config)
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"reference.mode: a sequence of more than {limit} tokens changes how this model "
+            f"computes those beside it, and the longest one has {longest}; set "
+            "reference.mode=online or a smaller max_length"
+        )
 
 
 def warn_beyond_training(model: Any, longest: int) -> None:

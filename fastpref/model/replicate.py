@@ -32,10 +32,7 @@ def place_adapters(
         seed=options.seed,
         start=start,
     )
-    replicated = fits_whole(model, options.adapter, world)
-    if world.size > 1 and not replicated:
-        adapters.check_shardable()
-    return adapters, replicated
+    return adapters, fits_whole(model, adapters, options.adapter, world)
 
 
 def is_replicated(options: AdapterConfig, *, num_bytes: int, room: int) -> bool:
@@ -54,12 +51,16 @@ def is_replicated(options: AdapterConfig, *, num_bytes: int, room: int) -> bool:
     return 2 * num_bytes <= room
 
 
-def fits_whole(model: Any, options: AdapterConfig, world: World) -> bool:
+def fits_whole(model: Any, adapters: Adapters, options: AdapterConfig, world: World) -> bool:
     """Whether every rank is to have the whole of a frozen model, see `is_replicated`.
 
     Args:
-        model: On the CPU, with adapters.
+        model: In the dtype that it is stored in, on the CPU or the meta device.
+        adapters: In it.
         world: Whoever computes; all ranks decide alike.
+
+    Raises:
+        ConfigError: the model is to be sharded, and its adapters cannot stand beside that.
     """
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if world.device.type == "cuda":
@@ -67,7 +68,10 @@ def fits_whole(model: Any, options: AdapterConfig, world: World) -> bool:
     else:
         room = available_to_rank()
     replicated = is_replicated(options, num_bytes=num_bytes, room=room)
-    return world.agree_max(int(not replicated)) == 0
+    replicated = world.agree_max(int(not replicated)) == 0
+    if world.size > 1 and not replicated:
+        adapters.check_shardable()
+    return replicated
 
 
 def replicate(scorer: TokenScorer, device: torch.device) -> None:

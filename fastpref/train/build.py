@@ -5,6 +5,7 @@ from dataclasses import asdict
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.pair import build_pair
+from fastpref.model.positions import check_company, check_positions
 from fastpref.model.precision import precision_here
 from fastpref.objectives.objective import build_objective
 from fastpref.train.assembly import Parts, place_of
@@ -36,6 +37,9 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         adapters=config.adapter.trained,
     )
     data = load_data(config, world, chat_date=start.state.chat_date or chat_date)
+    check_positions(data.twin.model, data.longest)
+    if config.caches_reference:
+        check_company(data.twin.model, data.longest)
     fingerprints: dict[str, str] = {}
     if start.checkpoint is not None:
         # before models are loaded for nothing

@@ -13,7 +13,7 @@ from fastpref.data.audit.account import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
-from fastpref.model.beforehand import check_options, load_vocabulary
+from fastpref.model.beforehand import Twin, check_options, load_vocabulary
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 from fastpref.train.resume.fingerprints import take_digests, take_model_digest, today
 
@@ -34,6 +34,8 @@ class Data(NamedTuple):
     """Of rows and tokenizer, see `take_digests`."""
     chat_date: str
     """The day that a chat template which prints the date was told."""
+    twin: Twin
+    """The model, without its weights."""
 
     @property
     def texts(self) -> tuple[Any, str | None]:
@@ -78,7 +80,8 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
     options = data_options(config)
     main_first(world, lambda: read_splits(options, splits, quiet=quiet))
     # to make tokens of many rows takes an hour
-    check_options(config.model, config.adapter, config.packing, trainable=True)
+    options_of_model = config.model, config.adapter, config.packing
+    twin = check_options(*options_of_model, trainable=True, world=world)
     tokenizer, vocab_size = load_vocabulary(config.model)
     chat_date = chat_date or today(tokenizer, world)
     options = replace(options, encode=replace(options.encode, chat_date=chat_date))
@@ -112,7 +115,8 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
             batch_size=config.eval_batch_size,
             n_examples=config.n_eval_examples,
         )
-    return Data(train, train_order, held_out, eval_order, tokenizer, template, digests, chat_date)
+    texts = tokenizer, template
+    return Data(train, train_order, held_out, eval_order, *texts, digests, chat_date, twin)
 
 
 def build_loaders(

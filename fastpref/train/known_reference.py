@@ -11,9 +11,8 @@ from fastpref.config import ModelConfig
 from fastpref.data.cache import code_digest
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
-from fastpref.errors import CheckpointError, ConfigError
+from fastpref.errors import CheckpointError
 from fastpref.memory.repetition import Repetition
-from fastpref.model.positions import frequencies_change_beyond
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring, first_visits
 from fastpref.scoring.row_cache import RowCache
@@ -69,11 +68,9 @@ def know_reference(
         Loaders whose rows have the reference's log-probabilities beside them.
 
     Raises:
-        ConfigError: the model computes a row in another way beside longer ones.
         CheckpointError: processes see different folders.
         CheckpointError, InterruptionError, PreemptionError: see `ReferenceScoring.complete`.
     """
-    _check_company(loaders, policy)
     facts = origin.facts(policy)
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     cache = RowCache(folder / key[:16])
@@ -101,15 +98,3 @@ def know_reference(
         replace(train, known=cache.beside),
         held_out and replace(held_out, known=cache.beside),
     )
-
-
-def _check_company(loaders: Loaders, policy: TokenScorer) -> None:
-    """Refuse a model that computes a row in another way beside longer ones."""
-    longest = max(loader.data.audit.longest_tokens for loader in loaders if loader is not None)
-    limit = frequencies_change_beyond(policy.model.config)
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"reference.mode: a sequence of more than {limit} tokens changes how this model "
-            f"computes those beside it, and the longest one has {longest}; set "
-            "reference.mode=online or a smaller max_length"
-        )
