@@ -9,12 +9,12 @@ import torch
 
 from fastpref.config import AdapterConfig, ModelConfig, PackingConfig
 from fastpref.distributed import World
-from fastpref.errors import ConfigError
 from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.lora import Adapters, insert_adapters
 from fastpref.model.adapters.quantize import check_quantizable
-from fastpref.model.attention.packing_probe import check_layout
+from fastpref.model.attention.packing_probe import check_attention, check_layout
 from fastpref.model.blocks import find_blocks
+from fastpref.model.files.full_weights import check_weights
 from fastpref.model.files.paths import archived_model, named_model
 from fastpref.model.replicate import fits_whole
 from fastpref.model.router import check_coefficient
@@ -62,11 +62,7 @@ def check_options(
     if trainable and adapter.trained:
         source, start = find_adapter_base(config)
     twin = build_meta(source, dtype=getattr(torch, config.compute_dtype))
-    if config.attention == "sdpa" and not twin._supports_sdpa:
-        raise ConfigError(
-            f"model.attention=sdpa: {type(twin).__name__} has no such attention in "
-            "transformers; set model.attention=auto or eager"
-        )
+    check_attention(twin, config.attention)
     find_blocks(twin, config.block_name)
     check_layout(twin, packing, config.block_name)
     if trainable:
@@ -80,6 +76,27 @@ def check_options(
     if world is not None:
         fits_whole(twin, adapters, adapter, world)
     return Twin(twin, adapters)
+
+
+def check_files(config: ModelConfig) -> None:
+    """Refuse files of weights that are not all there, or do not fill their model; of a name on the
+    hub none are there yet.
+
+    Args:
+        config: Of the model.
+
+    Raises:
+        CheckpointError: naming them.
+    """
+    source = named_model(config)
+    if config.archive:
+        if Path(config.archive).expanduser().is_file():
+            return
+        source = archived_model(config)
+    if Path(source.base).is_dir():
+        # an adapter may bring a vocabulary of its own
+        own = source._replace(adapters=())
+        check_weights(build_meta(own, dtype=torch.float32), Path(source.base))
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:

@@ -8,7 +8,7 @@ from fastpref.config import AdapterConfig, ModelConfig, PackingConfig, WeightsCo
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
-from fastpref.model.beforehand import check_options
+from fastpref.model.beforehand import check_files, check_options
 from fastpref.model.files.identity import model_identity, side_model
 from fastpref.model.files.paths import named_model
 from fastpref.model.precision import precision_here
@@ -45,6 +45,7 @@ def build_sides(
         own = side_model(model, name)
         named_model(own, key=f"weights.{label}")
         check_options(own, adapter, packing, trainable=False)
+        world.on_main(partial(check_files, own))
         # gigabytes are read once, not by every rank
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:

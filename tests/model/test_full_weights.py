@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, NEOX, SMALL, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
+from fastpref.model.beforehand import check_files
 from fastpref.model.files.paths import find_model
 from fastpref.model.source import load_model
 
@@ -201,7 +203,7 @@ def first_shard(folder):
 
 
 DAMAGES = {
-    "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], "no file named"),
+    "no weights": (lambda f: [x.unlink() for x in f.glob("model*")], "a config and no weights"),
     "shard gone": (
         lambda f: first_shard(f).unlink(),
         "that are not there: model-00001",
@@ -227,19 +229,28 @@ DAMAGES = {
         lambda f: in_one_file(f, lambda w: w | {"model.norm.weight": torch.ones(5)}),
         r"missing none, wrong shape model.norm.weight \(\[5\], the model has \[32\]\)",
     ),
-    "pickled list": (lambda f: in_a_pickle(f, [1, 2]), "cannot load ModelForCausalLM"),
-    "pickled trainer": (lambda f: in_a_pickle(f, {"state_dict": {}}), "do not fill|cannot load"),
-    "pickled class": (
-        lambda f: in_a_pickle(f, {"a": logging.getLogger("x")}),
-        "damaged: not a file of tensors alone",
-    ),
+}
+PICKLES = {
+    "list": ([1, 2], "cannot load ModelForCausalLM"),
+    "trainer": ({"state_dict": {}}, "do not fill|cannot load"),
+    "class": ({"a": logging.getLogger("x")}, "damaged: not a file of tensors alone"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_one_sentence(folder, damage):
+def test_a_damaged_checkpoint_is_one_sentence_before_it_is_read(folder, damage):
     change, message = DAMAGES[damage]
+    check_files(ModelConfig(name_or_path=str(folder)))
     change(folder)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        check_files(ModelConfig(name_or_path=str(folder)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", PICKLES)
+def test_a_pickle_of_something_else_is_one_sentence(folder, content):
+    saved, message = PICKLES[content]
+    in_a_pickle(folder, saved)
     with pytest.raises(CheckpointError, match=message) as raised:
         load_model(find_model(str(folder)), dtype=torch.float32)
     assert "\n" not in str(raised.value)

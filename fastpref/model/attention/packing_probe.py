@@ -91,6 +91,19 @@ def probe_packing(
     return PackingProbe(calls, describe_mixers(mixers), obstacle)
 
 
+def check_attention(model: Any, requested: str) -> None:
+    """Refuse an attention that a family does not have; the model may be on the meta device.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if requested == "sdpa" and not model._supports_sdpa:
+        raise ConfigError(
+            f"model.attention=sdpa: {type(model).__name__} has no such attention in "
+            "transformers; set model.attention=auto or eager"
+        )
+
+
 def check_layout(model: Any, packing: PackingConfig, block_name: str | None) -> None:
     """Refuse shared prompts of a model whose layers alone say that it has none; it may be on the
     meta device.

@@ -2,7 +2,8 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as transformers_logging
 
 from fastpref.errors import CheckpointError
 from fastpref.model.files.archives import load_pickle
@@ -23,6 +25,7 @@ logger = logging.getLogger("fastpref")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+UNFILLED = "model: the weights in {} do not fill the model"
 LFS_POINTER = b"version https://git-lfs"
 TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
 """Masks and rotary tables that older versions of transformers saved and newer ones compute."""
@@ -42,8 +45,6 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     name, trust = source.base, source.trust_remote_code
     config = load_base_config(source)
     family = find_family(config, source)
-    if Path(name).is_dir():
-        check_files(Path(name))
     in_few_bits = quantization_options(name, config)
 
     def load() -> Any:
@@ -62,13 +63,11 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
             **attention,
         )
 
-    opening = f"model: the weights in {name} do not fill the model"
-
     def build() -> Any:
         return family.from_config(config, **code_options(config, source))
 
     with reading("ModelForCausalLM", name):
-        model = _load_full(load, opening, build, lambda: shapes_in(Path(name)))
+        model = _load_full(load, UNFILLED.format(name), build, lambda: shapes_in(Path(name)))
     if in_few_bits:
         # the model's own are asked for instead; with those it was loaded by, older versions of
         # transformers write few bits again
@@ -76,12 +75,64 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     return model
 
 
-def check_files(folder: Path) -> None:
+def check_weights(model: Any, folder: Path) -> None:
+    """Refuse a folder whose weights do not fill a model, before they are read.
+
+    Args:
+        model: Of the folder's config, on the meta device.
+        folder: Its files of weights count by their headers alone, those of pickles by being there.
+
+    Raises:
+        CheckpointError: as loading it would.
+    """
+    _check_files(folder)
+    with reading("the weights", str(folder)):
+        headers = {
+            name: torch.empty(part.get_shape(), dtype=model.dtype, device="meta")
+            for name, part in stored_weights(folder)
+        }
+    # of few bits there is more in the files than weights
+    if not headers or quantization_options(str(folder), model.config):
+        return
+
+    def load() -> Any:
+        return type(model).from_pretrained(
+            None,
+            config=model.config,
+            state_dict=headers,
+            dtype=model.dtype,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+
+    with reading("the weights", str(folder)), _quiet_transformers():
+        _load_filled(load, UNFILLED.format(folder), lambda: model, lambda: shapes_of(headers))
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without transformers' own words on what it loads, and its progress bars."""
+    level, has_bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_files(folder: Path) -> None:
     """Refuse a checkpoint folder whose files of weights are not the ones that it speaks of.
 
     Raises:
-        CheckpointError: its index is damaged or names files that are not there, or a file is what
-            Git LFS puts in its place.
+        CheckpointError: there are none, its index is damaged or names files that are not there, or
+            a file is what Git LFS puts in its place.
     """
     index = folder / INDEX
     if index.is_file() and not (folder / WHOLE).is_file():
@@ -92,7 +143,13 @@ def check_files(folder: Path) -> None:
         absent = [name for name in shards if not (folder / name).is_file()]
         if absent:
             raise CheckpointError(f"model: {index} names files that are not there: {some(absent)}")
-    for path in matching_files(folder, ("*.safetensors", "*.bin")):
+    paths = matching_files(folder, ("*.safetensors", "*.bin"))
+    if not paths:
+        raise CheckpointError(
+            f"model: {folder} has a config and no weights; expected {WHOLE}, or {INDEX} and the "
+            "files that it names"
+        )
+    for path in paths:
         with reading(path.name, str(folder)), path.open("rb") as file:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise CheckpointError(f"model: {path} is a pointer of Git LFS; run git lfs pull")
@@ -143,6 +200,17 @@ def load_weights(
 def _load_full(
     load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
 ) -> Any:
+    """The model that `load` returns; says which weights it has no place for, see `_load_filled`."""
+    model, info = _load_filled(load, opening, build, shapes)
+    spare = sorted(name for name in info["unexpected_keys"] if not TABLES.search(name))
+    if spare:
+        logger.warning("%s has no place for: %s", type(model).__name__, some(spare))
+    return model
+
+
+def _load_filled(
+    load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
+) -> tuple[Any, Any]:
     """What `load` returns, or a message that begins with `opening`; `build` makes the model without
     its weights."""
     try:
@@ -159,10 +227,7 @@ def _load_full(
         if not missing and not wrong:
             missing, wrong = sorted(info["missing_keys"]), wrong_in_memory
         raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}")
-    spare = sorted(name for name in info["unexpected_keys"] if not TABLES.search(name))
-    if spare:
-        logger.warning("%s has no place for: %s", type(model).__name__, some(spare))
-    return model
+    return model, info
 
 
 def named_weights(model: Any) -> dict[str, Tensor]:
