@@ -7,7 +7,6 @@ from dataclasses import replace
 from fastpref.batches.layouts import RowLayout
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
-from fastpref.errors import ConfigError
 from fastpref.memory.repetition import release_memory
 from fastpref.model.adapters.base import AdapterBase, find_shared_base
 from fastpref.model.adapters.lora import add_given_adapters
@@ -26,9 +25,6 @@ class SideModels:
     Args:
         sides: In the order in which they score.
         longest: Tokens of the longest sequence that any of them scores.
-
-    Raises:
-        ConfigError: adapters are to stand beside layers in 4 bits and have no base in common.
     """
 
     def __init__(
@@ -43,11 +39,7 @@ class SideModels:
         self._shared: tuple[TokenScorer, RowLayout] | None = None
         bases = world.on_main(lambda: find_shared_base([side.model for side in sides]))
         self._quantized = any(side.quantized for side in sides)
-        if self._quantized and bases is None:
-            raise ConfigError(
-                "adapter=qlora: weights.positive and weights.negative must be one model, or "
-                "adapters of one that can stand beside it in 4 bits"
-            )
+        assert bases is not None or not self._quantized
         if bases is not None:
             self._base = on_base(sides[0].model, bases[0])
             starts = zip(sides, (base.start for base in bases), strict=True)

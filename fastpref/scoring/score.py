@@ -18,7 +18,7 @@ from fastpref.scoring.models import SideModels
 from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.ranks import Ranks, repeat_scoring
 from fastpref.scoring.shards import Shards
-from fastpref.scoring.side import Side, check_finite, check_positions
+from fastpref.scoring.side import Side, check_finite
 from fastpref.signals import StopRequest, end_if_past
 
 logger = logging.getLogger("fastpref")
@@ -92,7 +92,6 @@ def score_missing(
     end_if_past(deadline_seconds, world, KEPT)
     longest = max(shards.longest for _, shards in sources)
     scorer, layout = models.load(side)
-    check_positions(scorer, side, sources)
     warn_beyond_training(scorer.model, longest)
     wanted = zip(sources, missing, strict=True)
     num_tokens = sum(shards.num_tokens(of_source) for (_, shards), of_source in wanted)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -10,32 +11,35 @@ from fastpref.config import ModelConfig
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.errors import CheckpointError, DataError
-from fastpref.model.files.paths import named_model
-from fastpref.model.scorer import TokenScorer
-from fastpref.model.source import read_vocab_size
-from fastpref.scoring.shards import PairLogps, Shards
+from fastpref.model.positions import position_limit
+from fastpref.scoring.shards import PairLogps
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Side:
     """One of the two models."""
 
     label: str
     """positive or negative."""
     model: ModelConfig
+    twin: Any
+    """The model without memory."""
     origin: ModelOrigin
     """What it is, and the text of its template, "" for none."""
     quantized: bool
     """Its adapter stands beside layers in 4 bits, as it was trained."""
 
 
-def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
-    """Refuse tokens that have no row in a model's embedding, before it is loaded.
+def check_rows(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
+    """Refuse, before a model is loaded, tokens that have no row in its embedding, and rows that run
+    off its table of positions.
 
     Raises:
         CheckpointError: naming the file, the row and the token.
+        DataError: naming the file and the row.
     """
-    vocab_size = read_vocab_size(named_model(side.model, key=f"weights.{side.label}"))
+    vocab_size = side.twin.get_input_embeddings().weight.shape[0]
+    limit = position_limit(side.twin)
     for i, ids in enumerate(encoded):
         highest = max(int(part.max(initial=0)) for part in map(np.asarray, ids[:3]))
         if highest >= vocab_size:
@@ -44,28 +48,12 @@ def check_ids(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
                 f"of {side.origin.name_or_path} has {vocab_size} rows; the tokenizer belongs to "
                 "another model"
             )
-
-
-def check_positions(
-    scorer: TokenScorer, side: Side, sources: Sequence[tuple[Rows, Shards]]
-) -> None:
-    """Refuse rows that run off a table of positions.
-
-    Raises:
-        DataError: naming the file and the row.
-    """
-    limit = scorer.num_positions
-    if limit is None:
-        return
-    for rows, shards in sources:
-        for i, ids in enumerate(shards.rows):
-            length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
-            if length > limit:
-                raise DataError(
-                    f"{rows.place(i)}: {length} tokens, {side.origin.name_or_path} has "
-                    f"positions for {limit}; weights are estimated for whole rows, "
-                    "so leave this one out"
-                )
+        length = len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
+        if limit is not None and length > limit:
+            raise DataError(
+                f"{rows.place(i)}: {length} tokens, {side.origin.name_or_path} has positions for "
+                f"{limit}; weights are estimated for whole rows, so leave this one out"
+            )
 
 
 def check_finite(

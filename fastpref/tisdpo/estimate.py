@@ -45,14 +45,14 @@ def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> li
         InterruptionError, PreemptionError: a signal came, or the deadline is near; complete shards
             stay.
     """
-    sides = build_sides(config.weights, config.model, config.adapter, config.packing, world)
-    tokenizer = shared_tokenizer(sides)
     data = data_options(config)
     options = JobOptions(
         weights=config.weights, data=data, packing=config.packing, chat_date=chat_date
     )
     files = main_first(world, lambda: read_files(data, quiet=not world.is_main))
     sources = one_for_each_file(files, options)
+    sides = build_sides(config.weights, config.model, config.adapter, config.packing, world)
+    tokenizer = shared_tokenizer(sides)
     with writing_alone([options.path_of(rows) for rows in sources], world):
         jobs = [open_job(options, sides, rows, tokenizer, world) for rows in sources]
         return run_jobs(

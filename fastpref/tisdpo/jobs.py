@@ -18,7 +18,7 @@ from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, template_digest
 from fastpref.distributed import World
 from fastpref.scoring.shards import Shards, rows_digest
-from fastpref.scoring.side import Side, check_ids
+from fastpref.scoring.side import Side, check_rows
 from fastpref.tisdpo.source_tokens import encode_under_templates
 from fastpref.tisdpo.weight_rows import (
     SourceJob,
@@ -78,7 +78,8 @@ def build_job(
     """Everything that is known of a weights file before a model is loaded.
 
     Raises:
-        DataError: a row has no prompt token, or the chat template refuses it.
+        DataError: a row has no prompt token, the chat template refuses it, or it is longer than a
+            model's table of positions.
         ConfigError: the chat template cannot render any conversation.
         CheckpointError: a token has no row in a model's embedding.
     """
@@ -103,7 +104,7 @@ def build_job(
     prints, shards = {}, {}
     for side in sides:
         template, identity = side.origin.template, side.origin.identity
-        check_ids(rows, encoded[template], side)
+        check_rows(rows, encoded[template], side)
         tokens = rows_digest(encoded[template])
         prints[side.label] = fingerprint([settings, tokens, identity, template])
         folder = shards_folder(path) / f"{side.label}-{prints[side.label][:16]}"

@@ -7,7 +7,8 @@ from typing import Any
 from fastpref.config import AdapterConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, ConfigError
+from fastpref.model.adapters.base import find_shared_base
 from fastpref.model.beforehand import check_files, check_options
 from fastpref.model.files.identity import model_identity, side_model
 from fastpref.model.files.paths import named_model
@@ -37,21 +38,29 @@ def build_sides(
         ConfigError: one of them cannot do what an option asks for.
     """
     assert weights.positive and weights.negative and weights.output_dir
-    model, sides = precision_here(model, world), []
-    for label, name, template in (
-        ("positive", weights.positive, weights.positive_template),
-        ("negative", weights.negative, weights.negative_template),
-    ):
-        own = side_model(model, name)
+    names = {"positive": weights.positive, "negative": weights.negative}
+    templates = {"positive": weights.positive_template, "negative": weights.negative_template}
+    model, twins = precision_here(model, world), {}
+    models = {label: side_model(model, name) for label, name in names.items()}
+    for label, own in models.items():
         named_model(own, key=f"weights.{label}")
-        check_options(own, adapter, packing, trainable=False)
+        twins[label] = check_options(own, adapter, packing, trainable=False).model
         world.on_main(partial(check_files, own))
-        # gigabytes are read once, not by every rank
+    if adapter.quantized and find_shared_base(list(models.values())) is None:
+        raise ConfigError(
+            "adapter=qlora: weights.positive and weights.negative must be one model, or adapters "
+            "of one that can stand beside it in 4 bits"
+        )
+    sides = []
+    for label, own in models.items():
+        # gigabytes are read once, not by every rank, and once nothing else can be wrong
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:
             identity += ", its base in 4 bits"
-        origin = ModelOrigin(name_or_path=name, identity=identity, template=template_text(template))
-        sides.append(Side(label=label, model=own, origin=origin, quantized=adapter.quantized))
+        origin = ModelOrigin(
+            name_or_path=names[label], identity=identity, template=template_text(templates[label])
+        )
+        sides.append(Side(label, own, twins[label], origin, adapter.quantized))
     return sides
 
 

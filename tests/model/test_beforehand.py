@@ -103,6 +103,19 @@ def test_lengths_that_do_not_go_are_told_before_weights_are_read(
     assert message in capfd.readouterr().err
 
 
+def test_rows_too_long_for_the_second_model_are_told_before_the_first_is_read(
+    unread, tmp_path, capfd
+):
+    command = [
+        *("task=estimate_weights", "datasets=[pairs]", f"base_data_dir={unread}"),
+        *(f"weights.positive={unread / 'longrope'}", f"weights.negative={unread / 'table'}"),
+        f"weights.output_dir={tmp_path}",
+    ]
+    assert run(command) == 3
+    said = capfd.readouterr().err
+    assert "train.jsonl:1: " in said and "table has positions for 24; weights are" in said
+
+
 @pytest.mark.parametrize("task", ["train", "plan", "estimate_weights"])
 def test_every_task_tells_before_a_row_is_tokenized(base, tmp_path, capfd, task):
     sides = [
