@@ -13,9 +13,9 @@ from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.lora import Adapters, insert_adapters
 from fastpref.model.adapters.quantize import check_quantizable
 from fastpref.model.attention.packing_probe import check_attention, check_layout
-from fastpref.model.blocks import find_blocks
 from fastpref.model.files.full_weights import check_weights
 from fastpref.model.files.paths import archived_model, named_model
+from fastpref.model.positions import check_company, check_positions
 from fastpref.model.replicate import fits_whole
 from fastpref.model.router import check_coefficient
 from fastpref.model.source import build_meta, load_model_tokenizer, read_vocab_size
@@ -28,6 +28,20 @@ class Twin(NamedTuple):
     """Of transformers, on the meta device."""
     adapters: Adapters | None
     """In it; None where all of it is trained, or it scores only."""
+
+    def check_longest(self, num_tokens: int, *, is_kept: bool) -> None:
+        """Refuse rows that the model cannot take, once it is known how long they are.
+
+        Args:
+            num_tokens: Of the longest sequence.
+            is_kept: Whether what the model computes of a row is kept for others beside it.
+
+        Raises:
+            ConfigError: naming the longest one that it can.
+        """
+        check_positions(self.model, num_tokens)
+        if is_kept:
+            check_company(self.model, num_tokens)
 
 
 def check_options(
@@ -63,7 +77,6 @@ def check_options(
         source, start = find_adapter_base(config)
     twin = build_meta(source, dtype=getattr(torch, config.compute_dtype))
     check_attention(twin, config.attention)
-    find_blocks(twin, config.block_name)
     check_layout(twin, packing, config.block_name)
     if trainable:
         check_coefficient(config.router_coefficient, twin)

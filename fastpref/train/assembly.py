@@ -58,7 +58,7 @@ class Parts(NamedTuple):
         export = self.export_plan()
         # the policy is still the model that training starts from
         loaders = self.with_reference(loaders, fingerprints["model"])
-        state = self.start.load(policy, updates, world.device, num_steps=num_steps)
+        state = self.start.load(policy, updates, world.device)
         if limit is None:
             state.max_tokens = self.work.layout.max_tokens
         state.chat_date = self.data.chat_date

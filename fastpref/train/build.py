@@ -1,16 +1,17 @@
 """A run put together: data, models, what trains them, the checkpoint to go on from, and the log."""
 
 from dataclasses import asdict
+from functools import partial
 
 from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.model.pair import build_pair
-from fastpref.model.positions import check_company, check_positions
 from fastpref.model.precision import precision_here
 from fastpref.objectives.objective import build_objective
 from fastpref.train.assembly import Parts, place_of
 from fastpref.train.data import load_data
 from fastpref.train.logs.announce import announce
+from fastpref.train.opening import check_run_dir
 from fastpref.train.resume.start import Start
 from fastpref.train.run import Run
 from fastpref.train.workload import build_workload
@@ -26,6 +27,8 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         FastprefError: whatever is wrong with the config, the data or the model, or does not go
             with the checkpoint.
     """
+    start.check_options(asdict(config), allow=config.resume.allow)
+    world.on_main(partial(check_run_dir, start, config.to_yaml()))
     objective = build_objective(config.loss)
     model = precision_here(config.model, world)
     announce(
@@ -37,14 +40,13 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         adapters=config.adapter.trained,
     )
     data = load_data(config, world, chat_date=start.state.chat_date or chat_date)
-    check_positions(data.twin.model, data.longest)
-    if config.caches_reference:
-        check_company(data.twin.model, data.longest)
+    data.twin.check_longest(data.longest, is_kept=config.caches_reference)
     fingerprints: dict[str, str] = {}
     if start.checkpoint is not None:
         # before models are loaded for nothing
         fingerprints = data.fingerprints(config.model, world)
         start.check(asdict(config), fingerprints, allow=config.resume.allow)
+        start.check_length(data.train_order.num_steps)
     training = config.training._replace(model=model)
     pair = build_pair(
         training,

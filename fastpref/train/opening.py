@@ -33,7 +33,6 @@ def open_run_dir(start: Start, options: str, world: World) -> Path:
         options: The text of its `config.yaml`.
 
     Raises:
-        ConfigError: it holds another run.
         CheckpointError: it cannot be made or written to.
     """
     if start.checkpoint is None:
@@ -43,18 +42,35 @@ def open_run_dir(start: Start, options: str, world: World) -> Path:
 
 def _open_without_checkpoint(start: Start, options: str) -> Path:
     run_dir = start.run_dir
-    if run_dir is None or not names_in(run_dir) or took_no_step(run_dir):
+    if run_dir is None or not _begun(run_dir) or changes_of_numbers(run_dir, options):
         return _open_new(start, options)
+    begin_anew(run_dir, options)
+    return run_dir
+
+
+def check_run_dir(start: Start, options: str) -> None:
+    """Refuse a named folder of a run without a checkpoint that is not this one.
+
+    Args:
+        start, options: See `open_run_dir`.
+
+    Raises:
+        ConfigError: naming the options that differ.
+    """
+    run_dir = start.place.run_dir
+    if start.checkpoint is not None or run_dir is None or not _begun(run_dir):
+        return
     changed = changes_of_numbers(run_dir, options)
-    if changed and start.place.run_dir is None:
-        return _open_new(start, options)
     if changed:
         raise ConfigError(
             f"run_dir: {run_dir} holds another run, without a checkpoint to go on from: "
             f"{'; '.join(changed)}; name a new folder"
         )
-    begin_anew(run_dir, options)
-    return run_dir
+
+
+def _begun(run_dir: Path) -> bool:
+    """Whether a folder holds a run that took a step."""
+    return run_dir.is_dir() and bool(names_in(run_dir)) and not took_no_step(run_dir)
 
 
 def _open_with_checkpoint(start: Start, checkpoint: Path, options: str) -> Path:

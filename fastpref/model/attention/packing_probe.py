@@ -105,14 +105,15 @@ def check_attention(model: Any, requested: str) -> None:
 
 
 def check_layout(model: Any, packing: PackingConfig, block_name: str | None) -> None:
-    """Refuse shared prompts of a model whose layers alone say that it has none; it may be on the
-    meta device.
+    """Refuse blocks that a model does not have, and shared prompts where its layers alone say that
+    it has none; it may be on the meta device.
 
     Raises:
-        ConfigError: see `choose_rows` of `choice.py`.
+        ConfigError: see `find_blocks`, and `choose_rows` of `choice.py`.
     """
+    blocks = find_blocks(model, block_name)
     if packing.share_prompt == "true":
-        _, obstacle = find_mixers(model, find_blocks(model, block_name))
+        _, obstacle = find_mixers(model, blocks)
         if obstacle is not None:
             raise cannot_share(model, obstacle)
 

@@ -60,11 +60,34 @@ def check_same_run(
     on them; say what else differs.
 
     Args:
+        folder, record, options, fingerprints, allow: See `refuse_changes`.
+
+    Raises:
+        CheckpointError: with a table of what differs.
+    """
+    for line in refuse_changes(folder, record, options, fingerprints, allow=allow):
+        logger.warning("going on with other options: %s", line)
+
+
+def refuse_changes(
+    folder: Path,
+    record: dict[str, Any],
+    options: dict[str, Any],
+    fingerprints: dict[str, str],
+    *,
+    allow: Sequence[str],
+) -> list[str]:
+    """Refuse other options, data or model than a checkpoint's where numbers depend on them.
+
+    Args:
         folder: Of the checkpoint.
         record: Its own.
         options: All of this start.
-        fingerprints: Of data, held-out data, tokenizer and model.
+        fingerprints: Of data, held-out data, tokenizer and model, as far as they are known.
         allow: Names of what may differ all the same.
+
+    Returns:
+        What else differs, a line each.
 
     Raises:
         CheckpointError: with a table of what differs.
@@ -101,8 +124,7 @@ def check_same_run(
             + "\n  ".join(lines)
             + f"\n{back}{advice}"
         )
-    for line in lines:
-        logger.warning("going on with other options: %s", line)
+    return lines
 
 
 def _line(difference: Difference, effect: str, allow: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from fastpref.checkpoint.load import load_checkpoint, read_record
 from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
-from fastpref.train.resume.comparison import check_record, check_same_run
+from fastpref.train.resume.comparison import check_record, check_same_run, refuse_changes
 from fastpref.train.resume.origin import is_branch_of, origin_of, run_of, run_to_go_on_with
 from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
 from fastpref.train.state import RunState
@@ -50,6 +50,27 @@ class Start:
         """Lines of metrics that could not be written when it was saved."""
         return self.record.get("unwritten", [])
 
+    def check_options(self, options: dict[str, Any], *, allow: Sequence[str]) -> None:
+        """Refuse a checkpoint of a run with other options, before anything is read for this one.
+
+        Raises:
+            CheckpointError: there is one, and it is.
+        """
+        if self.checkpoint is not None:
+            refuse_changes(self.checkpoint.folder, self.record, options, {}, allow=allow)
+
+    def check_length(self, num_steps: int) -> None:
+        """Refuse a checkpoint that is beyond the end of a run.
+
+        Raises:
+            CheckpointError: it is of a later step.
+        """
+        if self.checkpoint is not None and self.state.step > num_steps:
+            raise CheckpointError(
+                f"{self.checkpoint.folder} is of step {self.state.step}, the run has {num_steps} "
+                "steps"
+            )
+
     def check(
         self, options: dict[str, Any], fingerprints: dict[str, str], *, allow: Sequence[str]
     ) -> None:
@@ -62,21 +83,15 @@ class Start:
             folder = self.checkpoint.folder
             check_same_run(folder, self.record, options, fingerprints, allow=allow)
 
-    def load(
-        self, policy: TokenScorer, updates: Updates, device: torch.device, *, num_steps: int
-    ) -> RunState:
+    def load(self, policy: TokenScorer, updates: Updates, device: torch.device) -> RunState:
         """Put the checkpoint's state in place, if there is one.
 
         Raises:
-            CheckpointError: it does not fit, or the run has fewer steps.
+            CheckpointError: it does not fit.
         """
         state = self.state
         if self.checkpoint is None:
             return state
-        if state.step > num_steps:
-            raise CheckpointError(
-                f"{self.checkpoint.folder} is of step {state.step}, the run has {num_steps} steps"
-            )
         load_checkpoint(
             self.checkpoint,
             policy,
