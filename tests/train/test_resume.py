@@ -18,6 +18,7 @@ from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, 
 
 from fastpref import deadline
 from fastpref.checkpoint import writer
+from fastpref.checkpoint.folders import CHECKPOINTS, MARK
 from fastpref.checkpoint.manifest import read_manifest
 from fastpref.train import ending, evaluation
 
@@ -201,9 +202,27 @@ def test_what_changes_the_numbers_is_refused_by_name(base, stopped, capsys, opti
     capsys.readouterr()
     command = arguments(base, stopped, "loss=dpo", "resume=auto", "n_eval_examples=8")
     assert run([*command, *options]) == 4
-    assert refused in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert refused in said
+    # no rows are read but where they decide
+    assert ("train: " in said) == options[0].startswith(("datasets", "max_length", "model"))
     after = {path: path.stat().st_mtime_ns for path in stopped.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_folder_of_another_run_without_a_checkpoint_is_refused_before_rows_are_read(
+    base, stopped, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(stopped, run_dir)
+    shutil.rmtree(run_dir / CHECKPOINTS)
+    (run_dir / CHECKPOINTS).mkdir()
+    (run_dir / MARK).unlink()
+    capsys.readouterr()
+    assert run(arguments(base, run_dir, "loss=dpo", "resume=auto", "lr=2e-3")) == 2
+    said = capsys.readouterr().err
+    assert "holds another run, without a checkpoint to go on from: lr was" in said
+    assert "train: " not in said
 
 
 def test_what_does_not_change_the_numbers_goes_on_and_is_said(
