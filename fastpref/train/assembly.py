@@ -28,6 +28,22 @@ def place_of(world: World, *, recomputes: bool) -> str:
     return f"{world.size} x {name}, {keeps} kept"
 
 
+def export_of(config: Config, data: Data, world: World) -> ExportPlan | None:
+    """What the trained model will be written as, on rank 0.
+
+    Raises:
+        CheckpointError: see `plan_export`.
+    """
+    plan = partial(
+        plan_export,
+        config.model,
+        data.twin.model.config,
+        *data.texts,
+        adapter=config.adapter if config.adapter.trained else None,
+    )
+    return world.only_on_main(plan)
+
+
 class Parts(NamedTuple):
     """What a run is made of."""
 
@@ -37,6 +53,8 @@ class Parts(NamedTuple):
     world: World
     start: Start
     data: Data
+    export: ExportPlan | None
+    """See `export_of`."""
     pair: Pair
     work: Workload
 
@@ -55,7 +73,6 @@ class Parts(NamedTuple):
         announce_tokens(loaders.train, world)
         num_steps = loaders.train.order.num_steps
         updates = self.updates(num_steps)
-        export = self.export_plan()
         # the policy is still the model that training starts from
         loaders = self.with_reference(loaders, fingerprints["model"])
         state = self.start.load(policy, updates, world.device)
@@ -92,20 +109,8 @@ class Parts(NamedTuple):
             state=state,
             start=self.start,
             fingerprints=fingerprints,
-            export=export,
+            export=self.export,
         )
-
-    def export_plan(self) -> ExportPlan | None:
-        """What the trained model will be written as, on rank 0."""
-        adapter = self.config.adapter
-        plan = partial(
-            plan_export,
-            self.config.model,
-            self.pair.policy.model.config,
-            *self.data.texts,
-            adapter=adapter if adapter.trained else None,
-        )
-        return self.world.only_on_main(plan)
 
     def with_reference(self, loaders: Loaders, digest: str) -> Loaders:
         """Loaders that know of the reference what is to be known beforehand."""

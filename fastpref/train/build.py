@@ -8,7 +8,7 @@ from fastpref.distributed import World
 from fastpref.model.pair import build_pair
 from fastpref.model.precision import precision_here
 from fastpref.objectives.objective import build_objective
-from fastpref.train.assembly import Parts, place_of
+from fastpref.train.assembly import Parts, export_of, place_of
 from fastpref.train.data import load_data
 from fastpref.train.logs.announce import announce
 from fastpref.train.opening import check_run_dir
@@ -47,6 +47,7 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         fingerprints = data.fingerprints(config.model, world)
         start.check(asdict(config), fingerprints, allow=config.resume.allow)
         start.check_length(data.train_order.num_steps)
+    export = export_of(config, data, world)
     training = config.training._replace(model=model)
     pair = build_pair(
         training,
@@ -65,4 +66,4 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         limit=config.packing.token_limit or start.state.tokens_found(place),
         longest=data.longest,
     )
-    return Parts(config, model, world, start, data, pair, work).assemble(fingerprints)
+    return Parts(config, model, world, start, data, export, pair, work).assemble(fingerprints)
