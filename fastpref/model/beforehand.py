@@ -91,21 +91,21 @@ def check_options(
     return Twin(twin, adapters)
 
 
-def check_files(config: ModelConfig) -> None:
+def check_files(model: ModelConfig) -> None:
     """Refuse files of weights that are not all there, or do not fill their model; of a name on the
     hub none are there yet.
 
     Args:
-        config: Of the model.
+        model: Its options.
 
     Raises:
         CheckpointError: naming them.
     """
-    source = named_model(config)
-    if config.archive:
-        if Path(config.archive).expanduser().is_file():
+    source = named_model(model)
+    if model.archive:
+        if Path(model.archive).expanduser().is_file():
             return
-        source = archived_model(config)
+        source = archived_model(model)
     if Path(source.base).is_dir():
         # an adapter may bring a vocabulary of its own
         own = source._replace(adapters=())

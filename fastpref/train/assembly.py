@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastpref.config import Config, ModelConfig
+from fastpref.config import AdapterConfig, Config, ModelConfig
 from fastpref.distributed import World
 from fastpref.model.pair import Pair
 from fastpref.train.data import Data, Loaders, build_loaders
@@ -28,18 +28,23 @@ def place_of(world: World, *, recomputes: bool) -> str:
     return f"{world.size} x {name}, {keeps} kept"
 
 
-def export_of(config: Config, data: Data, world: World) -> ExportPlan | None:
+def export_of(
+    model: ModelConfig, adapter: AdapterConfig, data: Data, world: World
+) -> ExportPlan | None:
     """What the trained model will be written as, on rank 0.
+
+    Args:
+        model, adapter: The run's options.
 
     Raises:
         CheckpointError: see `plan_export`.
     """
     plan = partial(
         plan_export,
-        config.model,
+        model,
         data.twin.model.config,
         *data.texts,
-        adapter=config.adapter if config.adapter.trained else None,
+        adapter=adapter if adapter.trained else None,
     )
     return world.only_on_main(plan)
 

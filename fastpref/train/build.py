@@ -47,7 +47,7 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         fingerprints = data.fingerprints(config.model, world)
         start.check(asdict(config), fingerprints, allow=config.resume.allow)
         start.check_length(data.train_order.num_steps)
-    export = export_of(config, data, world)
+    export = export_of(config.model, config.adapter, data, world)
     training = config.training._replace(model=model)
     pair = build_pair(
         training,
