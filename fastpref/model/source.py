@@ -1,11 +1,12 @@
 """Models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, initialization
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
@@ -25,6 +26,9 @@ from fastpref.model.two_tables import holds_two_tables, untie_two_tables
 
 logger = logging.getLogger("fastpref")
 
+numbers_on_the_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
+"""While entered, code that builds a model can read what `torch.linspace` makes, as it can where
+transformers loads one; older versions cannot load such a model themselves."""
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes of a tokenizer that is all in its tokenizer.json."""
 
@@ -108,7 +112,11 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
 
     def build() -> Any:
         options = _attention_option(attention)
-        with reading("ModelForCausalLM", source.base), torch.device("meta"):
+        with (
+            reading("ModelForCausalLM", source.base),
+            torch.device("meta"),
+            numbers_on_the_cpu(),
+        ):
             return family.from_config(
                 config, dtype=dtype, **code_options(config, source), **options
             )

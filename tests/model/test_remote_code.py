@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from stopped_runs import run
 from tiny_models import save_dataset, save_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, initialization
 
 from fastpref.config import ModelConfig
 from fastpref.model.files import families
@@ -17,6 +18,7 @@ from fastpref.model.files.configs import load_base_config, say_what_runs
 from fastpref.model.files.families import code_options
 from fastpref.model.files.identity import model_identity
 from fastpref.model.files.paths import find_model
+from fastpref.model.source import build_meta
 
 MARK = "print('this code ran')\n"
 CONFIGURATION = """
@@ -54,6 +56,10 @@ def base(tmp_path, monkeypatch) -> Path:
     # where transformers puts code that it runs, within this process fixed long ago
     for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
         monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(tmp_path / "modules"), raising=False)
+    # and what it has imported of another test's
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)
     say_what_runs.cache_clear()
     save_dataset(tmp_path, "words", num_train=8, num_test=4)
     folder = save_tiny_model(tmp_path / "mine")
@@ -99,6 +105,20 @@ def test_allowed_it_trains_and_the_export_is_of_that_code_too(base, capsys):
     # a stage after it goes on from there
     assert run(arguments(base, latest, base / "next", "model.archive=" + str(latest), allow)) == 0
     assert run(arguments(base, base / "mine", base / "lora", "adapter=lora", allow)) == 0
+
+
+@pytest.mark.skipif(
+    not hasattr(initialization, "meta_device_safe_creation_ops"),
+    reason="this transformers cannot load such a model either",
+)
+def test_code_that_reads_numbers_while_it_is_built_can_be_built_without_memory(base):
+    reads = "    def __init__(self, config):\n        super().__init__(config)\n"
+    reads += "        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]\n"
+    (base / "mine" / "modeling_mine.py").write_text(f"import torch\n{MODELING}{reads}")
+    source = find_model(str(base / "mine"), trust_remote_code=True)
+    model = build_meta(source, dtype=torch.float32)
+    assert model.rates == [0, 0.5, 1]
+    assert model.lm_head.weight.is_meta
 
 
 def test_a_tokenizer_of_its_own_is_code_as_well(base, tmp_path, capsys, caplog):
