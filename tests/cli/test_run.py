@@ -217,18 +217,14 @@ def test_the_launcher_says_of_a_signal_what_became_of_the_ranks(tmp_path, monkey
     assert launch_on_every_gpu(1, None) == 4
 
 
-def test_the_launcher_brings_back_one_run_and_the_exit_code_of_the_ranks(
-    base, tmp_path, monkeypatch, capfd
-):
+def test_the_launcher_brings_back_one_run(base, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     # as under nohup
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    bad = with_row(base, "bad", 3, {"prompt": "a"})
-    for data, code in (("words", 0), (bad, 3)):
-        options = job(base, data, trainer="FSDPTrainer", n_epochs=1)
-        monkeypatch.setattr(sys, "argv", command(*options)[1:])
-        # what trainer=FSDPTrainer does where two GPUs are visible, here with two CPU ranks
-        assert launch_on_every_gpu(2, None) == code
+    options = job(base, trainer="FSDPTrainer", n_epochs=1)
+    monkeypatch.setattr(sys, "argv", command(*options)[1:])
+    # what trainer=FSDPTrainer does where two GPUs are visible, here with two CPU ranks
+    assert launch_on_every_gpu(2, None) == 0
     assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
     (run_dir,) = (tmp_path / "output").iterdir()
     assert run_dir.name.startswith("dpo_model_words_")

@@ -220,9 +220,12 @@ def test_rows_of_one_length_are_compiled_once(base, tmp_path, monkeypatch):
         length = batch.input_ids.shape[1]
         assert length not in lengths or graphs["unique_graphs"] == compiled > 0
         compiled = graphs["unique_graphs"]
+        if length in lengths and index > 1:
+            break
         lengths.add(length)
+    else:
+        pytest.fail("no two rows are equally long")
     dist.destroy_process_group()
-    assert len(lengths) < parts.train.order.num_steps, "no two rows are equally long"
 
 
 @pytest.mark.gpu
