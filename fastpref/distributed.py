@@ -297,8 +297,11 @@ def index_of_gpu(local_rank: int, num_gpus: int) -> int:
     """
     if num_gpus == 1 and not dist.is_torchelastic_launched():
         return 0
-    # of all ranks here: the others would wait for one that has no GPU
-    num_ranks = max(local_rank + 1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    num_ranks = local_rank + 1
+    if num_gpus > 1:
+        # of all ranks here: the others would wait for one that has no GPU. torchrun may show each
+        # of them one (--virtual-local-rank), as number 0
+        num_ranks = max(num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_ranks > num_gpus:
         raise RankError(
             f"{num_ranks} ranks are on this machine and {num_gpus} of its GPUs visible; start at "

@@ -340,6 +340,9 @@ def test_a_rank_takes_the_one_gpu_that_its_scheduler_shows_it_or_the_one_of_its_
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     with pytest.raises(RankError, match="2 ranks are on this machine and 1 of"):
         index_of_gpu(1, 1)
+    # or each one, with --virtual-local-rank
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert index_of_gpu(0, 1) == 0
 
 
 def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(monkeypatch):
