@@ -65,6 +65,10 @@ else
 	$(error PART must be tests, kernels, kl, train, profile or sweep, got $(PART))
 endif
 
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile --editable
+# on every core, where pip takes one; packages hold files for other Pythons, which do not compile
+BYTECODE = @$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+
 # a torch at hand: its folder goes on the environment's path, so pip finds it installed
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -73,17 +77,20 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time, torch is large"
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) .
+	$(BYTECODE)
 	@touch $@
 
 $(VENV)/installed-test: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV): a few minutes the first time, torch is large"
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(INSTALL) '.[test]'
+	$(BYTECODE)
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-bench: pyproject.toml | $(VENV)/bin/python
 	@echo "installing into $(VENV), with the peers to measure against"
-	$(BIN)/python -m pip install --quiet --editable '.[test,bench]'
+	$(INSTALL) '.[test,bench]'
+	$(BYTECODE)
 	@touch $@ $(VENV)/installed-test $(VENV)/installed
 
 clean:

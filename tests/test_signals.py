@@ -66,6 +66,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1]])
 RANK = (
     BUSY
     + """
+from fastpref.forks import stop_without_launcher
 with signals_end_the_process():
     stop_without_launcher()
     print("ready", flush=True)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, NoReturn
 from fastpref import __version__
 from fastpref.cli.streams import fill_standard_streams, outlive_readers
 from fastpref.errors import ConfigError, FastprefError, say_error
+from fastpref.forks import stop_without_launcher
 from fastpref.signals import (
     signals_end_the_process,
     signals_kill,
     stop_error,
-    stop_without_launcher,
 )
 
 # what takes time to import is imported where signals are handled

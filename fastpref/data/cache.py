@@ -15,8 +15,8 @@ from datasets.exceptions import DatasetGenerationError
 
 from fastpref.complete_files import share
 from fastpref.errors import DataError, FastprefError
+from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
-from fastpref.signals import forks_end_with_us
 
 ROWS_OF_A_PROCESS = 5000
 """At least: about three seconds of rows of HH."""

@@ -15,8 +15,8 @@ from fastpref.checks import listed
 from fastpref.data.layouts.rows import ASSISTANT_TURN
 from fastpref.data.sources.readers import read_batches
 from fastpref.errors import DataError
+from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
-from fastpref.signals import forks_end_with_us
 
 HUB_PATHS = {
     "hh": "Anthropic/hh-rlhf",

@@ -1,4 +1,13 @@
-"""What a run starts from: nothing, or a checkpoint that it may go on with."""
+"""What a run starts from: nothing, or a checkpoint that it may go on with.
+
+run_dir holds                   resume=never  auto                   PATH
+nothing, or a run of no step    begins        begins                 begins with PATH, a branch
+a run with checkpoints          refused       goes on                goes on if PATH is of it, or
+                                                                     it is PATH's branch
+a run that ended before one     refused       begins anew, with the  refused
+                                              same options
+anything else                   refused       refused                refused
+"""
 
 import logging
 from collections.abc import Sequence
