@@ -55,29 +55,10 @@ def check_same_run(
     fingerprints: dict[str, str],
     *,
     allow: Sequence[str],
+    quiet: bool = False,
 ) -> None:
     """Refuse to go on with other options, data or model than the checkpoint's where numbers depend
     on them; say what else differs.
-
-    Args:
-        folder, record, options, fingerprints, allow: See `refuse_changes`.
-
-    Raises:
-        CheckpointError: with a table of what differs.
-    """
-    for line in refuse_changes(folder, record, options, fingerprints, allow=allow):
-        logger.warning("going on with other options: %s", line)
-
-
-def refuse_changes(
-    folder: Path,
-    record: dict[str, Any],
-    options: dict[str, Any],
-    fingerprints: dict[str, str],
-    *,
-    allow: Sequence[str],
-) -> list[str]:
-    """Refuse other options, data or model than a checkpoint's where numbers depend on them.
 
     Args:
         folder: Of the checkpoint.
@@ -85,9 +66,7 @@ def refuse_changes(
         options: All of this start.
         fingerprints: Of data, held-out data, tokenizer and model, as far as they are known.
         allow: Names of what may differ all the same.
-
-    Returns:
-        What else differs, a line each.
+        quiet: What else differs is said by a later call, when all is known.
 
     Raises:
         CheckpointError: with a table of what differs.
@@ -124,7 +103,9 @@ def refuse_changes(
             + "\n  ".join(lines)
             + f"\n{back}{advice}"
         )
-    return lines
+    if not quiet:
+        for line in lines:
+            logger.warning("going on with other options: %s", line)
 
 
 def _line(difference: Difference, effect: str, allow: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from fastpref.checkpoint.load import load_checkpoint, read_record
 from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
-from fastpref.train.resume.comparison import check_record, check_same_run, refuse_changes
+from fastpref.train.resume.comparison import check_record, check_same_run
 from fastpref.train.resume.origin import is_branch_of, origin_of, run_of, run_to_go_on_with
 from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
 from fastpref.train.state import RunState
@@ -66,7 +66,8 @@ class Start:
             CheckpointError: there is one, and it is.
         """
         if self.checkpoint is not None:
-            refuse_changes(self.checkpoint.folder, self.record, options, {}, allow=allow)
+            folder = self.checkpoint.folder
+            check_same_run(folder, self.record, options, {}, allow=allow, quiet=True)
 
     def check_length(self, num_steps: int) -> None:
         """Refuse a checkpoint that is beyond the end of a run.
