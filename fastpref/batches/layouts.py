@@ -9,7 +9,8 @@ import numpy as np
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.filled import fill_up, filled_length
-from fastpref.batches.packed import pack, pack_rows, plan_step
+from fastpref.batches.packed import pack, pack_rows
+from fastpref.batches.packing_plan import plan_step
 from fastpref.batches.padded import pad, pad_rows
 from fastpref.batches.plan import MicroBatch, StepPlan
 

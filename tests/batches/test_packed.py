@@ -12,7 +12,8 @@ from tiny_models import FAMILIES, build_model
 
 from fastpref.batch import EncodedRow
 from fastpref.batches.columns import EncodedColumns
-from fastpref.batches.packed import pack, pack_rows, plan_step
+from fastpref.batches.packed import pack, pack_rows
+from fastpref.batches.packing_plan import plan_step
 from fastpref.batches.padded import pad_rows
 from fastpref.model.attention.interface import build_attention
 from fastpref.model.scorer import TokenScorer

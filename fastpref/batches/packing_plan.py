@@ -1,0 +1,163 @@
+"""Which rows of an optimizer step meet in a packed micro-batch, and what they share there.
+
+A pure function of the step's rows, the budget and the number of ranks, so every rank plans the same
+step without a word to the others.
+"""
+
+import heapq
+from typing import NamedTuple
+
+import numpy as np
+
+from fastpref.batches.columns import EncodedColumns, Ranges, offsets_of
+from fastpref.batches.plan import MicroBatch, StepPlan
+
+
+def plan_step(
+    columns: EncodedColumns,
+    *,
+    max_tokens: int,
+    num_ranks: int = 1,
+    min_micro_batches: int = 1,
+    share_prompt: bool = True,
+    among_rows: bool = True,
+) -> StepPlan:
+    """Divide a step's rows among micro-batches and ranks: as few as the budget allows, balanced.
+
+    Rows with one prompt stay together where a micro-batch can hold them. The pieces go, longest
+    first, to whichever micro-batch has least so far, which leaves the largest at most a third
+    above the best division (Graham 1969).
+
+    Args:
+        max_tokens: Most tokens of a micro-batch; a pair that has more gets one of its own.
+        num_ranks: Ranks that share the step.
+        min_micro_batches: Micro-batches of a rank, at least.
+        share_prompt: Whether responses may share a prompt.
+        among_rows: Whether those of several rows may.
+    """
+    prompts = number_prompts(columns, among_rows=share_prompt and among_rows)
+    num_shared = count_shared(columns, prompts, share_prompt=share_prompt)
+    trunk_tokens = columns.prompt.lengths + num_shared
+    branch_tokens = columns.branch_tokens - columns.num_sides * num_shared
+    if not share_prompt and columns.has_pairs:
+        # the second sequence's copy of the prompt
+        branch_tokens = branch_tokens + columns.prompt.lengths
+    _, first = np.unique(prompts, return_index=True)
+    fewest = int(trunk_tokens[first].sum() + branch_tokens.sum())
+    # rows that are longer than a micro-batch may be are no reason for one without rows
+    needed = min(-(-fewest // max_tokens), len(columns))
+    num_micro_batches = max(min_micro_batches, -(-needed // num_ranks))
+    while True:
+        num_bins = num_micro_batches * num_ranks
+        # a piece far above the average would make all ranks wait for its own
+        pieces = _pieces(
+            prompts, trunk_tokens, branch_tokens, min(max_tokens, 4 / 3 * fewest / num_bins)
+        )
+        bins = _fill(pieces, num_bins, num_shared)
+        if num_bins >= len(pieces) or bins[0].num_tokens <= max_tokens:
+            break
+        num_micro_batches += 1
+    # the largest make up the first micro-batch, and so on: ranks wait for each other least
+    return [bins[i : i + num_ranks] for i in range(0, num_bins, num_ranks)]
+
+
+class _Piece(NamedTuple):
+    """Rows of one prompt that stay together."""
+
+    prompt: int
+    trunk_tokens: int
+    """Prompt and what its responses begin with."""
+    num_tokens: int
+    """Trunk and branches."""
+    rows: list[int]
+
+
+def number_prompts(columns: EncodedColumns, *, among_rows: bool) -> np.ndarray:
+    """(rows,) numbers, equal for rows that share a prompt."""
+    return _equal_prompts(columns) if among_rows else np.arange(len(columns))
+
+
+def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
+    """(rows,) number of each row's prompt, by first appearance; equal ids, equal number."""
+    starts = columns.prompt.starts.tolist()
+    stops = (columns.prompt.starts + columns.prompt.lengths).tolist()
+    numbers: dict[bytes, int] = {}
+    return np.array(
+        [
+            numbers.setdefault(columns.ids[start:stop].tobytes(), len(numbers))
+            for start, stop in zip(starts, stops, strict=True)
+        ],
+        dtype=np.int64,
+    )
+
+
+def count_shared(columns: EncodedColumns, prompts: np.ndarray, *, share_prompt: bool) -> np.ndarray:
+    """(rows,) tokens that all responses to a row's prompt begin with, short of a last one."""
+    num_shared = np.zeros(len(columns), np.int64)
+    if not share_prompt or not len(columns):
+        return num_shared
+    responses = columns.responses(np.arange(len(columns)))
+    _, leaders, groups = np.unique(
+        np.tile(prompts, columns.num_sides), return_index=True, return_inverse=True
+    )
+    first = responses.take(leaders).take(groups)
+    # the last token of a response is not computed
+    lengths = np.minimum(responses.lengths, first.lengths) - 1
+    ids = columns.ids
+    differs = (
+        ids[Ranges(responses.starts, lengths).flat()] != ids[Ranges(first.starts, lengths).flat()]
+    )
+    offsets = offsets_of(lengths)
+    differences = np.append(np.flatnonzero(differs), len(differs))
+    until = differences[np.searchsorted(differences, offsets[:-1])] - offsets[:-1]
+    of_groups = lengths[leaders]
+    np.minimum.at(of_groups, groups, np.minimum(until, lengths))
+    return of_groups[groups[: len(columns)]]
+
+
+def _pieces(
+    prompts: np.ndarray, trunk_tokens: np.ndarray, branch_tokens: np.ndarray, limit: float
+) -> list[_Piece]:
+    """Rows by prompt, cut where a piece would pass the limit; a row is never cut."""
+    pieces: list[_Piece] = []
+    order = np.argsort(prompts, kind="stable")
+    for row, prompt, of_trunk, of_branches in zip(
+        order.tolist(),
+        prompts[order].tolist(),
+        trunk_tokens[order].tolist(),
+        branch_tokens[order].tolist(),
+        strict=True,
+    ):
+        last = pieces[-1] if pieces else None
+        if last and last.prompt == prompt and last.num_tokens + of_branches <= limit:
+            last.rows.append(row)
+            pieces[-1] = last._replace(num_tokens=last.num_tokens + of_branches)
+        else:
+            pieces.append(_Piece(prompt, of_trunk, of_trunk + of_branches, [row]))
+    return pieces
+
+
+def _fill(pieces: list[_Piece], num_bins: int, num_shared: np.ndarray) -> list[MicroBatch]:
+    """The pieces in `num_bins` micro-batches, largest micro-batch first."""
+    contents: list[list[_Piece]] = [[] for _ in range(num_bins)]
+    loads = [(0, i) for i in range(num_bins)]
+    # equal sizes in the order of their rows: nothing is left to chance
+    for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.rows[0])):
+        load, i = loads[0]
+        heapq.heapreplace(loads, (load + piece.num_tokens, i))
+        contents[i].append(piece)
+    batches = [_micro_batch(content, num_shared) for content in contents]
+    return sorted(batches, key=lambda batch: -batch.num_tokens)
+
+
+def _micro_batch(pieces: list[_Piece], num_shared: np.ndarray) -> MicroBatch:
+    by_prompt: dict[int, list[int]] = {}
+    num_tokens = 0
+    for piece in sorted(pieces, key=lambda piece: piece.rows[0]):
+        # two pieces of one prompt that meet again share it after all
+        num_tokens += piece.num_tokens
+        num_tokens -= piece.trunk_tokens if piece.prompt in by_prompt else 0
+        by_prompt.setdefault(piece.prompt, []).extend(piece.rows)
+    rows = np.array([row for rows in by_prompt.values() for row in rows], np.int64)
+    prompts = np.repeat(np.arange(len(by_prompt)), [len(rows) for rows in by_prompt.values()])
+    return MicroBatch(rows, prompts, num_shared[rows], num_tokens)
