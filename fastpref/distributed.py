@@ -29,6 +29,8 @@ DATA = "data"
 TIMEOUT = datetime.timedelta(minutes=30)
 """How long ranks wait for one another where nothing else is said."""
 # ranks need not start in one moment, whatever they allow one another later
+OWN_RUN_ID = "fastpref"
+"""Of the torchrun that a command starts by itself."""
 SHORTEST_MEETING = datetime.timedelta(minutes=1)
 # rank 0 may download a model or tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
@@ -226,6 +228,11 @@ def _failure(error: BaseException) -> FastprefError:
 def launched() -> bool:
     """Whether torchrun (or a scheduler that sets its variables) started this process."""
     return "RANK" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def told_where_to_meet() -> bool:
+    """Whether somebody's torchrun started this process, and not the one that fastpref starts."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", OWN_RUN_ID) != OWN_RUN_ID
 
 
 def world_size() -> int:

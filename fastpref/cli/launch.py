@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastpref.distributed import SHORTEST_MEETING, TIMEOUT, launched, read_ranks
+from fastpref.distributed import OWN_RUN_ID, SHORTEST_MEETING, TIMEOUT, launched, read_ranks
 from fastpref.errors import ConfigError, DistributedError, first_line
 from fastpref.host import available_cores
 from fastpref.meeting import join_store
@@ -54,7 +54,7 @@ def launch_on_every_gpu(
     launch = LaunchConfig(
         **_meeting(port),
         nproc_per_node=num_gpus,
-        run_id="fastpref",
+        run_id=OWN_RUN_ID,
         max_restarts=0,
     )
     if hasattr(launch, "shutdown_timeout"):

@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 from collections.abc import Collection
+from typing import NamedTuple
 
 import torch
 
 from fastpref.cli.launch import keep_to_cores, launch_on_every_gpu
 from fastpref.cli.ranks import run_on_this_rank
-from fastpref.cli.scheduler import take_ranks, warn_of_others
+from fastpref.cli.scheduler import is_first, take_ranks, warn_of_others
 from fastpref.cli.tasks import check_task, run_task
 from fastpref.config import Config
 from fastpref.distributed import World, launched, world_size
@@ -31,35 +32,54 @@ def main(config: Config, given: Collection[str] = ()) -> int:
         0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises, and
         so does a signal where nothing remembers it.
     """
-    one_run = config.trainer == "FSDPTrainer"
+    command = _Command(config, given)
     try:
-        one_a_machine = one_run and take_ranks(os.environ, config.fsdp_port)
-        is_main = os.environ.get("RANK", "0") == "0"
-        configure_logging(is_main=is_main)
-        # they import transformers, which reads what that has set
-        from fastpref.memory.here import bound_workspace, device_memory
-        from fastpref.train.logs.advice import Advice
-
-        keep_to_cores()
-        # of several ranks one is enough
-        if config.task in ("plan", "audit") and not is_main:
+        if config.task in ("plan", "audit"):
+            command.run_alone()
             return 0
-        if config.task != "plan":
-            config.check_device(*_device())
-        advice = Advice(config)
-        for line in (*advice.on_task(), *advice.on_idle(given)):
-            logger.warning(line)
-        if config.task == "plan":
-            from fastpref.cli.plan import show_plan
+        return command.run_on_ranks()
+    except Exception as error:
+        known = explain(error)
+        if known is None:
+            raise
+        say_error(known)
+        return known.exit_code
 
-            bound_workspace(config.head, int(config.plan.memory_gib * 2**30))
-            show_plan(config.training, config.packing, config.plan, longest=config.max_length)
-            return 0
+
+class _Command(NamedTuple):
+    """A task, as it was asked for, on this machine."""
+
+    config: Config
+    given: Collection[str]
+    """Keys of the options that were named."""
+
+    def run_alone(self) -> None:
+        """`task=plan` or `audit`, in one process: of several in the first."""
+        config = self.config
+        if not is_first(os.environ):
+            return
+        self._begin(is_main=True)
         if config.task == "audit":
             from fastpref.cli.audit import audit
 
             audit(config)
-            return 0
+            return
+        from fastpref.cli.plan import show_plan
+        from fastpref.memory.here import bound_workspace
+
+        bound_workspace(config.head, int(config.plan.memory_gib * 2**30))
+        show_plan(config.training, config.packing, config.plan, longest=config.max_length)
+
+    def run_on_ranks(self) -> int:
+        """The other tasks, on the ranks that there are or on those that this process starts.
+
+        Returns:
+            The exit code of the ranks that this process started, else 0.
+        """
+        config = self.config
+        one_run = config.trainer == "FSDPTrainer"
+        one_a_machine = one_run and take_ranks(os.environ, config.fsdp_port)
+        self._begin(is_main=os.environ.get("RANK", "0") == "0")
         warn_of_others(os.environ)
         num_gpus = torch.cuda.device_count()
         on_every_gpu = one_run and num_gpus > 1 and (one_a_machine or not launched())
@@ -69,17 +89,31 @@ def main(config: Config, given: Collection[str] = ()) -> int:
             return launch_on_every_gpu(num_gpus, config.fsdp_port, timeout=timeout)
 
         def task(world: World) -> None:
+            from fastpref.memory.here import bound_workspace, device_memory
+
             bound_workspace(config.head, device_memory(world.device))
             run_task(config, world)
 
         run_on_this_rank(task, config.parallel.timeout)
         return 0
-    except Exception as error:
-        known = explain(error)
-        if known is None:
-            raise
-        say_error(known)
-        return known.exit_code
+
+    def _begin(self, *, is_main: bool) -> None:
+        """Log, keep to the cores, and say which options have no effect.
+
+        Raises:
+            ConfigError: this machine cannot do what the options ask for.
+        """
+        configure_logging(is_main=is_main)
+        # it imports transformers, which reads what that has set
+        from fastpref.train.logs.advice import Advice
+
+        keep_to_cores()
+        # the GPUs of a plan are elsewhere
+        if self.config.task != "plan":
+            self.config.check_device(*_device())
+        advice = Advice(self.config)
+        for line in (*advice.on_task(), *advice.on_idle(self.given)):
+            logger.warning(line)
 
 
 def _device() -> tuple[str, bool]:

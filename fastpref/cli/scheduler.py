@@ -111,6 +111,12 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
     return set(tasks) == {"1"}
 
 
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Whether this process is the first of those that torchrun or a scheduler started, or alone."""
+    starter = _find(environment)
+    return environment.get("RANK" if starter is None else starter.rank, "0") == "0"
+
+
 def warn_of_others(environment: Mapping[str, str]) -> None:
     """Say that each of several processes runs by itself."""
     starter = _find(environment)

@@ -9,7 +9,7 @@ import pytest
 from ranks import free_port
 
 from fastpref.cli.launch import launch_on_every_gpu
-from fastpref.cli.scheduler import first_host, take_ranks, warn_of_others
+from fastpref.cli.scheduler import first_host, is_first, take_ranks, warn_of_others
 from fastpref.errors import ConfigError, RankError
 
 SRUN = {
@@ -137,6 +137,23 @@ def test_mpirun_does_not_say_where_ranks_meet():
     assert (environment["RANK"], environment["LOCAL_RANK"]) == ("1", "1")
     with pytest.raises(ConfigError, match=r"mpiexec started .* without setting PMI_RANK, MPI_L"):
         take_ranks({"PMI_SIZE": "2", "MPI_LOCALRANKID": "0"}, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "first"),
+    [
+        ({}, True),
+        ({"RANK": "0"}, True),
+        ({"RANK": "1"}, False),
+        (SRUN, False),
+        (SRUN | {"SLURM_PROCID": "0"}, True),
+        # no place to meet is needed
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, True),
+    ],
+)
+def test_of_several_processes_one_is_the_first(environment, first):
+    assert is_first(environment) == first
 
 
 def test_runs_that_stay_apart_are_told_so(caplog):

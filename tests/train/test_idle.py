@@ -7,6 +7,7 @@ import pytest
 import train
 from fastpref.cli.options import all_options
 from fastpref.cli.overrides import read_config, split_arguments
+from fastpref.distributed import OWN_RUN_ID
 from fastpref.train.logs.advice import Advice
 from fastpref.train.logs.idle import RULES
 
@@ -47,6 +48,15 @@ def test_an_option_that_another_one_leaves_nothing_to_do_is_said(arguments, mess
     monkeypatch.setattr("fastpref.config.trackers.find_spec", lambda package: package)
     [line] = said(*arguments.split())
     assert re.search(message, line)
+
+
+def test_torchrun_says_by_itself_where_processes_meet(monkeypatch):
+    # the command's own torchrun hands the option on
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", OWN_RUN_ID)
+    assert not said("trainer=FSDPTrainer", "fsdp_port=1234")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    [line] = said("trainer=FSDPTrainer", "fsdp_port=1234")
+    assert line.startswith("fsdp_port has no effect: torchrun has been told")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fastpref.config import (
 )
 from fastpref.data.sources.built_in import SOURCES
 from fastpref.data.sources.files import HUB_ID
+from fastpref.distributed import told_where_to_meet
 
 
 class Rule(NamedTuple):
@@ -111,6 +112,11 @@ RULES = (
         "fsdp_port",
         lambda c: c.trainer == "BasicTrainer",
         "trainer=BasicTrainer is one process, or torchrun's",
+    ),
+    Rule(
+        "fsdp_port",
+        lambda c: c.trainer == "FSDPTrainer" and told_where_to_meet(),
+        "torchrun has been told where its processes meet",
     ),
     Rule(
         "output_dir",
