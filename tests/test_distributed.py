@@ -180,6 +180,25 @@ def run_main(commands: list[list[str]], out: Path, spoil: Path) -> None:
     (out / os.environ["RANK"]).write_text(json.dumps(codes))
 
 
+def run_main_in(folders: Path, command: list[str]) -> None:
+    """The program on this rank, which sees folders of its own."""
+    os.chdir(folders / os.environ["RANK"])
+    Path("code").write_text(str(main(command, train.compose_choices, train.CONFIG_DIR)))
+
+
+def test_a_rank_that_refuses_alone_says_so_to_the_others(base, tmp_path, capfd):
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    # what rank 1's machine has for a disk is a file
+    (tmp_path / "1" / "disk").touch()
+    run_on_ranks(run_main_in, 2, tmp_path, arguments(base, "model", Path("disk/run")))
+    said = capfd.readouterr().err
+    # rank 0 has heard of it, and did nothing
+    assert [(tmp_path / rank / "code").read_text() for rank in "01"] == ["7", "2"], said
+    assert f"rank 1: run_dir: {tmp_path}/1/disk is a file, expected a folder" in said
+    assert not (tmp_path / "0" / "disk").exists()
+
+
 def replace_by_folder(path: Path) -> None:
     while not path.exists():
         time.sleep(0.01)

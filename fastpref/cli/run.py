@@ -83,14 +83,16 @@ class _Command(NamedTuple):
         warn_of_others(os.environ)
         num_gpus = torch.cuda.device_count()
         on_every_gpu = one_run and num_gpus > 1 and (one_a_machine or not launched())
-        check_task(config, world_size() * (num_gpus if on_every_gpu else 1))
         if on_every_gpu:
+            check_task(config, world_size() * num_gpus)
             timeout = datetime.timedelta(seconds=config.parallel.timeout)
             return launch_on_every_gpu(num_gpus, config.fsdp_port, timeout=timeout)
 
         def task(world: World) -> None:
             from fastpref.memory.here import bound_workspace, device_memory
 
+            # where ranks have met: those of a machine that cannot do it tell the others
+            check_task(config, world.size)
             bound_workspace(config.head, device_memory(world.device))
             run_task(config, world)
 
