@@ -161,11 +161,15 @@ class World:
 
     def _see_off(self, key: str) -> None:
         """Wait until the others know of a failure: with rank 0 the store may go."""
-        others = [f"{key} {rank}" for rank in range(1, self.size)]
-        try:
-            self._wait(others, FAREWELL_TIMEOUT)
-        except dist.DistError as error:
-            logger.error("not every rank heard of the failure: %s", first_line(error))
+        for rank in range(1, self.size):
+            try:
+                self._wait([f"{key} {rank}"], FAREWELL_TIMEOUT, sender=rank)
+            except DistributedError:
+                # it has ended by itself
+                continue
+            except dist.DistError as error:
+                logger.error("not every rank heard of the failure: %s", first_line(error))
+                return
 
     def _wait(
         self, keys: list[str], timeout: datetime.timedelta, sender: int | None = None

@@ -31,8 +31,8 @@ from fastpref.cli.command_line import main
 from fastpref.cli.run import run_on_this_rank
 from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
-from fastpref.distributed import World, index_of_gpu, init_world, read_ranks
-from fastpref.errors import DataError, LostRankError, RankError, error_text
+from fastpref.distributed import FAREWELL_TIMEOUT, World, index_of_gpu, init_world, read_ranks
+from fastpref.errors import DataError, DistributedError, LostRankError, RankError, error_text
 from fastpref.explanations import explain
 from fastpref.heartbeat import Heartbeat
 from fastpref.meeting import join_store
@@ -195,7 +195,7 @@ def test_a_rank_that_refuses_alone_says_so_to_the_others(base, tmp_path, capfd):
     said = capfd.readouterr().err
     # rank 0 has heard of it, and did nothing
     assert [(tmp_path / rank / "code").read_text() for rank in "01"] == ["7", "2"], said
-    assert f"rank 1: run_dir: {tmp_path}/1/disk is a file, expected a folder" in said
+    assert f"run_dir: {tmp_path}/1/disk is a file, expected a folder" in said
     assert not (tmp_path / "0" / "disk").exists()
 
 
@@ -311,6 +311,17 @@ def test_a_rank_waits_for_rank_0_without_a_word(capfd):
     assert found == [7]
     # torch complains of a wait that is over
     assert capfd.readouterr().err == ""
+
+
+def test_rank_0_does_not_wait_for_one_that_has_ended_to_hear_of_it(caplog):
+    store = dist.HashStore()
+    Heartbeat(world_of(1, store)).say_why(DataError("no folder words"))
+    world = world_of(0, store)
+    started = time.monotonic()
+    with pytest.raises(DistributedError, match=r"^rank 1 ended: no folder words"):
+        world.compare_on_main(0, lambda values: None)
+    assert time.monotonic() - started < FAREWELL_TIMEOUT.total_seconds() / 2
+    assert not caplog.messages
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
