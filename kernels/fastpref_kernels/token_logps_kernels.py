@@ -78,10 +78,10 @@ def _fold(
     exp(z - anchor) times the softcap's slope in that dtype and its sum. GAP: also the sum of what
     is stored times z - anchor."""
     keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
-    kept = tl.where(keep, logits, float("-inf"))
+    others = tl.where(keep, logits, float("-inf"))
     # never below the lowest float32, so that -inf - max is -inf and not a NaN
-    row_max = tl.maximum(tl.max(kept, 1), LOWEST)
-    exp_logits = tl.exp(kept - row_max[:, None])
+    row_max = tl.maximum(tl.max(others, 1), LOWEST)
+    exp_logits = tl.exp(others - row_max[:, None])
     row_sum = tl.sum(exp_logits, 1)
     stored = exp_logits
     stored_sum = row_sum

@@ -30,12 +30,12 @@ def _sum_columns(
     logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr
 ):
     """Row sums of a tile: max and sum of both models, the first model's gap."""
-    kept = tl.where(keep, logits, float("-inf"))
-    reference_kept = tl.where(keep, reference_logits, float("-inf"))
-    row_max = tl.maximum(tl.max(kept, 1), LOWEST)
-    reference_max = tl.maximum(tl.max(reference_kept, 1), LOWEST)
-    exp_logits = tl.exp(kept - row_max[:, None])
-    reference_exp = tl.exp(reference_kept - reference_max[:, None])
+    others = tl.where(keep, logits, float("-inf"))
+    reference_others = tl.where(keep, reference_logits, float("-inf"))
+    row_max = tl.maximum(tl.max(others, 1), LOWEST)
+    reference_max = tl.maximum(tl.max(reference_others, 1), LOWEST)
+    exp_logits = tl.exp(others - row_max[:, None])
+    reference_exp = tl.exp(reference_others - reference_max[:, None])
     # as `row_sums.base_gap`
     base_gap = anchor - reference_anchor
     base_gap = tl.where(tl.abs(base_gap) < float("inf"), base_gap, 0.0)[:, None]
