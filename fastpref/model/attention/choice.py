@@ -69,14 +69,37 @@ def choose_rows(
         )
     if found is None:
         return ChosenRows(PaddedRows(max_tokens=max_tokens), None)
-    name, share_prompt, mixers = found
     layout = PackedRows(
-        share_prompt=share_prompt,
+        share_prompt=found.share_prompt,
         max_tokens=max_tokens,
         few_lengths=few_lengths,
-        among_rows=not mixers,
+        among_rows=not found.mixers,
     )
-    return ChosenRows(layout, build_attention(name))
+    return ChosenRows(layout, build_attention(found.attention))
+
+
+class _Packing(NamedTuple):
+    """How a model computes packed rows; pickled from rank 0 to the others."""
+
+    attention: str
+    """Its name."""
+    share_prompt: bool
+    mixers: str
+    """Layers that mix tokens by other means and go sequence by sequence, in words; "" for none."""
+
+    def log(self) -> None:
+        """Say it."""
+        shared = "every prompt by itself"
+        if self.share_prompt:
+            shared = "a pair's prompt" if self.mixers else "equal prompts"
+            shared += " computed once"
+        logger.info("packed rows, %s, attention by %s", shared, self.attention)
+        if self.mixers:
+            logger.info(
+                "%s mixes tokens by other means than attention and computes the sequences of a "
+                "packed row one by one; measured in float32, no row moves another one",
+                self.mixers,
+            )
 
 
 def _find_packing(
@@ -86,9 +109,8 @@ def _find_packing(
     device: torch.device,
     path: LogitPath,
     longest: int,
-) -> tuple[str, bool, str] | None:
-    """The name of a packed attention, whether prompts are shared, and which layers go sequence by
-    sequence; None: rows are padded."""
+) -> _Packing | None:
+    """None: rows are padded."""
     wishes = {"auto": (True, False), "true": (True,), "false": (False,)}
     before = model.config._attn_implementation
     obstacle: str | None = None
@@ -101,17 +123,9 @@ def _find_packing(
         dtype = getattr(torch, options.compute_dtype)
         attention = choose_attention(options.attention, device, dtype, calls)
         if isinstance(attention, PackedAttention):
-            shared = "equal prompts computed once" if share_prompt else "every prompt by itself"
-            if mixers and share_prompt:
-                shared = "a pair's prompt computed once"
-            logger.info("packed rows, %s, attention by %s", shared, attention.name)
-            if mixers:
-                logger.info(
-                    "%s mixes tokens by other means than attention and computes the sequences of a "
-                    "packed row one by one; measured in float32, no row moves another one",
-                    mixers,
-                )
-            return attention.name, share_prompt, mixers
+            found = _Packing(attention.name, share_prompt, mixers)
+            found.log()
+            return found
         # no attention here computes the model's packed rows, shared or not
         model.set_attn_implementation(before)
         obstacle = attention
