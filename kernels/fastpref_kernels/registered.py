@@ -94,34 +94,24 @@ def sweep_heads(
     return OPS[op].stats(*stats)
 
 
-@custom_op("fastpref::head_v6", mutates_args=())
+_ARGUMENTS = "Tensor[] policy, Tensor[] reference, Tensor target"
+_OPTIONS = (
+    "str op, str direction, float scale, float? softcap, int ignore_index, bool[] needs_grad, "
+    "int workspace"
+)
+"""Of a call, as `_Call.of` takes them."""
+
+
+@custom_op(
+    "fastpref::head_v6", mutates_args=(), schema=f"({_ARGUMENTS}, *, {_OPTIONS}) -> Tensor[]"
+)
 def head_fwd(
-    policy: list[Tensor],
-    reference: list[Tensor],
-    target: Tensor,
-    *,
-    op: str,
-    direction: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    needs_grad: list[bool],
-    workspace: int,
+    policy: list[Tensor], reference: list[Tensor], target: Tensor, **options: Any
 ) -> list[Tensor]:
     """The op's stats."""
-    check_target_range(target, ignore_index, len(policy[1]))
-    call = _Call.of(
-        policy,
-        reference,
-        op=op,
-        direction=direction,
-        scale=scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        needs_grad=needs_grad,
-        workspace=workspace,
-    )
-    with inside_op(target.device), bounded_by(workspace):
+    check_target_range(target, options["ignore_index"], len(policy[1]))
+    call = _Call.of(policy, reference, **options)
+    with inside_op(target.device), bounded_by(options["workspace"]):
         return list(call.forward(target))
 
 
@@ -133,37 +123,22 @@ def _(
         return list(_Call.of(policy, reference, **options).empty_stats())
 
 
-@custom_op("fastpref::head_bwd_v6", mutates_args=())
+@custom_op(
+    "fastpref::head_bwd_v6",
+    mutates_args=(),
+    schema=f"(Tensor[] grads, {_ARGUMENTS}, Tensor[] stats, *, {_OPTIONS}, str mode) -> Tensor[]",
+)
 def head_bwd(
     grads: list[Tensor],
     policy: list[Tensor],
     reference: list[Tensor],
     target: Tensor,
     stats: list[Tensor],
-    *,
-    op: str,
-    direction: str,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    needs_grad: list[bool],
-    workspace: int,
-    mode: str,
+    **options: Any,
 ) -> list[Tensor]:
     """Those gradients of the policy's input, weight and bias that are needed."""
-    call = _Call.of(
-        policy,
-        reference,
-        op=op,
-        direction=direction,
-        scale=scale,
-        softcap=softcap,
-        ignore_index=ignore_index,
-        needs_grad=needs_grad,
-        workspace=workspace,
-        mode=mode,
-    )
-    with inside_op(target.device), bounded_by(workspace):
+    call = _Call.of(policy, reference, **options)
+    with inside_op(target.device), bounded_by(options["workspace"]):
         gradients = call.backward(grads, target, stats)
     return [gradient for gradient in gradients if gradient is not None]
 
@@ -175,11 +150,9 @@ def _(
     reference: list[Tensor],
     target: Tensor,
     stats: list[Tensor],
-    *,
-    needs_grad: list[bool],
     **options: Any,
 ) -> list[Tensor]:
-    leaves = zip(policy, needs_grad[: len(policy)], strict=True)
+    leaves = zip(policy, options["needs_grad"][: len(policy)], strict=True)
     return [leaf.new_empty(leaf.shape) for leaf, needed in leaves if needed]
 
 
