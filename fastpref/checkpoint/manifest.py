@@ -4,6 +4,7 @@ The manifest is written last. It lists every other file with its size and digest
 digest of itself, so a file that is missing, cut short or altered is found and named.
 """
 
+import errno
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -143,12 +144,10 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> No
             word = "truncated" if num_bytes < entry.num_bytes else "too long"
             problems.append(f"{name} is {word}: {num_bytes:,} of {entry.num_bytes:,} bytes")
     if digests and not problems:
-        found = digest_files(folder / name for name in manifest.files)
-        problems = [
-            f"{name} is altered: its digest differs"
-            for name, entry in manifest.files.items()
-            if found[name] != entry
-        ]
+        paths = [folder / name for name in manifest.files]
+        with ThreadPoolExecutor(READERS) as threads:
+            compared = threads.map(_difference, paths, manifest.files.values())
+            problems = [problem for problem in compared if problem]
     if problems:
         raise CheckpointError("; ".join(problems))
 
@@ -160,6 +159,17 @@ def digest_files(paths: Iterable[Path]) -> dict[str, FileEntry]:
         return {
             path.name: entry for path, entry in zip(paths, threads.map(_digest, paths), strict=True)
         }
+
+
+def _difference(path: Path, entry: FileEntry) -> str:
+    """How a file's bytes differ from what the manifest says, "" if they do not."""
+    try:
+        return "" if _digest(path) == entry else f"{path.name} is altered: its digest differs"
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            # of this process, not of the disk
+            raise
+        return f"{path.name} cannot be read: {error.strerror}"
 
 
 def _digest(path: Path) -> FileEntry:

@@ -1,9 +1,13 @@
-"""The cache of `datasets`: what its entries depend on, its progress bars, its errors."""
+"""The cache of `datasets`: what its entries depend on, its progress bars, its errors, what of it a
+disk has damaged."""
 
 import errno
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -11,13 +15,18 @@ from pathlib import Path
 import datasets
 import fastpref_kernels
 import pyarrow
+import xxhash
 from datasets.exceptions import DatasetGenerationError
 
-from fastpref.complete_files import share
-from fastpref.errors import DataError, FastprefError
+from fastpref.complete_files import complete_file, share
+from fastpref.errors import CheckpointError, DataError, FastprefError
 from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
 
+logger = logging.getLogger("fastpref")
+
+DESCRIPTION = "dataset_info.json"
+"""In a folder of `datasets`, beside its files."""
 ROWS_OF_A_PROCESS = 5000
 """At least: about three seconds of rows of HH."""
 LOST_PROCESS = "subprocesses has abruptly died"
@@ -49,6 +58,11 @@ def file_state(path: Path) -> str:
     """Location, size and time of a file: what tells that it has changed."""
     stat = path.stat()
     return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+
+def cache_folder(cache_dir: str | None) -> str:
+    """The cache that an option names, or that of `datasets`."""
+    return cache_dir or str(datasets.config.HF_DATASETS_CACHE)
 
 
 @contextmanager
@@ -109,8 +123,14 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
     """
     try:
         yield
-    except (DatasetGenerationError, OSError, RuntimeError, pyarrow.ArrowException) as error:
+    except (
+        *(DatasetGenerationError, OSError, RuntimeError, ValueError),
+        pyarrow.ArrowException,
+    ) as error:
         cause: BaseException = error
+        if type(error) is ValueError and isinstance(error.__context__, OSError):
+            # of the closed file that `datasets` goes on to write to
+            cause = error.__context__
         while cause.__cause__ is not None and not isinstance(cause, FastprefError):
             cause = cause.__cause__
         if isinstance(cause, FastprefError):
@@ -123,7 +143,7 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
             ) from error
         if not isinstance(cause, OSError | pyarrow.ArrowException):
             raise
-        folder = cache_dir or str(datasets.config.HF_DATASETS_CACHE)
+        folder = cache_folder(cache_dir)
         if isinstance(cause, OSError) and not is_of_cache(cause, folder):
             raise cause from None
         raise DataError(
@@ -141,3 +161,63 @@ def is_of_cache(error: OSError, folder: str) -> bool:
     # one above it as well: the folder is made there
     paths = [os.path.abspath(os.path.expanduser(path)) for path in (folder, error.filename)]
     return os.path.commonpath(paths) in paths
+
+
+def made_whole(
+    sums: Path, make: Callable[[], datasets.Dataset], *, with_folder: bool = False
+) -> datasets.Dataset:
+    """A dataset of files as they were written: those in the cache, or new ones.
+
+    A list of them tells their digests: Arrow takes what a disk damaged for other tokens, or ends
+    the process.
+
+    Args:
+        sums: The list of its files, to read and to write. Where there is none they are taken as
+            they are.
+        make: Finds them in the cache, or writes them.
+        with_folder: They have a folder to themselves, and a damaged one goes with all of it.
+    """
+    listed = _read(sums)
+    damaged = next((path for path in listed if _digest(path) != listed[path]), None)
+    if damaged is not None:
+        logger.warning("%s is damaged or gone, and is made again", damaged)
+        for path in listed:
+            path.unlink(missing_ok=True)
+            if with_folder:
+                shutil.rmtree(path.parent, ignore_errors=True)
+        sums.unlink()
+        listed = {}
+    dataset = make()
+    paths = {Path(file["filename"]).absolute() for file in dataset.cache_files}
+    if with_folder:
+        paths |= {path.with_name(DESCRIPTION) for path in paths}
+    if not paths <= listed.keys():
+        _write(sums, listed | {path: _digest(path) for path in paths})
+    return dataset
+
+
+def _read(sums: Path) -> dict[Path, str]:
+    """Digests by file; none where the list is missing or damaged itself."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        content = json.loads(sums.read_text(encoding="utf-8"))
+        if content["sum"] == _sum_of(content["files"]):
+            return {Path(name): digest for name, digest in content["files"].items()}
+    return {}
+
+
+def _write(sums: Path, digests: dict[Path, str]) -> None:
+    files = {str(path): digest for path, digest in digests.items()}
+    # a cache that may only be read has none
+    with suppress(CheckpointError), complete_file(sums) as file:
+        json.dump({"files": files, "sum": _sum_of(files)}, file)
+
+
+def _digest(path: Path) -> str:
+    """Of a file's bytes; "" if it cannot be read."""
+    with suppress(OSError), path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+    return ""
+
+
+def _sum_of(files: dict[str, str]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())

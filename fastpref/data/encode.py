@@ -10,6 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -22,6 +23,7 @@ import transformers
 from fastpref.data.cache import (
     cache_errors,
     code_digest,
+    made_whole,
     processes_for,
     progress_bars,
     tokenizing_in,
@@ -157,8 +159,10 @@ def encode_source(
     check_tokenizer(tokenizer)
     options = options_of_source(rows, tokenizer, options)
     dataset = sft_targets(rows.dataset) if options.sft else rows.dataset
-    with tokenizing_in(num_proc), without_remains(dataset):
-        encoded = dataset.map(
+    fingerprint = encoding_fingerprint(rows, tokenizer, options)
+
+    def encode() -> datasets.Dataset:
+        return dataset.map(
             encode_batch,
             batched=True,
             with_indices=True,
@@ -167,9 +171,16 @@ def encode_source(
             remove_columns=dataset.column_names,
             # one process is this one
             num_proc=num_proc if num_proc > 1 else None,
-            new_fingerprint=encoding_fingerprint(rows, tokenizer, options),
+            new_fingerprint=fingerprint,
             desc=f"tokenizing {rows.name} {rows.counts.split}",
         )
+
+    with tokenizing_in(num_proc), without_remains(dataset):
+        if not dataset.cache_files:
+            # in memory, and so is what is made of them
+            return dataset, encode()
+        beside = Path(dataset.cache_files[0]["filename"])
+        encoded = made_whole(beside.with_name(f"cache-{fingerprint}.sums"), encode)
     return dataset, encoded
 
 

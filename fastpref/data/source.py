@@ -8,8 +8,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute as pc
+from datasets.fingerprint import Hasher
 
-from fastpref.data.cache import cache_errors, code_digest, progress_bars
+from fastpref.data.cache import cache_errors, cache_folder, code_digest, made_whole, progress_bars
 from fastpref.data.counts import AuditCounts, check_counts, count_rows
 from fastpref.data.options import DataOptions
 from fastpref.data.parts import Part, find_part
@@ -156,19 +157,24 @@ def _checked_rows(
     cache_dir = options.cache_dir
     with progress_bars(quiet), cache_errors(cache_dir):
         state = location.state(cache_dir)
-        dataset = datasets.Dataset.from_generator(
-            generate_rows,
-            features=FEATURES,
-            cache_dir=cache_dir,
-            split=datasets.NamedSplit(location.split),
-            gen_kwargs={
-                # what is not read changes nothing
-                "location": location._replace(passed_over=()),
-                "cache_dir": cache_dir,
-                "state": code_digest("data") + state,
-                # judged afterwards, whatever the cache holds
-                "options": replace(options.read, max_dropped=0.0),
-            },
+        read = {
+            # what is not read changes nothing
+            "location": location._replace(passed_over=()),
+            "cache_dir": cache_dir,
+            "state": code_digest("data") + state,
+            # judged afterwards, whatever the cache holds
+            "options": replace(options.read, max_dropped=0.0),
+        }
+        dataset = made_whole(
+            Path(cache_folder(cache_dir), f"fastpref-{Hasher.hash(read)}.sums"),
+            lambda: datasets.Dataset.from_generator(
+                generate_rows,
+                features=FEATURES,
+                cache_dir=cache_dir,
+                split=datasets.NamedSplit(location.split),
+                gen_kwargs=read,
+            ),
+            with_folder=True,
         )
     return dataset, state
 

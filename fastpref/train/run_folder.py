@@ -27,7 +27,8 @@ OPTIONS = "config.yaml"
 AUDIT_PAGE = "audit.html"
 """What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
 PROBE = ".fastpref-"
-"""How a folder's name begins that is made to see whether one can be, and goes at once."""
+"""How a file's name begins that is made to see whether one can be, where the file system knows none
+without a name; it goes at once."""
 TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
 """In the name of a run folder."""
 ORIGIN = "branched-off-from"
@@ -172,7 +173,7 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
     try:
         # permissions do not tell: the disk may be mounted read-only, or full, or belong to others
-        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=existing))
+        tempfile.TemporaryFile(prefix=PROBE, dir=existing).close()
     except OSError as error:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 

@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from fastpref.checkpoint.folders import (
 )
 from fastpref.checkpoint.manifest import (
     MANIFEST,
+    FileEntry,
     Manifest,
     digest_files,
     read_manifest,
@@ -107,6 +109,18 @@ def test_every_byte_of_a_checkpoint_counts(folder):
                 file.write_bytes(whole)
             # white space between the manifest's entries means nothing
             assert file.name == MANIFEST and manifest == read_manifest(path)
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_up_is_passed_over(folder, caplog):
+    newest = folder / "step-00000100"
+    # it has no size, and to read it is an input/output error
+    (newest / "lost").symlink_to("/proc/self/mem")
+    manifest = read_manifest(newest)
+    files = manifest.files | {"lost": FileEntry(0, "")}
+    write_manifest(newest, replace(manifest, files=files))
+    with caplog.at_level(logging.WARNING):
+        assert find_newest(folder).step == 10
+    assert "lost cannot be read: Input/output error" in caplog.text
 
 
 def test_sizes_alone_can_be_checked(folder):

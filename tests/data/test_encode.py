@@ -427,6 +427,29 @@ def test_what_a_kill_has_left_of_an_encoding_goes_unless_somebody_writes_there(t
     assert not left.exists() and ours.exists()
 
 
+def test_what_a_disk_has_damaged_in_the_cache_is_made_again(tmp_path, caplog):
+    expected = encode(tmp_path, pairs(3)).dataset[:]
+    for name in ("cache-*.arrow", "generator-train.arrow", "dataset_info.json"):
+        [path] = (tmp_path / "cache").rglob(name)
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        for damaged in (None, b"", flipped):
+            # what is mapped still is not touched
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            assert encode(tmp_path).dataset[:] == expected
+            assert f"{path} is damaged or gone, and is made again" in caplog.text
+            caplog.clear()
+    # so is a list that was damaged itself
+    for sums in (tmp_path / "cache").rglob("*.sums"):
+        sums.write_bytes(b"{")
+    encode(tmp_path)
+    encode(tmp_path)
+    assert caplog.text == ""
+
+
 def test_another_process_finds_the_cache(tmp_path):
     write(tmp_path, pairs(3))
     program = (

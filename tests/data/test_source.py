@@ -1,5 +1,6 @@
 import errno
 import gzip
+import io
 import json
 from dataclasses import replace
 
@@ -324,6 +325,14 @@ def test_what_is_no_fault_of_the_cache_is_not_blamed_on_it(tmp_path):
     for error in (OSError(errno.EROFS, "Read-only", str(tmp_path)), OSError(errno.ENOSPC, "No")):
         with pytest.raises(DataError, match=r"^data\.cache_dir: "), cache_errors(cache):
             raise error
+    # what `datasets` does with the file after the system has refused a part of it
+    with pytest.raises(DataError, match=r"cannot be used: .*No space left"), cache_errors(cache):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            with io.BytesIO() as file:
+                pass
+            file.write(b"")
 
 
 def test_a_damaged_cache_is_named(tmp_path):
@@ -331,6 +340,9 @@ def test_a_damaged_cache_is_named(tmp_path):
     read(tmp_path)
     for cached in (tmp_path / "cache").rglob("*.arrow"):
         cached.write_bytes(cached.read_bytes()[:100])
+    # a process was killed before it had listed what it wrote
+    for sums in (tmp_path / "cache").rglob("*.sums"):
+        sums.unlink()
     assert "delete what is damaged there" in refusal(tmp_path)
 
 
