@@ -59,15 +59,18 @@ def append_whole(path: Path, text: str) -> None:
         CheckpointError: it cannot be written.
     """
     content = text.encode()
-    with writing(path), path.open("ab", buffering=0) as file:
+    with writing(path):
+        file = path.open("ab", buffering=0)
         end = file.seek(0, os.SEEK_END)
         try:
-            while content:
-                content = content[file.write(content) :]
+            # a disk on another machine may refuse as late as when it is closed
+            with file:
+                while content:
+                    content = content[file.write(content) :]
         except OSError:
             # what is no file of a disk has no end
             with suppress(OSError):
-                file.truncate(end)
+                os.truncate(path, end)
             raise
 
 

@@ -1,6 +1,8 @@
 """Which checkpoint, in which folder: nothing that a run has left is taken for nothing."""
 
+import errno
 import fcntl
+import io
 import json
 import resource
 import shutil
@@ -216,6 +218,24 @@ def test_of_a_text_that_does_not_fit_nothing_is_added(tmp_path):
             append_whole(path, "longer than that\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    append_whole(path, "after\n")
+    assert path.read_text() == "of before\nafter\n"
+
+
+def test_lines_that_a_file_refuses_as_it_is_closed_are_not_in_it(tmp_path, monkeypatch):
+    class Remote(io.FileIO):
+        def close(self) -> None:
+            was_open = not self.closed
+            super().close()
+            if was_open:
+                raise OSError(errno.EIO, "Input/output error")
+
+    path = tmp_path / "metrics.jsonl"
+    append_whole(path, "of before\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode, buffering: Remote(path, mode))
+        with pytest.raises(CheckpointError, match="cannot be written: Input/output error"):
+            append_whole(path, "refused\n")
     append_whole(path, "after\n")
     assert path.read_text() == "of before\nafter\n"
 
