@@ -49,7 +49,7 @@ def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def append_whole(path: Path, text: str) -> None:
@@ -89,6 +89,9 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         try:
             remove(partial)
             yield partial
+            # what a disk on another machine refuses late is known by then, whoever wrote it
+            for path in partial.rglob("*"):
+                sync(path)
             replace_folder(partial, folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -116,9 +119,9 @@ def share(folder: Path, remains: str) -> IO[str]:
     return lock
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: a renamed file survives a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the entries of a folder, to the disk: they survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -135,7 +138,7 @@ def replace_folder(complete: Path, folder: Path) -> None:
         remove(old)
         folder.rename(old)
     complete.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     remove(old)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpref.checkpoint.manifest import MANIFEST, Checkpoint, check_files, read_manifest
-from fastpref.complete_files import sync_folder
+from fastpref.complete_files import sync
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
@@ -175,7 +175,7 @@ def delete(path: Path) -> None:
     doomed = path.with_name(path.name + DELETED)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
-    sync_folder(path.parent)
+    sync(path.parent)
     shutil.rmtree(doomed)
 
 
@@ -199,6 +199,6 @@ def set_aside(path: Path) -> Path:
         target = path.with_name(path.name + ABANDONED + (f"-{attempt}" if attempt > 1 else ""))
         if not target.exists():
             path.rename(target)
-            sync_folder(path.parent)
+            sync(path.parent)
             return target
         attempt += 1

@@ -29,7 +29,7 @@ from fastpref.checkpoint.manifest import (
 from fastpref.checkpoint.restore import reasons_of
 from fastpref.checkpoint.size import free_bytes
 from fastpref.checkpoint.snapshot import Snapshot
-from fastpref.complete_files import complete_file, sync_folder, writing
+from fastpref.complete_files import complete_file, sync, writing
 from fastpref.errors import CheckpointError
 
 logger = logging.getLogger("fastpref")
@@ -150,7 +150,7 @@ def _publish(partial: Path, manifest: Manifest) -> None:
     if final.exists():
         logger.warning("%s was there already; it is now %s", final, set_aside(final).name)
     partial.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     try:
         with complete_file(final.parent / LATEST) as file:
             file.write(f"{final.name}\n")

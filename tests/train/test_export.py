@@ -1,5 +1,6 @@
 """LATEST is what was trained, with what its source has beside the weights."""
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from stopped_runs import run as run_command
 from tiny_models import build_model, save_dataset, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from fastpref.complete_files import complete_folder
 from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
@@ -357,3 +359,24 @@ def test_a_full_disk_ends_in_exit_4_without_a_traceback(base, tmp_path, capsys):
     assert code == 4, said
     assert "LATEST: cannot be written" in said and "Traceback" not in said
     assert not list((tmp_path / "run").glob("LATEST*"))
+
+
+def test_a_model_that_the_disk_refuses_in_the_end_takes_no_other_s_place(tmp_path, monkeypatch):
+    folder = tmp_path / "LATEST"
+    with complete_folder(folder) as partial:
+        partial.mkdir()
+        (partial / "weights").write_text("old")
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    # a library that writes does not look at what closing a file says
+    monkeypatch.setattr(os, "fsync", fsync)
+    with (
+        pytest.raises(CheckpointError, match="LATEST: cannot be written: Disk quota exceeded"),
+        complete_folder(folder) as partial,
+    ):
+        partial.mkdir()
+        (partial / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "old"
+    assert os.listdir(tmp_path) == ["LATEST"]
