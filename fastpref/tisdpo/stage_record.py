@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpref.checkpoint.folders import CHECKPOINTS
 from fastpref.complete_files import complete_file
-from fastpref.data.chat import prints_date
+from fastpref.data.chat import prints_date, read_date
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.tisdpo.recipe_folder import DATE_FILE
@@ -109,7 +109,7 @@ def begin_date(run_dir: Path, done: Sequence[Path]) -> str:
     """The day that the chat template of a run is told, "" where none is known yet."""
     noted = run_dir / DATE_FILE
     if noted.is_file():
-        return noted.read_text(encoding="utf-8")
+        return read_date(noted)
     records = [read_record(folder).get("fingerprints", {}) for folder in done]
     return max((record.get(CHAT_DATE, "") for record in records), default="")
 

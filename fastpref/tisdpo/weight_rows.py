@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file, writing
-from fastpref.data.chat import ChatFormat, current_date
+from fastpref.data.chat import ChatFormat, current_date, read_date
 from fastpref.data.counts import AuditCounts
 from fastpref.data.layouts.row_values import json_text
 from fastpref.data.source import Rows
@@ -122,7 +122,7 @@ def begin_date(path: Path, chat: ChatFormat, given: str) -> str:
     """
     noted = shards_folder(path) / DATE_FILE
     if noted.is_file():
-        return noted.read_text(encoding="utf-8")
+        return read_date(noted)
     return given or current_date(chat.tokenizer)
 
 

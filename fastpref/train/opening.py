@@ -117,6 +117,11 @@ def read_options(path: Path) -> dict[Any, Any]:
         options = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError):
         return {}
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # what OmegaConf says of a number alone
+        return {}
     return options if isinstance(options, dict) else {}
 
 

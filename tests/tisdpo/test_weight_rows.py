@@ -22,8 +22,9 @@ from tiny_models import save_tiny_model, text_rows, write_rows
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
+from fastpref.data.chat import read_date
 from fastpref.data.weights_file import sidecar_path
-from fastpref.errors import DataError
+from fastpref.errors import CheckpointError, DataError
 from fastpref.tisdpo.weight_rows import record_line
 
 CALL = {"type": "function", "function": {"name": "trip", "arguments": {"to": "Rom", "by": None}}}
@@ -171,6 +172,14 @@ def test_a_stopped_estimation_goes_on_with_the_date_it_began_with(
     sidecar = output_path(config).with_name("train.weights.json")
     assert json.loads(sidecar.read_text())["chat_date"] == "2026-01-05"
     assert not noted.exists()
+
+
+@pytest.mark.parametrize("damaged", [b"", b"2026-01-\xff5", b"2026-01-45"])
+def test_a_day_that_is_damaged_is_named(tmp_path, damaged):
+    noted = tmp_path / "date"
+    noted.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"date is damaged: it holds the day"):
+        read_date(noted)
 
 
 def test_estimation_and_training_see_the_same_tokens_of_a_metaspace_tokenizer(tmp_path):

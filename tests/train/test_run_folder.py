@@ -1,6 +1,7 @@
 """Run folders: what a start without a step leaves stands in nobody's way, anything else does."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from fastpref.cli.command_line import main
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.errors import ConfigError
 from fastpref.train.opening import keep_options, read_options
+from fastpref.train.resume.origin import keep_origin, origin_of
 from fastpref.train.run_folder import clear_start, keeping_locks, run_place, took_no_step
 
 EVAL, TRAIN = ({"step": 0, "examples": 0, "split": split} for split in ("eval", "train"))
@@ -112,6 +114,18 @@ def test_a_run_without_its_options_is_known_by_its_checkpoints(tmp_path):
     keep_options(run_dir, "lr: 1\n", 2)
     assert (run_dir / "config-until-step-2.yaml").read_bytes() == b"\xff{["
     assert read_options(run_dir / "config.yaml") == {"lr": 1}
+    (run_dir / "config.yaml").write_bytes(b"1\n")
+    assert read_options(run_dir / "config.yaml") == {}
+
+
+def test_where_a_branch_began_is_told_whatever_its_bytes(tmp_path):
+    checkpoint = tmp_path / os.fsdecode(b"caf\xe9") / "step-00000001"
+    keep_origin(tmp_path, checkpoint)
+    assert origin_of(tmp_path) == checkpoint
+    # damaged, it names what is not there
+    (tmp_path / "branched-off-from").write_bytes(b"/run\xff\x00s")
+    damaged = origin_of(tmp_path)
+    assert damaged is not None and not damaged.exists()
 
 
 def test_a_folder_on_a_disk_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path):

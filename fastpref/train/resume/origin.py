@@ -1,5 +1,6 @@
 """Which run a checkpoint is of, and which checkpoint a run branched off from."""
 
+import os
 from pathlib import Path
 
 from fastpref.checkpoint.folders import CHECKPOINTS, LATEST
@@ -38,14 +39,14 @@ def keep_origin(run_dir: Path, checkpoint: Path) -> None:
     with writing(run_dir):
         # a run with numbers and without a folder of checkpoints is one that has lost them
         (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
-    with complete_file(run_dir / ORIGIN) as file:
-        file.write(f"{checkpoint.resolve()}\n")
+    with complete_file(run_dir / ORIGIN, "wb") as file:
+        file.write(os.fsencode(checkpoint.resolve()) + b"\n")
 
 
 def origin_of(run_dir: Path) -> Path | None:
     """The checkpoint that a run branched off from, if it did; it may be gone."""
     path = run_dir / ORIGIN
-    return Path(path.read_text(encoding="utf-8").strip()) if path.is_file() else None
+    return Path(os.fsdecode(path.read_bytes().strip())) if path.is_file() else None
 
 
 def is_branch_of(run_dir: Path, path: Path) -> bool:
