@@ -17,7 +17,7 @@ from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out, spells_eos
 from fastpref.data.speakers import Spans, others_are_learned, written_spans
-from fastpref.errors import CheckpointError, ConfigError, first_line
+from fastpref.errors import ConfigError, first_line
 
 PLAIN_EXCHANGE = [
     {"role": "user", "content": "What is 2 + 2?"},
@@ -198,21 +198,6 @@ def current_date(tokenizer: Any) -> str:
     # as transformers has it, whose clock the template would read
     template = "{{ strftime_now('%Y-%m-%d') }}"
     return ChatFormat(tokenizer=tokenizer, template=template).render(PLAIN_EXCHANGE)
-
-
-def read_date(path: Path) -> str:
-    """A day that chat templates were told, from the file that keeps it.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
-    try:
-        return str(datetime.date.fromisoformat(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise CheckpointError(
-            f"{path} is damaged: it holds the day that the chat template was told, YYYY-MM-DD; "
-            "write it there, or delete the file for today"
-        ) from None
 
 
 def render_chat(

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file, writing
-from fastpref.data.chat import ChatFormat, current_date, read_date
+from fastpref.data.chat import ChatFormat, current_date
 from fastpref.data.counts import AuditCounts
 from fastpref.data.layouts.row_values import json_text
 from fastpref.data.source import Rows
-from fastpref.data.weights_file import WeightsOrigin, read_origin, write_origin
+from fastpref.data.weights_file import WeightsOrigin, read_date, read_origin, write_origin
 from fastpref.distributed import World
 from fastpref.errors import DataError
 from fastpref.scoring.shards import Shards
