@@ -44,3 +44,12 @@ def test_lines_that_somebody_took_away_are_missed(tmp_path, caplog):
     assert brought(tmp_path, [], [line(2, "train")], step=2) == [(2, "train")]
     assert "has no line of 1 of the 2 steps" in caplog.text
     assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_a_line_that_is_damaged_is_said_and_one_that_a_kill_cut_short_is_not(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "fastpref")
+    lines = [line(1, "train"), line(1, "eval"), line(1, "eval")[:-5]]
+    assert len(brought(tmp_path, lines, [], step=1, evaluated=1)) == 2 and not caplog.text
+    lines[1] = "k" + lines[1][1:]
+    assert brought(tmp_path, lines[:2], [], step=1, evaluated=1) == [(1, "train")]
+    assert 'metrics.jsonl: a damaged line is left out: \'k"step": 1' in caplog.text

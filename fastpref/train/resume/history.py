@@ -76,6 +76,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except ValueError:
+                if line.endswith("\n"):
+                    logger.warning("%s: a damaged line is left out: %.60r", path, line)
                 continue
             if isinstance(record, dict) and "step" in record and line.endswith("\n"):
                 yield line, record
