@@ -1,11 +1,10 @@
 """Conversations rendered by the tokenizer's chat template into prompt and response texts."""
 
-import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from fastpref.checks import hint
+from fastpref.data.chat_date import DATE_MACRO, DATE_VARIABLE, date_texts
 from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out, spells_eos
@@ -24,16 +24,7 @@ PLAIN_EXCHANGE = [
     {"role": "assistant", "content": "4."},
 ]
 
-# transformers makes text of functions among the variables of a template, but a macro can stand for
-# one; the line break after it is eaten, so the template reads as if it stood alone
-DATE_MACRO = (
-    "{% macro strftime_now(format) %}{% set date = namespace(text=format) %}"
-    "{% for code, value in fastpref_date.items() %}"
-    "{% set date.text = date.text | replace(code, value) %}{% endfor %}{{ date.text }}"
-    "{% endmacro %}\n"
-)
 WORD = re.compile(r"[A-Za-z_]\w*")
-DATE_CODES = "aAwdbBmyYHIMSfpjUWGuVcxXDFTRe"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +68,7 @@ class ChatFormat:
         template, variables, added_lines = self.template, {}, 0
         if self.date is not None:
             template = DATE_MACRO + self.tokenizer.get_chat_template(self.template, tools)
-            variables, added_lines = {"fastpref_date": _date_texts(self.date)}, 1
+            variables, added_lines = {DATE_VARIABLE: date_texts(self.date)}, 1
         try:
             [text] = self.tokenizer.apply_chat_template(
                 # a list of one: an empty conversation by itself is taken for no conversation
@@ -323,14 +314,6 @@ def _object_of(arguments: Any) -> Any:
     except ValueError:
         return arguments
     return decoded if isinstance(decoded, dict) else arguments
-
-
-@cache
-def _date_texts(date: str) -> dict[str, str]:
-    """What each code of strftime stands for on that day, at its beginning."""
-    day = datetime.datetime.fromisoformat(date)
-    codes = [f"%{flag}{code}" for code in DATE_CODES for flag in ("-", "")]
-    return {code: day.strftime(code) for code in codes}
 
 
 def _shared_start(prompt: str, texts: list[str]) -> str:

@@ -1,6 +1,5 @@
 """A file of estimated token weights and the record beside it that says where they come from."""
 
-import datetime
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from fastpref.complete_files import complete_file
 from fastpref.data.sources.readers import SUFFIXES
-from fastpref.errors import CheckpointError, DataError
+from fastpref.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,18 +129,3 @@ def check_complete(source: str, num_rows: int, origin: WeightsOrigin) -> None:
             f"{source}:{num_rows}: the file ends here, {origin.rows} rows were written; copy it "
             f"anew, or delete {sidecar_path(Path(source)).name} if rows were taken out on purpose"
         )
-
-
-def read_date(path: Path) -> str:
-    """A day that chat templates were told, from the file that keeps it.
-
-    Raises:
-        CheckpointError: it holds something else.
-    """
-    try:
-        return str(datetime.date.fromisoformat(path.read_text(encoding="utf-8")))
-    except ValueError:
-        raise CheckpointError(
-            f"{path} is damaged: it holds the day that the chat template was told, YYYY-MM-DD; "
-            "write it there, or delete the file for today"
-        ) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastpref.config import ModelConfig, PackingConfig, WeightsConfig
 from fastpref.data.cache import code_digest
-from fastpref.data.chat import ChatFormat, check_chat_template, prints_date
+from fastpref.data.chat import ChatFormat, check_chat_template, current_date, prints_date
 from fastpref.data.encode import tokenizer_digest
 from fastpref.data.options import DataOptions
 from fastpref.data.source import Rows
@@ -20,12 +20,7 @@ from fastpref.distributed import World
 from fastpref.scoring.shards import Shards, rows_digest
 from fastpref.scoring.side import Side, check_rows
 from fastpref.tisdpo.source_tokens import encode_under_templates
-from fastpref.tisdpo.weight_rows import (
-    SourceJob,
-    begin_date,
-    shards_folder,
-    written_date,
-)
+from fastpref.tisdpo.weight_rows import SourceJob, begun_date, shards_folder, written_date
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +59,8 @@ def open_job(
     path = options.path_of(rows)
     if not (rows.has_chats and prints_date(tokenizer, chat.template)):
         return build_job(options, sides, rows, chat, path)
-    begun = world.on_main(partial(begin_date, path, chat, options.chat_date))
+    given = options.chat_date
+    begun = world.on_main(lambda: begun_date(path) or given or current_date(tokenizer))
     written = world.on_main(partial(written_date, path))
     job = build_job(options, sides, rows, replace(chat, date=written or begun), path)
     if written in ("", begun) or world.on_main(job.is_finished):

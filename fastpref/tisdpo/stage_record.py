@@ -10,7 +10,7 @@ from typing import Any
 from fastpref.checkpoint.folders import CHECKPOINTS
 from fastpref.complete_files import complete_file
 from fastpref.data.chat import prints_date
-from fastpref.data.weights_file import read_date
+from fastpref.data.chat_date import read_date
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
 from fastpref.tisdpo.recipe_folder import DATE_FILE

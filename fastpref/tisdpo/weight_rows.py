@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file, writing
-from fastpref.data.chat import ChatFormat, current_date
+from fastpref.data.chat_date import read_date
 from fastpref.data.counts import AuditCounts
 from fastpref.data.layouts.row_values import json_text
 from fastpref.data.source import Rows
-from fastpref.data.weights_file import WeightsOrigin, read_date, read_origin, write_origin
+from fastpref.data.weights_file import WeightsOrigin, read_origin, write_origin
 from fastpref.distributed import World
 from fastpref.errors import DataError
 from fastpref.scoring.shards import Shards
@@ -112,18 +112,10 @@ def written_date(path: Path) -> str:
     return origin.chat_date or "" if origin else ""
 
 
-def begin_date(path: Path, chat: ChatFormat, given: str) -> str:
-    """The day on which the estimation of a weights file began: that of its shards, or of now.
-
-    Args:
-        path: Of the file.
-        chat: Whose clock tells today.
-        given: What stands for today; "": nothing does.
-    """
+def begun_date(path: Path) -> str:
+    """The day on which the estimation of a weights file began, that of its shards; "": none did."""
     noted = shards_folder(path) / DATE_FILE
-    if noted.is_file():
-        return read_date(noted)
-    return given or current_date(chat.tokenizer)
+    return read_date(noted) if noted.is_file() else ""
 
 
 def write_weights(job: SourceJob, decimals: int | None) -> None:

@@ -22,7 +22,8 @@ from tiny_models import save_tiny_model, text_rows, write_rows
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from fastpref.data.weights_file import read_date, sidecar_path
+from fastpref.data.chat_date import read_date
+from fastpref.data.weights_file import sidecar_path
 from fastpref.errors import CheckpointError, DataError
 from fastpref.tisdpo.weight_rows import record_line
 
