@@ -222,6 +222,7 @@ def test_lists_and_null():
         ("checkpoint.mode=asyn", "checkpoint.mode must be one of .*nearest: async"),
         ("checkpoint.deadline=90", "checkpoint.deadline must be HH:MM:SS, got '90'"),
         ("checkpoint.deadline=1:60:00", "checkpoint.deadline must be HH:MM:SS"),
+        ("checkpoint.deadline=9999999999:00:00", "checkpoint.deadline in hours must be <= 8784"),
         ("checkpoint.keep_best=margins", "must name a held-out metric, such as loss/eval"),
         ("parallel.timeout=0", "parallel.timeout must be >= 1"),
         ("parallel.timeout=99999999999", "parallel.timeout must be >= 1 and <= 31622400"),
