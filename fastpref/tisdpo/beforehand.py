@@ -1,6 +1,7 @@
 """What a recipe's estimation cannot do, told before the trainings that it comes after."""
 
-from fastpref.config import Config, ModelConfig
+from collections.abc import Sequence
+
 from fastpref.data.announce import read_files
 from fastpref.data.options import data_options
 from fastpref.data.weights_file import ModelOrigin
@@ -9,20 +10,26 @@ from fastpref.model.positions import position_limit
 from fastpref.model.source import load_model_tokenizer
 from fastpref.scoring.side import Side
 from fastpref.tisdpo.jobs import JobOptions, build_job
+from fastpref.tisdpo.stages import Stage
 from fastpref.tisdpo.templates import template_text
 
 
-def check_estimation(config: Config, model: ModelConfig) -> None:
-    """Refuse rows that cannot be scored whole: training cuts them, the estimation does not.
+def check_estimation(stages: Sequence[Stage]) -> None:
+    """Refuse rows that cannot be scored whole: trainings before the estimation cut them, it does
+    not.
 
     Args:
-        config: Of the estimation, whose models are not there yet.
-        model: What they will be made of.
+        stages: Of a recipe that begins.
 
     Raises:
         DataError: a row is longer than the model's table of positions, or beside a template its
             responses are other tokens.
     """
+    model = stages[0].config.model
+    [config] = (s.config for s in stages if s.config.task == "estimate_weights")
+    if config is stages[0].config:
+        # it says so itself
+        return
     weights, data = config.weights, data_options(config)
     templates = [template_text(weights.positive_template), template_text(weights.negative_template)]
     twin = check_options(model, config.adapter, config.packing, trainable=False).model

@@ -59,9 +59,8 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
     done = world.on_main(lambda: [folder for folder in folders if is_done(folder)])
     if len(done) == len(stages):
         take_inputs(stages, run_dir, done, world)
-    [weights] = (stage for stage in stages if stage.config.task == "estimate_weights")
-    if not done and weights is not stages[0]:
-        world.on_main(partial(check_estimation, weights.config, stages[0].config.model))
+    if not done:
+        world.on_main(partial(check_estimation, stages))
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), start=1):
         place = f"stage {number} of {len(stages)}, {stage.name}"
         if folder in done:
