@@ -158,12 +158,18 @@ def set_option(composed: DictConfig, options: dict[str, Option], key: str, text:
 
 
 def _parse(option: Option, text: str) -> str | list[str] | None:
-    """The value before its type is checked: text, list of texts, or None."""
+    """The value before its type is checked: text, list of texts, or None.
+
+    Raises:
+        ValidationError: it is to be a list, and is none.
+    """
     if text == "null":
         return None
-    if option.is_list and re.fullmatch(r"\[.*\]", text.strip()):
-        return [_unquote(item) for item in ITEM.findall(text.strip()[1:-1]) if item]
-    return _unquote(text)
+    if not option.is_list:
+        return _unquote(text)
+    if not re.fullmatch(r"\[.*\]", text.strip()):
+        raise ValidationError(text)
+    return [_unquote(item) for item in ITEM.findall(text.strip()[1:-1]) if item]
 
 
 def _parse_mapping(text: str) -> dict[str, Any]:

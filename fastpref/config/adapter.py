@@ -75,7 +75,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         check_choice("adapter", self.kind, ADAPTERS)
-        check_number("adapter.r", self.r, ge=1)
+        # far beyond any model's width, where a rank is no longer low
+        check_number("adapter.r", self.r, ge=1, le=2**20)
         check_number("adapter.alpha", self.alpha, gt=0)
         check_number("adapter.dropout", self.dropout, ge=0, lt=1)
         check_choice("adapter.base", self.base, BASES)

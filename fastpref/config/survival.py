@@ -78,6 +78,7 @@ class CheckpointConfig:
                 "a Slurm job"
             )
         hours, minutes, seconds = map(int, match.groups())
+        check_number("checkpoint.deadline in hours", hours, le=LONGEST_WAIT // 3600)
         return 3600 * hours + 60 * minutes + seconds
 
 

@@ -26,6 +26,11 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
         DataError: the path, what was expected, what lies there.
     """
     parts = [find_part(name, split, options) for name in options.names for split in splits]
+    for name in options.config_names:
+        if not any(part.location.is_hub and part.location.name == name for part in parts):
+            raise DataError(
+                f"data.config_names: {name} is no data set of the hub, so it has no configurations"
+            )
     if all(part.location.is_built_in for part in parts):
         for key, value in (("columns", options.read.columns), ("split_names", options.split_names)):
             if value:

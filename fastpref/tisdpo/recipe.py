@@ -13,6 +13,7 @@ from fastpref.config import Config
 from fastpref.distributed import World
 from fastpref.errors import InterruptionError, PreemptionError
 from fastpref.signals import end_if_past, say_if_stopped
+from fastpref.tisdpo.beforehand import check_estimation
 from fastpref.tisdpo.closing_report import link_model, print_report
 from fastpref.tisdpo.recipe_folder import find_place, open_run_dir
 from fastpref.tisdpo.run_stage import run_stage
@@ -51,12 +52,15 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
 
     Raises:
         CheckpointError: data, tokenizer or model are not those of the stages that are done.
+        DataError: rows that the estimation cannot score, before anything is trained.
         PreemptionError: the deadline has come between two stages.
     """
     folders = [run_dir / stage.name for stage in stages]
     done = world.on_main(lambda: [folder for folder in folders if is_done(folder)])
     if len(done) == len(stages):
         take_inputs(stages, run_dir, done, world)
+    if not done:
+        world.on_main(partial(check_estimation, stages))
     for number, (stage, folder) in enumerate(zip(stages, folders, strict=True), start=1):
         place = f"stage {number} of {len(stages)}, {stage.name}"
         if folder in done:

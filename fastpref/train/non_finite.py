@@ -18,7 +18,8 @@ class Finding(NamedTuple):
     losses: list[str]
     """Places of the rows whose loss is not finite."""
     gradients: list[str]
-    """Places of the rows of a micro-batch whose losses are finite and whose gradient is not."""
+    """Places of the rows of a micro-batch whose losses are finite and whose gradient, or its norm,
+    is not."""
 
 
 def raise_if_not_finite(run: Run) -> None:
@@ -71,13 +72,14 @@ def look_at(run: Run, index: int) -> Finding:
         is_bad = (~torch.isfinite(losses.detach())).cpu().numpy()
         places = [run.train.data.places.name(int(row)) for row in rows[micro_batch.rows]]
         finding.losses.extend(place for place, bad in zip(places, is_bad, strict=True) if bad)
-        if not is_bad.any() and not has_finite_gradients(run):
+        if not is_bad.any() and not has_finite_norm(run):
             finding.gradients.extend(places)
     run.updates.optimizer.zero_grad()
     return finding
 
 
-def has_finite_gradients(run: Run) -> bool:
-    """Whether this rank's part of every gradient is finite."""
-    gradients = [p.grad for p in run.policy.parameters() if p.grad is not None]
-    return all(bool(torch.isfinite(local_part(gradient)).all()) for gradient in gradients)
+def has_finite_norm(run: Run) -> bool:
+    """Whether this rank's part of the gradient has a norm that float32 holds: squares overflow
+    where gradients do not."""
+    gradients = [local_part(p.grad) for p in run.policy.parameters() if p.grad is not None]
+    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

@@ -163,6 +163,9 @@ def check_writable(key: str, folder: Path) -> None:
     try:
         ways = (folder, *folder.absolute().parents)
         existing = next(path for path in ways if path.exists() or path.is_symlink())
+        for name in folder.absolute().relative_to(existing.absolute()).parts:
+            # in a folder that is not there no name is too long
+            (existing / name).exists()
     # a name that is too long, a parent that may not be read, a current folder that is gone
     except OSError as error:
         raise ConfigError(f"{key}: {folder}: {error.strerror}") from None

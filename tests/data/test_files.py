@@ -391,6 +391,9 @@ def test_a_configuration_of_a_hub_data_set_is_chosen_and_others_are_offered(tmp_
         check_sources(options_of(tmp_path, **several))
     with pytest.raises(DataError, match=rf"no configuration 'lon', only long, short; {offer}"):
         check_sources(options_of(tmp_path, **several, config_names={"org/several": "lon"}))
+    write_jsonl(tmp_path / "data" / "set", "train", ROWS)
+    with pytest.raises(DataError, match=r"data\.config_names: set is no data set of the hub"):
+        check_sources(options_of(tmp_path, config_names={"set": "long"}), ["train"])
 
 
 def test_a_path_is_answered_with_the_two_options_that_read_it(tmp_path):

@@ -374,6 +374,7 @@ def test_the_base_of_an_adapter_is_found_or_what_is_wrong_is_said(models, tmp_pa
     [
         ({"kind": "dora"}, "adapter"),
         ({"r": 0}, "adapter.r"),
+        ({"r": 10**30}, "adapter.r must be >= 1 and <= 1048576"),
         ({"alpha": 0}, "adapter.alpha"),
         ({"dropout": 1.0}, "adapter.dropout"),
         ({"init": "pissa"}, "adapter.init=pissa would start with another model"),

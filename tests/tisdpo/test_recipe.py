@@ -390,6 +390,17 @@ def test_where_nothing_was_computed_yet_other_options_are_taken(base, tmp_path, 
     assert "loss.beta was 0.1, is 0.3" in capsys.readouterr().err
 
 
+def test_rows_that_cannot_be_scored_whole_are_told_before_anything_is_trained(
+    base, tmp_path, capsys
+):
+    # training cuts at max_length
+    model = save_tiny_model(tmp_path / "model", model_type="gpt2", max_position_embeddings=64)
+    options = {"model.name_or_path": model, "run_dir": tmp_path / "run"}
+    assert run(job(base, "tisdpo_d", **options)) == 3
+    assert f"tokens, {model} has positions for 64; weights are estimated" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {"config.yaml", ".lock"}
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [

@@ -197,12 +197,15 @@ def test_ten_steps_in_a_row_end_a_run_that_leaves_them_out(base, tmp_path, capsy
     assert "at step 1, the first of 10 in a row," in capsys.readouterr().err
 
 
-def test_a_gradient_that_overflows_is_named_by_the_rows_of_its_micro_batch(base, tmp_path, capsys):
-    # the loss is finite and its product with an enormous beta is not
-    options = ("loss.beta=1e38", "packing.max_tokens=1")
+@pytest.mark.parametrize("beta", ["1e38", "1e22"])
+def test_a_gradient_that_overflows_is_named_by_the_rows_of_its_micro_batch(
+    base, tmp_path, capsys, beta
+):
+    # the loss is finite; its product with an enormous beta is not, or the square of that
+    options = (f"loss.beta={beta}", "packing.max_tokens=1")
     assert run(arguments(base, tmp_path / "run", *options)) == 5
     said = capsys.readouterr().err
-    assert "is not finite at step" in said and f"{base}/words/train.jsonl:" in said
+    assert f"the gradient of {base}/words/train.jsonl:" in said and "not finite at step" in said
 
 
 def train_on_rank(command: list[str], lines: list[int], out: Path) -> None:

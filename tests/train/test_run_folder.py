@@ -141,6 +141,7 @@ def test_a_folder_on_a_disk_that_is_not_there_is_refused_before_anything_is_load
         ({"run_dir": "/proc/fastpref"}, "run_dir: /proc is not writable"),
         ({"run_dir": "/tmp/" + "n" * 300}, "run_dir: .*: File name too long"),
         ({"exp_name": "n" * 300}, "exp_name: .*: File name too long"),
+        ({"exp_name": "new/" + "n" * 300}, "exp_name: .*: File name too long"),
         ({"exp_name": "/dev/null/x"}, "exp_name: /dev/null is a file"),
     ],
 )

@@ -92,7 +92,7 @@ def _write_adapters(model: Any, adapters: Adapters, plan: ExportPlan, folder: Pa
     assert plan.base is not None
     with new_folder(folder) as partial:
         partial.mkdir()
-        weights = {name: x.cpu().contiguous() for name, x in adapter_state(model).items()}
+        weights = {name: x.cpu() for name, x in adapter_state(model).items()}
         # as peft writes it
         write_safetensors(weights, partial / SAFETENSORS)
         config = copy.copy(adapters.config)

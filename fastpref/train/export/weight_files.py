@@ -29,8 +29,7 @@ def write_weights(
     if len(shards) > 1:
         names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        read = _apart({key: _tensor(weights[key]) for key in shard})
-        write_safetensors(read, folder / name)
+        write_safetensors({key: _tensor(weights[key]) for key in shard}, folder / name)
     if len(shards) > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(map(_num_bytes, weights.values()))
@@ -38,14 +37,14 @@ def write_weights(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def write_safetensors(weights: dict[str, Tensor], path: Path) -> None:
+def write_safetensors(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write one file, with the permissions that its folder has.
 
     Args:
-        weights: By their names; contiguous, and no two in the same memory.
+        weights: By their names.
         path: Of the file, in a folder that this process made.
     """
-    save_file(weights, path, metadata={"format": "pt"})
+    save_file(_apart(weights), path, metadata={"format": "pt"})
     # safetensors 0.8 leaves it to its owner alone; the folder has what the umask says
     path.chmod(path.parent.stat().st_mode & 0o666)
 

@@ -134,8 +134,13 @@ RULES = (
         "sample_during_eval=false",
     ),
     Rule(
-        "eval_every n_eval_model_samples",
+        "eval_every eval_batch_size n_eval_model_samples",
         lambda c: not c.n_eval_examples,
+        "n_eval_examples=0 has no evaluation",
+    ),
+    Rule(
+        "do_first_eval sample_during_eval",
+        lambda c: not c.n_eval_examples and c.do_first_eval and c.sample_during_eval,
         "n_eval_examples=0 has no evaluation",
     ),
     Rule(
