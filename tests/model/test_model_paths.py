@@ -83,9 +83,7 @@ def test_what_a_folder_or_file_is_instead_of_a_model_is_said(model_dir, tokenize
     state.mkdir(parents=True)
     (state.parent / "step-00000100").mkdir()
     for folder in (state, state.parent, state.parent.parent):
-        with pytest.raises(
-            CheckpointError, match=f"; {state} is the state of a training: .*resume"
-        ):
+        with pytest.raises(CheckpointError, match=f"; {state} is the state of a training:"):
             resolve_model(str(folder))
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
