@@ -514,7 +514,9 @@ def test_a_row_without_known_columns_says_what_is_needed_and_how_to_name_it(tmp_
     assert "data.columns={completion: COLUMN} says which column the response is" in sft
     assert "chosen: COLUMN" not in sft
     orca = {"system": "S", "input": "Q", "chosen": "a", "rejected": "b"}
-    assert "turns; columns found: chosen, input, rejected, system; " in refusal(tmp_path, orca)
+    message = refusal(tmp_path, orca)
+    assert "turns; columns found: chosen, input, rejected, system; " in message
+    assert message.endswith("(question: COLUMN sends it to the chat template)")
     near = refusal(tmp_path, {"prompt": "Q", "chosen": "a", "reject": "b"})
     assert "rename it to rejected or set data.columns={rejected: reject}" in near
 

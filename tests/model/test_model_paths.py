@@ -78,6 +78,13 @@ def test_what_a_folder_or_file_is_instead_of_a_model_is_said(model_dir, tokenize
     for folder in (archive.parent, archive.parent.parent):
         with pytest.raises(CheckpointError, match=f"set model.archive={archive}$"):
             resolve_model(str(folder), key="model.archive")
+    # a run that was killed, its folder of checkpoints, and one of them
+    state = tmp_path / "killed" / "checkpoints" / "step-00000200"
+    state.mkdir(parents=True)
+    (state.parent / "step-00000100").mkdir()
+    for folder in (state, state.parent, state.parent.parent):
+        with pytest.raises(CheckpointError, match=f"; {state} is the state of a training:"):
+            resolve_model(str(folder))
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     for name in (tmp_path, tmp_path / "model-Q4_K_M.gguf"):
         with pytest.raises(CheckpointError, match="GGUF files are quantized"):

@@ -321,5 +321,7 @@ def _no_prompt(message: str, columns: list[str]) -> RowError:
 def _rename_hint(wanted: str, columns: list[str]) -> str:
     near = nearest(wanted, [column for column in columns if column not in TEXT_FIELDS])
     if near is None:
-        return f"; data.columns={{{wanted}: COLUMN}} says which column it is"
+        # texts of the one name are taken as they stand, of the other as a turn of the user
+        turn = " (question: COLUMN sends it to the chat template)" if wanted == "prompt" else ""
+        return f"; data.columns={{{wanted}: COLUMN}} says which column it is{turn}"
     return f"; nearest: {near}, rename it to {wanted} or set data.columns={{{wanted}: {near}}}"

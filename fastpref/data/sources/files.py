@@ -277,11 +277,11 @@ def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitEr
     others = ("", "train", "test") if split == there else ("",)
     near = [path for path in contents if split_of(path) not in others]
     near = [path for path in near if not NO_DATA.fullmatch(path.name)]
-    advice = advice or hint(f"{there}.jsonl", [path.name for path in near])
     if not advice and near and split == there == SPLITS[0]:
         names = sorted({split_of(path) for path in near})
         called = names[0] if len(names) == 1 else f"one of {listed(names)}"
         advice = f"; to read what is called otherwise: data.split_names={{{split}: {called}}}"
+    advice = advice or hint(f"{there}.jsonl", [path.name for path in near])
     return MissingSplitError(
         f"datasets: no file {folder / there}{ANY_SUFFIX}; found "
         f"{listed(found) or 'an empty folder'}{advice}"

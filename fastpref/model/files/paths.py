@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import snapshot_download
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from fastpref.checkpoint.folders import CHECKPOINTS, step_folders, step_of
 from fastpref.checks import hint
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
@@ -306,6 +307,14 @@ def _what_it_is(path: Path) -> str:
     inside = [f for f in path.iterdir() if _holds_model(f)] if path.is_dir() else []
     if inside:
         return f"; models lie in it, name one of them: {', '.join(sorted(map(str, inside))[:8])}"
+    states = [path] if step_of(path) is not None else []
+    states = states or [*step_folders(path / CHECKPOINTS), *step_folders(path)]
+    if states:
+        return (
+            f"; {states[0]} is the state of a training: the command that wrote it goes on from it "
+            "with resume=auto, or with that folder as resume, a new run_dir and n_examples of what "
+            "it has seen, writes its model"
+        )
     if path.is_dir() and holds_tokenizer(path):
         return "; it holds a tokenizer, which model.tokenizer_name_or_path names"
     return ""
