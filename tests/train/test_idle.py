@@ -33,6 +33,8 @@ def said(*arguments):
         ("local_dirs=[/a] output_dir=b", "output_dir has no effect: local_dirs"),
         ("run_dir=a output_dir=b", "output_dir has no effect: run_dir is"),
         ("n_eval_examples=0 eval_every=32", "eval_every has no effect: n_eval_examples=0"),
+        ("n_eval_examples=0 eval_batch_size=8", "eval_batch_size has no effect: n_eval_examples=0"),
+        ("n_eval_examples=0 do_first_eval=true", "do_first_eval has no effect: n_eval_examples=0"),
         ("sample_during_eval=false n_eval_model_samples=2", "n_eval_model_samples has no effect"),
         ("data.truncation=drop max_prompt_length=9", "max_prompt_length has no effect: .*=drop"),
         ("packing.enabled=false packing.share_prompt=auto", "packing.share_prompt has no effect"),
