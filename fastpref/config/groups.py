@@ -185,6 +185,8 @@ class OptimConfig:
         check_number("optim.min_lr_ratio", self.min_lr_ratio, ge=0, le=1)
         check_number("optim.weight_decay", self.weight_decay, ge=0)
         check_number("optim.eps", self.eps, gt=0)
+        # less is 0 to an optimizer that computes in float32
+        check_number("optim.eps", self.eps, ge=2.0**-126)
         check_number("optim.momentum", self.momentum, ge=0, lt=1)
         if self.betas is not None:
             if len(self.betas) != 2:

@@ -202,6 +202,7 @@ def test_lists_and_null():
         ("data.eos_weight=nan", "data.eos_weight must be finite"),
         # words that a step does not have would be 0 / 0
         ("optim.eps=0", "optim.eps must be > 0, got 0.0"),
+        ("optim.eps=1e-39", "optim.eps must be >= 1.17549e-38, got 1e-39"),
         ("optim.schedule=cosin", "optim.schedule must be one of .*nearest: cosine"),
         ("optim.betas=[0.9]", "optim.betas must be two numbers"),
         ("optim.betas=[0.9,1]", "optim.betas must be >= 0 and < 1"),
