@@ -2,6 +2,7 @@
 disk has damaged."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -178,15 +179,9 @@ def made_whole(
         with_folder: They have a folder to themselves, and a damaged one goes with all of it.
     """
     listed = _read(sums)
-    damaged = next((path for path in listed if _digest(path) != listed[path]), None)
-    if damaged is not None:
-        logger.warning("%s is damaged or gone, and is made again", damaged)
-        for path in listed:
-            path.unlink(missing_ok=True)
-            if with_folder:
-                shutil.rmtree(path.parent, ignore_errors=True)
-        sums.unlink()
-        listed = {}
+    if _damaged(listed):
+        _remove_damaged(sums, with_folder=with_folder)
+        listed = _read(sums)
     dataset = make()
     paths = {Path(file["filename"]).absolute() for file in dataset.cache_files}
     if with_folder:
@@ -194,6 +189,30 @@ def made_whole(
     if not paths <= listed.keys():
         _write(sums, listed | {path: _digest(path) for path in paths})
     return dataset
+
+
+def _remove_damaged(sums: Path, *, with_folder: bool) -> None:
+    """Remove the files of a list of which one is damaged, and the list; of processes that find it
+    so at once the first, as the next may already make them again."""
+    with suppress(FileNotFoundError), sums.open("r+", encoding="utf-8") as lock:
+        # a file system without locks: then such processes may remove what another has made
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        listed = _read(sums)
+        damaged = _damaged(listed)
+        if damaged is None:
+            return
+        logger.warning("%s is damaged or gone, and is made again", damaged)
+        for path in listed:
+            path.unlink(missing_ok=True)
+            if with_folder:
+                shutil.rmtree(path.parent, ignore_errors=True)
+        sums.unlink()
+
+
+def _damaged(listed: dict[Path, str]) -> Path | None:
+    """The first of some files that is not what its digest says."""
+    return next((path for path in listed if _digest(path) != listed[path]), None)
 
 
 def _read(sums: Path) -> dict[Path, str]:

@@ -1,8 +1,10 @@
+import fcntl
 import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -447,6 +449,25 @@ def test_what_a_disk_has_damaged_in_the_cache_is_made_again(tmp_path, caplog):
         sums.write_bytes(b"{")
     encode(tmp_path)
     encode(tmp_path)
+    assert caplog.text == ""
+
+
+def test_what_another_process_makes_again_is_left_to_it(tmp_path, caplog):
+    expected = encode(tmp_path, pairs(3)).dataset[:]
+    [path] = (tmp_path / "cache").rglob("cache-*.arrow")
+    whole = path.read_bytes()
+    path.unlink()
+    with path.with_suffix(".sums").open("r+") as list_of_it:
+        fcntl.flock(list_of_it, fcntl.LOCK_EX)
+
+        def make_again():
+            path.write_bytes(whole)
+            fcntl.flock(list_of_it, fcntl.LOCK_UN)
+
+        other = threading.Timer(0.3, make_again)
+        other.start()
+        assert encode(tmp_path).dataset[:] == expected
+        other.join()
     assert caplog.text == ""
 
 
