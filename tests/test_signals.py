@@ -271,6 +271,14 @@ def test_a_second_signal_ends_the_first_process_of_a_container_too():
     assert ended.returncode == 128 + signal.SIGTERM
 
 
+def test_a_signal_at_the_end_leaves_the_exit_code_as_it_is():
+    script = (
+        "import atexit, signal; from fastpref.cli.command_line import leave; "
+        "atexit.register(signal.raise_signal, signal.SIGTERM); leave(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 75
+
+
 def test_a_deadline_counts_from_the_start_of_the_command():
     says = "from fastpref.deadline import _start as s; print(s(), flush=True)"
     command = (

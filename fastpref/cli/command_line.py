@@ -17,7 +17,7 @@ from fastpref.errors import ConfigError, FastprefError, say_error
 from fastpref.forks import stop_without_launcher
 from fastpref.signals import (
     signals_end_the_process,
-    signals_kill,
+    signals_end_with,
     stop_error,
 )
 
@@ -90,8 +90,8 @@ def leave(exit_code: int) -> NoReturn:
     work is done with SIGABRT: github.com/apache/arrow/issues/45214, seen once in a few hundred
     runs.
     """
-    # the exit code is known: from here on a signal has nothing to tell anybody
-    signals_kill()
+    # a scheduler that asks again while trackers say goodbye is not told less than a good save
+    signals_end_with(exit_code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         # a file that stdout goes to may be full
