@@ -326,7 +326,7 @@ def _why_equal(counts: AuditCounts) -> str:
 
 def _dropped_text(counts: AuditCounts) -> str:
     reasons = ", ".join(
-        f"{count:,} {reason} (first: {counts.first_dropped[reason]})"
+        f"{reason} {count:,} (first: {counts.first_dropped[reason]})"
         for reason, count in counts.dropped.items()
     )
     share = share_of(sum(counts.dropped.values()), counts.rows)

@@ -86,7 +86,7 @@ def test_shards_without_a_test_split_are_audited_and_trained_on_with_prompts_hel
             place = f"{split}: .*00000-of-00002.parquet … .* \\(2 files\\): rows of prompt as text"
             assert re.search(place, result.stderr)
         assert "set has no test split: " in result.stderr
-        assert "1 copy of an earlier row (first: " in result.stderr
+        assert "copy of an earlier row 1 (first: " in result.stderr
         assert "train_prefs-00001-of-00002.parquet:6)" in result.stderr
     assert steps(tmp_path) == [1, 2]
     page = (tmp_path / "run" / "audit.html").read_text()

@@ -510,7 +510,7 @@ def test_what_became_of_the_rows_is_said_once_a_split(tmp_path, caplog):
         (level, text.removeprefix("train: ").partition(" (first")[0]) for level, text in messages
     ]
     assert any(
-        level == "WARNING" and "dropped 1 of 10 (10 %) rows: 1 empty response (first:" in text
+        level == "WARNING" and "dropped 1 of 10 (10 %) rows: empty response 1 (first:" in text
         for level, text in messages
     )
     assert any(level == "WARNING" and "chosen equals rejected" in text for level, text in messages)

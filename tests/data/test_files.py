@@ -198,9 +198,11 @@ def test_how_to_read_files_of_another_name_is_said(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "data" / "set")
     assert refusal(tmp_path).endswith("called otherwise: data.split_names={train: data}")
     assert list(read(tmp_path, split_names={"train": "data"}).records()) == ROWS
+    write(tmp_path, "mine.csv")
+    assert refusal(tmp_path).endswith("data.split_names={train: one of data, mine}")
     # near enough to train.jsonl to be taken for a slip
     write(tmp_path, "raw.jsonl")
-    assert refusal(tmp_path).endswith("data.split_names={train: one of data, raw}")
+    assert refusal(tmp_path).endswith("data.split_names={train: one of data, mine, raw}")
 
 
 def test_folders_that_are_data_sets_by_themselves_are_offered(tmp_path):
