@@ -27,6 +27,13 @@ class LossConfig:
     name: str
     """Which loss this is: follows from loss=NAME, not an option of its own."""
 
+    def __init_subclass__(cls) -> None:
+        # a case of build_objective for the one would take the other as well
+        if cls.__base__ is not LossConfig:
+            raise TypeError(
+                f"{cls.__name__} must derive from LossConfig alone, got {cls.__bases__}"
+            )
+
     @property
     def needs(self) -> LossNeeds:
         """What data and models must give."""
@@ -156,13 +163,9 @@ LOSS_BOUNDS: dict[str, dict[str, float]] = {
 }
 """Of the losses' options, wherever a loss has them."""
 LOSSES: dict[str, type[LossConfig]] = {
-    "sft": SFTConfig,
-    "dpo": DPOConfig,
-    "ipo": IPOConfig,
-    "simpo": SimPOConfig,
-    "tdpo": TDPOConfig,
-    "tisdpo": TISDPOConfig,
+    vars(loss)["name"]: loss for loss in LossConfig.__subclasses__()
 }
+"""By NAME of loss=NAME, in the order of the classes above."""
 
 
 def _check_ordered(prefix: str, block: object, low: str, high: str) -> None:

@@ -6,13 +6,14 @@ An `Objective` is chosen before the training loop starts; the loop never learns 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
 from torch import Tensor
 
 from fastpref.batch import IGNORED, Batch
-from fastpref.config import (
+from fastpref.config.loss import (
     DPOConfig,
     IPOConfig,
     LossConfig,
@@ -54,11 +55,11 @@ class SequenceScores:
     """(S,) log π(response | prompt) as it is, in nats; None where `logps` is just that."""
 
 
-FourSumsLoss = Callable[[Tensor, Tensor, Tensor, Tensor], PairLoss]
+LossOfSums = Callable[..., PairLoss]
 """A function of `losses`: a first number of the chosen and of the rejected responses (P,), then a
-second one."""
-TwoSums = Callable[[SequenceScores], tuple[Tensor, Tensor]]
-"""Those two numbers of each response."""
+second one of each, and so on."""
+Sums = Callable[[SequenceScores], tuple[Tensor, ...]]
+"""Those numbers of each response, in that order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,7 @@ def build_objective(config: LossConfig) -> Objective:
                 _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True),
                 held_out_kl="policy_reference",
             )
-    raise AssertionError(f"no objective for {type(config).__name__}")
+    raise AssertionError(f"build_objective has no case for {type(config).__name__}")
 
 
 def _log_ratios_alone(scores: SequenceScores) -> tuple[Tensor, Tensor]:
@@ -159,17 +160,15 @@ def _logps_and_reference(scores: SequenceScores) -> tuple[Tensor, Tensor]:
 def _pair_objective(
     title: str,
     config: LossConfig,
-    loss: FourSumsLoss,
-    sums: TwoSums,
+    loss: LossOfSums,
+    sums: Sums,
     *,
     starts_at_log_two: bool = False,
 ) -> Objective:
     def losses(scores: TokenScores, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=config.needs.weights)
-        (chosen_first, chosen_second), (rejected_first, rejected_second) = map(
-            sums, (chosen, rejected)
-        )
-        losses_P, *rewards = loss(chosen_first, rejected_first, chosen_second, rejected_second)
+        of_both_sides = zip(sums(chosen), sums(rejected), strict=True)
+        losses_P, *rewards = loss(*chain.from_iterable(of_both_sides))
         metrics = _reward_metrics(*rewards)
         if chosen.kl is not None and rejected.kl is not None:
             metrics["kl/chosen"] = chosen.kl
@@ -187,7 +186,7 @@ def _pair_objective(
     )
 
 
-def _losses_of_values(loss: FourSumsLoss) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:
+def _losses_of_values(loss: LossOfSums) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:
     """TDPO1's loss from the sum of log-ratio and KL, all that it and its rewards depend on."""
 
     def losses(values_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:

@@ -13,7 +13,7 @@ import train
 from fastpref import __version__
 from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
-from fastpref.config import Config, TDPOConfig
+from fastpref.config import LOSSES, Config, TDPOConfig
 
 ROOT = Path(train.__file__).parent
 
@@ -190,9 +190,9 @@ def test_only_the_first_rank_prints(capsys, monkeypatch):
 def test_a_typo_is_refused_without_a_traceback():
     process = run_train("loss=tdpoo")
     assert process.returncode == 2
+    names = ", ".join(sorted(LOSSES))
     assert process.stderr == (
-        "fastpref: loss=tdpoo: there is no such loss, only dpo, ipo, sft, simpo, tdpo, "
-        "tisdpo; nearest: tdpo\n"
+        f"fastpref: loss=tdpoo: there is no such loss, only {names}; nearest: tdpo\n"
     )
 
 

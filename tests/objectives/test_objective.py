@@ -14,6 +14,7 @@ from fastpref.batch import EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.config import (
+    LOSSES,
     DPOConfig,
     IPOConfig,
     LossConfig,
@@ -62,7 +63,7 @@ def token_scores(log_p_NV: Tensor, log_q_NV: Tensor, target: Tensor, direction: 
 
 
 def seed_loss(config: LossConfig, log_p: Tensor, log_q: Tensor, batch) -> Tensor:
-    """The seeds' own composition (masked sums over padded rows), SimPO's eq. 6, in plain terms."""
+    """The paper's formula, or the seeds' own composition, of masked sums over padded rows."""
     weighted = isinstance(config, TISDPOConfig) or getattr(config, "token_level", False)
     weights = batch.token_weights.double() if weighted else torch.ones(len(batch.target)).double()
     label_p, label_q = (x.gather(1, batch.target[:, None])[:, 0] for x in (log_p, log_q))
@@ -97,6 +98,11 @@ def seed_loss(config: LossConfig, log_p: Tensor, log_q: Tensor, batch) -> Tensor
     if config.token_level:
         z = z - config.alpha * (K[:2] - K[2:])
     return -F.logsigmoid(config.beta * z)
+
+
+def test_every_loss_is_held_to_its_formula():
+    missing = set(LOSSES.values()) - {type(config) for config in CONFIGS.values()}
+    assert not missing, "a loss has an entry in CONFIGS, and its formula in seed_loss"
 
 
 @pytest.mark.parametrize("name", CONFIGS)
