@@ -4,7 +4,7 @@ The derivations of preference rows are those of the DPO repository; each works o
 records.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -18,11 +18,6 @@ from fastpref.errors import DataError
 from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
 
-HUB_PATHS = {
-    "hh": "Anthropic/hh-rlhf",
-    "shp": "stanfordnlp/SHP",
-    "se": "HuggingFaceH4/stack-exchange-preferences",
-}
 MIN_SCORE_RATIO = 2
 SE_TEST_SHARE = 0.01
 SE_SEED = 42
@@ -34,17 +29,17 @@ def hub_rows(name: str, split: str, cache_dir: str | None) -> Iterator[dict[str,
     """Rows of a built-in hub dataset, downloaded on first use.
 
     Args:
-        name: One of `HUB_PATHS`.
+        name: One of `HUB_SETS`.
         split: train or test.
         cache_dir: Of `datasets`; None for its default.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
     """
-    derive = {"hh": hh_rows, "shp": shp_rows, "se": se_rows}[name]
+    path, derive = HUB_SETS[name]
     # se has no test split of its own: it is cut from train
     there = "train" if name == "se" else split
-    records = load_from_hub(HUB_PATHS[name], None, there, cache_dir, name=name)
+    records = load_from_hub(path, None, there, cache_dir, name=name)
     return derive(_split_se(records, split) if name == "se" else records)
 
 
@@ -138,6 +133,14 @@ def se_rows(records: Records) -> Iterator[dict[str, Any]]:
                 "rejected": " " + loser["text"],
                 "sft_target": " " + best["text"],
             }
+
+
+HUB_SETS: dict[str, tuple[str, Callable[[Records], Iterator[dict[str, Any]]]]] = {
+    "hh": ("Anthropic/hh-rlhf", hh_rows),
+    "shp": ("stanfordnlp/SHP", shp_rows),
+    "se": ("HuggingFaceH4/stack-exchange-preferences", se_rows),
+}
+"""By name here: the id on the hub, and what makes preference rows of a split's records."""
 
 
 def strip_html(html: str) -> str:
