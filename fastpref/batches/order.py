@@ -187,5 +187,5 @@ def compatible_shuffle_seeds(order: str, num_epochs: int) -> list[int]:
     """Seeds of the first `num_epochs` shuffles in the order of one of the three repositories."""
     if order == "tisdpo":
         return [71] * num_epochs
-    upper = 2**32 if order == "dpo" else 2**31
+    upper = {"dpo": 2**32, "tdpo": 2**31}[order]
     return np.random.RandomState(0).randint(0, upper, size=num_epochs, dtype=np.int64).tolist()

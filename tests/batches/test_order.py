@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpref.batches.order import GlobalOrder
+from fastpref.batches.order import GlobalOrder, compatible_shuffle_seeds
 from fastpref.errors import ConfigError
 
 GROUPS = np.array([0, 1, 0, 2, 3, 3, 3, 4, 5, 1, 6])
@@ -182,3 +182,8 @@ def test_the_order_by_seed_does_not_know_of_prompts_without_rows():
     compact = GlobalOrder(np.array([0, 0, 1, 2, 3, 1]), **limits)
     for step in range(compact.num_steps):
         assert with_gaps.batch(step).tolist() == compact.batch(step).tolist()
+
+
+def test_an_order_that_no_repository_has_is_not_taken_for_one():
+    with pytest.raises(KeyError, match="short_first"):
+        compatible_shuffle_seeds("short_first", 1)
