@@ -1,5 +1,6 @@
 """Which attention computes packed rows: of the shapes that a model's layers really have."""
 
+import contextlib
 import logging
 from functools import partial
 
@@ -12,6 +13,7 @@ from fastpref.batches.layouts import PaddedRows
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.config import ModelConfig, PackingConfig
+from fastpref.config.groups import ATTENTIONS
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
 from fastpref.model.attention.backends import PackedAttention, attend_varlen
@@ -55,6 +57,13 @@ def test_an_attention_wrong_for_one_layers_shape_is_found_out():
     assert attention_problem(wrong, CPU, torch.float32, capped) == ""
     capped.add(PLAIN._replace(width=16, softcap=1.5))
     assert "off by" in attention_problem(wrong, CPU, torch.float32, capped)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS[1:])
+def test_every_attention_that_may_be_asked_for_has_a_case(name):
+    # of packages that are not installed the import fails
+    with contextlib.suppress(ImportError):
+        assert build_attention(name).name == name
 
 
 @pytest.mark.gpu

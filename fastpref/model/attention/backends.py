@@ -136,11 +136,10 @@ class GatheredKeys(torch.autograd.Function):
         return total.to(grad.dtype), None, None
 
 
-def flash_kernel(version: int) -> VarlenKernel:
-    """`flash_attn_varlen_func` of FlashAttention 2, 3 or 4; its causal mask is aligned at the end
-    since 2.1."""
-    module = {2: "flash_attn", 3: "flash_attn_interface", 4: "flash_attn.cute"}[version]
-    function = import_module(module).flash_attn_varlen_func
+def flash_kernel(package: str) -> VarlenKernel:
+    """`flash_attn_varlen_func` of FlashAttention 2, 3 or 4, each a package of its own; its causal
+    mask is aligned at the end since 2.1."""
+    function = import_module(package).flash_attn_varlen_func
     # else gradients of queries are added up as their parts come, to other bits each time
     in_order = "deterministic" in inspect.signature(function).parameters
     options: dict[str, Any] = {"deterministic": True} if in_order else {}

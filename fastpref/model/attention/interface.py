@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fastpref.batch import Batch
+from fastpref.config.groups import FLASH_PACKAGES
 from fastpref.model.attention.backends import (
     ByWindow,
     PackedAttention,
@@ -107,7 +108,7 @@ AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 def build_attention(name: str) -> PackedAttention:
-    """The packed attention that `model.attention` names.
+    """The packed attention that `model.attention` names, one of `ATTENTIONS`.
 
     Raises:
         ImportError: its package is not installed, or not as expected.
@@ -124,5 +125,7 @@ def build_attention(name: str) -> PackedAttention:
         case "flex":
             prepare = partial(ByWindow, block_mask)
             return PackedAttention(name=name, attend=flex_attend(), prepare=prepare)
-    kernel = flash_kernel(int(name.removeprefix("flash_attention_")))
-    return PackedAttention(name=name, attend=attend_varlen(kernel), gathers_keys=True)
+    if name in FLASH_PACKAGES:
+        attend = attend_varlen(flash_kernel(FLASH_PACKAGES[name]))
+        return PackedAttention(name=name, attend=attend, gathers_keys=True)
+    raise AssertionError(f"build_attention has no case for {name}")
