@@ -40,6 +40,9 @@ class RowLayout(Protocol):
     def limited_to(self, max_tokens: int) -> "RowLayout":
         """The same layout with another limit."""
 
+    def unfilled(self) -> "RowLayout":
+        """The same layout without tokens that only make batches equally long."""
+
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """Which of a step's rows each rank computes at once.
 
@@ -104,6 +107,9 @@ class PackedRows:
 
     def limited_to(self, max_tokens: int) -> "PackedRows":
         return replace(self, max_tokens=max_tokens)
+
+    def unfilled(self) -> "PackedRows":
+        return replace(self, few_lengths=False)
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As few micro-batches as the tokens allow, see `plan_step`."""
@@ -184,6 +190,9 @@ class PaddedRows:
 
     def limited_to(self, max_tokens: int) -> "PaddedRows":
         return replace(self, max_tokens=max_tokens)
+
+    def unfilled(self) -> "PaddedRows":
+        return self
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
         """As many rows in each, as few micro-batches as the tokens allow."""

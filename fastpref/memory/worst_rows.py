@@ -1,14 +1,13 @@
 """Rows that take most of a device: what is tried before the first step, and what is counted."""
 
 import math
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpref.batch import Batch, EncodedRow
-from fastpref.batches.layouts import PackedRows, RowLayout
+from fastpref.batches.layouts import RowLayout
 from fastpref.model.logit_path import probe_ids
 from fastpref.model.scorer import TokenScorer
 
@@ -35,12 +34,10 @@ class Rows(NamedTuple):
         parts = of_prompt + self._num_responses
         length = self._response_tokens(of_prompt)
         ids = torch.arange(num_rows * parts * length).view(num_rows, parts, length)
-        layout = self.layout
-        if isinstance(layout, PackedRows):
-            # two batches that are filled up would be equally long
-            layout = replace(layout, few_lengths=False)
         rows = self._divide(ids, of_prompt, weighted=False)
-        return layout.build_rows(rows, pad_token_id=0).to(torch.device("meta"))
+        # two batches that are filled up would be equally long
+        batch = self.layout.unfilled().build_rows(rows, pad_token_id=0)
+        return batch.to(torch.device("meta"))
 
     def worst(self, scorer: TokenScorer, num_tokens: int, *, weighted: bool) -> list[EncodedRow]:
         """Rows as long as they come, so many computed tokens together, no two prompts alike.
