@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,18 @@ def test_what_shows_the_data_is_asked_for_by_no_part_that_reads_it():
     for path in (PACKAGE / "data").rglob("*.py"):
         if path.parent.name != "audit":
             assert not [name for name in imports(path) if name.startswith("fastpref.data.audit")]
+
+
+def test_what_the_table_of_changes_names_is_there():
+    text = (PACKAGE.parent / "docs" / "architecture.md").read_text("utf-8")
+    table = text.partition("Where a change goes:")[2].partition("Words of the kernels")[0]
+    kernels = PACKAGE.parent / "kernels" / "fastpref_kernels"
+    sources = [*MODULES, *kernels.glob("*.py")]
+    code = "\n".join(path.read_text("utf-8") for path in sources)
+    for name in re.findall(r"`([^`]+)`", table):
+        if "NAME" in name:
+            continue
+        if name.endswith(".py"):
+            assert any(str(path).endswith(f"/{name}") for path in sources), name
+        elif name.isidentifier():
+            assert re.search(rf"\b{name}\b", code), name
