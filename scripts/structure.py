@@ -116,7 +116,7 @@ def measure(modules: list[Module]) -> dict[str, Measure]:
         "lines": Measure(sum(module.lines for module in modules)),
         "lines of the longest function": largest([(length(f), place) for place, f in every]),
         "lines of the longest file": largest([(m.lines, m.name) for m in modules]),
-        "signatures that take config": Measure(len(taking)),
+        "signatures that take config": Measure(len(taking), "\n  ".join(["", *taking])),
         "internal imports of one module": largest(
             [(len(internal_imports(m)), m.name) for m in modules]
         ),

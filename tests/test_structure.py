@@ -22,7 +22,7 @@ def measures_of(source: str) -> dict[str, structure.Measure]:
 @pytest.mark.parametrize("name", structure.BOUNDS)
 def test_the_code_keeps_the_bounds(name):
     value, where = structure.measure(structure.read_modules(ROOT))[name]
-    assert 0 < value <= structure.BOUNDS[name], where
+    assert 0 < value <= structure.BOUNDS[name], f"{name}: {value} in {where}"
 
 
 def test_a_triton_kernel_has_places_but_no_more_lines_than_others():
