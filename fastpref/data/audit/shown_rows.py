@@ -114,45 +114,26 @@ class RowView(NamedTuple):
         encoded: EncodedPair,
     ) -> Iterator[ShownPart]:
         """Prompt and responses, in the order of the file."""
-        prompt_spans, *response_spans = self._spans(texts, tokens)
-        masks = _template_masks(row, names, texts, [prompt_spans, *response_spans])
-        kept = range(len(encoded.prompt_ids))
-        if keeps_end(row["form"], self.options):
-            kept = range(len(tokens.prompt) - len(encoded.prompt_ids), len(tokens.prompt))
-        yield ShownPart(
-            "prompt",
-            [
-                ShownToken(id, text, PROMPT if i in kept else CUT, is_template)
-                for i, (id, text, is_template) in enumerate(
-                    zip(tokens.prompt, _texts(prompt_spans), masks[0], strict=True)
-                )
-            ],
+        spans = self._spans(texts, tokens)
+        prompt_pieces, *response_pieces = map(_texts, spans)
+        prompt_mask, *response_masks = _template_masks(row, names, texts, spans)
+        prompt_fates = _prompt_fates(
+            len(encoded.prompt_ids),
+            len(tokens.prompt),
+            keep_end=keeps_end(row["form"], self.options),
         )
+        yield ShownPart(
+            "prompt", _shown_tokens(tokens.prompt, prompt_pieces, prompt_mask, prompt_fates)
+        )
+        # where chosen and rejected were exchanged the file's first response is encoded as second
         order = [1, 0] if self.options.reverse_dataset and not self.options.sft else [0, 1]
-        for side, name in enumerate(names):
-            ids = [*tokens.responses[side], self.tokenizer.eos_token_id]
-            pieces = [*_texts(response_spans[side]), self.tokenizer.eos_token]
-            place = order[side]
-            num_kept = len(encoded.response_ids[place]) if encoded.response_ids else 0
-            weights: Sequence[float | None] = [None] * len(ids)
-            if encoded.response_weights:
-                weights = [*encoded.response_weights[place], *weights[num_kept:]]
-            learned = encoded.scored[place] if encoded.scored else None
-            fates = [
-                _fate(
-                    i, num_kept, weight, is_learned=learned is None or i >= num_kept or learned[i]
-                )
-                for i, weight in enumerate(weights)
-            ]
-            yield ShownPart(
-                name,
-                [
-                    ShownToken(id, text, fate, is_template, None if fate == PROMPT else weight)
-                    for id, text, fate, is_template, weight in zip(
-                        ids, pieces, fates, [*masks[1 + side], True], weights, strict=True
-                    )
-                ],
-            )
+        eos_id, eos = self.tokenizer.eos_token_id, self.tokenizer.eos_token
+        for name, place, response, pieces, mask in zip(
+            names, order, tokens.responses, response_pieces, response_masks, strict=False
+        ):
+            ids = [*response, eos_id]
+            fates = _response_fates(encoded, place, len(ids))
+            yield ShownPart(name, _shown_tokens(ids, [*pieces, eos], [*mask, True], fates))
 
     def _spans(self, texts: RowTexts, tokens: RowTokens) -> list[TokenSpans]:
         """Where the tokens of prompt and responses stand in their texts."""
@@ -173,12 +154,45 @@ class RowView(NamedTuple):
         return [prompt, *(TokenSpans(whole.text, whole.spans[num_prompt:]) for whole in wholes)]
 
 
-def _fate(place: int, num_kept: int, weight: float | None, *, is_learned: bool) -> str:
-    if place >= num_kept:
-        return CUT
-    if not is_learned:
-        return PROMPT
-    return MASKED if weight == 0 else LOSS
+Fate = tuple[str, float | None]
+"""What becomes of a token, and its weight."""
+
+
+def _prompt_fates(num_kept: int, num_tokens: int, *, keep_end: bool) -> list[Fate]:
+    """Of a prompt's tokens, of which so many are kept at its end or its start."""
+    kept, cut = [(PROMPT, None)] * num_kept, [(CUT, None)] * (num_tokens - num_kept)
+    return [*cut, *kept] if keep_end else [*kept, *cut]
+
+
+def _response_fates(encoded: EncodedPair, place: int, num_tokens: int) -> list[Fate]:
+    """Of a response's tokens, its EOS among them.
+
+    Args:
+        encoded: The row as it is trained on; it has no responses where it is left out.
+        place: Of the response among its own.
+        num_tokens: Of the response before anything is cut.
+    """
+    num_kept = len(encoded.response_ids[place]) if encoded.response_ids else 0
+    weights: Sequence[float | None] = [None] * num_kept
+    if encoded.response_weights:
+        weights = encoded.response_weights[place]
+    learned = encoded.scored[place] if encoded.scored else None
+    kept = [
+        ((MASKED if weight == 0 else LOSS), weight) if is_learned else (PROMPT, None)
+        for weight, is_learned in zip(weights, learned or [True] * num_kept, strict=True)
+    ]
+    return [*kept, *[(CUT, None)] * (num_tokens - num_kept)]
+
+
+def _shown_tokens(
+    ids: Sequence[int], texts: Sequence[str], is_template: Sequence[bool], fates: Sequence[Fate]
+) -> list[ShownToken]:
+    return [
+        ShownToken(id, text, fate, of_template, weight)
+        for id, text, of_template, (fate, weight) in zip(
+            ids, texts, is_template, fates, strict=True
+        )
+    ]
 
 
 def _texts(spans: TokenSpans) -> list[str]:
