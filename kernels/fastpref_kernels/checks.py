@@ -4,7 +4,8 @@ Values are checked on the CPU only: on a GPU the host would have to wait for the
 """
 
 import sys
-from numbers import Integral
+from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,15 +16,25 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
-def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: str = "") -> None:
+def check_head(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    prefix: str = "",
+    policy_input: Tensor | None = None,
+) -> None:
     """Hidden states (N, D), head weight (V, D) and bias (V,) fit together.
 
     Args:
         input, weight, bias: The arguments.
         prefix: "reference_" for the reference's, whose arguments carry it.
+        policy_input: Whose device the reference's is; None for the policy itself.
     """
     names = (f"{prefix}input", f"{prefix}linear_weight", f"{prefix}linear_bias")
     check_tensor(names[0], input, INPUT_DTYPES, device=None)
+    if policy_input is not None and input.device != policy_input.device:
+        raise ValueError(f"{names[0]} must be on input's {policy_input.device}, got {input.device}")
     check_tensor(names[1], weight, INPUT_DTYPES, device=input.device)
     if bias is not None:
         check_tensor(names[2], bias, INPUT_DTYPES, device=input.device)
@@ -41,11 +52,7 @@ def check_head(input: Tensor, weight: Tensor, bias: Tensor | None, *, prefix: st
 def check_models(
     input: Tensor, weight: Tensor, reference_input: Tensor, reference_weight: Tensor
 ) -> None:
-    """Policy and reference share N, V and the device."""
-    if reference_input.device != input.device:
-        raise ValueError(
-            f"reference_input must be on input's {input.device}, got {reference_input.device}"
-        )
+    """Policy and reference share N and V."""
     if reference_input.shape[0] != input.shape[0]:
         raise ValueError(
             f"reference_input must have input's {input.shape[0]} rows, "
@@ -58,22 +65,29 @@ def check_models(
         )
 
 
-def is_above_zero(value: Any, *, most: float = sys.float_info.max) -> bool:
-    """Whether it is a number in (0, most]."""
-    try:
-        return bool(0 < value <= most)
-    # no number at all
-    except TypeError:
+def is_above_zero(value: Any, *, least: float = 0.0, most: float = sys.float_info.max) -> bool:
+    """Whether it is a number, > 0 and in [least, most]."""
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         return False
+    try:
+        number = float(value)
+    # a whole number that no float reaches
+    except OverflowError:
+        return False
+    return number > 0 and least <= number <= most
 
 
 def check_whole(name: str, value: Any, low: int = -(2**63)) -> None:
-    """A whole number of 64 bits, `low` or more."""
-    # a tensor's own check is torch's
-    if isinstance(value, Tensor) or (isinstance(value, Integral) and low <= int(value) < 2**63):
-        return
-    rule = ">= 0" if low == 0 else "of 64 bits"
-    raise ValueError(f"{name} must be a whole number {rule}, got {value!r}")
+    """A whole number of 64 bits, `low` or more; a tensor may hold it."""
+    if isinstance(value, Tensor):
+        whole = value.numel() == 1 and value.dtype in INDEX_DTYPES
+    else:
+        whole = isinstance(value, (Integral, torch.SymInt))
+    # a comparison would bind what is traced to its answer
+    traced = torch.compiler.is_compiling() or isinstance(value, torch.SymInt)
+    if not whole or not (traced or low <= int(value) < 2**63):
+        rule = ">= 0" if low == 0 else "of 64 bits"
+        raise ValueError(f"{name} must be a whole number {rule}, got {value!r}")
 
 
 def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
@@ -84,11 +98,12 @@ def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> No
                 f"{name} must be a number, got a tensor, which would get no gradient; scale the "
                 "hidden states by one that is learned"
             )
-    # in float32, as the logits: 1e300 would make infinities of them
-    most = torch.finfo(torch.float32).max
-    if not is_above_zero(logit_scale, most=most):
+    # in float32, as the logits: 1e300 would make infinities of them, 1e-50 a division by zero
+    numbers = torch.finfo(torch.float32)
+    in_float32 = partial(is_above_zero, least=numbers.tiny, most=numbers.max)
+    if not in_float32(logit_scale):
         raise ValueError(f"logit_scale must be > 0 and finite in float32, got {logit_scale!r}")
-    if logit_softcap is not None and not is_above_zero(logit_softcap, most=most):
+    if logit_softcap is not None and not in_float32(logit_softcap):
         raise ValueError(
             f"logit_softcap must be None or > 0 and finite in float32, got {logit_softcap!r}"
         )

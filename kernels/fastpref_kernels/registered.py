@@ -83,7 +83,7 @@ def sweep_heads(
         _tensors(policy),
         frozen,
         target,
-        op=op,
+        sweep=op,
         direction=direction,
         scale=policy.scale,
         softcap=policy.softcap,
@@ -96,14 +96,15 @@ def sweep_heads(
 
 _ARGUMENTS = "Tensor[] policy, Tensor[] reference, Tensor target"
 _OPTIONS = (
-    "str op, str direction, float scale, float? softcap, int ignore_index, bool[] needs_grad, "
+    "str sweep, str direction, float scale, float? softcap, int ignore_index, bool[] needs_grad, "
     "int workspace"
 )
-"""Of a call, as `_Call.of` takes them."""
+"""Of a call, as `_Call.of` takes them. None is named `op` or `ctx`: selective checkpointing hands them
+to its policy beside arguments of these names."""
 
 
 @custom_op(
-    "fastpref::head_v6", mutates_args=(), schema=f"({_ARGUMENTS}, *, {_OPTIONS}) -> Tensor[]"
+    "fastpref::head_v7", mutates_args=(), schema=f"({_ARGUMENTS}, *, {_OPTIONS}) -> Tensor[]"
 )
 def head_fwd(
     policy: list[Tensor], reference: list[Tensor], target: Tensor, **options: Any
@@ -124,7 +125,7 @@ def _(
 
 
 @custom_op(
-    "fastpref::head_bwd_v6",
+    "fastpref::head_bwd_v7",
     mutates_args=(),
     schema=f"(Tensor[] grads, {_ARGUMENTS}, Tensor[] stats, *, {_OPTIONS}, str mode) -> Tensor[]",
 )
@@ -172,7 +173,7 @@ class _Call(NamedTuple):
         policy: list[Tensor],
         reference: list[Tensor],
         *,
-        op: str,
+        sweep: str,
         direction: str,
         scale: float,
         softcap: float | None,
@@ -182,9 +183,9 @@ class _Call(NamedTuple):
         mode: str | None = None,
     ) -> "_Call":
         """From the arguments of a registered op; `mode` is chosen where it is not given."""
-        models = (policy, reference)[: OPS[op].num_models]
+        models = (policy, reference)[: OPS[sweep].num_models]
         heads = tuple(_head(tensors, scale, softcap) for tensors in models)
-        call = cls(op, heads, direction, ignore_index, tuple(needs_grad), mode or "")
+        call = cls(sweep, heads, direction, ignore_index, tuple(needs_grad), mode or "")
         if mode:
             return call
         with bounded_by(workspace):
@@ -262,14 +263,14 @@ def _differentiate(
     policy, reference = (list(islice(saved, num)) for num in ctx.num_tensors)
     target, *stats = saved
     options = ctx.options
-    op = OPS[options["op"]]
+    op = OPS[options["sweep"]]
     of_stats = dict(zip(op.stats._fields, grads, strict=True))
     upstream = [of_stats[name] for name in op.differentiable]
     if all(grad is None for grad in upstream):
         return [None] * len(policy), [None] * len(reference), None
-    if options["op"] == "token_logps_kl" and of_stats["kl"] is None:
+    if options["sweep"] == "token_logps_kl" and of_stats["kl"] is None:
         # the KL was only looked at: the reference's logits are not needed again
-        options = options | {"op": "token_logps", "mode": "lean"}
+        options = options | {"sweep": "token_logps", "mode": "lean"}
         upstream = upstream[:1]
         stats = [*stats[:2], stats[0].new_empty(0), stats[0].new_empty(0)]
     present = [grad for grad in upstream if grad is not None]
@@ -280,7 +281,7 @@ def _differentiate(
     return leaves, [None] * len(reference), None
 
 
-register_autograd("fastpref::head_v6", _differentiate, setup_context=_setup_context)
+register_autograd("fastpref::head_v7", _differentiate, setup_context=_setup_context)
 
 
 def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str]) -> None:
@@ -305,4 +306,4 @@ def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str])
     register_autograd(backward, differentiate_twice, setup_context=remember_op)
 
 
-differentiable_once("fastpref::head_bwd_v6", lambda options: OPS[options["op"]].public)
+differentiable_once("fastpref::head_bwd_v7", lambda options: OPS[options["sweep"]].public)

@@ -52,7 +52,13 @@ def tdpo1_token_values(
         ValueError: as in `token_logps`, or the models disagree on N or V.
     """
     check_head(input, linear_weight, linear_bias)
-    check_head(reference_input, reference_linear_weight, reference_linear_bias, prefix="reference_")
+    check_head(
+        reference_input,
+        reference_linear_weight,
+        reference_linear_bias,
+        prefix="reference_",
+        policy_input=input,
+    )
     check_logit_transform(logit_scale, None)
     check_target(target, input, ignore_index)
     check_models(input, linear_weight, reference_input, reference_linear_weight)

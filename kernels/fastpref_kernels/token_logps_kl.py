@@ -65,7 +65,13 @@ def token_logps_and_kl(
         ValueError: as in `token_logps`, or the models disagree on N or V, or an unknown direction.
     """
     check_head(input, linear_weight, linear_bias)
-    check_head(reference_input, reference_linear_weight, reference_linear_bias, prefix="reference_")
+    check_head(
+        reference_input,
+        reference_linear_weight,
+        reference_linear_bias,
+        prefix="reference_",
+        policy_input=input,
+    )
     check_logit_transform(logit_scale, logit_softcap)
     check_target(target, input, ignore_index)
     check_models(input, linear_weight, reference_input, reference_linear_weight)

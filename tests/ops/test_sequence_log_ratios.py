@@ -129,6 +129,24 @@ def test_no_sequences_and_no_tokens_keep_the_graph_connected():
         assert grad_N.shape == (0,)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_graph_serves_any_number_of_sequences(strict):
+    class Sums(torch.nn.Module):
+        def forward(self, logps_N, ids_N, lengths_S):
+            reference_N, S = torch.zeros_like(logps_N), lengths_S.shape[0]
+            return sequence_log_ratios(logps_N, reference_N, ids_N, S)
+
+    any_N, any_S = torch.export.Dim.DYNAMIC, torch.export.Dim("S")
+    exported = torch.export.export(
+        Sums(),
+        (torch.ones(9), torch.arange(9) // 3, torch.ones(3)),
+        dynamic_shapes=({0: any_N}, {0: any_N}, {0: any_S}),
+        strict=strict,
+    )
+    sums_S = exported.module()(torch.ones(4), torch.tensor([0, 4, 4, 4]), torch.ones(5))
+    assert sums_S.tolist() == [1.0, 0.0, 0.0, 0.0, 3.0]
+
+
 def test_arguments_that_do_not_fit_are_named():
     logps_N, ids_N = torch.zeros(4), torch.tensor([0, 0, 1, 1])
     for arguments, options, message in [
@@ -142,6 +160,8 @@ def test_arguments_that_do_not_fit_are_named():
         ((logps_N, logps_N, ids_N, 3.0), {}, "num_sequences must be a whole number >= 0, got 3.0"),
         ((logps_N, logps_N, ids_N, "3"), {}, "num_sequences must be a whole number >= 0, got '3'"),
         ((logps_N, logps_N, ids_N, None), {}, "num_sequences must be a whole number .* got None"),
+        ((logps_N, logps_N, ids_N, torch.tensor(2.5)), {}, r"num_sequences .* got tensor\(2.5"),
+        ((logps_N, logps_N, ids_N, torch.tensor(-1)), {}, r"num_sequences .* >= 0, got tensor\(-1"),
         (
             (logps_N.to_sparse(), logps_N, ids_N, 2),
             {},

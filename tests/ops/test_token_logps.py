@@ -2,6 +2,7 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from fastpref_kernels import (
@@ -508,7 +509,7 @@ def test_the_registered_ops_keep_the_dispatchers_rules(op):
     reference = [x.detach() for x in random_head(60, 61, 9)[:2]] if op == "token_logps_kl" else []
     arguments = (policy, reference, random_target(60, 61))
     options = {
-        "op": op,
+        "sweep": op,
         "direction": "reference_policy",
         "scale": 0.7,
         "softcap": 20.0,
@@ -516,7 +517,7 @@ def test_the_registered_ops_keep_the_dispatchers_rules(op):
         "needs_grad": [True] * 3,
         "workspace": 2**20,
     }
-    torch.library.opcheck(torch.ops.fastpref.head_v6.default, arguments, options)
+    torch.library.opcheck(torch.ops.fastpref.head_v7.default, arguments, options)
 
 
 def test_arguments_that_do_not_fit_are_named():
@@ -568,6 +569,7 @@ def test_arguments_that_do_not_fit_are_named():
         (lambda: set_workspace_mib(float("nan")), "workspace_mib must be > 0"),
         (lambda: set_workspace_mib("a"), "workspace_mib must be > 0 and finite, got 'a'"),
         (lambda: set_workspace_mib(None), "workspace_mib must be > 0 and finite, got None"),
+        (lambda: set_workspace_mib(torch.tensor([1, 2])), r"workspace_mib must be .* got tensor\("),
         (lambda: set_workspace_mib(2**43), r"workspace_mib must be <= 2\^42, got 8796093022208"),
         *(
             (
@@ -577,9 +579,9 @@ def test_arguments_that_do_not_fit_are_named():
                 f"{name} must be .*, got {re.escape(repr(value))}",
             )
             for name, values in {
-                "logit_scale": (None, "2", [1.0], 10**400, 1e300),
-                "logit_softcap": ("2", 10**400, 1e300),
-                "ignore_index": (None, 1.5, 2**63),
+                "logit_scale": (None, "2", [1.0], np.ones(1), 10**400, 1e300, 1e-50),
+                "logit_softcap": ("2", np.ones(2), 10**400, 1e300, 1e-50),
+                "ignore_index": (None, 1.5, 2**63, torch.tensor(1.5), torch.tensor([1, 2])),
             }.items()
             for value in values
         ),
