@@ -99,8 +99,8 @@ _OPTIONS = (
     "str sweep, str direction, float scale, float? softcap, int ignore_index, bool[] needs_grad, "
     "int workspace"
 )
-"""Of a call, as `_Call.of` takes them. None is named `op` or `ctx`: selective checkpointing hands them
-to its policy beside arguments of these names."""
+"""Of a call, as `_Call.of` takes them. None is named `op` or `ctx`: selective checkpointing hands
+them to its policy beside arguments of these names."""
 
 
 @custom_op(
