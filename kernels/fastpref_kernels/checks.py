@@ -50,9 +50,16 @@ def check_head(
 
 
 def check_models(
-    input: Tensor, weight: Tensor, reference_input: Tensor, reference_weight: Tensor
+    input: Tensor,
+    weight: Tensor,
+    reference_input: Tensor,
+    reference_weight: Tensor,
+    reference_bias: Tensor | None,
 ) -> None:
-    """Policy and reference share N and V."""
+    """The reference's arguments fit together, and it shares N, V and the device with the policy."""
+    check_head(
+        reference_input, reference_weight, reference_bias, prefix="reference_", policy_input=input
+    )
     if reference_input.shape[0] != input.shape[0]:
         raise ValueError(
             f"reference_input must have input's {input.shape[0]} rows, "

@@ -52,18 +52,12 @@ def tdpo1_token_values(
         ValueError: as in `token_logps`, or the models disagree on N or V.
     """
     check_head(input, linear_weight, linear_bias)
-    check_head(
-        reference_input,
-        reference_linear_weight,
-        reference_linear_bias,
-        prefix="reference_",
-        policy_input=input,
-    )
+    reference = (reference_input, reference_linear_weight, reference_linear_bias)
+    check_models(input, linear_weight, *reference)
     check_logit_transform(logit_scale, None)
     check_target(target, input, ignore_index)
-    check_models(input, linear_weight, reference_input, reference_linear_weight)
     heads = [
         Head(input, linear_weight, linear_bias, logit_scale, None),
-        Head(reference_input, reference_linear_weight, reference_linear_bias, logit_scale, None),
+        Head(*reference, logit_scale, None),
     ]
     return sweep_heads("tdpo1_token_values", heads, target, ignore_index=ignore_index).values

@@ -65,27 +65,15 @@ def token_logps_and_kl(
         ValueError: as in `token_logps`, or the models disagree on N or V, or an unknown direction.
     """
     check_head(input, linear_weight, linear_bias)
-    check_head(
-        reference_input,
-        reference_linear_weight,
-        reference_linear_bias,
-        prefix="reference_",
-        policy_input=input,
-    )
+    reference = (reference_input, reference_linear_weight, reference_linear_bias)
+    check_models(input, linear_weight, *reference)
     check_logit_transform(logit_scale, logit_softcap)
     check_target(target, input, ignore_index)
-    check_models(input, linear_weight, reference_input, reference_linear_weight)
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     heads = [
         Head(input, linear_weight, linear_bias, logit_scale, logit_softcap),
-        Head(
-            reference_input,
-            reference_linear_weight,
-            reference_linear_bias,
-            logit_scale,
-            logit_softcap,
-        ),
+        Head(*reference, logit_scale, logit_softcap),
     ]
     stats = sweep_heads(
         "token_logps_kl", heads, target, direction=direction, ignore_index=ignore_index
