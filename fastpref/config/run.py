@@ -5,7 +5,7 @@ composes (no Literal, not frozen); nothing here imports torch, so that a wrong o
 before anything heavy is loaded.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
@@ -337,4 +337,5 @@ class Config:
 
     def to_yaml(self) -> str:
         """Every option with its value, as `config.yaml` of the run folder holds it."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self))
+        # of plain values it takes half the time that it takes of a schema
+        return OmegaConf.to_yaml(OmegaConf.create(asdict(self)))

@@ -79,13 +79,17 @@ def blocks_of(tile):
     }
 
 
+MULTIPROCESSORS = 132
+"""Of an H100 and an H200."""
+
+
 def fused_cases(target):
     tile = FUSED_TILES[target]
     # a program a tile, and where that was measured a program a multiprocessor
-    for programs in (0, 132) if target == "sm_90" else (0,):
-        for name, kernel, types, launch in one_model_cases(tile):
-            looping = f"{name}{' looping' * bool(programs)}"
-            yield looping, kernel, types | {"PROGRAMS": programs}, launch
+    programs = tile.programs * MULTIPROCESSORS
+    for name, kernel, types, launch in one_model_cases(tile):
+        looping = f"{name}{' looping' * bool(programs)}"
+        yield looping, kernel, types | {"PROGRAMS": programs}, launch
 
 
 def one_model_cases(tile):
@@ -127,7 +131,10 @@ def one_model_cases(tile):
 def fused_gap_cases(target):
     """TDPO1's sweep over the reference, which knows no softcap."""
     tile = FUSED_TILES[target]
+    programs = tile.programs * MULTIPROCESSORS
+    looping = " looping" * bool(programs)
     types = blocks_of(tile) | {
+        "PROGRAMS": programs,
         "PARTS": 4,
         "EXP": tl.bfloat16,
         "GAP": True,
@@ -138,10 +145,8 @@ def fused_gap_cases(target):
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     for transform, options in {"plain": PLAIN, "bias": BIAS}.items():
         for D in (64, 4096):
-            for programs in (0, 132) if target == "sm_90" else (0,):
-                name = f"sweep sums, bf16 exp, gap D {D} {transform}{' looping' * bool(programs)}"
-                more = options | {"D": D, "PROGRAMS": programs}
-                yield name, kernels._sweep_kernel, types | more, launch
+            name = f"sweep sums, bf16 exp, gap D {D} {transform}{looping}"
+            yield name, kernels._sweep_kernel, types | options | {"D": D}, launch
     # of a model in float16, or beside one in another dtype: the most shared memory of all
     types |= PLAIN | {
         "EXP": tl.float32,
@@ -149,9 +154,8 @@ def fused_gap_cases(target):
         "weight_desc": types["weight_desc"].replace("bf16", "fp16"),
         "stored_desc": types["stored_desc"].replace("bf16", "fp32"),
     }
-    more = {"D": 4096, "PROGRAMS": 132 if target == "sm_90" else 0}
-    name = f"sweep sums, fp32 exp, gap D 4096{' looping' * bool(more['PROGRAMS'])}"
-    yield name, kernels._sweep_kernel, types | more, launch
+    name = f"sweep sums, fp32 exp, gap D 4096{looping}"
+    yield name, kernels._sweep_kernel, types | {"D": 4096}, launch
 
 
 def row_cases():
@@ -309,12 +313,12 @@ ALL += [(target, cases) for cases in FUSED_CASES for target in FUSED_TILES]
 
 
 def cases_for(target, cases):
-    """All for the GPU that tiles are shaped for; for others every second one of a kernel's, whose
+    """All for the GPU that tiles are shaped for; for others every third one of a kernel's, whose
     forms differ in what is loaded and not in what a GPU can do."""
     num_seen = Counter()
     for case in cases(target) if cases in FUSED_CASES else cases():
         _, kernel, *_ = case
-        if target == "sm_90" or num_seen[kernel] % 2 == 0:
+        if target == "sm_90" or num_seen[kernel] % 3 == 0:
             yield case
         num_seen[kernel] += 1
 
