@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 
+import torch
 import torch.distributed as dist
 
 from fastpref.checks import listed
@@ -22,6 +23,10 @@ SILENCE_SECONDS = 3.0
 """Without a beat: a rank that was killed or stopped."""
 STORE_SECONDS = 5.0
 """For the store to answer."""
+QUERY_SECONDS, WATCH_SECONDS = 0.001, 1.0
+"""Between two questions whether a GPU is done, and how the other ranks are."""
+LOST_SECONDS = 30.0
+"""Without a beat of a rank that a GPU may be waiting for."""
 
 
 class Heartbeat:
@@ -140,20 +145,55 @@ class Heartbeat:
             except (dist.DistError, RuntimeError):
                 return
 
-    def _others(self) -> list[int]:
-        return [rank for rank in range(self._world.size) if rank != self._world.rank]
-
     def _reasons(self) -> dict[int, str]:
-        reasons = {rank: self._world.look_up(end_key(rank)) for rank in self._others()}
+        reasons = {rank: self._world.look_up(end_key(rank)) for rank in others(self._world)}
         return {rank: reason for rank, reason in reasons.items() if reason}
 
     def _silent(self) -> list[int]:
         """Ranks that do not beat while this one listens; one may say meanwhile why it ended."""
         look_up = self._world.look_up
-        before = {rank: look_up(beat_key(rank)) for rank in self._others()}
+        before = {rank: look_up(beat_key(rank)) for rank in others(self._world)}
         deadline = time.monotonic() + SILENCE_SECONDS
         silent = list(before)
         while silent and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 2)
             silent = [rank for rank in silent if look_up(beat_key(rank)) == before[rank]]
         return silent
+
+
+def others(world: World) -> list[int]:
+    """All ranks but this one."""
+    return [rank for rank in range(world.size) if rank != world.rank]
+
+
+def await_device(world: World) -> None:
+    """Wait for what a GPU computes, before a number of it is fetched.
+
+    A rank that has ended leaves the others' GPUs in a collective without end. Whoever fetches a
+    number then waits as long, and hears no signal.
+
+    Raises:
+        DistributedError: a rank ended; which one, and why.
+        LostRankError: one shows no sign of life.
+    """
+    if world.size == 1 or world.device.type != "cuda":
+        return
+    done = torch.cuda.Event()
+    done.record()
+    asked = time.monotonic()
+    heard = dict.fromkeys(others(world), ("", asked))
+    while not done.query():
+        time.sleep(QUERY_SECONDS)
+        now = time.monotonic()
+        if now - asked < WATCH_SECONDS:
+            continue
+        asked = now
+        for rank, (last, since) in heard.items():
+            reason = world.look_up(end_key(rank))
+            if reason:
+                raise DistributedError(f"rank {rank} ended: {reason}")
+            beat = world.look_up(beat_key(rank))
+            if beat != last:
+                heard[rank] = beat, now
+            elif now - since > LOST_SECONDS:
+                raise LostRankError(f"a GPU waits, with no word of rank {rank}")

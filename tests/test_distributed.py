@@ -4,10 +4,13 @@ import datetime
 import errno
 import json
 import os
+import pickle
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,22 @@ from tiny_models import (
 
 import train
 from fastpref import heartbeat
+from fastpref.cli import ranks as ranks_of_cli
 from fastpref.cli.command_line import main
 from fastpref.cli.run import run_on_this_rank
 from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
 from fastpref.distributed import FAREWELL_TIMEOUT, World, index_of_gpu, init_world, read_ranks
-from fastpref.errors import DataError, DistributedError, LostRankError, RankError, error_text
+from fastpref.errors import (
+    DataError,
+    DistributedError,
+    LostRankError,
+    RankError,
+    RankMemoryError,
+    error_text,
+)
 from fastpref.explanations import explain
-from fastpref.heartbeat import Heartbeat
+from fastpref.heartbeat import Heartbeat, await_device
 from fastpref.meeting import join_store
 from fastpref.model.attention.choice import choose_rows
 from fastpref.model.build import build_scorer
@@ -322,6 +333,54 @@ def test_rank_0_does_not_wait_for_one_that_has_ended_to_hear_of_it(caplog):
         world.compare_on_main(0, lambda values: None)
     assert time.monotonic() - started < FAREWELL_TIMEOUT.total_seconds() / 2
     assert not caplog.messages
+
+
+class Busy:
+    """An event on a GPU that is never done."""
+
+    def record(self) -> None: ...
+
+    def query(self) -> bool:
+        return False
+
+
+def on_gpu(world: World) -> World:
+    return replace(world, device=torch.device("cuda"))
+
+
+def test_a_rank_does_not_wait_for_a_gpu_that_waits_for_one_that_has_ended(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Busy)
+    monkeypatch.setattr(heartbeat, "WATCH_SECONDS", 0.01)
+    store = dist.HashStore()
+    monkeypatch.setattr(heartbeat, "LOST_SECONDS", 0.1)
+    with pytest.raises(LostRankError, match="no word of rank 1"):
+        await_device(on_gpu(world_of(0, store)))
+    Heartbeat(world_of(1, store)).say_why(RankMemoryError("out of memory in 256 tokens at once"))
+    with pytest.raises(DistributedError, match=r"^rank 1 ended: out of memory in 256 tokens"):
+        await_device(on_gpu(world_of(0, store)))
+
+
+@pytest.mark.parametrize(
+    ("fails", "device", "left"), [(False, "cuda", 1), (True, "cpu", 1), (True, "cuda", 0)]
+)
+def test_a_rank_that_fails_does_not_wait_for_the_others_gpus(monkeypatch, fails, device, left):
+    """NCCL's communicators end when all ranks let go of them, which the others do not."""
+    world = world_of(0, dist.HashStore())
+    world = replace(world, device=torch.device(device))
+    # the other rank's part in the end
+    world.store.set("value 0 1", pickle.dumps(None))
+    monkeypatch.setattr(ranks_of_cli, "init_world", lambda timeout: world)
+    monkeypatch.setattr(World, "agree_max", lambda self, value: value)
+    calls = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.append(1))
+
+    def task(world: World) -> None:
+        if fails:
+            raise RankMemoryError("out of memory")
+
+    with pytest.raises(RankMemoryError) if fails else nullcontext():
+        run_on_this_rank(task, 1)
+    assert len(calls) == left
 
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}

@@ -17,6 +17,7 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
         DistributedError: another rank ended, died or hangs; which one, and why if it said so.
     """
     world = init_world(datetime.timedelta(seconds=timeout_seconds))
+    is_done = False
     try:
         with Heartbeat(world) as heartbeat:
             try:
@@ -25,6 +26,7 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
                 world.compare_on_main(None, lambda _: None)
                 # no rank leaves, and takes the others' store along, before all are done
                 world.agree_max(0)
+                is_done = True
             except Exception as error:
                 with signals_change_nothing():
                     cause = heartbeat.close(error)
@@ -32,4 +34,7 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
                     raise
                 raise cause from error
     finally:
-        dist.destroy_process_group()
+        # NCCL's connections are taken apart by all ranks together: one that has failed would wait
+        # for the others, who wait for it in a step, and could not even say why
+        if is_done or world.size == 1 or world.device.type == "cpu":
+            dist.destroy_process_group()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastpref.batches.loader import StepBatches
+from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
@@ -52,7 +53,9 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
             count += step_batches.num_examples
             num_tokens += step_batches.num_tokens
     names, sums = sum_over_examples(metrics)
-    means = (run.world.sum(sums) / count).tolist()
+    run.world.sum(sums)
+    await_device(run.world)
+    means = (sums / count).tolist()
     seconds = time.perf_counter() - started
     record: Record = {"step": step, "examples": examples, "split": "eval"}
     record |= {name_for_split(name, "eval"): mean for name, mean in zip(names, means, strict=True)}

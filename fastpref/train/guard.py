@@ -5,6 +5,7 @@ it: a fused Adam or AdamW reads it there and leaves weights and state as they ar
 when it fetches numbers anyway; what was computed since was not applied either.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +35,19 @@ class FiniteGuard:
         skip: Leave a step that is not finite out and go on, fewer than `MOST_IN_A_ROW` times in a
             row; else nothing is applied from the first one on.
         device: Where losses and gradients are.
+        await_device: Called before a number is fetched from there.
     """
 
-    def __init__(self, optimizer: Any, *, skip: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        optimizer: Any,
+        *,
+        skip: bool,
+        device: torch.device,
+        await_device: Callable[[], None] = lambda: None,
+    ) -> None:
         self._optimizer = optimizer
+        self._await_device = await_device
         self._most = MOST_IN_A_ROW if skip else 1
         self._reads_flag = getattr(optimizer, "_step_supports_amp_scaling", False)
         # steps left out, of these in a row, the first step of a row that is too long or 0
@@ -68,6 +78,7 @@ class FiniteGuard:
     def first_bad_step(self) -> int:
         """The step, counted from 1, from which on none was applied; 0 if all are, those aside that
         were left out. Waits for the device."""
+        self._await_device()
         return int(self._counts[2])
 
     @property

@@ -1,12 +1,14 @@
 """From gradients to new weights: optimizer, schedule, and a guard against what is not finite."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastpref.config import OptimConfig
 from fastpref.distributed import World
+from fastpref.heartbeat import await_device
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.guard import FiniteGuard
 from fastpref.train.optim import build_optimizer, build_scheduler
@@ -55,5 +57,10 @@ def build_updates(
         num_steps=num_steps,
         min_lr_ratio=options.min_lr_ratio,
     )
-    guard = FiniteGuard(built, skip=skip_nonfinite, device=world.device)
+    guard = FiniteGuard(
+        built,
+        skip=skip_nonfinite,
+        device=world.device,
+        await_device=partial(await_device, world),
+    )
     return Updates(optimizer=built, scheduler=scheduler, guard=guard, max_grad_norm=max_grad_norm)

@@ -79,6 +79,8 @@ class MetricsLog:
     None: it may be anything."""
     work: UsefulWork | None = None
     """Of a step; None where it is not known."""
+    await_device: Callable[[], None] = lambda: None
+    """Called before numbers are fetched."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
@@ -100,6 +102,7 @@ class MetricsLog:
         if not self._pending or not self.is_main:
             self._pending.clear()
             return None
+        self.await_device()
         counts = [len(step.names) for step in self._pending]
         values = torch.cat([step.values for step in self._pending]).cpu().split(counts)
         seconds = max(time.perf_counter() - self._last_flush, 1e-9)
