@@ -266,6 +266,29 @@ def test_flash_attention_adds_its_gradients_up_in_one_order_where_it_can(monkeyp
     assert all(options["window_size"] == (6, 0) for options in asked)
 
 
+def test_torchs_attention_gets_keys_of_their_own_heads_in_every_version(monkeypatch):
+    """Once for each head of queries they would be kept so until the backward, and are not planned
+    so."""
+    heads = []
+
+    def of_2_11(q, k, v, *offsets, window_size, scale):
+        heads.append((q.shape[1], k.shape[1], v.shape[1]))
+        return q
+
+    def later(q, k, v, *offsets, enable_gqa=False, **options):
+        assert enable_gqa
+        return of_2_11(q, k, v, *offsets, **options)
+
+    batch = pack_rows(ROWS, pad_token_id=0)
+    query, key, value, _ = random_inputs(batch)
+    for function in (of_2_11, later):
+        module = SimpleNamespace(varlen_attn=function)
+        monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+        build_attention("varlen").attend(query, key, value, batch.layout, ScoreRules(0.2))
+    assert query.shape[1] > key.shape[1]
+    assert heads == [(query.shape[1], key.shape[1], key.shape[1])] * 2
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_sampling_is_what_it_was_before_the_model_learnt_to_pack(family):
     model = build_model(family).eval()

@@ -168,18 +168,15 @@ def flash_kernel(package: str) -> VarlenKernel:
 def torch_varlen_kernel() -> VarlenKernel:
     """`torch.nn.attention.varlen`: FlashAttention 2 inside torch, 16 bits, no softcap."""
     function = import_module("torch.nn.attention.varlen").varlen_attn
-    # torch 2.11 has it not
-    has_groups = "enable_gqa" in inspect.signature(function).parameters
+    # torch 2.11 takes fewer heads of keys than of queries unasked
+    asks = "enable_gqa" in inspect.signature(function).parameters
+    of_groups = {"enable_gqa": True} if asks else {}
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, layout: SegmentLayout, rules: ScoreRules) -> Tensor:
         if rules.softcap is not None:
             raise ValueError("torch's variable-length attention has no softcap")
         before = -1 if rules.window is None else rules.window - 1
-        options: dict[str, Any] = {"window_size": (before, 0), "scale": rules.scale}
-        if has_groups:
-            options["enable_gqa"] = True
-        elif q.shape[1] != k.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        options = {"window_size": (before, 0), "scale": rules.scale, **of_groups}
         offsets = layout.query_offsets, layout.key_offsets
         return function(q, k, v, *offsets, layout.longest, layout.longest_keys, **options)
 
