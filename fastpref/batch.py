@@ -155,6 +155,13 @@ class Batch:
         return _map_tensors(self, Tensor.pin_memory)
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the host waits for nothing that a GPU computes, as it would
+    if the copy came from memory that is not page-locked."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
+
+
 def _map_tensors(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a record with `function` applied to its tensors and to those of its layout."""
     changed: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from fastpref.batch import SegmentLayout
+from fastpref.batch import SegmentLayout, send
 from fastpref.checks import listed
 from fastpref.model.attention.backends import GatheredKeys
 from fastpref.model.attention.segments import runs_of_like_length
@@ -95,7 +95,7 @@ class Sequences:
                 SequenceGroup(
                     (len(rows), L),
                     *(
-                        torch.from_numpy(x).to(device, non_blocking=True)
+                        send(torch.from_numpy(x), device)
                         for x in (sources, np.flatnonzero(is_token), np.flatnonzero(is_own))
                     ),
                 )
@@ -103,7 +103,7 @@ class Sequences:
             own = np.arange(L) - (lengths - tokens)[rows, None] + segments_S4[rows, :1]
             places.append(own[is_own])
         of_tokens = torch.from_numpy(np.argsort(np.concatenate(places)))
-        return groups, of_tokens.to(device, non_blocking=True)
+        return groups, send(of_tokens, device)
 
     def take_apart(self, row: Tensor) -> list[Tensor]:
         """(1, T, …) -> (S, L, …) of each group; padding is zero.

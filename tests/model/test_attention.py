@@ -23,6 +23,7 @@ from fastpref.model.attention.segments import (
     group_segments,
     runs_of_like_length,
 )
+from fastpref.model.mixers import Sequences
 from fastpref.model.scorer import TokenScorer
 
 ROWS = [
@@ -180,6 +181,33 @@ def test_short_segments_share_a_call_and_long_ones_do_not():
     for attend in (grouped, grouped_anywhere):
         for ours, theirs in zip(values_and_gradients(attend, inputs), expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_layout_is_made_into_goes_to_a_gpu_from_page_locked_memory(monkeypatch):
+    """From any other memory the host would wait for what the GPU computes, once a micro-batch."""
+    locked, sent = set[int](), list[Tensor]()
+
+    def pin(tensor):
+        copy = tensor.clone()
+        locked.add(copy.data_ptr())
+        sent.append(copy)
+        return copy
+
+    def to(tensor, device, *, non_blocking):
+        assert tensor.data_ptr() in locked and non_blocking
+        return tensor
+
+    layout = pack_rows(ROWS, pad_token_id=0).layout
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    monkeypatch.setattr(Tensor, "to", to)
+    on_gpu = SimpleNamespace(
+        segments=layout.segments, query_offsets=SimpleNamespace(device=torch.device("cuda"))
+    )
+    groups = group_segments(on_gpu, 7)
+    assert len(sent) == sum(isinstance(x, Tensor) for group in groups for x in group) > 0
+    sent.clear()
+    groups = Sequences(on_gpu).groups
+    assert len(sent) == 3 * len(groups) + 1
 
 
 def test_parts_for_a_gpu_have_no_more_scores_than_fit(monkeypatch):

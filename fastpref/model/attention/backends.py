@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastpref.batch import KeyUses, Segment, SegmentLayout
+from fastpref.batch import KeyUses, Segment, SegmentLayout, send
 from fastpref.model.attention.groups import GroupedAttention, takes_flash_on_cpu
 from fastpref.model.attention.rules import ScoreRules, attend_to_all
 
@@ -187,7 +187,7 @@ def block_mask(layout: SegmentLayout, window: int | None) -> Any:
     """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prefix."""
     flex = import_module("torch.nn.attention.flex_attention")
     device = layout.query_offsets.device
-    table = torch.tensor(layout.segments, device=device)
+    table = send(torch.tensor(layout.segments), device)
     T = layout.segments[-1].stop
     segment_of = torch.repeat_interleave(table[:, 1] - table[:, 0], output_size=T)
     start, prefix_start, prefix_stop = (

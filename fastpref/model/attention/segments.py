@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastpref.batch import SegmentLayout
+from fastpref.batch import SegmentLayout, send
 
 LONG_KEYS = 128
 """From this many keys on a segment is computed alone on a CPU: it keeps the kernel busy by itself.
@@ -47,9 +47,7 @@ class SegmentGroup(NamedTuple):
 
     def to(self, device: torch.device) -> "SegmentGroup":
         """The same group on a device, without a wait for what that computes."""
-        moved: list[Any] = [
-            x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self
-        ]
+        moved: list[Any] = [send(x, device) if isinstance(x, Tensor) else x for x in self]
         return SegmentGroup(*moved)
 
 
