@@ -45,7 +45,7 @@ endif
 
 bench-gpu:
 ifeq ($(PART),tests)
-	$(BENCH_PYTHON) -m pytest -m gpu tests
+	$(BENCH_PYTHON) -m pytest -m gpu $(PARALLEL) tests
 else ifeq ($(PART),kernels)
 	$(BENCH_PYTHON) benchmarks/bench_head.py --json --results $(RESULTS) \
 	  --jobs forward train frozen $(if $(REAL_HEAD),--real-head $(REAL_HEAD))
