@@ -17,6 +17,8 @@ from fastpref.explanations import explain
 
 logger = logging.getLogger("fastpref")
 
+ENDED = "ended"
+"""Where the first rank that ends says its number."""
 BEAT_SECONDS = 0.5
 """Between two beats."""
 SILENCE_SECONDS = 3.0
@@ -93,11 +95,14 @@ class Heartbeat:
     def say_why(self, error: BaseException) -> None:
         """Tell the others why this rank ends; they may wait for it in a collective."""
         text = str(error) if isinstance(error, FastprefError) else type(error).__name__
+        rank, store = self._world.rank, self._world.store
         try:
-            self._world.store.set(end_key(self._world.rank), text or type(error).__name__)
+            store.set(end_key(rank), text or type(error).__name__)
+            # of the first one
+            store.compare_set(ENDED, "", str(rank))
         except (dist.DistError, RuntimeError):
             # the store went with another rank
-            logger.debug("rank %d cannot say why it ends", self._world.rank)
+            logger.debug("rank %d cannot say why it ends", rank)
 
     def name_the_lost(self, error: LostRankError) -> DistributedError:
         """The error with the ranks that it is about: those that ended, or those that are silent."""
@@ -145,25 +150,23 @@ class Heartbeat:
             except (dist.DistError, RuntimeError):
                 return
 
+    def _others(self) -> list[int]:
+        return [rank for rank in range(self._world.size) if rank != self._world.rank]
+
     def _reasons(self) -> dict[int, str]:
-        reasons = {rank: self._world.look_up(end_key(rank)) for rank in others(self._world)}
+        reasons = {rank: self._world.look_up(end_key(rank)) for rank in self._others()}
         return {rank: reason for rank, reason in reasons.items() if reason}
 
     def _silent(self) -> list[int]:
         """Ranks that do not beat while this one listens; one may say meanwhile why it ended."""
         look_up = self._world.look_up
-        before = {rank: look_up(beat_key(rank)) for rank in others(self._world)}
+        before = {rank: look_up(beat_key(rank)) for rank in self._others()}
         deadline = time.monotonic() + SILENCE_SECONDS
         silent = list(before)
         while silent and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 2)
             silent = [rank for rank in silent if look_up(beat_key(rank)) == before[rank]]
         return silent
-
-
-def others(world: World) -> list[int]:
-    """All ranks but this one."""
-    return [rank for rank in range(world.size) if rank != world.rank]
 
 
 def await_device(world: World) -> None:
@@ -174,26 +177,26 @@ def await_device(world: World) -> None:
 
     Raises:
         DistributedError: a rank ended; which one, and why.
-        LostRankError: one shows no sign of life.
+        LostRankError: the next one shows no sign of life.
     """
     if world.size == 1 or world.device.type != "cuda":
         return
     done = torch.cuda.Event()
     done.record()
-    asked = time.monotonic()
-    heard = dict.fromkeys(others(world), ("", asked))
+    asked = heard = time.monotonic()
+    # each rank looks after one, whatever their number
+    watched, last = (world.rank + 1) % world.size, ""
     while not done.query():
         time.sleep(QUERY_SECONDS)
         now = time.monotonic()
         if now - asked < WATCH_SECONDS:
             continue
         asked = now
-        for rank, (last, since) in heard.items():
-            reason = world.look_up(end_key(rank))
-            if reason:
-                raise DistributedError(f"rank {rank} ended: {reason}")
-            beat = world.look_up(beat_key(rank))
-            if beat != last:
-                heard[rank] = beat, now
-            elif now - since > LOST_SECONDS:
-                raise LostRankError(f"a GPU waits, with no word of rank {rank}")
+        first = world.look_up(ENDED)
+        if first:
+            raise DistributedError(f"rank {first} ended: {world.look_up(end_key(int(first)))}")
+        beat = world.look_up(beat_key(watched))
+        if beat != last:
+            last, heard = beat, now
+        elif now - heard > LOST_SECONDS:
+            raise LostRankError(f"a GPU waits, with no word of rank {watched}")

@@ -1,13 +1,30 @@
 """What the log of a run says by itself."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fastpref.errors import DistributedError
+from fastpref.train.guard import FiniteGuard
 from fastpref.train.logs.metrics import MetricsLog, PendingStep, first_loss_tolerance
 
 LOG_TWO = math.log(2)
+
+
+def step_of(number: int, loss: float) -> PendingStep:
+    return PendingStep(
+        step=number,
+        examples=8,
+        num_examples=8,
+        num_tokens=100,
+        num_computed=60,
+        num_scored=30,
+        lr=1e-6,
+        names=["loss/train"],
+        values=torch.tensor([loss]),
+    )
 
 
 @pytest.mark.parametrize(
@@ -35,18 +52,32 @@ def test_a_first_loss_that_is_not_log_two_is_said_loudly_once(
         first_loss_tolerance=first_loss_tolerance(exact=exact),
     )
     for number in (step, step + 1):
-        log.add_step(
-            PendingStep(
-                step=number,
-                examples=8,
-                num_examples=8,
-                num_tokens=100,
-                num_computed=60,
-                num_scored=30,
-                lr=1e-6,
-                names=["loss/train"],
-                values=torch.tensor([float(loss)]),
-            )
-        )
+        log.add_step(step_of(number, float(loss)))
     log.flush()
     assert len([m for m in caplog.messages if "FIRST LOSS" in m]) == warns
+
+
+class Untouched:
+    """A number on a device that is waited for in vain."""
+
+    def __getattr__(self, name):
+        pytest.fail(f"{name} of a number that will never be there")
+
+
+def test_numbers_that_a_lost_rank_keeps_from_coming_are_not_fetched(tmp_path):
+    def await_device():
+        raise DistributedError("rank 1 ended: out of memory")
+
+    device = torch.device("cpu")
+    log = MetricsLog(
+        path=tmp_path / "metrics.jsonl",
+        min_interval_seconds=0,
+        device=device,
+        await_device=await_device,
+    )
+    log.add_step(replace(step_of(1, LOG_TWO), values=Untouched()))
+    guard = FiniteGuard(None, skip=False, device=device, await_device=await_device)
+    # also where the log is closed because of it
+    for fetch in (guard.first_bad_step, log.flush, log.close):
+        with pytest.raises(DistributedError, match="rank 1 ended"):
+            fetch()
