@@ -9,13 +9,17 @@ from multiprocessing import reduction
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NamedTuple
 
+import torch
 import torch.multiprocessing as mp
 from shortcuts import leave_pictures_blank, taken
 
 from fastpref.cli.command_line import leave
+from fastpref.distributed import World
 
 # many times what any test needs; a deadlock must not hang the suite
 TIMEOUT_SECONDS = 300
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), mesh=None, store=None)
+"""A world of one rank, without a process group."""
 
 # ranks are forked from a process that has imported what takes seconds, and did nothing else
 multiprocessing.set_forkserver_preload(

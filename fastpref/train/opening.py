@@ -13,7 +13,6 @@ from fastpref.complete_files import complete_file, writing
 from fastpref.config import TrackerOptions
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
-from fastpref.heartbeat import await_device
 from fastpref.train.logs.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.logs.trackers import build_trackers
 from fastpref.train.logs.utilization import UsefulWork
@@ -172,10 +171,8 @@ def open_log(
         path=run_dir / METRICS,
         records=read_records(run_dir) if world.is_main else [],
         min_interval_seconds=min_interval_seconds,
-        device=world.device,
-        is_main=world.is_main,
+        world=world,
         first_loss_tolerance=first_loss_tolerance(exact=exactly) if starts_at_log_two else None,
         work=work,
-        await_device=partial(await_device, world),
         trackers=build_trackers(followers, run_dir, options, examples) if world.is_main else [],
     )

@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import ALONE
 
 from fastpref.errors import DistributedError
 from fastpref.train.guard import FiniteGuard
+from fastpref.train.logs import metrics
 from fastpref.train.logs.metrics import MetricsLog, PendingStep, first_loss_tolerance
 
 LOG_TWO = math.log(2)
@@ -48,7 +50,7 @@ def test_a_first_loss_that_is_not_log_two_is_said_loudly_once(
     log = MetricsLog(
         path=tmp_path / "metrics.jsonl",
         min_interval_seconds=0,
-        device=torch.device("cpu"),
+        world=ALONE,
         first_loss_tolerance=first_loss_tolerance(exact=exact),
     )
     for number in (step, step + 1):
@@ -64,19 +66,14 @@ class Untouched:
         pytest.fail(f"{name} of a number that will never be there")
 
 
-def test_numbers_that_a_lost_rank_keeps_from_coming_are_not_fetched(tmp_path):
-    def await_device():
+def test_numbers_that_a_lost_rank_keeps_from_coming_are_not_fetched(tmp_path, monkeypatch):
+    def await_device(world=None):
         raise DistributedError("rank 1 ended: out of memory")
 
-    device = torch.device("cpu")
-    log = MetricsLog(
-        path=tmp_path / "metrics.jsonl",
-        min_interval_seconds=0,
-        device=device,
-        await_device=await_device,
-    )
+    monkeypatch.setattr(metrics, "await_device", await_device)
+    log = MetricsLog(path=tmp_path / "metrics.jsonl", min_interval_seconds=0, world=ALONE)
     log.add_step(replace(step_of(1, LOG_TWO), values=Untouched()))
-    guard = FiniteGuard(None, skip=False, device=device, await_device=await_device)
+    guard = FiniteGuard(None, skip=False, device=ALONE.device, await_device=await_device)
     # also where the log is closed because of it
     for fetch in (guard.first_bad_step, log.flush, log.close):
         with pytest.raises(DistributedError, match="rank 1 ended"):

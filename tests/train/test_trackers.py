@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
+from ranks import ALONE
 from tiny_models import read_metrics
 
 import train
@@ -127,7 +127,7 @@ def test_a_file_of_numbers_that_cannot_be_written_is_said_once(caplog):
     log = MetricsLog(
         path=Path("/dev/full"),
         min_interval_seconds=0,
-        device=torch.device("cpu"),
+        world=ALONE,
         trackers=[follower],
     )
     with pytest.raises(CheckpointError, match="/dev/full: cannot be written: No space left"):

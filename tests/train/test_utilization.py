@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import ALONE
 from tiny_models import save_tiny_model
 
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, PackingConfig, SFTConfig
@@ -72,7 +73,7 @@ def test_shared_tokens_count_once_and_padding_not_at_all(
     log = MetricsLog(
         path=tmp_path / "metrics.jsonl",
         min_interval_seconds=0,
-        device=torch.device("cpu"),
+        world=ALONE,
         work=UsefulWork(per_token=5, per_scored=7, peak=1e4),
     )
     monkeypatch.setattr(

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from fastpref.complete_files import append_whole, writing
+from fastpref.distributed import World
 from fastpref.errors import first_line
+from fastpref.heartbeat import await_device
 from fastpref.train.logs.utilization import UsefulWork
 
 logger = logging.getLogger("fastpref")
@@ -72,15 +74,13 @@ class MetricsLog:
 
     path: Path
     min_interval_seconds: float
-    device: torch.device
-    is_main: bool = True
+    world: World
+    """Whoever computes; rank 0 writes."""
     first_loss_tolerance: float | None = None
     """The first step's loss is that of two equal models: what is further from ln 2 is a mistake.
     None: it may be anything."""
     work: UsefulWork | None = None
     """Of a step; None where it is not known."""
-    await_device: Callable[[], None] = lambda: None
-    """Called before numbers are fetched."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
     unwritten: list[str] = field(default_factory=list)
@@ -99,10 +99,10 @@ class MetricsLog:
 
         Ranks other than 0 forget them: the numbers are the same everywhere.
         """
-        if not self._pending or not self.is_main:
+        if not self._pending or not self.world.is_main:
             self._pending.clear()
             return None
-        self.await_device()
+        await_device(self.world)
         counts = [len(step.names) for step in self._pending]
         values = torch.cat([step.values for step in self._pending]).cpu().split(counts)
         seconds = max(time.perf_counter() - self._last_flush, 1e-9)
@@ -119,7 +119,7 @@ class MetricsLog:
                 "tokens_computed": step.num_computed,
                 "padding_share": max(0.0, 1 - step.num_tokens / step.num_computed),
                 **utilization,
-                "peak_memory_gib": peak_memory_gib(self.device),
+                "peak_memory_gib": peak_memory_gib(self.world.device),
                 "counters/examples": step.examples,
                 "counters/updates": step.step,
             }
@@ -186,7 +186,7 @@ class MetricsLog:
         self._is_refused = False
         if self.unwritten:
             self._write_lines()
-        if self.is_main and self.path.is_file():
+        if self.world.is_main and self.path.is_file():
             with writing(self.path), self.path.open("rb") as file:
                 os.fsync(file.fileno())
 
