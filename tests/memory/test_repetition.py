@@ -266,3 +266,32 @@ def test_other_errors_are_none_of_its_business():
 
     with pytest.raises(RuntimeError, match="shape mismatch"):
         Repetition(num_ranks=1).compute_items([1, 2], fail, tokens=lambda _: 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_nothing_of_a_backward_that_failed_is_held():
+    held = list[int]()
+
+    def compute(parts: list[int]) -> None:
+        held.append(torch.cuda.memory_allocated())
+        for num in parts:
+            x = torch.ones(num, device="cuda", requires_grad=True)
+            # three times as much until the backward, then two gradients
+            x.neg().exp().exp().sum().backward()
+
+    torch.cuda.empty_cache()
+    allowed = torch.cuda.memory_reserved() + 2**30
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(allowed / total)
+    try:
+        _, parts = Repetition(num_ranks=1).compute(
+            [2**26],
+            compute,
+            split=lambda parts, limit: [num // 2 for num in parts for _ in range(2)],
+            size=max,
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert parts == [2**25, 2**25]
+    assert len(held) == 2 and held[0] == held[1]

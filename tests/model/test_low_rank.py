@@ -68,6 +68,21 @@ def test_values_and_gradients_are_those_of_the_formula(dtype, units, monkeypatch
         assert error <= bound, i
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_values_and_gradients_are_those_of_the_formula():
+    tensors = [t.cuda() for t in make_tensors(torch.bfloat16)]
+    upstream = torch.randn(2, N // 2, OUTPUTS).to(tensors[0])
+    expected = gradients(exact, [t.double() for t in tensors], upstream)
+    found = gradients(lambda *t: adapted_linear(*t, SCALING), tensors, upstream)
+    for i, (ours, truth) in enumerate(zip(found, expected, strict=True)):
+        bound = 2.0**-8 if i < 2 else 2.0**-16
+        assert (ours.double() - truth).norm() <= bound * truth.norm(), i
+    x, weight, bias, A, B = (t.detach() for t in tensors)
+    unchanged = adapted_linear(x, weight, bias, A, torch.zeros_like(B), SCALING)
+    assert torch.equal(unchanged, torch.nn.functional.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("units", [False, True])
 def test_a_second_matrix_of_zeros_changes_no_bit(units, monkeypatch):
     x, weight, bias, A, B = make_tensors(torch.bfloat16)

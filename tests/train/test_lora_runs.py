@@ -456,3 +456,21 @@ def test_beside_layers_in_four_bits_adapters_are_trained_and_merged(
             )
             bare = AutoModelForCausalLM.from_pretrained(tmp_path / f"{family}-base")
             assert (bare(IDS).logits - merged(IDS).logits).abs().max() > 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("loss", ["dpo", "tdpo1", "tdpo2"])
+@pytest.mark.parametrize("adapter", ["none", "lora", "qlora"])
+def test_on_a_gpu_a_run_starts_at_log_two_and_learns(base, tmp_path, adapter, loss):
+    """In bfloat16, with whatever attention and layers are there."""
+    if adapter == "qlora":
+        pytest.importorskip("bitsandbytes")
+    config = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    save_tiny_model(tmp_path / "model", **config)
+    command = arguments(base, str(tmp_path / "model"), tmp_path / "run", *LOSSES[loss])
+    command += [f"adapter={adapter}", "model.fsdp_policy_mp=bfloat16", "optimizer=AdamW", "lr=1e-3"]
+    assert run([*command, "n_epochs=6"]) == 0
+    records = read_metrics(tmp_path / "run", "train")
+    assert records[0]["loss/train"] == pytest.approx(float(torch.tensor(2.0).log()), abs=1e-6)
+    assert records[-1]["loss/train"] < records[0]["loss/train"]
