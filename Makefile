@@ -43,6 +43,8 @@ BENCH_PYTHON := $(BIN)/python
 bench-gpu: $(VENV)/installed-bench
 endif
 
+# as the command line has it
+bench-gpu: export PYTORCH_ALLOC_CONF ?= expandable_segments:True
 bench-gpu:
 ifeq ($(PART),tests)
 	$(BENCH_PYTHON) -m pytest -m gpu $(PARALLEL) tests

@@ -203,6 +203,7 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # as the command line has it, for all alike
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     command = [sys.executable, __file__, "--child", str(path)]

@@ -21,6 +21,9 @@ from fastpref.signals import (
     stop_error,
 )
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Torch's, the older names last."""
+
 # what takes time to import is imported where signals are handled
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -76,6 +79,7 @@ def _run(
     if only_print:
         print(config.to_yaml().rstrip())
         return 0
+    let_segments_grow()
     # torch and transformers are imported from here on, a second or more
     from fastpref.cli.run import main as run
 
@@ -112,6 +116,14 @@ def check_current_folder() -> None:
         raise ConfigError(
             f"the current folder cannot be used: {error.strerror}; start from another one"
         ) from None
+
+
+def let_segments_grow() -> None:
+    """Have torch take a GPU's memory in segments that grow, unless its own variable says how:
+    steps are of many sizes, and segments of one size each are left with holes that no other step
+    fits into. Torch reads it when it first asks for memory."""
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def forget_odd_widths() -> None:

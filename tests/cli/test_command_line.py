@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import fastpref.cli.run
 import train
 from fastpref import __version__
-from fastpref.cli.command_line import main
+from fastpref.cli.command_line import ALLOCATOR_VARIABLES, main
 from fastpref.cli.overrides import read_config
 from fastpref.config import LOSSES, Config, TDPOConfig
 
@@ -179,6 +180,34 @@ def test_a_width_that_is_none_counts_for_unset(monkeypatch, capsys, width):
     monkeypatch.setenv("COLUMNS", width)
     assert main(["--cfg"], train.compose_choices, train.CONFIG_DIR) == 0
     assert "COLUMNS" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        (of_user := {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, of_user),
+        (of_user := {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, of_user),
+    ],
+)
+def test_a_gpu_s_memory_is_in_segments_that_grow_unless_the_user_says_how(
+    monkeypatch, given, expected
+):
+    for name in ALLOCATOR_VARIABLES:
+        # known before, so that it is as it was afterwards
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    found = {}
+
+    def run(*_):
+        found.update({name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ})
+        return 0
+
+    monkeypatch.setattr(fastpref.cli.run, "main", run)
+    assert main([], train.compose_choices, train.CONFIG_DIR) == 0
+    assert found == expected
 
 
 def test_only_the_first_rank_prints(capsys, monkeypatch):
