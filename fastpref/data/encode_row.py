@@ -119,50 +119,64 @@ def encode_row(
     """
     if tokens.drop:
         return EncodedPair(drop=tokens.drop, note=tokens.note)
-    prompt, responses, scored = tokens.prompt, list(tokens.responses), list(tokens.scored)
-    remarks = Remark(row["remarks"]) | tokens.remarks
-    weights: list[list[float]] = []
-    if options.weighted:
-        check_weights_digest(row, prompt, responses, options)
-        lengths = [len(response) for response in responses]
-        weights = response_weights(row, lengths, options, scored=scored)
-        remarks |= Remark.NO_WEIGHTS if row["chosen_weights"] is None else 0
+    responses = _responses(row, tokens, options)
     if options.reverse_dataset and not options.sft:
-        responses, weights, scored = responses[::-1], weights[::-1], scored[::-1]
-    full = [[*response, eos_id] for response in responses]
-    lengths = [len(part) for part in (prompt, *full)]
-    cut = truncate(prompt, full, options, keep_end=keeps_end(row["form"], options))
+        responses.reverse()
+    full = (tokens.prompt, *([*response.ids, eos_id] for response in responses))
+    lengths = [len(part) for part in full]
+    cut = truncate(full[0], full[1:], options, keep_end=keeps_end(row["form"], options))
     if cut is None:
         return EncodedPair(drop=TOO_LONG, lengths=lengths)
     prompt_ids, response_ids = cut
-    kept_scored = [
-        marks and marks[: len(kept)] for marks, kept in zip(scored, response_ids, strict=False)
+    scored = [
+        response.scored and response.scored[: len(ids)]
+        for response, ids in zip(responses, response_ids, strict=True)
     ]
-    if not all(marks is None or any(marks) for marks in kept_scored):
+    if not all(marks is None or any(marks) for marks in scored):
         return EncodedPair(drop=NOTHING_SCORED, lengths=lengths)
-    kept_weights = [
-        align_weights(
-            weights[side],
-            len(kept),
-            options.eos_weight,
-            has_eos=options.weights_have_eos and row["chosen_weights"] is not None,
-        )
-        for side, kept in enumerate(response_ids[: len(weights)])
+    has_eos = options.weights_have_eos and row["chosen_weights"] is not None
+    weights = [
+        align_weights(response.weights, len(ids), options.eos_weight, has_eos=has_eos)
+        for response, ids in zip(responses, response_ids, strict=True)
+        if response.weights is not None
     ]
-    remarks |= _cut_remarks((prompt, *full), (prompt_ids, *response_ids))
+    remarks = (
+        Remark(row["remarks"]) | tokens.remarks | _cut_remarks(full, (prompt_ids, *response_ids))
+    )
+    if weights and row["chosen_weights"] is None:
+        remarks |= Remark.NO_WEIGHTS
     return EncodedPair(
         prompt_ids,
         response_ids,
-        kept_weights,
+        weights,
         remarks,
         note=tokens.note,
         lengths=lengths,
-        scored=[None if marks is None or all(marks) else marks for marks in kept_scored],
+        scored=[None if marks is None or all(marks) else marks for marks in scored],
     )
 
 
+class _Response(NamedTuple):
+    """A response as the file has it, whole and without EOS."""
+
+    ids: list[int]
+    scored: Scored
+    weights: list[float] | None
+    """Prepared; None where the loss knows none."""
+
+
+def _responses(row: dict[str, Any], tokens: RowTokens, options: EncodeOptions) -> list[_Response]:
+    weights: Sequence[list[float] | None] = [None] * len(tokens.responses)
+    if options.weighted:
+        check_weights_digest(row, tokens.prompt, tokens.responses, options)
+        weights = response_weights(row, tokens, options)
+    # a row of texts has marks of two responses, in SFT as well
+    scored = tokens.scored[: len(tokens.responses)]
+    return list(map(_Response, tokens.responses, scored, weights))
+
+
 def check_weights_digest(
-    row: dict[str, Any], prompt: list[int], responses: list[list[int]], options: EncodeOptions
+    row: dict[str, Any], prompt: list[int], responses: Sequence[list[int]], options: EncodeOptions
 ) -> None:
     """Refuse estimated weights that stand beside other tokens than those they belong to.
 
@@ -180,21 +194,21 @@ def check_weights_digest(
 
 
 def response_weights(
-    row: dict[str, Any], lengths: list[int], options: EncodeOptions, *, scored: Sequence[Scored]
+    row: dict[str, Any], tokens: RowTokens, options: EncodeOptions
 ) -> list[list[float]]:
     """Prepared weights of chosen and rejected as the file has them; ones where it has none.
 
     Args:
         row: A checked row.
-        lengths: Tokens of the two untruncated responses, without EOS.
+        tokens: Of its two responses. Those that are not in the loss weigh 0, and the transform does
+            not see their weights.
         options: Transform and seed.
-        scored: Which tokens are in the loss: the others weigh 0, and the transform does not see
-            their weights.
 
     Raises:
         RowError: a list is not as long as its response.
     """
     chosen, rejected = row["chosen_weights"], row["rejected_weights"]
+    lengths = [len(response) for response in tokens.responses]
     num_eos = int(options.weights_have_eos)
     if chosen is None:
         return [[1.0] * length for length in lengths]
@@ -212,7 +226,7 @@ def response_weights(
     sides = (chosen, rejected)
     marks = [
         [True] * len(weights) if of_side is None else of_side[: len(weights)]
-        for weights, of_side in zip(sides, scored, strict=True)
+        for weights, of_side in zip(sides, tokens.scored, strict=True)
     ]
     learned = [list(compress(weights, kept)) for weights, kept in zip(sides, marks, strict=True)]
     prepared = prepare_weights(
@@ -229,7 +243,7 @@ def response_weights(
 
 
 def truncate(
-    prompt: list[int], responses: list[list[int]], options: EncodeOptions, *, keep_end: bool
+    prompt: list[int], responses: Sequence[list[int]], options: EncodeOptions, *, keep_end: bool
 ) -> tuple[list[int], list[list[int]]] | None:
     """Cut prompt and responses so that prompt + response fits `max_length` (option `truncation`).
 
@@ -251,7 +265,7 @@ def truncate(
     """
     longest = max(map(len, responses))
     if len(prompt) + longest <= options.max_length:
-        return prompt, responses
+        return prompt, list(responses)
     if options.truncation == "drop":
         return None
     if len(prompt) > options.max_prompt_length:

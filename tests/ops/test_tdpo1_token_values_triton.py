@@ -107,8 +107,7 @@ def test_a_reference_of_16_bits_rounds_nothing_of_a_policy_in_float32(mode, monk
 @both_routes
 @pytest.mark.parametrize("heads", ["one", "two"])
 def test_a_row_has_the_same_bits_in_every_mode(route, heads):
-    _, V, D = SHAPES[route]
-    N = 150
+    N, V, D = SHAPES[route]
     policy = tuple(leaf.detach() for leaf in random_head(N, V, D, torch.bfloat16))
     reference = nearby(policy)
     if heads == "one":

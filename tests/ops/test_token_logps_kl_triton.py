@@ -57,10 +57,9 @@ def force(mode, monkeypatch):
     monkeypatch.setattr(token_logps_kl_triton, "choose_mode", lambda heads, needs_grad: mode)
 
 
-def models(route, *, num_rows=None, dtype=torch.float32, near=None, bias=True):
+def models(route, *, dtype=torch.float32, near=None, bias=True):
     """Leaves of the policy, tensors of the reference, targets."""
     N, V, D, D_reference = SHAPES[route]
-    N = num_rows or N
     policy = [leaf.detach().to(DEVICE) for leaf in random_head(N, V, D, dtype)]
     if near is None:
         reference = [t.detach().to(DEVICE) for t in random_head(N, V, D_reference, dtype, seed=1)]
@@ -217,7 +216,7 @@ def test_a_small_workspace_changes_the_tiles_and_not_the_result(route, mode, mon
 
 @cases(route=SHAPES, direction=DIRECTIONS, transform=TRANSFORMS)
 def test_a_row_has_the_same_bits_in_every_mode(route, direction, transform):
-    policy, reference, target_N = models(route, num_rows=150, dtype=torch.bfloat16, near=0.02)
+    policy, reference, target_N = models(route, dtype=torch.bfloat16, near=0.02)
     options = TRANSFORMS[transform]
     transform = options.get("logit_scale", 1.0), options.get("logit_softcap")
     heads = tuple(

@@ -184,8 +184,7 @@ def test_a_row_alone_is_the_same_row_among_2048(route, monkeypatch):
 @pytest.mark.parametrize("transform", ["plain", "softcap"])
 def test_a_row_has_the_same_bits_in_every_mode(route, transform, monkeypatch):
     """A policy with gradients and its reference without begin at a log-ratio of exactly zero."""
-    _, V, D = SHAPES[route]
-    (input, weight, bias), _, target_N, _ = case(150, V, D, dtype=torch.bfloat16)
+    (input, weight, bias), _, target_N, _ = case(*SHAPES[route], dtype=torch.bfloat16)
     head = token_logps_triton.Head(
         input.detach(),
         weight.detach(),
