@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -19,7 +18,7 @@ import pyarrow
 import xxhash
 from datasets.exceptions import DatasetGenerationError
 
-from fastpref.complete_files import complete_file, share
+from fastpref.complete_files import complete_file, remove, share
 from fastpref.errors import CheckpointError, DataError, FastprefError
 from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
@@ -165,49 +164,70 @@ def is_of_cache(error: OSError, folder: str) -> bool:
 
 
 def made_whole(
-    sums: Path, make: Callable[[], datasets.Dataset], *, with_folder: bool = False
+    sums: Path, make: Callable[[], datasets.Dataset], *, files: str, described: bool = False
 ) -> datasets.Dataset:
     """A dataset of files as they were written: those in the cache, or new ones.
 
     A list of them tells their digests: Arrow takes what a disk damaged for other tokens, or ends
-    the process.
+    the process. What is in no list was perhaps never on the disk: it is made again.
 
     Args:
-        sums: The list of its files, to read and to write. Where there is none they are taken as
-            they are.
+        sums: The list of its files, to read and to write.
         make: Finds them in the cache, or writes them.
-        with_folder: They have a folder to themselves, and a damaged one goes with all of it.
+        files: What the names are like, as a pattern, of all that is made beside the list, and of
+            nothing else.
+        described: Whether `datasets` describes them in a file beside them.
     """
-    listed = _read(sums)
-    if _damaged(listed):
-        _remove_damaged(sums, with_folder=with_folder)
-        listed = _read(sums)
-    dataset = make()
-    paths = {Path(file["filename"]).absolute() for file in dataset.cache_files}
-    if with_folder:
-        paths |= {path.with_name(DESCRIPTION) for path in paths}
-    if not paths <= listed.keys():
-        _write(sums, listed | {path: _digest(path) for path in paths})
+    if _is_whole(sums):
+        return make()
+    with _alone(sums) as is_alone:
+        # another process may have made them in the meantime
+        if _is_whole(sums):
+            return make()
+        damaged = _damaged(_read(sums))
+        if damaged is not None:
+            logger.warning("%s is damaged or gone, and is made again", damaged)
+        if damaged is not None or is_alone:
+            _remove(sums, files)
+        dataset = make()
+        paths = {Path(file["filename"]).absolute() for file in dataset.cache_files}
+        if described:
+            paths |= {path.with_name(DESCRIPTION) for path in paths}
+        _write(sums, {path: _digest(path) for path in paths})
     return dataset
 
 
-def _remove_damaged(sums: Path, *, with_folder: bool) -> None:
-    """Remove the files of a list of which one is damaged, and the list; of processes that find it
-    so at once the first, as the next may already make them again."""
-    with suppress(FileNotFoundError), sums.open("r+", encoding="utf-8") as lock:
-        # a file system without locks: then such processes may remove what another has made
+@contextmanager
+def _alone(sums: Path) -> Iterator[bool]:
+    """While entered, no other process makes the files of a list, if that can be had."""
+    is_alone = False
+    with ExitStack() as held:
+        # a cache that may only be read; a file system without locks
         with suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        listed = _read(sums)
-        damaged = _damaged(listed)
-        if damaged is None:
-            return
-        logger.warning("%s is damaged or gone, and is made again", damaged)
-        for path in listed:
-            path.unlink(missing_ok=True)
-            if with_folder:
-                shutil.rmtree(path.parent, ignore_errors=True)
-        sums.unlink()
+            sums.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(sums.with_suffix(".lock").open("a", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: waiting for the process that makes its files", sums)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            is_alone = True
+        yield is_alone
+
+
+def _remove(sums: Path, files: str) -> None:
+    """Remove a list and what it is of, as far as that may be."""
+    with suppress(OSError):
+        # what is left without a list is not believed
+        sums.unlink(missing_ok=True)
+        for path in sums.parent.glob(files):
+            remove(path)
+
+
+def _is_whole(sums: Path) -> bool:
+    """Whether there is a list, and its files are what their digests say."""
+    listed = _read(sums)
+    return bool(listed) and _damaged(listed) is None
 
 
 def _damaged(listed: dict[Path, str]) -> Path | None:
@@ -220,12 +240,13 @@ def _read(sums: Path) -> dict[Path, str]:
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(sums.read_text(encoding="utf-8"))
         if content["sum"] == _sum_of(content["files"]):
-            return {Path(name): digest for name, digest in content["files"].items()}
+            return {sums.parent / name: digest for name, digest in content["files"].items()}
     return {}
 
 
 def _write(sums: Path, digests: dict[Path, str]) -> None:
-    files = {str(path): digest for path, digest in digests.items()}
+    folder = sums.parent.absolute()
+    files = {os.path.relpath(path, folder): digest for path, digest in digests.items()}
     # a cache that may only be read has none
     with suppress(CheckpointError), complete_file(sums) as file:
         json.dump({"files": files, "sum": _sum_of(files)}, file)

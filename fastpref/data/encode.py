@@ -179,8 +179,8 @@ def encode_source(
         if not dataset.cache_files:
             # in memory, and so is what is made of them
             return dataset, encode()
-        beside = Path(dataset.cache_files[0]["filename"])
-        encoded = made_whole(beside.with_name(f"cache-{fingerprint}.sums"), encode)
+        sums = Path(dataset.cache_files[0]["filename"]).with_name(f"cache-{fingerprint}.sums")
+        encoded = made_whole(sums, encode, files=f"cache-{fingerprint}*.arrow")
     return dataset, encoded
 
 

@@ -165,16 +165,19 @@ def _checked_rows(
             # judged afterwards, whatever the cache holds
             "options": replace(options.read, max_dropped=0.0),
         }
+        # all of it in a folder of its own
+        folder = Path(cache_folder(cache_dir), f"fastpref-{Hasher.hash(read)}")
         dataset = made_whole(
-            Path(cache_folder(cache_dir), f"fastpref-{Hasher.hash(read)}.sums"),
+            folder.with_name(f"{folder.name}.sums"),
             lambda: datasets.Dataset.from_generator(
                 generate_rows,
                 features=FEATURES,
-                cache_dir=cache_dir,
+                cache_dir=str(folder),
                 split=datasets.NamedSplit(location.split),
                 gen_kwargs=read,
             ),
-            with_folder=True,
+            files=folder.name,
+            described=True,
         )
     return dataset, state
 

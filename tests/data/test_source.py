@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import pyarrow
 import pyarrow.parquet
@@ -335,14 +336,16 @@ def test_what_is_no_fault_of_the_cache_is_not_blamed_on_it(tmp_path):
             file.write(b"")
 
 
-def test_a_damaged_cache_is_named(tmp_path):
+def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
     write_jsonl(folder(tmp_path), "train", pairs(3))
     read(tmp_path)
     for cached in (tmp_path / "cache").rglob("*.arrow"):
         cached.write_bytes(cached.read_bytes()[:100])
-    # a process was killed before it had listed what it wrote
+    # a process was killed before it had listed what it wrote, to a disk without locks
     for sums in (tmp_path / "cache").rglob("*.sums"):
         sums.unlink()
+    no_locks = MagicMock(**{"flock.side_effect": OSError(errno.ENOLCK, "No locks available")})
+    monkeypatch.setattr("fastpref.data.cache.fcntl", no_locks)
     assert "delete what is damaged there" in refusal(tmp_path)
 
 
