@@ -1,5 +1,6 @@
 """Files that appear under their name when they are complete, and never before."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -124,6 +125,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # a file system may do so for files alone
+        if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

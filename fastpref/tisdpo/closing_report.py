@@ -38,15 +38,20 @@ def describe_weights(reports: list[WeightsReport]) -> str:
 
 
 def link_model(run_dir: Path, last: Stage) -> None:
-    """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's."""
+    """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's, where
+    the file system has links."""
     for name in (EXPORT_FOLDER, MERGED_FOLDER):
         link = run_dir / name
         if link.is_dir() and not link.is_symlink():
             logger.info("%s stays: a copy that followed links has the model itself there", link)
             continue
-        link.unlink(missing_ok=True)
-        if (run_dir / last.name / name).is_dir():
-            link.symlink_to(Path(last.name) / name)
+        model = Path(last.name, name)
+        try:
+            link.unlink(missing_ok=True)
+            if (run_dir / model).is_dir():
+                link.symlink_to(model)
+        except OSError as error:
+            logger.warning("%s is no link to %s: %s", link, run_dir / model, error.strerror)
 
 
 def print_report(run_dir: Path, stages: list[Stage]) -> None:
@@ -61,8 +66,9 @@ def print_report(run_dir: Path, stages: list[Stage]) -> None:
         table.add_row(stage.name, record["what"], record["result"], f"{record['seconds']:.0f}")
     table.add_section()
     table.add_row("all", "", "", f"{total:.0f}")
+    models = (run_dir / EXPORT_FOLDER, run_dir / stages[-1].name / EXPORT_FOLDER)
     paths = {
-        "model": run_dir / EXPORT_FOLDER,
+        "model": next((path for path in models if path.is_dir()), models[0]),
         "curves": run_dir / stages[-1].name / "curves.png",
         "weights": run_dir / "weights" / stages[-1].config.datasets[0] / "weights.html",
     }

@@ -1,5 +1,6 @@
 """All stages of TIS-DPO in one command: killed anywhere, it goes on and loses nothing finished."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -8,7 +9,9 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from fastpref.cli.overrides import read_config
 from fastpref.config import Config
 from fastpref.errors import ConfigError
 from fastpref.model import loading
+from fastpref.tisdpo.closing_report import link_model
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
 from fastpref.train import data
@@ -324,6 +328,16 @@ def test_the_sft_recipe_runs_to_the_end(base, tmp_path):
 
 def _run_on_rank(arguments: list[str]) -> None:
     assert run(arguments) == 0
+
+
+def test_a_file_system_without_links_leaves_the_model_in_its_stage(tmp_path, monkeypatch, caplog):
+    model = tmp_path / "policy" / "LATEST"
+    model.mkdir(parents=True)
+    no_links = Mock(side_effect=OSError(errno.EPERM, "Operation not permitted"))
+    monkeypatch.setattr(os, "symlink", no_links)
+    link_model(tmp_path, SimpleNamespace(name="policy"))
+    said = f"{tmp_path / 'LATEST'} is no link to {model}: Operation not permitted"
+    assert [record.getMessage() for record in caplog.records] == [said]
 
 
 def test_two_ranks_share_every_stage(base, tmp_path):

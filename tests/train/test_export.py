@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -380,3 +381,23 @@ def test_a_model_that_the_disk_refuses_in_the_end_takes_no_other_s_place(tmp_pat
         (partial / "weights").write_text("new")
     assert (folder / "weights").read_text() == "old"
     assert os.listdir(tmp_path) == ["LATEST"]
+
+
+def test_a_file_system_that_brings_files_alone_to_the_disk_takes_a_model(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.is_dir() or path.name == "refused":
+            raise OSError(errno.EINVAL, "Invalid argument")
+        synced.append(path.name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name, outcome in (
+        ("weights", nullcontext()),
+        ("refused", pytest.raises(CheckpointError, match="Invalid argument")),
+    ):
+        with outcome, complete_folder(tmp_path / "LATEST") as partial:
+            (partial / "folder").mkdir(parents=True)
+            (partial / name).write_text("new")
+    assert synced == ["weights"] and (tmp_path / "LATEST" / "weights").is_file()
