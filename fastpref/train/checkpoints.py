@@ -119,7 +119,11 @@ class Checkpoints:
     def _hear(self, reports: list[SaveReport]) -> None:
         for report in reports:
             self._error = report.error
-            self._deadline.expect(2 * (report.standstill_seconds + report.write_seconds))
+            seconds = report.standstill_seconds
+            if self._store.asynchronous:
+                seconds += report.write_seconds
+            # as long again for the model
+            self._deadline.expect(2 * seconds)
             if self._run.world.is_main:
                 say(report)
 

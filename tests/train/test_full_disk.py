@@ -3,12 +3,14 @@
 
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
 import train
 from fastpref.checkpoint.folders import find_newest
+from fastpref.checkpoint.store import SaveReport
 from fastpref.cli.command_line import main
 from fastpref.train import checkpoints, loop
 
@@ -77,3 +79,16 @@ def test_a_copy_that_the_host_may_not_hold_is_not_made(monkeypatch):
         assert checkpoints.writes_beside("async", num_bytes, pinned=pinned)
         assert not checkpoints.writes_beside("sync", num_bytes, pinned=pinned)
     assert checkpoints.writes_beside("auto", 12, pinned=True)
+
+
+def test_a_deadline_is_told_once_of_a_save_that_training_waits_for():
+    report = SaveReport(
+        step=1, folder=Path("step"), num_bytes=0, standstill_seconds=6.0, write_seconds=5.0
+    )
+    for asynchronous, seconds in ((True, 22.0), (False, 12.0)):
+        deadline = Mock()
+        saves = Mock(_deadline=deadline)
+        saves._run.world.is_main = False
+        saves._store.asynchronous = asynchronous
+        checkpoints.Checkpoints._hear(saves, [report])
+        deadline.expect.assert_called_once_with(seconds)
