@@ -14,6 +14,7 @@ from fastpref.checks import listed
 from fastpref.distributed import World, beat_key, end_key
 from fastpref.errors import DistributedError, FastprefError, LostRankError, RankError, first_line
 from fastpref.explanations import explain
+from fastpref.signals import quit_saying
 
 logger = logging.getLogger("fastpref")
 
@@ -28,7 +29,8 @@ STORE_SECONDS = 5.0
 QUERY_SECONDS, WATCH_SECONDS = 0.001, 1.0
 """Between two questions whether a GPU is done, and how the other ranks are."""
 LOST_SECONDS = 30.0
-"""Without a beat of a rank that a GPU may be waiting for."""
+"""Without a beat of a rank that a GPU may be waiting for; and until a host that does not hear of it
+is ended."""
 
 
 class Heartbeat:
@@ -46,6 +48,8 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         if self._world.size > 1:
             self._thread.start()
+            if self._world.device.type == "cuda":
+                threading.Thread(target=self.end_if_stuck, name="watch", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,6 +154,26 @@ class Heartbeat:
             except (dist.DistError, RuntimeError):
                 return
 
+    def end_if_stuck(self) -> None:
+        """End the process where a rank has ended, the GPU waits for it, and the host for the GPU.
+
+        A host launches as many kernels as a queue takes, then waits in the next launch, where it
+        asks for nothing and hears no signal. There is nothing to save: a step is not done, and no
+        checkpoint is made without the other rank.
+        """
+        watch, idle = Watch(self._world), time.monotonic()
+        while not self._ended.wait(WATCH_SECONDS):
+            try:
+                error = watch.look()
+            except (dist.DistError, RuntimeError) as gone:
+                error = LostRankError(f"the ranks' store is gone: {first_line(gone)}")
+            if error is None or torch.cuda.default_stream(self._world.device).query():
+                idle = time.monotonic()
+            elif time.monotonic() - idle > LOST_SECONDS:
+                cause = self.close(error)
+                assert isinstance(cause, FastprefError)
+                quit_saying(cause)
+
     def _others(self) -> list[int]:
         return [rank for rank in range(self._world.size) if rank != self._world.rank]
 
@@ -169,6 +193,33 @@ class Heartbeat:
         return silent
 
 
+class Watch:
+    """What a rank looks at while it waits: whether one has ended, and another's beats.
+
+    Args:
+        world: The ranks, and the store that they share.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        # each rank looks after one, whatever their number
+        self._watched, self._last = (world.rank + 1) % world.size, ""
+        self._heard = time.monotonic()
+
+    def look(self) -> DistributedError | None:
+        """That a rank ended, which one and why; or that the next one shows no sign of life."""
+        world, now = self._world, time.monotonic()
+        first = world.look_up(ENDED)
+        if first:
+            return DistributedError(f"rank {first} ended: {world.look_up(end_key(int(first)))}")
+        beat = world.look_up(beat_key(self._watched))
+        if beat != self._last:
+            self._last, self._heard = beat, now
+        elif now - self._heard > LOST_SECONDS:
+            return LostRankError(f"a GPU waits, with no word of rank {self._watched}")
+        return None
+
+
 def await_device(world: World) -> None:
     """Wait for what a GPU computes, before a number of it is fetched.
 
@@ -183,20 +234,12 @@ def await_device(world: World) -> None:
         return
     done = torch.cuda.Event()
     done.record()
-    asked = heard = time.monotonic()
-    # each rank looks after one, whatever their number
-    watched, last = (world.rank + 1) % world.size, ""
+    watch, asked = Watch(world), time.monotonic()
     while not done.query():
         time.sleep(QUERY_SECONDS)
-        now = time.monotonic()
-        if now - asked < WATCH_SECONDS:
+        if time.monotonic() - asked < WATCH_SECONDS:
             continue
-        asked = now
-        first = world.look_up(ENDED)
-        if first:
-            raise DistributedError(f"rank {first} ended: {world.look_up(end_key(int(first)))}")
-        beat = world.look_up(beat_key(watched))
-        if beat != last:
-            last, heard = beat, now
-        elif now - heard > LOST_SECONDS:
-            raise LostRankError(f"a GPU waits, with no word of rank {watched}")
+        asked = time.monotonic()
+        error = watch.look()
+        if error is not None:
+            raise error

@@ -5,6 +5,9 @@ import logging
 import os
 import queue
 import threading
+import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -17,9 +20,12 @@ logger = logging.getLogger("fastpref")
 # what torch.distributed exports without telling type checkers
 stores: Any = dist
 
+ANSWER_SECONDS = 0.05
+"""Between two looks of rank 0 for those that call it."""
+
 
 def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """The store at MASTER_ADDR:MASTER_PORT that the ranks meet in.
+    """Where the ranks meet at MASTER_ADDR:MASTER_PORT, with nothing there of an earlier start.
 
     Args:
         timeout: How long to wait for those that may have died before they came.
@@ -34,9 +40,7 @@ def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
     def meet() -> None:
         try:
             store = _open_store(rank, size, timeout)
-            store.set(f"come {rank}", "")
-            await_all(store, size, timeout)
-            found.put((store, None))
+            found.put((_part_of_this_start(store, rank, size, timeout), None))
         except Exception as error:
             found.put((None, error))
 
@@ -67,16 +71,60 @@ def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
     )
 
 
-def await_all(store: Any, size: int, timeout: datetime.timedelta) -> None:
-    """Wait until every rank has come: the store is there before all of them are.
+def _part_of_this_start(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    """The part of a store that the ranks of this start have to themselves.
+
+    The store of a torchrun outlives the ranks that it starts again, and has all that they said. So
+    a rank calls under a name that none had before, and rank 0 answers with the name of the part.
 
     Raises:
-        RankError: not all came in time; which did not.
+        RankError: not every rank came; which did not.
     """
-    keys = [f"come {rank}" for rank in range(size)]
+    own = uuid.uuid4().hex
+    if rank == 0:
+        part = stores.PrefixStore(own, store)
+        part.set(_came(0), "")
+        _answer(store, part, own, size, timeout)
+        return part
+    store.set(f"call {rank}", own)
+    _wait_for([0], [f"answer {own}"], store, timeout)
+    part = stores.PrefixStore(store.get(f"answer {own}").decode(), store)
+    part.set(_came(rank), "")
+    _wait_for(range(size), [_came(rank) for rank in range(size)], part, timeout)
+    return part
+
+
+def _answer(store: Any, part: Any, name: str, size: int, timeout: datetime.timedelta) -> None:
+    """Tell the other ranks the name of the part, until all are there."""
+    deadline = time.monotonic() + timeout.total_seconds()
+    answered: set[str] = set()
+    away = list(range(1, size))
+    while away := [rank for rank in away if not part.check([_came(rank)])]:
+        if time.monotonic() > deadline:
+            raise _not_come(away, timeout)
+        for rank in away:
+            call = store.get(f"call {rank}").decode() if store.check([f"call {rank}"]) else name
+            if call not in (name, *answered):
+                store.set(f"answer {call}", name)
+                answered.add(call)
+        time.sleep(ANSWER_SECONDS)
+
+
+def _wait_for(
+    ranks: Sequence[int], keys: list[str], store: Any, timeout: datetime.timedelta
+) -> None:
+    """Until ranks have set their keys."""
     try:
         store.wait(keys, timeout)
     except dist.DistError:
-        missing = [f"rank {rank}" for rank, key in enumerate(keys) if not store.check([key])]
-        seconds = timeout.total_seconds()
-        raise RankError(f"{listed(missing)} did not come in {seconds:.0f} s") from None
+        pairs = zip(ranks, keys, strict=True)
+        raise _not_come([rank for rank, key in pairs if not store.check([key])], timeout) from None
+
+
+def _came(rank: int) -> str:
+    return f"come {rank}"
+
+
+def _not_come(ranks: Sequence[int], timeout: datetime.timedelta) -> RankError:
+    names = listed([f"rank {rank}" for rank in ranks])
+    return RankError(f"{names} did not come in {timeout.total_seconds():.0f} s")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -360,6 +361,27 @@ def test_a_rank_does_not_wait_for_a_gpu_that_waits_for_one_that_has_ended(monkey
         await_device(on_gpu(world_of(0, store)))
 
 
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_host_that_waits_in_a_launch_for_a_rank_that_has_ended_is_ended(monkeypatch, busy):
+    store = dist.HashStore()
+    Heartbeat(world_of(1, store)).say_why(RankMemoryError("out of memory in 256 tokens at once"))
+    heart, ended = Heartbeat(on_gpu(world_of(0, store))), []
+    monkeypatch.setattr(heartbeat, "WATCH_SECONDS", 0.01)
+    monkeypatch.setattr(heartbeat, "LOST_SECONDS", 0.1)
+    # one that computes nothing may be writing what was computed
+    stream = SimpleNamespace(query=lambda: not busy)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: stream)
+
+    def end(error: DistributedError) -> None:
+        ended.append(str(error))
+        heart._ended.set()
+
+    monkeypatch.setattr(heartbeat, "quit_saying", end)
+    threading.Timer(0.5, heart._ended.set).start()
+    heart.end_if_stuck()
+    assert ended == ["rank 1 ended: out of memory in 256 tokens at once"] * busy
+
+
 @pytest.mark.parametrize(
     ("fails", "device", "left"), [(False, "cuda", 1), (True, "cpu", 1), (True, "cuda", 0)]
 )
@@ -434,20 +456,41 @@ def test_a_rank_takes_the_one_gpu_that_its_scheduler_shows_it_or_the_one_of_its_
     assert index_of_gpu(0, 1) == 0
 
 
-def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(monkeypatch):
+@pytest.fixture
+def torchruns_store(monkeypatch) -> dist.TCPStore:
+    """What a torchrun, of this process, keeps for all ranks that it starts."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    return store
+
+
+def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(torchruns_store):
+    seconds = datetime.timedelta(seconds=30)
     with ThreadPoolExecutor() as threads:
-        first = threads.submit(join_store, 0, 2, datetime.timedelta(seconds=30))
+        first = threads.submit(join_store, 0, 2, seconds)
         with pytest.raises(TimeoutError):
             first.result(0.3)
-        join_store(1, 2, datetime.timedelta(seconds=30))
+        join_store(1, 2, seconds)
         assert first.result(30)
     with pytest.raises(RankError, match="rank 2 did not come in 0 s"):
+        join_store(0, 3, datetime.timedelta(seconds=0.1))
+    with pytest.raises(RankError, match="rank 0 did not come in 0 s"):
         join_store(1, 3, datetime.timedelta(seconds=0.1))
+
+
+def test_ranks_that_torchrun_starts_again_hear_nothing_of_the_ones_before(torchruns_store):
+    seconds = datetime.timedelta(seconds=30)
+    with ThreadPoolExecutor() as threads:
+        for _ in range(2):
+            # the second one is there while of rank 0 only the store knows
+            other = threads.submit(join_store, 1, 2, seconds)
+            time.sleep(0.2)
+            parts = join_store(0, 2, seconds), other.result(30)
+            assert not any(part.check(["end 1"]) for part in parts)
+            parts[0].set("end 1", "died")
+            assert parts[1].get("end 1") == b"died"
 
 
 def end_late() -> None:
