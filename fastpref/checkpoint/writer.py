@@ -57,6 +57,9 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
         agreement.each(lambda: _prepare(partial, num_bytes) if is_main else None)
         # its files are on the disk when they are closed
         storage = FileSystemWriter(partial, sync_files=False)
+        if not any(part.is_cuda for part in snapshot.local_parts.values()):
+            # else DCP waits, tensor by tensor, for all that training has a GPU do meanwhile
+            storage.per_thread_copy_ahead = 0
         storage.fs = files = _DirectFiles()
         save(
             snapshot.state.tensors,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_training import SmallTraining, assert_same_state, find_checkpoint, raise_if_failed
+from torch.distributed.checkpoint import filesystem
 
 from fastpref.checkpoint.agreement import Agreement
 from fastpref.checkpoint.folders import Best
@@ -81,6 +82,15 @@ def test_training_may_go_on_while_its_state_is_written(world, agreement, tmp_pat
                 parameter.zero_()
     load_newest(tmp_path, agreement, training)
     assert_same_state(training.whole_state(), expected)
+
+
+def test_who_writes_copies_does_not_wait_for_what_training_has_a_gpu_do(
+    world, agreement, tmp_path, monkeypatch
+):
+    # of torch; for each 10 MB it waits for the stream that training computes on
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    save_once(tmp_path, agreement, SmallTraining(world), 0, asynchronous=True)
 
 
 def test_a_forward_without_backward_leaves_nothing_gathered_in_the_checkpoint(
