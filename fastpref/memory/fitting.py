@@ -10,6 +10,7 @@ from fastpref.batch import EncodedRow
 from fastpref.config import TrainingOptions
 from fastpref.distributed import World
 from fastpref.errors import MemoryExhaustedError, RankMemoryError, is_out_of_memory
+from fastpref.heartbeat import await_device
 from fastpref.memory.here import available_bytes, device_here, with_loaded_models
 from fastpref.memory.plan import GIB, MemoryPlan
 from fastpref.memory.planning import (
@@ -123,6 +124,8 @@ class Fitting:
         try:
             losses, _ = self.step_loss.compute(batch, 0)
             losses.sum().backward()
+            # another rank may have had no memory
+            await_device(world)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -11,6 +11,7 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.layouts import RowLayout, in_groups
 from fastpref.distributed import World
+from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.progress import ScoringProgress
@@ -93,8 +94,9 @@ class Ranks:
     def _score(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
         """Those of some rows at once."""
         batch = self.layout.build_rows(rows, pad_token_id=self.pad_token_id)
-        logps_N = self.scorer(batch.to(self.world.device)).float().cpu().numpy()
-        return split_sequences(logps_N, batch)
+        logps_N = self.scorer(batch.to(self.world.device)).float()
+        await_device(self.world)
+        return split_sequences(logps_N.cpu().numpy(), batch)
 
 
 def split_sequences(logps_N: NDArray[np.float32], batch: Batch) -> list[PairLogps]:

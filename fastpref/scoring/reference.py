@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +74,8 @@ class ReferenceScoring:
     about: dict[str, Any]
     """What the numbers belong to, in words."""
     deadline: Deadline
+    await_device: Callable[[], None] = lambda: None
+    """Called before a number is fetched from the device."""
 
     def complete(self, visits: Sequence[tuple[Loader, Sequence[Visit]]]) -> None:
         """Score and save every row that is missing.
@@ -167,7 +169,9 @@ class ReferenceScoring:
         for micro_batch, part_N in zip(computed.micro_batches, parts, strict=True):
             scored = torch.from_numpy(columns.responses(micro_batch.rows).flat())
             logps[scored.to(world.device)] = part_N
-        values = world.sum(logps).cpu().numpy()
+        world.sum(logps)
+        self.await_device()
+        values = logps.cpu().numpy()
         self._check(loader, visit, columns, values)
         self.cache.add(columns, values)
 

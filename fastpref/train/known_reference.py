@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from fastpref.data.cache import code_digest
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
+from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring, first_visits
@@ -91,6 +93,7 @@ def know_reference(
         about={"model": origin.model.name_or_path, **facts},
         # rows are saved in no time
         deadline=Deadline(deadline_seconds),
+        await_device=partial(await_device, world),
     )
     scoring.complete(visits)
     train, held_out = loaders

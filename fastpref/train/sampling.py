@@ -14,6 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from fastpref.batches.loader import pad_token_id
 from fastpref.complete_files import append_whole
 from fastpref.distributed import World
+from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import OwnReference
 from fastpref.model.scorer import TokenScorer
@@ -55,7 +56,9 @@ def sample_responses(
         "pad_token_id": pad,
         "eos_token_id": tokenizer.eos_token_id,
         "synced_gpus": world.size > 1,
-        "stopping_criteria": StoppingCriteriaList([StopOnSignal(stop)] if world.size == 1 else []),
+        "stopping_criteria": StoppingCriteriaList(
+            [StopOnSignal(stop) if world.size == 1 else AwaitDevice(world)]
+        ),
     }
 
     def sample_chunk(chunk: Sequence[Sequence[int]]) -> list[str]:
@@ -94,6 +97,17 @@ class StopOnSignal(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         return torch.full((len(input_ids),), self._stop.requested, device=input_ids.device)
+
+
+class AwaitDevice(StoppingCriteria):
+    """Ends nothing: waits for a token before `generate` fetches whether all ranks have theirs."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        await_device(self._world)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def write_samples(path: Path, step: int, examples: int, samples: Sequence[dict[str, str]]) -> None:

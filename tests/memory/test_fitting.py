@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from ranks import run_on_ranks
 from stopped_runs import run, small_command
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 
-from fastpref.distributed import init_world
+from fastpref.distributed import World, init_world
+from fastpref.errors import LostRankError
 from fastpref.memory import fitting
-from fastpref.memory.fitting import agreed_tokens
+from fastpref.memory.fitting import Fitting, agreed_tokens
 from fastpref.memory.here import available_bytes, resident_bytes
 from fastpref.memory.plan import GIB, Device
 
@@ -75,3 +77,18 @@ def test_the_memory_of_a_rank_is_its_share_of_the_machine(monkeypatch):
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert available_bytes(torch.device("cpu")) <= physical // 4 + resident_bytes()
+
+
+def test_a_trial_that_waits_for_a_rank_without_memory_hears_of_it(monkeypatch):
+    """As the host does not, once it asks for the memory that the trial has left."""
+
+    def lost(world: World) -> None:
+        raise LostRankError("a GPU waits, with no word of rank 1")
+
+    monkeypatch.setattr(fitting, "await_device", lost)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    trial = Mock(training=Mock(caches_reference=False))
+    trial.step_loss.compute.return_value = torch.zeros(1, requires_grad=True), {}
+    with pytest.raises(LostRankError):
+        Fitting._peak(trial, [], 256)
+    trial.policy.forget_gradients.assert_not_called()

@@ -29,15 +29,17 @@ from fastpref import deadline
 from fastpref.batch import EncodedRow
 from fastpref.batches.padded import pad_rows
 from fastpref.config import DataConfig, ModelConfig, PackingConfig, SFTConfig
-from fastpref.distributed import init_world
+from fastpref.distributed import World, init_world
 from fastpref.errors import (
     CheckpointError,
     ConfigError,
     DataError,
     InterruptionError,
+    LostRankError,
     PreemptionError,
 )
 from fastpref.model.files.identity import side_model
+from fastpref.scoring import ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.side import check_finite
 from fastpref.tisdpo import weight_rows
@@ -248,6 +250,16 @@ def test_two_ranks_write_the_file_of_one(models, tmp_path, batch_size):
     for a, b in zip(written_rows(config), alone, strict=True):
         assert a["chosen_weight"] == pytest.approx(b["chosen_weight"], abs=1e-5)
         assert a["rejected_weight"] == pytest.approx(b["rejected_weight"], abs=1e-5)
+
+
+def test_no_number_is_fetched_from_a_gpu_that_waits_for_a_lost_rank(models, tmp_path, monkeypatch):
+    def lost(world: World) -> None:
+        raise LostRankError("a GPU waits, with no word of rank 1")
+
+    monkeypatch.setattr(ranks, "await_device", lost)
+    write_rows(tmp_path / "data" / "rows", "train", text_rows(3))
+    with pytest.raises(LostRankError):
+        run(make_config(models, tmp_path))
 
 
 def test_a_template_puts_its_role_sentence_before_the_prompt(models, tmp_path):

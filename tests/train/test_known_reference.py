@@ -26,9 +26,12 @@ from tiny_models import (
 from fastpref import deadline
 from fastpref.batches.columns import EncodedColumns
 from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
+from fastpref.distributed import World
+from fastpref.errors import LostRankError
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring
 from fastpref.scoring.row_cache import RowCache, row_digests
+from fastpref.train import known_reference
 
 SPLITS = {"train": 24, "test": 10}
 LOSSES = {
@@ -306,6 +309,17 @@ def test_memory_that_runs_out_costs_nothing(base, tmp_path, capsys, monkeypatch)
     assert run(cached(base, tmp_path, "run", "loss=dpo")) == 0
     assert failed[0].failed and "computing them again" in capsys.readouterr().err
     assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "online"), rel=1e-6)
+
+
+def test_no_number_is_fetched_from_a_gpu_that_waits_for_a_lost_rank(
+    base, tmp_path, capsys, monkeypatch
+):
+    def lost(world: World) -> None:
+        raise LostRankError("a GPU waits, with no word of rank 1")
+
+    monkeypatch.setattr(known_reference, "await_device", lost)
+    assert run(cached(base, tmp_path, "run", "loss=dpo")) == 7
+    assert "no word of rank 1" in capsys.readouterr().err
 
 
 def test_a_reference_that_is_not_finite_is_named_with_its_row(base, tmp_path, capsys, monkeypatch):

@@ -1,18 +1,21 @@
 """Samples are draws of the model itself, whatever its checkpoint says of generating."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from tiny_models import save_tiny_model
 
-from fastpref.distributed import init_world
+from fastpref.distributed import World, init_world
+from fastpref.errors import LostRankError
 from fastpref.memory.repetition import Repetition
 from fastpref.model.files.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_tokenizer
 from fastpref.signals import StopRequest
+from fastpref.train import sampling
 from fastpref.train.sampling import sample_responses
 
 GENERATIONS = {
@@ -64,3 +67,27 @@ def test_a_generation_config_has_no_part_in_samples(folder, kind):
     )
     dist.destroy_process_group()
     assert samples == draw(model, tokenizer, seed=3)
+
+
+def test_ranks_hear_of_a_lost_one_while_they_sample(folder, monkeypatch):
+    def lost(world: World) -> None:
+        raise LostRankError("a GPU waits, with no word of rank 1")
+
+    monkeypatch.setattr(sampling, "await_device", lost)
+    monkeypatch.setattr(World, "agree_max", lambda self, value: value)
+    world = init_world()
+    try:
+        with pytest.raises(LostRankError):
+            sample_responses(
+                TokenScorer(load_model(find_model(str(folder)), dtype=torch.float32)),
+                PROMPTS,
+                load_tokenizer(str(folder), None),
+                max_length=MAX_LENGTH,
+                batch_size=2,
+                seed=3,
+                world=replace(world, size=2),
+                stop=StopRequest(),
+                repetition=Repetition(num_ranks=2),
+            )
+    finally:
+        dist.destroy_process_group()
