@@ -93,8 +93,8 @@ def parallelize(
         if isinstance(module, FSDPModule):
             # the losses divide by the step's global number of pairs: ranks are summed, not averaged
             module.set_gradient_divide_factor(1.0)
-            if mesh.device_type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)
+            # plain sums, of which gloo and NCCL know all ways; else torch asks for factor times sum
+            module.set_force_sum_reduction_for_comms(True)
     for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
     return scorer
