@@ -60,6 +60,8 @@ def launch_on_every_gpu(
     if hasattr(launch, "shutdown_timeout"):
         # of ranks that a signal stops: seconds to save in; older torch gives them 30
         launch.shutdown_timeout = SAVE_SECONDS
+    # the command torchrun says 1, this function of it nothing: each would start a thread a core
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // num_gpus)))
     # torchrun forgets the ranks' exit codes at a signal that it handles, and it has to have one
     launch.signals_to_handle = signal.SIGQUIT.name
     try:

@@ -217,6 +217,18 @@ def test_the_launcher_says_of_a_signal_what_became_of_the_ranks(tmp_path, monkey
     assert launch_on_every_gpu(1, None) == 4
 
 
+def test_the_ranks_of_a_machine_share_its_cores(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("fastpref.cli.launch.available_cores", lambda: 96)
+    found = []
+    monkeypatch.setattr(
+        "torch.distributed.launcher.api.elastic_launch",
+        lambda *_: lambda *_: found.append(os.environ.get("OMP_NUM_THREADS")),
+    )
+    assert launch_on_every_gpu(8, None) == 0
+    assert found == ["12"]
+
+
 def test_the_launcher_brings_back_one_run(base, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     # as under nohup
