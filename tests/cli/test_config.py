@@ -348,7 +348,7 @@ def test_unknown_keys_are_refused_with_what_was_meant(arguments, message):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("loss=tdpoo", "no such loss, only dpo, .*; nearest: tdpo"),
+        ("loss=tdpoo", f"no such loss, only {', '.join(sorted(LOSSES))}; nearest: tdpo"),
         ("loss=tdpo1", "write loss=tdpo loss.if_tdpo2=false"),
         ("model=pythia", "only blank_model, .*; nearest: pythia28"),
         ("model=Org/Name-7B", "model=blank_model model.name_or_path=Org/Name-7B"),
