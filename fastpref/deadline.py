@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import sys
 import time
 from functools import cache
 
@@ -9,6 +10,8 @@ JOB_END = "SLURM_JOB_END_TIME"
 """Environment variable in which Slurm tells a job when its time is over, in seconds since 1970."""
 JOB_MARGIN = 30
 """Seconds of a job that are left unused: clocks differ, and processes take time to end."""
+_IMPORTED = time.monotonic()
+"""Soon after this process was started."""
 
 
 class Deadline:
@@ -39,7 +42,9 @@ class Deadline:
 
 
 def seconds_since_start() -> float:
-    """Since the command was started."""
+    """Since the command was started; elsewhere than on Linux, since this process was."""
+    if sys.platform != "linux":
+        return time.monotonic() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _start()
 
 

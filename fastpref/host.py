@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 MEMBERSHIP = Path("/proc/self/cgroup")
 """Names the control groups of this process."""
 GROUPS = Path("/sys/fs/cgroup")
@@ -24,9 +26,7 @@ files once and can be dropped at any time."""
 
 def available_memory() -> int:
     """Bytes of the machine that can be had, >= 0: as many as this process's groups leave."""
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, KeyError):
-        room = _numbers(Path("/proc/meminfo"))["MemAvailable:"] * 1024
+    room = int(psutil.virtual_memory().available)
     for group in _groups("memory"):
         for limit, used, droppable in MEMORY_FILES:
             # a group without a limit says "max"

@@ -1,5 +1,9 @@
-"""What a job may take of a machine: no more than its control groups leave it."""
+"""What a job may take of a machine: no more than its control groups leave it; a machine without."""
 
+import os
+import resource
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,9 @@ import torch
 
 from fastpref import host
 from fastpref.cli.launch import keep_to_cores
+from fastpref.deadline import seconds_since_start
 from fastpref.host import available_cores, available_memory
+from fastpref.train.logs.metrics import peak_memory_gib
 
 MIB = 2**20
 LINES = {1: "9:name=systemd:/x\n4:cpu,memory:{0}\n5:cpuset:/y\n", 2: "1:freezer:/x\n0::{0}\n"}
@@ -96,3 +102,16 @@ def test_threads_are_no_more_than_cores_unless_they_were_asked_for(machine, monk
     machine.limit_cores("", None)
     keep_to_cores()
     assert set_to == [2]
+
+
+def test_what_linux_alone_has_is_not_needed_on_macos(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "MEMBERSHIP", tmp_path / "none")
+    for module, name in ((os, "sched_getaffinity"), (time, "CLOCK_BOOTTIME")):
+        monkeypatch.delattr(module, name)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    # its getrusage counts bytes, that of Linux KiB
+    monkeypatch.setattr(resource, "getrusage", lambda _: resource.struct_rusage((3 * 2**30,) * 16))
+    assert peak_memory_gib(torch.device("cpu")) == 3
+    assert available_cores() == os.cpu_count()
+    assert available_memory() > MIB
+    assert seconds_since_start() > 0

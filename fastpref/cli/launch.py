@@ -9,10 +9,10 @@ import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import torch
 
 from fastpref.distributed import OWN_RUN_ID, SHORTEST_MEETING, TIMEOUT, launched, read_ranks
@@ -113,11 +113,10 @@ def passing_on(numbers: Iterable[signal.Signals]) -> Iterator[None]:
     """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        lists = Path("/proc/self/task").glob("*/children")
-        children = [child for path in lists for child in path.read_text("ascii").split()]
+        children = psutil.Process().children()
         for child in children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), number)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
         if not children:
             handler = before[number]
             handler(number, frame) if callable(handler) else die(number)

@@ -1,9 +1,8 @@
 """The memory of the device that is here."""
 
-import os
 from dataclasses import replace
-from pathlib import Path
 
+import psutil
 import torch
 from fastpref_kernels import set_workspace_mib
 from fastpref_kernels.workspace import auto_workspace_mib
@@ -11,8 +10,6 @@ from fastpref_kernels.workspace import auto_workspace_mib
 from fastpref.config import HeadConfig
 from fastpref.host import available_to_rank
 from fastpref.memory.plan import Device, MemoryPlan
-
-_RESIDENT = Path("/proc/self/statm")
 
 
 def available_bytes(device: torch.device) -> int:
@@ -36,10 +33,8 @@ def with_loaded_models(plan: MemoryPlan) -> MemoryPlan:
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now; 0 where the system does not say."""
-    if not _RESIDENT.is_file():
-        return 0
-    return int(_RESIDENT.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """What this process has in memory now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def device_memory(device: torch.device) -> int | None:

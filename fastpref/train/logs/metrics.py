@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -260,7 +261,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """The allocator's peak on a GPU, the process's peak resident memory on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # in bytes on macOS, elsewhere in KiB
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def format_metrics(record: Record) -> str:
