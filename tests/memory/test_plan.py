@@ -132,15 +132,19 @@ def measured_peak(pair: Pair, step_loss: StepLoss, num_tokens: int) -> tuple[int
     return live.peak, batch.input_ids.numel()
 
 
-def assert_planned(config: Config, world: World) -> None:
-    pair = build_pair(config.training, config.packing, world, longest=LONGEST)
+def measured_peaks(pair: Pair, config: Config) -> list[tuple[int, int]]:
+    """Of two batches, see `measured_peak`."""
     for module in pair.policy.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # kernels of bitsandbytes that no GPU has
             module.support_avx512bf16_for_cpu = False
     step_loss = StepLoss(build_objective(config.loss), pair.policy, pair.reference)
-    peaks = [measured_peak(pair, step_loss, num_tokens) for num_tokens in (768, 1536)]
-    (small, few), (large, many) = peaks
+    return [measured_peak(pair, step_loss, num_tokens) for num_tokens in (768, 1536)]
+
+
+def assert_planned(config: Config, world: World) -> None:
+    pair = build_pair(config.training, config.packing, world, longest=LONGEST)
+    (small, few), (large, many) = measured_peaks(pair, config)
     plan = count(config, Device("cpu", 1, 8 * GIB), pair.layout)
     planned = plan.peak(many) - plan.peak(few)
     assert planned == pytest.approx(large - small, rel=0.1)
@@ -165,6 +169,18 @@ def test_so_do_those_of_adapters_in_bfloat16(models, world: World, shape, option
         pytest.importorskip("bitsandbytes")
     adapter = AdapterConfig(**({"kind": "lora"} | options))
     assert_planned(make_config(models / shape, "bfloat16", adapter=adapter), world)
+
+
+def test_adapters_of_16_bits_make_no_float32_copies_of_what_their_layers_read(models, world: World):
+    # the backward of one block is the most of what recomputed blocks take
+    adapter = AdapterConfig(kind="lora")
+    config = make_config(
+        models / "llama", "bfloat16", adapter=adapter, activation_checkpointing=True
+    )
+    pair = build_pair(config.training, config.packing, world, longest=LONGEST)
+    (small, few), (large, many) = measured_peaks(pair, config)
+    tokens = counted_of(config, Device("cpu", 1, 8 * GIB), pair.layout).tokens
+    assert (large - small) / (many - few) <= tokens.kept + tokens.backward
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ class _InFloat32(torch.autograd.Function):
         B: Tensor,
         scaling: float,
     ) -> Tensor:
-        h_NR = input.flatten(0, -2).float() @ A.T
+        h_NR = _times(input.flatten(0, -2), A.T)
         # no view: a model may change it in place
         output = F.linear(input, weight, bias)
         _add_product(output.view(-1, output.shape[-1]), h_NR, B.T, scaling)
@@ -151,8 +151,8 @@ class _InFloat32(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, A, B, h_NR = ctx.saved_tensors
         x_NI, dy_NO = input.flatten(0, -2), gradients[0].flatten(0, -2)
-        dh_NR = (dy_NO.float() @ B).mul_(ctx.scaling)
-        dA, dB = dh_NR.T @ x_NI.float(), h_NR.T @ dy_NO.float()
+        dh_NR = _times(dy_NO, B).mul_(ctx.scaling)
+        dA, dB = _summed_products(dh_NR, x_NI), _summed_products(h_NR, dy_NO)
         dx_NI = None
         if ctx.needs_input_grad[0]:
             dx_NI = dy_NO @ weight
@@ -161,12 +161,31 @@ class _InFloat32(torch.autograd.Function):
         return dx_NI, None, None, dA, dB.T.mul_(ctx.scaling), None
 
 
+def _times(wide_NK: Tensor, matrix_KR: Tensor) -> Tensor:
+    """The product of a matrix of any dtype with one of float32, (N, R) float32."""
+    return torch.cat([rows.float() @ matrix_KR for rows in _float32_rows(wide_NK)])
+
+
+def _summed_products(narrow_NR: Tensor, wide_NK: Tensor) -> Tensor:
+    """narrowᵀ @ wide of a float32 matrix and one of any dtype, (R, K) float32."""
+    sum_RK = narrow_NR.new_zeros(narrow_NR.shape[1], wide_NK.shape[1])
+    for narrow, rows in zip(*map(_float32_rows, (narrow_NR, wide_NK)), strict=True):
+        sum_RK.addmm_(narrow.T, rows.float())
+    return sum_RK
+
+
 def _add_product(sum_NK: Tensor, narrow_NR: Tensor, other_RK: Tensor, factor: float) -> None:
     """Add a product of float32 matrices times a factor to a tensor of any dtype, in place."""
-    if sum_NK.dtype == torch.float32:
-        sum_NK.addmm_(narrow_NR, other_RK, alpha=factor)
-        return
-    sum_NK.copy_(torch.addmm(sum_NK.float(), narrow_NR, other_RK, alpha=factor))
+    for rows, narrow in zip(*map(_float32_rows, (sum_NK, narrow_NR)), strict=True):
+        if rows.dtype == torch.float32:
+            rows.addmm_(narrow, other_RK, alpha=factor)
+        else:
+            rows.copy_(torch.addmm(rows.float(), narrow, other_RK, alpha=factor))
+
+
+def _float32_rows(matrix_NK: Tensor) -> tuple[Tensor, ...]:
+    """Its rows in pieces that may be copied in float32: all rows would take twice the matrix."""
+    return matrix_NK.split(256)
 
 
 class _InParts(torch.autograd.Function):
