@@ -187,7 +187,7 @@ def _joint_sweep_tile_kernel(
     EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of both models' GEMM results, rows first_n on; grid (row blocks * column blocks,)."""
+    """Row sums of both models' GEMM results, rows first_n on; grid (row * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = product_columns(i_v, BLOCK_V)
