@@ -173,7 +173,7 @@ class Truth:
         }
 
     def check(self, job: str) -> tuple[dict[str, float], Tensor]:
-        """Errors of log p and KL, and log p of all rows; checks that equal models have a KL of 0."""
+        """Errors of log p and KL, and log p of all rows; equal models must have a KL of 0."""
         stats = self.run(job)
         errors_R = stats.logps[self.rows] - self.logps
         found = {"worst": errors_R.abs().max().item(), "mean": errors_R.abs().mean().item()}

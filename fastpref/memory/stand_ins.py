@@ -88,7 +88,7 @@ def kernels() -> Iterator[None]:
         return _Attention.apply(query, key, value, True).transpose(1, 2)
 
     def autocast(device_type: str, *args: Any, **options: Any) -> Any:
-        # peft's adapters of experts turn it off, which torch does not know there
+        # peft's adapters of experts disable autocast, which torch does not support on meta
         is_meta = device_type == "meta"
         return nullcontext() if is_meta else real_autocast(device_type, *args, **options)
 
