@@ -290,7 +290,8 @@ def logit_gradients(
     """Upstream gradients times the logit scale, (N,) float32, 0 for ignored rows; and their unit.
 
     For float16 operands the gradients are multiplied by `unit`, a power of two that brings the
-    largest to [1, 2): divided by a token count they would underflow float16 (6e-8). Else None.
+    largest to [1, 2): divided by a token count they would underflow float16 (6e-8). Otherwise the
+    unit is None.
     """
     scaled = [grad.float().masked_fill(targets.ignored, 0) * head.scale for grad in grads]
     if head.gemm_dtype != torch.float16 or not len(targets.ids):

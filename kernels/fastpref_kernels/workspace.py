@@ -55,7 +55,7 @@ def auto_workspace_mib(device_memory: int | None) -> int:
     """Default workspace of a device: 1/16 of a GPU's memory, at least 1 GiB; 1 GiB on a CPU.
 
     A trained head is a third faster when the exponentials of all tokens fit, 2 bytes per token and
-    vocabulary entry: an 80 GB GPU holds those of 20,000 tokens with a vocabulary of 128,256.
+    vocabulary entry: 1/16 of 80 GB holds those of 20,000 tokens with a vocabulary of 128,256.
 
     Args:
         device_memory: Memory of the GPU in bytes; None on a CPU.
