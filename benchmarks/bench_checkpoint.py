@@ -1,12 +1,12 @@
-"""What saving costs a run: the same steps with a checkpoint among them and without.
+"""Overhead of saving checkpoints: the same training steps with and without saves.
 
     python benchmarks/bench_checkpoint.py --model MODEL_FOLDER --data FOLDER/NAME --json
 
-Runs of DPO on the same rows, one after the other in one process, every second of which saves twice,
-beside the training. What the steps during a save take longer than those of the runs before and
-after it, the standstill included, is the cost, given as a share of the time from one checkpoint to
-the next. A run's first save is given by itself: it touches the memory of the copies for the first
-time, once however long the run. The first pair of runs is not counted.
+DPO runs on the same rows, one after another in one process; every second run saves twice during
+training. The cost of a save is the additional time of the steps during it, blocking time included,
+compared with the same steps of the runs before and after; it is reported as a share of the time
+between two checkpoints. A run's first save is reported separately: it touches the memory of the
+copies for the first time. The first pair of runs is a warm-up.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from train_arms import config_of, read_lines
 
 WARM_UP_STEPS = 2
 SAVE_EVERY, DURING = 5, 3
-"""Steps from save to save, and how many of them one lasts into at the most."""
+"""Steps between saves, and the most steps that an asynchronous save overlaps with."""
 STEPS = 2 * SAVE_EVERY + DURING
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, and read the cost off the run's own numbers."""
+    """Train, and compute the cost from the runs' own metrics."""
     from fastpref.checkpoint import store
     from fastpref.distributed import init_world
     from fastpref.train.task import train
@@ -86,13 +86,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "cost_seconds": later.tolist(),
         "cost_share": later.mean() / between,
         "cost_share_standard_error": later.std(ddof=1) / len(later) ** 0.5 / between,
-        # the same of as many steps before the first save: what nothing costs
+        # control: the same difference for the steps before the first save
         "nothing_seconds": idle.tolist(),
     }
 
 
 def config_for(arguments: argparse.Namespace, run_dir: Path, every: int) -> Any:
-    """A run of some steps."""
+    """Config of a run of `STEPS` steps that saves every `every` steps."""
     case = {
         "model": str(arguments.model.resolve()),
         "dtype": "bfloat16",
@@ -111,13 +111,13 @@ def config_for(arguments: argparse.Namespace, run_dir: Path, every: int) -> Any:
 
 
 def seconds_of_steps(run_dir: Path, pairs: int) -> np.ndarray:
-    """Wall time of each step, with what stood between it and the one before."""
+    """Wall time of each step, including the time since the step before."""
     records = read_lines(run_dir / "metrics.jsonl")
     return np.array([pairs / record["examples_per_second"] for record in records])
 
 
 def write(result: dict[str, Any]) -> None:
-    """To `results/<device>/checkpoint.json`."""
+    """Write `results/<device>/checkpoint.json`."""
     path = results_folder(Path(__file__).parent / "results") / "checkpoint.json"
     path.write_text(json.dumps(describe_machine() | result, indent=1) + "\n")
 

@@ -1,12 +1,12 @@
-"""Time, memory and accuracy of the fused head beside its peers, in one run.
+"""Time, memory and accuracy of the LM-head ops and of peer implementations, in one run.
 
     python benchmarks/bench_head.py --json
     python benchmarks/bench_head.py --shapes S1 S3 --rows 4096 --jobs train
     python benchmarks/bench_head.py --real-head real_head.pt --json
 
-Rounds are interleaved: each contender is timed once a round, so that a machine that slows down
-slows all of them. A peer that cannot run is listed with the reason; an error of ours ends the run
-with exit code 1, and so does a missed bound of accuracy.
+Each contender is timed once per round, so that drifts of the machine's speed affect all of them. A
+peer that cannot run is listed with the reason; an error of ours, or a violated accuracy bound, ends
+the run with exit code 1.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def cases(arguments: argparse.Namespace) -> Any:
-    """Each case when it is its turn, until the time is over: two do not fit side by side."""
+    """Generate the cases one at a time (two may not fit in memory), until time is up."""
     for rows, shape in itertools.product(arguments.rows, [None, *arguments.shapes]):
         if time.monotonic() > arguments.end:
             print(f"\nleft out, the {arguments.seconds_budget:.0f} s are over: {shape} N={rows}")
@@ -87,11 +87,11 @@ def cases(arguments: argparse.Namespace) -> Any:
 
 
 def measure_job(case: Case, job: str, arguments: argparse.Namespace) -> list[dict]:
-    """One row a contender: time, memory, errors, or why it did not run."""
+    """One row per contender: time, memory, errors, or why it did not run."""
     of_two_models = job in KL_JOBS
     contenders = KL_CONTENDERS if of_two_models else CONTENDERS
     oracle = KLOracle(case, job) if of_two_models else Oracle(case, job)
-    # compiled code of other shapes would count towards torch.compile's limit of recompilations
+    # earlier shapes would count towards torch.compile's recompilation limit
     torch.compiler.reset()
     rows, runs = [], {}
     for name in arguments.contenders:
@@ -109,7 +109,7 @@ def measure_job(case: Case, job: str, arguments: argparse.Namespace) -> list[dic
         except (CannotRunError, ImportError) as reason:
             row["absent"] = str(reason)
         except Exception as error:
-            # a peer's crash is a result; ours is counted as a failure below
+            # a peer's crash is a result; ours fails the run
             row["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             runs.pop(name, None)
             torch.cuda.empty_cache()
@@ -136,7 +136,7 @@ def describe(case: Case, job: str, contender: Contender | KLContender) -> dict:
 
 
 def measure_memory(run: Callable[[], Any], device: str) -> float:
-    """Peak MiB beyond what was there before and the gradients that stay."""
+    """Peak memory in MiB, without what was allocated before and the resulting gradients."""
     kept: list[Any] = []
 
     def keep() -> int:
@@ -148,7 +148,7 @@ def measure_memory(run: Callable[[], Any], device: str) -> float:
 
 
 def interleave(runs: dict[str, Callable], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each run, round by round; the first round is not counted."""
+    """Seconds of each run, interleaved in rounds; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i_round in range(arguments.rounds + 1):
         for name, run in runs.items():
@@ -181,7 +181,7 @@ def summarize(seconds: list[float]) -> dict:
 
 
 def measure_ceilings(case: Case) -> dict[str, float]:
-    """What the library's GEMM and a copy reach here, TFLOP/s and TB/s."""
+    """Throughput of the library's GEMM in TFLOP/s, and of a copy in TB/s, on this machine."""
     rows = case.input[:4096]
     device = case.input.device.type
     flops = 2 * rows.numel() * len(case.weight)
@@ -203,7 +203,7 @@ def best(run: Callable[[], Any], device: str) -> float:
 
 def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[dict]) -> None:
     on_gpu = arguments.device == "cuda"
-    # the goals are those of a GPU
+    # goals exist for a GPU only
     lines = missed(results) if on_gpu else []
     if on_gpu:
         print("\ngoals missed:" if lines else "\nno goal missed", *lines, sep="\n  ")

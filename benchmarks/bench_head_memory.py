@@ -1,12 +1,12 @@
-"""Peak memory of the fused head beside its inputs and their gradients, against full logits.
+"""Peak memory of the LM-head ops beyond inputs and their gradients, relative to full logits.
 
     python benchmarks/bench_head_memory.py --json
     python benchmarks/bench_head_memory.py --rows 512 --hidden 64 --vocab 8192
 
-Each figure comes from a process of its own. On a GPU it is the allocator's peak. On the CPU it is
-the high-water mark of resident memory, and the peak of torch's own allocations stands beside it:
-the two are measured in separate runs and agree but for what the GEMM library takes and for pages
-of the gradients that are not yet written at the peak.
+Each figure comes from a separate process. On a GPU it is the allocator's peak. On a CPU there are
+two figures, the high-water mark of resident memory and the peak of torch's own allocations. They
+agree except for buffers of the GEMM library and for pages of the gradients that are not yet written
+at the peak.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor
 
 MIB = 2**20
 GOAL = 0.20
-"""Of the bytes of the float32 logits."""
+"""Goal of the peak memory, as a share of the float32 logits' bytes."""
 OPS = ("token_logps", "token_logps_and_kl")
 PASSES = ("forward", "forward+backward")
 
@@ -76,9 +76,9 @@ def run_child(op: str, kind: str, method: str) -> dict:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Bytes beside inputs and their gradients, of one op and pass, by one method."""
+    """Peak memory beyond inputs and their gradients, for one op and pass, by one method."""
     op, kind, method = arguments.child
-    # the GEMM library's own buffers and threads exist once a process, not once a call
+    # warm-up: buffers and threads of the GEMM library are allocated once per process
     small = build(op, kind, argparse.Namespace(**{**vars(arguments), "rows": 64, "vocab": 512}))
     small()
     run = build(op, kind, arguments)
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 
 def build(op: str, kind: str, arguments: argparse.Namespace) -> Callable[[], int]:
-    """The pass to measure, which returns the bytes of the gradients it leaves behind."""
+    """The pass to measure; calling it returns the bytes of the gradients that it leaves."""
     options = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
     torch.manual_seed(0)
     N, D, V = arguments.rows, arguments.hidden, arguments.vocab
@@ -124,9 +124,9 @@ def build(op: str, kind: str, arguments: argparse.Namespace) -> Callable[[], int
 
 
 def peak_resident(run: Callable[[], int], device: str) -> tuple[int, int]:
-    """Growth of the process's resident memory, from the kernel's high-water mark."""
+    """Growth of the resident set size to its high-water mark, and the result of `run`."""
     assert device == "cpu", "resident memory says nothing about a GPU's"
-    # "5" sets the high-water mark back to what is resident now (man 5 proc)
+    # "5" resets the high-water mark to the present resident set size (man 5 proc)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_bytes("VmRSS")
     kept = run()
@@ -141,7 +141,7 @@ def resident_bytes(field: str) -> int:
 
 
 def peak_allocated(run: Callable[[], int], device: str) -> tuple[int, int]:
-    """Peak of the bytes that torch's allocator holds beyond those it held before."""
+    """Peak bytes of torch's allocator beyond those held before, and the result of `run`."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

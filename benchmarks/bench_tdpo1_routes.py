@@ -1,8 +1,8 @@
-"""One TDPO1 step of the embedded model with and without the policy's softmax, turn by turn.
+"""TDPO1 steps of the embedded model with and without the policy's softmax, interleaved.
 
     python benchmarks/bench_tdpo1_routes.py
 
-Both runs see the same batches; their losses must agree to 1e-5 or no figure is printed.
+Both runs get the same batches; their losses must agree to 1e-5 or no times are printed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
             for name, run in routes.items():
                 batches = run.train.step(step, world)
                 start = time.perf_counter()
-                # the first step asks for every metric in both
+                # step + 1: the first step (0) would compute all metrics in both runs
                 names, values, _ = train_step(run, batches, step + 1)
                 seconds[name].append(time.perf_counter() - start)
                 losses[name] = values[names.index("loss/train")].item()

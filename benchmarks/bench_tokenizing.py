@@ -1,11 +1,11 @@
-"""How long 100,000 dialogues take until they are checked and tokenized: first start and second.
+"""Time to check and tokenize 100,000 dialogues, with a cold and with a warm cache.
 
     python benchmarks/bench_tokenizing.py --model FOLDER --data FOLDER [--rows 100000] [--json]
 
-The rows are those of FOLDER/train.jsonl(.gz), again and again, each with a number in its prompt so
-that no two prompts are alike. `task=audit` reads, checks, tokenizes and counts them in a process of
-its own, imports included: with one process that tokenizes, then with one for each core, each first
-without a cache and then with the one that is there.
+The rows of FOLDER/train.jsonl(.gz) are repeated, each with a number in its prompt so that all
+prompts differ. `task=audit` reads, checks, tokenizes and counts them in a fresh process, imports
+included: with one tokenizing process and with one per core, each first without a cache and then
+with it.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def write_rows(source: Path, folder: Path, num_rows: int) -> None:
-    """The source's rows as often as it takes, no two prompts alike, and a few held out."""
+    """Write `num_rows` training rows with distinct prompts, cycling the source; 64 test rows."""
     [path] = source.glob("train.jsonl*")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         rows = [json.loads(line) for line in file]
@@ -64,7 +64,7 @@ def write_rows(source: Path, folder: Path, num_rows: int) -> None:
 
 
 def audit(model: Path, folder: Path, num_proc: str) -> float:
-    """Seconds of `task=audit`."""
+    """Run `task=audit`; returns its wall time in seconds."""
     options = {
         "task": "audit",
         "datasets": "[dialogues]",

@@ -1,19 +1,19 @@
-"""Training steps of DPO beside TRL's DPOTrainer on the same pairs: tokens per second and memory.
+"""DPO training steps compared with TRL's DPOTrainer on the same pairs: tokens/s and memory.
 
     python benchmarks/bench_train_step.py --model MODEL_FOLDER --data FOLDER/NAME --json
     python benchmarks/bench_train_step.py --shape qwen2.5-0.5b --law UF --json      # on a GPU
     python benchmarks/bench_train_step.py --model MODEL_FOLDER --data FOLDER/NAME --rank 16 --json
 
-With --rank adapters are trained in both (TRL's by peft), from the same first values.
+With --rank both train adapters (TRL with peft), from the same initial values.
 
-Every arm is a process of its own, run turn by turn in several rounds; the first two steps of each
-are not counted. Float32 master weights and bfloat16 arithmetic in both systems (--dtype float32 for
-CPUs that have no units for it), AdamW, constant learning rate, no dropout, the same number of
-threads. Before any time is taken both systems train a tiny model in float32 and must agree in loss,
-gradient norm and weights to 1e-5, in every matrix of them to 5e-5.
+Every arm runs in a fresh process, interleaved in several rounds; the first two steps of each run
+are a warm-up. Float32 master weights and bfloat16 compute in both systems (--dtype float32 for CPUs
+without bfloat16 units), AdamW, constant learning rate, no dropout, the same number of threads.
+Before any timing both systems train a tiny model in float32 and must agree in loss, gradient norm
+and weights to a relative 1e-5, and in each weight matrix to 5e-5.
 
 The headline is real policy tokens per second: prompt + chosen + prompt + rejected of each pair,
-whatever was computed for it.
+regardless of how many tokens were computed.
 """
 
 import argparse
@@ -42,8 +42,8 @@ ARMS = {
     "F4": "fastpref, packed, prompts shared, reference beforehand",
 }
 GATE_TOLERANCE = {"losses": 1e-5, "grad_norms": 1e-5, "weights": 1e-5, "a_matrix": 5e-5}
-"""Relative, of all weights together and of the one matrix that differs most. AdamW divides a
-gradient near zero by its own size: rounding grows in the weights."""
+"""Relative tolerances; `weights` is for all weights together, `a_matrix` for the matrix with the
+largest error. AdamW normalizes gradients near zero, which amplifies rounding in the weights."""
 
 
 def main() -> None:
@@ -61,12 +61,12 @@ def main() -> None:
         case = prepare_case(arguments, world, Path(folder))
         rounds = []
         for i_round in range(arguments.rounds):
-            # T F F T: neither system always runs on the warmer machine
+            # T F F T: neither system always runs second, on a warmer machine
             arms = arguments.arms if i_round % 2 == 0 else arguments.arms[::-1]
             rounds += [measure(case | {"arm": arm}, Path(folder)) for arm in arms]
         profile = []
         if arguments.profile:
-            # a run of its own: a profiled step is slower
+            # a separate run, as profiling slows steps down
             profiled = case | {"arm": "F3", "steps": WARM_UP_STEPS + 1, "profile": True}
             profile = measure(profiled, Path(folder))["profile"]
     report(arguments, case, gate, rounds, profile)
@@ -105,7 +105,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare_case(arguments: argparse.Namespace, world: Any, folder: Path) -> dict[str, Any]:
-    """Model, rows and ids of the comparison."""
+    """Write model, rows and ids of the comparison; returns the case."""
     if arguments.shape:
         model, rows = folder / "model", folder / "rows" / arguments.law
         write_random_model(arguments.shape, model)
@@ -140,7 +140,7 @@ def check_equality(world: Any, folder: Path, rank: int | None) -> dict[str, floa
         Largest relative differences of loss, gradient norm and weights.
 
     Raises:
-        SystemExit: one of them is over the bound: such systems have no speed to compare.
+        SystemExit: one exceeds its tolerance: the systems do not compute the same.
     """
     write_random_model("tiny", folder / "tiny")
     write_random_rows("UF", SHAPES["tiny"]["vocab_size"], 32, folder / "gate" / "words")
@@ -196,14 +196,14 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Run an arm in a fresh process."""
     path = folder / "job.json"
     path.write_text(json.dumps(job))
-    # the caller's own come last: packages may be found through them alone
+    # keep the caller's PYTHONPATH, after ours: installed packages may depend on it
     paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # as the command line has it, for all alike
+        # as set by the command line; the same for all arms
         "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     command = [sys.executable, __file__, "--child", str(path)]
@@ -223,7 +223,7 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def rate(result: dict[str, Any]) -> float:
-    """Real policy tokens per second over the steps that count."""
+    """Real policy tokens per second over the steps after the warm-up."""
     seconds, tokens = (result[name][WARM_UP_STEPS:] for name in ("seconds", "tokens"))
     return sum(tokens) / sum(seconds) if seconds else float("nan")
 
@@ -246,7 +246,7 @@ def report(
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Of an arm's rounds."""
+    """Medians over the rounds of an arm."""
     rates = [run["tokens_per_second"] for run in runs]
     return {
         "tokens_per_second": statistics.median(rates),
@@ -257,7 +257,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def table(arms: dict[str, dict[str, float]]) -> list[str]:
-    """A line an arm, beside TRL's where they ran."""
+    """One line per arm, with ratios to TRL's arms if they ran."""
 
     def ratio(name: str, arm: str, peer: str) -> str:
         return f"{arms[arm][name] / arms[peer][name]:.2f}" if peer in arms else ""
@@ -274,7 +274,7 @@ def table(arms: dict[str, dict[str, float]]) -> list[str]:
 
 
 def table_of_profile(profile: list[dict[str, Any]]) -> list[str]:
-    """A line an operation; nothing without a profile."""
+    """One line per operation; empty without a profile."""
     if not profile:
         return []
     return [
@@ -287,7 +287,7 @@ def table_of_profile(profile: list[dict[str, Any]]) -> list[str]:
 def write(
     arguments: argparse.Namespace, case: dict[str, Any], record: dict[str, Any], lines: list[str]
 ) -> None:
-    """The JSON and the tables, to the results folder of this device."""
+    """Write the JSON and the tables to the results folder of this device."""
     folder, machine = results_folder(arguments.results), describe_machine()
     what = f"{arguments.shape}-{arguments.law}" if arguments.shape else case["name"]
     what = arguments.name or what

@@ -1,19 +1,19 @@
-"""Estimation of token weights beside the TIS-DPO repository's own method: throughput and memory.
+"""Estimation of token weights compared with the TIS-DPO repository: throughput and memory.
 
     python benchmarks/bench_weight_estimation.py --model FOLDER --data FILE --rows 200
 
-The repository's method, as `token_weight_estimation.py` has it: both models in memory, four rows at
-a time in file order, chosen and rejected separately and padded, the log-softmax of every position
-of both models over the whole vocabulary copied to the host, the weights picked out there. Both
-models are in float32, or with --repository-dtype auto in the checkpoint's own dtype: the script
-asks for none, and transformers took float32 then before version 5 and takes the checkpoint's since.
-Ours is `task=estimate_weights` as it is, by default in float32 as well. The rows are groups of four
-neighbours, the repository's batches, taken at equal distances from the whole file. Each method runs
-in a process of its own, --rounds times in turn; loading the models counts, imports do not. How far
-the weights differ is written down as well.
+The repository's method follows its `token_weight_estimation.py`: both models in memory, four rows
+at a time in file order, chosen and rejected separately and padded; the log-softmax of every
+position over the whole vocabulary is copied to the host, where the weights are gathered. Both
+models are float32, or with --repository-dtype auto in the checkpoint's dtype: the script sets none,
+for which transformers used float32 before version 5 and uses the checkpoint's dtype since. Ours is
+`task=estimate_weights`, by default in float32 too. The rows are groups of four consecutive rows
+(the repository's batches) at equal distances in the whole file. Each method runs in a fresh
+process, --rounds times, interleaved; the time includes loading the models but not imports. The
+differences between both sets of weights are recorded too.
 
-Writes <results>/<device>/weight_estimation-<model>-<dtype>.json, with -as-loaded where the
-repository's method has the checkpoint's dtype.
+Writes <results>/<device>/weight_estimation-<model>-<dtype>.json, with -as-loaded if the
+repository's method uses the checkpoint's dtype.
 """
 
 import argparse
@@ -43,12 +43,12 @@ with torch.no_grad():
 model.save_pretrained(sys.argv[2])
 AutoTokenizer.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
 """
-"""Makes the second model in a process of its own: its memory must not count."""
+"""Creates the second model, in a separate process so that its memory does not count."""
 ASSISTANT = "\n\nAssistant:"
 
 
 def split_row(row: dict[str, str]) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected of a row of texts or of whole HH dialogues."""
+    """Prompt, chosen and rejected of a row, which may have whole HH dialogues and no prompt."""
     if "prompt" in row:
         return row["prompt"], row["chosen"], row["rejected"]
     end = row["chosen"].rfind(ASSISTANT) + len(ASSISTANT)
@@ -125,11 +125,11 @@ METHODS = {
         "fastpref.tisdpo.estimate",
     ],
 }
-"""What each imports before the clock starts; their memory counts."""
+"""Modules imported before timing starts; their memory counts."""
 
 
 def measure(options: argparse.Namespace) -> None:
-    """What one process does: estimate, and write the weights, the seconds and the peak memory."""
+    """Child process: estimate, and write the weights, the seconds and the peak memory."""
     models, data = options.models, options.data
     for module in METHODS[options.method]:
         import_module(module)
@@ -146,7 +146,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def differences(a: list[list[list[float]]], b: list[list[list[float]]]) -> list[float]:
-    """Absolute differences of two sets of weights, in nats."""
+    """Absolute differences between two sets of weights, per token, in nats."""
     return [
         abs(x - y)
         for row_a, row_b in zip(a, b, strict=True)
@@ -156,7 +156,7 @@ def differences(a: list[list[list[float]]], b: list[list[list[float]]]) -> list[
 
 
 def prepare(folder: Path, model: Path, source: Path, num_rows: int) -> tuple[list[str], Path]:
-    """The model, a copy that is a little off, and groups of rows from all over the data."""
+    """Prepare the model, a slightly perturbed copy, and groups of rows spread over the data."""
     import gzip
 
     models = [str(folder / "positive"), str(folder / "negative")]
@@ -165,7 +165,7 @@ def prepare(folder: Path, model: Path, source: Path, num_rows: int) -> tuple[lis
     opener = gzip.open if source.suffix == ".gz" else open
     with opener(source, "rt", encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines]
-    # training drops what has an empty response, and so does its estimation
+    # training and `task=estimate_weights` drop rows with an empty response
     found = [row for row in found if all(part.strip() for part in split_row(row))]
     groups = [found[i : i + BATCH_SIZE] for i in range(0, len(found), BATCH_SIZE)]
     wanted = -(-num_rows // BATCH_SIZE)
@@ -210,7 +210,7 @@ def main() -> None:
 
 
 def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
-    """Print the medians and their ratios, and write them down."""
+    """Print the medians and their ratios, and write them to the results file."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

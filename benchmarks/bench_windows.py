@@ -1,13 +1,12 @@
-"""Models whose layers are not all plain attention: DPO on packed rows beside padded ones, on a CPU.
+"""DPO on packed and on padded rows, on a CPU, for models whose layers are not all full attention.
 
     python benchmarks/bench_windows.py [--rounds 3] [--json]
 
-Small models of Gemma 3's and gpt-oss's shape (five layers of six, and every other one, look back
-128 tokens), of LFM2's (convolutions) and of Qwen3-Next's (linear attention, experts) with random
-weights; 16 pairs of the law `UF`, 1,024 tokens at most, float32. Padded rows were the only way of
-these families before packed rows knew windows, sinks and layers that go by sequences. Policy
-forward and backward and reference forward of one step each, in turn; first both are held to the
-same log-probabilities.
+Small models with random weights, of the architectures of Gemma 3 and gpt-oss (sliding windows of
+128 tokens in five of six layers, and in every other one), LFM2 (convolutions) and Qwen3-Next
+(linear attention, experts); 16 pairs of the length distribution `UF`, at most 1,024 tokens,
+float32. A step is the policy's forward and backward and the reference's forward. The largest
+difference between both layouts' log-probabilities is reported too.
 """
 
 import argparse
@@ -67,7 +66,7 @@ MAX_LENGTH = 1024
 
 
 def make_rows(vocab_size: int) -> list[EncodedRow]:
-    """Pairs of random tokens with the lengths of the law."""
+    """Pairs of random tokens with lengths from the distribution `UF`."""
     rng = np.random.default_rng(0)
     *medians, spread = LAWS["UF"]
     rows = []
@@ -84,7 +83,7 @@ def by_sequence(logps: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def step(policy: TokenScorer, reference: TokenScorer, batch: Batch) -> float:
-    """Seconds of a step's forwards and backward."""
+    """Run a step's forwards and backward; returns seconds."""
     policy.zero_grad()
     start = time.perf_counter()
     with torch.no_grad():
@@ -94,7 +93,7 @@ def step(policy: TokenScorer, reference: TokenScorer, batch: Batch) -> float:
 
 
 def compare(shape: str, rounds: int) -> dict[str, Any]:
-    """Tokens computed and seconds of both ways."""
+    """Tokens computed and median seconds, packed and padded."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(shape, **SIZE, **SHAPES[shape])
     models = [AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2)]
@@ -106,7 +105,7 @@ def compare(shape: str, rounds: int) -> dict[str, Any]:
     with torch.no_grad():
         expected = by_sequence(padded[0][0](padded[1]), padded[1])
     seconds: dict[str, list[float]] = {"padded": [], "packed": []}
-    # padded first: a model that has learnt to pack keeps our attention
+    # padded first: preparing a model for packed rows replaces its attention
     for _ in range(rounds + 1):
         seconds["padded"].append(step(*padded[0], padded[1]))
     for model in models:
@@ -118,7 +117,7 @@ def compare(shape: str, rounds: int) -> dict[str, Any]:
         error = (by_sequence(packed[0](batch), batch) - expected).abs().max().item()
     for _ in range(rounds + 1):
         seconds["packed"].append(step(*packed, batch))
-    # the first of each is not counted
+    # the first step of each is a warm-up
     median = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     return {
         "shape": shape,

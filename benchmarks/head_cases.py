@@ -1,8 +1,8 @@
-"""Shapes and inputs of the head's benchmarks: logits with the statistics of a trained model.
+"""Shapes and inputs of the LM-head benchmarks: logits with the statistics of a trained model.
 
-Random normal logits would be unfair: every probability is then below 2^-12, where some kernels skip
-their work. Here, as in a real model, frequent tokens are likely everywhere, some tokens are certain
-and some wide open, and about a quarter of a percent of all probabilities is above 2^-12.
+Random normal logits would be unfair: every probability would be below 2^-12, where some kernels
+skip work. Here, as in a real model, frequent tokens are likely everywhere, entropy varies from
+token to token, and about a quarter of a percent of all probabilities are above 2^-12.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A language model's head."""
+    """Shape of a language model's head."""
 
     hidden: int
     vocab: int
@@ -33,19 +33,19 @@ SHAPES = {
 }
 
 SMALL_SHAPES = {"S6": Shape(896, 151_936, model="Qwen2.5-0.5B")}
-"""Where launches and epilogues weigh more than the products."""
+"""Shapes with so little GEMM work that launches and epilogues dominate."""
 
 MEAN_ENTROPY = 2.6
-"""Nats; SmolLM2-135M's on chat responses."""
+"""Mean entropy of the next-token distributions in nats, as of SmolLM2-135M on chat responses."""
 DRIFT_NATS = 0.077
-"""Spread of the logits' change from reference to policy: a mean KL of 0.003 nats, SmolLM2-135M's
-after one DPO step (0.0028; after eight it is 0.034)."""
+"""Standard deviation of the logits' change from reference to policy. It gives a mean KL of 0.003
+nats, as of SmolLM2-135M after one DPO step (0.0028; 0.034 after eight)."""
 _PROBE_ROWS = 256
 
 
 @dataclass(slots=True)
 class Case:
-    """What every contender is given."""
+    """Input of every contender."""
 
     name: str
     input: Tensor
@@ -55,12 +55,12 @@ class Case:
     target: Tensor
     """(N,) int64."""
     grad: Tensor
-    """(N,) float32, upstream gradients that differ from token to token."""
+    """(N,) float32, upstream gradients, different for each token."""
     softcap: float | None
     reference_input: Tensor
-    """(N, D) hidden states of a reference that the policy has drifted from for a few steps."""
+    """(N, D) hidden states of a reference from which the policy has drifted, as in a few steps."""
     reference_weight: Tensor
-    """(V, D) its head."""
+    """(V, D) head of the reference."""
 
     @property
     def pass_flops(self) -> int:
@@ -69,10 +69,10 @@ class Case:
 
 
 def synthetic_case(name: str, rows: int, device: str, *, seed: int = 0) -> Case:
-    """Hidden states and a head made so that z = log π + r · s · (g·x), x and g normal.
+    """Hidden states and a head with z = log π + r · s · (g·x), x and g normal.
 
-    π is Zipf's law over the token ids, r in [0.5, 1.5] spreads tokens from certain to open, and s
-    is found by bisection so that the mean entropy is 2.6 nats. Targets are drawn from the model.
+    π is Zipf's law over the token ids, r in [0.5, 1.5] varies the entropy from token to token, and
+    s is found by bisection for a mean entropy of 2.6 nats. Targets are sampled from the model.
     """
     shape = (SHAPES | SMALL_SHAPES)[name]
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -95,13 +95,13 @@ def synthetic_case(name: str, rows: int, device: str, *, seed: int = 0) -> Case:
 
 
 def real_case(path: Path, rows: int, device: str, *, seed: int = 0) -> Case:
-    """States of real responses and the head of a real model.
+    """Hidden states of real responses and the head of a real model.
 
     Args:
-        path: A torch file of "head_int8" (V, D), "head_scale" (V, 1), "hidden" (N, D) and
+        path: A torch file with "head_int8" (V, D), "head_scale" (V, 1), "hidden" (N, D) and
             "target" (N,).
-        rows: At most this many of its states.
-        device, seed: Of the case.
+        rows: Maximum number of hidden states to use.
+        device, seed: Device of the tensors, and seed of gradients and drift.
     """
     stored = torch.load(path, map_location=device, weights_only=True)
     weight_VD = (stored["head_int8"].float() * stored["head_scale"]).bfloat16()
@@ -112,7 +112,7 @@ def real_case(path: Path, rows: int, device: str, *, seed: int = 0) -> Case:
 
 
 def statistics(case: Case, *, rows: int = _PROBE_ROWS) -> dict[str, float]:
-    """What a trained model's logits are known by, over the first rows."""
+    """Characteristic statistics of the logits, over the first rows."""
     logits_RV = _logits(case.input[:rows], case.weight, case.softcap)
     p_RV = logits_RV.softmax(-1)
     logps_R = logits_RV.log_softmax(-1).gather(1, case.target[:rows, None])
@@ -132,10 +132,10 @@ def _case(
     generator: torch.Generator,
 ) -> Case:
     grad_N = torch.rand(len(target_N), device=input_ND.device, generator=generator)
-    # as in DPO: chosen tokens up, rejected ones down, by a pair's own weight, over the batch
+    # as in DPO: positive for chosen tokens, negative for rejected ones, divided by the batch size
     sign_N = torch.where(torch.arange(len(grad_N), device=grad_N.device) % 2 == 0, 1.0, -1.0)
     grad_N *= sign_N / len(grad_N)
-    # KL = ½ Var(Δz) and Δz = W·Δh: what moves the logits by 0.077 nats makes a KL of 0.003
+    # KL = ½ Var(Δz) and Δz = W·Δh: a change of the logits by 0.077 nats gives a KL of 0.003
     size = DRIFT_NATS / (weight_VD.float().square().mean().sqrt() * weight_VD.shape[1] ** 0.5)
     drift_ND = torch.randn(input_ND.shape, device=input_ND.device, generator=generator) * size
     reference_ND = (input_ND.float() + drift_ND).bfloat16()
@@ -145,7 +145,7 @@ def _case(
 
 
 def _scaled(input_ND: Tensor, spread: float) -> Tensor:
-    """The first column carries log π and stays."""
+    """Scale all columns except the first, which carries log π."""
     scaled_ND = input_ND * spread
     scaled_ND[:, 0] = 1
     return scaled_ND

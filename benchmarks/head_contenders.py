@@ -1,7 +1,7 @@
-"""Everybody who turns hidden states and a head into log-probabilities, behind one call.
+"""Implementations that turn hidden states and a head into log-probabilities, behind one interface.
 
-A contender is a function of a case's tensors that returns what it can be trained with: log p of
-every token, or a mean. Imports happen inside: who is not installed says so and the others run.
+A contender is a function of a case's tensors that returns log p of every token, or a scalar loss.
+It imports its library when called: one that is not installed is reported, and the others run.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,39 +15,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 JOBS = ("forward", "train", "frozen")
-"""Log-probabilities alone; gradients of hidden states and head; of hidden states only."""
+"""Log-probabilities only; with gradients of hidden states and head; of hidden states only."""
 LEAN_MIB = 640
-"""A workspace that holds the exponentials of too few rows to keep any, but for the smallest
-vocabulary's; twice what the slices of logits take."""
+"""Workspace too small to keep exponentials, except with the smallest vocabulary; twice the size of
+the logit slices."""
 HALF_MIB = 2304
-"""One that holds those of half of 16,384 rows of S1."""
+"""Workspace that holds the exponentials of half of 16,384 rows of S1."""
 STORE_MIB = 16 * 1024
-"""A workspace that holds every shape's exponentials, so that two logits passes are one."""
+"""Workspace that holds the exponentials of every shape, which saves recomputing the logits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One way to do the job."""
+    """One implementation."""
 
     name: str
     score: Callable[[Tensor, Tensor, Tensor, float | None], Tensor]
     """input, weight, target, softcap -> log p (N,), or a scalar to minimise."""
     per_token: bool = True
+    """Whether `score` returns log p of each token; else a scalar."""
     note: str = ""
-    """What it does differently, for the table's foot."""
+    """How it differs, for the table's last column."""
     takes_softcap: bool = True
     jobs: tuple[str, ...] = JOBS
 
 
 class CannotRunError(Exception):
-    """Why a contender sits a case out."""
+    """A contender does not support a case; the message says why."""
 
 
 def run_job(contender: Contender, job: str, case: Any) -> tuple[Tensor, list[Tensor]]:
-    """Do a job once: what came out, and the gradients of hidden states and head.
+    """Run a job once; returns the result and the gradients of hidden states and head.
 
     Raises:
-        CannotRunError: the contender has no such job, or no softcap where there is one.
+        CannotRunError: the contender does not support the job, or the case's softcap.
     """
     if job not in contender.jobs:
         raise CannotRunError(f"no {job} job")
@@ -75,10 +76,10 @@ def workspace(mib: float) -> Iterator[None]:
 
 
 def fastpref_within(mib: float) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
-    """The head with a workspace, which its forward chooses the mode by."""
+    """`token_logps` with a given workspace limit, which determines its mode."""
 
     def score(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-        # nothing is kept for a frozen head
+        # with a frozen head no exponentials are kept, so the limit does not matter
         with workspace(mib if weight.requires_grad else get_workspace_mib()):
             return token_logps(input, weight, target, logit_softcap=softcap)
 
@@ -143,7 +144,7 @@ def quack(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) 
 def trl(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    # temperature 1, columns of a tile as its DPO trainer has them, no extra outputs
+    # temperature 1, the tile width of TRL's DPO trainer, no extra outputs
     arguments = (input, weight, None, target, 1.0, 32_768, softcap, 1.0, ())
     return ChunkedLogProbFunction.apply(*arguments)[0]
 

@@ -1,6 +1,6 @@
-"""What the head is meant to reach on one H200: milliseconds at N = 16,384, ratios, error bounds.
+"""Goals of the LM-head ops on one H200: milliseconds at N = 16,384, ratios to peers, error bounds.
 
-Goals, not measurements: a floor is 2·N·D·V operations a pass at 790 TFLOP/s.
+Not measurements. The lower bound of a time is 2·N·D·V operations per pass at 790 TFLOP/s.
 """
 
 PEAK_TFLOPS = 790.0
@@ -51,21 +51,22 @@ MEMORY_RATIOS = [
     ("fastpref", "TRL", "tdpo1", 0.15),
 ]
 ERRORS = {"logp_error": 3e-5, "logp_mean_error": 6e-6, "value_error": 5e-5}
-"""Goals: largest and mean error of a log-probability, mean error of a token's value, nats. torch's
-product in float32 has 2.3e-5 and 5e-6 at D = 4,096 on an H200. What follows fails a run."""
+"""Goals in nats: largest and mean error of a log-probability, mean error of a token's value. With
+torch's float32-output GEMM the first two are 2.3e-5 and 5e-6 at D = 4,096 on an H200. In contrast,
+exceeding the bounds below fails a run."""
 LOGP_ERROR = 5e-5
 """Largest absolute error of a log-probability, nats."""
 KL_ERROR = 1e-5
 """Mean absolute error of a KL, nats."""
 VALUE_ERROR = 1e-4
-"""Mean absolute error of a token's log-ratio plus KL, nats: the KL of models that differ in their
-heads comes from a mean of 16-bit weights in TDPO1."""
+"""Mean absolute error of a token's log-ratio plus KL, nats. For TDPO1 with different heads the KL
+is computed from a mean of 16-bit weights."""
 GRADIENT_ERROR = 3e-3
 """Relative error of a gradient, Frobenius norm."""
 
 
 def missed(results: list[dict]) -> list[str]:
-    """A line for each goal that a run's results miss."""
+    """One line per goal that a run's results miss."""
     by_cell = {
         (row["shape"], row["rows"], row["job"], row["contender"]): row
         for row in results

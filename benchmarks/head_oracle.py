@@ -1,4 +1,4 @@
-"""What the head's benchmarks hold every contender to: some rows and columns in float64."""
+"""Float64 oracle of the LM-head benchmarks, for a subset of rows and columns."""
 
 import torch
 from fastpref_kernels.gemm import matmul
@@ -9,11 +9,11 @@ from kl_contenders import KLContender, kappa_of, models_of, run_kl_job
 from torch import Tensor
 
 ORACLE_ROWS = 64
-"""Rows whose log-probabilities and hidden gradients are held to float64."""
+"""Number of rows whose log-probabilities and input gradients are compared with float64."""
 
 
 class Oracle:
-    """The truth about a few rows and columns in float64."""
+    """Log-probabilities and gradients of some rows and columns in float64."""
 
     def __init__(self, case: Case, job: str) -> None:
         self.case, self.job = case, job
@@ -35,8 +35,8 @@ class Oracle:
         return run_job(contender, self.job, self.case)
 
     def errors(self, contender: Contender) -> dict:
-        """Largest and mean error of log p and relative errors of the gradients, of what is per
-        token."""
+        """Largest and mean error of log p and relative errors of the gradients; empty for
+        contenders that return a scalar."""
         value, gradients = self.run(contender)
         if not contender.per_token:
             return {}
@@ -49,7 +49,7 @@ class Oracle:
         return found
 
     def missed(self, row: dict) -> str | None:
-        """Which bound of accuracy a row of ours exceeds."""
+        """Accuracy bounds that a result of ours exceeds, as text; None if none."""
         bounds = {"kl_error": KL_ERROR, "value_error": VALUE_ERROR}
         bounds["logp_error"] = self.logp_bound
         bounds["input_grad_error"] = GRADIENT_ERROR
@@ -62,8 +62,8 @@ class Oracle:
         return ", ".join(over) or None
 
     def _product_error(self, true_RV: Tensor) -> float:
-        """What the library's own product of 16-bit operands, summed in float32, is off by: at the
-        targets, or in the log-sum-exp, of whose difference a log p has the error of both."""
+        """Error of the library's GEMM with 16-bit operands and float32 sums: the larger of those at
+        the target logits and of the log-sum-exps, as log p is their difference."""
         product_RV = matmul(self.case.input.detach()[self.rows], self.case.weight.detach().t())
         logits_RV = self._capped(product_RV.double())
         target_R1 = self.case.target[self.rows, None]
@@ -72,7 +72,7 @@ class Oracle:
         return max(of_targets, of_sums)
 
     def _gradients(self) -> tuple[Tensor, Tensor]:
-        """Of the chosen rows' hidden states and, summed over all rows, of the chosen columns."""
+        """Gradients of the selected rows' hidden states and of the selected columns' weights."""
         case = self.case
         input_grad = self._dlogits(self.rows) @ case.weight.double()
         weight_grad = torch.zeros(
@@ -94,7 +94,7 @@ class Oracle:
         return dlogits_RV
 
     def _logits(self, input_RD: Tensor, weight_VD: Tensor | None = None) -> Tensor:
-        """(R, V) float64, on a GPU too: 64 rows take milliseconds there."""
+        """Logits (R, V) in float64; on a GPU too, where 64 rows take milliseconds."""
         weight_VD = (self.case.weight if weight_VD is None else weight_VD).detach()
         return self._capped(input_RD.double() @ weight_VD.double().t())
 
@@ -104,7 +104,7 @@ class Oracle:
 
 
 class KLOracle(Oracle):
-    """The truth about TDPO's token values, their KL and their gradients."""
+    """TDPO's token values, their KL and gradients in float64."""
 
     def __init__(self, case: Case, job: str) -> None:
         self.models, self.kappa = models_of(case, job), kappa_of(job)
@@ -143,7 +143,7 @@ class KLOracle(Oracle):
         return policy_RV.log_softmax(-1), reference_RV.log_softmax(-1)
 
     def _dlogits(self, rows: Tensor) -> Tensor:
-        """g · (e_y - p + κ (p - q)), without the last term where the KL passes no gradient."""
+        """g · (e_y - p + κ (p - q)), without the last term for tokens whose KL is detached."""
         log_p_RV, log_q_RV = self._log_softmaxes(rows)
         p_RV = log_p_RV.exp()
         dlogits_RV = -p_RV

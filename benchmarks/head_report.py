@@ -1,4 +1,4 @@
-"""Table and plot of the head's benchmark."""
+"""Table and plot of the LM-head benchmark."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ OTHER = "#7d8ca3"
 
 
 def table(results: list[dict], *, markdown: bool = False) -> str:
-    """A line a result; the ratio is to fastpref with its small workspace."""
+    """One line per result; ratios are relative to fastpref with its small workspace."""
     heads = ["case", "job", "contender", *(title for title, _ in COLUMNS.values()), "remark"]
     body = [
         [f"{row['shape']} N={row['rows']}", row["job"], row["contender"], *_cells(row, results)]
@@ -35,7 +35,7 @@ def table(results: list[dict], *, markdown: bool = False) -> str:
 
 
 def write_plot(record: dict[str, Any], path: Path) -> None:
-    """Bars of time and memory, a panel for each case and job that was timed."""
+    """Bar charts of time and memory, one panel per case and job that was timed."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,8 +1,8 @@
-"""Everybody who can turn two models' states into TDPO's token values, behind one call.
+"""Implementations of TDPO's token values from two models' hidden states, behind one interface.
 
 A contender returns, for each token, v = log p_y - log q_y + κ · KL(q ‖ p) and the KL, κ = 1 for
-TDPO1 and 0.5 for TDPO2. As in TDPO2's loss, half of the tokens there (the chosen ones) pass no
-gradient through their KL. "frozen": both models use one head that wants no gradient.
+TDPO1 and 0.5 for TDPO2. As in TDPO2's loss, the KL of the chosen tokens (one half) is detached
+there. "frozen": both models share one head, which requires no gradient.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ ALPHA = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """The tensors of a case with the leaves that a job differentiates."""
+    """Tensors of a case; those that a job differentiates are leaves that require a gradient."""
 
     input: Tensor
     weight: Tensor
@@ -34,7 +34,7 @@ class Models:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        """As the ops take them."""
+        """Positional arguments of the ops."""
         return (
             self.input,
             self.weight,
@@ -51,19 +51,20 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class KLContender:
-    """One way to a token's value and KL; None for a KL that is never formed."""
+    """One implementation."""
 
     name: str
     score: Callable[[Models, float], tuple[Tensor, Tensor | None]]
+    """models, κ -> values (N,) and KL (N,); None if the KL is not computed separately."""
     note: str = ""
     jobs: tuple[str, ...] = KL_JOBS
 
 
 def models_of(case: Case, job: str) -> Models:
-    """Fresh leaves for one run of a job."""
+    """New leaves for one run of a job."""
     frozen = job.endswith("frozen")
     weight = case.weight.detach().requires_grad_(not frozen)
-    # the first half of the pairs' tokens is chosen, every other one rejected
+    # tokens alternate between chosen and rejected; only the rejected KL has a gradient
     pushes_kl = torch.arange(len(case.target), device=case.input.device) % 2 == 1
     return Models(
         case.input.detach().requires_grad_(),
@@ -79,10 +80,10 @@ def models_of(case: Case, job: str) -> Models:
 def run_kl_job(
     contender: KLContender, job: str, case: Case
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-    """Do a job once: values, KL, and the gradients of hidden states and head.
+    """Run a job once; returns values, KL, and the gradients of hidden states and head.
 
     Raises:
-        CannotRunError: the contender has no such job.
+        CannotRunError: the contender does not support the job.
     """
     if job not in contender.jobs:
         raise CannotRunError(f"no {job} job")
@@ -105,7 +106,7 @@ def fastpref(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
 
 
 def fastpref_within(mib: float) -> Callable[[Models, float], tuple[Tensor, Tensor | None]]:
-    """`fastpref` with a workspace, which its forward chooses the mode by."""
+    """`fastpref` with a given workspace limit, which determines its mode."""
 
     def score(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
         with workspace(mib):
@@ -133,7 +134,7 @@ def trl_composed(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
 
 
 def seed_loss(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
-    """As the TDPO repository has it: softmax of both models' float32 logits, then logarithm."""
+    """As in the TDPO repository: softmax of both models' float32 logits, then logarithm."""
     logits_NV = _logits(models.input, models.weight, models.softcap)
     with torch.no_grad():
         reference_NV = _logits(models.reference_input, models.reference_weight, models.softcap)
@@ -171,7 +172,7 @@ def fla_kl(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
     from fla.modules.fused_kl_div import fused_kl_div_loss
 
     input, weight, _, reference_input, reference_weight = models.operands
-    # a scalar, the batch's mean: as many passes as its training takes, but nothing per token
+    # a scalar, the mean over the batch: the cost of training with it, but no per-token values
     loss = fused_kl_div_loss(input, reference_input, weight, reference_weight)
     return loss.expand(len(input)) / len(input), None
 

@@ -1,9 +1,9 @@
-"""What DPO with adapters learns at several learning rates, beside all weights at one.
+"""DPO with LoRA at several learning rates, compared with full training at one.
 
     python benchmarks/lora_learning_rates.py --model MODEL_FOLDER --data FOLDER/NAME --json
 
-One epoch over the same pairs in the same order for each, AdamW, a constant learning rate after
-one tenth of warm-up, rank 16; held-out loss, reward accuracy and margin before and after.
+One epoch over the same pairs in the same order for each, AdamW, rank 16, a constant learning rate
+after warm-up over a tenth of the steps; held-out loss, reward accuracy and margin before and after.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from machine import describe_machine, results_folder
 ROOT = Path(__file__).resolve().parents[1]
 RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
 FULL_RATE = 5e-7
-"""Of all weights: the trainer's default."""
+"""Learning rate for training all weights: the trainer's default."""
 NUMBERS = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "logps_eval/chosen")
 
 
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def learn(arguments: argparse.Namespace, rate: float, *, adapter: str) -> dict[str, Any]:
-    """Train once; held-out numbers before and after."""
+    """Train once; returns held-out metrics before and after."""
     import train
     from fastpref.cli.command_line import main as run_command
 

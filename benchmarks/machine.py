@@ -1,6 +1,6 @@
-"""What stands in every result: the machine it was measured on; and the folder it belongs in.
+"""Description of the machine for benchmark results, and the results folder of a device.
 
-torch is imported where it is asked for: the step benchmark's processes count what they import.
+torch is imported lazily: imports count towards the memory that the step benchmark measures.
 """
 
 import datetime
@@ -13,7 +13,7 @@ def describe_machine(device: str | None = None) -> dict[str, Any]:
     """Device, torch, threads and date.
 
     Args:
-        device: What was measured on, "cuda" or "cpu"; None: the GPU if there is one.
+        device: Device of the measurement, "cuda" or "cpu"; None for the GPU if there is one.
     """
     import torch
 
@@ -26,7 +26,7 @@ def describe_machine(device: str | None = None) -> dict[str, Any]:
 
 
 def results_folder(results: Path, device: str | None = None) -> Path:
-    """`results/cpu`, or that of the GPU, `results/h200`; made if need be."""
+    """Results folder of a device, such as `results/cpu` or `results/h200`; created if missing."""
     name = device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
     folder = results / (name if is_gpu(device) else "cpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def results_folder(results: Path, device: str | None = None) -> Path:
 
 
 def device_name(device: str | None) -> str:
-    """Of the GPU, or of the processor."""
+    """Name of the GPU or of the CPU."""
     import torch
 
     return torch.cuda.get_device_name() if is_gpu(device) else cpu_name()
@@ -47,7 +47,7 @@ def is_gpu(device: str | None) -> bool:
 
 
 def cpu_name() -> str:
-    """As the system calls the processor."""
+    """Model name of the CPU from /proc/cpuinfo, else its architecture."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What packing leaves to compute of real rows, and how fast rows become batches on one core.
+"""Tokens that packing saves on real rows, and the speed of building batches on one core.
 
     python benchmarks/packing_savings.py MODEL DATA_DIR NAME [PAIRS_A_STEP]
 
-reads DATA_DIR/NAME/train.jsonl(.gz) with MODEL's tokenizer at the default lengths. It prints the
-tokens that the model's body computes, prompts shared or not, as a share of the two sequences of
-each pair and of what a batch of padded rows holds; then rows planned and built per second.
+Reads DATA_DIR/NAME/train.jsonl(.gz) with MODEL's tokenizer at the default lengths. Prints the
+tokens that the model's body computes, with and without shared prompts, relative to the tokens of
+both sequences of each pair and to padded batches; then rows planned and built per second.
 """
 
 import sys
@@ -25,7 +25,7 @@ from fastpref.model.source import load_tokenizer, read_vocab_size
 
 
 def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Loader:
-    """The train split in the order of an epoch, packed with shared prompts."""
+    """Loader of one epoch of the train split, packed with shared prompts."""
     config = Config(
         model=ModelConfig(name_or_path=model),
         loss=DPOConfig(),
@@ -48,7 +48,7 @@ def count(loader: Loader) -> tuple[int, int]:
 
 
 def rows_per_second(loader: Loader, seconds: float = 3.0) -> float:
-    """Rows read, planned and built in a second of one core's time."""
+    """Rows read, planned and built per second of CPU time, on one core."""
     done, start = 0, time.process_time()
     while time.process_time() - start < seconds:
         for index in range(loader.order.num_steps):

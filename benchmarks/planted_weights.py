@@ -1,17 +1,17 @@
-"""Do estimated token weights find the planted wrong tokens, and does training on them pay?
+"""Do estimated token weights find the planted wrong tokens, and does training with them help?
 
     python benchmarks/planted_weights.py [--results benchmarks/results] [--seeds 5]
     python benchmarks/planted_weights.py --estimators-only --seeds 3
 
-1. For each estimator of TIS-DPO (D, S, P; D and S with adapters as well): the recipe up to its
-   weights on all 2048 training pairs of `planted`, and the ROC-AUC with which a rejected token's
-   weight singles out the planted ones.
-2. TIS-DPO on the weights of (D) under transform=paper, beside random weights and one constant
-   weight of the same mean, for several seeds and numbers of steps. What is compared does not
-   depend on the weights: log-ratios of the whole responses to the starting model, held out.
+1. For each estimator of TIS-DPO (D, S, P; D and S also with adapters): the recipe up to its weights
+   on all 2048 training pairs of `planted`, and the ROC-AUC of a rejected token's weight as a
+   classifier of planted tokens.
+2. TIS-DPO with the weights of (D) and transform=paper, compared with random weights and a constant
+   weight of the same mean, for several seeds and numbers of steps. The measure is independent of
+   the weights: held-out log-ratios of whole responses relative to the starting model.
 
-Writes <results>/<device>/planted_weights.json, or planted_auc.json with the first part alone,
-several seeds each, and prints what they say.
+Writes <results>/<device>/planted_weights.json, or with --estimators-only planted_auc.json with
+several seeds per estimator, and prints a summary.
 """
 
 import argparse
@@ -39,19 +39,19 @@ ESTIMATORS = {
     "P": ("recipe=tisdpo_p",),
 }
 NUM_EXAMPLES = (256, 512)
-"""Pairs trained on: 8 and 16 steps of 32."""
+"""Training pairs: 8 and 16 steps of 32."""
 QUIET = ("sample_during_eval=false", "n_eval_examples=0", "minimum_log_interval_secs=60")
 
 
 def estimate(estimator: str, seed: int, run_dir: Path) -> float:
-    """Run a recipe and read the ROC-AUC of its weights off the weights' stage."""
+    """Run a recipe; returns the ROC-AUC that its weights stage reports."""
     run_train(*ESTIMATORS[estimator], f"seed={seed}", f"run_dir={run_dir}", *QUIET)
     result = json.loads((run_dir / "weights" / "stage.json").read_text(encoding="utf-8"))["result"]
     return float(result.rpartition(" ")[2])
 
 
 def mean_paper_weight(path: Path) -> float:
-    """Mean of the weights that transform=paper makes of a file, both sides."""
+    """Mean of a file's weights after transform=paper, over chosen and rejected tokens."""
     signed = [
         sign * np.array(row[f"{side}_weight"])
         for row in read_rows(path)
@@ -61,7 +61,7 @@ def mean_paper_weight(path: Path) -> float:
 
 
 def arms(mean: float) -> dict[str, list[str]]:
-    """Options of each kind of weights, all of the same mean."""
+    """Options for each kind of weights, all with the same mean."""
     low, high = math.exp(-0.5), math.exp(1.5)
     scale = mean / ((low + high) / 2)
     constant = [f"transform.threshold.lower_threshold={mean}"]
@@ -78,9 +78,9 @@ def arms(mean: float) -> dict[str, list[str]]:
 
 
 def held_out(policy: Path, data: Path, folder: Path) -> dict[str, float]:
-    """Accuracy and margin of whole responses under a policy against the starting model.
+    """Accuracy and margin of whole responses under a policy, relative to the starting model.
 
-    Both come from the estimator itself: a token's number is log π_start - log π_policy.
+    Computed with the weight estimator: its value for a token is log π_start - log π_policy.
     """
     output = folder / f"score_{policy.name}"
     run_train(
@@ -102,7 +102,7 @@ def held_out(policy: Path, data: Path, folder: Path) -> dict[str, float]:
 
 
 def compare(weights: Path, folder: Path, num_seeds: int) -> list[dict[str, Any]]:
-    """Train on each kind of weights for every seed and number of examples."""
+    """Train with each kind of weights for every seed and number of examples."""
     test_only = folder / "data" / "test_only"
     test_only.mkdir(parents=True)
     rows = read_rows(weights / "planted" / "test.jsonl")
@@ -169,7 +169,7 @@ def auc_of_seeds(folder: Path, results: Path, num_seeds: int) -> None:
 
 
 def auc_and_training(folder: Path, results: Path, num_seeds: int) -> None:
-    """The ROC-AUC of each estimator for one seed, and what training on the weights of D pays."""
+    """The ROC-AUC of each estimator for one seed, and the effect of training with D's weights."""
     auc = {name: estimate(name, 0, folder / name) for name in ESTIMATORS}
     runs = compare(folder / "D" / "weights", folder, num_seeds)
     summary = summarise(runs)
@@ -187,7 +187,7 @@ def auc_and_training(folder: Path, results: Path, num_seeds: int) -> None:
 
 
 def write_record(results: Path, name: str, found: dict[str, Any]) -> Path:
-    """Write what was found beside the machine that found it."""
+    """Write results together with a description of the machine."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     record = {
         "date": datetime.date.today().isoformat(),

@@ -1,10 +1,10 @@
-"""Where a step's time goes, in one process: python benchmarks/profile_step.py --shape qwen2.5-0.5b
+"""Profile of a training step in one process: python benchmarks/profile_step.py --shape qwen2.5-0.5b
 
-DPO on random rows of a law of length with a random model of a shape, as the benchmark's arms F3 and
-F4: packed, prompts shared, the reference online or beforehand (--reference cache). Steps are timed
-one by one; then one more is profiled.
-It prints real policy tokens a second, the share of the time that the device computes, kernels
-launched, and of the profiled step the device's time (on a CPU the processor's) by what it is for.
+DPO on random rows with a random model, like the arms F3 and F4 of `bench_train_step.py`: packed,
+prompts shared, the reference online or precomputed (--reference cache). Steps are timed one by one;
+the last one is profiled.
+Prints real policy tokens per second, the share of time that the device is busy, kernel launches,
+and the profiled step's device time (on a CPU: CPU time) by part and by operation.
 MFU is as in metrics.jsonl: see `fastpref.train.logs.utilization`.
 """
 
@@ -31,7 +31,7 @@ from fastpref.train.task import train
 
 WARM_UP_STEPS = 2
 OF_AUTOGRAD = "autograd::engine::evaluate_function"
-"""How the names of what autograd calls begin."""
+"""Prefix of the profiler's names of autograd nodes."""
 HEAD_OPS = ("token_logps", "token_logps_and_kl", "tdpo1_token_values")
 
 
@@ -44,10 +44,10 @@ class Profile:
         self.profiled_seconds = 0.0
         self.events: list[Any] = []
         self.calls: list[Any] = []
-        """Every call by itself, where `events` has those of a name together."""
+        """Every call separately; `events` are aggregated by name."""
 
     def around(self, train_step: Callable[..., Any]) -> Callable[..., Any]:
-        """The trainer's step, timed or profiled."""
+        """Wrap the trainer's step to be timed, and in the last step profiled."""
 
         def timed(run: Any, batches: Any, number: int) -> Any:
             if number == self._num_steps - 1:
@@ -66,7 +66,7 @@ class Profile:
 
 
 def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    """What a function returns, and its seconds until the device is done."""
+    """A function's result, and its seconds, device work included."""
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     wait()
     start = time.perf_counter()
@@ -77,7 +77,7 @@ def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
 
 @contextmanager
 def named_parts() -> Iterator[None]:
-    """Give the parts of a step names that the profiler keeps."""
+    """Label the parts of a step for the profiler."""
 
     def body_of(*_: Any) -> str:
         return "policy body" if torch.is_grad_enabled() else "reference body"
@@ -99,7 +99,7 @@ def named_parts() -> Iterator[None]:
 
 
 def under_name(function: Callable[..., Any], label: Callable[..., str]) -> Callable[..., Any]:
-    """A function whose time is kept under a name."""
+    """Wrap a function in a profiler range named by `label`."""
 
     def named(*arguments: Any, **options: Any) -> Any:
         with torch.profiler.record_function(f"part: {label(*arguments)}"):
@@ -109,7 +109,7 @@ def under_name(function: Callable[..., Any], label: Callable[..., str]) -> Calla
 
 
 def summarize(profile: Profile, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Numbers of the steps that count."""
+    """Results of the timed steps after the warm-up, and of the profiled one."""
     on_gpu = torch.cuda.is_available()
     total = "device_time_total" if on_gpu else "cpu_time_total"
     own = "self_device_time_total" if on_gpu else "self_cpu_time_total"
@@ -118,7 +118,7 @@ def summarize(profile: Profile, records: list[dict[str, Any]]) -> dict[str, Any]
     seconds = sum(profile.seconds[i] for i in counted)
     pairs = records[0]["counters/examples"]
     calls = [event for event in profile.events if event.device_type == DeviceType.CPU]
-    # what a call has launched counts for the call as well
+    # the device time of a kernel is also included in that of the CPU call that launched it
     kernels = [e for e in profile.events if e not in calls and not e.is_user_annotation]
     computing = kernels if on_gpu else [e for e in calls if not e.key.startswith("part: ")]
     parts = {
@@ -153,12 +153,12 @@ def summarize(profile: Profile, records: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def backward_apart(calls: Iterable[Any], total: str) -> float:
-    """Seconds of a backward in a thread of its own, as a GPU's is: "part: backward" is in another
-    one, and what a call has launched counts for the calls around it in its own thread alone.
+    """Seconds of backward work in autograd's own thread, as for a GPU: "part: backward" is in the
+    main thread, and device time counts only for enclosing calls of the launching thread.
 
     Args:
-        calls: Of a profiler, each by itself.
-        total: Their attribute of microseconds.
+        calls: The profiler's calls, not aggregated.
+        total: Name of their attribute with the total time in microseconds.
     """
     outermost = (call for call in calls if call.cpu_parent is None)
     return sum(getattr(c, total) for c in outermost if c.name.startswith(OF_AUTOGRAD)) / 1e6
@@ -166,7 +166,7 @@ def backward_apart(calls: Iterable[Any], total: str) -> float:
 
 def main() -> None:
     arguments = parse_arguments()
-    # which attention, how many tokens at once, what is compiled
+    # log the choice of attention, micro-batch size and compilation
     configure_logging(is_main=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -199,7 +199,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Print, and write if that was asked for."""
+    """Print the results; with --json also write them."""
     for name in ("tokens_per_second", "mfu", "seconds_per_step", "seconds_profiled"):
         print(f"{name:20} {found[name]}")
     for name in ("device_busy_share", "launches", "operator_calls"):
@@ -217,7 +217,7 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
 
 
 def file_name(arguments: argparse.Namespace) -> str:
-    """Of the results: runs that are to be compared leave a file each."""
+    """Name of the results file, distinct for runs to be compared."""
     kind = "-lora" * bool(arguments.rank) + "-cache" * (arguments.reference == "cache")
     kind += "-compiled" * arguments.compile
     return f"profile-{arguments.shape}-{arguments.law}{kind}.json"

@@ -1,11 +1,10 @@
-"""Times the fused head's kernels in tiles and forms that a table could name, in one short run.
+"""Times the LM-head kernels with candidate block shapes, to choose the entries of `gemm_tiles.py`.
 
     python benchmarks/sweep_tiles.py
     TRITON_INTERPRET=1 python benchmarks/sweep_tiles.py --shapes tiny --rows 130 --rounds 1
 
-What it prints chooses the entries of `gemm_tiles.py`. The candidates of a job are compiled and
-checked one after another, then timed turn by turn. One that does not compile or whose numbers are
-wrong is listed with the reason, and the others go on.
+The candidates of a job are compiled and checked one after another, then timed interleaved. One that
+does not compile or whose results are wrong is listed with the reason, and the others continue.
 """
 
 import argparse
@@ -31,7 +30,7 @@ from torch import Tensor
 
 ORACLE_ROWS = 64
 WRONG = 1e-3
-"""Nats; sums in 16 bits would be off by more, the worst in float32 are by 1e-4."""
+"""Bound of log p's error in nats: below that of 16-bit sums, above float32's worst case (1e-4)."""
 LOOP, BOTH = FUSED_TILES["sm_90"], JOINT_TILES["sm_90"]
 ONE = LOOP._replace(programs=0)
 SMALL = GemmTile(128, 128, 64, group_n=16, num_warps=4, num_stages=3)
@@ -42,9 +41,9 @@ class Candidate(NamedTuple):
     name: str
     tile: GemmTile
     small: bool = False
-    """Whether the small shape is worth its time too."""
+    """Whether to time the small shape too."""
     frozen: tuple[int, int] = (2048, 32768)
-    """Rows, columns of the exponentials of a frozen head."""
+    """Rows, columns of a tile of exponentials in mode "frozen"."""
 
 
 FORWARD = [
@@ -125,7 +124,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Truth:
-    """A case as the launchers take it, and what some of its rows are in float64."""
+    """A case in the form of the launchers, and float64 results of some of its rows."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
@@ -140,14 +139,14 @@ class Truth:
         self.logps = log_p_RV.gather(1, target_R1)[:, 0]
         means_R = (log_p_RV.exp() * logits_RV).sum(1)
         self.by_scale = logits_RV.gather(1, target_R1)[:, 0] - means_R
-        """Derivative of log p by a factor of all logits."""
+        """Derivative of log p with respect to a common factor of all logits."""
         self.kl = (log_q_RV.exp() * (log_q_RV - log_p_RV)).sum(1)
 
     def _logits(self, head: Head) -> Tensor:
         return head.input[self.rows].double() @ head.weight.double().t()
 
     def run(self, job: str, policy: Head | None = None) -> TokenStats | JointStats:
-        """What the job's forward finds out; its backward runs too where that has a kernel."""
+        """Run the job and return the forward's results; "lean" includes the backward."""
         policy = policy or self.policy
         if job.startswith("joint"):
             mode = "store" if job == "joint kept" else "scores"
@@ -163,8 +162,8 @@ class Truth:
         return stats
 
     def _shrinkage(self, errors_R: Tensor) -> dict[str, float]:
-        """By which share logits are too small, as sums are that drop their low bits, and what log p
-        would be off by if they were made larger by it."""
+        """Relative shrinkage of the logits, as caused by truncating sums (least squares), and the
+        errors of log p that would remain after rescaling the logits by it."""
         shrunk = -(errors_R @ self.by_scale) / (self.by_scale @ self.by_scale)
         left_R = (errors_R + shrunk * self.by_scale).abs()
         return {
@@ -174,7 +173,7 @@ class Truth:
         }
 
     def check(self, job: str) -> tuple[dict[str, float], Tensor]:
-        """Errors of log p and KL, and log p of all rows; equal models must differ by nothing."""
+        """Errors of log p and KL, and log p of all rows; equal models must have a KL of 0."""
         stats = self.run(job)
         errors_R = stats.logps[self.rows] - self.logps
         found = {"worst": errors_R.abs().max().item(), "mean": errors_R.abs().mean().item()}
@@ -192,7 +191,7 @@ class Truth:
 
 @contextmanager
 def chosen_by_table(candidate: Candidate) -> Iterator[None]:
-    """The kernels as if the device's entries in the tables were the candidate's."""
+    """Within the context, the launchers use the candidate's block shapes."""
     before = launch.fused_tile, token_logps_triton._FROZEN_TILE
     launch.fused_tile = lambda device, joint=False: candidate.tile
     token_logps_triton._FROZEN_TILE = candidate.frozen
@@ -209,7 +208,7 @@ def measure(
     ceilings: dict[str, float],
     arguments: argparse.Namespace,
 ) -> list[dict]:
-    """One row a candidate, printed as a table."""
+    """One row of results per candidate, printed as a table."""
     rows, runnable, first_N = [], [], None
     for candidate in candidates:
         row = {"case": truth.case.name, "job": candidate.job, "name": candidate.name}
@@ -226,7 +225,7 @@ def measure(
             row |= errors | {"same_bits": torch.equal(logps_N, first_N)}
             runnable.append((candidate, row))
         except Exception as error:
-            # a tile that does not fit or a form that the compiler refuses is a result
+            # a tile that does not fit or does not compile is a result
             row["failure"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         row["check_seconds"] = time.perf_counter() - start
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate, _ in runnable}

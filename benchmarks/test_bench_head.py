@@ -1,4 +1,4 @@
-"""The same jobs under pytest-benchmark, for one contender's history rather than a comparison.
+"""The jobs of `bench_head.py` under pytest-benchmark, to track one contender over time.
 
 pytest benchmarks/test_bench_head.py --benchmark-json=head.json
 """

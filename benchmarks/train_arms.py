@@ -1,4 +1,4 @@
-"""What a process of `bench_train_step` does: steps of one system, and what they took."""
+"""Child process of `bench_train_step`: trains steps with one system and measures them."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def config_of(case: dict[str, Any], run_dir: Path) -> Any:
-    """fastpref's config of a case."""
+    """fastpref's config for a case."""
     from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 
     rank = case.get("rank")
@@ -44,7 +44,7 @@ def config_of(case: dict[str, Any], run_dir: Path) -> Any:
 
 
 def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
-    """Train with fastpref; every step's numbers come from its own metrics.jsonl."""
+    """Train with fastpref; the metrics of each step are read from its metrics.jsonl."""
     from fastpref.distributed import init_world
     from fastpref.train.task import train
 
@@ -54,7 +54,7 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     config.packing.enabled = job["arm"] != "F0"
     config.packing.max_tokens = job["max_tokens"]
     if config.packing.enabled:
-        # max_tokens alone splits a packed step
+        # packed steps are split by max_tokens only
         config.gradient_accumulation_steps = 1
     config.packing.share_prompt = "true" if job["arm"] in ("F3", "F4") else "false"
     if job["arm"] == "F4":
@@ -83,7 +83,7 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def saying_memory() -> Iterator[list[str]]:
-    """What a run says of its memory: planned, measured, chosen."""
+    """Collect a run's log messages about memory: planned, measured, chosen."""
     said: list[str] = []
 
     class Listener(logging.Handler):
@@ -103,7 +103,7 @@ def saying_memory() -> Iterator[list[str]]:
 
 @contextmanager
 def profiling(enabled: bool) -> Iterator[list[dict[str, Any]]]:
-    """The operations that took most of the time, filled in at the end: name, calls, share."""
+    """Collect the 20 most expensive operations, filled in at the end: name, calls, share."""
     import torch
 
     found: list[dict[str, Any]] = []
@@ -123,7 +123,7 @@ def profiling(enabled: bool) -> Iterator[list[dict[str, Any]]]:
 
 
 def run_trl(job: dict[str, Any]) -> dict[str, Any]:
-    """Train with TRL on ids; the one method overridden is the tokenization, which is done."""
+    """Train with TRL on token ids; overrides only its tokenization, as that is done already."""
     import torch
     from datasets import Dataset
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -153,7 +153,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
     lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in rows]
     if job["arm"] == "T6":
         rows = [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
-    # as it is saved: AutoTokenizer makes one of its own of any folder of type qwen2
+    # not AutoTokenizer, which builds its own tokenizer for any folder of type qwen2
     tokenizer = PreTrainedTokenizerFast.from_pretrained(job["model"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     clock = Clock()
@@ -183,7 +183,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def lora_of(job: dict[str, Any]) -> Any:
-    """peft's settings of what fastpref's defaults are."""
+    """peft's equivalent of fastpref's default adapter."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -196,7 +196,7 @@ def lora_of(job: dict[str, Any]) -> Any:
 
 
 def write_start(job: dict[str, Any], world: Any, path: Path) -> None:
-    """The adapter that fastpref starts a job from, by peft's names."""
+    """Write the initial adapter of fastpref for a job, with peft's tensor names."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -209,7 +209,7 @@ def write_start(job: dict[str, Any], world: Any, path: Path) -> None:
 
 
 def trl_options(job: dict[str, Any]) -> Any:
-    """TRL's settings of an arm."""
+    """TRL's settings for an arm."""
     import torch
     from trl import DPOConfig
 
@@ -242,11 +242,11 @@ def trl_options(job: dict[str, Any]) -> Any:
 
 
 def tokens_of_steps(job: dict[str, Any], lengths: list[int]) -> list[float]:
-    """Real tokens of each step of a TRL arm."""
+    """Real tokens of each step in a TRL arm."""
     pairs = job["pairs"]
     starts = range(0, len(lengths), pairs)
     if job["arm"] == "T6":
-        # a sampler by length draws its own batches: their mean is all that is known
+        # TRL's sampler by length composes the batches: only their mean is known here
         return [sum(lengths) / len(starts)] * len(starts)
     return [sum(lengths[start : start + pairs]) for start in starts]
 

@@ -1,7 +1,7 @@
-"""What both trainers of the step benchmark are given: a model folder, rows as text, and their ids.
+"""Inputs of both trainers in the step benchmark: a model folder, rows as text, and their token ids.
 
-Rows go to fastpref as text; TRL is given the ids and the order fastpref made of them, so both train
-on the same pairs in the same steps.
+fastpref reads the rows as text; TRL gets the ids and the order that fastpref made of them, so both
+train on the same pairs in the same steps.
 """
 
 import json
@@ -16,7 +16,8 @@ LAWS = {
     "UF": (110, 260, 260, 0.7),
     "CHAT": (900, 250, 250, 0.6),
 }
-"""Laws of length: no padding to save; UltraFeedback's; long chats with short answers."""
+"""Length distributions: FIX has no padding to save, UF is like UltraFeedback, CHAT has long prompts
+and short answers."""
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b": {
@@ -60,7 +61,7 @@ MAX_LENGTH = 2048
 
 
 def write_random_model(shape: str, folder: Path) -> None:
-    """A model of a shape with random weights, and a tokenizer whose words are its ids."""
+    """Write a model of a shape with random weights, and a tokenizer with one word per token id."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -83,14 +84,14 @@ def write_random_model(shape: str, folder: Path) -> None:
 
 
 def write_random_rows(law: str, vocab: int, num_rows: int, folder: Path) -> None:
-    """Rows of random words whose lengths follow a law; no sequence is longer than MAX_LENGTH."""
+    """Write rows of random words with lengths from a distribution, at most MAX_LENGTH tokens."""
     random = np.random.default_rng(0)
     *medians, spread = LAWS[law]
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "train.jsonl").open("w", encoding="utf-8") as lines:
         for _ in range(num_rows):
             lengths = np.exp(random.normal(np.log(medians), spread)).astype(int).clip(2)
-            # EOS is added to a response
+            # one token is left for the EOS of a response
             lengths = np.minimum(
                 lengths, [MAX_LENGTH // 2, MAX_LENGTH // 2 - 1, MAX_LENGTH // 2 - 1]
             )
@@ -100,7 +101,7 @@ def write_random_rows(law: str, vocab: int, num_rows: int, folder: Path) -> None
 
 
 def write_ids(config: Any, world: Any, num_steps: int, path: Path) -> None:
-    """The ids of the pairs of the first steps, in the order in which fastpref trains on them."""
+    """Write the token ids of the first steps' pairs, in the order of fastpref's training."""
     from fastpref.train.data import load_data
 
     data = load_data(config, world)

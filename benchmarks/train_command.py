@@ -9,15 +9,15 @@ from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
 from fastpref.config import Config
 
-# train.py belongs to no package: it lies beside this folder
+# train.py is in no package but in the parent folder
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
 def run_train(*arguments: str) -> None:
-    """`python train.py ARGUMENTS`.
+    """Run `python train.py ARGUMENTS` in this process.
 
     Raises:
-        RuntimeError: it did not end with 0.
+        RuntimeError: the exit code is not 0.
     """
     import train
 
@@ -27,7 +27,7 @@ def run_train(*arguments: str) -> None:
 
 
 def read_train_config(*arguments: str) -> Config:
-    """What `python train.py ARGUMENTS` would run.
+    """The config that `python train.py ARGUMENTS` would run with.
 
     Raises:
         ConfigError: an option is unknown or out of range.

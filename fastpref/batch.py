@@ -1,4 +1,4 @@
-"""The records that travel from the encoder to the model and on to the losses."""
+"""Records passed from the encoder to the model and on to the losses."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""The target of a position that the head's ops score 0, without a gradient."""
+"""Target of a position that the LM-head ops ignore: score 0, no gradient."""
 
 
 class EncodedRow(NamedTuple):
     """One preference pair (or, for SFT, one prompt and response) as token ids.
 
-    A response ends in EOS unless truncation took it. Token weights stand one beside each response
-    token; None weighs every token 1. So does whether a token is in the loss; None: all of them are.
+    A response ends in EOS unless it was truncated. `*_weights` and `*_scored` have one value per
+    response token: its weight (None: all 1) and whether it is in the loss (None: all are).
     `rejected_ids` is empty in SFT.
     """
 
@@ -34,53 +34,54 @@ class Segment(NamedTuple):
     start: int
     stop: int
     prefix_start: int
-    """What stands before the segment's first token in its sequence, [prefix_start, prefix_stop): a
-    prompt, and what its responses begin with; nothing where the segment begins the sequence."""
+    """[prefix_start, prefix_stop): tokens of the row that precede the segment in its sequence, a
+    prompt and the tokens that its responses share; empty if the segment starts the sequence."""
     prefix_stop: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyUses:
-    """Where each of a row's T tokens stands among the keys of its segments: at least once.
+    """Inverse of `SegmentLayout.keys`: where each of a row's T tokens occurs among the keys.
 
-    Round by round, so that a token is there once a round and additions have an order.
+    Every token occurs at least once. Occurrences are grouped in rounds, each with at most one per
+    token (the first ones, then the second ones, …), to sum gradients in a fixed order.
     """
 
     first: Tensor
-    """(T,) int64: places in the keys, one a token."""
+    """(T,) int64: index into the keys of each token's first occurrence."""
     tokens: Tensor
-    """(uses beyond the first,) int64: tokens that have a second one, then a third one, …"""
+    """(further occurrences,) int64: tokens with a second occurrence, then those with a third, …"""
     places: Tensor
-    """(uses beyond the first,) int64: these uses' places in the keys."""
+    """(further occurrences,) int64: index into the keys of each of them."""
     rounds: tuple[int, ...]
-    """How many tokens have a second use, a third one, …"""
+    """Number of tokens with a second occurrence, with a third, …"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentLayout:
-    """Who attends to whom in a packed row of T tokens.
+    """Attention pattern of a packed row of T tokens, as variable-length attention takes it.
 
-    First come the plain segments, each a prompt with its first branch (or a whole sequence):
+    The plain segments come first, each a prompt with its first branch (or a whole sequence):
     ordinary causal attention over contiguous tokens. Then the further branches, whose keys are
-    their prefix's and their own; causality is aligned at the end. Offsets are what variable-length
-    attention calls `cu_seqlens`.
+    their prefix and themselves, with a causal mask aligned at the last key. Offsets are the
+    `cu_seqlens` of variable-length attention.
     """
 
     segments: tuple[Segment, ...]
-    """Plain ones, then branches, in the order of the row; none is empty."""
+    """Plain segments, then branches, in the order of the row; none is empty."""
     query_offsets: Tensor
     """(segments + 1,) int32, into the row."""
     key_offsets: Tensor
-    """(segments + 1,) int32, into `keys`; into the row without branches."""
+    """(segments + 1,) int32, into `keys`; into the row if there are no branches."""
     longest: int
-    """Queries of the longest segment."""
+    """Most queries of a segment."""
     longest_keys: int
-    """Keys of the segment that has most."""
+    """Most keys of a segment."""
     keys: Tensor | None
-    """(K,) int64: positions in the row of every segment's keys, its prefix's and then its own;
-    None without branches, where they are the row as it lies."""
+    """(K,) int64: positions in the row of the keys, segment by segment, prefix first; None without
+    branches, where the keys are the row itself."""
     uses: KeyUses | None
-    """Where the row's tokens stand in `keys`; None without branches."""
+    """Inverse of `keys`; None without branches."""
 
     @property
     def has_branches(self) -> bool:
@@ -90,64 +91,64 @@ class SegmentLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A micro-batch: tokens for the model's body, and the N response tokens that they score.
+    """A micro-batch: input tokens of the model, and the N response tokens to score.
 
     Either one packed row, with `position_ids` and a `layout`, or B right-padded rows with an
     `attention_mask`. Sequences are numbered chosen responses first, then rejected ones, so
-    sequence p and sequence P + p are one pair. A dataclass and not a tuple on purpose: FSDP2 looks
-    into tuples and would cast the token weights to the compute dtype.
+    sequences p and P + p form a pair. Deliberately not a tuple: FSDP2 would traverse it and cast
+    the token weights to the compute dtype.
     """
 
     input_ids: Tensor
     """(1, T) int64 packed, or (B, L) int64 padded on the right."""
     position_ids: Tensor | None = None
-    """(1, T) int64: place of each token in its own sequence; None for padded rows."""
+    """(1, T) int64: position of each token in its own sequence; None for padded rows."""
     layout: SegmentLayout | None = None
-    """Who attends to whom in the packed row; None for padded rows."""
+    """Attention pattern of the packed row; None for padded rows."""
     attention_mask: Tensor | None = None
     """(B, L) int64: 1 for a token, 0 for padding; None for a packed row."""
     score_index: Tensor
-    """(N or more,) int64: the position, in the flattened `input_ids`, whose hidden state predicts a
-    target. A shared position is there once for each sequence that it predicts a token of."""
+    """(N or more,) int64: index into the flattened `input_ids` of the hidden state that predicts
+    each target. A shared position occurs once per sequence that it predicts a token of."""
     target: Tensor
-    """(N or more,) int64: the response tokens, in the order of `score_index`; `IGNORED`, which
-    scores nothing, where they are not in the loss, and beyond N, where it fills a shape up."""
+    """(N or more,) int64: the response tokens, in the order of `score_index`; `IGNORED` for tokens
+    that are not in the loss and for entries beyond N, which pad to a fixed shape."""
     in_loss: Tensor | None = None
-    """(M or more,) int64: the places in `target` that the head computes, where not all of the N
-    tokens are in the loss: those that are, and what fills a shape up; None: all."""
+    """(M or more,) int64: indices into `target` that the head computes: the M tokens in the loss,
+    and padding; None if all N tokens are in the loss."""
     token_weights: Tensor | None
-    """(N,) float32, or None when every token weighs 1."""
+    """(N,) float32, or None if all weights are 1."""
     sequence_ids: Tensor
-    """(N,) int64 in [0, num_sequences): the sequence a target belongs to."""
+    """(N,) int64 in [0, num_sequences): the sequence that each target belongs to."""
     reference_logps: Tensor | None = None
-    """(N,) float32: log-probabilities of the targets under the reference, in nats, where they were
-    computed before; None where they were not."""
+    """(N,) float32: precomputed log-probabilities of the targets under the reference, in nats; None
+    if they were not precomputed."""
     num_sequences: int
-    """2P for P pairs, P in SFT; 0 for a rank without work, which then scores nothing."""
+    """2P for P pairs, P in SFT; 0 for a rank without rows."""
 
     @property
     def num_scored(self) -> int:
-        """N."""
+        """N, the number of response tokens, also those not in the loss."""
         return len(self.sequence_ids)
 
     @property
     def head_index(self) -> Tensor:
-        """(M or more,) int64: `score_index` of what the head computes."""
+        """(M or more,) int64: `score_index` of the targets that the head computes."""
         return self.score_index if self.in_loss is None else self.score_index[self.in_loss]
 
     @property
     def head_target(self) -> Tensor:
-        """(M or more,) int64: `target` of what the head computes."""
+        """(M or more,) int64: the targets that the head computes."""
         return self.target if self.in_loss is None else self.target[self.in_loss]
 
     def of_scored(self, values: Tensor) -> Tensor:
-        """(N,): what the head has made of what it computes, 0 where a token is not in the loss."""
+        """Map values of the `head_target` tokens to all response tokens, (N,); 0 if not in loss."""
         if self.in_loss is not None:
             values = values.new_zeros(len(self.target)).index_copy(0, self.in_loss, values)
         return values if len(values) == self.num_scored else values[: self.num_scored]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`; from pinned memory the copies do not wait for the host."""
+        """The same batch on `device`; copies from pinned memory are asynchronous."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
@@ -156,8 +157,8 @@ class Batch:
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`; the host waits for nothing that a GPU computes, as it would
-    if the copy came from memory that is not page-locked."""
+    """Copy a host tensor to `device`, via pinned memory for a GPU: a copy from pageable memory
+    would block the host until the GPU has caught up."""
     source = tensor.pin_memory() if device.type == "cuda" else tensor
     return source.to(device, non_blocking=True)
 

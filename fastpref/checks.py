@@ -1,4 +1,4 @@
-"""Checks of single values, shared by the config dataclasses: the rule and what came."""
+"""Value checks shared by the config dataclasses, and formatting of their messages."""
 
 import difflib
 import math
@@ -24,7 +24,7 @@ def check_number(
 
     Args:
         key: Name of the option, for the message.
-        value: What came.
+        value: Value to check.
         gt, ge, lt, le: Bounds: value > gt, >= ge, < lt, <= le.
 
     Raises:
@@ -37,7 +37,7 @@ def check_number(
     if math.isfinite(value) and all(_COMPARE[sign](value, rules[sign]) for sign in rules):
         return
     words = [f"{sign} {_exact(bound)}" for sign, bound in rules.items()]
-    # inf is > 0: that is not what is wrong with it
+    # say "finite" if that is the rule broken: inf does satisfy > 0
     words += [] if rules and math.isfinite(value) else ["finite"]
     rule = " and ".join(words)
     raise ValueError(f"{key} must be {rule}, got {value}")
@@ -48,7 +48,7 @@ def _exact(bound: float) -> str:
 
 
 def check_choice(key: str, value: str, choices: Collection[str]) -> None:
-    """Refuse a word outside `choices`; the message lists them and the nearest one.
+    """Refuse a value outside `choices`; the message lists them and the nearest one.
 
     Raises:
         ValueError: "task must be one of train, audit, got 'trian'; nearest: train".
@@ -60,7 +60,7 @@ def check_choice(key: str, value: str, choices: Collection[str]) -> None:
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `name` abbreviates or is most like, letter case aside; None if none is."""
+    """The candidate that starts with `name` or is most similar, ignoring case; None if none is."""
     by_lower = {candidate.lower(): candidate for candidate in candidates}
     longer = [lower for lower in by_lower if len(name) > 2 and lower.startswith(name.lower())]
     close = longer or difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
@@ -68,11 +68,11 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
 
 
 def expand_home(options: Any, *names: str) -> None:
-    """Put the home folder in the place of a ~ that local paths begin with; no hub id does.
+    """Expand a leading ~ in path options, in place; hub ids never start with one.
 
     Args:
         options: A config dataclass.
-        names: Its fields that hold a path, several, or None.
+        names: Fields that hold a path, a list of paths, or None.
     """
     for name in names:
         value = getattr(options, name)
@@ -83,10 +83,10 @@ def expand_home(options: Any, *names: str) -> None:
 
 
 def take_other_name(options: Any, name: str, other: str, *, group: str = "") -> None:
-    """Give an option the value of its other name, which nothing else reads.
+    """Move the value of an alias (`other`) to the option it stands for (`name`).
 
     Raises:
-        ValueError: both are given, and differ.
+        ValueError: both are given and differ.
     """
     value, given = getattr(options, name), getattr(options, other)
     if given is None:
@@ -101,46 +101,46 @@ def take_other_name(options: Any, name: str, other: str, *, group: str = "") -> 
 
 
 def listed(names: Sequence[str]) -> str:
-    """ "a, b, c" of the first eight names, then how many there are in all; "" of none."""
+    """Join names with commas: the first eight, and the total number if there are more."""
     more = f", … ({len(names)} in all)" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
 
 
 def both_ends(text: str) -> str:
-    """A text for the log: of a long one 80 characters of each end."""
+    """Shorten a text over 160 characters to 80 characters of each end, for the log."""
     return text if len(text) <= 160 else f"{text[:80]} … {text[-80:]}"
 
 
 def share_of(part: int, whole: int) -> str:
-    """ "3 of 1,200 (0.25 %)"."""
+    """Format as "3 of 1,200 (0.25 %)"."""
     return f"{part:,} of {whole:,} ({100 * part / max(1, whole):.3g} %)"
 
 
 def hint(name: str, candidates: Iterable[str]) -> str:
-    """ "; nearest: X" to end a message with, or "" where nothing is close."""
+    """Suffix "; nearest: X" for a message, or "" if no candidate is close."""
     close = nearest(name, candidates)
     return f"; nearest: {close}" if close else ""
 
 
 def as_count(name: str, value: str) -> int | None:
-    """A number of things that may be left to us, written as text; None for auto.
+    """Parse an integer option that may be "auto"; None for auto.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the value is neither.
     """
     if value == "auto":
         return None
-    # set from code it may be a number
+    # str(): code may pass an int
     if not re.fullmatch("-?[0-9]+", str(value)):
         raise ValueError(f"{name} must be auto or a whole number >= 1, got {value!r}")
     return int(value)
 
 
 def as_number(name: str, value: str) -> float | None:
-    """A number that may be left to us, written as text; None for auto.
+    """Parse a number option that may be "auto"; None for auto.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the value is neither.
     """
     if value == "auto":
         return None

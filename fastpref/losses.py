@@ -1,11 +1,11 @@
-"""The losses: pure functions of per-sequence numbers, one value per pair, nothing reduced.
+"""The losses: pure functions of per-sequence scores, one value per pair, without reduction.
 
 Every log probability, log-ratio and KL is a sum over response tokens, in nats, shape (P,) for P
-preference pairs; float32 or float64, and what comes in 16 bits is computed in float32. A log-ratio
-is log π(response | prompt) - log π_ref(response | prompt). Rewards come back detached.
+preference pairs; float32 or float64, and 16-bit inputs are computed in float32. A log-ratio is
+log π(response | prompt) - log π_ref(response | prompt). Returned rewards are detached.
 
-Each raises ValueError where what should be a tensor is none, its tensors differ in shape or an
-option is out of its range.
+Each function raises ValueError if an argument is not a tensor, shapes differ or an option is out of
+range.
 """
 
 import torch
@@ -24,7 +24,7 @@ def sft_loss(logps: Tensor) -> Tensor:
         logps: log p(response | prompt) summed over response tokens, in nats. Shape (S,).
 
     Returns:
-        losses, shape (S,). Long responses weigh more: the sum is not divided by the length.
+        losses, shape (S,). Not divided by the length, so long responses weigh more.
     """
     (logps,) = _numbers(logps=logps)
     return -logps
@@ -50,7 +50,7 @@ def dpo_loss(
             reference_rejected_logps: log p(response | prompt). The reference carries no gradient.
         beta: Inverse temperature of the implicit reward, > 0.
         label_smoothing: ε, the probability that a pair is mislabelled, in [0, 0.5).
-        reference_free: Leave the reference out of h; the rewards keep it.
+        reference_free: Omit the reference from h; the rewards still include it.
 
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β (log π - log ref).
@@ -71,7 +71,7 @@ def dpo_loss(
     else:
         margins = chosen_log_ratios - rejected_log_ratios
     losses = -(1 - label_smoothing) * logsigmoid(beta * margins)
-    # 0 · log σ(-∞) is not 0
+    # without smoothing the term is omitted: 0 · log σ(-∞) would be NaN
     if label_smoothing:
         losses = losses - label_smoothing * logsigmoid(-beta * margins)
     return losses, beta * chosen_log_ratios.detach(), beta * rejected_log_ratios.detach()
@@ -128,7 +128,7 @@ def simpo_loss(
         chosen_logps, rejected_logps: log π(response | prompt).
         chosen_num_tokens, rejected_num_tokens: |y|, tokens of the responses, >= 1.
         beta: Scale of the mean log-probability, > 0.
-        gamma: Margin by which the chosen response is to be ahead, >= 0.
+        gamma: Target reward margin, >= 0.
 
     Returns:
         losses, chosen_rewards, rejected_rewards: each (P,). The rewards are β log π / |y|.
@@ -184,7 +184,7 @@ def tdpo_loss(
     )
     margins = chosen_log_ratios - rejected_log_ratios
     if if_tdpo2:
-        # only the rejected KL is pushed: the chosen side may drift as far as it pays
+        # the chosen KL is detached: only the rejected KL gets a gradient (arXiv:2404.11999)
         margins = margins - _times(alpha, rejected_kl - chosen_kl.detach())
     else:
         margins = margins - (rejected_kl - chosen_kl)
@@ -203,14 +203,14 @@ def tisdpo_loss(
     alpha: float = 0.5,
     token_level: bool = False,
 ) -> PairLoss:
-    """Token-importance-sampling DPO (Liu et al. 2025, arXiv:2410.04350), as its code has it.
+    """Token-importance-sampling DPO (Liu et al. 2025, arXiv:2410.04350), as in its code.
 
         loss = -log σ(β [(M_w - M_l) - α (K_w - K_l)])   with token_level, else without the K term
 
     Args:
         chosen_log_ratios, rejected_log_ratios: M_w, M_l: sums of token weight x log-ratio.
-        chosen_kl, rejected_kl: K_w, K_l: sums of token weight x KL(policy ‖ reference), the other
-            direction than TDPO's. Read only with token_level.
+        chosen_kl, rejected_kl: K_w, K_l: sums of token weight x KL(policy ‖ reference), the
+            opposite direction of TDPO's. Used only with token_level.
         beta: Inverse temperature of the implicit reward, > 0.
         alpha: Weight of the KL difference, >= 0.
         token_level: Include the KL term; gradients then flow through both sides of it.
@@ -238,7 +238,7 @@ def tisdpo_loss(
 
 
 def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """1 where the chosen reward is strictly the higher one, else 0: a tie is not a success."""
+    """1 where the chosen reward is strictly higher, else 0, also for ties; (P,) float32."""
     chosen_rewards, rejected_rewards = _numbers(
         chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
     )
@@ -246,25 +246,24 @@ def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Ten
 
 
 def _check_option(name: str, value: float, **bounds: float) -> None:
-    """Refuse what is no number, which `check_number` takes for an option that is not set."""
+    """`check_number` for a required option: refuses None and other non-numbers."""
     if not hasattr(value, "__float__"):
         raise ValueError(f"{name} must be a number, got {value!r}")
     check_number(name, value, **bounds)
 
 
 def _times(alpha: float, difference: Tensor) -> Tensor:
-    """α · difference, 0 where α is: 0 · ∞ is not a number."""
+    """α · difference; 0 for α = 0 even where the difference is infinite."""
     if not alpha:
         difference = difference.masked_fill(~difference.isfinite(), 0)
     return alpha * difference
 
 
 def _numbers(**tensors: Tensor) -> list[Tensor]:
-    """The tensors, all of one shape, in float32 where they came in 16 bits.
+    """The tensors, with 16-bit ones converted to float32.
 
     Raises:
-        ValueError: one is no tensor, or they differ in shape, so that one would be spread over
-            the others.
+        ValueError: one is not a tensor, or shapes differ (broadcasting would hide the mistake).
     """
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

@@ -1,4 +1,4 @@
-"""TIS-DPO token weights: from the log-ratios in a data file to one weight per response token."""
+"""TIS-DPO token weights: from log-ratios in a data file to one weight per response token."""
 
 import hashlib
 import random
@@ -23,27 +23,27 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
         binary                1 for the top int(n · top_percent / 100) values, else 0
         threshold             clamp(w, lower_threshold, upper_threshold)
         threshold_and_scale   clamp(w, min_val, max_val), mapped onto [min_scale, max_scale]
-        random                uniform in [min_val, max_val], whatever w is
+        random                uniform in [min_val, max_val], independent of w
         rank_based            ascending rank i of n: min_scale + i / (n - 1) · range; 1 if n = 1
         paper                 k · exp(clamp(w, L, U)) (arXiv:2410.04350)
 
-    Equal values, with `ties="seed"` (the TIS-DPO code): `binary` gives 0 to a value tied across
-    the cut wherever it stands, `rank_based` ranks it by position. With `ties="equal"`, `binary`
-    gives it 1, `rank_based` the mean of its ranks: equal values get equal weights.
+    Ties with `ties="seed"` (as in the TIS-DPO code): `binary` gives 0 to all values tied across
+    the cut, `rank_based` ranks equal values by position. With `ties="equal"`, `binary` gives tied
+    values 1 and `rank_based` the mean of their ranks: equal values get equal weights.
 
     Args:
         weights: One finite value per response token without EOS: +log(π⁺/π⁻) of a chosen
             response, -log(π⁺/π⁻) of a rejected one, in nats.
         method: One of the names above.
         params: The method's own parameters, by the names above. `random` also takes
-            `rng: random.Random`; without it the global generator of `random` is drawn from.
+            `rng: random.Random`; the default is Python's global generator.
 
     Returns:
-        As many weights as came in.
+        One weight per input value.
 
     Raises:
-        ValueError: a weight is not finite, as it came or as it is returned, method or parameter
-            is unknown, or bounds are reversed, out of range or divide by zero.
+        ValueError: an input or a result is not finite, the method or a parameter is unknown, or
+            bounds are reversed, out of range or cause a division by zero.
     """
     if not isinstance(method, str):
         raise ValueError(f"transform.method must be a name, got {method!r}")
@@ -63,7 +63,7 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
                 raise ValueError(f"transform.{method}.{name} must be a number, got {value!r}")
             check_number(f"transform.{method}.{name}", float(value))
     values = _finite_numbers(weights)
-    # refused below by name: a warning would say less
+    # overflow is reported below with the weight and its place, so no numpy warning
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         transformed = transform(values, **params)
     if not np.isfinite(transformed).all():
@@ -76,7 +76,7 @@ def transform_weights(weights: Sequence[float], method: str, **params: Any) -> l
 
 
 def _finite_numbers(weights: Sequence[float]) -> Array:
-    """A response's weights as an array; ValueError where they are not what they must be."""
+    """A response's weights as an array; ValueError unless they are a list of finite numbers."""
     try:
         values = np.asarray(weights, dtype=np.float64)
     except (TypeError, ValueError, OverflowError) as error:
@@ -140,7 +140,7 @@ def _random(
     rng: random.Random | None = None,
 ) -> Array:
     _check_bounds("random", "min_val", min_val, "max_val", max_val)
-    # the stream of Python's generator, as the TIS-DPO code draws it
+    # Python's generator, one draw per token: the same stream as in the TIS-DPO code
     uniform = random.uniform if rng is None else rng.uniform
     return np.array([uniform(min_val, max_val) for _ in weights], dtype=np.float64)
 
@@ -190,20 +190,19 @@ def prepare_weights(
     *,
     row_seed: str,
 ) -> list[list[float]]:
-    """Sign step and transform of one row, over its full untruncated token lists.
+    """Correct the signs of one row's weights and transform them, before any truncation.
 
-    A file holds -log(π⁺/π⁻) of each token on both sides, so the chosen list is negated. The sign
-    belongs to the side in the *file*: with `reverse_dataset` π⁺ and π⁻ change roles together
-    with the texts, and the prepared lists are swapped as they are.
+    A file has -log(π⁺/π⁻) of each token for both responses, so the chosen list is negated. Chosen
+    and rejected mean the roles in the *file*: with `reverse_dataset` π⁺ and π⁻ change roles
+    together with the responses, and the prepared lists are swapped without further changes.
 
     Args:
         chosen_weight, rejected_weight: The file's lists, in nats.
         method, params: See `transform_weights`.
-        row_seed: What `random` draws from: equal seeds give equal weights, whatever else was
-            drawn before.
+        row_seed: Seed of the method `random`: weights depend on it alone, not on earlier draws.
 
     Returns:
-        The prepared chosen and rejected lists, as long as they came in.
+        The prepared chosen and rejected lists, in their original lengths.
     """
     if method == "random":
         params = {**params, "rng": random.Random(row_seed)}
@@ -214,15 +213,14 @@ def prepare_weights(
 def align_weights(
     weights: list[float], num_tokens: int, eos_weight: float | None, *, has_eos: bool = False
 ) -> list[float]:
-    """Weights of the response tokens that are left after EOS was appended and truncation done.
+    """Weights of the response tokens that remain after appending EOS and truncating.
 
     Args:
         weights: Prepared weights of the untruncated response.
-        num_tokens: Tokens left, EOS included, >= 1.
-        eos_weight: Weight of EOS where it survived. None: that of the file where it has one, else
-            the rule of the TIS-DPO code: the last token that is left weighs 0, be it EOS or the
-            last survivor of a truncation.
-        has_eos: The last of `weights` belongs to EOS.
+        num_tokens: Remaining tokens, EOS included, >= 1.
+        eos_weight: Weight of EOS if it was not truncated. None: the file's, if `has_eos`; else the
+            rule of the TIS-DPO code: the last remaining token, EOS or not, gets weight 0.
+        has_eos: Whether the last of `weights` belongs to EOS.
 
     Returns:
         `num_tokens` weights.
@@ -240,11 +238,11 @@ def token_digest(
 ) -> str:
     """Digest of the tokens that a row's weights were estimated for, 16 hexadecimal digits.
 
-    A file of estimated weights carries it in every row: weights that stand beside other tokens,
-    because the text was changed or the tokenizer is another one, are refused.
+    Stored in every row of a file of estimated weights, to refuse weights whose tokens have changed
+    because the text or the tokenizer did.
     """
     digest = hashlib.blake2b(digest_size=8)
     for ids in (prompt_ids, chosen_ids, rejected_ids):
-        # the length first: tokens must not wander from one part to the next unnoticed
+        # with the length: moving a token from one part to the next must change the digest
         digest.update(np.array([len(ids), *ids], dtype="<i8").tobytes())
     return digest.hexdigest()

@@ -29,7 +29,7 @@ from fastpref.data.sources.planted import generate_rows, generate_sft_rows
 REPOSITORY = Path(__file__).parents[1]
 SPECIAL_TOKENS = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>"}
 
-# the same text as planted.PROMPT_TEMPLATE; a prompt's rendering is a prefix of the dialogue's
+# renders the text of planted.PROMPT_TEMPLATE; a rendered prompt is a prefix of its dialogue
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{%- if message['role'] == 'assistant' %}"
@@ -45,17 +45,17 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of the planted set are one token each, all other text is spelled in bytes.
+    """Tokenizer with one token per word of the planted set; other text is encoded as bytes.
 
-    A digit or capital letter is thus always one token, any text can be encoded, and decoding gives
-    back what was encoded.
+    Digits and capital letters outside of these words are thus single tokens, any text can be
+    encoded, and decoding is lossless.
     """
     texts = [row["prompt"] + row["chosen"] for row in generate_rows("train")]
     words = sorted({word for text in texts for word in re.findall(r" ?\b[A-Z]?[a-z]+\b", text)})
     byte_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*SPECIAL_TOKENS.values(), *byte_alphabet, *(w.replace(" ", "Ġ") for w in words)]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
-    # no merges: a word is looked up whole (ignore_merges) or falls apart into its bytes
+    # no merges: a word is either in the vocabulary (ignore_merges) or split into bytes
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -86,7 +86,7 @@ def build_random_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        # four times transformers' default: so small a model starts too flat with it
+        # four times transformers' default, with which the outputs of so small a model are too flat
         initializer_range=0.08,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -96,7 +96,7 @@ def build_random_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def write_sft_corpus(folder: Path) -> None:
-    """`folder/{train,test}.jsonl` with prompt, chosen, rejected."""
+    """Write `folder/{train,test}.jsonl` with prompt, chosen, rejected."""
     folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "test"):
         with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:

@@ -1,11 +1,11 @@
-"""Kill a run at seeded instants, go on with it, and compare its end with the uninterrupted one:
+"""Kill runs at random times, resume them, and compare the results with an uninterrupted run:
 
     python scripts/kill_and_resume.py --kills 40 --seed 0
 
-Every kill is SIGKILL in a run of its own, at a time drawn from the whole of an uninterrupted run:
-loading, training, evaluating, saving, exporting. The same command with `resume=auto` then has to
-end with the same weights, metrics and samples, bit for bit. Prints where the kills fell; exits
-with 1 if one of the ends differs.
+Each kill is a SIGKILL in a separate run, at a time drawn uniformly from the duration of an
+uninterrupted run: loading, training, evaluating, saving, exporting. The same command with
+`resume=auto` must then end with bitwise the same weights, metrics and samples. Prints what the runs
+were doing when killed; exits with 1 if any result differs.
 """
 
 import argparse
@@ -27,22 +27,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 OF_THE_MACHINE = ("examples_per_second", "tokens_per_second", "peak_memory_gib")
 LOADED_FIRST = ("torch", "transformers", "datasets", "fastpref.tisdpo.recipe", "torch._dynamo")
-"""What a fork need not import again."""
+"""Modules imported before forking, so that the runs need not import them."""
 DEADLINE_SECONDS = 120
 STEPS_BETWEEN_EVALS = 3
 
 
 class Kill(NamedTuple):
-    """One kill, and what became of the run."""
+    """One kill and its outcome."""
 
     seconds: float
-    """After the run's start."""
+    """Time of the kill, after the run's start."""
     where: str
-    """What the run was doing: loading, training, …"""
+    """Phase of the run when it was killed: loading, training, …"""
     going_on: str
-    """From where it went on."""
+    """Step that it resumed from."""
     same: bool
-    """Whether its end is that of the uninterrupted run."""
+    """Whether the results equal those of the uninterrupted run."""
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("options", nargs="*", help="more of the run, KEY=VALUE")
     arguments = parser.parse_args()
-    # not a TemporaryDirectory: the first fork that ends would remove it
+    # not a TemporaryDirectory, which the first fork that exits would remove
     folder = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
     kills = kill_and_resume(folder, arguments.kills, arguments.seed, arguments.options)
     shutil.rmtree(folder)
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def table(kills: list[Kill]) -> str:
-    """Kills by what the run was doing."""
+    """Markdown table of the kills, by phase."""
     lines = ["| killed while | kills | went on from | the same end |", "|---|---|---|---|"]
     for where, count in Counter(kill.where for kill in kills).most_common():
         there = [kill for kill in kills if kill.where == where]
@@ -71,13 +71,13 @@ def table(kills: list[Kill]) -> str:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int, options: list[str]) -> list[Kill]:
-    """Kill a run `kills` times.
+    """Kill and resume `kills` runs.
 
     Args:
-        folder: To work in.
-        kills: How many runs are killed.
-        seed: Of the instants.
-        options: Of the run, beside those that make it short.
+        folder: Working folder.
+        kills: Number of runs to kill.
+        seed: Seed of the times of the kills.
+        options: Options of the runs, in addition to those that make them short.
     """
     for name in LOADED_FIRST:
         importlib.import_module(name)
@@ -106,7 +106,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, options: list[str]) -> 
 
 
 def command(run_dir: Path, options: list[str]) -> list[str]:
-    """A short run of the embedded model that does all that runs do, every few steps."""
+    """Command line of a short run of the embedded model that evaluates, samples and saves often."""
     return [
         *(f"run_dir={run_dir}", "resume=auto", "n_examples=384", "warmup_steps=4"),
         *("eval_every=96", "n_eval_examples=64", "n_eval_model_samples=2", "checkpoint.every=2"),
@@ -115,14 +115,14 @@ def command(run_dir: Path, options: list[str]) -> list[str]:
 
 
 def start(arguments: list[str], log: Path) -> Any:
-    """The program in a process of its own, forked off this one."""
+    """Start the program in a process forked from this one."""
     process = multiprocessing.get_context("fork").Process(target=enter, args=(arguments, log))
     process.start()
     return process
 
 
 def enter(arguments: list[str], log: Path) -> None:
-    """What the process does: the command line, its output in a file."""
+    """Main function of the forked process: the command line, with its output in `log`."""
     import train
     from fastpref.cli.command_line import leave, main
 
@@ -133,14 +133,14 @@ def enter(arguments: list[str], log: Path) -> None:
 
 
 def wait(process: Any) -> int:
-    """Its exit code."""
+    """Wait for a process; returns its exit code."""
     process.join(DEADLINE_SECONDS)
     assert process.exitcode is not None, "it hangs"
     return process.exitcode
 
 
 def doing(run_dir: Path, log: Path) -> str:
-    """What a run was doing when it was killed, by what it left."""
+    """Phase of a run when it was killed, from its files and log."""
     if any((run_dir / "checkpoints").glob("*.partial")):
         return "saving"
     if (run_dir / "LATEST.partial").exists():
@@ -157,7 +157,7 @@ def doing(run_dir: Path, log: Path) -> str:
 
 
 def came_from(log: Path) -> str:
-    """From where a run says that it goes on."""
+    """Step that a run resumed from, according to its log."""
     for line in log.read_text(errors="replace").splitlines():
         if line.startswith("going on after step"):
             return line.split(":")[0].removeprefix("going on after ")
@@ -165,7 +165,7 @@ def came_from(log: Path) -> str:
 
 
 def end_of(run_dir: Path) -> Any:
-    """All numbers and weights of a run, of the machine's own apart."""
+    """Metrics, samples and weights of a run, without metrics that depend on the machine."""
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     for record in records:
         for name in OF_THE_MACHINE:

@@ -1,9 +1,9 @@
 """Whether two checkouts train to the same numbers: same_numbers.py ONE OTHER
 
-Runs the default, SFT, DPO packed, padded and in bfloat16, TDPO1, TDPO2, IPO and the whole TIS-DPO
-recipe on the embedded model, on one CPU thread, in both checkouts. Every number of every
-metrics.jsonl and of the weights files must be equal to the last bit; rates and memory are left out.
-Exits with 1 and the names of the runs that differ.
+Runs the default, SFT, DPO (packed, padded and in bfloat16), TDPO1, TDPO2, IPO and the whole TIS-DPO
+recipe on the embedded model, on one CPU thread, in both checkouts. All numbers in all metrics.jsonl
+and weights files must be bitwise equal, except rates and memory. If not, exits with 1 and the names
+of the runs that differ.
 """
 
 import json
@@ -33,7 +33,7 @@ LEFT_OUT = ("examples_per_second", "tokens_per_second", "peak_memory_gib")
 
 
 def train(root: Path, options: tuple[str, ...], folder: Path) -> dict[str, list[Any]]:
-    """All numbers that a run of a checkout leaves, by file; the run folder is `folder`."""
+    """Run a checkout's train.py in `folder`; returns all numbers of its results, by file."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(root), str(root / "kernels")]),
         "OMP_NUM_THREADS": "1",

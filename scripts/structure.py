@@ -1,7 +1,7 @@
 """Measures of the code's structure: python scripts/structure.py [FOLDER] [--check].
 
-Reads the source with Python's own `ast`, imports none of it. `--check` exits with 1 where a bound
-is passed, and says by what.
+Parses the source with `ast`, without importing it. `--check` exits with 1 if a bound is exceeded;
+the table shows where.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 PACKAGES = ("fastpref", "kernels/fastpref_kernels")
-"""What is installed; `train.py` counts with it."""
+"""Installed packages to measure; `train.py` is included too."""
 BOUNDS = {
     "lines of the longest function": 60,
     "lines of the longest file": 350,
@@ -27,13 +27,13 @@ class Module(NamedTuple):
     """One source file."""
 
     name: str
-    """Its path below the checkout."""
+    """Path relative to the checkout."""
     lines: int
     tree: ast.Module
 
 
 class Measure(NamedTuple):
-    """A number, and what it was found in."""
+    """A value, and the place in the source that it was found at."""
 
     value: int
     where: str = ""
@@ -51,7 +51,7 @@ def read_modules(root: Path) -> list[Module]:
 
 
 def functions(modules: list[Module]) -> Iterator[tuple[str, Function]]:
-    """Every function and method, with its place."""
+    """Every function and method, with its place as "file:line name"."""
     for module in modules:
         for node in ast.walk(module.tree):
             if isinstance(node, Function):
@@ -64,7 +64,7 @@ def length(function: Function) -> int:
 
 
 def takes_config(function: Function) -> bool:
-    """Whether the run's whole config is handed in: a parameter of the class `Config`."""
+    """Whether a parameter is the run's whole config, annotated as `Config`."""
     arguments = function.args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     return any(
@@ -75,16 +75,16 @@ def takes_config(function: Function) -> bool:
 
 
 def num_positional(function: Function) -> int:
-    """Arguments that may be given by place, `self` and `cls` left out."""
+    """Number of parameters that can be passed by position, without `self` and `cls`."""
     names = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
     return len([name for name in names if name not in ("self", "cls")])
 
 
 def has_fixed_places(function: Function) -> bool:
-    """Whether somebody else's interface leaves no choice but arguments by place.
+    """Whether an external interface requires positional parameters.
 
-    Triton 3.6, which torch 2.11 brings, compiles no keyword-only parameters: a kernel's launch
-    gives names all the same. An autograd node gets what `apply` was given, behind its context.
+    Triton 3.6, which torch 2.11 installs, does not compile keyword-only parameters; kernel launches
+    pass arguments by name anyway. An autograd function gets the arguments of `apply` after `ctx`.
     """
     decorators = " ".join(map(ast.unparse, function.decorator_list))
     first = next(iter(function.args.args), None)
@@ -92,7 +92,7 @@ def has_fixed_places(function: Function) -> bool:
 
 
 def internal_imports(module: Module) -> set[str]:
-    """Modules of the project that a module imports, wherever in the file."""
+    """Modules of the project that a module imports, anywhere in the file."""
     found = set()
     for node in ast.walk(module.tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fastpref"):
@@ -103,7 +103,7 @@ def internal_imports(module: Module) -> set[str]:
 
 
 def measure(modules: list[Module]) -> dict[str, Measure]:
-    """The numbers, by name."""
+    """All measures, by name."""
     every = list(functions(modules))
     free = [(place, function) for place, function in every if not has_fixed_places(function)]
     taking = [place for place, function in every if takes_config(function)]
@@ -127,7 +127,7 @@ def measure(modules: list[Module]) -> dict[str, Measure]:
 
 
 def main() -> int:
-    """Print the table; 1 where `--check` finds a bound passed."""
+    """Print the table; returns 1 if `--check` is given and a bound is exceeded, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""docs/support-matrix.md: what was found out about every family, as a table."""
+"""Formats docs/support-matrix.md: the results of every model family, as a table."""
 
 import math
 import textwrap
@@ -9,32 +9,35 @@ import torch
 import transformers
 
 SCORE_BOUND = 1e-4
-"""Nats between our score of a token and that of plain transformers in float64."""
+"""Bound in nats of a token's log-probability against plain transformers in float64."""
 LOSS_BOUND = 1e-6
+"""Bound of the first DPO loss against ln 2, in nats."""
 
 
 class Entry(NamedTuple):
-    """What became of one family."""
+    """Result of one family."""
 
     family: str
-    """Its model type."""
+    """Model type in transformers."""
     outcome: str
     """trains, differs, refused, or not built."""
     model_class: str = ""
     layout: str = ""
-    """How its rows lie: packed with shared prompts, packed, padded."""
+    """Layout of its rows: packed with shared prompts, packed, or padded."""
     attention: str = ""
     asks: tuple[str, ...] = ()
-    """Of attention, beside causality: window, sinks, softcap."""
+    """Features that it needs from attention beside causality: window, sinks, softcap."""
     recurrent: str = ""
-    """Layers that mix tokens by other means than attention, and go sequence by sequence."""
+    """Layers other than attention that mix tokens, and are run sequence by sequence."""
     adapters: str = ""
     score_error: float = math.nan
+    """Largest error of a log-probability before training, in nats."""
     loss_error: float = math.nan
     export_error: float = math.nan
+    """Largest error of a log-probability of the exported model, in nats."""
     remark: str = ""
     wrapper: str = ""
-    """What it has beside text: not trained, and the same in the export."""
+    """Parts of a multimodal model beside text; not trained, and unchanged in the export."""
 
 
 def format_document(entries: Sequence[Entry]) -> str:

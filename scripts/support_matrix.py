@@ -1,11 +1,10 @@
-"""Which families train here, and how: python scripts/support_matrix.py [FAMILY ...].
+"""Tests which model families train: python scripts/support_matrix.py [FAMILY ...].
 
-Every family of the installed transformers with a language model, as a tiny random model in float32,
-goes through what a run goes through: its scores beside plain transformers in float64, the first DPO
-loss beside ln 2, one optimizer step, the export scored by plain transformers. What sees or hears is
-scored by its own class, with all that it has, and the export has what was not trained as it was.
-Writes
-`docs/support-matrix.md`; with families named it prints their lines instead.
+Takes a tiny random float32 model of every family of the installed transformers with a language
+model through a run: its scores are compared with plain transformers in float64, the first DPO loss
+with ln 2; after one optimizer step the export is scored by plain transformers. Multimodal models
+are scored by their full class, and untrained parts must be unchanged in the export.
+Writes `docs/support-matrix.md`; if families are given, prints their lines instead.
 """
 
 import argparse
@@ -51,7 +50,7 @@ from fastpref.train.step import train_step
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "support-matrix.md"
 SECONDS = 300
-"""For one family: most take two."""
+"""Timeout per family; most take two seconds."""
 WORDS = ["the", "one", "red", "cat", "sees", "old"]
 
 
@@ -59,13 +58,13 @@ def check_family(family: str, world: World, folder: Path) -> Entry:
     """Take one family through a run.
 
     Args:
-        family: Model type of transformers.
-        world: This process alone.
-        folder: To write to.
+        family: Model type in transformers.
+        world: World of a single process.
+        folder: Working folder.
     """
     try:
         save_model(family, folder / "model")
-    # the family's own code, on sizes that it may not take
+    # raised by the family's own code, which may not support these sizes
     except Exception as error:
         return Entry(family, "not built", remark=reason(error))
     write_rows(folder / "words")
@@ -83,8 +82,8 @@ def check_family(family: str, world: World, folder: Path) -> Entry:
 
 
 def check_apart(family: str) -> Entry:
-    """`check_family` in a process of its own, whose crash is a line of the matrix and no more."""
-    # a child starts with everything imported
+    """`check_family` in a child process, so that a crash becomes an entry of the matrix."""
+    # fork: the child has everything imported
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     child = context.Process(target=_check_and_send, args=(family, theirs))
@@ -108,18 +107,18 @@ def _check_and_send(family: str, connection: Any) -> None:
 
 
 def save_model(family: str, folder: Path) -> None:
-    """A tiny random model of the family with the embedded model's tokenizer."""
+    """Save a tiny random model of the family, with the embedded model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model("tiny"))
     assert len(tokenizer) <= VOCABULARY
     model = build_tiny(family)
-    # some families' defaults are refused by transformers' own saving
+    # `save_pretrained` rejects some families' default generation config
     model.generation_config = GenerationConfig()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def write_rows(folder: Path) -> None:
-    """Eight pairs with two prompts, in both splits."""
+    """Write eight pairs with two prompts, the same in both splits."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [
         {
@@ -135,7 +134,7 @@ def write_rows(folder: Path) -> None:
 
 
 class Trained(NamedTuple):
-    """What one optimizer step of a family came to."""
+    """Result of one optimizer step of a family."""
 
     run: Run
     score_error: float
@@ -151,7 +150,7 @@ def _run_family(family: str, world: World, folder: Path, said: Sequence[str]) ->
     reasons = [_reason(line) for line in said if "cannot be trained on packed rows" in line]
     attention = run.policy.attention
     modules = run.policy.model.modules() if attention else ()
-    # layers that compute a packed row's sequences one by one
+    # layers that process the sequences of a packed row one by one
     mixers = [module for module in modules if hasattr(module.forward, "isolated")]
     return Entry(
         family,
@@ -207,14 +206,14 @@ def _train(folder: Path, world: World, run_dir: Path, adapter: AdapterConfig) ->
 
 
 def check_names(source: Path, exported: Path, parts: Sequence[str]) -> None:
-    """Hold an export to the names of its source, and what was not trained to its bits.
+    """Check that an export has its source's tensor names, and untrained parts the same bits.
 
     Args:
-        source, exported: Folders.
-        parts: What of the model was not trained.
+        source, exported: Model folders.
+        parts: Names of the untrained parts.
 
     Raises:
-        ValueError: naming tensors.
+        ValueError: naming tensors that differ.
     """
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (source, exported))
     differing = sorted(theirs.keys() ^ ours.keys())
@@ -227,12 +226,12 @@ def check_names(source: Path, exported: Path, parts: Sequence[str]) -> None:
 
 
 def _other_parts(model: Any) -> str:
-    """What a wrapper has beside text."""
+    """Names of a multimodal model's parts beside text."""
     return ", ".join(name.rpartition(".")[2] for name in other_parts(model))
 
 
 def _adapters(folder: Path, world: World) -> str:
-    """yes where the same holds of adapters, else why not."""
+    """ "yes" if training adapters passes the same checks, else the reason."""
     try:
         trained = _train(folder, world, folder / "adapters", AdapterConfig(kind="lora", r=2))
     except Exception as error:
@@ -242,7 +241,7 @@ def _adapters(folder: Path, world: World) -> str:
 
 @contextmanager
 def listening(policy: TokenScorer) -> Iterator[set[str]]:
-    """What the attention of packed rows is asked for beside causality, filled in as it is."""
+    """Collect the features that layers request from packed attention: window, sinks, softcap."""
     asked: set[str] = set()
     attention = policy.attention
     if attention is None:
@@ -262,7 +261,7 @@ def listening(policy: TokenScorer) -> Iterator[set[str]]:
 
 
 class _Collector(logging.Handler):
-    """Keeps what the log says."""
+    """Collects log messages."""
 
     def __init__(self, said: list[str]) -> None:
         super().__init__()
@@ -277,7 +276,7 @@ def _reason(line: str) -> str:
 
 
 def main() -> None:
-    """Check the families named, or all of them for the document."""
+    """Check the given families; without any, all of them, and write the document."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("families", nargs="*", help="model types of transformers")
     named = parser.parse_args().families

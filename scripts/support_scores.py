@@ -1,4 +1,4 @@
-"""Log-probabilities of held-out responses: of a run's policy, and by transformers' own forward."""
+"""Log-probabilities of held-out responses, by a run's policy and by transformers' own forward."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.train.run import Run
 
 Sequences = list[tuple[list[int], list[int]]]
-"""Prompt and response ids."""
+"""Prompt and response token ids of each sequence."""
 
 
 def score_held_out(run: Run) -> tuple[Sequences, list[Tensor]]:
@@ -46,18 +46,18 @@ def _by_sequence(policy: TokenScorer, batch: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def plain_scores(folder: Path, source: Path, sequences: Sequences) -> list[Tensor]:
-    """The same from transformers' own forward, each sequence alone, in float64 where it can.
+    """Log-probabilities by transformers' own forward, sequence by sequence, in float64 if possible.
 
     Args:
-        folder: Of a model or an adapter.
-        source: Of the model.
-        sequences: To score.
+        folder: Folder of a model or an adapter.
+        source: Folder of the model, or of the adapter's base.
+        sequences: Sequences to score.
     """
     family = plain_class(AutoConfig.from_pretrained(source))
     model = family.from_pretrained(folder, dtype=torch.float32).eval()
     try:
         return _plain_scores(model.double(), sequences)
-    # some families compute a part in float32 whatever they are asked for
+    # some families compute parts in float32 regardless of the model's dtype
     except RuntimeError:
         return _plain_scores(model.float(), sequences)
 
@@ -68,7 +68,7 @@ def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
         ids = torch.tensor([[*prompt, *response]])
         try:
             logits = model(input_ids=ids, use_cache=False).logits[0]
-        # Llama 4's wrapper fails in transformers 5.24 once it has its logits, BLIP-2's wants images
+        # Llama 4's wrapper fails in transformers 5.24 after the logits, BLIP-2's requires images
         except (AttributeError, TypeError):
             logits = model.language_model(input_ids=ids, use_cache=False).logits[0]
         logps = F.log_softmax(logits.double(), -1)[len(prompt) - 1 : -1]
@@ -77,5 +77,5 @@ def _plain_scores(model: Any, sequences: Sequences) -> list[Tensor]:
 
 
 def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Nats of the token that differs most."""
+    """Largest absolute difference of a token's log-probability, in nats."""
     return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))

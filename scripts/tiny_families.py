@@ -1,8 +1,8 @@
-"""Tiny random models of every family that the installed transformers has: causal language models,
-and what sees or hears around one.
+"""Tiny random models of every family of the installed transformers with a causal language model,
+multimodal ones included.
 
-Nothing is downloaded: a family's own config class with its sizes made small. Most names of sizes
-are shared among families (`SIZES`); what a family needs beyond them stands in `FAMILIES`.
+Nothing is downloaded: each family's config class is used with small sizes. Most size fields have
+the same name in many families (`SIZES`); further fields of a family are in `FAMILIES`.
 """
 
 from typing import Any
@@ -18,9 +18,9 @@ from transformers.models.auto.modeling_auto import (
 
 VOCABULARY = 352
 MULTIMODAL = frozenset(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
-"""Model types that see or hear."""
+"""Multimodal model types."""
 EVERY = sorted(MULTIMODAL | set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
-"""Model types that may have a language model."""
+"""All model types that may have a language model."""
 _SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -73,7 +73,7 @@ SIZES: dict[str, Any] = {
     **{"video_token_id": 344, "boi_token_id": 345, "eoi_token_id": 346, "boa_token_id": 347},
     **{"eoa_token_id": 348, "eoa_token_index": 348, "mlp_only_layers": [], "conv_L_cache": 3},
 }
-"""What a config's fields of these names become, wherever it has them."""
+"""Values of config fields by name, applied to every config that has them."""
 
 _MLA = {"num_key_value_heads": 4, "qk_head_dim": 16, "head_dim": 8}
 _LINEAR_THEN_FULL = {"layer_types": ["linear_attention", "full_attention"]}
@@ -103,7 +103,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     **_every({"is_decoder": True}, "ernie megatron-bert rembert roberta-prelayernorm roc_bert"),
     **_every({"is_decoder": True}, "roformer xlm-roberta xlm-roberta-xl"),
     **_every({"head_dim": 8}, "hunyuan_v1_dense hunyuan_v1_moe ministral"),
-    # scales and caps of logits that are no 1
+    # logit scales and softcaps that have an effect
     **_every({"logits_scaling": 4.0}, "granite granitemoe hyperclovax granite_swa"),
     **_every({"logit_scale": 0.25}, "cohere cohere2 cohere2_moe"),
     **_every({"final_logit_softcapping": 3.0}, "gemma2 vaultgemma gemma3_text nanochat"),
@@ -135,7 +135,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 3.0},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
-    # text of a wrapper, and towers as small as they can be
+    # multimodal models: text configs, and encoders as small as possible
     **_every({"text_config": _MROPE}, "qwen2_vl qwen2_5_vl qwen3_vl qwen3_vl_moe paddleocr_vl"),
     **_every({"text_config": _HALF_MROPE}, "glm4v glm4v_moe glm46v glm_ocr"),
     **_every({"text_config": _MLA}, "kimi_k25 mistral_large4"),
@@ -153,7 +153,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     **_every({"unpadded_vocab_size": VOCABULARY}, "inkling2_text inkling2_loop_text"),
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_hashes": 1},
-    # one hybrid layer alone has nobody to share its attention with
+    # two hybrid layers, as they share one attention block
     "zamba": {
         "num_hidden_layers": 6,
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2,
@@ -173,22 +173,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16, "num_key_value_heads": 2},
 }
-"""What a family needs beyond `SIZES`, by its model type."""
+"""Further config fields of a family, by model type; they override `SIZES`."""
 
 
 def tiny_config(model_type: str) -> Any:
     """The family's config with small sizes.
 
     Raises:
-        Exception: whatever the family's own checks say of them.
+        Exception: any error of the family's own validation.
     """
     config_class = CONFIG_MAPPING[model_type]
     return config_class(**_merged(_small_sizes(config_class()), FAMILIES.get(model_type, {})))
 
 
 def build_tiny(model_type: str) -> Any:
-    """A random model of the family, float32, its logits far from equal; a wrapper with all that it
-    has."""
+    """A random float32 model of the family (the full multimodal one), with non-uniform logits."""
     torch.manual_seed(0)
     config = tiny_config(model_type)
     model = plain_class(config).from_config(config, dtype=torch.float32)
@@ -198,14 +197,14 @@ def build_tiny(model_type: str) -> Any:
         if name.endswith(kept) or not parameter.is_floating_point():
             continue
         noise = torch.randn(parameter.shape, generator=generator)
-        # the weight of a norm stays around 1
+        # weights of norms stay near 1
         is_scale = parameter.dim() == 1 and parameter.mean() > 0.5
         parameter.data.copy_(1 + 0.1 * noise if is_scale else 0.12 * noise)
     return model.eval()
 
 
 def plain_class(config: Any) -> Any:
-    """What transformers loads a model with, all of it."""
+    """Auto class that loads the full model in transformers, multimodal parts included."""
     sees = config.model_type in MULTIMODAL
     is_text = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     is_wrapper = config.get_text_config() is not config

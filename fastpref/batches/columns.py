@@ -1,4 +1,4 @@
-"""Encoded rows as numpy columns, from which thousands of them a second become batches."""
+"""Encoded rows in columnar numpy form, for fast construction of batches (thousands per second)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,7 +13,7 @@ from fastpref.batch import IGNORED, EncodedRow
 
 
 class Ranges(NamedTuple):
-    """Where the list of each row lies in an array of all values."""
+    """Ranges [start, start + length) of each row's list in a flat array of values."""
 
     starts: np.ndarray
     """(rows,) int64."""
@@ -21,11 +21,11 @@ class Ranges(NamedTuple):
     """(rows,) int64."""
 
     def take(self, rows: np.ndarray) -> "Ranges":
-        """Those of some rows."""
+        """Ranges of the given rows."""
         return Ranges(self.starts[rows], self.lengths[rows])
 
     def flat(self) -> np.ndarray:
-        """start, start + 1, … of each range, one after another: 5-6, 0-2 -> [5 6 0 1 2]."""
+        """Indices of all ranges, concatenated: [5, 7), [0, 3) -> [5 6 0 1 2]."""
         ends = np.cumsum(self.lengths)
         total = int(ends[-1]) if len(ends) else 0
         return np.arange(total) + np.repeat(self.starts - ends + self.lengths, self.lengths)
@@ -33,11 +33,11 @@ class Ranges(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodedColumns:
-    """Encoded rows, column by column.
+    """Encoded rows in columns.
 
     Raises:
-        ValueError: a prompt or a response without tokens, or rows with a rejected response beside
-            rows without one.
+        ValueError: a prompt or a response has no tokens, or only some rows have a rejected
+            response.
     """
 
     ids: np.ndarray
@@ -45,17 +45,17 @@ class EncodedColumns:
     prompt: Ranges
     chosen: Ranges
     rejected: Ranges
-    """Without tokens in SFT."""
+    """All empty in SFT."""
     weights: np.ndarray | None = None
-    """float32: the token weights of all responses; None when every token weighs 1."""
+    """float32: the token weights of all responses; None if all weights are 1."""
     chosen_weights: Ranges | None = None
     rejected_weights: Ranges | None = None
     reference_logps: np.ndarray | None = None
-    """float32, beside `ids`: of every response token under the reference, in nats; a prompt's are
-    not read. None where they are not known beforehand."""
+    """float32, parallel to `ids`: precomputed log-probability of each response token under the
+    reference, in nats; values at prompt tokens are unused. None if not precomputed."""
     scored: np.ndarray | None = None
-    """bool, beside `ids`: which response tokens are in the loss; a prompt's are not read. None
-    where all are."""
+    """bool, parallel to `ids`: whether each response token is in the loss; values at prompt tokens
+    are unused. None if all are."""
 
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen"):
@@ -70,7 +70,7 @@ class EncodedColumns:
 
     @classmethod
     def of_rows(cls, rows: Sequence[EncodedRow]) -> "EncodedColumns":
-        """From rows one by one."""
+        """Build from a list of rows."""
         columns = zip(*rows, strict=True) if rows else [()] * len(EncodedRow._fields)
         lists = dict(zip(EncodedRow._fields, columns, strict=True))
         return cls._of_lists(
@@ -88,7 +88,7 @@ class EncodedColumns:
 
     @classmethod
     def of_arrow(cls, table: pa.Table) -> "EncodedColumns":
-        """From an arrow table with the columns of `PreferenceSplit.dataset`."""
+        """Build from an arrow table with the columns of `PreferenceSplit.dataset`."""
         return cls._of_lists(
             {
                 name: (
@@ -102,7 +102,7 @@ class EncodedColumns:
 
     @classmethod
     def _of_lists(cls, columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> "EncodedColumns":
-        """From the values and lengths of each column, by its name in `EncodedRow`."""
+        """Build from flat values and list lengths of each column, by its name in `EncodedRow`."""
         ids, of_ids = _join({k: v for k, v in columns.items() if k.endswith("ids")}, np.int64)
         weights, of_weights = _join(
             {k: v for k, v in columns.items() if k.endswith("weights")}, np.float32
@@ -123,16 +123,16 @@ class EncodedColumns:
 
     @property
     def has_pairs(self) -> bool:
-        """False in SFT, and without any row."""
+        """Whether rows have a rejected response; False if there are no rows."""
         return bool(self.rejected.lengths.any())
 
     @property
     def num_sides(self) -> int:
-        """Responses of a row: two of a pair, one in SFT."""
+        """Responses per row: 2 for pairs, 1 in SFT."""
         return 2 if self.has_pairs else 1
 
     def take(self, rows: np.ndarray) -> "EncodedColumns":
-        """Some rows, in that order."""
+        """The given rows, in that order."""
         ranges: dict[str, Any] = {
             field.name: value.take(rows)
             for field in fields(self)
@@ -141,13 +141,13 @@ class EncodedColumns:
         return replace(self, **ranges)
 
     def responses(self, rows: np.ndarray) -> Ranges:
-        """The chosen responses of some rows, then the rejected ones of pairs."""
+        """The chosen responses of the given rows, then their rejected ones, if any."""
         sides = (self.chosen, self.rejected)[: self.num_sides]
         return concatenate([side.take(rows) for side in sides])
 
     @property
     def branch_tokens(self) -> np.ndarray:
-        """(rows,) tokens computed beside the prompt: the last of a response predicts nothing."""
+        """(rows,) response tokens to compute, without each response's last, which is no input."""
         tokens = self.chosen.lengths - 1
         return tokens + self.rejected.lengths - 1 if self.has_pairs else tokens
 
@@ -159,13 +159,13 @@ class EncodedColumns:
 
     @property
     def num_scored(self) -> int:
-        """Response tokens in the loss."""
+        """Number of response tokens in the loss."""
         if self.scored is None:
             return int(self.chosen.lengths.sum() + self.rejected.lengths.sum())
         return int(self.scored[self.responses(np.arange(len(self))).flat()].sum())
 
     def targets(self, rows: np.ndarray) -> torch.Tensor:
-        """(N,) int64: the tokens of `responses`, `IGNORED` where they are not in the loss."""
+        """(N,) int64: token ids of `responses`, `IGNORED` for tokens that are not in the loss."""
         tokens = self.responses(rows).flat()
         ids = self.ids[tokens]
         return torch.from_numpy(
@@ -173,14 +173,14 @@ class EncodedColumns:
         )
 
     def in_loss(self, rows: np.ndarray) -> torch.Tensor | None:
-        """(M,) int64: which of `targets` are in the loss; None where all are."""
+        """(M,) int64: indices of the `targets` that are in the loss; None if all are."""
         if self.scored is None:
             return None
         is_scored = self.scored[self.responses(rows).flat()]
         return None if is_scored.all() else torch.from_numpy(np.flatnonzero(is_scored))
 
     def token_weights(self, rows: np.ndarray) -> torch.Tensor | None:
-        """(N,) float32, beside the tokens of `responses`; None where every token weighs 1."""
+        """(N,) float32: weights of the tokens of `responses`; None if all weights are 1."""
         if self.weights is None:
             return None
         sides = (self.chosen_weights, self.rejected_weights)
@@ -191,7 +191,7 @@ class EncodedColumns:
 def _join(
     columns: dict[str, tuple[np.ndarray, np.ndarray]], dtype: type
 ) -> tuple[np.ndarray, dict[str, Ranges]]:
-    """The values of several columns in one array, and where each column's lists lie in it."""
+    """Concatenate the values of several columns; returns them and the ranges of each column."""
     ranges, offset = {}, 0
     for name, (_, lengths) in columns.items():
         ends = offset + np.cumsum(lengths)
@@ -204,7 +204,7 @@ def _join(
 def _scored(
     ids: np.ndarray, of_ids: dict[str, Ranges], columns: dict[str, tuple[np.ndarray, np.ndarray]]
 ) -> np.ndarray | None:
-    """Of all ids, which are in the loss, from the columns that say so of some responses."""
+    """Loss mask parallel to `ids`, from the `*_scored` columns; True where a row has no mask."""
     if not any(name.endswith("scored") for name in columns):
         return None
     scored = np.ones(len(ids), bool)
@@ -220,7 +220,7 @@ def concatenate(parts: Sequence[Ranges]) -> Ranges:
 
 
 def alternate(first: Ranges, second: Ranges) -> Ranges:
-    """The first ranges' first, the second ones' first, the first ones' second, …"""
+    """Interleave two lists of ranges: first[0], second[0], first[1], …"""
     return Ranges(*(np.stack(pair, axis=1).ravel() for pair in zip(first, second, strict=True)))
 
 

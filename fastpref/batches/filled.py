@@ -1,4 +1,4 @@
-"""Packed rows filled up to a few lengths, for code that is compiled for every length apart."""
+"""Packed rows padded to a few lengths, as torch.compile compiles separately for each length."""
 
 from dataclasses import replace
 
@@ -8,20 +8,20 @@ from torch.nn import functional as F
 from fastpref.batch import IGNORED, Batch, Segment, SegmentLayout
 
 NUM_LENGTHS = 16
-"""Lengths of rows up to the limit of a micro-batch, in equal steps. The micro-batches of a step are
-balanced, so a run sees two or three of them; 3 % of a full row is padding in the mean."""
+"""Number of row lengths up to the token limit, equally spaced. As the micro-batches of a step are
+balanced, a run uses two or three of them; on average 3 % of a full row is padding."""
 PADDING_SEGMENT = 64
-"""Tokens of padding that attend to each other: a short segment costs as good as nothing."""
+"""Length of padding segments; attention within short segments costs almost nothing."""
 SCORED_MULTIPLE = 128
-"""Rows of the head's tiles, which computes as many where some are missing."""
+"""Scored positions are padded to a multiple of this, the height of the head's tiles."""
 
 
 def filled_length(num_tokens: int, *, max_tokens: int) -> int:
-    """Tokens of a row of `num_tokens` with its padding: at most the limit, if it has no more.
+    """Padded length of a row; at most `max_tokens` unless the row itself is longer.
 
     Args:
-        num_tokens: >= 1.
-        max_tokens: Most tokens of a micro-batch; a row that cannot be divided may have more.
+        num_tokens: Tokens of the row, >= 1.
+        max_tokens: Token limit of a micro-batch; a row that cannot be divided may exceed it.
     """
     step = -(-max_tokens // NUM_LENGTHS)
     length = -(-num_tokens // step) * step
@@ -29,15 +29,15 @@ def filled_length(num_tokens: int, *, max_tokens: int) -> int:
 
 
 def fill_up(batch: Batch, length: int, *, pad_token_id: int) -> Batch:
-    """A packed row with padding behind it, and its scored positions as many as tiles have.
+    """Pad a packed row to `length`, and its scored positions to a multiple of `SCORED_MULTIPLE`.
 
-    Padding attends to itself alone and is not scored: values and gradients of everything else stay
-    what they are.
+    Padding attends only to itself and is not scored, so all other values and gradients are
+    unchanged.
 
     Args:
-        batch: Packed.
-        length: Of the row, no less than it has.
-        pad_token_id: The padding.
+        batch: Packed batch.
+        length: New length of the row, at least its present one.
+        pad_token_id: Padding token.
     """
     assert batch.layout is not None and batch.position_ids is not None
     T = batch.input_ids.shape[1]
@@ -50,7 +50,7 @@ def fill_up(batch: Batch, length: int, *, pad_token_id: int) -> Batch:
         input_ids=F.pad(batch.input_ids, (0, length - T), value=pad_token_id),
         position_ids=torch.cat([batch.position_ids, padding[None] % PADDING_SEGMENT], dim=1),
         layout=_with_padding(batch.layout, T, length),
-        # each of them another token, so that a backward never adds many to one
+        # distinct positions, so that the backward's scatter-add never adds many rows to one
         score_index=torch.cat([batch.score_index, filler % length]),
         target=F.pad(batch.target, (0, missing), value=IGNORED),
         in_loss=None if in_loss is None else torch.cat([in_loss, batch.num_scored + filler]),
@@ -58,7 +58,7 @@ def fill_up(batch: Batch, length: int, *, pad_token_id: int) -> Batch:
 
 
 def _with_padding(layout: SegmentLayout, T: int, length: int) -> SegmentLayout:
-    """The layout of a row of T tokens, then of one with padding behind it."""
+    """Extend the layout of a row of T tokens by padding segments up to `length`."""
     starts = range(T, length, PADDING_SEGMENT)
     stops = [min(start + PADDING_SEGMENT, length) for start in starts]
     segments = [Segment(start, stop, 0, 0) for start, stop in zip(starts, stops, strict=True)]

@@ -1,4 +1,4 @@
-"""The two ways in which rows lie in a batch; a run chooses one, and nothing else asks which."""
+"""The two layouts of rows in a batch, packed and padded, behind one interface."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from fastpref.batches.padded import pad, pad_rows
 from fastpref.batches.plan import MicroBatch, StepPlan
 
 CPU_TOKENS = 8192
-"""Tokens of a micro-batch on a CPU, at most, where nobody says how many."""
+"""Default limit of tokens per micro-batch on a CPU."""
 
 
 class RowLayout(Protocol):
@@ -23,11 +23,11 @@ class RowLayout(Protocol):
 
     @property
     def name(self) -> str:
-        """In words."""
+        """Name for logs and tables."""
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of a micro-batch; rows that cannot be divided may have more."""
+        """Maximum tokens per micro-batch; exceeded only by rows that cannot be divided."""
 
     @property
     def shares_prompts(self) -> bool:
@@ -35,63 +35,63 @@ class RowLayout(Protocol):
 
     @property
     def repeats_prompts(self) -> bool:
-        """Whether some layers compute a shared prompt once for each response all the same."""
+        """Whether some layers still compute a shared prompt once per response."""
 
     def limited_to(self, max_tokens: int) -> "RowLayout":
         """The same layout with another limit."""
 
     def unfilled(self) -> "RowLayout":
-        """The same layout without tokens that only make batches equally long."""
+        """The same layout without padding to fixed lengths."""
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
-        """Which of a step's rows each rank computes at once.
+        """Assign a step's rows to micro-batches and ranks.
 
         Args:
-            num_ranks: Ranks that share the step.
-            min_micro_batches: Micro-batches of a rank, at least.
+            num_ranks: Data-parallel ranks.
+            min_micro_batches: Minimum number of micro-batches per rank.
         """
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
-        """Which rows are computed at once where nobody says how many: for one rank.
+        """Divide all rows into batches of one rank, without a given batch size.
 
         Args:
             columns: All rows.
-            most_tokens: Of a batch, where the layout's own limit is higher; None for that limit.
+            most_tokens: Further limit on the tokens of a batch; None for the layout's own alone.
         """
 
     def split(
         self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
     ) -> list[MicroBatch]:
-        """A micro-batch of the plan as several smaller ones, as far as its rows can be divided.
+        """Split a micro-batch into smaller ones; a single row is not divided further.
 
         Args:
-            micro_batch: Which of them.
-            max_tokens: Of each part.
+            micro_batch: Micro-batch of a plan of these columns.
+            max_tokens: Maximum tokens of each part.
         """
 
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
     ) -> Batch:
-        """The batch of a micro-batch of the plan."""
+        """Build the batch of a planned micro-batch."""
 
     def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
-        """Rows as one batch, in their order; none of them is a batch too."""
+        """Build one batch of the rows, in their order; `rows` may be empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedRows:
-    """One after another in one row, without padding between them."""
+    """Sequences concatenated in one row, without padding between them."""
 
     share_prompt: bool
-    """Compute what sequences of a micro-batch have in common once."""
+    """Compute prefixes common to several sequences of a micro-batch once."""
     max_tokens: int
-    """Most tokens of a micro-batch."""
+    """Maximum tokens per micro-batch."""
     few_lengths: bool = False
-    """Fill rows up to one of a few lengths, see `fill_up`."""
+    """Pad rows to one of a few lengths, see `fill_up`."""
     among_rows: bool = True
-    """Share prompts among pairs too. Where some layers compute a prompt once for each response all
-    the same, a row of many pairs with one prompt would take them far more memory than its tokens
-    say; of a pair it is less than twice as much."""
+    """Share prompts between pairs too, not only within a pair. Should be off where some layers
+    compute a prompt once per response: there many pairs with one prompt would take far more memory
+    than their token count suggests, a single pair less than twice as much."""
 
     @property
     def name(self) -> str:
@@ -112,21 +112,21 @@ class PackedRows:
         return replace(self, few_lengths=False)
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
-        """As few micro-batches as the tokens allow, see `plan_step`."""
+        """Plan as few micro-batches as the token limit allows, see `plan_step`."""
         plan = self._plan(
             columns, self.max_tokens, num_ranks=num_ranks, min_micro_batches=min_micro_batches
         )
         return [[self._filled(batch) for batch in of_ranks] for of_ranks in plan]
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
-        """By their tokens."""
+        """Divide by number of tokens."""
         plan = self._plan(columns, min(self.max_tokens, most_tokens or self.max_tokens))
         return [batch.rows.tolist() for [batch] in plan]
 
     def split(
         self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
     ) -> list[MicroBatch]:
-        """By its tokens."""
+        """Split by number of tokens."""
         plan = self._plan(columns.take(micro_batch.rows), max_tokens)
         smaller = self.limited_to(max_tokens)
         return [smaller._filled(part._replace(rows=micro_batch.rows[part.rows])) for [part] in plan]
@@ -134,7 +134,7 @@ class PackedRows:
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
     ) -> Batch:
-        """One packed row, see `pack`."""
+        """Build one packed row, see `pack`."""
         batch = pack(
             columns, micro_batch, pad_token_id=pad_token_id, share_prompt=self.share_prompt
         )
@@ -143,7 +143,7 @@ class PackedRows:
         return fill_up(batch, micro_batch.num_tokens, pad_token_id=pad_token_id)
 
     def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
-        """One packed row."""
+        """Build one packed row."""
         batch = pack_rows(
             rows,
             pad_token_id=pad_token_id,
@@ -165,27 +165,27 @@ class PackedRows:
         )
 
     def _filled(self, micro_batch: MicroBatch) -> MicroBatch:
-        """A micro-batch of the plan as this layout builds it."""
+        """The micro-batch with the number of tokens that `build` pads it to."""
         return micro_batch._replace(num_tokens=self._length(micro_batch.num_tokens))
 
     def _length(self, num_tokens: int) -> int:
         if not self.few_lengths:
             return num_tokens
-        # one token stands in a row without any
+        # an empty row is built as one padding token
         return filled_length(max(1, num_tokens), max_tokens=self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaddedRows:
-    """Beside each other, padded on the right."""
+    """One sequence per row, padded on the right."""
 
     max_tokens: int = CPU_TOKENS
-    """Most tokens of a micro-batch, padding included."""
+    """Maximum tokens per micro-batch, padding included."""
     batch_size: int = 4
-    """Rows scored at once where nobody says how many, as in the TIS-DPO code."""
+    """Rows per batch in `divide`, as in the TIS-DPO code."""
     name: ClassVar[str] = "padded"
     shares_prompts: ClassVar[bool] = False
-    """Every sequence is a row of its own."""
+    """Always False: every sequence is a row of its own."""
     repeats_prompts: ClassVar[bool] = False
 
     def limited_to(self, max_tokens: int) -> "PaddedRows":
@@ -195,9 +195,9 @@ class PaddedRows:
         return self
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
-        """As many rows in each, as few micro-batches as the tokens allow."""
+        """Plan as few micro-batches as the token limit allows, with equally many rows each."""
         most = max(min_micro_batches, -(-len(columns) // num_ranks))
-        # fewer have no room for the rows even without padding
+        # lower bound: fewer could not hold the tokens even without padding
         fewest = -(-int(columns.num_tokens.sum()) // (self.max_tokens * num_ranks))
         for num_micro_batches in range(min(max(min_micro_batches, fewest), most), most + 1):
             plan = [
@@ -209,15 +209,15 @@ class PaddedRows:
         return plan
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
-        """By their number."""
+        """Divide by number of rows, `batch_size`; `most_tokens` is not used."""
         return in_groups(len(columns), self.batch_size)
 
     def split(
         self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int
     ) -> list[MicroBatch]:
-        """In parts of equally many rows."""
+        """Split into parts of equally many rows."""
         num_rows = len(micro_batch.rows)
-        # as if all were as long as the longest
+        # upper bound: every row padded to the longest of the whole micro-batch
         fitting = max(1, num_rows * max_tokens // micro_batch.num_tokens)
         parts = np.array_split(micro_batch.rows, -(-num_rows // fitting))
         return [_padded(columns, rows) for rows in parts]
@@ -225,16 +225,16 @@ class PaddedRows:
     def build(
         self, columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int
     ) -> Batch:
-        """Right-padded rows, see `pad`."""
+        """Build right-padded rows, see `pad`."""
         return pad(columns, micro_batch.rows, pad_token_id=pad_token_id)
 
     def build_rows(self, rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
-        """Right-padded rows."""
+        """Build right-padded rows."""
         return pad_rows(rows, pad_token_id=pad_token_id)
 
 
 def in_groups(num_rows: int, size: int) -> list[list[int]]:
-    """The numbers below `num_rows` in groups of `size`, the last of them as large as is left."""
+    """Divide range(num_rows) into consecutive groups of `size`; the last may be smaller."""
     return [list(range(i, min(i + size, num_rows))) for i in range(0, num_rows, size)]
 
 

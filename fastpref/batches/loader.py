@@ -1,4 +1,4 @@
-"""From rows to batches: what each step computes, made ahead of the loop in a thread."""
+"""From rows to batches: each step's micro-batches, prefetched in a thread."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,29 +20,29 @@ from fastpref.distributed import World
 
 
 class StepBatches(NamedTuple):
-    """An optimizer step, and this rank's part of it."""
+    """Data of an optimizer step, with this rank's micro-batches."""
 
     num_examples: int
-    """Over all ranks."""
+    """Rows of the step, over all ranks."""
     batches: list[Batch]
-    """One a micro-batch, on the host; as many on every rank."""
+    """One per micro-batch, in host memory; equally many on every rank."""
     num_tokens: int
-    """In the data, over all ranks: prompt + response of every sequence."""
+    """Tokens in the data, over all ranks: prompt + response of every sequence."""
     num_computed: int
-    """That the model's body computes, over all ranks."""
+    """Tokens that the model's body computes, over all ranks."""
     columns: EncodedColumns
-    """The step's rows."""
+    """Rows of the step, of all ranks."""
     micro_batches: list[MicroBatch]
-    """Which of them this rank's batches are of."""
+    """Plan of this rank's batches: the rows of each."""
 
     @property
     def num_scored(self) -> int:
-        """Response tokens of its rows that are in the loss, over all ranks."""
+        """Response tokens in the loss, over all ranks."""
         return self.columns.num_scored
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of this rank's largest micro-batch that has more than one row; 0 without any."""
+        """Tokens of this rank's largest micro-batch with more than one row; 0 if there is none."""
         return max((x.num_tokens for x in self.micro_batches if len(x.rows) > 1), default=0)
 
 
@@ -56,7 +56,7 @@ class Loader:
     pad_token_id: int
     min_micro_batches: int = 1
     known: Callable[[EncodedColumns], EncodedColumns] | None = None
-    """Adds the reference's log-probabilities to rows; None where they are not known beforehand."""
+    """Adds precomputed log-probabilities of the reference to rows; None if there are none."""
 
     @cached_property
     def _table(self) -> datasets.Dataset:
@@ -68,9 +68,9 @@ class Loader:
         return columns if self.known is None else self.known(columns)
 
     def plan(self, index: int, num_ranks: int) -> tuple[EncodedColumns, StepPlan]:
-        """The rows of step `index`, and which of them each rank computes at once."""
+        """The rows of step `index`, and their assignment to micro-batches and ranks."""
         columns = self.columns(index)
-        # a micro-batch in which no rank has a row would be computed for nothing
+        # avoid micro-batches in which no rank has a row
         most = max(1, -(-len(columns) // num_ranks))
         plan = self.layout.plan(
             columns,
@@ -80,16 +80,16 @@ class Loader:
         return columns, plan
 
     def build(self, columns: EncodedColumns, micro_batch: MicroBatch) -> Batch:
-        """The batch of a micro-batch of a plan."""
+        """Build the batch of a planned micro-batch."""
         batch = self.layout.build(columns, micro_batch, pad_token_id=self.pad_token_id)
         if columns.reference_logps is None:
             return batch
-        # scored tokens lie as the responses do: chosen ones of all rows, then rejected ones
+        # same order as `target`: the chosen responses of all rows, then the rejected ones
         scored = columns.responses(micro_batch.rows).flat()
         return replace(batch, reference_logps=torch.from_numpy(columns.reference_logps[scored]))
 
     def step(self, index: int, world: World) -> StepBatches:
-        """What step `index` computes."""
+        """Plan step `index` and build this rank's batches."""
         columns, plan = self.plan(index, world.data_size)
         micro_batches = [of_ranks[world.data_rank] for of_ranks in plan]
         return StepBatches(
@@ -102,8 +102,8 @@ class Loader:
         )
 
     def split(self, step: StepBatches, max_tokens: int, world: World) -> StepBatches:
-        """The same step of one rank alone, in micro-batches that have at most so many tokens as
-        far as their rows can be divided."""
+        """The same step in micro-batches of at most `max_tokens`, except for single longer rows;
+        for a single rank only."""
         columns, parts = step.columns, list[MicroBatch]()
         for micro_batch in step.micro_batches:
             is_large = micro_batch.num_tokens > max_tokens
@@ -125,11 +125,11 @@ class Loader:
         return batches
 
     def steps(self, world: World, start: int = 0) -> AbstractContextManager[Iterator[StepBatches]]:
-        """The steps from `start` on, each ready before it is asked for."""
+        """Iterate over the steps from `start`, prefetched in a thread."""
         return prefetch(lambda index: self.step(index, world), range(start, self.order.num_steps))
 
     def savings(self, num_ranks: int, num_steps: int) -> tuple[int, int]:
-        """Tokens in the data and tokens computed for them, over the first steps."""
+        """Tokens in the data, and tokens computed for them, over the first `num_steps` steps."""
         in_data, computed = 0, 0
         for index in range(num_steps):
             columns, plan = self.plan(index, num_ranks)
@@ -139,16 +139,16 @@ class Loader:
 
 
 def num_computed(plan: StepPlan) -> int:
-    """Tokens that the model's body computes in a step, over all ranks."""
+    """Tokens that the model's body computes in a planned step, over all ranks."""
     return sum(batch.num_tokens for of_ranks in plan for batch in of_ranks)
 
 
 def pad_token_id(tokenizer: Any, num_embeddings: int) -> int:
-    """What fills a row: the tokenizer's padding token, else EOS, else token 0. Never scored or
-    attended to, but looked up all the same, so it has a row in the embedding.
+    """Padding token: the tokenizer's padding token, else EOS, else 0. Never scored or attended to,
+    but it is embedded, so its id must be below `num_embeddings`.
 
     Args:
-        tokenizer: Its padding token may have been added to it alone.
+        tokenizer: Its padding token may be missing in the model's embedding.
         num_embeddings: Rows of the model's embedding.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):

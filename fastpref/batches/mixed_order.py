@@ -1,4 +1,4 @@
-"""The order of several sources that are mixed by shares."""
+"""Order of the training data for several sources mixed by shares."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -12,33 +12,32 @@ from fastpref.config.data import SMALLEST_SHARE
 
 
 class SourceShare(NamedTuple):
-    """How much of a mix is of one source."""
+    """A source's part of a mix."""
 
     num_rows: int
     share: float
-    """Of the examples, in (0, 1]."""
+    """Share of the examples, in (0, 1]."""
     passes: float
-    """How often its rows are gone through."""
+    """Number of passes over its rows."""
 
 
 class MixedOrder(GlobalOrder):
-    """Rows of every batch where each source has its share of the examples.
+    """Rows of every batch where each source contributes its share of the examples.
 
-    Example n of the run is of the source that `interleave` says, so that of any number of
-    examples, from the first one on, those of a source are its share to within one. A source's
-    examples are its rows pass after pass, each pass in an order of its own that follows from
-    (seed, source, pass); the pairs of a prompt follow one another in it. A pass goes on from one
-    epoch to the next, so no row comes again before all others of its source have come.
+    `interleave` determines the source of example n: among the first m examples, for every m, each
+    source has its share to within one example. A source's examples are passes over its rows, each
+    pass shuffled by (seed, source, pass) with the pairs of a prompt adjacent. Passes continue
+    across epochs: no row repeats before all others of its source have been used.
 
-    An epoch has as many examples as there are rows in all sources, without `drop_last`'s incomplete
-    batch: a source with fewer rows than its share of them is passed more than once in it, of one
-    with more a part comes. Nothing is left out between two epochs. As in `GlobalOrder` nothing is
-    consumed: a step's rows follow from its number alone.
+    An epoch has as many examples as all sources have rows, minus the incomplete batch if
+    `drop_last`: a source with fewer rows than its share is repeated within an epoch, one with more
+    is used in part. The next epoch continues with the rows that follow; none are skipped. As in
+    `GlobalOrder`, a step's rows depend on its number alone.
 
     Args:
         groups: Prompt id of each row. Shape (rows,), int64.
-        sources: Source of each row, from 0 on; each has one. Shape (rows,), int64.
-        shares: Of each source, in [`SMALLEST_SHARE`, 1], 1 in all.
+        sources: Source of each row, 0-based; every source has rows. Shape (rows,), int64.
+        shares: Share of each source, in [`SMALLEST_SHARE`, 1]; they sum to 1.
         batch_size, seed, n_epochs, n_examples, drop_last: See `GlobalOrder`.
 
     Attributes:
@@ -67,11 +66,11 @@ class MixedOrder(GlobalOrder):
         self._shares = np.array(weights) / sum(weights)
         self._pattern = interleave(weights)
         self._weights = np.array(weights)
-        # which example of its source each place of the pattern is
+        # rank of each place of the pattern among the places of its source
         self._ranks = np.empty_like(self._pattern)
         for source, weight in enumerate(weights):
             self._ranks[self._pattern == source] = np.arange(weight)
-        # of each source the pass that an epoch ends in and the next one begins with
+        # cache two passes per source: the one that an epoch ends in also starts the next epoch
         self._pass = lru_cache(maxsize=2 * len(weights))(self._shuffled_pass)
         super().__init__(
             groups,
@@ -86,7 +85,7 @@ class MixedOrder(GlobalOrder):
             self.examples_per_epoch = self.steps_per_epoch * batch_size
 
     def mix(self, num_examples: int) -> list[SourceShare]:
-        """What the first `num_examples` examples are made of, source by source."""
+        """Composition of the first `num_examples` examples, by source."""
         rounds, rest = divmod(num_examples, len(self._pattern))
         counts = rounds * self._weights
         counts += np.bincount(self._pattern[:rest], minlength=len(counts))
@@ -97,7 +96,7 @@ class MixedOrder(GlobalOrder):
 
     @property
     def num_examples(self) -> int:
-        """Examples of all steps."""
+        """Total examples over all steps."""
         epochs, steps = divmod(self.num_steps, self.steps_per_epoch)
         in_last = min(steps * self.batch_size, self.examples_per_epoch)
         return epochs * self.examples_per_epoch + in_last
@@ -115,7 +114,7 @@ class MixedOrder(GlobalOrder):
         return rows
 
     def _rows_of(self, source: int, examples: np.ndarray) -> np.ndarray:
-        """The rows of a source, counted within it, that some examples of it are."""
+        """Rows, as indices within the source, of the source's n-th examples."""
         passes, places = np.divmod(examples, len(self._members[source]))
         rows = np.empty_like(examples)
         for number in np.unique(passes).tolist():
@@ -128,27 +127,27 @@ class MixedOrder(GlobalOrder):
         return prompts.in_order(shuffled(len(prompts.places.lengths), self.seed, source, number))
 
     def _remainder_warning(self, remainder: int, drop_last: bool) -> str | None:
-        # what does not fill a batch comes in the next epoch
+        # rows that do not fill a batch are used in the next epoch
         return super()._remainder_warning(0, drop_last)
 
 
 def whole_weights(shares: Sequence[float]) -> list[int]:
-    """Whole numbers, as small as they can be, in the proportions of the shares to a millionth."""
+    """Smallest integers in the proportions of the shares, which are rounded to a millionth."""
     weights = [round(share / SMALLEST_SHARE) for share in shares]
     divisor = gcd(*weights)
     return [weight // divisor for weight in weights]
 
 
 def interleave(weights: Sequence[int]) -> np.ndarray:
-    """Sources in turn, each as often as its weight, so that any start of the list has of each its
-    share to within less than one; repeated without end the list keeps that.
+    """Sequence with each source as often as its weight, evenly spread: in every prefix, also of the
+    repeated sequence, the count of each source deviates from its share by less than one.
 
-    The x-th turn of a source of weight w among W in all lies in [floor(x W / w), ceil((x + 1) W /
-    w)), which is that bound; the earliest end first keeps all of them (proportionate fairness,
-    Baruah et al. 1996).
+    This holds if turn x of a source of weight w among a total of W is in the window
+    [floor(x W / w), ceil((x + 1) W / w)); scheduling the earliest deadline first meets all windows
+    (proportionate fairness, Baruah et al. 1996).
 
     Args:
-        weights: Of each source, > 0.
+        weights: Weight of each source, > 0.
 
     Returns:
         Source of each turn. Shape (sum of weights,), int64.

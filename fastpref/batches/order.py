@@ -1,4 +1,4 @@
-"""The global order of training: which rows make up optimizer step n."""
+"""Global order of the training data: the rows of each optimizer step."""
 
 import random
 from typing import NamedTuple
@@ -13,31 +13,31 @@ from fastpref.errors import ConfigError
 class GlobalOrder:
     """Rows of every batch as a pure function of (seed, epoch, step), over all ranks.
 
-    Prompts are shuffled, the pairs of one prompt stay adjacent in file order, a batch may cut
-    through a prompt but never crosses an epoch. Nothing is consumed: any step can be asked for at
-    any time, so resuming needs the step number alone.
+    Prompts are shuffled; the pairs of a prompt stay adjacent in file order. A batch may split the
+    pairs of a prompt but never spans two epochs. Access is random, without iterator state, so
+    resuming needs only the step number.
 
-    The compatible orders shuffle the list of prompts in place before each epoch with Python's
-    `random`, so that shuffles compound. `dpo` and `tdpo` seed each shuffle from a numpy stream
-    seeded 0, drawn below 2**32 and 2**31; `tisdpo` seeds every shuffle with 71. None of them looks
-    at `seed`, and they count the pairs that an incomplete batch left out towards `n_examples`. A
-    prompt without rows is shuffled with the others and then passed over: there it has some.
+    The compatible orders ("dpo", "tdpo", "tisdpo") shuffle the list of prompts in place before each
+    epoch with Python's `random`, so shuffles compound. `dpo` and `tdpo` seed each shuffle from a
+    numpy stream seeded with 0, drawn below 2**32 and 2**31; `tisdpo` seeds every shuffle with 71.
+    They ignore `seed`, and count pairs of dropped incomplete batches towards `n_examples`. Prompts
+    without rows here have rows in the original code: they are shuffled, then skipped.
 
     Args:
         groups: Prompt id of each row. Shape (rows,), int64.
         batch_size: Rows of one optimizer step over all ranks, > 0.
-        seed: Of the shuffle, >= 0.
-        n_epochs, n_examples: Whichever ends first stops; None is no limit, one must be given.
-            `n_examples` rounds up to whole batches.
-        drop_last: Leave out the incomplete last batch of an epoch.
+        seed: Seed of the shuffle, >= 0.
+        n_epochs, n_examples: Training stops at whichever is reached first; None is no limit, but
+            one must be given. `n_examples` rounds up to whole batches.
+        drop_last: Drop the incomplete last batch of an epoch.
         order: One of `ORDERS`.
-        num_prompts: Prompts there are, those without rows included, ids being below it; None: those
-            that have rows, in the order of their first one.
+        num_prompts: Number of prompts, including those without rows; ids are below it. None: only
+            prompts with rows count, in the order of their first row.
 
     Attributes:
-        num_steps: Optimizer steps in all, > 0.
+        num_steps: Total optimizer steps, > 0.
         steps_per_epoch: Batches of one epoch.
-        warning: What a user should know about rows left out, or None.
+        warning: Warning about dropped rows or too few rows, or None.
 
     Raises:
         ConfigError: no limit given, or not a single step.
@@ -75,7 +75,7 @@ class GlobalOrder:
         self._cached_rows = np.empty(0, np.int64)
 
     def batch(self, step: int) -> np.ndarray:
-        """Rows of step `step`, counted from 0. Shape (<= batch_size,), int64."""
+        """Row indices of step `step`, counted from 0. Shape (<= batch_size,), int64."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step must be in [0, {self.num_steps}), got {step}")
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -83,14 +83,14 @@ class GlobalOrder:
         return self.epoch_rows(epoch)[start : start + self.batch_size]
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
-        """All rows in the order of epoch `epoch`, incomplete batch included. Shape (rows,)."""
+        """All row indices in the order of epoch `epoch`, also of a dropped batch. Shape (rows,)."""
         if epoch != self._cached_epoch:
             self._cached_rows = self._visit(epoch)
             self._cached_epoch = epoch
         return self._cached_rows
 
     def _visit(self, epoch: int) -> np.ndarray:
-        """What `epoch_rows` returns, computed."""
+        """Compute the result of `epoch_rows`, which caches it."""
         return self._rows.in_order(self._group_order(epoch))
 
     def _group_order(self, epoch: int) -> np.ndarray:
@@ -115,8 +115,8 @@ class GlobalOrder:
             examples_per_epoch = self.num_rows
             if drop_last and self.order == "fastpref":
                 examples_per_epoch = self.steps_per_epoch * self.batch_size
-            # where the rows left out are counted and n_examples falls among them, it takes the
-            # first batch of the next epoch to reach it
+            # if dropped rows count and n_examples falls among them, only the first batch of the
+            # next epoch reaches it
             epochs, index = divmod(n_examples - 1, examples_per_epoch)
             limits.append(epochs * self.steps_per_epoch + index // self.batch_size + 1)
         return max(min(limits), 0)
@@ -148,20 +148,20 @@ class GlobalOrder:
 
 
 class PromptRows(NamedTuple):
-    """The rows of each prompt."""
+    """Rows grouped by prompt."""
 
     rows: np.ndarray
-    """(rows,) int64: those of the first prompt, of the second, …, each as they come."""
+    """(rows,) int64: row indices of the first prompt, of the second, …, each in file order."""
     places: Ranges
-    """Of each prompt: where its rows stand in `rows`; it has at least one."""
+    """Range of each prompt's rows within `rows`; never empty."""
 
     def in_order(self, prompts: np.ndarray) -> np.ndarray:
-        """The rows of prompts in that order. Shape (rows,)."""
+        """Row indices of the given prompts, in that order of prompts. Shape (rows,)."""
         return self.rows[self.places.take(prompts).flat()]
 
 
 def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
-    """Ids of prompts in the order of their first row, and the rows of each.
+    """Prompt ids in the order of their first row, and the rows of each prompt.
 
     Args:
         groups: Prompt id of each row. Shape (rows,), int64.
@@ -177,14 +177,14 @@ def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
 
 
 def shuffled(number: int, seed: int, *keys: int) -> np.ndarray:
-    """0 … number - 1 in an order that follows from the seed and the keys alone."""
-    # raw words: numpy promises their stream for ever, not that of Generator.permutation
+    """Random permutation of range(number), determined by the seed and the keys alone."""
+    # raw PCG64 output: numpy guarantees this stream across versions, not Generator.permutation's
     bits = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=keys))
     return np.argsort(bits.random_raw(number), kind="stable")
 
 
 def compatible_shuffle_seeds(order: str, num_epochs: int) -> list[int]:
-    """Seeds of the first `num_epochs` shuffles in the order of one of the three repositories."""
+    """Seeds of the first `num_epochs` shuffles in one of the three seed repositories' orders."""
     if order == "tisdpo":
         return [71] * num_epochs
     upper = {"dpo": 2**32, "tdpo": 2**31}[order]

@@ -1,7 +1,7 @@
-"""Packed rows: sequences one after another, each prompt once, and who attends to whom.
+"""Packed rows: concatenated sequences with shared prompts, and their attention pattern.
 
-Pairs that have the same prompt ids share it: the prompt is computed once, and so are the tokens
-that all its responses begin with; every response goes on from there as a branch.
+Pairs with the same prompt ids share it: the prompt is computed once, and so is the prefix common
+to all its responses; each response continues from there as a branch.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ def pack_rows(
     share_prompt: bool = True,
     among_rows: bool = True,
 ) -> Batch:
-    """Lay P rows out as one packed row, in their order.
+    """Build one packed row of P encoded rows, in their order.
 
     Args:
         rows: P encoded rows, all with a rejected response or all without.
         pad_token_id: The only token of a batch without rows, which scores nothing.
-        share_prompt: Compute equal prompts, and what their responses begin with, once.
-        among_rows: Those of several rows as well.
+        share_prompt: Compute equal prompts, and common prefixes of their responses, once.
+        among_rows: Also between different rows, not only within a pair.
     """
     columns = EncodedColumns.of_rows(rows)
     prompts = number_prompts(columns, among_rows=share_prompt and among_rows)
@@ -42,10 +42,10 @@ def pack_rows(
 def pack(
     columns: EncodedColumns, micro_batch: MicroBatch, *, pad_token_id: int, share_prompt: bool
 ) -> Batch:
-    """Lay the rows of a micro-batch out as one packed row.
+    """Build one packed row of a micro-batch.
 
     Args:
-        micro_batch: Which of them, and which of those share a prompt.
+        micro_batch: Its rows, and which of them share a prompt.
         pad_token_id: The only token of a micro-batch without rows, which scores nothing.
         share_prompt: False gives every sequence its own copy of its prompt.
     """
@@ -69,29 +69,29 @@ def pack(
 
 @dataclass(frozen=True, kw_only=True)
 class _Trees:
-    """S sequences as G trees, a prompt and the responses that branch from it, and where they lie.
+    """S sequences as G trees (a prompt and the responses that branch from it), and their places.
 
-    Two pairs of one prompt, chosen responses A and B, rejected ones a and b, all of which begin
-    with the tokens s, lie in the row as
+    Two pairs with one prompt, chosen responses A and B, rejected ones a and b, all of which begin
+    with the tokens s, are laid out in the row as
 
         [ prompt  s  rest of A ] [ rest of B ] [ rest of a ] [ rest of b ]
           trunk: 0 … p + s       from position p + s each
 
     A's branch follows the prompt and begins with s; the other branches attend to this trunk and to
-    themselves. First come all trees' prompts with their first branches, then all other branches.
-    The last token of a response predicts nothing and lies nowhere.
+    themselves. The row has all trees' prompts with their first branches, then all other branches.
+    The last token of a response predicts nothing and is left out.
     """
 
     prompts: Ranges
-    """(G,) in the columns' ids."""
+    """(G,) prompts, in the columns' ids."""
     responses: Ranges
-    """(S,) in the columns' ids, chosen ones first."""
+    """(S,) responses, in the columns' ids, chosen ones first."""
     trees: np.ndarray
-    """(S,) int64: the tree of a sequence."""
+    """(S,) int64: tree of each sequence."""
     first: np.ndarray
-    """(G,) int64: the sequence whose branch follows the prompt."""
+    """(G,) int64: sequence whose branch follows the tree's prompt."""
     num_shared: np.ndarray
-    """(S,) int64: tokens that all responses of the sequence's tree begin with."""
+    """(S,) int64: length of the prefix common to all responses of the sequence's tree."""
 
     @classmethod
     def of(
@@ -113,38 +113,38 @@ class _Trees:
 
     @cached_property
     def others(self) -> np.ndarray:
-        """(S - G,) int64: the sequences beside the first ones, tree by tree."""
+        """(S - G,) int64: the sequences that are not first in their tree, tree by tree."""
         others = np.setdiff1d(np.arange(len(self.trees)), self.first)
         return others[np.argsort(self.trees[others], kind="stable")]
 
     @cached_property
     def num_skipped(self) -> np.ndarray:
-        """(S,) int64: response tokens that lie in another branch, the first one."""
+        """(S,) int64: response tokens that are part of the trunk; 0 for a tree's first sequence."""
         num_skipped = self.num_shared.copy()
         num_skipped[self.first] = 0
         return num_skipped
 
     @cached_property
     def branches(self) -> Ranges:
-        """(S,) in the columns' ids: what a sequence computes alone."""
+        """(S,) response tokens in each sequence's own branch, in the columns' ids."""
         starts, lengths = self.responses
         return Ranges(starts + self.num_skipped, lengths - 1 - self.num_skipped)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """(G + S,) int64: prompts and branches, numbered one after the other, as they lie."""
+        """(G + S,) int64: order in the row of prompts (0 … G - 1) and branches (G … G + S - 1)."""
         num_trees = len(self.first)
         with_first = np.stack([np.arange(num_trees), num_trees + self.first], axis=1)
         return np.concatenate([with_first.ravel(), num_trees + self.others])
 
     @cached_property
     def pieces(self) -> Ranges:
-        """(G + S,) in the columns' ids: prompts and branches in the order of the row."""
+        """(G + S,) prompts and branches in the order of the row, in the columns' ids."""
         return concatenate([self.prompts, self.branches]).take(self.order)
 
     @cached_property
     def places(self) -> tuple[Ranges, Ranges]:
-        """(G,) prompts and (S,) branches, in the row."""
+        """Positions in the row of the (G,) prompts and of the (S,) branches."""
         starts = np.empty_like(self.order)
         starts[self.order] = offsets_of(self.pieces.lengths)[:-1]
         of_prompts, of_branches = np.split(starts, [len(self.first)])
@@ -155,12 +155,12 @@ class _Trees:
 
     @property
     def tokens(self) -> np.ndarray:
-        """(T,) int64: the row's tokens, in the columns' ids."""
+        """(T,) int64: the row's tokens, as indices into the columns' ids."""
         return self.pieces.flat()
 
     @property
     def positions(self) -> np.ndarray:
-        """(T,) int64: the place of each of the row's tokens in its sequence."""
+        """(T,) int64: position id of each token, its place in its own sequence."""
         of_prompts = np.zeros_like(self.first)
         of_branches = self.prompts.lengths[self.trees] + self.num_skipped
         starts = np.concatenate([of_prompts, of_branches])[self.order]
@@ -168,11 +168,11 @@ class _Trees:
 
     @property
     def score_index(self) -> np.ndarray:
-        """(N,) int64: where each response token is predicted, in the row."""
+        """(N,) int64: position in the row that predicts each response token."""
         prompts, branches = self.places
         lengths = self.responses.lengths
         nth = Ranges(np.zeros_like(lengths), lengths).flat()
-        # it follows a token of the trunk until its branch has begun, then one of the branch
+        # the preceding token is in the trunk until the branch has begun, then in the branch
         in_trunk = (prompts.starts + prompts.lengths)[self.trees] - 1
         in_branch = branches.starts - self.num_skipped - 1
         has_begun = nth > np.repeat(self.num_skipped, lengths)
@@ -182,7 +182,7 @@ class _Trees:
 
     @property
     def layout(self) -> SegmentLayout:
-        """Who attends to whom."""
+        """Attention pattern of the row."""
         prompts, branches = self.places
         starts = prompts.starts
         prompt_stops, branch_stops = starts + prompts.lengths, branches.starts + branches.lengths
@@ -196,8 +196,8 @@ class _Trees:
 
 
 def _layout(*, plain: np.ndarray, branches: np.ndarray, prefixes: np.ndarray) -> SegmentLayout:
-    """Segments from [start, stop) of plain segments, of further branches and of their prefixes."""
-    # of a response of one token, or that ends as another one does, nothing is computed
+    """Build the layout from [start, stop) of plain segments, other branches and their prefixes."""
+    # branches without tokens: responses of one token, or that add only the last one to the trunk
     kept = branches[:, 1] > branches[:, 0]
     branches, prefixes = branches[kept], prefixes[kept]
     own = np.concatenate([plain, branches])
@@ -219,7 +219,7 @@ def _layout(*, plain: np.ndarray, branches: np.ndarray, prefixes: np.ndarray) ->
 
 
 def _key_uses(keys: np.ndarray) -> KeyUses:
-    """Where each token of the row stands in `keys`, (K,) positions that name each at least once."""
+    """Inverse of `keys`, (K,) positions in the row, each occurring at least once."""
     order = np.argsort(keys, kind="stable")
     counts = np.bincount(keys)
     rounds = np.arange(len(keys)) - np.repeat(offsets_of(counts)[:-1], counts)

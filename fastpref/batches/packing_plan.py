@@ -1,7 +1,7 @@
-"""Which rows of an optimizer step meet in a packed micro-batch, and what they share there.
+"""Assignment of an optimizer step's rows to packed micro-batches, and the prefixes shared there.
 
-A pure function of the step's rows, the budget and the number of ranks, so every rank plans the same
-step without a word to the others.
+A pure function of the step's rows, the token budget and the number of ranks: every rank computes
+the same plan without communication.
 """
 
 import heapq
@@ -22,34 +22,34 @@ def plan_step(
     share_prompt: bool = True,
     among_rows: bool = True,
 ) -> StepPlan:
-    """Divide a step's rows among micro-batches and ranks: as few as the budget allows, balanced.
+    """Divide a step's rows into balanced micro-batches, as few as the token budget allows.
 
-    Rows with one prompt stay together where a micro-batch can hold them. The pieces go, longest
-    first, to whichever micro-batch has least so far, which leaves the largest at most a third
-    above the best division (Graham 1969).
+    Rows with the same prompt form a piece if a micro-batch can hold them. Pieces are assigned,
+    longest first, to the micro-batch with the fewest tokens so far (LPT): the largest is at most a
+    third above the optimum (Graham 1969).
 
     Args:
-        max_tokens: Most tokens of a micro-batch; a pair that has more gets one of its own.
-        num_ranks: Ranks that share the step.
-        min_micro_batches: Micro-batches of a rank, at least.
-        share_prompt: Whether responses may share a prompt.
-        among_rows: Whether those of several rows may.
+        max_tokens: Maximum tokens per micro-batch; a longer pair gets a micro-batch of its own.
+        num_ranks: Data-parallel ranks.
+        min_micro_batches: Minimum number of micro-batches per rank.
+        share_prompt: Whether responses share the computation of their prompt.
+        among_rows: Whether responses of different rows do as well.
     """
     prompts = number_prompts(columns, among_rows=share_prompt and among_rows)
     num_shared = count_shared(columns, prompts, share_prompt=share_prompt)
     trunk_tokens = columns.prompt.lengths + num_shared
     branch_tokens = columns.branch_tokens - columns.num_sides * num_shared
     if not share_prompt and columns.has_pairs:
-        # the second sequence's copy of the prompt
+        # the rejected sequence has its own copy of the prompt
         branch_tokens = branch_tokens + columns.prompt.lengths
     _, first = np.unique(prompts, return_index=True)
     fewest = int(trunk_tokens[first].sum() + branch_tokens.sum())
-    # rows that are longer than a micro-batch may be are no reason for one without rows
+    # at most one micro-batch per row, even if rows exceed the budget
     needed = min(-(-fewest // max_tokens), len(columns))
     num_micro_batches = max(min_micro_batches, -(-needed // num_ranks))
     while True:
         num_bins = num_micro_batches * num_ranks
-        # a piece far above the average would make all ranks wait for its own
+        # limit pieces to 4/3 of the average: all ranks would wait for a larger one
         pieces = _pieces(
             prompts, trunk_tokens, branch_tokens, min(max_tokens, 4 / 3 * fewest / num_bins)
         )
@@ -57,28 +57,28 @@ def plan_step(
         if num_bins >= len(pieces) or bins[0].num_tokens <= max_tokens:
             break
         num_micro_batches += 1
-    # the largest make up the first micro-batch, and so on: ranks wait for each other least
+    # bins are sorted: ranks get bins of similar size together and wait least for each other
     return [bins[i : i + num_ranks] for i in range(0, num_bins, num_ranks)]
 
 
 class _Piece(NamedTuple):
-    """Rows of one prompt that stay together."""
+    """Rows with the same prompt that are assigned to a micro-batch together."""
 
     prompt: int
     trunk_tokens: int
-    """Prompt and what its responses begin with."""
+    """Tokens of the prompt and of the prefix common to its responses."""
     num_tokens: int
-    """Trunk and branches."""
+    """Tokens of the trunk and of all branches."""
     rows: list[int]
 
 
 def number_prompts(columns: EncodedColumns, *, among_rows: bool) -> np.ndarray:
-    """(rows,) numbers, equal for rows that share a prompt."""
+    """(rows,) int64 prompt numbers, equal for rows that share a prompt."""
     return _equal_prompts(columns) if among_rows else np.arange(len(columns))
 
 
 def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
-    """(rows,) number of each row's prompt, by first appearance; equal ids, equal number."""
+    """(rows,) int64 prompt numbers in order of first appearance; equal token ids, equal number."""
     starts = columns.prompt.starts.tolist()
     stops = (columns.prompt.starts + columns.prompt.lengths).tolist()
     numbers: dict[bytes, int] = {}
@@ -92,7 +92,10 @@ def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
 
 
 def count_shared(columns: EncodedColumns, prompts: np.ndarray, *, share_prompt: bool) -> np.ndarray:
-    """(rows,) tokens that all responses to a row's prompt begin with, short of a last one."""
+    """(rows,) int64 length of the prefix common to all responses to a row's prompt.
+
+    It never includes the last token of a response, which is not an input of the model.
+    """
     num_shared = np.zeros(len(columns), np.int64)
     if not share_prompt or not len(columns):
         return num_shared
@@ -101,7 +104,7 @@ def count_shared(columns: EncodedColumns, prompts: np.ndarray, *, share_prompt: 
         np.tile(prompts, columns.num_sides), return_index=True, return_inverse=True
     )
     first = responses.take(leaders).take(groups)
-    # the last token of a response is not computed
+    # the last token of a response is not an input
     lengths = np.minimum(responses.lengths, first.lengths) - 1
     ids = columns.ids
     differs = (
@@ -118,7 +121,7 @@ def count_shared(columns: EncodedColumns, prompts: np.ndarray, *, share_prompt: 
 def _pieces(
     prompts: np.ndarray, trunk_tokens: np.ndarray, branch_tokens: np.ndarray, limit: float
 ) -> list[_Piece]:
-    """Rows by prompt, cut where a piece would pass the limit; a row is never cut."""
+    """Group rows by prompt; a group that would exceed `limit` tokens continues in a new piece."""
     pieces: list[_Piece] = []
     order = np.argsort(prompts, kind="stable")
     for row, prompt, of_trunk, of_branches in zip(
@@ -138,10 +141,10 @@ def _pieces(
 
 
 def _fill(pieces: list[_Piece], num_bins: int, num_shared: np.ndarray) -> list[MicroBatch]:
-    """The pieces in `num_bins` micro-batches, largest micro-batch first."""
+    """Assign the pieces to `num_bins` micro-batches; returns the largest micro-batch first."""
     contents: list[list[_Piece]] = [[] for _ in range(num_bins)]
     loads = [(0, i) for i in range(num_bins)]
-    # equal sizes in the order of their rows: nothing is left to chance
+    # ties in the order of the rows, to be deterministic
     for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.rows[0])):
         load, i = loads[0]
         heapq.heapreplace(loads, (load + piece.num_tokens, i))
@@ -154,7 +157,7 @@ def _micro_batch(pieces: list[_Piece], num_shared: np.ndarray) -> MicroBatch:
     by_prompt: dict[int, list[int]] = {}
     num_tokens = 0
     for piece in sorted(pieces, key=lambda piece: piece.rows[0]):
-        # two pieces of one prompt that meet again share it after all
+        # pieces of one prompt in the same micro-batch share the trunk again
         num_tokens += piece.num_tokens
         num_tokens -= piece.trunk_tokens if piece.prompt in by_prompt else 0
         by_prompt.setdefault(piece.prompt, []).extend(piece.rows)

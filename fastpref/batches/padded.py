@@ -1,4 +1,4 @@
-"""Padding: rows of a batch beside each other, as long as the longest."""
+"""Padded batches: one sequence per row, padded on the right to the longest."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,17 @@ from fastpref.batches.columns import EncodedColumns, Ranges
 
 
 def pad_rows(rows: Sequence[EncodedRow], *, pad_token_id: int) -> Batch:
-    """Lay P rows out as one padded batch, see `pad`; all of them are pairs, or none is."""
+    """Build one padded batch of P rows, see `pad`; either all rows are pairs or none is."""
     return pad(EncodedColumns.of_rows(rows), np.arange(len(rows)), pad_token_id=pad_token_id)
 
 
 def pad(columns: EncodedColumns, rows: np.ndarray, *, pad_token_id: int) -> Batch:
-    """Lay some rows out as one padded batch: chosen sequences first, then rejected ones.
+    """Build one padded batch of some rows: chosen sequences first, then rejected ones.
 
     Args:
-        rows: (P,) int64: which of them. None: a batch of one padding token that scores nothing, so
-            that a rank without work still takes part in every collective.
-        pad_token_id: What fills a row on the right; never scored, never attended to.
+        rows: (P,) int64 indices into the columns. If empty, the batch is one padding token that
+            scores nothing, so that a rank without rows still takes part in every collective.
+        pad_token_id: Padding on the right; never scored, never attended to.
     """
     responses = columns.responses(rows)
     prompts = columns.prompt.take(np.tile(rows, columns.num_sides))
@@ -33,7 +33,7 @@ def pad(columns: EncodedColumns, rows: np.ndarray, *, pad_token_id: int) -> Batc
     input_ids[Ranges(response_starts, responses.lengths).flat()] = columns.ids[responses.flat()]
     attention_mask = np.zeros_like(input_ids)
     attention_mask[Ranges(starts, lengths).flat()] = 1
-    # an empty batch attends to its one padding token: a row without any key is NaN in softmax
+    # an empty batch attends to its one padding token: softmax over no keys is NaN
     attention_mask[0] = 1
     score_index = Ranges(response_starts - 1, responses.lengths).flat()
     return Batch(

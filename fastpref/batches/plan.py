@@ -1,4 +1,4 @@
-"""What a step's plan says: which rows each rank computes at once."""
+"""Records of a step's plan: the rows of each micro-batch and rank."""
 
 from typing import NamedTuple
 
@@ -6,17 +6,17 @@ import numpy as np
 
 
 class MicroBatch(NamedTuple):
-    """What one rank computes at once."""
+    """Plan of one micro-batch of one rank."""
 
     rows: np.ndarray
-    """(P,) int64: which rows of the step."""
+    """(P,) int64: indices of its rows within the step."""
     prompts: np.ndarray
-    """(P,) int64: equal for rows that share a prompt; ascending."""
+    """(P,) int64 prompt numbers, ascending; equal for rows that share a prompt."""
     num_shared: np.ndarray
-    """(P,) int64: response tokens computed with the row's prompt, for all responses to it."""
+    """(P,) int64: response tokens computed once for all responses to the row's prompt."""
     num_tokens: int
     """Tokens that the model's body computes."""
 
 
 StepPlan = list[list[MicroBatch]]
-"""[micro-batch][rank]; every rank has as many, some may be without rows."""
+"""[micro-batch][rank]; equally many micro-batches for every rank, some possibly without rows."""

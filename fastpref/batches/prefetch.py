@@ -1,4 +1,4 @@
-"""Results made ahead of whoever asks for them, in a thread."""
+"""Prefetching of results in a background thread."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,15 +10,15 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 AHEAD = 3
-"""Results that are made, or are being made, before they are asked for."""
+"""Maximum number of results computed ahead."""
 
 
 @contextmanager
 def prefetch(make: Callable[[int], Item], indices: Iterable[int]) -> Iterator[Iterator[Item]]:
-    """Results of `make` in the order of the indices, made in a thread up to `AHEAD` of them ahead.
+    """Iterate over `make(index)`, computed in a thread up to `AHEAD` results in advance.
 
-    Leaving ends the thread, wherever the iteration stands and whatever was raised. An error in the
-    thread is raised where its result was due.
+    Leaving the context ends the thread, also before the iteration is complete or after an error. An
+    error in the thread is raised when its result is requested.
     """
     thread = ThreadPoolExecutor(1, thread_name_prefix="fastpref-feed")
     left = iter(indices)

@@ -1,5 +1,5 @@
-"""Memory: what a run takes of a device, and how much of a step is computed at once.
+"""Memory: estimate of a run's device memory, and micro-batch sizes that fit.
 
 Enters: a model's shape, the options, a device. Leaves: a `MemoryPlan`, and micro-batches that fit.
-To be changed here: what takes memory. Nothing here changes a number of a run beyond rounding.
+To be changed here: the accounting of memory. Nothing here changes results beyond rounding.
 """

@@ -1,4 +1,4 @@
-"""What of a model takes memory, counted on its twin without memory, for whatever family it is."""
+"""Memory use of a model, counted on a copy on the meta device, for any model family."""
 
 from typing import Any, NamedTuple
 
@@ -21,48 +21,49 @@ from fastpref.model.rotary import keep_steady
 from fastpref.model.router import has_router
 
 _ROWS = 4
-"""Rows of the smaller of two batches that are counted; the other one has twice as many."""
+"""Rows of the smaller of the two batches that are counted; the larger one has twice as many."""
 
 
 class Weights(NamedTuple):
-    """Numbers of a model's weights."""
+    """Parameter counts of a model."""
 
     total: int
     largest_block: int
     outside: int
-    """In no block: embedding, head and last norm."""
+    """Parameters outside of the blocks: embedding, head and final norm."""
     vocab_size: int
     """Rows of the head."""
     hidden_size: int
     """Columns of the head."""
     adapters: int = 0
-    """In adapters, which the total does not count; all others are frozen where there are any."""
+    """Adapter parameters, not included in `total`; if > 0, all others are frozen."""
     in_four_bits: int = 0
-    """Of the total."""
+    """Parameters of `total` that are quantized to 4 bits."""
 
     def stored_bytes(self, itemsize: int) -> int:
-        """Of all but the adapters, in a dtype."""
-        # with the scales of blocks of 64, themselves in 8 bits: arXiv:2305.14314, section 3
+        """Bytes of all parameters except adapters, with `itemsize` bytes per unquantized one."""
+        # 4.127 bits: with 8-bit scales per block of 64 weights (arXiv:2305.14314, section 3)
         return (self.total - self.in_four_bits) * itemsize + int(self.in_four_bits * 4.127 / 8)
 
 
 class TokenBytes(NamedTuple):
-    """What a model's body takes for each token that it computes, in bytes."""
+    """Memory of a model's body, in bytes; `kept` and `backward` are per token."""
 
     kept: float
-    """From the forward until the backward."""
+    """Activations kept from the forward to the backward, per token."""
     backward: float
-    """Beside what is kept, at most, while the backward goes through the blocks."""
+    """Additional peak during the backward through the blocks, per token."""
     fixed: float
-    """At most, however many tokens there are: what adapters make of weights, and its gradient."""
+    """Peak independent of the number of tokens: weights that adapters compute, and gradients."""
 
 
 def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = False) -> Weights:
-    """Of a model, which may be on the meta device; each is counted once where it is tied.
+    """Count a model's parameters, tied ones once.
 
     Args:
-        model: Without adapters.
-        in_four_bits: Whether the blocks' linear layers will be; they are replaced.
+        model: Model without adapters, possibly on the meta device.
+        in_four_bits: Whether the blocks' linear layers will be quantized to 4 bits; they are then
+            replaced by stand-ins, in place.
     """
     blocks = [
         sum(parameter.numel() for parameter in block.parameters())
@@ -94,18 +95,18 @@ def count_token_bytes(
     fused_layers: bool,
     balanced: bool = False,
 ) -> TokenBytes:
-    """What the body takes for a token, from the difference between two batches.
+    """Memory of the body per token, from the difference between two batch sizes.
 
     Args:
-        model: On the meta device, in the dtype of the arithmetic; used up.
+        model: Model on the meta device, in the compute dtype; not usable afterwards.
         body: See `LogitPath.body`.
-        rows: What is computed.
-        activation_checkpointing: Whether blocks are computed again in the backward.
+        rows: Kind of rows that are computed.
+        activation_checkpointing: Whether blocks are recomputed in the backward.
         fused_layers: Whether norms and SwiGLU layers are fused kernels.
-        balanced: Whether the balance of its router, if it has one, is part of the loss.
+        balanced: Whether the load-balancing loss of a router, if any, is part of the loss.
 
     Raises:
-        ValueError: the family cannot be computed without memory, or not in rows that lie so.
+        ValueError: the family cannot run on the meta device, or not with this layout of rows.
     """
     router_logits = balanced and bool(body) and has_router(model)
     blocks = find_blocks(model, block_name)
@@ -125,14 +126,14 @@ def count_token_bytes(
     stack = find_stack(model, blocks)
     attention = CountedAttention(gathers_keys=rows.gathers_keys)
     if not all(parameter.requires_grad for parameter in model.parameters()):
-        # of adapters the first forward makes something of their weights that is kept for good
+        # with adapters the first forward creates tensors that persist: run it once uncounted
         batches.insert(0, batches[0])
     try:
         small, large = [
             Passes.of_all_blocks(stack, model, body, batch, attention, router_logits)
             for batch in batches
         ][-2:]
-    # of a family's own code: values that steer it, operators that have no meta kernel
+    # raised by the family's own code: data-dependent control flow, operators without meta kernel
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
     if packed and not (attention.was_asked or mixers):
@@ -146,10 +147,11 @@ def count_token_bytes(
 
 
 def _take_gradients_off(model: Any) -> None:
-    """What becomes of a weight's gradient is no matter of tokens."""
+    """Exclude gradients of weights from the count, as they do not depend on the tokens."""
     embedding = model.get_input_embeddings()
     if embedding.weight.requires_grad:
-        # a large table's is more than what few tokens take, and comes when all of that is gone
+        # a large embedding's gradient would exceed the memory of few tokens; in training it is
+        # allocated after their activations are freed
         embedding.weight.requires_grad_(False)
         embedding.register_forward_hook(lambda module, args, output: recorded(output))
     for parameter in filter(lambda p: p.requires_grad, model.parameters()):

@@ -1,4 +1,4 @@
-"""How many tokens a device holds at once, found out before the first step."""
+"""Chooses the number of tokens per micro-batch that fits on a device, before the first step."""
 
 import logging
 from collections.abc import Sequence
@@ -28,24 +28,28 @@ from fastpref.objectives.step_loss import StepLoss
 logger = logging.getLogger("fastpref")
 
 UNTRIED = 0.9
-"""Share of a CPU's memory that a plan may take which nothing confirms: it is within a tenth of what
-a step takes."""
+"""Share of a CPU's memory that a plan may use, as it is not confirmed by a measurement: plans are
+within a tenth of a step's actual memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitting:
-    """Finds out how many tokens a device holds at once."""
+    """Finds the number of tokens per micro-batch that fits on a device."""
 
     policy: TokenScorer
     step_loss: StepLoss
     training: TrainingOptions
     measured: Measured
     replicated: bool
-    """Every rank has the whole of a frozen model."""
+    """Whether every rank holds the whole frozen model, unsharded."""
     world: World
 
     def fit(self, limit: int | None) -> int:
-        """Tokens to compute at once; says what was planned and found."""
+        """Tokens per micro-batch; logs the plan and the measurement.
+
+        Args:
+            limit: Limit set by the user; None to choose one.
+        """
         world, device = self.world, self.world.device
         plan = world.on_main(self._plan)
         available = -world.agree_max(-available_bytes(device))
@@ -55,7 +59,7 @@ class Fitting:
             if on_gpu:
                 num_tokens = auto_tokens(plan, available)
             else:
-                # more than are allowed there anyway would not be faster
+                # more than the layout's default limit would not be faster on a CPU
                 num_tokens = min(num_tokens, auto_tokens(plan, int(UNTRIED * available)))
         if plan is not None:
             self._say(plan, min(num_tokens, self._most_tokens), available)
@@ -88,10 +92,10 @@ class Fitting:
             )
 
     def _confirm(self, num_tokens: int, plan: MemoryPlan | None, available: int) -> int:
-        """Compute the largest micro-batch once, forward and backward, on all ranks.
+        """Run the largest micro-batch once, forward and backward; a single rank halves it on OOM.
 
         Returns:
-            Tokens that memory holds at once beside what optimizer and gradients will take.
+            Tokens per micro-batch that fit beside the optimizer state and the gradients to come.
         """
         world, needs = self.world, self.step_loss.objective.needs
         loaded = torch.cuda.memory_allocated(world.device)
@@ -111,9 +115,9 @@ class Fitting:
         return agreed_tokens(world, num_tokens, tried, room=room, loaded=loaded, peak=peak)
 
     def _peak(self, rows: Sequence[EncodedRow], num_tokens: int) -> int | None:
-        """Bytes allocated at most while rows are computed at once; None if memory ran out."""
+        """Peak bytes allocated while the rows run as one micro-batch; None if memory ran out."""
         world, device = self.world, self.world.device
-        # filled up as a row of the limit is
+        # padded as with this token limit
         layout = self.measured.rows.layout.limited_to(num_tokens)
         batch = layout.build_rows(rows, pad_token_id=0)
         if self.training.caches_reference:
@@ -124,7 +128,7 @@ class Fitting:
         try:
             losses, _ = self.step_loss.compute(batch, 0)
             losses.sum().backward()
-            # another rank may have had no memory
+            # raises, instead of waiting forever, if another rank has run out of memory and ended
             await_device(world)
         except Exception as error:
             if not is_out_of_memory(error):
@@ -151,15 +155,15 @@ class Fitting:
 def agreed_tokens(
     world: World, num_tokens: int, tried: int, *, room: int, loaded: int, peak: int
 ) -> int:
-    """Tokens to compute at once on every rank: as many as the memory of each of them holds.
+    """Tokens per micro-batch that fit on every rank; the same number on all ranks.
 
     Args:
-        world: Whoever computes; each makes the plan of every step by itself, of the same number.
-        num_tokens: To compute at once if what was tried fits.
-        tried: Tokens that were computed at once.
-        room: Bytes for models and tokens.
-        loaded: Bytes of the models, of this rank.
-        peak: Bytes while the tokens were computed, of this rank.
+        world: The ranks; each plans every step by itself, from this number.
+        num_tokens: Result if the measured peak fits.
+        tried: Tokens of the micro-batch that was measured.
+        room: Bytes available for models and activations on this rank.
+        loaded: Bytes of the loaded models on this rank.
+        peak: Peak bytes during the measurement on this rank.
     """
     if peak > room:
         num_tokens = int(tried * (room - loaded) / (peak - loaded))

@@ -1,4 +1,4 @@
-"""The memory of the device that is here."""
+"""Memory of the device that this process runs on."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from fastpref.memory.plan import Device, MemoryPlan
 
 
 def available_bytes(device: torch.device) -> int:
-    """What this process can have of a device, with what it has already."""
+    """Bytes of a device that this process can use, including what it already uses."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
@@ -21,34 +21,34 @@ def available_bytes(device: torch.device) -> int:
 
 
 def device_here(device: torch.device, num_ranks: int, *, replicated: bool) -> Device:
-    """The devices of a run, and what the program takes of a CPU with what it has loaded."""
+    """Description of a run's devices; on a CPU with this process's resident set size."""
     process = resident_bytes() if device.type == "cpu" else 0
     return Device(device.type, num_ranks, available_bytes(device), process, replicated)
 
 
 def with_loaded_models(plan: MemoryPlan) -> MemoryPlan:
-    """A plan made on a CPU after the models were loaded: they are no part of the program."""
+    """Subtract the models, if already loaded, from the process's memory in a plan for a CPU."""
     models = plan.masters + plan.weights + plan.reference
     return replace(plan, process=max(0, plan.process - models))
 
 
 def resident_bytes() -> int:
-    """What this process has in memory now."""
+    """Resident set size of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU; None of a CPU."""
+    """Total memory of a GPU in bytes; None for a CPU."""
     if device.type != "cuda":
         return None
     return torch.cuda.get_device_properties(device).total_memory
 
 
 def bound_workspace(head: HeadConfig, memory: int | None) -> None:
-    """Set how much memory the fused head may take.
+    """Set the workspace limit of the LM-head ops.
 
     Args:
-        head: Its options.
-        memory: Bytes of the GPU; None on a CPU.
+        head: Options of the head.
+        memory: Total memory of the GPU in bytes; None on a CPU.
     """
     set_workspace_mib(head.workspace_limit or auto_workspace_mib(memory))

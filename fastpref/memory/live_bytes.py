@@ -1,4 +1,4 @@
-"""Bytes that are in use while something is computed, with or without memory behind them."""
+"""Bytes of tensor storage in use during a computation, on real devices or the meta device."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -11,27 +11,27 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make while it is entered, until they are freed.
+    """Dispatch mode that counts the storages created by operators, until they are freed.
 
-    What it counts may lie on the meta device: a whole step can be counted without a byte of memory.
-    Views and results in place are the storage that they look at.
+    Works on the meta device too: a whole step can be counted without allocating memory. Views and
+    in-place results share a storage and count once.
 
     Args:
-        present: Tensors that were there before, which do not count.
+        present: Tensors that exist already and are not counted.
     """
 
     def __init__(self, present: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
-        """Now."""
+        """Bytes in use now."""
         self.peak = 0
-        """The most so far."""
+        """Maximum of `live` so far."""
         self._known: dict[int, weakref.ref] = {}
         for tensor in present:
             self._meet(tensor, num_bytes=0)
 
     def restart_peak(self) -> None:
-        """Forget how much there has been."""
+        """Reset the peak to the bytes in use now."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -44,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
         if func is torch.ops.aten._grouped_mm.default and args[0].is_meta:
             func = _grouped_product
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            # models ask whether a mask leaves all tokens in, or a row is one sequence
+            # models branch on whether a mask is all ones, or a row is one sequence
             return True if args[0].is_meta else func(*args)
         results = func(*args, **(kwargs or {}))
         for result in tree_leaves(results):
@@ -74,13 +74,13 @@ def _grouped_product(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The result of experts' products; torch's own rule without memory takes bfloat16 alone.
+    """Result of a grouped GEMM (mixture of experts) on meta; torch's own rule takes bfloat16 only.
 
     Args:
-        a, b: (rows, K) and (experts, K, N), or in a weight's gradient (M, rows) and (rows, N).
-        offs: (experts,) where each expert's rows end.
-        bias: As torch's operator has it, never given.
-        out_dtype: None for that of `a`.
+        a, b: (rows, K) and (experts, K, N), or for a weight's gradient (M, rows) and (rows, N).
+        offs: (experts,) end of each expert's rows.
+        bias: Part of torch's signature; never given.
+        out_dtype: None for the dtype of `a`.
     """
     experts = () if offs is None or b.dim() == 3 else offs.shape
     return a.new_empty(*experts, a.shape[0], b.shape[-1], dtype=out_dtype or a.dtype)

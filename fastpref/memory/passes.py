@@ -1,4 +1,4 @@
-"""A forward and a backward of a model without memory."""
+"""Memory of a forward and a backward, counted on the meta device."""
 
 from typing import Any, NamedTuple
 
@@ -16,15 +16,15 @@ from fastpref.model.router import states_and_router_logits
 
 
 class Passes(NamedTuple):
-    """Bytes of a forward and a backward over one batch."""
+    """Bytes kept after the forward over one batch, and peak bytes of its backward."""
 
     kept: float
     peak: float
 
     @classmethod
     def of_all_blocks(cls, stack: Stack | None, *model_and_batch: Any) -> "Passes":
-        """Of a model, or of what its first blocks tell of it: each one keeps as much, and the
-        backward begins where all of it is there."""
+        """Count a whole model; with a `stack`, extrapolate from its first blocks: each block keeps
+        the same amount, all of it when the backward starts."""
         if stack is None:
             return cls.of(*model_and_batch)
         shallow = []
@@ -48,7 +48,7 @@ class Passes(NamedTuple):
         present = [x for x in present if isinstance(x, Tensor)]
         with torch.enable_grad(), kernels(), computing(sequences), LiveBytes(present) as live:
             if router_logits:
-                # alive until the loss of them is taken
+                # router logits stay alive until the balance loss is computed
                 hidden_BLD, _logits = states_and_router_logits(model, body, **inputs)
             else:
                 hidden_BLD = last_hidden_states(model, body, **inputs)

@@ -1,4 +1,4 @@
-"""The memory plan of a run: what every GPU will hold, by what it is."""
+"""Memory plan of a run: the bytes that each device will hold, by purpose."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,93 +7,92 @@ from fastpref.memory.count import TokenBytes, Weights
 
 GIB = 2**30
 SMALL_PARTS = 0.03
-"""Share of a device's memory that is lost between blocks of the allocator, and to what runs beside
-training."""
+"""Share of a device's memory reserved for allocator fragmentation and other users of the device."""
 SEVERAL_RANKS = 0.03
-"""The same for buffers of collectives, and because a rank that runs out of memory among others ends
-the run."""
+"""Additional reserve with several ranks, for buffers of collectives and as a margin: there a rank
+that runs out of memory ends the run."""
 
 
 class Sizes(NamedTuple):
-    """Bytes of a number, by what it is of."""
+    """Bytes per parameter, by purpose."""
 
     master: int
-    """A weight as it is trained."""
+    """Master weight."""
     compute: int
-    """A weight as it is computed with."""
+    """Weight in the compute dtype."""
     state: int
-    """What the optimizer keeps of a weight."""
+    """Optimizer state."""
     reference: int | None
-    """A weight of the reference as it is stored; 0 where it is the policy without its adapters,
-    None without a reference."""
+    """Stored weight of the reference; 0 if it is the policy without its adapters, None without a
+    reference."""
 
 
 class HeadBytes(NamedTuple):
-    """What the fused head takes beside its inputs and results, bytes."""
+    """Workspace of the LM-head ops beyond inputs and results, in bytes."""
 
     fixed: int
     per_token: int = 0
-    """Exponentials that a forward keeps for its backward, of as many tokens as fit."""
+    """Exponentials kept for the backward, per token, up to `limit`."""
     limit: int = 0
-    """Of all exponentials."""
+    """Limit of all exponentials together."""
 
     def of(self, num_tokens: float) -> float:
-        """For so many tokens, all of them scored."""
+        """Bytes for `num_tokens` tokens, all of them scored."""
         return self.fixed + min(self.per_token * num_tokens, self.limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """What one GPU holds in training, bytes."""
+    """Memory of one device in training, in bytes."""
 
     masters: int
-    """Weights as they are trained, this GPU's share of them; of adapters all."""
+    """Master weights: this device's shard, or all adapters."""
     weights: int
-    """Weights as they are computed with: all of them on one GPU, 0 where they are the masters;
-    on several GPUs what is gathered at once, of policy and reference. Beside adapters the frozen
-    model, and what is gathered of it where it is sharded."""
+    """Weights in the compute dtype. One device: all, 0 if the masters have that dtype. Several: the
+    gathered part of policy and reference. With adapters: the frozen model, or its shard and the
+    gathered part."""
     gradients: int
-    """This GPU's share, and on several GPUs those on their way to the others."""
+    """This device's shard, and with several devices those being reduced."""
     optimizer: int
     reference: int
     head: HeadBytes
-    """Of the fused head, and the gradient of its weight."""
+    """Workspace of the LM-head ops, including the gradient of the head's weight."""
     kept_per_token: float
-    """Activations kept from a token's forward to its backward."""
+    """Activations kept from the forward to the backward, per token."""
     backward_per_token: float
-    """What the backward of a block takes beside that."""
+    """Additional memory of a block's backward, per token."""
     scored_per_token: float
-    """What the head takes for a token that is scored, its backward included."""
+    """Inputs of the head and their gradients, per scored token."""
     has_adapters: bool
-    """They are what is trained."""
+    """Whether adapters are trained instead of all weights."""
     made: int
-    """What adapters make of weights while they compute: of an expert's matrices whole ones."""
+    """Temporary weights that adapters compute, such as whole matrices of experts."""
     process: int
-    """Of a CPU: what the program takes beside tensors."""
+    """CPU only: memory of the process beside tensors."""
     reserve: int
-    """Never used."""
+    """Memory left unused."""
 
     @property
     def fixed(self) -> int:
-        """What is there however many tokens are computed at once."""
+        """Memory independent of the size of a micro-batch, without the head's and the reserve."""
         of_weights = self.masters + self.weights + self.gradients + self.optimizer
         return of_weights + self.made + self.reference + self.process
 
     def peak(self, num_tokens: float) -> int:
-        """The most that is used at once, the reserve left out.
+        """Peak memory, without the reserve.
 
         Args:
-            num_tokens: Computed at once, every one of them scored.
+            num_tokens: Tokens of a micro-batch, all of them scored.
         """
         head = self.head.of(num_tokens) + self.scored_per_token * num_tokens
         body = self.backward_per_token * num_tokens
         return int(self.fixed + self.kept_per_token * num_tokens + max(head, body))
 
     def most_tokens(self, available: int) -> int:
-        """Tokens that can be computed at once where so many bytes are available, >= 0."""
+        """Largest micro-batch, in tokens, that fits in `available` bytes, >= 0."""
         spare = available - self.reserve - self.fixed
         per_token, head = self.kept_per_token + self.scored_per_token, self.head
-        # with exponentials of all tokens, or of more than are kept
+        # the exponentials of all tokens are kept, or they reach their limit
         with_head = max(
             (spare - head.fixed) / (per_token + head.per_token),
             (spare - head.fixed - head.limit) / per_token,
@@ -102,7 +101,7 @@ class MemoryPlan:
         return max(0, int(min(with_head, in_body)))
 
     def parts(self) -> dict[str, int]:
-        """What is fixed, by its name."""
+        """Terms of `fixed`, by name."""
         fields = {"masters": self.masters, "weights": self.weights}
         if self.has_adapters:
             fields = {"adapters": self.masters, "base": self.weights, "made of both": self.made}
@@ -111,18 +110,18 @@ class MemoryPlan:
 
 
 class Device(NamedTuple):
-    """What a model is trained on."""
+    """Devices that a model is trained on."""
 
     type: str
     """cuda or cpu."""
     num: int
-    """Devices that train together; on several the model is sharded, unless it is replicated."""
+    """Number of devices; with several the model is sharded, unless `replicated`."""
     memory: int
-    """Bytes of each."""
+    """Bytes per device."""
     process: int = 0
-    """Bytes that are taken on a CPU before there is a model."""
+    """CPU only: bytes used by the process before a model is loaded."""
     replicated: bool = False
-    """Every device has the whole of a model that is frozen beside adapters."""
+    """Whether every device holds the whole frozen model (adapters only)."""
 
 
 def plan_memory(
@@ -133,20 +132,20 @@ def plan_memory(
     *,
     head: HeadBytes,
 ) -> MemoryPlan:
-    """What training takes of every device.
+    """Plan the memory that training takes on each device.
 
     Args:
-        head: Of it, the gradient of its weight left out.
+        head: Workspace of the LM-head ops, without the gradient of the head's weight.
     """
     trained = weights.adapters or -(-weights.total // device.num)
     share, D = -(-weights.total // device.num), weights.hidden_size
     compute, of_reference = sizes.compute, sizes.reference
     computing, in_transit = _computed_with(weights, sizes, device)
-    # states, their gradient in float32 and in their own dtype, a copy without padding
+    # hidden states, their gradients in float32 and in their own dtype, a copy without padding
     scored = D * (3 * compute + 4)
     if of_reference is not None:
         scored += D * compute
-    # beside adapters the head is frozen
+    # with adapters the head is frozen
     gradient = 0 if weights.adapters else weights.vocab_size * D * compute
     lost = SMALL_PARTS + (SEVERAL_RANKS if device.num > 1 else 0)
     return MemoryPlan(
@@ -167,14 +166,14 @@ def plan_memory(
 
 
 def _computed_with(weights: Weights, sizes: Sizes, device: Device) -> tuple[int, int]:
-    """Bytes of the weights that are computed with and are no masters, and of gradients that are on
-    their way to other devices."""
+    """Bytes of weights in the compute dtype that are not the masters, and of gradients being
+    reduced across devices."""
     compute = sizes.compute
     if weights.adapters:
         stored = weights.stored_bytes(compute)
         if device.num == 1:
             return stored, 0
-        # one buffer for all gradients while they are summed over GPUs
+        # one buffer for the all-reduce of all adapter gradients
         in_transit = weights.adapters * sizes.master
         if device.replicated:
             return stored, in_transit
@@ -183,24 +182,25 @@ def _computed_with(weights: Weights, sizes: Sizes, device: Device) -> tuple[int,
     if device.num == 1:
         return 0 if compute == sizes.master else weights.total * compute, 0
     num_models = 1 if sizes.reference is None else 2
-    # all but the blocks stays gathered from the forward to the end of the backward; of blocks
-    # one is computed with while the next one comes
+    # parameters outside of the blocks stay gathered until the end of the backward; of the blocks
+    # one is gathered and the next one prefetched
     gathered = (num_models * weights.outside + 2 * weights.largest_block) * compute
-    # a block's gradients, and the same in float32 while they are summed over GPUs
+    # a block's gradients, and their float32 copy during the reduce-scatter
     return gathered, weights.largest_block * (compute + 4)
 
 
 def communicated_bytes(
     weights: Weights, sizes: Sizes, device: Device, *, num_micro_batches: int
 ) -> int:
-    """What a GPU sends in an optimizer step, bytes.
+    """Bytes that a device sends in an optimizer step.
 
-    Of what is sharded, weights for every forward and, but for what stays gathered, every backward,
-    and gradients, summed in float32; of adapters their gradients alone, once a step.
+    Sharded weights are all-gathered for every forward and, unless they stay gathered, every
+    backward; gradients are reduce-scattered in float32. With adapters only their gradients are
+    all-reduced, once per step.
 
     Args:
         weights, sizes, device: See `plan_memory`.
-        num_micro_batches: Of a step and GPU.
+        num_micro_batches: Micro-batches per device and step.
     """
     num_forwards = 1 if sizes.reference is None else 2
     gathered = (num_forwards + 1) * (weights.total - weights.outside)
@@ -208,9 +208,9 @@ def communicated_bytes(
         gathered += num_forwards * weights.outside
         of_micro_batch, of_step = gathered * sizes.compute + weights.total * 4, 0
     else:
-        # policy and reference are one model, whose outside is gathered until both are computed
+        # policy and reference are one model: gathered once for both outside of the blocks
         gathered += weights.outside
         of_micro_batch = 0 if device.replicated else gathered * sizes.compute
-        # added up, then handed out
+        # an all-reduce is a reduce-scatter and an all-gather
         of_step = 2 * weights.adapters * sizes.master
     return (of_micro_batch * num_micro_batches + of_step) * (device.num - 1) // device.num

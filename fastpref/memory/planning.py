@@ -1,4 +1,4 @@
-"""From a run's options to its memory plan: the model is built without memory, and counted."""
+"""From a run's options to its memory plan: builds the model on the meta device and counts."""
 
 import logging
 import math
@@ -23,45 +23,45 @@ from fastpref.model.source import build_meta
 logger = logging.getLogger("fastpref")
 
 AUTO_TOKENS = 32_768
-"""Most tokens that `packing.max_tokens=auto` computes at once. On an H100 Qwen2.5-0.5B gained 4 %
-from twice as many and took 1.8 times the memory: what a micro-batch costs beside its tokens is a
-twentieth of its time by then, and less in a larger model."""
+"""Maximum micro-batch size of `packing.max_tokens=auto`, in tokens. On an H100 Qwen2.5-0.5B gained
+4 % from twice as many, at 1.8 times the memory: by then the fixed cost of a micro-batch is a
+twentieth of its time, and less in a larger model."""
 
 
 class Measured(NamedTuple):
-    """What is known of models and data that are loaded."""
+    """Facts measured on loaded models and data, or assumed if nothing is loaded."""
 
     body: str | None
-    """See `LogitPath.body`; None: the one that the family names so."""
+    """See `LogitPath.body`; None for the model's `base_model`."""
     rows: Rows
-    """What is trained on; their layout has the limit that holds where nothing is found out."""
+    """Rows to train on; their layout has the default token limit."""
     state_bytes: int
-    """What the optimizer keeps of a weight that is trained."""
+    """Optimizer state per trained parameter, in bytes."""
 
 
 class Counted(NamedTuple):
-    """A model's weights, what its body takes for a token, and the size of its numbers."""
+    """Parameter counts of a model, memory per token of its body, and bytes per parameter."""
 
     weights: Weights
     tokens: TokenBytes
     sizes: Sizes
     num_exponentials: int
-    """Of a scored token and word, those that the head may keep: of policy and reference in a KL; 0
-    where it is frozen."""
+    """Exponentials per scored token and vocabulary entry that the head may keep: 2 with a KL (both
+    models), else 1; 0 if the head is frozen."""
     adapted_head: int
-    """Numbers of the head with its adapter beside it, where it has one."""
+    """Elements of the head's weight concatenated with its adapter; 0 if it has no adapter."""
 
     @property
     def stored_bytes(self) -> int:
-        """Of a frozen model with its adapters."""
+        """Bytes of a frozen model with its adapters."""
         adapters = self.weights.adapters * self.sizes.master
         return self.weights.stored_bytes(self.sizes.compute) + adapters
 
     def plan(self, device: Device) -> MemoryPlan:
-        """What training takes of every device, see `plan_memory`."""
+        """Memory plan of training on a device, see `plan_memory`."""
         weights, sizes = self.weights, self.sizes
         head = HeadBytes(workspace_bytes(weights.vocab_size, weights.hidden_size, device.type))
-        # a copy and its gradient
+        # the concatenated head and its gradient
         head = head._replace(fixed=head.fixed + 2 * self.adapted_head * sizes.compute)
         if device.type == "cuda" and self.num_exponentials:
             head = head._replace(
@@ -72,14 +72,14 @@ class Counted(NamedTuple):
 
 
 def count_training(training: TrainingOptions, measured: Measured, device: Device) -> Counted:
-    """What a run's models are, built without memory.
+    """Count a run's models, built on the meta device.
 
     Args:
-        measured: Of models and data, or taken for granted where there are none.
+        measured: Facts about models and data, or assumptions if none are loaded.
 
     Raises:
-        FastprefError: there is no such model.
-        ValueError: the family cannot be computed without memory, or not in rows that lie so.
+        FastprefError: the model does not exist.
+        ValueError: the family cannot run on the meta device, or not with this layout of rows.
     """
     options, adapter = training.model, training.adapter
     source = named_model(options)
@@ -120,20 +120,20 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
 
 
 def auto_tokens(plan: MemoryPlan, available: int) -> int:
-    """Tokens to compute at once where so many bytes are available: as many as help, at least 1."""
+    """Micro-batch size in tokens for `available` bytes, at most `AUTO_TOKENS` and at least 1."""
     return rounded(min(AUTO_TOKENS, plan.most_tokens(available)))
 
 
 def rounded(num_tokens: int) -> int:
-    """Down to a multiple of 256 where there are as many, at least 1."""
+    """Round down to a multiple of 256; numbers below 256 are kept, but at least 1."""
     return max(1, num_tokens if num_tokens < 256 else num_tokens // 256 * 256)
 
 
 def most_step_tokens(training: TrainingOptions, num_ranks: int, *, longest: int) -> int:
-    """Tokens of a rank's rows in a step, if all were as long as they come.
+    """Upper bound of a rank's tokens per step: all rows as long as the longest.
 
     Args:
-        num_ranks: Shares that a step's rows are divided into.
+        num_ranks: Data-parallel ranks.
         longest: Tokens of the longest sequence.
     """
     num_rows = math.ceil(training.batch_size / num_ranks)
@@ -141,7 +141,7 @@ def most_step_tokens(training: TrainingOptions, num_ranks: int, *, longest: int)
 
 
 def describe_plan(plan: MemoryPlan, num_tokens: int, available: int) -> str:
-    """A plan on one line, in GiB."""
+    """Format a plan on one line, in GiB."""
     parts = ", ".join(
         f"{name} {size / GIB:.2f}" for name, size in plan.parts().items() if size > 0.005 * GIB
     )
@@ -160,7 +160,7 @@ def _body(model: Any) -> str:
 def _has_fused_layers(model: Any, training: TrainingOptions, device: Device) -> bool:
     wish = training.model.liger
     is_possible = device.type == "cuda" and model.config.model_type in FAMILIES
-    # of a device that is not here it is not known what will be installed there
+    # when planning for a GPU from a machine without one, assume that liger-kernel is installed
     is_there = not torch.cuda.is_available() or find_spec("liger_kernel") is not None
     return wish != "false" and is_possible and is_there and training.compile != "true"
 

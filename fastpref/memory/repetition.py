@@ -1,7 +1,7 @@
-"""What to do where memory ran out in the middle: less at once, and once more.
+"""Recovery when memory runs out during training: retry with smaller micro-batches.
 
-On one rank only. Among several one that fails leaves the others inside a collective, so the run
-ends there, with the number to set.
+On a single rank only. With several, the other ranks wait inside a collective, so the run ends with
+a message that names the option to set.
 """
 
 import ctypes
@@ -22,18 +22,18 @@ Result = TypeVar("Result")
 
 
 class Repetition:
-    """Computes what memory turned out not to hold again, in smaller parts.
+    """Retries work that ran out of memory in smaller parts.
 
     Args:
-        num_ranks: Whoever computes together.
-        remedy: What to set so that less is computed at once; {most} stands for the tokens.
+        num_ranks: Ranks that compute together.
+        remedy: Option to recommend in messages; {most} stands for the number of tokens.
     """
 
     def __init__(self, *, num_ranks: int, remedy: str = "packing.max_tokens={most}") -> None:
         self._num_ranks = num_ranks
         self._remedy = remedy
         self.limit: int | None = None
-        """Tokens that may be computed at once since memory ran out; None: it never did."""
+        """Limit of tokens per part since memory ran out; None if it never did."""
 
     def compute(
         self,
@@ -44,21 +44,21 @@ class Repetition:
         size: Callable[[Work], int],
         undo: Callable[[], None] = lambda: None,
     ) -> tuple[Result, Work]:
-        """`function(work)`, repeated with work in smaller parts for as long as memory runs out.
+        """Call `function(work)`, retrying with smaller parts while memory runs out.
 
         Args:
-            work: What to compute.
-            function: Computes it, part by part.
-            split: The same work in parts of at most a limit.
-            size: Tokens of the largest part that can be divided; 0 without any.
-            undo: Takes back what a call that failed has left behind.
+            work: Work in parts.
+            function: Computes all parts, one after another.
+            split: (work, limit) -> the same work in parts of at most `limit` tokens.
+            size: Tokens of the largest part that can be divided; 0 if there is none.
+            undo: Reverts side effects of a failed call.
 
         Returns:
-            That, and the work in the parts in which it was computed.
+            The result, and the work as it was divided for it.
 
         Raises:
-            MemoryExhaustedError: nothing can be divided any more.
-            RankMemoryError: there are other ranks.
+            MemoryExhaustedError: no part can be divided further.
+            RankMemoryError: memory ran out with several ranks.
         """
         while True:
             if self.limit is not None and size(work) > self.limit:
@@ -69,7 +69,7 @@ class Repetition:
                 if not is_out_of_memory(error):
                     raise
                 self._lower(size(work), error)
-            # here, where nothing holds the frames of the failed call any more
+            # after the except clause, which keeps the frames of the failed call alive
             undo()
             release_memory()
 
@@ -81,7 +81,7 @@ class Repetition:
         tokens: Callable[[Item], int],
         undo: Callable[[], None] = lambda: None,
     ) -> list[Result]:
-        """`function(items)`, a result an item, of all at once or of as many as memory holds.
+        """`function(items)`, one result per item, in one call or in as many as memory requires.
 
         Raises:
             MemoryExhaustedError, RankMemoryError: see `compute`.
@@ -130,11 +130,11 @@ class Repetition:
 
 
 def release_memory() -> None:
-    """Hand what is not used any more back to the system."""
+    """Return unused memory to the system: garbage collection, CUDA cache, malloc arenas."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    # glibc keeps freed memory in an arena of each thread; other libraries have no such function
+    # glibc keeps freed memory in per-thread arenas; other C libraries have no malloc_trim
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

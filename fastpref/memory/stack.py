@@ -1,4 +1,4 @@
-"""Blocks that are all alike: what a deep model takes follows from two shallow ones."""
+"""Models of identical blocks: memory of a deep model, extrapolated from two shallow ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,21 +9,21 @@ from torch import nn
 from fastpref.model.positions import config_value
 
 SHALLOW = (2, 4)
-"""Blocks that are counted in place of all: enough that first and last ones are not the same."""
+"""Numbers of blocks of the two shallow models; at least two, so that first and last differ."""
 
 
 class Stack(NamedTuple):
-    """A list of a model's modules that are alike."""
+    """A model's list of identical blocks."""
 
     holder: nn.Module
-    """The module that has it."""
+    """Module that owns the list."""
     name: str
-    """Under which name."""
+    """Attribute of `holder` that is the list."""
     blocks: nn.ModuleList
 
     @contextmanager
     def cut_to(self, num_blocks: int) -> Iterator[None]:
-        """While entered, the model has its first blocks alone."""
+        """Within the context, the model has only its first `num_blocks` blocks."""
         setattr(self.holder, self.name, self.blocks[:num_blocks])
         try:
             yield
@@ -32,13 +32,13 @@ class Stack(NamedTuple):
 
     @property
     def steps_beyond(self) -> float:
-        """How often the difference of the two shallow models comes on top of the deeper one."""
+        """Factor of linear extrapolation: missing blocks per step between the shallow models."""
         few, more = SHALLOW
         return (len(self.blocks) - more) / (more - few)
 
 
 def find_stack(model: Any, blocks: Sequence[nn.Module]) -> Stack | None:
-    """The list that a model's blocks are, if there are many and each takes what the others do."""
+    """The list of a model's blocks, if they are identical and more than `SHALLOW[1]`; else None."""
     types = config_value(model.config.get_text_config(), "layer_types") or ()
     if len(blocks) <= SHALLOW[1] or len(set(types)) > 1 or len(set(map(_kind, blocks))) > 1:
         return None
@@ -50,6 +50,6 @@ def find_stack(model: Any, blocks: Sequence[nn.Module]) -> Stack | None:
 
 
 def _kind(block: nn.Module) -> tuple[Any, ...]:
-    """What a block computes and keeps, but for the values of its weights."""
+    """Key that is equal for blocks which differ at most in the values of their weights."""
     parameters = block.named_parameters()
     return str(block), *((name, p.shape, p.dtype, p.requires_grad) for name, p in parameters)

@@ -1,7 +1,7 @@
-"""What computes on a GPU by kernels of its own, without memory: the same tensors kept and made.
+"""Stand-ins on the meta device for fused GPU kernels, which save and allocate the same tensors.
 
-On the meta device torch would take attention, norms and SwiGLU layers apart, and keep what no
-kernel keeps.
+On the meta device torch would decompose attention, norms and SwiGLU layers, and save tensors for
+the backward that the fused kernels do not.
 """
 
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ from fastpref.model.attention.rules import ScoreRules
 from fastpref.model.liger import is_norm, is_swiglu
 
 ONE_HEAD_OF_KEYS = "2.14"
-"""Of torch, since when its kernels take one head of keys for all of queries, unasked."""
+"""First torch version whose kernels accept one KV head for all query heads without `enable_gqa`."""
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps query, key, value, output and a normalizer of every query, as flash attention does."""
+    """Saves query, key, value, output and one log-sum-exp per query, as flash attention does."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, like_query: bool) -> Tensor:
         B, H, L, _ = query.shape
         output = query.new_empty(B, L, H, value.shape[-1])
         if like_query and query.shape[-1] == value.shape[-1]:
-            # torch's own: as the query lies in memory
+            # torch's own kernels: output with the memory layout of the query
             output = torch.empty_like(query).transpose(1, 2)
         ctx.save_for_backward(
             query, key, value, output, query.new_empty(B, H, L, dtype=torch.float32)
@@ -44,56 +44,55 @@ class _Attention(torch.autograd.Function):
 
 
 class CountedAttention:
-    """Attention over packed rows.
+    """Attention over packed rows that allocates like the real one and computes nothing.
 
     Args:
-        gathers_keys: Whether keys that branches share are gathered for each, as variable-length
-            attention takes them.
+        gathers_keys: Whether keys shared by branches are copied for each branch, as variable-length
+            attention requires.
     """
 
     def __init__(self, *, gathers_keys: bool) -> None:
         self._gathers_keys = gathers_keys
         self.packed = PackedAttention(name="counted", attend=self._attend)
         self.was_asked = False
-        """Some layer computed with it."""
+        """Whether any layer called it."""
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, layout: Any, rules: ScoreRules
     ) -> Tensor:
         self.was_asked = True
-        # variable-length attention has no sinks
+        # layers with sinks do not use variable-length attention
         if self._gathers_keys and rules.sinks is None and layout.has_branches:
             key, value = (_gathered(x, layout) for x in (key, value))
         return _Attention.apply(query, key, value, False)
 
 
 def _gathered(x: Tensor, layout: SegmentLayout) -> Tensor:
-    """Keys or values of every segment, (1, heads, K, E), from the row's, (1, heads, T, E)."""
+    """Gather keys or values of all segments, (1, heads, K, E), from the row's (1, heads, T, E)."""
     rows = GatheredKeys.apply(x.squeeze(0).transpose(0, 1), layout.keys, layout.uses)
     return rows.transpose(0, 1).unsqueeze(0)
 
 
 @contextmanager
 def kernels() -> Iterator[None]:
-    """While entered, what torch does otherwise on the meta device, or not at all, is done as on
-    others."""
+    """Within the context, attention and autocast on the meta device behave as on a GPU."""
     attend, real_autocast = F.scaled_dot_product_attention, torch.autocast
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
-        # otherwise taken apart into scores, which no kernel keeps
+        # torch would decompose it and save the scores, which no kernel does
         same_heads = query.shape[1:2] == key.shape[1:2] or options.get("enable_gqa", False)
         one_for_all = key.shape[1:2] == (1,) and torch.__version__ >= ONE_HEAD_OF_KEYS
         if query.dim() != 4 or not (same_heads or one_for_all):
-            # no kernel takes these
+            # no fused kernel supports these shapes
             return attend(query, key, value, *args, **options)
         return _Attention.apply(query, key, value, True).transpose(1, 2)
 
     def autocast(device_type: str, *args: Any, **options: Any) -> Any:
-        # peft's adapters of experts turn it off, which torch does not know there
+        # peft's adapters of experts disable autocast, which torch does not support on meta
         is_meta = device_type == "meta"
         return nullcontext() if is_meta else real_autocast(device_type, *args, **options)
 
-    # and not by a mode, which torch leaves while blocks are computed again in the backward
+    # patched, as a dispatch mode would not be active when checkpointed blocks are recomputed
     replaced: Any = F, torch
     replaced[0].scaled_dot_product_attention, replaced[1].autocast = attention, autocast
     try:
@@ -113,12 +112,12 @@ class _Recorded(torch.autograd.Function):
 
 
 def recorded(x: Tensor) -> Tensor:
-    """The same, as if what it was made of were trained, and without its gradient."""
+    """`x` as if it required a gradient, without computing one."""
     return _Recorded.apply(x, x.new_empty(()).requires_grad_())
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps its input and a factor of every token."""
+    """Saves its input, the weight and one factor per token, as a fused norm does."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
@@ -133,7 +132,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _GatedSilu(torch.autograd.Function):
-    """Keeps its inputs, and writes their gradients in their place."""
+    """Saves its inputs and overwrites them with their gradients, as a fused SwiGLU does."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -147,22 +146,22 @@ class _GatedSilu(torch.autograd.Function):
 
 
 class _FourBits(nn.Linear):
-    """Keeps no more than a frozen linear layer; not the class beside which adapters have an
-    arithmetic of ours, so peft's own layers stand beside it, as beside bitsandbytes'."""
+    """Saves no more than a frozen linear layer. A class of its own, so that adapters use peft's
+    layers, as with bitsandbytes', not our own replacement for `nn.Linear`."""
 
 
 def stand_in_four_bits(model: Any, block_name: str | None) -> None:
-    """What `model/adapters/quantize.py` replaces, in place; before adapters are put beside it.
+    """Replace the layers that `model/adapters/quantize.py` quantizes, in place, before adapters.
 
     Args:
-        model: On the meta device.
+        model: Model on the meta device.
     """
     for _, _, layer in quantizable_layers(model, block_name):
         layer.__class__ = _FourBits
 
 
 def replace_layers(model: nn.Module) -> None:
-    """What `fastpref.model.liger` replaces on a GPU, in place."""
+    """Replace, in place, the layers that `fastpref.model.liger` replaces on a GPU."""
     for module in model.modules():
         if is_norm(module):
             module.forward = partial(_norm, module)

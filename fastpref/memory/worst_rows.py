@@ -1,4 +1,4 @@
-"""Rows that take most of a device: what is tried before the first step, and what is counted."""
+"""Rows that need the most memory: for the trial before the first step, and for counting."""
 
 import math
 from typing import NamedTuple
@@ -12,39 +12,39 @@ from fastpref.model.logit_path import probe_ids
 from fastpref.model.scorer import TokenScorer
 
 LONG_PROMPT = 7
-"""Parts of a prompt that is as much the longer part as they come, a response being one: layers that
-compute it once for each response take most then. Any other prompt is one part."""
+"""Length of the worst-case prompt in units of a response, for layers that compute a prompt once per
+response: they need most memory for long prompts. Elsewhere both are equally long."""
 
 
 class Rows(NamedTuple):
-    """The rows that are trained on."""
+    """Kind of rows that are trained on."""
 
     layout: RowLayout
-    """How they lie in a batch."""
+    """Layout of rows in a batch."""
     longest: int
     """Tokens of the longest sequence."""
     pairs: bool
-    """Whether they have a rejected response."""
+    """Whether rows have a rejected response."""
     gathers_keys: bool
-    """Whether attention keeps a prompt's keys once for each of its branches."""
+    """Whether attention stores a prompt's keys once per branch."""
 
     def batch(self, num_rows: int, *, long_prompts: bool) -> Batch:
-        """So many rows as long as they come, on the meta device."""
+        """A batch of `num_rows` rows of maximum length, on the meta device."""
         of_prompt = LONG_PROMPT if self.layout.shares_prompts and long_prompts else 1
         parts = of_prompt + self._num_responses
         length = self._response_tokens(of_prompt)
         ids = torch.arange(num_rows * parts * length).view(num_rows, parts, length)
         rows = self._divide(ids, of_prompt, weighted=False)
-        # two batches that are filled up would be equally long
+        # without padding to fixed lengths, which could make two batches equally long
         batch = self.layout.unfilled().build_rows(rows, pad_token_id=0)
         return batch.to(torch.device("meta"))
 
     def worst(self, scorer: TokenScorer, num_tokens: int, *, weighted: bool) -> list[EncodedRow]:
-        """Rows as long as they come, so many computed tokens together, no two prompts alike.
+        """Rows of maximum length with `num_tokens` computed tokens in total, no prompt twice.
 
         Args:
-            scorer: Of ordinary tokens.
-            num_tokens: Of all rows together.
+            scorer: Model whose ordinary tokens are used.
+            num_tokens: Computed tokens of all rows together.
             weighted: Whether tokens have weights.
         """
         of_prompt = LONG_PROMPT if self.layout.repeats_prompts else 1
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
         return max(2, self.longest // (of_prompt + 1))
 
     def _divide(self, ids: Tensor, of_prompt: int, *, weighted: bool) -> list[EncodedRow]:
-        """Rows of (rows, parts, tokens) int64: of a prompt so many parts, of a response one."""
+        """Rows from ids (rows, parts, tokens): `of_prompt` parts of prompt, one per response."""
         weights = [1.0] * ids.shape[-1] if weighted else None
         return [
             EncodedRow(

@@ -1,6 +1,6 @@
-"""Objectives: from token scores to one loss a pair.
+"""Objectives: from token scores to one loss per pair.
 
-Enters: a loss config, a policy and perhaps a reference. Leaves: a `StepLoss`, all that the loop
-knows of a loss. To be changed here: a loss (its formula stands in `fastpref.losses`), its
-metrics.
+Enters: a loss config, a policy and, if the loss needs one, a reference. Leaves: a `StepLoss`, the
+loop's only interface to a loss. To be changed here: losses (formulas are in `fastpref.losses`) and
+their metrics.
 """

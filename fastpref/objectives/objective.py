@@ -1,6 +1,6 @@
-"""What each loss asks of the models and how its token scores become one loss a pair.
+"""For each loss: the scores it needs from the models, and how they become one loss per pair.
 
-An `Objective` is chosen before the training loop starts; the loop never learns which one it is.
+An `Objective` is chosen before the training loop starts; the loop does not depend on which.
 """
 
 from collections.abc import Callable
@@ -35,55 +35,55 @@ from fastpref.losses import (
 )
 
 Metrics = dict[str, Tensor]
-"""Name as in the seed repositories without the split ("rewards/chosen") -> (P,) float32."""
+"""Name as in the seed repositories, without the split ("rewards/chosen") -> (P,) float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceScores:
-    """Token scores summed over each response, times the token weights if the loss has any."""
+    """Token scores summed over each response, with token weights if the loss uses them."""
 
     logps: Tensor
     """(S,) log π(response | prompt), in nats."""
     num_tokens: Tensor
-    """(S,) float32: tokens of the response that are scored, unweighted."""
+    """(S,) float32: number of the response's tokens in the loss, unweighted."""
     log_ratios: Tensor | None
-    """(S,) log π - log π_ref, summed token by token: two close numbers never round apart; None
-    without reference."""
+    """(S,) log π - log π_ref, in nats: a sum of per-token differences, which avoids cancellation;
+    None without reference."""
     kl: Tensor | None
-    """(S,) sequential KL in the objective's direction."""
+    """(S,) sequential KL in the objective's direction, in nats; None if not computed."""
     unweighted_logps: Tensor | None
-    """(S,) log π(response | prompt) as it is, in nats; None where `logps` is just that."""
+    """(S,) log π(response | prompt) without token weights, in nats; None if `logps` has none."""
 
 
 LossOfSums = Callable[..., PairLoss]
-"""A function of `losses`: a first number of the chosen and of the rejected responses (P,), then a
-second one of each, and so on."""
+"""A function of `fastpref.losses`, called with (P,) tensors: a first score of the chosen and of the
+rejected responses, a second score of both, and so on."""
 Sums = Callable[[SequenceScores], tuple[Tensor, ...]]
-"""Those numbers of each response, in that order."""
+"""Selects these scores for one side, in that order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """What a loss needs before it can be computed, and the loss.
+    """A loss and its requirements.
 
-    `losses(scores, batch)` gives the losses (P,) and the metrics of one micro-batch. The step's
+    `losses(scores, batch)` returns the losses (P,) and the metrics of one micro-batch. The step's
     loss is their sum over all micro-batches and ranks, divided by the number of pairs of the step
-    (of sequences in SFT), so how the pairs were split changes nothing.
+    (sequences in SFT), and so does not depend on how the pairs were split.
     """
 
     title: str
-    """The method's usual name, with its variant: TDPO2, not TDPO."""
+    """Usual name of the method, with its variant: TDPO2, not TDPO."""
     needs: LossNeeds
-    """What data and models must give."""
+    """What the loss requires from data and models."""
     losses: Callable[[TokenScores, Batch], tuple[Tensor, Metrics]]
     losses_of_values: Callable[[Tensor, Batch], tuple[Tensor, Metrics]] | None = None
-    """The same losses from `tdpo1_token_values` (N,), and those metrics that these tell."""
+    """The same losses from `tdpo1_token_values` (N,), with the metrics that these allow."""
     detailed_every: int = 1
-    """Optimizer steps between those that ask for every metric, where some cost more."""
+    """Interval, in optimizer steps, of steps that compute all metrics, where some cost more."""
     held_out_kl: str | None = None
-    """Direction of a KL that is told of held-out rows though the loss is made without it."""
+    """Direction of a KL reported for held-out rows although the loss does not use it."""
     starts_at_log_two: bool = False
-    """The loss is ln 2 while policy and reference are equal."""
+    """Whether the loss is ln 2 while policy and reference are equal."""
 
 
 def build_objective(config: LossConfig) -> Objective:
@@ -139,8 +139,8 @@ def build_objective(config: LossConfig) -> Objective:
 
 
 def _log_ratios_alone(scores: SequenceScores) -> tuple[Tensor, Tensor]:
-    """They stand in for the policy's log-probabilities and zeros for the reference's: the same
-    differences without subtracting two sums of hundreds of nats. Or zeros for a KL without effect.
+    """Log-ratios in place of the policy's log-probabilities, zeros in place of the reference's: the
+    same difference, without subtracting two sums of hundreds of nats. Or zeros for an unused KL.
     """
     assert scores.log_ratios is not None
     return scores.log_ratios, torch.zeros_like(scores.log_ratios)
@@ -152,7 +152,7 @@ def _log_ratios_and_kl(scores: SequenceScores) -> tuple[Tensor, Tensor]:
 
 
 def _logps_and_reference(scores: SequenceScores) -> tuple[Tensor, Tensor]:
-    """For a loss that tells policy and reference apart."""
+    """Log-probabilities of policy and reference, for a loss that does not use only their ratio."""
     assert scores.log_ratios is not None
     return scores.logps, scores.logps - scores.log_ratios
 
@@ -187,7 +187,7 @@ def _pair_objective(
 
 
 def _losses_of_values(loss: LossOfSums) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:
-    """TDPO1's loss from the sum of log-ratio and KL, all that it and its rewards depend on."""
+    """TDPO1's loss from log-ratio + KL of each token; loss and rewards depend on this sum alone."""
 
     def losses(values_N: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen_P, rejected_P = _sum(values_N, batch, None).chunk(2)
@@ -242,7 +242,7 @@ def _sum_sequences(
 def _sum(
     values_N: Tensor, batch: Batch, weights_N: Tensor | None, minus_N: Tensor | None = None
 ) -> Tensor:
-    """Sum of token values, or of their differences from others, over each sequence, (S,)."""
+    """Weighted sum of `values_N`, or of `values_N - minus_N`, over each sequence, (S,)."""
     return sequence_log_ratios(
         values_N,
         torch.zeros_like(values_N) if minus_N is None else minus_N,

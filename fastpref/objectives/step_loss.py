@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, from the models: which scores, by the cheapest way that is valid."""
+"""Loss of a micro-batch: runs the models by the cheapest valid path and applies the objective."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,15 @@ from fastpref.objectives.objective import Metrics, Objective
 
 
 class StepLoss:
-    """What the training loop knows of a loss.
+    """The training loop's interface to a loss.
 
-    Policy and reference run the same code in the same dtype on the same batch, so two equal models
+    Policy and reference run the same code in the same dtype on the same batch, so identical models
     give log-ratios and KL of exactly zero.
 
     Args:
-        objective: The loss, and what it needs.
-        policy: Gets gradients.
-        reference: Gets none; None where the loss has no reference, or what it says of a batch is
-            there beforehand.
+        objective: The loss and its requirements.
+        policy: The model that is trained.
+        reference: Frozen; None if the loss has no reference or its scores are precomputed.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class StepLoss:
         kl = objective.needs.kl
         self._score = _choose_scores(kl, policy, reference)
         self._score_held_out = _choose_scores(kl or objective.held_out_kl, policy, reference)
-        # behind a softcap the mean of the logits is not linear in the hidden states
+        # with a softcap the mean of the logits is not linear in the hidden states
         has_values = objective.losses_of_values is not None
         self._from_values = has_values and policy.path.softcap is None
 
@@ -45,12 +44,12 @@ class StepLoss:
         """Losses and metrics of a micro-batch.
 
         Args:
-            batch: On the device.
-            step: Optimizer steps before this one; None on held-out rows, where every metric is due.
+            batch: Micro-batch on the device.
+            step: Optimizer steps before this one; None for held-out rows, which get every metric.
 
         Returns:
-            Losses (P,), with gradients where torch records them, and metrics (P,) by name. Of a
-            mixture of experts the losses have its router's in them, the metric "loss" has not.
+            Losses (P,), differentiable in grad mode, and metrics (P,) by name. In training a
+            mixture of experts, the losses include the router's loss; the metric "loss" does not.
         """
         losses_P, metrics = self._preferences(batch, step)
         balance = self._policy.balance
@@ -64,7 +63,7 @@ class StepLoss:
         return losses_P + balance.coefficient * of_router.losses, metrics
 
     def _preferences(self, batch: Batch, step: int | None) -> tuple[Tensor, Metrics]:
-        """The objective's losses and metrics."""
+        """Losses and metrics of the objective, without the router's loss."""
         detailed = step is None or step % self.objective.detailed_every == 0
         if detailed or not self._from_values:
             score = self._score_held_out if step is None else self._score
@@ -74,7 +73,7 @@ class StepLoss:
         return self.objective.losses_of_values(values_N, batch)
 
     def done(self) -> None:
-        """Free what is kept until a micro-batch's backward has read it."""
+        """Free the state kept for a micro-batch's backward (weights, router), once it has run."""
         self._policy.release()
         if self._reference is not None:
             self._reference.release()
@@ -83,14 +82,14 @@ class StepLoss:
 def _choose_scores(
     direction: str | None, policy: TokenScorer, reference: TokenScorer | OwnReference | None
 ) -> Callable[[Batch], TokenScores]:
-    """Token scores of a micro-batch: policy with gradients, reference without.
+    """Choose the function that scores a micro-batch: policy with gradients, reference without.
 
     Args:
-        direction: Of the KL; None: without one.
-        policy, reference: As in `StepLoss`; a reference that is not here has no KL.
+        direction: Direction of the KL; None for no KL.
+        policy, reference: As in `StepLoss`; without a reference model there is no KL.
     """
     if reference is None:
-        # None where the loss has no reference
+        # reference_logps is None if the loss has no reference
         return lambda batch: TokenScores(policy(batch), batch.reference_logps, None)
 
     def score_log_ratios(batch: Batch) -> TokenScores:

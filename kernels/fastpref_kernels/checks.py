@@ -1,6 +1,6 @@
-"""Argument checks shared by the public ops: each names the argument, the rule and what came.
+"""Argument checks shared by the public ops: messages name the argument, the rule and the value.
 
-Values are checked on the CPU only: on a GPU the host would have to wait for them.
+Tensor values are checked on the CPU only: on a GPU the check would synchronize host and device.
 """
 
 import sys
@@ -24,12 +24,12 @@ def check_head(
     prefix: str = "",
     policy_input: Tensor | None = None,
 ) -> None:
-    """Hidden states (N, D), head weight (V, D) and bias (V,) fit together.
+    """Check that hidden states (N, D), head weight (V, D) and bias (V,) match.
 
     Args:
-        input, weight, bias: The arguments.
-        prefix: "reference_" for the reference's, whose arguments carry it.
-        policy_input: Whose device the reference's is; None for the policy itself.
+        input, weight, bias: Tensors of one model.
+        prefix: Prefix of the argument names in messages: "reference_" for the reference's.
+        policy_input: Tensor whose device `input` must share; None when checking the policy itself.
     """
     names = (f"{prefix}input", f"{prefix}linear_weight", f"{prefix}linear_bias")
     check_tensor(names[0], input, INPUT_DTYPES, device=None)
@@ -56,7 +56,7 @@ def check_models(
     reference_weight: Tensor,
     reference_bias: Tensor | None,
 ) -> None:
-    """The reference's arguments fit together, and it shares N, V and the device with the policy."""
+    """Check the reference's tensors, and that N, V and the device are those of the policy."""
     check_head(
         reference_input, reference_weight, reference_bias, prefix="reference_", policy_input=input
     )
@@ -73,24 +73,24 @@ def check_models(
 
 
 def is_above_zero(value: Any, *, least: float = 0.0, most: float = sys.float_info.max) -> bool:
-    """Whether it is a number, > 0 and in [least, most]."""
+    """Whether `value` is a number, > 0 and in [least, most]."""
     if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
         return False
     try:
         number = float(value)
-    # a whole number that no float reaches
+    # an int beyond the range of a float
     except OverflowError:
         return False
     return number > 0 and least <= number <= most
 
 
 def check_whole(name: str, value: Any, low: int = -(2**63)) -> None:
-    """A whole number of 64 bits, `low` or more; a tensor may hold it."""
+    """Check for a signed 64-bit integer >= `low`, also as a tensor of one element."""
     if isinstance(value, Tensor):
         whole = value.numel() == 1 and value.dtype in INDEX_DTYPES
     else:
         whole = isinstance(value, (Integral, torch.SymInt))
-    # a comparison would bind what is traced to its answer
+    # a comparison would add a guard on the traced value
     traced = torch.compiler.is_compiling() or isinstance(value, torch.SymInt)
     if not whole or not (traced or low <= int(value) < 2**63):
         rule = ">= 0" if low == 0 else "of 64 bits"
@@ -98,14 +98,14 @@ def check_whole(name: str, value: Any, low: int = -(2**63)) -> None:
 
 
 def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> None:
-    """Scale and softcap are numbers, positive and finite."""
+    """Check that scale and softcap are numbers, positive and finite in float32."""
     for name, value in (("logit_scale", logit_scale), ("logit_softcap", logit_softcap)):
         if isinstance(value, Tensor):
             raise ValueError(
                 f"{name} must be a number, got a tensor, which would get no gradient; scale the "
                 "hidden states by one that is learned"
             )
-    # in float32, as the logits: 1e300 would make infinities of them, 1e-50 a division by zero
+    # the logits are float32: 1e300 would overflow them, 1e-50 would divide by zero
     numbers = torch.finfo(torch.float32)
     in_float32 = partial(is_above_zero, least=numbers.tiny, most=numbers.max)
     if not in_float32(logit_scale):
@@ -117,7 +117,7 @@ def check_logit_transform(logit_scale: float, logit_softcap: float | None) -> No
 
 
 def check_target(target: Tensor, input: Tensor, ignore_index: int) -> None:
-    """Targets (N,) are integers, and so is the ignored one."""
+    """Check that targets are (N,) integers, and that `ignore_index` is an integer."""
     check_whole("ignore_index", ignore_index)
     check_tensor("target", target, INDEX_DTYPES, device=input.device)
     if target.shape != input.shape[:1]:
@@ -125,19 +125,19 @@ def check_target(target: Tensor, input: Tensor, ignore_index: int) -> None:
 
 
 def check_target_range(target: Tensor, ignore_index: int, vocab: int) -> None:
-    """On the CPU: each target is in [0, V) or `ignore_index`."""
+    """Check, on the CPU only, that each target is in [0, V) or `ignore_index`."""
     if _on_cpu(target):
-        # 32 bits of ignore_index may be a token's
+        # long(): truncated to 32 bits, ignore_index might equal a valid id
         check_range("target", target[target.long() != ignore_index], vocab)
 
 
 def check_tensor(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], *, device: torch.device | None
 ) -> None:
-    """A plain, dense tensor of one of `dtypes` on `device`, None for any; no forward gradient."""
+    """Check for a dense tensor of `dtypes` on `device` (None: any), no DTensor, no dual tensor."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    # DTensor's own method: no import of torch.distributed for the sake of a check
+    # full_tensor is a method of DTensor; this avoids an import of torch.distributed
     if hasattr(tensor, "full_tensor"):
         raise ValueError(
             f"{name} is a DTensor, a plain tensor is needed: call the op inside the forward of the "
@@ -159,8 +159,8 @@ def check_tensor(
 
 
 def refuse_transforms(op: str) -> None:
-    """No transform of torch.func is under way, which the registered ops have no rules for."""
-    # torch has no public name for it; torch.compile refuses by itself
+    """Refuse calls inside torch.func transforms, for which the registered ops have no rules."""
+    # private: torch has no public query; torch.compile refuses by itself
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise ValueError(
             f"fastpref_kernels.{op} must be called outside of torch.func's transforms (grad, vjp, "
@@ -169,7 +169,7 @@ def refuse_transforms(op: str) -> None:
 
 
 def check_range(name: str, index: Tensor, end: int) -> None:
-    """On the CPU: every element of `index` is in [0, end)."""
+    """Check, on the CPU only, that every element of `index` is in [0, end)."""
     if not _on_cpu(index) or not index.numel():
         return
     low, high = index.aminmax()

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs on a device: the one place that decides."""
+"""Selects the implementation of each op, Triton or plain torch, for a device."""
 
 import functools
 import importlib
@@ -14,10 +14,10 @@ logger = logging.getLogger(__name__)
 
 @functools.cache
 def implementation(op: str, device: torch.device) -> ModuleType:
-    """Module that holds `<op>_fwd` and `<op>_bwd` for tensors on `device`.
+    """Return the module with `<op>_fwd` and `<op>_bwd` for tensors on `device`.
 
-    Triton's on GPUs it supports, and for CPU tensors under TRITON_INTERPRET=1; plain torch
-    everywhere else, which the log says once where a GPU is concerned.
+    Triton on GPUs that it supports, and for CPU tensors under TRITON_INTERPRET=1; plain torch
+    otherwise. Plain torch on a CUDA device is logged as a warning, once per op and device.
     """
     path = "triton" if _runs_triton(op, device) else "torch"
     return importlib.import_module(f"fastpref_kernels.{op}_{path}")
@@ -35,12 +35,12 @@ def _runs_triton(op: str, device: torch.device) -> bool:
 
 
 def _interpreted() -> bool:
-    # read as Triton reads it, without importing Triton
+    # same parsing as Triton's own, without importing Triton
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _obstacle(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a GPU."""
+    """Reason why the Triton kernels cannot run on this GPU; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):

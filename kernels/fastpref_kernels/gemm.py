@@ -1,4 +1,4 @@
-"""Matrix products that sum in float32, on GPUs and on a CPU's matrix units."""
+"""Matrix products with float32 accumulation, on GPUs and on a CPU's matrix units."""
 
 import functools
 import threading
@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class _MatrixUnits:
-    """torch's setting for float32 GEMMs of a CPU, which is the whole process's: the first of
-    several threads turns it on, the last one gives back what it was."""
+    """Process-wide torch setting for the precision of float32 GEMMs on a CPU, counted by thread:
+    the first thread to enter sets bfloat16, the last one to leave restores the old value."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,8 +24,8 @@ class _MatrixUnits:
         with self._lock:
             if self._users == 0:
                 self._before = mkldnn.matmul.fp32_precision
-                # written only where it is another one: a setting that follows torch's general one
-                # would no longer do so
+                # no redundant write: once written, the setting no longer follows torch's global
+                # precision
                 if self._before != "bf16":
                     mkldnn.matmul.fp32_precision = "bf16"
             self._users += 1
@@ -43,9 +43,9 @@ _units = _MatrixUnits()
 
 @contextmanager
 def matrix_units(enabled: bool) -> Iterator[None]:
-    """Float32 GEMMs of a CPU on its bfloat16 units: operands are rounded, sums are not.
+    """Run float32 GEMMs on the CPU's bfloat16 units: operands are rounded, sums are not.
 
-    Those of other threads are too, for as long as this one multiplies.
+    The setting is process-wide, so float32 GEMMs of other threads are affected meanwhile.
     """
     if not enabled:
         yield
@@ -59,13 +59,13 @@ def matrix_units(enabled: bool) -> Iterator[None]:
 
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for bfloat16: AMX, or the instructions of AVX-512."""
+    """Whether this CPU has bfloat16 instructions: AMX or AVX-512."""
     has = torch.cpu.get_capabilities()
     return any(has.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, float32, for operands of one dtype."""
+    """a @ b in float32, for operands of one dtype."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

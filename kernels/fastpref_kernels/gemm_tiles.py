@@ -1,4 +1,4 @@
-"""Which shapes the kernels run in on which device: one table, chosen by hand, never from data."""
+"""Block shapes of the kernels by GPU architecture: a fixed table, no autotuning."""
 
 import functools
 from typing import NamedTuple
@@ -7,23 +7,23 @@ import torch
 
 
 class GemmTile(NamedTuple):
-    """Blocks of a GEMM fused with what follows it."""
+    """Block shape of a GEMM kernel with a fused epilogue."""
 
     block_n: int
     block_v: int
     block_d: int
     group_n: int
-    """Row blocks that go over the same columns together."""
+    """Row blocks that share a column block before the next one, for L2 reuse."""
     num_warps: int
     num_stages: int
     programs: int = 0
-    """Programs a multiprocessor that go over the tiles one after another; 0: a program a tile."""
+    """Persistent programs per multiprocessor, each looping over tiles; 0: one program per tile."""
     promote_d: int = 0
-    """Of D, summed by the matrix units before they are added up with rounding; 0: all of D."""
+    """Elements of D accumulated by the matrix units before a rounded float32 add; 0: all of D."""
 
 
 class RowTile(NamedTuple):
-    """Blocks of a pass over products that a library's GEMM has written."""
+    """Block shape of a kernel that reads the result of a library GEMM."""
 
     block_n: int
     block_v: int
@@ -34,39 +34,40 @@ FUSED_TILES = {
     "sm_90": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4, programs=1),
     "sm_100": GemmTile(128, 256, 64, group_n=16, num_warps=8, num_stages=4),
 }
-"""Where the GEMM is Triton's own: it needs the copy engine that fills shared memory from tensor
-descriptors. Elsewhere the library's GEMM writes tiles of products.
+"""Architectures on which Triton runs the GEMM itself, which needs TMA (tensor descriptors).
+Elsewhere a library GEMM writes tiles of h·Wᵀ.
 
-On an H100 the looping form is 1 to 2 % faster at D = 4,096 and 10 % at D = 896, to the same bits;
-promotion every 1,024 of D takes log p from 7.6e-5 off at worst to 2.0e-5 for 13 % of the time."""
+On an H100 the persistent form is 1 to 2 % faster at D = 4,096 and 10 % at D = 896, with the same
+bits; promotion every 1,024 of D would reduce the worst error of log p from 7.6e-5 to 2.0e-5 at 13 %
+more time."""
 
 JOINT_TILES = {
     "sm_90": GemmTile(128, 128, 64, group_n=16, num_warps=8, num_stages=4),
     "sm_100": GemmTile(128, 128, 64, group_n=16, num_warps=8, num_stages=4),
 }
-"""The same where two models' logits of a tile are in the registers together."""
+"""The same for kernels that hold the logits of two models in registers."""
 
 ROW_TILE = RowTile(block_n=8, block_v=1024, num_warps=8)
 
 JOINT_ROW_TILE = RowTile(block_n=4, block_v=1024, num_warps=8)
-"""The same over two models' products."""
+"""The same for kernels that read the GEMM results of two models."""
 
 PRODUCT_TILE = (1024, 8192)
-"""Rows, columns of a GEMM of the library: 32 MiB of float32, which stay in the L2 cache until they
-are read again (an H100's holds 50 MiB, an A100's 40)."""
+"""Rows, columns of a library GEMM: 32 MiB of float32, which stay in the L2 cache until the next
+kernel reads them (50 MiB on an H100, 40 on an A100)."""
 
 _ARCHITECTURES = {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
 def fused_tile(device: torch.device, *, joint: bool = False) -> GemmTile | None:
-    """Blocks of the fused kernels on a device; None where the library's GEMM is used.
+    """Block shape of the fused kernels on a device; None where a library GEMM is used.
 
-    None on a CPU, where kernels are interpreted: NumPy's GEMM stands in for the GPU's there, and a
-    row's bits depend on its place in the block.
+    None on a CPU, where kernels are interpreted: NumPy's GEMM replaces the GPU's there, and a row's
+    bits would depend on its place in the block.
 
     Args:
-        device: Where the kernels run.
-        joint: Of the kernels that work on two models at once.
+        device: Device that the kernels run on.
+        joint: For the kernels that process two models at once.
     """
     if device.type == "cpu":
         return None
@@ -75,7 +76,7 @@ def fused_tile(device: torch.device, *, joint: bool = False) -> GemmTile | None:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a device; of the interpreter two, so that a program has several tiles to go over."""
+    """Number of multiprocessors; 2 on a CPU, so that interpreted programs loop over tiles."""
     if device.type == "cpu":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,6 +1,6 @@
-"""The LM head and what is known of its rows; tiles of logits and gradients in plain torch.
+"""The LM head and its targets; tiles of logits and their gradients in plain torch.
 
-Every product sums in float32 whatever the inputs' dtype.
+Every matrix product accumulates in float32, whatever the dtype of the inputs.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from fastpref_kernels.row_sums import JointStats
 from fastpref_kernels.workspace import LEAST_COLUMNS, ROW_MULTIPLE, slices
 
 NeedsGrad = tuple[bool, bool, bool]
-"""Which of input, weight and bias want a gradient."""
+"""Which of input, weight and bias require a gradient."""
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""Of input, weight and bias; None for what wants none."""
+"""Gradients of input, weight and bias; None where not required."""
 
 
 class Head(NamedTuple):
-    """Hidden states and the head on them: z = cap · tanh(scale · (h·Wᵀ + b) / cap)."""
+    """Hidden states and LM head of one model: z = cap · tanh(scale · (h·Wᵀ + b) / cap)."""
 
     input: Tensor
     """(N, D) bfloat16, float16 or float32."""
@@ -36,24 +36,24 @@ class Head(NamedTuple):
 
     @property
     def gemm_dtype(self) -> torch.dtype:
-        """What GEMM operands are brought to.
+        """Dtype that both GEMM operands are converted to.
 
-        Only GPUs multiply 16 bits into float32 results. There a 16-bit operand takes the other one
-        down with it, as `F.linear` does under autocast with its float32 master weights.
+        Only GPUs multiply 16-bit operands into float32 results. There a float32 operand beside a
+        16-bit one becomes 16-bit too, as float32 master weights do in `F.linear` under autocast.
         """
         halves = {self.input.dtype, self.weight.dtype} - {torch.float32}
         if not self.input.is_cuda or len(halves) != 1:
             return torch.float32
         (half,) = halves
-        # asks for hardware: bfloat16 is emulated, slowly, before Ampere
+        # hardware support only: before Ampere bfloat16 is emulated, slowly
         native = half == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
         return half if native else torch.float32
 
     @property
     def exp_dtype(self) -> torch.dtype:
-        """What exponentials of logits are stored in, until the backward multiplies with them.
+        """Dtype in which exponentials of logits are kept for the backward's GEMMs.
 
-        Bfloat16 reaches as far as float32. Float16 ends at e^11 and is never used.
+        Bfloat16 has the range of float32. Float16 overflows at e^11 and is never used.
         """
         if self.gemm_dtype == torch.bfloat16:
             return torch.bfloat16
@@ -61,10 +61,10 @@ class Head(NamedTuple):
 
     @property
     def on_matrix_units(self) -> bool:
-        """Whether float32 operands of GEMMs may be rounded to bfloat16, as a GPU's are.
+        """Whether float32 GEMM operands may be rounded to bfloat16 on this CPU, as on a GPU.
 
-        On a CPU that multiplies bfloat16 faster, two to three times with AMX. What comes from
-        bfloat16 is not changed by it, so logits stay exact; sums are float32 in any case.
+        True for bfloat16 models on a CPU with bfloat16 units: two to three times faster with AMX.
+        Operands upcast from bfloat16 are not changed, so logits stay exact; sums are float32.
         """
         on_cpu = self.input.device.type == "cpu"
         return on_cpu and self._is_bfloat16 and cpu_multiplies_bfloat16()
@@ -76,7 +76,7 @@ class Head(NamedTuple):
     def input_tile(self, rows: slice, ignored_N: Tensor) -> Tensor:
         """Hidden states of `rows` for a GEMM, (R, D) padded to a multiple of 32 rows.
 
-        Ignored rows are zeros: padding may hold anything, and 0 · NaN would reach the gradients.
+        Ignored rows are zeroed: they may hold NaN, and 0 · NaN would reach the gradients.
         """
         input_RD = self.input[rows]
         R, D = input_RD.shape
@@ -90,7 +90,7 @@ class Head(NamedTuple):
         return self.weight[cols].to(self.gemm_dtype)
 
     def logits(self, input_RD: Tensor, weight_CD: Tensor, cols: slice) -> Tensor:
-        """Logits of a tile, (R, C) float32; the caller may overwrite them."""
+        """Logits of a tile, (R, C) float32, in memory that the caller may overwrite."""
         C = len(weight_CD)
         if C < LEAST_COLUMNS and weight_CD.device.type == "cpu":
             weight_CD = F.pad(weight_CD, (0, 0, 0, LEAST_COLUMNS - C))
@@ -101,8 +101,8 @@ class Head(NamedTuple):
         return self._capped(logits_RC)
 
     def target_logits(self, input_RD: Tensor, target_R: Tensor) -> Tensor:
-        """Logits of the targets before the columns are swept, (R,) float32, to count from."""
-        # on a GPU an id may be out of range
+        """Logits of the targets, (R,) float32, the offsets of the KL's terms."""
+        # target ranges are not checked on a GPU
         ids_R = target_R.clamp(0, len(self.weight) - 1)
         weight_RD = self.weight[ids_R].to(input_RD.dtype).float()
         logits_R = (input_RD.float() * weight_RD).sum(1)
@@ -111,46 +111,46 @@ class Head(NamedTuple):
         return self._capped(logits_R)
 
     def _capped(self, logits: Tensor) -> Tensor:
-        """Scale and softcap of h·Wᵀ + b, in place."""
+        """Apply scale and softcap to h·Wᵀ + b, in place."""
         if self.softcap is not None:
             return logits.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap)
         return logits if self.scale == 1 else logits.mul_(self.scale)
 
     def softcap_slope(self, logits_RC: Tensor) -> Tensor | None:
-        """Derivative of the softcap, 1 - (z / cap)², (R, C); None without one."""
+        """Derivative of the softcap, 1 - (z / cap)², (R, C); None without a softcap."""
         if self.softcap is None:
             return None
         return (logits_RC / self.softcap).square_().neg_().add_(1)
 
 
 Heads = tuple[Head, Head]
-"""Policy, reference."""
+"""Policy and reference."""
 
 
 def joint_exp_dtype(heads: Heads) -> torch.dtype:
-    """What is stored of two models' logits: bfloat16 only if both models' are made of it."""
+    """Dtype of stored exponentials of two models: bfloat16 only if both use it, else float32."""
     both = {head.exp_dtype for head in heads}
     return torch.bfloat16 if both == {torch.bfloat16} else torch.float32
 
 
 class Targets(NamedTuple):
-    """Which column of each row is scored, and which rows are not."""
+    """Target column of each row, and which rows are ignored."""
 
     ids: Tensor
-    """(N,) int64, 0 where ignored."""
+    """(N,) int64, 0 for ignored rows."""
     ignored: Tensor
     """(N,) bool."""
 
     @classmethod
     def of(cls, target: Tensor, ignore_index: int) -> "Targets":
-        # first: an int32 is compared with the last 32 bits of a larger number
+        # before comparing: against an int32 tensor ignore_index is truncated to 32 bits
         ids_N = target.long()
         ignored_N = ids_N == ignore_index
         return cls(ids_N.masked_fill(ignored_N, 0), ignored_N)
 
 
 def take_target(logits_RC: Tensor, target_R: Tensor, cols: slice) -> Tensor:
-    """Target logits, (R,), -inf where `cols` has no target; -inf takes their place in the tile."""
+    """Extract target logits, (R,), -inf for targets outside `cols`; sets them to -inf in place."""
     index_R1, inside_R1 = _locate(target_R, cols)
     logit_R1 = logits_RC.gather(1, index_R1)
     logits_RC.scatter_(1, index_R1, logit_R1.masked_fill(inside_R1, float("-inf")))
@@ -158,38 +158,38 @@ def take_target(logits_RC: Tensor, target_R: Tensor, cols: slice) -> Tensor:
 
 
 def put_target(values_RC: Tensor, target_R: Tensor, cols: slice, value_R: Tensor) -> None:
-    """Overwrite each row's target column, where it lies inside `cols`."""
+    """Write `value_R` into each row's target column, if it lies inside `cols`."""
     index_R1, inside_R1 = _locate(target_R, cols)
     kept_R1 = values_RC.gather(1, index_R1)
     values_RC.scatter_(1, index_R1, torch.where(inside_R1, value_R[:, None], kept_R1))
 
 
 class Begun(NamedTuple):
-    """Gradients of a head from rows that are not its call's, which a call adds its own to."""
+    """Initial values of a head's gradients, from other rows; `head_gradients` adds to them."""
 
     weight: Callable[[slice], Tensor] | None
-    """cols -> (C, D) float32 that is overwritten; None for what wants none, as below."""
+    """cols -> (C, D) float32, overwritten; None if the weight requires no gradient."""
     bias: Tensor | None
-    """(V,) float32, overwritten."""
+    """(V,) float32, overwritten; None if the bias requires no gradient."""
 
 
 class _Totals(NamedTuple):
-    """Gradients of a head in the making; None for what wants none."""
+    """Accumulators of a head's gradients; None where no gradient is required."""
 
     input: Tensor | None
     """(N, D) float32, summed over slices of the vocabulary."""
     weight: Tensor | None
-    """(V, D) in the weight's dtype, written a slice at a time."""
+    """(V, D) in the weight's dtype, written one vocabulary slice at a time."""
     bias: Tensor | None
     """(V,) float32."""
     unit: Tensor | None
-    """What is added is too large by, (1,); None for 1."""
+    """Scale of everything added, divided out at the end, (1,); None for 1."""
 
     @classmethod
     def empty(
         cls, head: Head, needs_grad: NeedsGrad, unit: Tensor | None, begun: Begun | None
     ) -> "_Totals":
-        """Zeros or `begun` where sums begin; the weight's is uninitialised."""
+        """Input and bias start from zeros or from `begun`; the weight's is uninitialised."""
         needs_input, needs_weight, needs_bias = needs_grad
         bias_V = None if begun is None else begun.bias
         (N, D), V = head.input.shape, head.weight.shape[0]
@@ -202,11 +202,11 @@ class _Totals(NamedTuple):
         )
 
     def in_units(self, total: Tensor) -> Tensor:
-        """A total divided by what it is too large by, in place."""
+        """Divide a total by `unit`, in place."""
         return total if self.unit is None else total.div_(self.unit)
 
     def finish(self, head: Head) -> Gradients:
-        """The gradients, each in the dtype of what it is of."""
+        """The gradients, each in the dtype of its tensor."""
         return (
             None if self.input is None else self.in_units(self.input).to(head.input.dtype),
             self.weight,
@@ -226,29 +226,29 @@ def head_gradients(
     unit: Tensor | None = None,
     begun: Begun | None = None,
 ) -> Gradients:
-    """Gradients of the hidden states, head weight and bias, from gradients of logits tiles.
+    """Gradients of the hidden states, head weight and bias, from tiles of logit gradients.
 
-    Vocabulary slices are the outer loop: each slice of the weight's gradient is summed in float32
-    and written once in the weight's dtype; the hidden states' is summed in float32 over slices.
+    The outer loop runs over vocabulary slices: each slice of the weight's gradient is accumulated
+    in float32 and written once in the weight's dtype; the input's is accumulated over all slices.
 
     Args:
-        head: Where the logits come from.
-        needs_grad: Which of input, weight and bias want a gradient; the others get None.
+        head: Hidden states and head of the model.
+        needs_grad: Which of input, weight and bias require a gradient; the others get None.
         tile: Rows and columns of a tile.
-        hidden_tile: rows -> their hidden states, (R or more, D) in the GEMMs' dtype, zero where
-            ignored.
+        hidden_tile: rows -> their hidden states, (R or more, D) in the GEMMs' dtype, zero for
+            ignored rows.
         dlogits: (rows, cols, input tile, weight tile) -> gradient of h·Wᵀ + b, (R, C), float32 or
             the GEMMs' dtype.
-        unit: What `dlogits` is too large by, (1,); None for 1.
-        begun: What the head's sums begin with, where `unit` is None; None for zeros.
+        unit: Scale of `dlogits`, divided out of the gradients, (1,); None for 1.
+        begun: Initial values of the head's gradients, only with `unit` None; None for zeros.
     """
     N, (tile_rows, tile_cols) = len(head.input), tile
     totals = _Totals.empty(head, needs_grad, unit, begun)
-    # with all rows in one tile a slice is one product, rounded as it is written
+    # with all rows in one tile a slice is a single GEMM that writes the weight's dtype directly
     plain = unit is None and begun is None and head.weight.dtype == head.gemm_dtype
     sums_slices = totals.weight is not None and not (plain and 0 < N <= tile_rows)
 
-    # functions, so that a tile is gone before the next one is made
+    # functions: their locals free a tile before the next one is allocated
     def add_slice(cols: slice) -> None:
         head_CD = head.weight_tile(cols)
         total_CD = _first_sums(head_CD, cols, begun) if sums_slices else None
@@ -278,7 +278,7 @@ def head_gradients(
 
 
 def _first_sums(head_CD: Tensor, cols: slice, begun: Begun | None) -> Tensor:
-    """What a slice of the weight's gradient is added to, (C, D) float32."""
+    """Initial value of a slice of the weight's gradient, (C, D) float32."""
     if begun is not None and begun.weight is not None:
         return begun.weight(cols)
     return head_CD.new_zeros(head_CD.shape, dtype=torch.float32)
@@ -287,10 +287,11 @@ def _first_sums(head_CD: Tensor, cols: slice, begun: Begun | None) -> Tensor:
 def logit_gradients(
     head: Head, targets: Targets, *grads: Tensor
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Upstream gradients ready to multiply logits with, (N,) float32, and the unit they are in.
+    """Upstream gradients times the logit scale, (N,) float32, 0 for ignored rows; and their unit.
 
-    Float16 operands: a power of two brings the largest gradient to between 1 and 2. Gradients
-    divided by a batch's token count would fall below float16's smallest number, 6e-8.
+    For float16 operands the gradients are multiplied by `unit`, a power of two that brings the
+    largest to [1, 2): divided by a token count they would underflow float16 (6e-8). Otherwise the
+    unit is None.
     """
     scaled = [grad.float().masked_fill(targets.ignored, 0) * head.scale for grad in grads]
     if head.gemm_dtype != torch.float16 or not len(targets.ids):
@@ -303,27 +304,27 @@ def logit_gradients(
 def kl_target_gradients(
     stats: JointStats, grad_logps_N: Tensor, grad_kl_N: Tensor, direction: str
 ) -> Tensor:
-    """dz of the target's column before the softcap's slope, (N,): no digits lost as p_y -> 1."""
+    """dz of the target's column before the softcap's slope, (N,), accurate also as p_y -> 1."""
     if direction == "reference_policy":
         of_kl_N = _probability_gap(stats.logps, stats.reference_logps)
     else:
         p_N = stats.logps.exp()
-        # where p is 0 log p - log q may be infinite or no number at all
+        # where p is 0, log p - log q may be infinite or NaN
         over_kl_N = (stats.logps - stats.reference_logps - stats.kl).masked_fill_(p_N == 0, 0)
         of_kl_N = p_N * over_kl_N
     return grad_kl_N * of_kl_N - grad_logps_N * stats.logps.expm1()
 
 
 def _probability_gap(logps: Tensor, other_logps: Tensor) -> Tensor:
-    """exp(logps) - exp(other_logps), accurate where both are close to each other or to 1."""
-    # not a number between two columns of -inf, which differ by nothing
+    """exp(logps) - exp(other_logps), accurate where the two are close to each other or to 1."""
+    # -inf - (-inf) is NaN; equal values differ by 0
     difference = (logps - other_logps).nan_to_num_(nan=0)
     larger = torch.maximum(logps, other_logps)
     return larger.exp() * difference.abs().neg_().expm1_().copysign_(difference)
 
 
 def _locate(target_R: Tensor, cols: slice) -> tuple[Tensor, Tensor]:
-    """Column of the target within `cols`, clamped into it, and whether it lies inside; (R, 1)."""
+    """Index of the target relative to `cols`, clamped, and whether it lies inside; (R, 1) each."""
     index_R1 = target_R[:, None] - cols.start
     last = cols.stop - cols.start - 1
     return index_R1.clamp(0, last), (index_R1 >= 0) & (index_R1 <= last)

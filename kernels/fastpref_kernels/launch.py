@@ -1,4 +1,4 @@
-"""What the launchers of the fused head's kernels share: operands, tiles, grids, descriptors."""
+"""Shared by the launchers of the LM head's kernels: operands, tiles, grids and descriptors."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -29,28 +29,29 @@ TRITON_DTYPES = {
 }
 
 COMPILE = {"enable_fp_fusion": False}
-"""Of every launch: a product is rounded before it is added to.
+"""Options of every launch: no fused multiply-add outside of matrix instructions.
 
-Where a compiler may fuse the two, it depends on what stands around them. `a·s - b·s` is then not 0
-where a is b, so that equal models get a KL and a gradient, and a sum has other bits in a kernel
-that stores something beside it. Matrix instructions are what they were.
+Whether the compiler fuses depends on the surrounding code. With fusion `a·s - b·s` may differ from
+0 for a = b, giving identical models a KL and a gradient, and a kernel variant that stores extra
+results would sum to other bits.
 """
 
 _GRADIENT_TILE = (16384, 32768)
 _GRADIENT_BYTES = 128 * 2**20
-"""Of a slice of logit gradients, which shrinks the tile's columns: 4,096 at 16k rows."""
+"""Maximum size of a slice of logit gradients; reduces its columns to 4,096 at 16k rows."""
 
 
 class Operands(NamedTuple):
-    """A call's tensors as the kernels take them."""
+    """Tensors of one model in the form that the kernels take."""
 
     head: Head
-    """Contiguous, in the GEMMs' dtype."""
+    """Contiguous tensors; input and weight in the GEMM dtype."""
     ids: Tensor
-    """(N,) int64, -1 where ignored."""
+    """(N,) int64 targets, -1 for ignored rows."""
     exp_dtype: torch.dtype
+    """Dtype of stored exponentials."""
     tile: GemmTile | None
-    """Of the fused kernels; None where the library multiplies."""
+    """Blocks of the fused kernels; None where cuBLAS or another library runs the GEMM."""
 
     @classmethod
     def of(cls, head: Head, targets: Targets, *, joint: bool = False) -> "Operands":
@@ -64,13 +65,13 @@ class Operands(NamedTuple):
         return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain, joint=joint))
 
     def of_rows(self, rows: slice) -> "Operands":
-        """The same of some rows."""
+        """The operands of a slice of rows."""
         head = self.head._replace(input=self.head.input[rows])
         return self._replace(head=head, ids=self.ids[rows])
 
     @property
     def transform(self) -> dict[str, Any]:
-        """Kernel arguments of bias, scale and softcap."""
+        """Kernel arguments for bias, scale and softcap."""
         head = self.head
         return {
             "bias_ptr": head.bias,
@@ -81,7 +82,7 @@ class Operands(NamedTuple):
         }
 
     def target_logits(self, rows: slice, *, out: Tensor | None = None) -> Tensor:
-        """Logits of the targets, (R,) float32, 0 where ignored."""
+        """Logits of the targets, (R,) float32, 0 for ignored rows."""
         input_RD, weight_VD = self.head.input[rows], self.head.weight
         R, D = input_RD.shape
         logits_R = input_RD.new_empty(R, dtype=torch.float32) if out is None else out
@@ -109,13 +110,13 @@ def combine(
     over_max: bool = False,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Sums over all column blocks: max, Σ exp(z - max) and a third, (3, R).
+    """Reduce per-block statistics over all column blocks: max, Σ exp(z - max), extra sum; (3, R).
 
     Args:
-        max_BR, sum_BR, extra_BR: Of each block and row, (B, R) float32; where there is no third,
-            its sums are undefined.
-        over_max: The third is in units of exp(max) too.
-        out: Filled with the result, each sum's rows side by side in memory.
+        max_BR, sum_BR, extra_BR: Statistics of each column block and row, (B, R) float32. Without
+            `extra_BR` the third result is uninitialised.
+        over_max: The extra sum is relative to exp(max) as well, and is rescaled with it.
+        out: Receives the result, (3, R) with contiguous rows.
     """
     num_blocks, R = max_BR.shape
     sums_3R = max_BR.new_empty(3, aligned_columns(R))[:, :R] if out is None else out
@@ -136,9 +137,9 @@ def combine(
 
 
 def _fused_tile(head: Head, *, joint: bool) -> GemmTile | None:
-    """Blocks of the fused kernels, if the device and the operands' layout allow them.
+    """Blocks of the fused kernels; None if device, dtype or memory layout do not allow them.
 
-    The copy engine wants rows that begin at multiples of 16 bytes; float32 is left to the library.
+    TMA requires rows aligned to 16 bytes; float32 GEMMs are left to the library.
     """
     input_ND, weight_VD = head.input, head.weight
     if input_ND.is_cuda and input_ND.dtype == torch.float32:
@@ -152,13 +153,13 @@ def _fused_tile(head: Head, *, joint: bool) -> GemmTile | None:
 
 
 def aligned_columns(V: int) -> int:
-    """Columns of a tensor whose rows begin at multiples of 128 bytes, of 256 in float32."""
+    """V rounded up to a multiple of 64: rows aligned to 128 bytes in 16 bits, 256 in float32."""
     return -(-V // 64) * 64
 
 
 def gradient_tile(operands: Operands) -> tuple[int, int]:
-    """Rows and columns of a slice of logit gradients; the other half of the workspace holds the
-    products it is made of."""
+    """Rows and columns of a slice of logit gradients, at most half of the workspace; the other half
+    is for the GEMM results that the slice is computed from."""
     rows, cols = _GRADIENT_TILE
     budget = min(_GRADIENT_BYTES, limit() / 2)
     block_v = (operands.tile or ROW_TILE).block_v
@@ -171,7 +172,7 @@ def gradient_tile(operands: Operands) -> tuple[int, int]:
 
 
 def product_tile() -> tuple[int, int]:
-    """Rows and columns of a product of the library, shrunk to half the workspace."""
+    """Rows and columns of one library GEMM, reduced to fit half of the workspace."""
     rows, cols = PRODUCT_TILE
     numbers = limit() / 2 / 4
     while rows > ROW_MULTIPLE and rows * ROW_TILE.block_v > numbers:
@@ -180,7 +181,7 @@ def product_tile() -> tuple[int, int]:
 
 
 def product_tiles(R: int, C: int) -> Iterator[tuple[slice, slice]]:
-    """Tiles of products that cover (R, C), columns outermost."""
+    """Row and column slices of the library GEMMs that cover (R, C); columns are the outer loop."""
     tile_rows, tile_cols = product_tile()
     for cols in slices(C, tile_cols):
         for rows in slices(R, tile_rows):
@@ -188,10 +189,10 @@ def product_tiles(R: int, C: int) -> Iterator[tuple[slice, slice]]:
 
 
 def whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
-    """Hidden states of `rows`, with rows of zeros below up to the height of every product.
+    """Hidden states of `rows`, zero-padded to the fixed number of rows of every library GEMM.
 
-    A library chooses the order of a row's sums by the product's shape, and a row must have the same
-    bits in every batch. On a CPU a multiple of 32 rows and memory of its own are enough.
+    The library picks the summation order by the shape of the GEMM, and a row must have the same
+    bits in every batch. On a CPU a multiple of 32 rows in freshly allocated memory is enough.
     """
     on_cpu = input_RD.device.type == "cpu"
     R, D = rows.stop - rows.start, input_RD.shape[1]
@@ -204,10 +205,10 @@ def whole_tile(input_RD: Tensor, rows: slice) -> Tensor:
 
 
 def products_of(input_RD: Tensor, weight_CD: Tensor, rows: slice) -> Tensor:
-    """h·Wᵀ of a tile of `product_tiles` that is to be summed over, (rows of `whole_tile`, C).
+    """h·Wᵀ of one of the `product_tiles`, (rows of `whole_tile`, C) float32, for a sweep kernel.
 
-    Each row begins at a multiple of 256 bytes. Where it did not, at an odd vocabulary, a thread
-    would be given one column after another, and more where something is stored beside the sums.
+    Rows are aligned to 256 bytes. Unaligned rows (an odd vocabulary) would change how many columns
+    a thread takes, differently in kernel variants with and without stored results.
     """
     whole_RD = whole_tile(input_RD, rows)
     C = len(weight_CD)
@@ -221,9 +222,9 @@ def descriptors(
 ) -> tuple[TensorDescriptor, TensorDescriptor]:
     """Tensor descriptors of a fused kernel's operands.
 
-    Made on the host: those made on the device need an allocator that autograd's threads lack.
+    Created on the host: device-side descriptors need an allocator that autograd threads lack.
     """
-    # said, not asked: one row alone is contiguous wherever a next one would begin
+    # not input_RD.stride(): a single row counts as contiguous with any row stride
     strides = [input_RD.shape[1], 1]
     return (
         TensorDescriptor(input_RD, [*input_RD.shape], strides, [tile.block_n, tile.block_d]),
@@ -234,7 +235,7 @@ def descriptors(
 def result_descriptor(
     tile: GemmTile, result_RC: Tensor | None, *, parts: int = 2
 ) -> TensorDescriptor | None:
-    """Tensor descriptor of what a fused kernel writes, one of `parts` of a tile at a time."""
+    """Tensor descriptor of a fused kernel's result, stored in `parts` column parts per tile."""
     if result_RC is None:
         return None
     return TensorDescriptor.from_tensor(result_RC, [tile.block_n, tile.block_v // parts])
@@ -246,7 +247,7 @@ def fused_grid(tile: GemmTile, R: int, C: int, device: torch.device) -> tuple[in
 
 
 def fused_blocks(tile: GemmTile) -> dict[str, int | bool]:
-    """Arguments of a fused kernel that has a program a tile."""
+    """Launch arguments of a fused kernel with one program per tile."""
     return {
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
@@ -260,7 +261,7 @@ def fused_blocks(tile: GemmTile) -> dict[str, int | bool]:
 
 
 def looping_blocks(tile: GemmTile, device: torch.device) -> dict[str, int | bool]:
-    """Arguments of a fused kernel whose programs may go over several tiles."""
+    """Launch arguments of a fused kernel that may be persistent: several tiles per program."""
     return fused_blocks(tile) | {"PROGRAMS": _programs(tile, device)}
 
 
@@ -269,11 +270,11 @@ def _programs(tile: GemmTile, device: torch.device) -> int:
 
 
 def row_grid(R: int, C: int, tile: RowTile = ROW_TILE) -> tuple[int]:
-    """Grid of a kernel that passes over products."""
+    """Grid of a kernel that reads GEMM results."""
     return (triton.cdiv(R, tile.block_n) * triton.cdiv(C, tile.block_v),)
 
 
 def row_blocks(tile: RowTile = ROW_TILE) -> dict[str, int | bool]:
-    """Arguments of a kernel that passes over products."""
+    """Launch arguments of a kernel that reads GEMM results."""
     blocks = {"BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v, "num_warps": tile.num_warps}
     return blocks | COMPILE

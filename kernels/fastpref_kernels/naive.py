@@ -1,7 +1,7 @@
-"""Every op in plain torch with full logits: its definition, and in float64 its oracle.
+"""Every op in plain torch with full logits: its definition and, in float64, the test oracle.
 
-Same arguments as the ops, without their checks. Computed and returned in float32, or in float64
-when the inputs are float64; differentiable any number of times.
+Arguments as in the ops, but unchecked. Computes and returns float32, or float64 for float64 inputs;
+differentiable any number of times.
 """
 
 import torch
@@ -23,13 +23,13 @@ def token_logps(
 ) -> Tensor:
     """log softmax(z)[target] with z = cap · tanh(scale · (input @ linear_weightᵀ + bias) / cap).
 
-    Written log p_y = -softplus(log Σ_{j≠y} exp(z_j) - z_y), which keeps all digits as p_y -> 1.
+    Computed as log p_y = -softplus(log Σ_{j≠y} exp(z_j) - z_y), which stays accurate as p_y -> 1.
 
     Args:
-        As `fastpref_kernels.token_logps`, also float64.
+        As in `fastpref_kernels.token_logps`; float64 is allowed too.
 
     Returns:
-        logps: (N,), 0 where ignored.
+        logps: (N,), 0 for ignored rows.
     """
     ignored_N = target.long() == ignore_index
     logits_NV = _logits(input, linear_weight, linear_bias, logit_scale, logit_softcap, ignored_N)
@@ -50,16 +50,16 @@ def token_logps_and_kl(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenScores:
-    """Both models' log-probabilities and KL = Σ p · (log p - log q) over columns with p > 0.
+    """Both models' log-probabilities and KL = Σ p · (log p - log q) over tokens with p > 0.
 
-    p is the reference and q the policy in direction "reference_policy", the other way round in
+    p is the reference and q the policy for direction "reference_policy"; the reverse for
     "policy_reference".
 
     Args:
-        As `fastpref_kernels.token_logps_and_kl`, also float64.
+        As in `fastpref_kernels.token_logps_and_kl`; float64 is allowed too.
 
     Returns:
-        logps, reference_logps, kl: each (N,), 0 where ignored.
+        logps, reference_logps, kl: each (N,), 0 for ignored rows.
     """
     ignored_N = target.long() == ignore_index
     transform = (logit_scale, logit_softcap, ignored_N)
@@ -92,13 +92,13 @@ def tdpo1_token_values(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """log p_y - log q_y + KL(q ‖ p) of policy p and reference q, each from its own softmax.
+    """log p_y - log q_y + KL(q ‖ p) of policy p and reference q, with both softmaxes computed.
 
     Args:
-        As `fastpref_kernels.tdpo1_token_values`, also float64.
+        As in `fastpref_kernels.tdpo1_token_values`; float64 is allowed too.
 
     Returns:
-        values: (N,), 0 where ignored.
+        values: (N,), 0 for ignored rows.
     """
     logps_N, reference_logps_N, kl_N = token_logps_and_kl(
         input,
@@ -126,7 +126,7 @@ def sequence_log_ratios(
     """Σ w · (log p - log p_ref) over the tokens of each sequence, one sequence at a time.
 
     Args:
-        As `fastpref_kernels.sequence_log_ratios`, also float64.
+        As in `fastpref_kernels.sequence_log_ratios`; float64 is allowed too.
 
     Returns:
         log_ratios: (S,).
@@ -146,7 +146,7 @@ def _logits(
     softcap: float | None,
     ignored_N: Tensor,
 ) -> Tensor:
-    # ignored rows may hold anything, also what is not a number
+    # ignored rows may hold NaN
     hidden_ND = _upcast(input).masked_fill(ignored_N[:, None], 0)
     logits_NV = scale * F.linear(
         hidden_ND, _upcast(weight), None if bias is None else _upcast(bias)
@@ -158,11 +158,11 @@ def _target_logps(logits_NV: Tensor, target: Tensor, ignored_N: Tensor) -> Tenso
     index_N1 = target.masked_fill(ignored_N, 0).long()[:, None]
     target_logit_N = logits_NV.gather(1, index_N1)[:, 0]
     lse_others_N = logits_NV.scatter(1, index_N1, float("-inf")).logsumexp(1)
-    # threshold: from there on softplus(x) is x, and at 40 it is so in float64 too
+    # above the threshold softplus(x) is returned as x; from 40 on that is exact in float64 too
     logps_N = -F.softplus(lse_others_N - target_logit_N, threshold=40)
     return logps_N.masked_fill(ignored_N, 0)
 
 
 def _upcast(tensor: Tensor) -> Tensor:
-    """float64 stays, everything else becomes float32."""
+    """Convert to float32; float64 is kept."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

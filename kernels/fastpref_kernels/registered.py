@@ -1,10 +1,10 @@
-"""The ops on LM heads as torch knows them: one registration of forward, fake, backward and context.
+"""Registration of the LM-head ops with torch: forward, fake, backward and autograd context.
 
-Registered, so that torch.compile sees one call and never the tiles behind it. The version in an
-op's name is raised with its meaning: compiled code is cached under it.
+torch.compile sees a registered op as a single call and does not trace into its tiles. Compiled code
+is cached by the op's name, so the version in it must be raised whenever the semantics change.
 
-A model is handed over as its hidden states (N, D), its head's weight (V, D) and, where the head has
-one, its bias (V,); an op without a reference gets an empty one.
+A model is passed as a list: hidden states (N, D), head weight (V, D) and, if the head has one, bias
+(V,). An op without a reference gets an empty list for it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +25,14 @@ from fastpref_kernels.workspace import bounded_by, bytes_set
 
 
 class HeadOp(NamedTuple):
-    """What sets one op apart from the others."""
+    """Properties of one op."""
 
     public: str
-    """Its name in `fastpref_kernels`."""
+    """Name of the public function in `fastpref_kernels`."""
     stats: type[TokenStats] | type[JointStats] | type[ValueStats]
-    """Tensors that its forward returns."""
+    """Type of the forward's results."""
     differentiable: tuple[str, ...]
-    """Those of them that gradients flow through."""
+    """Fields of `stats` that gradients flow through."""
     num_models: int
     """1, or 2 for policy and reference."""
     has_direction: bool = False
@@ -49,7 +49,7 @@ OPS = {
 
 @contextmanager
 def inside_op(device: torch.device) -> Iterator[None]:
-    """Where an op's tensors are: kernels launch there, and autocast keeps out of its products."""
+    """Make `device` current for kernel launches, and disable autocast."""
     with ExitStack() as stack:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
@@ -63,14 +63,14 @@ def sweep_heads(
     """Run an op of `OPS`.
 
     Args:
-        op: Its name.
-        heads: Of the policy and, where the op takes two, of the reference.
+        op: Key in `OPS`.
+        heads: Policy and, if the op takes two models, reference.
         target: Token ids, (N,).
-        direction: Of the KL, where the op has one.
+        direction: Direction of the KL, if the op has one.
         ignore_index: Target of rows that are not scored.
 
     Returns:
-        The op's stats; gradients of the differentiable ones flow to the policy's head.
+        The op's stats; gradients flow from the differentiable ones to the policy's tensors.
     """
     policy, *references = heads
     frozen = [x.detach() for reference in references for x in _tensors(reference)]
@@ -99,8 +99,8 @@ _OPTIONS = (
     "str sweep, str direction, float scale, float? softcap, int ignore_index, bool[] needs_grad, "
     "int workspace"
 )
-"""Of a call, as `_Call.of` takes them. None is named `op` or `ctx`: selective checkpointing hands
-them to its policy beside arguments of these names."""
+"""Keyword arguments of a call, see `_Call.of`. None may be named `op` or `ctx`: selective
+checkpointing passes them on to its policy function, which has arguments of these names."""
 
 
 @custom_op(
@@ -109,7 +109,7 @@ them to its policy beside arguments of these names."""
 def head_fwd(
     policy: list[Tensor], reference: list[Tensor], target: Tensor, **options: Any
 ) -> list[Tensor]:
-    """The op's stats."""
+    """Fields of the op's stats, in order."""
     check_target_range(target, options["ignore_index"], len(policy[1]))
     call = _Call.of(policy, reference, **options)
     with inside_op(target.device), bounded_by(options["workspace"]):
@@ -137,7 +137,7 @@ def head_bwd(
     stats: list[Tensor],
     **options: Any,
 ) -> list[Tensor]:
-    """Those gradients of the policy's input, weight and bias that are needed."""
+    """Gradients of the policy's input, weight and bias, without those that are not required."""
     call = _Call.of(policy, reference, **options)
     with inside_op(target.device), bounded_by(options["workspace"]):
         gradients = call.backward(grads, target, stats)
@@ -158,7 +158,7 @@ def _(
 
 
 class _Call(NamedTuple):
-    """An op, the heads it is called on, and the mode that both its passes are computed in."""
+    """A call of an op: its heads, its options, and the mode of both forward and backward."""
 
     op: str
     heads: tuple[Head, ...]
@@ -182,7 +182,7 @@ class _Call(NamedTuple):
         workspace: int,
         mode: str | None = None,
     ) -> "_Call":
-        """From the arguments of a registered op; `mode` is chosen where it is not given."""
+        """Build from a registered op's arguments; `mode` is chosen unless given."""
         models = (policy, reference)[: OPS[sweep].num_models]
         heads = tuple(_head(tensors, scale, softcap) for tensors in models)
         call = cls(sweep, heads, direction, ignore_index, tuple(needs_grad), mode or "")
@@ -231,7 +231,7 @@ class _Call(NamedTuple):
 
 
 def _tensors(head: Head) -> list[Tensor]:
-    """A model as it is handed over to a registered op."""
+    """List of tensors that represents a model in a registered op's arguments."""
     return [head.input, head.weight] if head.bias is None else [head.input, head.weight, head.bias]
 
 
@@ -258,7 +258,7 @@ def _setup_context(
 def _differentiate(
     ctx: Any, grads: list[Tensor | None]
 ) -> tuple[list[Tensor | None], list[None], None]:
-    # read once: activation checkpointing recomputes them once
+    # read only once: activation checkpointing allows a single access to recomputed tensors
     saved = iter(ctx.saved_tensors)
     policy, reference = (list(islice(saved, num)) for num in ctx.num_tensors)
     target, *stats = saved
@@ -269,7 +269,7 @@ def _differentiate(
     if all(grad is None for grad in upstream):
         return [None] * len(policy), [None] * len(reference), None
     if options["sweep"] == "token_logps_kl" and of_stats["kl"] is None:
-        # the KL was only looked at: the reference's logits are not needed again
+        # the KL has no upstream gradient: only the policy's logits are recomputed
         options = options | {"sweep": "token_logps", "mode": "lean"}
         upstream = upstream[:1]
         stats = [*stats[:2], stats[0].new_empty(0), stats[0].new_empty(0)]
@@ -285,11 +285,11 @@ register_autograd("fastpref::head_v7", _differentiate, setup_context=_setup_cont
 
 
 def differentiable_once(backward: str, name_of: Callable[[dict[str, Any]], str]) -> None:
-    """Refuse to differentiate a registered backward, where torch would say nothing of ours.
+    """Make double backward through a registered backward raise a readable error.
 
     Args:
-        backward: Its registered name.
-        name_of: Keyword arguments of a call of it -> the public op's name.
+        backward: Registered name of the backward.
+        name_of: Keyword arguments of a call of the backward -> name of the public op.
     """
 
     def remember_op(

@@ -1,8 +1,8 @@
-"""Triton kernels that write hopeless rows again: those whose target lies more than MAX_DRIFT nats
-below another column, so that exponentials that count from the target would overflow.
+"""Triton kernels that recompute rows whose target is more than MAX_DRIFT nats below another column,
+where exponentials relative to the target's logit would overflow.
 
-Slow, as each such row reads the whole head, and almost never anything to do: the token has a
-probability below e^-70. A program looks over a group of rows at once.
+Slow, as each such row reads the whole head, but rare: the target's probability is below e^-70.
+Each program checks a group of rows.
 """
 
 import triton
@@ -13,7 +13,7 @@ from fastpref_kernels.token_logps_kernels import MAX_DRIFT
 from fastpref_kernels.token_logps_kl_kernels import _larger_and_log_ratio
 
 RESCUE_ROWS = 16
-"""Rows of a program: with one for each, 16,384 programs would start to find nothing."""
+"""Rows per program: with one row each, 16,384 programs would start and mostly have no work."""
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _rescue_row(
     V: tl.constexpr, D: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     STORE: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`_rescue_kernel` of row i_n, which reads the whole head."""
+    """`_rescue_kernel` for row i_n; reads the whole head."""
     lse = row_max + tl.log(tl.load(row_sum_ptr + i_n))
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -74,8 +74,8 @@ def _rescue_kernel(
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     STORE: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """What a row of drift > MAX_DRIFT stores, or its product with the head, with the log-sum-exp of
-    its other columns as the anchor; one program for ROWS rows, grid (groups of rows,)."""
+    """For rows with max - anchor > MAX_DRIFT, recompute the stored exponentials or their product
+    with the head, relative to the log-sum-exp of the other columns; grid (groups of ROWS rows,)."""
     first_n = tl.program_id(0) * ROWS
     offs_n = first_n + tl.arange(0, ROWS)
     targets = tl.load(target_ptr + offs_n, mask=offs_n < N, other=-1)
@@ -84,7 +84,7 @@ def _rescue_kernel(
     drifts -= tl.load(anchor_ptr + offs_n, mask=scored, other=0.0)
     if tl.max((drifts > MAX_DRIFT).to(tl.int32), 0) > 0:
         for i_row in range(ROWS):
-            # int64: what is stored may be more than 2^31 elements
+            # int64: the stored tensor may have more than 2^31 elements
             i_n = (first_n + i_row).to(tl.int64)
             target = tl.load(target_ptr + i_n, mask=i_n < N, other=-1)
             row_max = tl.load(row_max_ptr + i_n, mask=target >= 0, other=0.0)
@@ -108,7 +108,7 @@ def _joint_rescue_row(
     BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`_joint_rescue_kernel` of row i_n, which reads both heads."""
+    """`_joint_rescue_kernel` for row i_n; reads both heads."""
     target = tl.load(target_ptr + i_n)
     anchor = tl.load(others_lse_ptr + i_n + tl.arange(0, 1))
     reference_anchor = tl.load(reference_others_lse_ptr + i_n + tl.arange(0, 1))
@@ -163,14 +163,14 @@ def _joint_rescue_kernel(
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """What rows of `rescued_ptr` store, with the log-sum-exp of the other columns as anchors; one
-    program for ROWS rows, grid (groups of rows,)."""
+    """For rows marked in `rescued_ptr`, recompute the stored values with the log-sum-exps of the
+    other columns as anchors; grid (groups of ROWS rows,)."""
     first_n = tl.program_id(0) * ROWS
     offs_n = first_n + tl.arange(0, ROWS)
     rescued = tl.load(rescued_ptr + offs_n, mask=offs_n < N, other=0)
     if tl.max(rescued.to(tl.int32), 0) > 0:
         for i_row in range(ROWS):
-            # int64: what is stored may be more than 2^31 elements
+            # int64: the stored tensor may have more than 2^31 elements
             i_n = (first_n + i_row).to(tl.int64)
             if tl.load(rescued_ptr + i_n, mask=i_n < N, other=0):
                 _joint_rescue_row(

@@ -28,23 +28,23 @@ def sequence_log_ratios(
 ) -> Tensor:
     """Sum over each sequence's tokens of w · (log p - log p_ref), without atomics.
 
-    Tokens are subtracted one by one and summed in float64, so two close models never round apart
-    and the order of the tokens does not show. Gradients flow to `logps` only. On a GPU one launch
-    forward and one backward.
+    Differences are taken per token and summed in float64, so that no digits cancel between two
+    close models and token order has no effect. Gradients flow to `logps` only. On a GPU the
+    forward and the backward are one kernel launch each.
 
     Args:
         logps: Token log-probabilities under the policy, (N,), in nats.
         reference_logps: The same under the reference, (N,).
-        sequence_ids: The sequence of each token, (N,) int64 or int32 in [0, num_sequences), in any
-            order; checked on the CPU, on a GPU a token of another id counts nowhere.
-        num_sequences: S >= 0; a sequence without tokens sums to 0.
-        token_weights: w, (N,); None weighs every token 1.
+        sequence_ids: Sequence of each token, (N,) int64 or int32 in [0, num_sequences), in any
+            order. Checked on the CPU; the Triton kernels skip tokens whose id is out of range.
+        num_sequences: S >= 0; the sum of a sequence without tokens is 0.
+        token_weights: w, (N,), without gradient; None for 1 everywhere.
 
     Returns:
         log_ratios: (S,) float32, in nats.
 
     Raises:
-        ValueError: shapes, dtypes, devices or ranges are not as above.
+        ValueError: a shape, dtype, device or range is not as above.
     """
     _check(logps, reference_logps, sequence_ids, num_sequences, token_weights)
     if logps.requires_grad:
@@ -64,7 +64,7 @@ def fwd_op(
     *,
     num_sequences: int,
 ) -> Tensor:
-    """Sums of each sequence, (S,) float32."""
+    """Sum of each sequence, (S,) float32."""
     check_range("sequence_ids", ids, num_sequences)
     if not logps.numel() or not num_sequences:
         return logps.new_zeros(num_sequences, dtype=torch.float32)
@@ -87,7 +87,7 @@ def _(
 
 @custom_op("fastpref::sequence_log_ratios_bwd_v1", mutates_args=())
 def bwd_op(grad: Tensor, weights: Tensor | None, ids: Tensor, logps: Tensor) -> Tensor:
-    """Gradient of `logps`, whose values are not read: each token's weight times its sequence's."""
+    """Gradient of `logps`: token weight times sequence gradient; values of `logps` are unused."""
     if not logps.numel():
         return torch.empty_like(logps)
     impl = implementation("sequence_log_ratios", logps.device)

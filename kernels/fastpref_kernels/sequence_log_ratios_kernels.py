@@ -13,13 +13,13 @@ def _sum_kernel(
 ):  # fmt: skip
     """Σ w · (log p - log q) of one sequence; one program per sequence, grid (S,).
 
-    Each program looks at all tokens, so that their order is free and nothing is sorted: 64
+    Each program reads all tokens, so that tokens may come in any order without a sort: 64
     sequences of 256 tokens read 8 MiB from the cache.
     """
     i_s = tl.program_id(0)
     total = tl.zeros((BLOCK_N,), dtype=tl.float64)
     for i_block in range(NUM_BLOCKS):
-        # int64: a strided view may reach further than 2^31 elements
+        # int64: offsets into a strided view may exceed 2^31 elements
         offs_n = i_block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         mask_n = offs_n < N
         mine = tl.load(ids_ptr + offs_n * stride_ids, mask=mask_n, other=-1) == i_s

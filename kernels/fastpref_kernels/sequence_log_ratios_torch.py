@@ -1,4 +1,4 @@
-"""Portable path of `sequence_log_ratios`: tokens sorted by sequence, then summed in segments."""
+"""Portable `sequence_log_ratios` in plain torch: sorts tokens by sequence, then sums segments."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from torch import Tensor
 def sequence_log_ratios_fwd(
     logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
 ) -> Tensor:
-    """Sums of each sequence, (S,) float32; N >= 1 and S >= 1."""
+    """Sum of each sequence, (S,) float32; N >= 1 and S >= 1."""
     log_ratios_N = logps.double() - reference_logps.double()
     if weights is not None:
         log_ratios_N *= weights
     sorted_ids_N, order_N = ids.sort(stable=True)
     bounds = torch.arange(num_sequences + 1, device=ids.device, dtype=ids.dtype)
     offsets = torch.searchsorted(sorted_ids_N, bounds)
-    # unsafe: the check of the offsets would wait for the device
+    # unsafe: skip the check of the offsets, which would synchronize with the device
     sums_S = torch.segment_reduce(log_ratios_N[order_N], "sum", offsets=offsets, unsafe=True)
     return sums_S.float()
 

@@ -1,4 +1,4 @@
-"""`sequence_log_ratios` on a GPU: one launch forward, one backward."""
+"""Triton launchers of `sequence_log_ratios`: one kernel forward, one backward."""
 
 import torch
 import triton
@@ -10,13 +10,13 @@ from fastpref_kernels.launch import COMPILE
 
 _BLOCK_N = 1024
 _MOST_READS = 2**30
-"""Of sequences times tokens: beyond it sorting the tokens first is the cheaper way."""
+"""Sequences times tokens above which sorting the tokens first is cheaper."""
 
 
 def sequence_log_ratios_fwd(
     logps: Tensor, reference_logps: Tensor, weights: Tensor | None, ids: Tensor, num_sequences: int
 ) -> Tensor:
-    """Sums of each sequence, (S,) float32; N >= 1 and S >= 1."""
+    """Sum of each sequence, (S,) float32; N >= 1 and S >= 1."""
     N = len(logps)
     if N * num_sequences > _MOST_READS:
         arguments = (logps, reference_logps, weights, ids, num_sequences)
@@ -33,7 +33,7 @@ def sequence_log_ratios_fwd(
         stride_weights=0 if weights is None else weights.stride(0),
         stride_ids=ids.stride(0),
         N=N,
-        # a power of two: a handful of compiled kernels whatever the lengths
+        # a power of two limits the number of compiled kernels
         NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(N, _BLOCK_N)),
         BLOCK_N=_BLOCK_N,
         HAS_WEIGHTS=weights is not None,

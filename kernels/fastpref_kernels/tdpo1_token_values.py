@@ -1,4 +1,4 @@
-"""What TDPO1 sums over a response, from hidden states, without the policy's softmax."""
+"""Per-token terms of TDPO1's margin from hidden states, without the policy's softmax."""
 
 from torch import Tensor
 
@@ -24,32 +24,32 @@ def tdpo1_token_values(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Log-ratio plus KL of each token, TDPO1's share of a token in its margin.
+    """Log-ratio plus KL of each token: its contribution to TDPO1's margin.
 
         v = log p_y - log q_y + KL(q ‖ p)            (arXiv:2404.11999, eq. 13 and 15)
           = (z_y - z'_y) - Σ_j q_j (z_j - z'_j)      the policy's log-sum-exp cancels
         dv/dz = e_y - q
 
-    with policy p = softmax(z) and reference q = softmax(z'). The policy's logits are needed at the
-    target and in their mean under q, which is linear in the hidden states: h · Σ_j q_j W_j. So the
-    vocabulary is swept for the reference only. If both models use one head, h - h' takes the place
-    of the logits, and two equal models give exactly 0. A softcap is not linear: there
-    `token_logps_and_kl` is the way.
+    with policy p = softmax(z) and reference q = softmax(z'). Of the policy only z_y and the mean
+    of z under q are needed, and that mean is linear in the hidden states: h · Σ_j q_j W_j. Only
+    the reference's logits are therefore computed. If both models share one head, v is computed
+    from h - h', and identical models give exactly 0. A softcap is not linear and therefore not
+    supported: use `token_logps_and_kl`.
 
     Gradients flow to `input`, `linear_weight` and `linear_bias`, never to the reference.
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index: As in `token_logps`.
-        reference_input: The reference's hidden states, (N, D'), D' not necessarily D.
-        reference_linear_weight: Its LM-head weight, (V, D'); may be the policy's tensor.
-        reference_linear_bias: Its LM-head bias, (V,).
+        reference_input: Hidden states of the reference, (N, D'), D' not necessarily D.
+        reference_linear_weight: LM-head weight of the reference, (V, D'); may be the policy's.
+        reference_linear_bias: LM-head bias of the reference, (V,).
         logit_scale: Multiplies both models' logits, > 0.
 
     Returns:
-        values: (N,) float32, in nats; 0 where ignored.
+        values: (N,) float32, in nats; 0 for ignored rows.
 
     Raises:
-        ValueError: as in `token_logps`, or the models disagree on N or V.
+        ValueError: as in `token_logps`, or N or V differ between the models.
     """
     check_head(input, linear_weight, linear_bias)
     reference = (reference_input, reference_linear_weight, reference_linear_bias)

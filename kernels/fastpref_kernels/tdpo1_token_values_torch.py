@@ -1,4 +1,4 @@
-"""Portable path of `tdpo1_token_values`: the reference's logits a tile at a time."""
+"""Portable `tdpo1_token_values` in plain torch, one tile of the reference's logits at a time."""
 
 from functools import partial
 from typing import NamedTuple
@@ -24,18 +24,18 @@ from fastpref_kernels.workspace import LEAST_COLUMNS, ROW_MULTIPLE, slices, tile
 
 
 class Means(NamedTuple):
-    """Sums over the columns seen so far, the target's left out, weighted by exp(z' - max)."""
+    """Sums over the columns seen so far, excluding the target's, weighted by exp(z' - max)."""
 
     reference: RowSums
     weights: Tensor
-    """(R, D) of the policy's head weights."""
+    """(R, D) weighted sum of the policy's head rows W_j."""
     logits: Tensor
-    """(R,) float64, of the reference's logits over the target's, less the policy's bias over the
-    target's; what h · `weights` is to be compared with."""
+    """(R,) float64, weighted sum of z'_j - z'_y - scale · (b_j - b_y), with the reference's logits
+    z' and the policy's bias b: the terms of the value besides scale · h · W_j."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
-    """ "lean": a head that wants a gradient gets it from the reference's logits, made again."""
+    """ "lean" if the head requires a gradient: the backward recomputes the reference's logits."""
     if not any(needs_grad):
         return "scores"
     return "frozen" if needs_grad == (True, False, False) else "lean"
@@ -50,11 +50,11 @@ def empty_stats(heads: Heads, mode: str) -> ValueStats:
 
 
 def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueStats:
-    """Values, and their derivatives in the hidden states.
+    """Values, and their derivatives with respect to the hidden states.
 
     Args:
-        heads: Of policy and reference: hidden states (N, D), (N, D') and weights (V, D), (V, D').
-        targets: What is scored.
+        heads: Policy and reference: hidden states (N, D), (N, D') and weights (V, D), (V, D').
+        targets: Target ids of the N rows.
         mode: "scores", "frozen" or "lean".
     """
     policy, _ = heads
@@ -69,7 +69,7 @@ def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueSt
         others_R = -sums.logps.expm1()
         share_R = torch.where(sums.sum_exp > 0, others_R / sums.sum_exp, 0)
         target_RD = policy.weight[target_R].to(policy.gemm_dtype).float()
-        # float64: a value is a small difference of what is added up here
+        # float64: a value is a small difference of large terms
         slopes_RD = target_RD * others_R[:, None].double() - means.weights * share_R[:, None]
         slopes_RD *= policy.scale
         stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * means.logits).float()
@@ -95,15 +95,15 @@ def tdpo1_token_values_bwd(
     Args:
         grad: (N,) upstream gradient of the values, any strides.
         heads, targets: As in the forward.
-        stats, mode: What the forward returned and was told.
-        needs_grad: Which of input, weight and bias want a gradient; the others get None.
+        stats, mode: Result and mode of the forward.
+        needs_grad: Which of input, weight and bias require a gradient; the others get None.
     """
     policy, reference = heads
     input_ND = scaled_slopes(grad, policy, targets, stats) if needs_grad[0] else None
     if not any(needs_grad[1:]):
         return input_ND, None, None
     (scaled_grad_N,), unit = logit_gradients(policy, targets, grad)
-    # 1 - q_y without subtracting from 1: exact for a confident token
+    # 1 - q_y as -expm1(log q_y): accurate for a confident token
     target_grad_N = -scaled_grad_N * stats.reference_logps.expm1()
 
     def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, head_CD: Tensor) -> Tensor:
@@ -129,13 +129,13 @@ def tdpo1_token_values_bwd(
 
 
 def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor) -> Tensor:
-    """Values (R,) from their derivatives in the hidden states.
+    """Values (R,) from their derivatives with respect to the hidden states.
 
     Args:
         heads: Policy and reference.
-        rows: Which rows these are.
-        slopes_RD: (R, D) float32 or float64.
-        constants_R: (R,) what is added where the heads differ.
+        rows: Slice of the heads' rows.
+        slopes_RD: Derivatives, (R, D) float32 or float64.
+        constants_R: (R,) terms independent of h, added where the models do not share a head.
     """
     hidden_RD = heads[0].input[rows].to(slopes_RD.dtype)
     if share_head(heads):
@@ -144,7 +144,7 @@ def values_of(heads: Heads, rows: slice, slopes_RD: Tensor, constants_R: Tensor)
 
 
 def share_head(heads: Heads) -> bool:
-    """Whether policy and reference use one head: the same memory, weight and bias."""
+    """Whether policy and reference share one head: weight and bias in the same memory."""
     policy, reference = heads
     return _same(policy.weight, reference.weight) and (
         policy.bias is reference.bias is None or _same(policy.bias, reference.bias)
@@ -182,17 +182,17 @@ def _add_columns(
         bias_over_RC = policy.bias[cols].float() - policy.bias[target_R].float()[:, None]
         over_RC -= bias_over_RC * policy.scale
     sums = means.reference.add(logits_RC, take_target(logits_RC, target_R, cols))
-    # columns of -inf have no weight and no logit that is a number
+    # a column of -inf has weight 0, and 0 · (-inf) is NaN
     over_RC.masked_fill_(logits_RC == 0, 0)
     rescale_R = (means.reference.max - sums.max).exp()
     weights_RD = means.weights.mul_(rescale_R[:, None])
-    # not added into in place: for one row MKL then sums all columns one after another
+    # not addmm in place: for a single row MKL would then sum all columns sequentially
     weights_RD += _whole_matmul(logits_RC.to(policy.gemm_dtype), policy.weight_tile(cols))
     return Means(sums, weights_RD, means.logits * rescale_R + over_RC.mul_(logits_RC).sum(1))
 
 
 def _whole_matmul(exp_RC: Tensor, weight_CD: Tensor) -> Tensor:
-    """(R, D) float32, of rows and columns padded as `ROW_MULTIPLE` and `LEAST_COLUMNS` ask for."""
+    """exp @ weight, (R, D) float32, padded to `ROW_MULTIPLE` rows and `LEAST_COLUMNS` columns."""
     R, D = len(exp_RC), weight_CD.shape[1]
     whole_RC = F.pad(exp_RC, (0, 0, 0, -R % ROW_MULTIPLE))
     if D < LEAST_COLUMNS:

@@ -1,15 +1,15 @@
-"""`tdpo1_token_values` on a GPU: how many GEMMs its modes take.
+"""Triton launchers of `tdpo1_token_values`, in five modes with different numbers of GEMM passes.
 
-    store    3 passes: the reference's exponentials are kept for the head's gradient, if the
-             workspace holds them
-    partial  between 3 and 4: exponentials of the first rows, as many as the workspace holds
-    lean     4 passes: the backward makes the reference's logits again
-    frozen   2 passes: only the hidden states want a gradient, which the forward makes
-    scores   2 passes: nothing wants a gradient
+    store    3 passes: the reference's exponentials fit in the workspace and are kept for the
+             head's gradient
+    partial  3 to 4 passes: exponentials of as many leading rows as fit in the workspace are kept
+    lean     4 passes: the backward recomputes the reference's logits
+    frozen   2 passes: only the hidden states require a gradient, which the forward computes
+    scores   2 passes: no gradient is required
 
-A pass is 2·N·D·V floating-point operations. The two of the forward are the reference's logits and
-the mean of the policy's head under its probabilities; the policy has no logits. The kernels are
-those of `token_logps`, run on the reference.
+A pass is 2·N·D·V floating-point operations. The forward's two are the reference's logits and the
+mean of the policy's head weights under the reference's probabilities; policy logits are never
+computed. The kernels are those of `token_logps`, run on the reference.
 """
 
 import torch
@@ -31,13 +31,13 @@ from fastpref_kernels.workspace import (
 )
 
 _SWEEP_ROWS = 2048
-"""Rows whose exponentials are multiplied with the policy's head at once."""
+"""Rows of exponentials multiplied with the policy's head at once."""
 _PRODUCT_COLUMNS = 32768
 _PRODUCT_COLUMNS_APART = 4096
-"""Columns summed in a row where the heads differ and a value is the small difference of two such
-sums. A GPU's matrix units cut off what they add to a sum and do not round it: with logits of ten
-nats that is 3e-4 nats of a value over 32,768 columns and 5e-5 over 4,096, reckoned on a CPU.
-Between products, sums are rounded."""
+"""Columns per GEMM where the models do not share a head and a value is the small difference of two
+sums. A GPU's matrix units truncate when they accumulate: with logits of ten nats the error of a
+value is 3e-4 nats with 32,768 columns and 5e-5 with 4,096, as simulated on a CPU. Sums over several
+GEMMs are rounded."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
@@ -53,7 +53,7 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
 
 
 def empty_stats(heads: Heads, mode: str) -> ValueStats:
-    """Uninitialised results of the forward, with what the mode keeps for its backward."""
+    """Uninitialised results of the forward, with the tensors the mode keeps for its backward."""
     policy, _ = heads
     input, N = policy.input, policy.input.shape[0]
     columns = aligned_columns(policy.weight.shape[0])
@@ -67,15 +67,15 @@ def empty_stats(heads: Heads, mode: str) -> ValueStats:
 
 
 def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueStats:
-    """Values, their derivatives in the hidden states, and what the mode's backward starts from."""
+    """Values, their derivatives in the hidden states, and the tensors the backward needs."""
     policy, reference = (Operands.of(head, targets) for head in heads)
-    # the policy's head is multiplied with the reference's exponentials
+    # the reference's exponentials are multiplied with the policy's head
     reference = reference._replace(exp_dtype=joint_exp_dtype(heads))
     stats = empty_stats(heads, mode)
     N, V = len(targets.ids), policy.head.weight.shape[0]
     K, step = len(stats.kept), _sweep_rows(heads)
     if K:
-        # columns that only round a row up: an op's results hold nothing by chance
+        # alignment columns: an op must not return uninitialised memory
         stats.kept[:, V:] = 0
     scratch = policy.head.input.new_empty(
         min(step, N - K), aligned_columns(V), dtype=reference.exp_dtype
@@ -104,7 +104,7 @@ def tdpo1_token_values_bwd(
     if not any(of_head):
         return input_ND, None, None
     operands, scored = (Operands.of(head, targets) for head in heads)
-    # a softmax in place of the policy's: whose logits it is made of does not matter
+    # dz is that of `token_logps` with the reference's softmax in place of the policy's
     call = Call(grad, policy, operands, targets, TokenStats(*stats[2:]))
     if mode == "store":
         gradients = store_bwd(call, of_head)
@@ -148,7 +148,7 @@ def _score_rows(
 
 
 def _product(exp_RV: Tensor, weight_VD: Tensor, step: int) -> Tensor:
-    """Exponentials times the head, (R, D) float32, from products of `step` columns."""
+    """Exponentials times the head, (R, D) float32, summed over GEMMs of `step` columns."""
     total_RD = exp_RV.new_zeros(len(exp_RV), weight_VD.shape[1], dtype=torch.float32)
     for cols in slices(len(weight_VD), step):
         add_matmul(total_RD, exp_RV[:, cols], weight_VD[cols].to(exp_RV.dtype))
@@ -156,9 +156,9 @@ def _product(exp_RV: Tensor, weight_VD: Tensor, step: int) -> Tensor:
 
 
 def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
-    """Exponentials times one float32 number a column, (R,), exact in 16 bits too: in two parts.
+    """Exponentials times one float32 value per column, (R,); 16-bit GEMMs use a high and low part.
 
-    A column of -inf counts where it has weight: 0 · -inf is not a number.
+    A value of -inf counts only in rows where the column has weight, as 0 · (-inf) is NaN.
     """
     lost_V = values_V.isneginf()
     finite_V = values_V.masked_fill(lost_V, 0)
@@ -170,11 +170,11 @@ def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
 
 
 def _sweep_rows(heads: Heads) -> int:
-    """Rows at once: their exponentials take no more than half the workspace."""
+    """Rows per pass over the vocabulary; their exponentials take at most half of the workspace."""
     fitting = int(limit() / 2 / _row_bytes(heads))
     return max(ROW_MULTIPLE, min(_SWEEP_ROWS, fitting // ROW_MULTIPLE * ROW_MULTIPLE))
 
 
 def _row_bytes(heads: Heads) -> int:
-    """Of a row's exponentials."""
+    """Bytes of a row's exponentials."""
     return aligned_columns(heads[0].weight.shape[0]) * joint_exp_dtype(heads).itemsize

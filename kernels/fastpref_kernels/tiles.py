@@ -1,4 +1,4 @@
-"""What the Triton kernels share: where a tile of logits lies, how it is made, what it becomes."""
+"""Device functions shared by the Triton kernels: tile indexing, GEMM and logit transforms."""
 
 import triton
 import triton.language as tl
@@ -12,10 +12,10 @@ def tile_index(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.c
 
 @triton.jit
 def locate_tile(i_tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP_N: tl.constexpr):
-    """Row block and column block of the i-th tile.
+    """Row block and column block of the i-th tile, in grouped order.
 
-    GROUP_N row blocks meet the same columns one after another, so that a slice of the head and a
-    group of hidden states stay in the L2 cache together.
+    GROUP_N row blocks visit a column block before the next one is started, so that a slice of the
+    head and a group of hidden states stay in the L2 cache together.
     """
     num_n = tl.cdiv(N, BLOCK_N)
     num_v = tl.cdiv(V, BLOCK_V)
@@ -27,10 +27,10 @@ def locate_tile(i_tile, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROU
 
 @triton.jit
 def product_columns(i_v, BLOCK_V: tl.constexpr):
-    """Columns of block i_v of a tile of products, which a thread takes four by four.
+    """Columns of block i_v of a GEMM result, at most four contiguous ones per thread.
 
-    Left to itself the compiler gives a thread eight columns where 16 bits are written beside the
-    float32 products, and a row's sum another order than where nothing is.
+    Without this hint the compiler assigns eight columns to a thread in variants that also store
+    16-bit results, which changes the summation order of a row.
     """
     return tl.max_contiguous(i_v * BLOCK_V + tl.arange(0, BLOCK_V), 4)
 
@@ -44,15 +44,15 @@ def product_tile(
 ):  # fmt: skip
     """input @ weightᵀ from row start_n and column start_v on, (BLOCK_N, BLOCK_V) float32.
 
-    Rows and columns past the end are zeros. PROMOTE_D: so many of D are summed by the matrix units,
-    which cut off what they add; these sums are added up with rounding. 0: all of D are.
+    Rows and columns past the end are zeros. The matrix units truncate when they accumulate: every
+    PROMOTE_D elements of D their sum is added to a float32 total, with rounding; 0: never.
     """
     product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     total = product
     for start_d in range(0, D, BLOCK_D):
         hidden = input_desc.load([start_n, start_d])
         weight = weight_desc.load([start_v, start_d])
-        # ieee: only the interpreter multiplies float32 here, and there tf32 means nothing
+        # float32 operands occur in the interpreter only, which has no tf32
         product = tl.dot(hidden, weight.T, product, input_precision="ieee")
         if PROMOTE_D > 0:
             stop_d = start_d + BLOCK_D
@@ -64,8 +64,8 @@ def product_tile(
 
 @triton.jit
 def head_rows(weight_ptr, offs_v, mask_v, offs_d, mask_d, stride_v):
-    """Rows offs_v of a head's weight (V, D), (BLOCK_V, BLOCK_D) float32, zeros where masked."""
-    # int64: a head of 256k rows of D = 8,192 has 2^31 elements
+    """Load rows offs_v of a head's weight (V, D): (BLOCK_V, BLOCK_D) float32, 0 where masked."""
+    # int64: a head of 256k rows with D = 8,192 has 2^31 elements
     weight = tl.load(
         weight_ptr + offs_v.to(tl.int64)[:, None] * stride_v + offs_d[None, :],
         mask=mask_v[:, None] & mask_d[None, :],
@@ -78,8 +78,8 @@ def head_rows(weight_ptr, offs_v, mask_v, offs_d, mask_d, stride_v):
 def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
     """Left and right half of a tile's columns.
 
-    What follows a GEMM works on one part of the columns after the other: a whole tile of logits and
-    one of their exponentials at once do not fit in the registers.
+    Epilogues process a tile part by part: all its logits and their exponentials together do not
+    fit in the registers.
     """
     tile = tl.reshape(tile, (BLOCK_N, 2, BLOCK_V // 2))
     return tl.split(tl.permute(tile, (0, 2, 1)))
@@ -87,7 +87,7 @@ def halves(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def column_parts(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.constexpr):
-    """The two or four parts of a tile's columns, from left to right."""
+    """Split a tile's columns into PARTS (2 or 4) equal parts, left to right."""
     left, right = halves(tile, BLOCK_N, BLOCK_V)
     if PARTS == 2:
         return left, right
@@ -99,7 +99,7 @@ def column_parts(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PARTS: tl.c
 
 @triton.jit
 def eighths(tile, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The eight parts of a tile's columns, from left to right."""
+    """Split a tile's columns into eight equal parts, left to right."""
     left, right = halves(tile, BLOCK_N, BLOCK_V)
     ab, cd = halves(left, BLOCK_N, BLOCK_V // 2)
     ef, gh = halves(right, BLOCK_N, BLOCK_V // 2)
@@ -115,7 +115,7 @@ def cap_logits(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """z = cap · tanh(scale · logits / cap)."""
     logits *= scale
     if HAS_SOFTCAP:
-        # 1 - 2 / (1 + e^2x) is off by 1e-7, which near 0 is a large part of it: there its series
+        # 1 - 2 / (1 + e^2x) has an absolute error of 1e-7, too large near 0: Taylor series there
         over_cap = logits / softcap
         squared = over_cap * over_cap
         series = squared * (squared * (squared * (-17.0 / 315) + 2.0 / 15) - 1.0 / 3)
@@ -130,7 +130,7 @@ def transform_logits(
     logits, bias_ptr, offs_v, mask_v, scale, softcap,  # bias (V,) float
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`cap_logits` of a tile plus its columns' bias."""
+    """Add the columns' bias to a tile and apply `cap_logits`."""
     if HAS_BIAS:
         bias = tl.load(bias_ptr + offs_v, mask=mask_v, other=0.0).to(tl.float32)
         logits += bias[None, :]
@@ -142,7 +142,7 @@ def transform_both(
     logits, reference_logits, bias_ptr, reference_bias_ptr, offs_v, mask_v, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`transform_logits` of policy and reference, products of the same rows and columns."""
+    """`transform_logits` of policy and reference, for the same rows and columns."""
     return (
         transform_logits(logits, bias_ptr, offs_v, mask_v, scale, softcap, HAS_BIAS, HAS_SOFTCAP),
         transform_logits(
@@ -154,7 +154,7 @@ def transform_both(
 
 @triton.jit
 def log_softmax(logits, lse):
-    """Logits less their rows' float64 log-sum-exp, as `row_sums.log_softmax_`."""
+    """Logits minus their rows' float64 log-sum-exp, as in `row_sums.log_softmax_`."""
     high = lse.to(tl.float32)
     low = (lse - high.to(tl.float64)).to(tl.float32)
     return logits - high[:, None] - low[:, None]

@@ -21,33 +21,33 @@ def token_logps(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
-    """Log-probability of each target token; logits exist a tile at a time and are recomputed.
+    """Log-probability of each target token, without materializing the (N, V) logits.
 
         z = cap · tanh(scale · (input @ linear_weightᵀ + linear_bias) / cap)
         logps = z[target] - logsumexp(z)
 
-    Sums are float32 whatever the dtypes, and autocast does not change them. Differentiable once,
-    in `input`, `linear_weight` and `linear_bias`; what is frozen allocates no gradient. The same
-    inputs give the same bits.
+    Accumulates in float32 for all dtypes, also under autocast. Differentiable once, in `input`,
+    `linear_weight` and `linear_bias`; no gradient is allocated for frozen ones. Deterministic: the
+    same inputs give the same bits.
 
     Args:
         input: Hidden states, (N, D), bfloat16, float16 or float32, any strides; N may be 0.
-        linear_weight: LM-head weight, (V, D), the same dtypes, not necessarily input's.
-        target: Token ids, (N,) int64 or int32, in [0, V) or `ignore_index`. Checked on the CPU;
-            on a GPU an id out of range scores -inf or NaN, and where gradients are wanted torch may
-            stop the device.
+        linear_weight: LM-head weight, (V, D), one of these dtypes, not necessarily input's.
+        target: Token ids, (N,) int64 or int32, in [0, V) or `ignore_index`. The range is checked on
+            the CPU only: on a GPU an id out of range scores -inf or NaN, and may trigger a
+            device-side assert where gradients are computed.
         linear_bias: LM-head bias, (V,). A column of -inf (a padded vocabulary) has probability 0;
             under a softcap it has the logit -cap, as in the definition.
         logit_scale: Multiplies the logits before the softcap, > 0.
         logit_softcap: Bounds the logits by cap · tanh(z / cap), > 0; None for no bound.
-        ignore_index: Rows with this target score 0 and get zero gradient, whatever `input` holds
-            there; any value, also a valid id.
+        ignore_index: Rows with this target score 0 and get zero gradient, even if `input` is NaN
+            there. Any integer, also a valid id.
 
     Returns:
         logps: (N,) float32, in nats, <= 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices or ranges are not as above, or a DTensor came.
+        ValueError: a shape, dtype, device or range is not as above, or an argument is a DTensor.
     """
     check_head(input, linear_weight, linear_bias)
     check_logit_transform(logit_scale, logit_softcap)

@@ -1,8 +1,8 @@
-"""Backward passes of `token_logps` on a GPU, from what its modes keep.
+"""Backward passes of `token_logps` on a GPU, for each mode.
 
-With E = exp(z - z_y) of a row's other columns and v = -g · (1 - p_y) / Σ E, dz = v · E there and
-g · (1 - p_y) at the target: both gradients are products with E, whose rows or partners v scales.
-Where E was not kept, logits are made again, a slice of the vocabulary at a time.
+With E = exp(z - z_y) and v = -g · (1 - p_y) / Σ_{j≠y} E_j, dz = v · E at the other columns and
+g · (1 - p_y) at the target. Both gradients are GEMMs with E, with v applied to the rows of the
+result or of the other operand. Rows without stored E recompute their logits slice by slice.
 """
 
 from typing import NamedTuple
@@ -40,22 +40,22 @@ from fastpref_kernels.token_logps_sweep import shared
 from fastpref_kernels.workspace import slices
 
 _PRODUCT_ROWS = 4096
-"""Rows of a float32 product with the head."""
+"""Rows per GEMM of exponentials and head."""
 
 
 class Call(NamedTuple):
-    """What a backward pass starts from, of all rows of a call or of some."""
+    """Inputs of a backward pass, for all rows of a call or for some."""
 
     grad: Tensor
-    """(N,) upstream."""
+    """(N,) upstream gradient of the log-probabilities."""
     head: Head
     operands: Operands
     targets: Targets
     stats: TokenStats
-    """Kept exponentials are those of the first rows, of as many as there are."""
+    """Of the forward; kept exponentials belong to the first `len(kept)` rows."""
 
     def of_rows(self, rows: slice) -> "Call":
-        """The same of some rows; what is kept stays what it is."""
+        """The inputs of a slice of rows; the kept tensors are not sliced."""
         stats = self.stats
         return Call(
             self.grad[rows],
@@ -67,14 +67,14 @@ class Call(NamedTuple):
 
 
 class _Shares(NamedTuple):
-    """Gradients of logits whose exponentials were kept: dz = v · E."""
+    """Logit gradients of rows whose exponentials were kept: dz = v · E."""
 
     others: Tensor
-    """(N,) g · (1 - p_y), what the target gets and the other columns give."""
+    """(N,) g · (1 - p_y): dz of the target, and minus the sum of dz over the other columns."""
     share: Tensor
     """(N,) v."""
     exp: Tensor
-    """(N, V)."""
+    """(N, V) E."""
 
     @classmethod
     def of(cls, call: Call) -> "_Shares":
@@ -88,10 +88,10 @@ class _Shares(NamedTuple):
         """(N, D) in the hidden states' dtype."""
         others_N, v_N, exp_NV = self
         ids_N, head, weight_VD = call.targets.ids, call.head, call.operands.head.weight
-        # what rounding the target's column to 16 bits took away
+        # rest_N: rounding error of the target's column, which is stored in 16 bits
         target_N = others_N
         if head.softcap is not None:
-            # made again, not lse + log p: near the cap the slope has but their last digits
+            # recomputed rather than lse + log p: near the cap the slope depends on the last digits
             logits_N = call.operands.target_logits(slice(0, len(ids_N)))
             target_N = times_slope(others_N, head, logits_N)
         rest_N = target_N - v_N * exp_NV.gather(1, ids_N[:, None])[:, 0]
@@ -103,11 +103,11 @@ class _Shares(NamedTuple):
         return input_ND
 
     def scaled_input(self, call: Call) -> Tensor:
-        """v · h, (N, D) in the exponentials' dtype: what these are multiplied with for the head."""
+        """v · h, (N, D) in the exponentials' dtype, for the GEMM of the head's gradient."""
         input_ND = call.operands.head.input
         scaled_ND = torch.empty_like(input_ND, dtype=self.exp.dtype)
         torch.mul(input_ND, self.share[:, None], out=scaled_ND)
-        # padding may hold anything, and 0 · NaN would reach the head's gradient
+        # ignored rows may hold NaN, and 0 · NaN would reach the head's gradient
         return scaled_ND.masked_fill_(call.targets.ignored[:, None], 0)
 
     def bias_gradient(self) -> Tensor:
@@ -118,7 +118,7 @@ class _Shares(NamedTuple):
 
 
 def store_bwd(call: Call, needs_grad: NeedsGrad) -> Gradients:
-    """Gradients from the exponentials of all rows."""
+    """Gradients from the kept exponentials of all rows."""
     head, shares = call.head, _Shares.of(call)
     needs_input, needs_weight, needs_bias = needs_grad
     weight_VD = bias_V = None
@@ -132,9 +132,9 @@ def store_bwd(call: Call, needs_grad: NeedsGrad) -> Gradients:
 
 
 def partial_bwd(call: Call, needs_grad: NeedsGrad, *, scored: Operands | None = None) -> Gradients:
-    """Gradients from the exponentials of the first rows and logits of the others made again.
+    """Gradients from the kept exponentials of the first rows and recomputed logits of the others.
 
-    The head's are added up in float32 over both, and rounded once.
+    The head's gradients are accumulated in float32 over both and rounded once.
     """
     K, N = len(call.stats.kept), len(call.grad)
     kept, others = call.of_rows(slice(0, K)), call.of_rows(slice(K, N))
@@ -160,11 +160,11 @@ def lean_bwd(
     scored: Operands | None = None,
     begun: Begun | None = None,
 ) -> Gradients:
-    """Gradients from logits made again, a slice of the vocabulary at a time.
+    """Gradients from recomputed logits, one slice of the vocabulary at a time.
 
     Args:
-        scored: Whose logits they are; None for those of the call's own operands.
-        begun: Gradients of the head that are added to.
+        scored: Operands whose logits are recomputed; None for the call's own.
+        begun: Initial values of the head's gradients; None for zeros.
     """
     _, head, operands, targets, stats = call
     scored = scored or operands
@@ -172,10 +172,10 @@ def lean_bwd(
     row_arguments = {
         "lse_ptr": stats.lse,
         "grad_ptr": scaled_N,
-        # 1 - p_y without subtracting from 1: exact for a confident token
+        # 1 - p_y as -expm1(log p_y): accurate for a confident token
         "target_grad_ptr": -scaled_N * stats.logps.expm1(),
     }
-    # padding may hold anything, and 0 · NaN would reach the head's gradient
+    # ignored rows may hold NaN, and 0 · NaN would reach the head's gradient
     clean_ND = operands.head.input
     if needs_grad[1]:
         clean_ND = clean_ND.masked_fill(targets.ignored[:, None], 0)
@@ -256,6 +256,6 @@ BACKWARD = {"store": store_bwd, "partial": partial_bwd, "lean": lean_bwd}
 
 
 def times_slope(values: Tensor, head: Head, logits: Tensor) -> Tensor:
-    """`values` times the softcap's derivative at `logits`; (N,)."""
+    """`values` times the softcap's derivative at `logits`, (N,)."""
     slope = head.softcap_slope(logits)
     return values if slope is None else values * slope

@@ -1,4 +1,4 @@
-"""Triton kernels of `token_logps`: gradients of the logits, made again."""
+"""Triton kernels of `token_logps`: gradients of recomputed logits."""
 
 import triton
 import triton.language as tl
@@ -18,7 +18,7 @@ from fastpref_kernels.tiles import (
 def _dlogits(
     logits, lse, grad, target_grad, target, offs_v, mask_v, softcap, HAS_SOFTCAP: tl.constexpr
 ):
-    """g · (e_y - p) times the softcap's slope; the target's own number is not a difference."""
+    """g · (e_y - p) times the softcap's slope; `target_grad` is g · (1 - p_y), kept accurate."""
     dlogits = -grad[:, None] * tl.exp(log_softmax(logits, lse))
     is_target = offs_v[None, :] == target[:, None]
     dlogits = tl.where(is_target, target_grad[:, None], dlogits)
@@ -35,7 +35,7 @@ def _dlogits_tile(
     GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the i-th tile of logits, made again."""
+    """Recompute the i-th tile of logits and store its gradient."""
     i_n, i_v = locate_tile(i_tile, N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
     product = product_tile(
@@ -73,7 +73,7 @@ def _dlogits_kernel(
     GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PROGRAMS: tl.constexpr, OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`_dlogits_tile` of all tiles, by the programs of a sweep."""
+    """`_dlogits_tile` of all tiles; grid as in `_sweep_kernel`."""
     if PROGRAMS == 0:
         _dlogits_tile(
             tl.program_id(0), input_desc, weight_desc, dlogits_desc, bias_ptr, target_ptr,
@@ -99,7 +99,7 @@ def _dlogits_tile_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of products, rows first_n on; grid (row blocks * column blocks,)."""
+    """Logit gradients from GEMM results, from row first_n; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)

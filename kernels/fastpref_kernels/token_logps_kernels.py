@@ -1,21 +1,21 @@
-"""Triton kernels of `token_logps`: sums over the vocabulary, and what they leave for a backward.
+"""Triton kernels of `token_logps`: sums over the vocabulary, and exponentials for the backward.
 
-A sweep over the vocabulary leaves, for each row and each block of columns, the largest logit and
-Σ exp(z - it); `_combine_kernel` adds the blocks up in their order. The target's column is left out
-of the sums: its logit is a dot product of its own, and log p = -softplus(lse of the others - z_y)
-keeps all digits of a confident token.
+A sweep over the vocabulary stores, for each row and each block of columns, max z and
+Σ exp(z - max); `_combine_kernel` reduces the blocks in a fixed order. The target's column is
+excluded: its logit is a separate dot product, and log p = -softplus(lse of the others - z_y) stays
+accurate for confident tokens.
 
-Logits come from a GEMM fused with the sums (`_sweep_kernel`) where Triton's GEMM is at home, else
-from the library's GEMM a tile at a time (`_sweep_tile_kernel`); what follows is the same.
+Logits come from a GEMM fused with the sums (`_sweep_kernel`) on GPUs listed in `FUSED_TILES`, else
+tile by tile from a library GEMM (`_sweep_tile_kernel`); the later steps are the same.
 
-A row's sums have the same bits whatever else a sweep stores: a policy with gradients and its
-reference without begin at a log-ratio of exactly zero. Every variant of a kernel sums over one
-layout of the tile, which a test reads off the compiled code, and no product is fused with the sum
-behind it (`launch.COMPILE`); everything else in a sweep works element by element.
+A row's sums have the same bits whatever else a sweep stores, so a policy with gradients and its
+reference without start at a log-ratio of exactly zero. For this every variant of a kernel reduces
+the same tile layout (a test reads it off the compiled code) and no product is fused with a
+following add (`launch.COMPILE`); all other operations of a sweep are elementwise.
 
-A sweep may store exp(z - z_y) for the backward to multiply with. An anchor known beforehand makes
-a plain GEMM of it: no block needs a scale of its own. Rows whose likeliest column lies more than
-MAX_DRIFT nats above their target are written again by `_rescue_kernel`.
+A sweep may store exp(z - anchor) with the anchor z_y for the backward. As the anchor is known
+beforehand, no block needs its own scale and the backward is a plain GEMM. Rows whose largest logit
+is more than MAX_DRIFT nats above the anchor are recomputed by `_rescue_kernel`.
 """
 
 import triton
@@ -35,8 +35,8 @@ from fastpref_kernels.tiles import (
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 MAX_DRIFT = tl.constexpr(70.0)
-"""Largest logit above the anchor, in nats, whose exponential is stored: e^70 times 70 times 2^18
-columns is finite in float32, and so is e^70 in bfloat16."""
+"""Largest stored z - anchor, in nats: 70 · e^70 summed over 2^18 columns is finite in float32, and
+e^70 is finite in bfloat16."""
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -47,8 +47,8 @@ def _target_logits_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """z_y, 0 where ignored, -inf where there is no such column; one program per row, grid (N,)."""
-    # int64: 1M hidden states of D = 4,096 are 2^32 elements
+    """z_y, 0 for ignored rows, -inf for ids out of range; one program per row, grid (N,)."""
+    # int64: 1M hidden states with D = 4,096 have 2^32 elements
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_n)
     scored = target != -1
@@ -74,12 +74,12 @@ def _fold(
     logits, target, anchor, offs_v, mask_v, softcap,
     EXP: tl.constexpr, GAP: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """A tile's row sums without the targets: max, Σ exp(z - max), and if EXP, a dtype, is given
-    exp(z - anchor) times the softcap's slope in that dtype and its sum. GAP: also the sum of what
-    is stored times z - anchor."""
+    """Row statistics of a tile without the targets: max and Σ exp(z - max). With a dtype EXP also
+    exp(z - anchor) times the softcap's slope, and Σ of these before the slope (rounded to EXP if
+    there is no softcap). GAP: also Σ of the stored exponentials times (z - anchor)."""
     keep = mask_v[None, :] & (offs_v[None, :] != target[:, None]) & (target >= 0)[:, None]
     others = tl.where(keep, logits, float("-inf"))
-    # never below the lowest float32, so that -inf - max is -inf and not a NaN
+    # at least the lowest finite float32, so that -inf - max is -inf and not NaN
     row_max = tl.maximum(tl.max(others, 1), LOWEST)
     exp_logits = tl.exp(others - row_max[:, None])
     row_sum = tl.sum(exp_logits, 1)
@@ -90,15 +90,15 @@ def _fold(
         stored *= drift[:, None]
         if HAS_SOFTCAP:
             stored_sum = row_sum * drift
-            # an ignored row may hold anything: the larger of 0 and no number is 0
+            # ignored rows may hold NaN, and max(NaN, 0) is 0
             stored = tl.maximum(stored * softcap_slope(logits, softcap), 0.0).to(EXP)
         else:
-            # of the rounded numbers: what the columns share out is then exactly all of it
+            # sum the rounded values, so that the columns' shares add up to exactly 1
             stored = stored.to(EXP)
             stored_sum = tl.sum(stored.to(tl.float32), 1)
     gap = stored_sum
     if GAP:
-        # a column of -inf has no weight and no logit that is a number
+        # a column of -inf has weight 0, and 0 · (-inf) is NaN
         weights = stored.to(tl.float32)
         gap = tl.sum(tl.where(weights > 0, weights * (logits - anchor[:, None]), 0.0), 1)
     return row_max, row_sum, stored, stored_sum, gap
@@ -127,13 +127,13 @@ def _sweep_tile(
     GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PARTS: tl.constexpr, LOOPS: tl.constexpr,
     EXP: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Logits of the i-th tile, and its rows' sums by its parts; `i_summed` is i once more."""
+    """Logits of the i-th tile, and row sums of each of its parts; `i_summed` equals `i_tile`."""
     i_n, i_v = locate_tile(i_tile, N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
     product = product_tile(
         input_desc, weight_desc, i_n * BLOCK_N, first_v, D, BLOCK_N, BLOCK_V, BLOCK_D, PROMOTE_D
     )
-    # located anew: in a loop both numbers would take registers through the GEMM
+    # recomputed: in the persistent loop both indices would occupy registers during the GEMM
     i_n, i_v = locate_tile(i_summed, N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     first_v = start_v + i_v * BLOCK_V
     offs_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -155,9 +155,9 @@ def _sweep_tile(
         )
         if EXP is not None:
             stored_desc.store([i_n * BLOCK_N, part_v - start_v], stored)
-        # the last tile's right parts may have no columns
+        # the right parts of the last tile may lie outside of the vocabulary
         if LOOPS:
-            # no branch: Triton 3.6 could not make one loop of two around it
+            # a mask instead of a branch, with which Triton 3.6 fails to flatten the two loops
             has_columns = tl.full((BLOCK_N,), part_v, dtype=tl.int32) < stop_v
             _store_sums(
                 max_ptr, sum_ptr, stored_sum_ptr, gap_ptr, row_max, row_sum, stored_sum, gap,
@@ -180,10 +180,10 @@ def _sweep_kernel(
     GROUP_N: tl.constexpr, PROMOTE_D: tl.constexpr, PROGRAMS: tl.constexpr, PARTS: tl.constexpr,
     EXP: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """`_sweep_tile` of all tiles; grid (row blocks * column blocks,), (PROGRAMS,) if that is given.
+    """`_sweep_tile` of all tiles; grid (row blocks * column blocks,), or (PROGRAMS,) if it is > 0.
 
-    Each of PROGRAMS programs goes over every PROGRAMS-th tile. Its loop and the GEMM's become one,
-    so that a tile's first operands are on their way while the tile before it is summed up.
+    With PROGRAMS the kernel is persistent: each program takes every PROGRAMS-th tile. Its tile loop
+    is flattened with the GEMM's, so that a tile's operands are loaded during the previous epilogue.
     """
     i_program = tl.program_id(0)
     if PROGRAMS == 0:
@@ -215,7 +215,7 @@ def _sweep_tile_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     EXP: tl.constexpr, GAP: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of a tile of products, rows first_n on; grid (row blocks * column blocks,)."""
+    """Row sums of a tile of GEMM results, from row first_n; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = product_columns(i_v, BLOCK_V)
@@ -251,9 +251,9 @@ def _combine_kernel(
     NUM_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
     EXTRA: tl.constexpr, OVER_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Sums of all blocks of columns, in the blocks' order; grid (row blocks,).
+    """Reduce the sums of all column blocks, in the order of the blocks; grid (row blocks,).
 
-    EXTRA: there is a third sum; OVER_MAX: it counts in units of e^max, as the second does.
+    EXTRA: there is a third sum. OVER_MAX: it is relative to exp(max), like the second.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N

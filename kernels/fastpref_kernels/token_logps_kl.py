@@ -17,14 +17,14 @@ DIRECTIONS = ("reference_policy", "policy_reference")
 
 
 class TokenScores(NamedTuple):
-    """What the models say about N tokens, in nats; None for what was not asked of them."""
+    """Scores of N target tokens, in nats; None for those that were not computed."""
 
     logps: Tensor
     """(N,) float32, log-probabilities under the policy."""
     reference_logps: Tensor | None
     """(N,) float32, log-probabilities under the reference; no gradient."""
     kl: Tensor | None
-    """(N,) float32, KL of the two next-token distributions."""
+    """(N,) float32, KL between the two next-token distributions."""
 
 
 def token_logps_and_kl(
@@ -41,28 +41,30 @@ def token_logps_and_kl(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> TokenScores:
-    """`token_logps` of policy and reference and the KL between them, from one joint sweep.
+    """`token_logps` of policy and reference, and their KL, from one pass over the vocabulary.
 
-    "reference_policy" is KL(reference ‖ policy), the one of TDPO (arXiv:2404.11999, eq. 8);
-    "policy_reference" is KL(policy ‖ reference), TIS-DPO's. A column whose probability under the
-    first is 0 in float32 adds nothing. Two identical models give log-ratio, KL and the KL's
-    gradient of exactly zero.
+    "reference_policy" is KL(reference ‖ policy), used by TDPO (arXiv:2404.11999, eq. 8);
+    "policy_reference" is KL(policy ‖ reference), used by TIS-DPO. Tokens whose probability under
+    the first model is 0 in float32 contribute nothing. For identical models the log-ratio, the KL
+    and the KL's gradient are exactly zero.
 
     Gradients flow to `input`, `linear_weight` and `linear_bias`, never to the reference.
 
     Args:
         input, linear_weight, target, linear_bias, ignore_index: As in `token_logps`.
-        reference_input: The reference's hidden states, (N, D'), D' not necessarily D.
-        reference_linear_weight: Its LM-head weight, (V, D'); may be the policy's tensor.
+        reference_input: Hidden states of the reference, (N, D'), D' not necessarily D.
+        reference_linear_weight: LM-head weight of the reference, (V, D'); may be the policy's
+            tensor.
         direction: "reference_policy" or "policy_reference".
-        reference_linear_bias: Its LM-head bias, (V,).
-        logit_scale, logit_softcap: As in `token_logps`, of both models.
+        reference_linear_bias: LM-head bias of the reference, (V,).
+        logit_scale, logit_softcap: As in `token_logps`; applied to both models.
 
     Returns:
-        logps, reference_logps, kl: each (N,) float32; 0 where ignored.
+        logps, reference_logps, kl: each (N,) float32; 0 for ignored rows.
 
     Raises:
-        ValueError: as in `token_logps`, or the models disagree on N or V, or an unknown direction.
+        ValueError: as in `token_logps`, or N or V differ between the models, or the direction is
+            unknown.
     """
     check_head(input, linear_weight, linear_bias)
     reference = (reference_input, reference_linear_weight, reference_linear_bias)

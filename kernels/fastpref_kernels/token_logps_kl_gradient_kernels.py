@@ -1,4 +1,4 @@
-"""Triton kernels of `token_logps_and_kl`: gradients of the logits, from what was stored or anew."""
+"""Triton kernels of `token_logps_and_kl`: logit gradients from stored or recomputed values."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ from fastpref_kernels.tiles import (
 
 @triton.jit
 def _gradient(p, p_minus_q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE: tl.constexpr):
-    """dz of the columns without the target: -g_l · p and the KL's part."""
+    """dz of columns other than the target: -g_l · p plus the KL's gradient."""
     if UNDER_REFERENCE:
         return grad_kl[:, None] * p_minus_q - grad_logps[:, None] * p
     over_kl = tl.where(p > 0, log_ratio - kl[:, None], 0.0)
@@ -27,19 +27,19 @@ def _gradient(p, p_minus_q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE:
 def _stored_gradient_kernel(
     larger_ptr, log_ratio_ptr, dlogits_ptr,  # (R, C) float
     target_ptr,                              # (N,) int64, -1 where ignored
-    log_scale_ptr, reference_log_scale_ptr,  # (N,) float32, log p and log q of what is stored as 1
+    log_scale_ptr, reference_log_scale_ptr,  # (N,) float32, log p and log q of a stored 1
     grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
     stride_stored, stride_dlogits, first_n, R, start_v, C,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of logits from what was stored; grid (row blocks * column blocks,)."""
+    """Gradient of a tile of logits from stored values; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, C, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     offs_n = first_n + rows
     mask_n = rows < R
     mask = mask_n[:, None] & (cols < C)[None, :]
-    # int64: what is stored may be more than 2^31 elements
+    # int64: the stored tensor may have more than 2^31 elements
     rows_long = rows.to(tl.int64)[:, None]
     offs = rows_long * stride_stored + cols[None, :]
     larger = tl.load(larger_ptr + offs, mask=mask, other=0.0).to(tl.float32)
@@ -53,7 +53,7 @@ def _stored_gradient_kernel(
     target_grad = tl.load(target_grad_ptr + offs_n, mask=mask_n, other=0.0)
     of_p = tl.exp(log_scale[:, None] + tl.minimum(log_ratio, 0.0))
     of_q = tl.exp(reference_log_scale[:, None] - tl.maximum(log_ratio, 0.0))
-    # not a difference of two products: equal models give exactly 0, fused or not
+    # not larger · of_p - larger · of_q: equal models give exactly 0, with or without FMA
     p_minus_q = larger * (of_p - of_q)
     log_ratio += (log_scale - reference_log_scale)[:, None]
     dlogits = _gradient(
@@ -71,7 +71,7 @@ def _recomputed_gradient(
     logits, reference_logits, lse, reference_lse, grad_logps, grad_kl, kl, target_grad, target,
     offs_v, softcap, UNDER_REFERENCE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of logits from both models' logits; undefined beyond the vocabulary."""
+    """Gradient of a tile of logits from both models' logits; undefined past the vocabulary."""
     logps = log_softmax(logits, lse)
     reference_logps = log_softmax(reference_logits, reference_lse)
     p = tl.exp(logps)
@@ -101,7 +101,7 @@ def _joint_dlogits_kernel(
     OUT: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of logits, both models' made again; grid (row blocks * column blocks,)."""
+    """Recompute both models' logits of a tile for its gradient; grid (row * column blocks,)."""
     i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     start_n = i_n * BLOCK_N
     first_v = start_v + i_v * BLOCK_V
@@ -151,7 +151,7 @@ def _joint_dlogits_tile_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile from two tiles of products; grid (row blocks * column blocks,)."""
+    """Logit gradients from both models' GEMM results; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = i_v * BLOCK_V + tl.arange(0, BLOCK_V)

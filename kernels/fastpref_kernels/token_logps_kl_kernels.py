@@ -1,13 +1,13 @@
-"""Triton kernels of `token_logps_and_kl`: policy and reference over the same columns at once.
+"""Triton kernels of `token_logps_and_kl`: policy and reference over the same columns together.
 
-The forward adds up, for each row and block of columns, both models' max and Σ exp(z - max) and the
-first model's Σ exp(z - max) · (z - z' - (z_y - z'_y)); "first" is the model the KL's expectation is
-under. Each number counts from the target's logits, so that none is larger than the KL asks for.
+The forward sums, for each row and block of columns, both models' max and Σ exp(z - max) and the
+first model's Σ exp(z - max) · (z - z' - (z_y - z'_y)); "first" is the model that the KL's
+expectation is under. Terms are relative to the targets' logits, to keep them of the KL's order.
 
-What a forward may store for its backward is, column by column, the larger of exp(z - z_y) and
-exp(z' - z'_y), times the softcap's slope, and their log-ratio. The smaller is the larger times
-exp(-|log-ratio|). In bfloat16 and float16 that costs p and q no more than 2^-9 of the larger, and
-p - q keeps its digits where they are close, which two rounded probabilities would not.
+For its backward a forward may store, for each column, the larger of exp(z - z_y) and
+exp(z' - z'_y), times the softcap's slope, and the log-ratio of the two. The smaller one is the
+larger times exp(-|log-ratio|). In bfloat16 and float16 the error of p and q is at most 2^-9 of the
+larger, and p - q stays accurate where they are close, unlike with two rounded probabilities.
 """
 
 import triton
@@ -29,14 +29,14 @@ from fastpref_kernels.token_logps_kernels import LOWEST, MAX_DRIFT
 def _sum_columns(
     logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr
 ):
-    """Row sums of a tile: max and sum of both models, the first model's gap."""
+    """Row sums of a tile: max and sum of both models, and the first model's gap."""
     others = tl.where(keep, logits, float("-inf"))
     reference_others = tl.where(keep, reference_logits, float("-inf"))
     row_max = tl.maximum(tl.max(others, 1), LOWEST)
     reference_max = tl.maximum(tl.max(reference_others, 1), LOWEST)
     exp_logits = tl.exp(others - row_max[:, None])
     reference_exp = tl.exp(reference_others - reference_max[:, None])
-    # as `row_sums.base_gap`
+    # as in `row_sums.base_gap`
     base_gap = anchor - reference_anchor
     base_gap = tl.where(tl.abs(base_gap) < float("inf"), base_gap, 0.0)[:, None]
     if UNDER_REFERENCE:
@@ -45,7 +45,7 @@ def _sum_columns(
     else:
         weights = exp_logits
         gaps = logits - reference_logits - base_gap
-    # columns of -inf have no weight and no gap that is a number
+    # a column of -inf has weight 0 and a gap that may be NaN
     gap = tl.sum(tl.where(weights > 0, weights * gaps, 0.0), 1)
     return row_max, tl.sum(exp_logits, 1), reference_max, tl.sum(reference_exp, 1), gap
 
@@ -54,7 +54,7 @@ def _sum_columns(
 def _add_sums(
     max_a, sum_a, gap_a, max_b, sum_b, gap_b,
 ):  # fmt: skip
-    """Sums over the columns of a and of b together."""
+    """Merge the online sums of two sets of columns, a and b."""
     new_max = tl.maximum(max_a, max_b)
     scale_a = tl.exp(max_a - new_max)
     scale_b = tl.exp(max_b - new_max)
@@ -66,7 +66,7 @@ def _add_columns(
     row_max, row_sum, reference_max, reference_sum, gap,
     logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE: tl.constexpr,
 ):  # fmt: skip
-    """Row sums so far and those of a tile together; the gap goes with the sums of the first."""
+    """Merge a tile's row sums into the running ones; the gap is rescaled with the first model."""
     part_max, part_sum, reference_part_max, reference_part_sum, part_gap = _sum_columns(
         logits, reference_logits, anchor, reference_anchor, keep, UNDER_REFERENCE
     )
@@ -100,14 +100,14 @@ def _store_joint_sums(
 def _larger_and_log_ratio(
     logits, reference_logits, anchor, reference_anchor, keep, softcap, HAS_SOFTCAP: tl.constexpr
 ):
-    """max(exp(z - anchor), exp(z' - anchor')) times the slope, and log of the first over the
-    second; 0 and 0 where `keep` is false."""
+    """max(exp(z - anchor), exp(z' - anchor')) times the softcap's slope, and the log-ratio of the
+    two exponentials; both 0 where `keep` is false."""
     over = logits - anchor[:, None]
     reference_over = reference_logits - reference_anchor[:, None]
     larger = tl.exp(tl.minimum(tl.maximum(over, reference_over), MAX_DRIFT))
     if HAS_SOFTCAP:
         larger *= softcap_slope(logits, softcap)
-    # equal: also -inf and -inf, whose difference is not a number
+    # also equal: -inf and -inf, whose difference is NaN
     log_ratio = tl.where(over == reference_over, 0.0, over - reference_over)
     return tl.where(keep, larger, 0.0), tl.where(keep, log_ratio, 0.0)
 
@@ -126,7 +126,7 @@ def _joint_sweep_kernel(
     PROMOTE_D: tl.constexpr, EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Both models' logits of a tile, and its rows' sums; grid (row blocks * column blocks,)."""
+    """Both models' logits of a tile, and row sums of it; grid (row blocks * column blocks,)."""
     i_n, i_v = tile_index(N, stop_v - start_v, BLOCK_N, BLOCK_V, GROUP_N)
     start_n = i_n * BLOCK_N
     first_v = start_v + i_v * BLOCK_V
@@ -187,7 +187,7 @@ def _joint_sweep_tile_kernel(
     EXP: tl.constexpr, RATIO: tl.constexpr, UNDER_REFERENCE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_REFERENCE_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Row sums of two tiles of products, rows first_n on; grid (row blocks * column blocks,)."""
+    """Row sums of both models' GEMM results, rows first_n on; grid (row * column blocks,)."""
     i_n, i_v = tile_index(R, stop_v - start_v, BLOCK_N, BLOCK_V, 1)
     rows = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = product_columns(i_v, BLOCK_V)

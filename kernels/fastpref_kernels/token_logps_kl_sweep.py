@@ -1,4 +1,4 @@
-"""One joint sweep of policy and reference on a GPU: the launchers behind the sums of its rows."""
+"""One joint pass ("sweep") of policy and reference over the vocabulary on a GPU."""
 
 from functools import partial
 from typing import Any
@@ -41,8 +41,8 @@ class JointSweep:
         tile = operands[0].tile or JOINT_ROW_TILE
         B, R = triton.cdiv(operands[0].head.weight.shape[0], tile.block_v), len(self.ids_R)
         empty = partial(self.inputs[0].new_empty, dtype=torch.float32)
-        # of target logits, largest others and their sums, gap; both models' rows begin at multiples
-        # of 256 bytes: a kernel that is compiled for others may add a row up in another order
+        # target logits, max and sum of the other columns, gap. Both models' rows are aligned to 256
+        # bytes: a kernel compiled for another alignment may sum a row in another order
         self.row_sums_42R = empty(4, 2, aligned_columns(R))[..., :R]
         self.anchor_2R = self.row_sums_42R[0]
         for model, anchor_R in zip(operands, self.anchor_2R, strict=True):
@@ -52,7 +52,7 @@ class JointSweep:
         self.gap_BR = empty(B, R)
 
     def run(self, kept_RV: list[Tensor] | None) -> None:
-        """Sweep the vocabulary; fill `kept_RV` with the larger exponentials and log-ratios."""
+        """Run over the vocabulary; store larger exponentials and log-ratios in `kept_RV`."""
         tile = self.operands[0].tile
         if tile is None:
             self._run_products(kept_RV)
@@ -60,7 +60,7 @@ class JointSweep:
             self._run_fused(tile, kept_RV)
 
     def finish(self) -> JointSums:
-        """Sums over all columns."""
+        """Reduce the blocks to sums over all columns."""
         sums = (self.max_BR, self.sum_BR), (self.reference_max_BR, self.reference_sum_BR)
         first = int(self.under_reference)
         for model, (max_BR, sum_BR) in enumerate(sums):
@@ -72,15 +72,15 @@ class JointSweep:
         return JointSums(models, gap_2R[first], base_gap_R, self.under_reference)
 
     def rescue(self, sums: JointSums, kept_RV: list[Tensor]) -> Tensor:
-        """Do rows again whose target is more than MAX_DRIFT nats below another column.
+        """Recompute rows whose target is more than MAX_DRIFT nats below another column.
 
         Returns:
-            log p and log q of what is stored as 1, (2, R).
+            log p and log q that a stored exponential of 1 stands for, (2, R).
         """
         models = sums.models
         drift_2R = models.max - models.target_logit
         rescued_R = (self.ids_R >= 0) & (drift_2R > MAX_DRIFT.value).any(0)
-        # the others' log-sum-exp is their anchor then: log p of it is log(1 - p_y)
+        # the anchor of these rows is the log-sum-exp of the other columns: log p = log(1 - p_y)
         others_lse_R, reference_others_lse_R = (lse_R.float() for lse_R in models.lse_others)
         (head, reference_head), D = (model.head for model in self.operands), self.inputs[0].shape[1]
         D_reference = self.inputs[1].shape[1]
@@ -113,7 +113,7 @@ class JointSweep:
             **joint_transforms(self.operands),
             **COMPILE,
         )
-        # over the anchors as they were rounded: with large logits that is a part of what is stored
+        # use the rounded anchors: with large logits their rounding is part of the stored values
         others_lse_2R = torch.stack([others_lse_R, reference_others_lse_R])
         return torch.where(rescued_R, others_lse_2R - models.lse, models.logps)
 
@@ -160,7 +160,7 @@ class JointSweep:
             )
 
     def _arguments(self, kept_RV: list[Tensor] | None) -> dict[str, Any]:
-        """Kernel arguments of what a sweep reads and leaves for each row."""
+        """Kernel arguments for the per-row inputs and outputs of a sweep."""
         anchor_R, reference_anchor_R = self.anchor_2R
         exp, ratio = (TRITON_DTYPES[kept.dtype] for kept in kept_RV) if kept_RV else (None, None)
         return {
@@ -180,7 +180,7 @@ class JointSweep:
 
 
 def joint_transforms(operands: tuple[Operands, Operands]) -> dict[str, Any]:
-    """Kernel arguments of both models' bias, and of the scale and softcap they share."""
+    """Kernel arguments for both models' biases and their common scale and softcap."""
     reference_bias = operands[1].head.bias
     return operands[0].transform | {
         "reference_bias_ptr": reference_bias,

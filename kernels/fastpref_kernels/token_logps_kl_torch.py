@@ -1,4 +1,4 @@
-"""Portable path of `token_logps_and_kl`: both models' logits of one tile at a time."""
+"""Portable `token_logps_and_kl` in plain torch, both models' logits of one tile at a time."""
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from fastpref_kernels.workspace import slices, tile_shape
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
-    """Always "lean": the backward makes both models' logits again."""
+    """Always "lean": the backward recomputes both models' logits."""
     return "lean"
 
 
@@ -30,11 +30,11 @@ def empty_stats(heads: Heads, mode: str) -> JointStats:
 
 
 def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str) -> JointStats:
-    """Both models' target log-probabilities and their KL, from one sweep over the vocabulary.
+    """Both models' target log-probabilities and their KL, from one pass over the vocabulary.
 
     Args:
-        heads: Of policy and reference: hidden states (N, D), (N, D') and weights (V, D), (V, D').
-        targets: What is scored.
+        heads: Policy and reference: hidden states (N, D), (N, D') and weights (V, D), (V, D').
+        targets: Target ids of the N rows.
         direction: "reference_policy" for KL(reference ‖ policy) or "policy_reference".
     """
     N = len(targets.ids)
@@ -67,8 +67,8 @@ def token_logps_kl_bwd(
     Args:
         grads: (N,) upstream gradients g_l of the log-probabilities and g_k of the KL, any strides.
         heads, targets, direction: As in the forward.
-        stats, mode: What the forward returned and was told.
-        needs_grad: Which of input, weight and bias want a gradient; the others get None.
+        stats, mode: Result and mode of the forward.
+        needs_grad: Which of input, weight and bias require a gradient; the others get None.
     """
     policy, reference = heads
     (grad_logps_N, grad_kl_N), unit = logit_gradients(policy, targets, *grads)
@@ -103,7 +103,7 @@ def token_logps_kl_bwd(
 def _sweep(
     heads: Heads, targets: Targets, rows: slice, tile_cols: int, direction: str
 ) -> JointSums:
-    """Sums of R rows, from one sweep over the vocabulary."""
+    """Sums of R rows, from one pass over the vocabulary."""
     R, device = rows.stop - rows.start, targets.ids.device
     under_reference = direction == "reference_policy"
     first = int(under_reference)
@@ -137,15 +137,15 @@ def _add_columns(
     *,
     first: int,
 ) -> tuple[tuple[RowSums, RowSums], Tensor]:
-    """Sums of both models, and of the gap under model `first`, with a tile's added."""
+    """Add a tile's columns to the sums of both models and to the gap under model `first`."""
     target_logits = [take_target(logits_RC, target_R, cols) for logits_RC in logits]
-    # not each model's over its own target: two close logits differ by what they do exactly
+    # z - z' first: the difference of two close floats is exact
     gap_RC = (logits[first] - logits[1 - first]).sub_(base_gap_R[:, None])
     policy, reference = (
         sums.add(logits_RC, target_logit_R)
         for sums, logits_RC, target_logit_R in zip(models, logits, target_logits, strict=True)
     )
-    # -inf columns have no weight and no gap that is a number
+    # a column of -inf has weight 0 and a gap that may be NaN
     gap_RC.masked_fill_(logits[first] == 0, 0)
     rescale_R = (models[first].max - (policy, reference)[first].max).exp()
     return (policy, reference), gap_R * rescale_R + gap_RC.mul_(logits[first]).sum(1)
@@ -159,7 +159,7 @@ def _tile_shape(heads: Heads) -> tuple[int, int]:
 def _kl_gradient_under_reference(
     logps_RC: Tensor, reference_RC: Tensor, grad_logps_R: Tensor, grad_kl_R: Tensor, _: Tensor
 ) -> Tensor:
-    """g_k · (p - q) - g_l · p, in place; p - q is formed first so that equal models give 0."""
+    """g_k · (p - q) - g_l · p, in place; p - q is computed first, so that equal models give 0."""
     p_RC, q_RC = logps_RC.exp_(), reference_RC.exp_()
     dlogits_RC = torch.sub(p_RC, q_RC, out=q_RC).mul_(grad_kl_R[:, None])
     return dlogits_RC.sub_(p_RC.mul_(grad_logps_R[:, None]))
@@ -172,5 +172,5 @@ def _kl_gradient_under_policy(
     dlogits_RC = torch.sub(logps_RC, reference_RC, out=reference_RC)
     dlogits_RC.sub_(kl_R[:, None]).mul_(grad_kl_R[:, None]).sub_(grad_logps_R[:, None])
     p_RC = logps_RC.exp_()
-    # where p is 0 log p - log q may be infinite or no number at all
+    # where p is 0, log p - log q may be infinite or NaN
     return dlogits_RC.masked_fill_(p_RC == 0, 0).mul_(p_RC)

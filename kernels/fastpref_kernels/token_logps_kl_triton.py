@@ -1,10 +1,10 @@
-"""`token_logps_and_kl` on a GPU: the launchers of its kernels, and how many GEMMs its modes take.
+"""Triton launchers of `token_logps_and_kl`, in four modes with different numbers of GEMM passes.
 
-    store    4 passes, 3 if the head is frozen: what both models say of every column is kept for the
-             backward, if the workspace holds it
-    partial  between these and lean's: the same of the first rows, as many as the workspace holds
-    lean     6 passes, 5 if the head is frozen: the backward makes both models' logits again
-    scores   2 passes: nothing wants a gradient
+    store    4 passes, 3 if the head is frozen: an exponential and a log-ratio of every column fit
+             in the workspace and are kept for the backward
+    partial  between store and lean: the same for as many leading rows as fit in the workspace
+    lean     6 passes, 5 if the head is frozen: the backward recomputes both models' logits
+    scores   2 passes: no gradient is required
 
 A pass is 2·N·D·V floating-point operations.
 """
@@ -46,7 +46,7 @@ from fastpref_kernels.token_logps_kl_sweep import JointSweep, joint_transforms
 from fastpref_kernels.workspace import keeping_mode, kept_rows, slices
 
 _SWEEP_ROWS = 4096
-"""Rows of a sweep: bounds the sums of its column blocks, five a row and block."""
+"""Rows per pass over the vocabulary: bounds the memory of five sums per row and column block."""
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
@@ -60,7 +60,7 @@ def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
 
 
 def empty_stats(heads: Heads, mode: str) -> JointStats:
-    """Uninitialised results of the forward, with what the mode keeps for its backward."""
+    """Uninitialised results of the forward, with the tensors the mode keeps for its backward."""
     policy, _ = heads
     N, V = policy.input.shape[0], policy.weight.shape[0]
     num_kept = {"store": N, "partial": kept_rows(N, _row_bytes(heads))}.get(mode, 0)
@@ -73,13 +73,13 @@ def empty_stats(heads: Heads, mode: str) -> JointStats:
 
 
 def token_logps_kl_fwd(heads: Heads, targets: Targets, direction: str, mode: str) -> JointStats:
-    """Both models' target log-probabilities and their KL, from one sweep over the vocabulary."""
+    """Both models' target log-probabilities and their KL, from one pass over the vocabulary."""
     stats = empty_stats(heads, mode)
     operands = _operands(heads, targets)
     V = heads[0].weight.shape[0]
     K, N = stats.kept.shape[1], len(targets.ids)
     if K:
-        # columns that only round a row up: an op's results hold nothing by chance
+        # alignment columns: an op must not return uninitialised memory
         stats.kept[:, :, V:] = 0
     for rows in [*slices(K, _SWEEP_ROWS), *slices(N, _SWEEP_ROWS, start=K)]:
         sweep = JointSweep(operands, rows, under_reference=direction == "reference_policy")
@@ -105,9 +105,9 @@ def token_logps_kl_bwd(
     mode: str,
     needs_grad: NeedsGrad,
 ) -> Gradients:
-    """Gradients of the policy's input, weight and bias; formulas as in the portable path.
+    """Gradients of the policy's input, weight and bias; formulas as in token_logps_kl_torch.py.
 
-    Any mode's: what was kept tells which rows are made again.
+    The same for all modes: rows that were not kept are recomputed.
     """
     policy, _ = heads
     (grad_logps_N, grad_kl_N), unit = logit_gradients(policy, targets, *grads)
@@ -129,7 +129,7 @@ def token_logps_kl_bwd(
             vectors | {"lse_ptr": stats.lse, "reference_lse_ptr": stats.reference_lse},
         ),
     )
-    # padding may hold anything, and 0 · NaN would reach the head's gradient
+    # ignored rows may hold NaN, and 0 · NaN would reach the head's gradient
     clean_ND = operands[0].head.input
     if needs_grad[1]:
         clean_ND = clean_ND.masked_fill(targets.ignored[:, None], 0)
@@ -156,12 +156,12 @@ def token_logps_kl_bwd(
 def _stored_vectors(
     policy: Operands, stats: JointStats, vectors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Arguments of `_from_stored` that are the kept rows' own, (K,)."""
+    """Arguments of `_from_stored` that exist for kept rows only, (K,) each."""
     log_scale_K, reference_log_scale_K = stats.kept_scales
     K = len(log_scale_K)
     target_K = vectors["target_grad_ptr"][:K]
     if policy.head.softcap is not None:
-        # the other columns were stored with theirs
+        # stored exponentials include the softcap's slope; the target's gradient does not
         target_K = times_slope(target_K, policy.head, policy.target_logits(slice(0, K)))
     return {
         "log_scale_ptr": log_scale_K,
@@ -254,7 +254,7 @@ def _from_products(
 
 
 def _operands(heads: Heads, targets: Targets) -> tuple[Operands, Operands]:
-    """Both models' tensors, in blocks of the joint kernels or both for the library's GEMM."""
+    """Both models' operands; both use the fused joint kernels, or both the library's GEMM."""
     policy, reference = (Operands.of(head, targets, joint=True) for head in heads)
     dtypes = {operands.head.input.dtype for operands in (policy, reference)}
     tile = policy.tile if len(dtypes) == 1 and reference.tile is not None else None
@@ -262,9 +262,10 @@ def _operands(heads: Heads, targets: Targets) -> tuple[Operands, Operands]:
 
 
 def _kept(stats: JointStats) -> tuple[Tensor, Tensor]:
-    """Larger exponentials and log-ratios, (N, V rounded up).
+    """Larger exponentials and log-ratios, (K, V rounded up) each.
 
-    A log-ratio of 50 nats fits in float16 too, whose rounding is an eighth of bfloat16's.
+    16-bit log-ratios are float16: its rounding error is an eighth of bfloat16's, and its range
+    suffices for 50 nats.
     """
     larger_NV, log_ratio_NV = stats.kept
     in_half = larger_NV.dtype == torch.bfloat16
@@ -272,5 +273,5 @@ def _kept(stats: JointStats) -> tuple[Tensor, Tensor]:
 
 
 def _row_bytes(heads: Heads) -> int:
-    """Of what is kept of a row."""
+    """Bytes kept per row."""
     return 2 * aligned_columns(heads[0].weight.shape[0]) * joint_exp_dtype(heads).itemsize

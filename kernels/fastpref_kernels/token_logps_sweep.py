@@ -1,4 +1,4 @@
-"""One sweep over the vocabulary on a GPU: the launchers behind the sums of a group of rows."""
+"""One pass ("sweep") over the vocabulary on a GPU: kernel launches and sums of a group of rows."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ class Sweep:
         self.input_RD, self.ids_R = operands.head.input[rows], operands.ids[rows]
         self.anchor_R = operands.target_logits(rows)
         self.exp_dtype = operands.exp_dtype if stored else None
-        # a fused kernel leaves its sums a part of a tile at a time; the gap needs more registers
+        # fused kernels store sums per part of a tile; the gap needs registers, so smaller parts
         self.parts = 4 if gap else 2
         tile = operands.tile
         block_v = ROW_TILE.block_v if tile is None else tile.block_v // self.parts
@@ -44,19 +44,19 @@ class Sweep:
         self.gap_BR = self._empty(num_blocks) if gap else None
 
     def add(self, cols: slice, stored_RC: Tensor | None = None) -> None:
-        """Sweep the columns of `cols`, which begins a block; fill `stored_RC` with exponentials."""
+        """Add the columns `cols`, which start at a block boundary; store exponentials if asked."""
         if self.operands.tile is None:
             self._add_products(cols, stored_RC)
         else:
             self._add_fused(self.operands.tile, cols, stored_RC)
 
     def finish(self) -> tuple[RowSums, Tensor]:
-        """Sums over all columns, (R,), and of what was stored; undefined if nothing was."""
+        """Sums over all columns, and the sum of the stored exponentials, (R,), if any."""
         row_max_R, row_sum_R, stored_sum_R = combine(self.max_BR, self.sum_BR, self.stored_sum_BR)
         return RowSums(row_max_R, row_sum_R, self.anchor_R), stored_sum_R
 
     def finish_gap(self) -> Tensor:
-        """Sum over all columns of what was stored times its logit over the target's, (R,)."""
+        """Σ of stored exponentials times (logit - target's logit) over all columns, (R,)."""
         *_, gap_R = combine(self.max_BR, self.sum_BR, self.gap_BR)
         return gap_R
 
@@ -69,10 +69,10 @@ class Sweep:
         stored_RV: Tensor | None = None,
         total_RD: Tensor | None = None,
     ) -> None:
-        """Do rows again whose target is more than MAX_DRIFT nats below another column.
+        """Recompute rows whose target is more than MAX_DRIFT nats below another column.
 
-        Exactly one of `stored_RV`, their exponentials, and `total_RD`, the product of these with
-        the head, is what is to be corrected; `stored_sum_R` and `gap_R` are corrected with it.
+        Overwrites exactly one of `stored_RV`, their exponentials, and `total_RD`, the product of
+        exponentials and head; and with it `stored_sum_R` and, if given, `gap_R`.
         """
         weight_VD, D = self.operands.head.weight, self.input_RD.shape[1]
         block_d = triton.next_power_of_2(D)
@@ -140,7 +140,7 @@ class Sweep:
 
     @property
     def _sums(self) -> dict[str, Any]:
-        """Kernel arguments of what a sweep reads and leaves for each row."""
+        """Kernel arguments for the per-row inputs and outputs of a sweep."""
         return {
             "target_ptr": self.ids_R,
             "anchor_ptr": self.anchor_R,
@@ -158,12 +158,12 @@ class Sweep:
 
 
 def weigh_target(stored_RV: Tensor, ids_R: Tensor, weight_R: Tensor) -> None:
-    """Give the target what all others weigh, with the other sign: dz sums to zero over a row.
+    """Store minus the others' sum at the target, so that dz sums to zero over a row.
 
     Args:
-        stored_RV: Exponentials without the target.
-        ids_R: Targets, -1 where ignored.
-        weight_R: The others' sum, times the target's softcap slope.
+        stored_RV: Exponentials, without a value at the target; modified in place.
+        ids_R: Targets, -1 for ignored rows.
+        weight_R: Sum of the other columns, times the softcap's slope at the target.
     """
     ids_R1 = ids_R[:, None]
     weight_R1 = -weight_R[:, None].masked_fill(ids_R1 < 0, 0).to(stored_RV.dtype)
@@ -171,8 +171,8 @@ def weigh_target(stored_RV: Tensor, ids_R: Tensor, weight_R: Tensor) -> None:
 
 
 def shared(others_N: Tensor, stored_sum_N: Tensor) -> Tensor:
-    """What a unit of stored exponential gets of what the other columns share; 0 if there are none.
+    """others / stored_sum: factor from a stored exponential to its column's share of `others_N`.
 
-    Others whose sum is 0 have a probability of 0 together.
+    0 where the stored sum is 0: the other columns then have a total probability of 0.
     """
     return torch.where(stored_sum_N > 0, others_N / stored_sum_N, 0)

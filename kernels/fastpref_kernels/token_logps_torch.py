@@ -1,4 +1,4 @@
-"""Portable path of `token_logps`: chunks of logits in plain torch, on any device."""
+"""Portable `token_logps` in plain torch, one tile of logits at a time, on any device."""
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fastpref_kernels.workspace import slices, tile_shape
 
 
 def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
-    """Always "lean": the backward makes the logits again."""
+    """Always "lean": the backward recomputes the logits."""
     return "lean"
 
 
@@ -30,7 +30,7 @@ def empty_stats(head: Head, mode: str) -> TokenStats:
 
 
 def token_logps_fwd(head: Head, targets: Targets, mode: str) -> TokenStats:
-    """Log-probability of each row's target and the log-sum-exp the backward starts from."""
+    """Log-probability of each row's target, and the log-sum-exp that the backward needs."""
     N, (V, D) = len(targets.ids), head.weight.shape
     tile_rows, tile_cols = tile_shape(V, D, head.weight.device)
     stats = empty_stats(head, mode)
@@ -57,11 +57,11 @@ def token_logps_bwd(
     Args:
         grad: (N,) upstream gradient of the log-probabilities, any strides.
         head, targets: As in the forward.
-        stats, mode: What the forward returned and was told.
-        needs_grad: Which of input, weight and bias want a gradient; the others get None.
+        stats, mode: Result and mode of the forward.
+        needs_grad: Which of input, weight and bias require a gradient; the others get None.
     """
     (scaled_grad_N,), unit = logit_gradients(head, targets, grad)
-    # 1 - p_y without subtracting from 1: exact for a confident token
+    # 1 - p_y as -expm1(log p_y): accurate for a confident token
     target_grad_N = -scaled_grad_N * stats.logps.expm1()
 
     def dlogits(rows: slice, cols: slice, hidden_RD: Tensor, head_CD: Tensor) -> Tensor:

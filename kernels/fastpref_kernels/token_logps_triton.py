@@ -1,14 +1,14 @@
-"""`token_logps` on a GPU: the launchers of its kernels, and how many GEMMs its modes take.
+"""Triton launchers of `token_logps`, in five modes with different numbers of GEMM passes.
 
-    store    3 passes: exponentials of all logits are kept for the backward, if the workspace holds
-             them, and both gradients are GEMMs with them
-    partial  between 3 and 4: exponentials of the first rows, as many as the workspace holds
-    lean     4 passes: the backward makes a slice of the logits again
-    frozen   2 passes: only the hidden states want a gradient, which the forward makes for an
-             upstream gradient of 1
-    scores   1 pass: nothing wants a gradient
+    store    3 passes: the exponentials of all logits fit in the workspace and are kept; both
+             gradients are GEMMs with them
+    partial  3 to 4 passes: exponentials of as many leading rows as fit in the workspace are kept
+    lean     4 passes: the backward recomputes the logits, one vocabulary slice at a time
+    frozen   2 passes: only the hidden states require a gradient, which the forward computes for
+             an upstream gradient of 1
+    scores   1 pass: no gradient is required
 
-A pass is 2·N·D·V floating-point operations. The mode follows from shapes, dtypes and the workspace.
+A pass is 2·N·D·V floating-point operations. The mode depends on shapes, dtypes and workspace only.
 """
 
 import torch
@@ -23,19 +23,19 @@ from fastpref_kernels.token_logps_sweep import Sweep, shared, weigh_target
 from fastpref_kernels.workspace import keeping_mode, kept_rows, limit, slices
 
 _SWEEP_ROWS = 8192
-"""Rows of a sweep: bounds the sums of its column blocks. Reading the head once for each such group
-costs 1/16 of what multiplying with it does."""
+"""Rows per pass over the vocabulary: bounds the memory of per-block sums. Reading the head once
+per group of rows takes 1/16 of the time of the GEMM with it."""
 _FROZEN_TILE = (4096, 32768)
-"""Rows, columns of the exponentials that one product with the head takes in: on an H100 as fast as
-larger ones at D = 4,096, and 4 to 12 % faster than half the rows."""
+"""Rows, columns of exponentials per GEMM with the head: on an H100 as fast as larger tiles at
+D = 4,096, and 4 to 12 % faster than half the rows."""
 
 
 def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
     """Mode of a call; see the module's docstring.
 
     Args:
-        head: What is scored.
-        needs_grad: Which of input, weight and bias want a gradient.
+        head: Hidden states and LM head.
+        needs_grad: Which of input, weight and bias require a gradient.
     """
     N = head.input.shape[0]
     if not any(needs_grad):
@@ -48,7 +48,7 @@ def choose_mode(head: Head, needs_grad: NeedsGrad) -> str:
 
 
 def empty_stats(head: Head, mode: str) -> TokenStats:
-    """Uninitialised results of the forward, with what the mode keeps for its backward."""
+    """Uninitialised results of the forward, with the tensors the mode keeps for its backward."""
     N, V = head.input.shape[0], head.weight.shape[0]
     kept, num_sums = head.input.new_empty(0), 0
     if mode in ("store", "partial"):
@@ -62,7 +62,7 @@ def empty_stats(head: Head, mode: str) -> TokenStats:
 
 
 def token_logps_fwd(head: Head, targets: Targets, mode: str) -> TokenStats:
-    """Log-probability of each row's target, and what the mode's backward starts from."""
+    """Log-probability of each row's target, and the tensors that the mode's backward needs."""
     stats = empty_stats(head, mode)
     operands = Operands.of(head, targets)
     if mode == "frozen":
@@ -81,7 +81,7 @@ def token_logps_bwd(
     mode: str,
     needs_grad: NeedsGrad,
 ) -> Gradients:
-    """Gradients of input, weight and bias, from the upstream gradient (N,), in the same mode."""
+    """Gradients of input, weight and bias from the upstream gradient (N,), in the same mode."""
     if mode == "frozen":
         grad_N1 = grad.float().masked_fill(targets.ignored, 0)[:, None]
         return torch.mul(stats.kept, grad_N1).to(head.input.dtype), None, None
@@ -90,11 +90,11 @@ def token_logps_bwd(
 
 
 def _sweep_fwd(operands: Operands, stats: TokenStats) -> None:
-    """Forward of every mode but frozen: one sweep over the vocabulary."""
+    """Forward of every mode except frozen: one pass over the vocabulary."""
     head = operands.head
     K, N, V = len(stats.kept), len(operands.ids), head.weight.shape[0]
     if K:
-        # columns that only round a row up: an op's results hold nothing by chance
+        # alignment columns: an op must not return uninitialised memory
         stats.kept[:, V:] = 0
     for rows in [*slices(K, _SWEEP_ROWS), *slices(N, _SWEEP_ROWS, start=K)]:
         stored_RV = stats.kept[rows, :V] if rows.stop <= K else None
@@ -112,11 +112,11 @@ def _sweep_fwd(operands: Operands, stats: TokenStats) -> None:
 
 
 def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
-    """Forward that also makes the hidden states' gradient for an upstream gradient of 1.
+    """Forward that also computes the hidden states' gradient for an upstream gradient of 1.
 
         ∂ log p_y / ∂h = (1 - p_y) · (W_y - Σ_{j≠y} E_j · W_j / Σ_{j≠y} E_j),  E = exp(z - z_y)
 
-    times scale and the softcap's slopes.
+    times the logit scale and, on each column's term, the softcap's slope.
     """
     head = operands.head
     N, (V, D) = len(operands.ids), head.weight.shape
@@ -145,14 +145,14 @@ def _frozen_fwd(operands: Operands, stats: TokenStats) -> None:
 
 
 def _row_bytes(head: Head) -> int:
-    """Of a row's exponentials."""
+    """Bytes of a row's exponentials."""
     return aligned_columns(head.weight.shape[0]) * head.exp_dtype.itemsize
 
 
 def _frozen_tile(operands: Operands) -> tuple[int, int]:
-    """Rows, columns of the exponentials; columns in whole tiles of what makes the logits.
+    """Rows, columns of the exponentials, reduced to the workspace; columns in whole GEMM tiles.
 
-    A product of the library has other bits in another width, and half the workspace.
+    Library GEMMs need whole tiles, as their bits depend on the width, and half of the workspace.
     """
     rows, cols = _FROZEN_TILE
     budget = float(limit())
