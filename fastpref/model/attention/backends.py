@@ -184,7 +184,7 @@ def torch_varlen_kernel() -> VarlenKernel:
 
 
 def block_mask(layout: SegmentLayout, window: int | None) -> Any:
-    """FlexAttention's block mask: tokens attend to their segment's earlier tokens and its prefix."""
+    """FlexAttention's block mask: a token attends to its segment's prefix and earlier tokens."""
     flex = import_module("torch.nn.attention.flex_attention")
     device = layout.query_offsets.device
     table = send(torch.tensor(layout.segments), device)

@@ -96,8 +96,8 @@ class GroupedAttention(torch.autograd.Function):
 
 
 def _share_of_sinks(sinks: Tensor, lse: Tensor, upstream: Tensor, output: Tensor) -> Tensor:
-    """Negative gradient of each head's sink, (H,): Σ p · (∂loss/∂output · output) over queries, with
-    p the sink's attention probability."""
+    """Negative gradient of each head's sink, (H,): Σ p · (∂loss/∂output · output) over queries, p
+    being the sink's attention probability."""
     share_SHR = (sinks[:, None] - lse).exp()
     return (share_SHR * (upstream * output).sum(-1)).sum((0, 2))
 
@@ -115,8 +115,8 @@ def _attend_on_cpu(
     )
     if sinks is None:
         return output, lse
-    # the sink adds to the softmax's normalizer and not to the output: given the corrected normalizer
-    # and output, the kernel's backward is right for all other keys
+    # the sink adds to the softmax's normalizer and not to the output: given the corrected
+    # normalizer and output, the kernel's backward is right for all other keys
     with_sink = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
     return output * (lse - with_sink).exp()[..., None].to(output.dtype), with_sink
 
