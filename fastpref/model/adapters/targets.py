@@ -46,7 +46,7 @@ def choose_targets(
 
 
 def whole_names(model: Any, ends: Iterable[str]) -> list[str]:
-    """Full names of a wrapper's layers with one of these suffixes; for other models, the suffixes."""
+    """Full names of a wrapper's layers with these suffixes; for other models, the suffixes."""
     if not other_parts(model):
         return list(ends)
     names = [name for name, _ in model.named_modules()]
