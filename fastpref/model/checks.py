@@ -139,7 +139,7 @@ def check_repeatability(model: Any) -> bool:
         Whether forwards with and without gradients are bit-identical.
 
     Raises:
-        ConfigError: it does, or it is; names the module in which two forwards start to differ.
+        ConfigError: its weights change, or two forwards differ, naming the module where they part.
     """
     versions = [parameter._version for parameter in model.parameters()]
     # the run's random state is left alone

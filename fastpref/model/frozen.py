@@ -25,7 +25,7 @@ def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
     16-bit dtype if this changes no result, or else the compute dtype.
 
     Args:
-        beside_policy: It is the reference of a policy, and stored like one that is in 16 bits.
+        beside_policy: It is the reference of a policy; if that is stored in 16 bits, so is this.
 
     Raises:
         CheckpointError: no such model.

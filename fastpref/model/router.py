@@ -25,7 +25,7 @@ logger = logging.getLogger("fastpref")
 
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-"""Names that families give to both in their configs."""
+"""Names of these two quantities in the configs of families."""
 NO_ROUTER = "it has no router of experts"
 
 

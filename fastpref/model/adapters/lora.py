@@ -45,8 +45,7 @@ from fastpref.model.adapters.tied_head import (
 logger = logging.getLogger("fastpref")
 
 TRAINED, GIVEN = "default", "reference"
-"""Adapter names in peft's layers: the one that is trained, and the one that training started from.
-"""
+"""Adapter names in peft's layers: the one being trained, and the one that training started from."""
 
 
 class Adapters:

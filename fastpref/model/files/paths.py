@@ -245,7 +245,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def nearest_neighbour(path: Path) -> str:
-    """ "; nearest: X" with the folder most similar to a missing one beside it, "" without any."""
+    """ "; nearest: X" with the sibling folder most similar to a missing one, "" without any."""
     if not path.parent.is_dir():
         return ""
     return hint(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
