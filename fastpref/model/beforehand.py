@@ -1,5 +1,5 @@
-"""What is known of a model before rows are tokenized and weights are read: its vocabulary, and what
-of a run's options it cannot do, asked of its twin without memory.
+"""Checks before rows are tokenized and weights are read: a model's vocabulary, and whether it
+supports a run's options, found out on its twin on the meta device.
 """
 
 from pathlib import Path
@@ -22,22 +22,22 @@ from fastpref.model.source import build_meta, load_model_tokenizer, read_vocab_s
 
 
 class Twin(NamedTuple):
-    """A model without memory."""
+    """A model on the meta device: its modules and shapes without weights."""
 
     model: Any
-    """Of transformers, on the meta device."""
+    """A causal LM of transformers, on the meta device."""
     adapters: Adapters | None
-    """In it; None where all of it is trained, or it scores only."""
+    """The adapters in it; None if the whole model is trained, or it only scores."""
 
     def check_longest(self, num_tokens: int, *, is_kept: bool) -> None:
-        """Refuse rows that the model cannot take, once it is known how long they are.
+        """Refuse rows that are too long for the model; called once their lengths are known.
 
         Args:
-            num_tokens: Of the longest sequence.
-            is_kept: Whether what the model computes of a row is kept for others beside it.
+            num_tokens: Length of the longest sequence.
+            is_kept: Whether a row's scores are cached, to be compared with ones of other batches.
 
         Raises:
-            ConfigError: naming the longest one that it can.
+            ConfigError: naming the greatest length that is possible.
         """
         check_positions(self.model, num_tokens)
         if is_kept:
@@ -52,17 +52,17 @@ def check_options(
     trainable: bool,
     world: World | None = None,
 ) -> Twin:
-    """Refuse what a model cannot do.
+    """Refuse options that a model does not support.
 
     Args:
-        config: Of the model.
-        adapter: Of what is trained beside it.
-        packing: How rows are to lie.
-        trainable: False where it scores only.
-        world: Whoever trains it; None where that is not here.
+        config: Model options.
+        adapter: Adapter options.
+        packing: Requested packing.
+        trainable: False if the model only scores.
+        world: The ranks that train it; None if it is not trained here.
 
     Returns:
-        Its twin, for what depends on the rows.
+        The model's twin, for checks that depend on the rows.
 
     Raises:
         ConfigError: naming the option.
@@ -92,14 +92,14 @@ def check_options(
 
 
 def check_files(model: ModelConfig) -> None:
-    """Refuse files of weights that are not all there, or do not fill their model; of a name on the
-    hub none are there yet.
+    """Refuse files of weights that are incomplete or do not fill their model; a hub model is not
+    checked.
 
     Args:
-        model: Its options.
+        model: Model options.
 
     Raises:
-        CheckpointError: naming them.
+        CheckpointError: naming what is missing.
     """
     source = named_model(model)
     if model.archive:
@@ -113,7 +113,7 @@ def check_files(model: ModelConfig) -> None:
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
-    """The tokenizer of a model's options, and the rows of its embedding; no weights are loaded.
+    """The tokenizer that model options name, and the number of rows of the model's embedding.
 
     Raises:
         CheckpointError: there is no such model.

@@ -1,4 +1,4 @@
-"""The transformer blocks of a model: what is sharded, compiled, recomputed and widened at once."""
+"""The transformer blocks of a model: the unit of sharding, compilation, recomputation and casts."""
 
 from collections import defaultdict
 from typing import Any
@@ -9,11 +9,11 @@ from fastpref.errors import ConfigError
 
 
 def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
-    """The transformer blocks: by class name, or else what the model itself names, or else the
-    elements of its lists of layers.
+    """The transformer blocks: by class name, or else by the model's `_no_split_modules`, or else
+    the elements of its ModuleLists.
 
-    A block within a block is left out, and so is one that shares a parameter with what lies outside
-    of it (Zamba's attention layers are one layer in several places): a parameter has one owner.
+    A block inside another one is left out, and so is one that shares a parameter with a module
+    outside of it (Zamba reuses one attention layer in several places): a parameter has one owner.
 
     Args:
         model: A causal LM of transformers.

@@ -1,4 +1,4 @@
-"""From a loaded model to a scorer: on one rank as a whole, on several sharded."""
+"""Builds a scorer from a loaded model: whole on one rank, sharded over several."""
 
 from typing import Any
 
@@ -33,19 +33,19 @@ def build_scorer(
     replicated: bool = False,
     router: Router | None = None,
 ) -> TokenScorer:
-    """A loaded model as a scorer: on one rank as a whole on its device, on several sharded.
+    """Build a scorer from a loaded model, whole on its device on one rank, sharded over several.
 
     Args:
         model: What `load_causal_lm` returned.
         path: From its last hidden states to its logits.
         trainable: False for a reference.
-        attention: What computes packed rows; None for padded ones.
-        adapters: In it; where it is trained, all that is.
-        replicated: Every rank has the whole of it.
-        router: Of its experts; where it is trained, its balance is part of the loss.
+        attention: Backend for packed rows; None for padded rows.
+        adapters: The adapters in it; if it is trained, only they are.
+        replicated: Every rank holds the whole model.
+        router: Its router of experts, whose load-balancing loss a trained model may have.
 
     Raises:
-        ConfigError: the options ask for a loss of the router's balance that cannot be had.
+        ConfigError: a load-balancing loss is requested that cannot be computed for the model.
     """
     balance = choose_balance(config.router_coefficient, router, model) if trainable else None
     if attention is None and config.attention in FLASH_PACKAGES:
@@ -76,7 +76,7 @@ def build_scorer(
 
 
 def shard(scorer: TokenScorer, config: ModelConfig, world: World, *, trainable: bool) -> None:
-    """Shard a scorer, whose weights rank 0 alone has, over all ranks."""
+    """Shard a scorer over all ranks; only rank 0's has weights."""
     weights = scorer.state_dict() if world.is_main else {}
     parallelize(
         scorer,
@@ -89,13 +89,13 @@ def shard(scorer: TokenScorer, config: ModelConfig, world: World, *, trainable: 
 
 
 def freeze(scorer: TokenScorer, dtype: torch.dtype, block_name: str | None) -> None:
-    """Let a scorer compute in a dtype without gradients, and without FSDP, on one rank."""
+    """Freeze a scorer and make it compute in a dtype, on one rank without FSDP."""
     scorer.requires_grad_(False)
-    # adapters are float32 beside whatever dtype
+    # adapters stay in float32, whatever the model's dtype
     adapters = [] if scorer.adapters is None else scorer.adapters.parameters()
     stored = next(scorer.parameters()).dtype
     if torch.promote_types(stored, dtype) == stored:
-        # cast once what would be cast in every forward
+        # narrowing loses nothing that a cast in every forward would keep, so it is done once
         store_parameters(scorer.model, dtype, kept=adapters)
     else:
         cast_in_forward(scorer.model, dtype, block_name, kept=adapters)

@@ -1,7 +1,7 @@
-"""What a model must do before it is trained: found out by letting it compute a few tokens.
+"""Checks that a model must pass before it is trained, made by computing a few tokens.
 
-All of it in float32, whatever the weights are stored in: what 16 bits round away hides mistakes of
-many nats in a response.
+Results are compared in float32, whatever the weights are stored in: the rounding error of 16 bits
+hides mistakes of many nats in a response.
 """
 
 from collections.abc import Iterator
@@ -37,32 +37,32 @@ from fastpref.model.scorer import TokenScorer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What was found out about a model that passed."""
+    """What the checks found out about a model that passed."""
 
     path: LogitPath
     repeats_exactly: bool
-    """It computes the same bits whether gradients are recorded or not, so policy and reference
-    start equal to the last bit."""
+    """Whether forwards with and without gradients are bit-identical, so that policy and reference
+    start exactly equal."""
     rounds_buffers: bool
-    """It computes in its dtype only where buffers are rounded to that dtype too."""
+    """Whether it runs in its compute dtype only if its buffers are cast to that dtype too."""
     router: Router | None
-    """Of its experts; None where it has none, or scores only."""
+    """Its router of experts; None if it has none, or only scores."""
 
 
 def check_model(
     model: Any, dtype: torch.dtype, block_name: str | None = None, *, trainable: bool = True
 ) -> Findings:
-    """Whether a causal LM can be trained here, and what its scorer must know of it.
+    """Check that a causal LM can be trained here, and find out what its scorer has to know.
 
     Args:
         model: Of transformers, with its weights, on the CPU.
-        dtype: What it will compute in.
-        trainable: False where it scores only.
+        dtype: Its compute dtype.
+        trainable: False if it only scores.
 
     Raises:
         CheckpointError: weights are not finite.
-        NonFiniteError: its arithmetic is not, on finite weights.
-        ConfigError: it is no model that can be trained here.
+        NonFiniteError: finite weights give results that are not finite.
+        ConfigError: the model cannot be trained here.
     """
     check_finite_weights(model)
     model.eval()
@@ -114,7 +114,7 @@ def check_causality(scorer: TokenScorer) -> None:
     """
     ids = probe_ids(scorer.model, 4, 12)
     first, other = ids[:2], ids[2:].clone()
-    # of the first row the beginning stays, of the second one nothing
+    # the first row keeps its beginning, the second one changes entirely
     other[0, :8] = first[0, :8]
     before, after = (
         _hidden_states(scorer, rows, torch.ones_like(rows)).view(2, 12, -1)
@@ -130,16 +130,16 @@ def check_causality(scorer: TokenScorer) -> None:
 
 
 def check_repeatability(model: Any) -> bool:
-    """Refuse a model that draws random numbers, or changes its weights, as it will be trained.
+    """Refuse a model whose forward is random, or changes the model's weights.
 
     Args:
         model: In the mode in which it will be trained.
 
     Returns:
-        Whether it computes the same bits with gradients and without.
+        Whether forwards with and without gradients are bit-identical.
 
     Raises:
-        ConfigError: it does; naming the module in which two passes over the same rows part.
+        ConfigError: its weights change, or two forwards differ, naming the module where they part.
     """
     versions = [parameter._version for parameter in model.parameters()]
     # the run's random state is left alone
@@ -156,7 +156,7 @@ def check_repeatability(model: Any) -> bool:
         difference = max(
             ((first - logits).norm() / first.norm()).item() for logits in (second, frozen)
         )
-        # NaN is no matter of randomness
+        # NaN passes: it is not a sign of randomness
         if difference > ROUNDING / 10:
             raise ConfigError(
                 f"model.name_or_path: {title(model)} computes the same rows differently "
@@ -167,8 +167,8 @@ def check_repeatability(model: Any) -> bool:
 
 
 def _padded_rows(model: Any) -> tuple[Tensor, Tensor]:
-    """Two rows of which one is padded, and their attention mask: torch chooses among kernels by
-    the mask, too."""
+    """Two rows, one of them padded, and their attention mask, which torch's choice of kernels
+    depends on."""
     ids = probe_ids(model, 2, 12)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
@@ -178,13 +178,13 @@ def _padded_rows(model: Any) -> tuple[Tensor, Tensor]:
 def _logits(model: Any) -> Tensor:
     ids, mask = _padded_rows(model)
     output = call_family(model, model, use_cache=False, input_ids=ids, attention_mask=mask)
-    # a softmax does not see -inf, nor what stands for it
+    # a softmax cannot tell -inf from a very negative stand-in for it
     return output.logits.float().clamp(min=-1e30)[mask.bool()]
 
 
 @torch.enable_grad()
 def check_backward(scorer: TokenScorer) -> None:
-    """Refuse a model through which no gradient comes, in the dtype that it is stored in.
+    """Refuse a model that propagates no gradients, in its storage dtype.
 
     Raises:
         ConfigError: saying what happens instead.
@@ -197,12 +197,12 @@ def check_backward(scorer: TokenScorer) -> None:
     try:
         with remember:
             states = _hidden_states(scorer, *_padded_rows(model))
-        # through every layer, and no memory for the gradient of any weight
+        # the embeddings' gradient passes every layer and takes no memory for those of weights
         inputs = embedded or [next(model.parameters())]
         found = torch.autograd.grad(states.float().sum(), inputs, allow_unused=True)
     except NotImplementedError:  # that a CPU lacks it in 16 bits tells nothing of a GPU
         return
-    # of a family's own code, whatever it says; memory is no matter of the family
+    # raised by a family's own code; running out of memory is not the family's fault
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
             raise
@@ -220,14 +220,14 @@ def check_backward(scorer: TokenScorer) -> None:
 def check_arithmetic(
     scorer: TokenScorer, dtype: torch.dtype, block_name: str | None
 ) -> tuple[bool, bool]:
-    """Refuse a model that does not compute, or overflows, in the dtype it will compute in.
+    """Refuse a model that fails or overflows in its compute dtype.
 
     Returns:
-        Whether it computes only if its buffers are rounded to that dtype as well: then they are.
-        And whether it computes the same bits with gradients and without.
+        Whether it runs only if its buffers are cast to that dtype too, which they then are; and
+        whether forwards with and without gradients are bit-identical.
 
     Raises:
-        ConfigError: it does not compute in that dtype.
+        ConfigError: it does not run in that dtype.
         NonFiniteError: its hidden states are not finite.
     """
     model, name = scorer.model, str(dtype).removeprefix("torch.")
@@ -244,7 +244,7 @@ def check_arithmetic(
                     states = _hidden_states(scorer, *rows).detach()
         except NotImplementedError:  # that a CPU lacks it in 16 bits tells nothing of a GPU
             return False, True
-        # of a family's own code, where float32 buffers meet narrower parameters
+        # raised by a family's own code where float32 buffers meet narrower parameters
         except RuntimeError as mixed:
             if is_out_of_memory(mixed):
                 raise
@@ -264,7 +264,7 @@ def check_arithmetic(
 
 
 def _hidden_states(scorer: TokenScorer, ids: Tensor, mask: Tensor) -> Tensor:
-    """Of every token that is no padding: (B, L) -> (N, D)."""
+    """Last hidden states of all tokens but padding: (B, L) -> (N, D)."""
     tokens = mask.flatten().nonzero()[:, 0]
     return scorer.hidden_states(
         Batch(
@@ -280,7 +280,7 @@ def _hidden_states(scorer: TokenScorer, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def _where_passes_part(model: Any) -> str:
-    """The first module, innermost first, whose output differs between a pass without gradients
+    """The first module, innermost first, whose output differs between a forward without gradients
     and one with them."""
     passes: list[list[tuple[str, float]]] = []
     for with_gradients in (False, True):
@@ -295,7 +295,7 @@ def _where_passes_part(model: Any) -> str:
 
 @contextmanager
 def _outputs(model: nn.Module) -> Iterator[list[tuple[str, float]]]:
-    """Name of every module, and a sum that stands for its output, in the order they finish."""
+    """Record each module's name and the sum of its output, in the order in which they finish."""
     outputs: list[tuple[str, float]] = []
 
     def remember(name: str, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a run's blocks are compiled, and how."""
+"""Whether and how a run's transformer blocks are compiled."""
 
 import logging
 from typing import Any
@@ -11,31 +11,30 @@ from fastpref.distributed import World
 logger = logging.getLogger("fastpref")
 
 PAYS_FROM = 3e17
-"""Operations of a device from which on `compile=auto` compiles: twenty minutes of an H100 at a
-quarter of its peak, of which a few percent are more than the minute that compiling takes."""
+"""FLOPs per device from which on `compile=auto` compiles: twenty minutes of an H100 at a quarter of
+its peak, so that a gain of a few percent outweighs the minute that compiling takes."""
 OPERATIONS_OF_A_WEIGHT = 8
-"""A token's, in a step with a reference: two forwards and a backward."""
+"""FLOPs per weight and token of a step with a reference: two forwards and a backward."""
 SHAPES = 64
-"""Shapes that a block is compiled for before torch gives up on it: some lengths of rows, for policy
-and reference, kinds of layers, training and evaluation."""
+"""Torch's recompilation limit for a block: some lengths of rows, each for policy and reference,
+kinds of layers, training and evaluation."""
 
 
 def choose_compilation(wish: str, model: Any, world: World, *, num_tokens: int) -> bool:
-    """Whether blocks are compiled: where it was asked for, or where a run is long enough to pay.
+    """Whether blocks are compiled: if requested, or if the run is long enough for it to pay.
 
-    The same for the same run on the same number of devices, so that one that goes on computes as
-    it did.
+    Depends only on the run and the number of devices, so that a resumed run computes as before.
 
     Args:
         wish: "auto", "true" or "false"; auto compiles on a GPU alone.
-        model: Of transformers.
-        num_tokens: Of the whole run, over all devices.
+        model: A causal LM of transformers.
+        num_tokens: Tokens of the whole run, over all devices.
     """
     if wish != "auto":
         return wish == "true"
     if world.device.type != "cuda":
         return False
-    # of experts a token sees few
+    # a token passes through few of the experts
     num_weights = sum(
         parameter.numel() for name, parameter in model.named_parameters() if ".experts." not in name
     )
@@ -52,12 +51,12 @@ def choose_compilation(wish: str, model: Any, world: World, *, num_tokens: int) 
 
 
 def compile_block(block: nn.Module, *, few_lengths: bool) -> None:
-    """Compile a block's forward, in place; attention stays what it is.
+    """Compile a block's forward, in place, except for its attention.
 
     Args:
-        block: Of a model.
-        few_lengths: Rows have one of a few lengths, so each gets code of its own; else one code is
-            for rows of any length.
+        block: A transformer block.
+        few_lengths: Rows have one of a few lengths, each of which is compiled for; else the block
+            is compiled with dynamic shapes.
     """
     # no option of torch.compile before torch 2.14
     config: Any = torch._dynamo.config

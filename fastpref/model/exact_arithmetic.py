@@ -1,7 +1,7 @@
-"""Arithmetic that checks can trust: float32 whatever the weights are stored in, exact products.
+"""Float32 arithmetic for checks of a model, whatever dtype its weights are stored in.
 
-Float32 holds every bfloat16 and float16 number, so a model whose parameters are widened while they
-are used computes what it would if it had been loaded in float32.
+Float32 holds every bfloat16 and float16 number exactly, so a model whose parameters are widened
+while they are used gives the same results as one that was loaded in float32.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -17,7 +17,7 @@ from fastpref.model.blocks import find_blocks
 
 @contextmanager
 def exact_arithmetic(model: Any, block_name: str | None = None) -> Iterator[None]:
-    """A model's forward passes in float32, a block widened at a time; everything as it was after.
+    """Run a model's forwards in float32, widening one block at a time; restored on exit.
 
     Args:
         model: A causal LM of transformers, on a CPU.
@@ -28,12 +28,12 @@ def exact_arithmetic(model: Any, block_name: str | None = None) -> Iterator[None
 
 @contextmanager
 def computing_in(model: Any, dtype: torch.dtype, block_name: str | None = None) -> Iterator[None]:
-    """A model's forward passes in a dtype, as FSDP2's mixed precision has them: each block's
-    parameters are cast while it runs, all others as long as anything around them does.
+    """Run a model's forwards in a dtype, as FSDP2's mixed precision does: each block's parameters
+    are cast while it runs, all others while any module that contains them runs.
 
     Args:
         model: A causal LM of transformers.
-        dtype: That of the arithmetic.
+        dtype: Compute dtype.
     """
     hooks = cast_in_forward(model, dtype, block_name, tables_at_once=True)
     try:
@@ -45,7 +45,7 @@ def computing_in(model: Any, dtype: torch.dtype, block_name: str | None = None) 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Float32 matrix products of a CPU in float32, whatever has been allowed elsewhere."""
+    """Compute float32 matrix products on the CPU in full float32, whatever torch's settings."""
     mkldnn: Any = torch.backends.mkldnn
     matmul = mkldnn.matmul
     before = matmul.fp32_precision
@@ -64,19 +64,19 @@ def cast_in_forward(
     tables_at_once: bool = False,
     kept: Collection[nn.Parameter] = (),
 ) -> list[RemovableHandle]:
-    """Cast each block's parameters while it runs, and all others while anything around them does:
-    some families read the dtype of a norm or a head before it runs. FSDP2's mixed precision without
-    its copies; under FSDP2 it does nothing, as the parameters have that dtype by then.
+    """Cast each block's parameters while it runs, and all others while any module that contains
+    them runs: some families read the dtype of a norm or a head before it runs. This is FSDP2's
+    mixed precision without its copies; under FSDP2 parameters have the dtype already: a no-op.
 
     Args:
         model: A causal LM of transformers.
-        dtype: That of the arithmetic.
-        tables_at_once: Embeddings and head as well, at the cost of their memory; else each of
-            them while it runs itself.
-        kept: Parameters that stay as they are.
+        dtype: Compute dtype.
+        tables_at_once: Treat embeddings and head like the others, at the cost of their memory;
+            else each of them is cast only while it runs itself.
+        kept: Parameters that are not cast.
 
     Returns:
-        The hooks that do it.
+        Handles of the hooks, to remove them.
     """
     blocks = find_blocks(model, block_name)
     as_they_are = set(kept)
@@ -104,7 +104,7 @@ def cast_in_forward(
 def cast_during(
     module: nn.Module, parameters: Sequence[nn.Parameter], dtype: torch.dtype
 ) -> list[RemovableHandle]:
-    """Let parameters have a dtype while a module's forward runs, by these hooks."""
+    """Cast parameters while a module's forward runs; returns the handles of the hooks."""
     stored: list[tuple[nn.Parameter, Tensor]] = []
 
     def widen(*_: object) -> None:

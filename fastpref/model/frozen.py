@@ -1,7 +1,7 @@
-"""Frozen models in memory as they are on the disk, in 16 bits, though they compute in float32.
+"""Storage of frozen models: in 16 bits as on disk, even where they compute in float32.
 
-Float32 holds every bfloat16 and float16 number, so a block whose parameters are widened when it
-runs computes what it would if they had been widened at load, bit for bit, in half the memory.
+Float32 holds every bfloat16 and float16 number exactly, so widening a block's parameters when it
+runs gives the same bits as widening them at load, in half the memory.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ HALF_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 
 
 def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
-    """How a model that is not trained is stored: `model.reference_dtype`, or where that is null
-    the checkpoint's 16 bits if this changes no number, or else the compute dtype.
+    """Storage dtype of a frozen model: `model.reference_dtype`, or if that is null the checkpoint's
+    16-bit dtype if this changes no result, or else the compute dtype.
 
     Args:
-        beside_policy: It is the reference of a policy, which may be stored in 16 bits itself.
+        beside_policy: It is the reference of a policy; if that is stored in 16 bits, so is this.
 
     Raises:
         CheckpointError: no such model.
@@ -35,7 +35,7 @@ def frozen_dtype(config: ModelConfig, *, beside_policy: bool = False) -> str:
     if beside_policy and config.policy_dtype != "float32":
         return config.policy_dtype
     source = named_model(config)
-    # an archive brings other weights, and an adapter's are added to the model's
+    # an archive or an adapter changes the weights that the checkpoint holds
     has_own_weights = config.archive is None and not source.adapters
     if config.compute_dtype != "float32" or not has_own_weights:
         return config.compute_dtype
@@ -51,7 +51,7 @@ def checkpoint_dtypes(source: ModelSource) -> set[str]:
     """Dtypes of the weights in a model's safetensors files, by safetensors' names.
 
     Args:
-        source: Where it lies; a hub model is downloaded.
+        source: The model; one on the hub is downloaded.
 
     Returns:
         An empty set if there are no such files or one of them is damaged.
@@ -59,16 +59,16 @@ def checkpoint_dtypes(source: ModelSource) -> set[str]:
     try:
         folder = weights_folder(source.name, source.revision)
         return {part.get_dtype() for _, part in stored_weights(folder)}
-    # what is wrong is said by the load that follows
+    # the load that follows reports what is wrong
     except (OSError, ValueError, SafetensorError):
         return set()
 
 
 def is_stored_exactly(model: Any) -> bool:
-    """Whether a family in 16 bits differs from itself in float32 by nothing but its parameters.
+    """Whether loading a family in 16 bits rounds all of its parameters and nothing else.
 
-    Gemma rounds its embedding's scale, a buffer, with them; some mixtures of experts keep a few
-    parameters in float32, which FSDP takes for a mistake.
+    Gemma also rounds its embedding's scale, a buffer; some mixtures of experts keep a few
+    parameters in float32, but FSDP refuses mixed dtypes.
 
     Args:
         model: Built in 16 bits; may be on the meta device.
@@ -80,7 +80,7 @@ def is_stored_exactly(model: Any) -> bool:
 
 
 def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:
-    """Whether a model loaded in a dtype differs in more than its parameters' dtype, see
+    """Whether loading a model in a dtype changes more than its parameters' dtype, see
     `is_stored_exactly`.
     """
     if dtype == "float32":
@@ -91,7 +91,7 @@ def rounds_more_than_parameters(source: ModelSource, dtype: str) -> bool:
 def store_parameters(
     model: nn.Module, dtype: torch.dtype, *, kept: Sequence[nn.Parameter] = ()
 ) -> None:
-    """Store all of a model's parameters in one dtype, as FSDP2 asks; buffers stay as they are.
+    """Cast a model's parameters, except `kept`, to one dtype, as FSDP2 requires; buffers are not.
 
     Some families keep parameters in float32 when the others are loaded in 16 bits.
     """
@@ -109,7 +109,7 @@ def store_parameters(
 
 
 def round_buffers(model: Any, dtype: torch.dtype) -> None:
-    """Give a model's buffers the dtypes that they have where the family is loaded in a dtype."""
+    """Cast a model's buffers to the dtypes that they have when the family is loaded in `dtype`."""
     with torch.device("meta"):
         twin = type(model)._from_config(model.config, dtype=dtype)
     for name, like in twin.named_buffers():

@@ -1,7 +1,7 @@
-"""Fused kernels for what a block computes beside products and attention, where they compute the
-same: RMS norms by torch's own, rotary embeddings and SwiGLU layers by Liger's.
+"""Fused kernels for a block's memory-bound operations, where they compute the same: RMS norms by
+torch's own, rotary embeddings and SwiGLU layers by Liger's.
 
-Torch's norm costs the host less than Liger's, and small micro-batches wait for the host.
+Torch's norm costs the host less time than Liger's, and small micro-batches are host-bound.
 """
 
 import copy
@@ -22,24 +22,24 @@ from fastpref.errors import ConfigError, first_line
 logger = logging.getLogger("fastpref")
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose norms multiply by a weight around 1, whose MLPs are SwiGLU and whose heads are
-rotated as a whole, one half by the other."""
+"""Model types whose norms multiply by a weight around 1, whose MLPs are SwiGLU and whose rotary
+embedding rotates the whole head dimension, first half against second half."""
 ROTATION = "apply_rotary_pos_emb"
-"""What transformers calls the function that rotates queries and keys."""
+"""Name of transformers' function that rotates queries and keys."""
 _TOLERANCE = 1e-4
 
 
 def choose_liger(wish: str, model: Any, world: World, *, compiled: bool) -> bool:
-    """Whether a model's layers are to run as Liger's kernels; rank 0 finds out and says so.
+    """Whether a model's layers run as fused kernels; rank 0 finds out and logs the choice.
 
     Args:
-        wish: "auto", "true" or "false": auto takes them on a GPU where they compute the same as
-            the model's own layers and nothing is compiled, which fuses the same operations.
-        model: Of transformers, on the CPU; only rank 0's has weights.
+        wish: "auto", "true" or "false": auto uses them on a GPU if they compute the same as the
+            model's own layers, unless blocks are compiled, which fuses the same operations.
+        model: A causal LM of transformers, on the CPU; only rank 0's has weights.
         compiled: Whether blocks are compiled.
 
     Raises:
-        ConfigError: "true", and they cannot be taken.
+        ConfigError: "true", and they cannot be used.
     """
     if wish == "false" or (wish == "auto" and (world.device.type != "cuda" or compiled)):
         return False
@@ -54,10 +54,10 @@ def choose_liger(wish: str, model: Any, world: World, *, compiled: bool) -> bool
 
 
 def replace_layers(model: nn.Module) -> None:
-    """Let a model's norms, SwiGLU layers and rotary embeddings be fused kernels, in place.
+    """Replace a model's norms, SwiGLU layers and rotary embeddings by fused kernels, in place.
 
-    The rotation is a function of the family's module, so other models of the family that compute
-    on a GPU have it too.
+    The rotation is a function of the family's Python module, so it is replaced for all models of
+    the family that compute on a GPU.
     """
     for module in model.modules():
         forward = _fused_forward(module)
@@ -70,7 +70,7 @@ def replace_layers(model: nn.Module) -> None:
 
 
 def _obstacle(model: Any, device: torch.device) -> str:
-    """Why Liger's kernels cannot be taken, "" if they can; found out by doing both."""
+    """Why fused kernels cannot be used, "" if they can; found out by computing with and without."""
     if device.type != "cuda":
         return "it runs on a GPU only"
     if find_spec("liger_kernel") is None:
@@ -114,7 +114,7 @@ def _difference_of_rotation(plain: Any, device: torch.device) -> float:
     results = []
     rotations: tuple[Callable[..., Any], ...] = (plain, _rotate)
     for rotate in rotations:
-        # what rotates in place must not find a leaf
+        # a leaf may not be rotated in place
         leaves = query.clone().requires_grad_(), key.clone().requires_grad_()
         rotated = rotate(*(leaf * 1 for leaf in leaves), angles.cos(), angles.sin())
         grads = torch.autograd.grad(rotated, leaves, [torch.ones_like(x) for x in rotated])
@@ -135,7 +135,7 @@ def _value_and_gradients(layer: nn.Module, hidden_BLD: Tensor) -> list[Tensor]:
 
 
 class _Rotation:
-    """A family's rotation of queries and keys, on a GPU by Liger's kernel."""
+    """A family's rotation of queries and keys, done by Liger's kernel on a GPU."""
 
     def __init__(self, plain: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self.plain = plain
@@ -149,7 +149,7 @@ class _Rotation:
 
 
 def _rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotates in place what is laid out token by token."""
+    """Liger's rotation; in place for tensors that lie in memory as (B, L, heads, E)."""
     from liger_kernel.ops import LigerRopeFunction
 
     return LigerRopeFunction.apply(query, key, cos, sin)
@@ -162,7 +162,7 @@ def _fused_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is an RMS norm that a fused one can take the place of."""
+    """Whether a module is an RMS norm that a fused one can replace."""
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 

@@ -1,4 +1,4 @@
-"""A model's weights in memory, on the CPU, and what is found out about it before it is trained."""
+"""Loads models onto the CPU, and checks them there before they are trained."""
 
 import copy
 import dataclasses
@@ -27,16 +27,16 @@ logger = logging.getLogger("fastpref")
 def load_causal_lm(
     config: ModelConfig, world: World, *, trainable: bool, beside_policy: bool = False
 ) -> Any:
-    """The model on the CPU; without weights on every rank but 0.
+    """Load a model onto the CPU; only rank 0's has weights.
 
     Policy and reference compute in the same dtype through the same code, however each is stored.
 
     Args:
-        trainable: False for a reference, and for a model that scores alone.
-        beside_policy: It is a reference: what of it is no parameter must be the policy's own.
+        trainable: False for a reference, and for a model that only scores.
+        beside_policy: It is the reference of a policy, so its buffers must equal the policy's.
 
     Raises:
-        CheckpointError: there is none, or its weights do not fill it.
+        CheckpointError: there is no such model, or its weights do not fill it.
     """
     source = named_model(config)
     stored = loaded = config.policy_dtype
@@ -48,17 +48,17 @@ def load_causal_lm(
 
 
 def load_frozen_base(config: ModelConfig, world: World) -> tuple[Any, str | None]:
-    """The model beside which adapters are trained, on the CPU, in the dtype that it computes in.
+    """Load the frozen base of trained adapters onto the CPU, in its compute dtype.
 
     Args:
-        config: Of the run's model; may name an adapter, which is then the one to train on.
-        world: Whoever computes; the weights are on rank 0 alone.
+        config: The run's model options; if they name an adapter, it is the one to train on.
+        world: The ranks; only rank 0's model has weights.
 
     Returns:
         The model; and the folder of the adapter that training starts from, None for new ones.
 
     Raises:
-        CheckpointError: there is none, or its weights do not fill it.
+        CheckpointError: there is no such model, or its weights do not fill it.
     """
     base = find_adapter_base(config)
     stored = loaded = config.compute_dtype
@@ -71,7 +71,7 @@ def load_frozen_base(config: ModelConfig, world: World) -> tuple[Any, str | None
 def load_policy(
     config: ModelConfig, world: World, *, with_adapters: bool
 ) -> tuple[Any, str | None]:
-    """What is trained, or has adapters beside it that are; see `load_frozen_base`."""
+    """Load the model to train, or the frozen base of trained adapters, see `load_frozen_base`."""
     if with_adapters:
         return load_frozen_base(config, world)
     return load_causal_lm(config, world, trainable=True), None
@@ -80,7 +80,7 @@ def load_policy(
 def _load(
     source: ModelSource, config: ModelConfig, world: World, *, loaded: str, stored: str
 ) -> Any:
-    """A model loaded in one dtype, whose parameters are then stored in another."""
+    """Load a model in one dtype, and store its parameters in another."""
     options: dict[str, Any] = {
         "dtype": getattr(torch, loaded),
         "attention": config.attention,
@@ -93,10 +93,9 @@ def _load(
 
 
 def keep_weights(model: Any) -> None:
-    """Let RWKV compute without halving weights in place, which it does in evaluation mode alone.
+    """Keep RWKV from halving its weights in place, which it does in evaluation mode.
 
-    The halving, for the range of float16, changes no logit. The config that the model is exported
-    with keeps what it said.
+    The halving, meant for the range of float16, changes no logit. The exported config is unchanged.
     """
     body = model.base_model
     if body is not model and getattr(body.config, "rescale_every", None):
@@ -105,7 +104,7 @@ def keep_weights(model: Any) -> None:
 
 
 def load_reference(config: ModelConfig, world: World, findings: Findings) -> Any:
-    """The reference beside a policy of the same config, of which `findings` tell."""
+    """Load the reference beside a policy of the same config; `findings` are the policy's."""
     model = load_causal_lm(config, world, trainable=False, beside_policy=True)
     if findings.rounds_buffers:
         round_buffers(model, getattr(torch, config.compute_dtype))
@@ -115,13 +114,13 @@ def load_reference(config: ModelConfig, world: World, findings: Findings) -> Any
 def starts_exactly_equal(
     model: ModelConfig, findings: Findings, *, compile: bool, activation_checkpointing: bool
 ) -> bool:
-    """Whether policy and reference give the same bits before the first update."""
-    # rounding twice to the same dtype is rounding once, to another one it is not
+    """Whether policy and reference are bit-identical before the first update."""
+    # one in float32, one in the compute dtype: both end up rounded once, to the compute dtype
     stored_equal = model.reference_dtype in (None, model.policy_dtype) or {
         model.reference_dtype,
         model.policy_dtype,
     } == {"float32", model.compute_dtype}
-    # compiled with and without a backward, blocks are fused and so rounded in different places
+    # blocks that are compiled with and without a backward are fused, and so rounded, differently
     rounds_alike = not compile or (
         model.compute_dtype == "float32" and not activation_checkpointing
     )
@@ -129,7 +128,7 @@ def starts_exactly_equal(
 
 
 def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool) -> Findings:
-    """What rank 0 finds out about a model by computing a few tokens, on every rank.
+    """Check a model on rank 0 by computing a few tokens; the findings go to every rank.
 
     Raises:
         FastprefError: it cannot be trained, see `check_model`.

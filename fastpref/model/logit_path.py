@@ -2,7 +2,7 @@
 
 Families scale, cap and cut their logits under many names (`logit_scale`, `logits_scaling` that
 divides in one and multiplies in another, `lm_head_multiplier`, `logits_soft_cap`, …), some scale
-what enters the head. So nothing is read off names: it is measured on the model's own forward.
+what enters the head. So nothing is inferred from names: it is measured on the model's own forward.
 """
 
 import math
@@ -19,22 +19,23 @@ from fastpref.errors import ConfigError, NonFiniteError, first_line, is_out_of_m
 from fastpref.model.exact_arithmetic import exact_arithmetic
 
 ROUNDING = 1e-4
-"""Relative error that float32 leaves in the hidden states of a deep model, at most."""
+"""Upper bound of the relative float32 rounding error in the hidden states of a deep model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogitPath:
-    """z = softcap · tanh(scale · (W · hidden_scale · h + b) / softcap), the first V rows of W."""
+    """z = softcap · tanh(scale · (W · hidden_scale · h + b) / softcap), with the first V rows of W
+    and b."""
 
     body: str
-    """Name of the submodule whose `last_hidden_state` is h; "" where no submodule has it, because
-    there are layers between body and head, and h is what enters the head."""
+    """Name of the submodule whose `last_hidden_state` is h; "" where layers lie between body and
+    head, so that no submodule returns h and h is the head's input."""
     vocab_size: int
-    """V: the logits of rows behind it are cut off or masked."""
+    """V: the model cuts off or masks the logits of all further rows."""
     hidden_scale: float = 1.0
-    """What h is multiplied by before it enters the head."""
+    """Factor of h before it enters the head."""
     scale: float = 1.0
-    """What the head's output is multiplied by, before the softcap."""
+    """Factor of the head's output, before the softcap."""
     softcap: float | None = None
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,13 +44,13 @@ class LogitPath:
         return self.transform(F.linear(hidden * self.hidden_scale, weight[: self.vocab_size], bias))
 
     def transform(self, logits: Tensor) -> Tensor:
-        """What becomes of the head's output, in any shape."""
+        """Apply scale and softcap to the head's output, of any shape."""
         scaled = self.scale * logits
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
 class Observation(NamedTuple):
-    """What went through a model's head in one forward."""
+    """Input and output of a model's head, recorded in one forward."""
 
     ids: Tensor
     """(B, L) int64."""
@@ -62,14 +63,14 @@ class Observation(NamedTuple):
 
 
 def last_hidden_states(model: Any, body: str, **inputs: Any) -> Tensor:
-    """A model's h, see `LogitPath`, for the inputs of its forward: (B, L, D)."""
+    """The hidden states h of `LogitPath` for the inputs of a model's forward, (B, L, D)."""
     if body:
         return model.get_submodule(body)(use_cache=False, **inputs).last_hidden_state
     head, seen = model.get_output_embeddings(), []
 
     def stop(hidden: Tensor, *_: Any) -> Tensor:
         seen.append(hidden)
-        # stands for logits, which nobody reads
+        # a placeholder for the logits, which are not used
         return hidden[..., :1]
 
     head.forward = stop
@@ -82,13 +83,13 @@ def last_hidden_states(model: Any, body: str, **inputs: Any) -> Tensor:
 
 @torch.no_grad()
 def measure_logit_path(model: Any, block_name: str | None = None) -> LogitPath:
-    """Find a model's body and what lies between it and the logits, and hold it to the logits.
+    """Measure how a model's logits follow from its body's hidden states, and verify the result.
 
     Args:
         model: A causal LM of transformers with its weights, on the CPU.
 
     Raises:
-        ConfigError: there is more in between than a linear head, a scale and a softcap.
+        ConfigError: more lies in between than a linear head, a scale and a softcap.
         NonFiniteError: its arithmetic overflows.
     """
     head = linear_head(model)
@@ -127,15 +128,15 @@ def linear_head(model: Any) -> Any:
 
 
 def title(model: Any) -> str:
-    """A model's class, and where it came from, for messages: two models may be in play."""
+    """A model's class and origin, for messages, which may concern one of several models."""
     name = type(model).__name__
     return f"{name} ({model.name_or_path})" if model.name_or_path else name
 
 
 def probe_ids(model: Any, num_rows: int, length: int) -> Tensor:
-    """Ordinary tokens to try a model on, (num_rows, length) int64, the same ones every time.
+    """Ordinary token ids to probe a model with, (num_rows, length) int64, the same every time.
 
-    Ids that stand for an image and the like are left out: what they do is no text model's matter.
+    Special ids, such as placeholders of images, are left out: they may not be treated as text.
     """
     vocab_size = model.get_input_embeddings().weight.shape[0]
     special = set(_special_ids(model.config))
@@ -156,10 +157,10 @@ def _special_ids(config: Any) -> Iterator[int]:
 
 
 def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
-    """`function(…)` of a family's own code; where that fails, the model is refused for it.
+    """Call `function`, which runs a family's own code; any failure refuses the model.
 
     Raises:
-        ConfigError: naming the error.
+        ConfigError: the call failed; names its error.
     """
     try:
         return function(*args, **inputs)
@@ -191,7 +192,7 @@ def _observe(model: Any, head: nn.Module) -> Observation:
 
 
 def _find_body(model: Any, seen: Observation) -> tuple[str, Tensor, float]:
-    """The submodule whose last hidden state enters the head up to a factor: its name, these states
+    """The submodule whose last hidden state, times a factor, enters the head: its name, this state
     (B·L, D) and the factor."""
     names = {module: name for name, module in model.named_modules()}
     candidates = [model.base_model, model.get_decoder()]
@@ -207,11 +208,11 @@ def _find_body(model: Any, seen: Observation) -> tuple[str, Tensor, float]:
 
 
 def _try_body(model: Any, name: str, seen: Observation) -> tuple[Tensor, float | None]:
-    """Last hidden states of a submodule, and what to multiply them by for the head; None where no
-    factor does."""
+    """Last hidden states of a submodule, and the factor that turns them into the head's input; None
+    if no factor does."""
     try:
         hidden = last_hidden_states(model, name, **_inputs(seen.ids)).float().flatten(0, -2)
-    # a vision tower among others
+    # the submodule may be a vision tower, among others
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -230,7 +231,7 @@ def _inputs(ids: Tensor) -> dict[str, Tensor]:
 def _measure_transform(
     model: Any, head: nn.Module, seen: Observation, body: str, hidden_scale: float
 ) -> LogitPath:
-    """What a model makes of its head's output: found by giving it numbers of all sizes for that."""
+    """Measure what a model does to its head's output, replaced here by numbers of all sizes."""
     generator = torch.Generator().manual_seed(0)
     given = torch.randn(seen.head_output.shape, generator=generator)
     given *= torch.logspace(-4, 6, len(given))[:, None]
@@ -239,7 +240,7 @@ def _measure_transform(
     got = got.float().flatten(0, -2)
     V = int((got > -1e30).any(0).nonzero().max()) + 1
     given, got = given[:, :V], got[:, :V]
-    # medians: what is done to a few tokens alone shows below
+    # medians ignore what is done to a few tokens alone; the comparison below finds that
     scale = (got[0] / given[0]).median().item()
     size, highest = (row.abs().median().item() for row in (given[-1], got[-1]))
     capped = highest < 0.5 * abs(scale) * size
@@ -263,7 +264,7 @@ def _first_difference(got: Tensor, expected: Tensor, given: Tensor) -> str:
 
 
 def _are_close(ours: Tensor, theirs: Tensor, of: Tensor | None = None) -> bool:
-    # sums are rounded by as much as their largest terms are
+    # the rounding error of a sum scales with its largest terms
     size = (theirs if of is None else of).abs().max().item()
     return (ours - theirs).abs().max().item() <= ROUNDING * max(1.0, size)
 
@@ -275,7 +276,7 @@ def _ratio(a: Tensor, b: Tensor) -> float:
 
 
 def _round(measured: float, config: Any) -> float:
-    """A measured factor as the model's config has it, or one over that; else to seven digits."""
+    """Snap a measured factor to a number of the config or its reciprocal; else keep 7 digits."""
     for number in (1.0, *_numbers(config)):
         for exact in (number, 1.0 / number):
             if math.isclose(measured, exact, rel_tol=1e-6):

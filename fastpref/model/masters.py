@@ -1,7 +1,7 @@
-"""Mixed precision on one rank: master weights that are trained, a copy of them that computes.
+"""Mixed precision on one rank: master weights, and a working copy in the compute dtype.
 
-What FSDP2's mixed precision does on several ranks, bit for bit, without its copy of every parameter
-in every micro-batch: parameters are cast once an optimizer step.
+Bit-identical to FSDP2's mixed precision on several ranks, but parameters are cast once per
+optimizer step, not in every micro-batch.
 """
 
 from typing import NamedTuple
@@ -20,15 +20,15 @@ class _Place(NamedTuple):
 
 
 class MasterWeights:
-    """A model's parameters, and their copy in the dtype of the arithmetic.
+    """A model's master weights, and their working copy in the compute dtype.
 
-    The model holds its masters, so optimizer, export and checkpoints see nothing else; from
-    `lend()` to `take_back()`, from a forward to the end of its backward, it holds the copy. A
-    gradient of the copy is added to its master's and freed as soon as it is complete.
+    Between steps the model holds the masters, the only weights that optimizer, export and
+    checkpoints see; from `lend()` to `take_back()`, that is from a forward to the end of its
+    backward, it holds the copy. A gradient of the copy, once complete, is added to its master's.
 
     Args:
         model: On its device.
-        dtype: Of the arithmetic; parameters that have it already are left alone.
+        dtype: Compute dtype; parameters that have it already are left alone.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
@@ -47,22 +47,22 @@ class MasterWeights:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Make the copy again: masters have changed."""
+        """Update the copy after the masters have changed."""
         if self._copies:
             torch._foreach_copy_(self._copies, self._masters)
 
     def lend(self) -> None:
-        """Let the model compute with the copy."""
+        """Put the working copy into the model."""
         for place in self._places:
             place.holder[place.name] = place.working
 
     def forget_gradients(self) -> None:
-        """Forget gradients of the copy that never reached a master: a backward has failed."""
+        """Drop gradients of the copy that a failed backward has left behind."""
         for copy in self._copies:
             copy.grad = None
 
     def take_back(self) -> None:
-        """Let the model hold its masters again."""
+        """Put the masters back into the model."""
         for place in self._places:
             place.holder[place.name] = place.master
 

@@ -1,4 +1,4 @@
-"""A trained adapter and its base as one model."""
+"""A trained adapter merged into its base."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from fastpref.model.source import load_model
 def load_merged(
     folder: str, model: ModelConfig, adapter: AdapterConfig, device: torch.device
 ) -> Any:
-    """The model that was trained, its adapter in its weights, in float32 on the CPU.
+    """Load a trained adapter merged into its base, in float32 on the CPU.
 
     Args:
-        folder: Of the trained adapter.
-        model: Options of the run that trained it.
-        adapter: Options of that run. Beside layers in 4 bits the adapter learnt what they lack, so
-            it is merged into what 4 bits hold, not into the weights that they were made of.
-        device: That quantized them.
+        folder: The adapter's.
+        model: Model options of the run that trained it.
+        adapter: Adapter options of that run. An adapter of 4-bit layers learnt to compensate for
+            their rounding, so it is merged into the dequantized weights, not the original ones.
+        device: Device to quantize on, the one that trained.
 
     Raises:
-        CheckpointError: what is merged does not compute what the two do beside one another.
+        CheckpointError: the merged model does not compute the same as base and adapter.
     """
     if not adapter.quantized:
         return load_model(

@@ -1,10 +1,10 @@
-"""Layers that mix tokens by other means than attention (state spaces, linear attention,
-convolutions) in packed rows: each sequence by itself.
+"""Packed rows in layers that mix tokens by other means than attention (state-space layers, linear
+attention, convolutions): each sequence by itself.
 
-Such a layer runs over a row from its first token to its last, and would carry one sequence's state
-into the next. Whatever it is, it computes padded rows; so the sequences of a packed row are laid
-out as such for it alone, prompts once for each response, and what comes of their own tokens goes
-back to its place. Everything else of the model, attention and MLPs, computes the packed row.
+Such a layer scans a row from its first token to its last, and would carry one sequence's state
+into the next. All of them can compute padded rows, so for these layers alone a packed row is
+unpacked into padded sequences, a shared prompt repeated for each response, and the outputs of their
+own tokens are packed again. Attention and MLPs compute the packed row.
 """
 
 import inspect
@@ -28,48 +28,48 @@ from fastpref.model.attention.backends import GatheredKeys
 from fastpref.model.attention.segments import runs_of_like_length
 from fastpref.model.positions import config_value
 
-# of modules, without the family's name: state-space, recurrent and linear attention layers
+# class names, without the family's prefix, of state-space, recurrent and linear attention layers
 _MIXERS = re.compile(
     "Mamba|SSM|Recurrent|RgLru|RGLRU|R[Ww][Kk][Vv]|LSTM|Retention|DeltaNet|Lightning"
     "|LinearAttention|ShortConv|K[Dd][Aa]"
 )
-# of a config's list of layer types
+# entries of a config's list of layer types
 _MIXER_TYPES = re.compile("linear|conv|mamba|recurrent|hybrid")
-# what picks keys for sparse attention: padded rows are its own way of knowing where they end
+# classes that select keys for sparse attention: they tell the end of a sequence by its padding
 _SPARSE = re.compile("Indexer")
 _SPARSE_TYPES = re.compile("indexed|sparse_attention|compress")
 
 _computed = local()
-"""The packed row that this thread computes: `row`."""
+"""Thread-local: `row` holds the packed row that this thread computes."""
 
 
 class SequenceGroup(NamedTuple):
-    """S sequences of like length beside each other, padded on the right to L tokens."""
+    """S sequences of similar length as one batch, right-padded to L tokens."""
 
     shape: tuple[int, int]
     """S, L."""
     sources: Tensor
-    """(tokens,) int64: their tokens, prefixes included, among those of all sequences."""
+    """(tokens,) int64: the group's tokens, prefixes included, as indices into all sequences'."""
     slots: Tensor
-    """(tokens,) int64: where these stand in the S·L."""
+    """(tokens,) int64: their places in the flattened (S, L) batch."""
     own: Tensor
-    """(own tokens,) int64: the slots of what the row computes of them."""
+    """(own tokens,) int64: places in that batch of the segments' own tokens, without prefixes."""
 
 
 class Sequences:
-    """The sequences of a packed row one by one, a prompt once for each that begins with it."""
+    """The sequences of a packed row, unpacked; a shared prompt is repeated for each of them."""
 
     def __init__(self, layout: SegmentLayout) -> None:
         self._layout = layout
 
     @cached_property
     def groups(self) -> tuple[SequenceGroup, ...]:
-        """All of them in groups of like length, made when the first layer asks."""
+        """All sequences in groups of similar length; computed on first use."""
         return tuple(self._groups_and_places[0])
 
     @cached_property
     def places(self) -> Tensor:
-        """(T,) int64: where each token of the row is among the own tokens of all groups."""
+        """(T,) int64: index of each token of the row into the own tokens of all groups."""
         return self._groups_and_places[1]
 
     @cached_property
@@ -106,9 +106,9 @@ class Sequences:
         return groups, send(of_tokens, device)
 
     def take_apart(self, row: Tensor) -> list[Tensor]:
-        """(1, T, …) -> (S, L, …) of each group; padding is zero.
+        """Unpack (1, T, …) into one (S, L, …) per group, padded with zeros.
 
-        A gradient adds up in a fixed order.
+        The backward adds in a fixed order.
         """
         all_tokens, layout = row[0], self._layout
         if layout.keys is not None:
@@ -122,7 +122,7 @@ class Sequences:
         return groups
 
     def put_together(self, groups: list[Tensor]) -> Tensor:
-        """(S, L, …) of each group -> (1, T, …)."""
+        """Pack one (S, L, …) per group into (1, T, …)."""
         own = [
             x.flatten(0, 1).index_select(0, group.own)
             for x, group in zip(groups, self.groups, strict=True)
@@ -132,7 +132,7 @@ class Sequences:
 
 @contextmanager
 def computing(sequences: Sequences | None) -> Iterator[None]:
-    """Say which packed row the model computes in this thread; None: none."""
+    """Set the packed row that the model computes in this thread; None: rows are not packed."""
     before = current_sequences()
     _computed.row = sequences
     try:
@@ -142,16 +142,16 @@ def computing(sequences: Sequences | None) -> Iterator[None]:
 
 
 def current_sequences() -> Sequences | None:
-    """Those of the packed row that this thread computes."""
+    """The sequences of the packed row that this thread computes; None: rows are not packed."""
     return getattr(_computed, "row", None)
 
 
 def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], str | None]:
-    """The layers of blocks that mix tokens by other means than attention, and why the model can
-    compute no packed rows whatever these do; None if nothing says so.
+    """The layers of blocks that mix tokens by other means than attention; and why the model cannot
+    compute packed rows even with these isolated, None if nothing is known against it.
 
-    Known before any number: a convolution over a row's neighbours may leak little enough between
-    packed rows to pass for rounding.
+    Found by class names and config, not by measuring: what a short convolution leaks between packed
+    sequences may be small enough to pass for rounding.
 
     Args:
         model: A causal LM of transformers.
@@ -181,7 +181,7 @@ def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module
     for name in (type(block).__name__ for block in blocks):
         if _MIXERS.search(name):
             return [], f"its {name} mixes tokens by itself"
-    # a wrapper's file may have an attention of its own, which is not that of its text
+    # inner models count too: a wrapper's own source may define an attention that text does not use
     models = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     if not any(part._can_set_attn_implementation() for part in models):
         return [], "its attention is one of its own, which transformers cannot exchange"
@@ -189,13 +189,13 @@ def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module
 
 
 def describe_mixers(mixers: Iterable[nn.Module]) -> str:
-    """Their kinds; "" without any."""
+    """Class names of mixers, for messages; "" for none."""
     kinds = sorted({type(mixer).__name__ for mixer in mixers})
     return listed(kinds) if kinds else ""
 
 
 def _family_prefix(model: Any) -> str:
-    """What the names of a family's own classes begin with."""
+    """Common prefix of the class names that the model's own source file defines."""
     own = {type(module) for module in model.modules()}
     names = [cls.__name__ for cls in own if cls.__module__ == type(model).__module__]
     alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
@@ -207,7 +207,7 @@ def _mixers_within(module: nn.Module, family: str) -> list[nn.Module]:
     for child in module.children():
         if not any(_mixes(inner, family) for inner in child.modules()):
             continue
-        # a list of layers is not called
+        # a list of layers has no forward to wrap
         is_list = isinstance(child, nn.ModuleList | nn.ModuleDict)
         found += _mixers_within(child, family) if is_list else [child]
     return found
@@ -223,7 +223,7 @@ def _mixes(module: nn.Module, family: str) -> bool:
 
 
 def isolate_mixers(mixers: Iterable[nn.Module]) -> None:
-    """Let layers compute a packed row's sequences one by one, in place; other rows as before."""
+    """Make layers compute a packed row's sequences separately, in place; other rows as before."""
     for mixer in mixers:
         if not hasattr(mixer.forward, "isolated"):
             mixer.forward = _by_sequence(mixer.forward)
@@ -238,7 +238,7 @@ def _by_sequence(forward: Callable[..., Any]) -> Callable[..., Any]:
         sequences = current_sequences()
         if sequences is None:
             return forward(*args, **kwargs)
-        # what is inside computes padded rows, in which a token sees those before it
+        # inside, rows are right-padded and plainly causal: neither packed layout nor mask
         kwargs.pop("fastpref_row", None)
         bound = signature.bind(*args, **kwargs)
         if "attention_mask" in bound.arguments:
@@ -255,7 +255,7 @@ def _by_sequence(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _of_groups(arguments: Any, sequences: Sequences, T: int) -> list[Any]:
-    """A call's arguments for each group: rows of T tokens taken apart, all else as it is."""
+    """A call's arguments for each group: tensors of T tokens unpacked, all others unchanged."""
     leaves, structure = pytree.tree_flatten(arguments)
     apart = [
         sequences.take_apart(leaf)
@@ -269,7 +269,7 @@ def _of_groups(arguments: Any, sequences: Sequences, T: int) -> list[Any]:
 
 
 def _together(outputs: list[Any], sequences: Sequences) -> Any:
-    """What a layer returns for a row, from what it returned for each group."""
+    """Combine a layer's outputs for each group into its output for the packed row."""
     shapes = [group.shape for group in sequences.groups]
     flat = [pytree.tree_flatten(output) for output in outputs]
     together = []

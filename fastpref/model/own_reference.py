@@ -1,4 +1,4 @@
-"""The reference of a policy that is an adapter: the policy's own modules, as they were."""
+"""The reference of a policy that trains adapters: the policy's own modules, as before training."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from fastpref.model.scorer import HeadStates, TokenScorer
 
 
 class OwnReference:
-    """A policy without its adapters, or with those that its training started from.
+    """A policy with its adapters disabled, or with those that its training started from.
 
-    Computes what a second model in memory would; see `TokenScorer` for the methods.
+    Computes the same as a second model in memory would; see `TokenScorer` for the methods.
     """
 
     def __init__(self, policy: TokenScorer) -> None:
@@ -21,7 +21,7 @@ class OwnReference:
 
     @property
     def num_embeddings(self) -> int:
-        """Tokens that the model can read."""
+        """Rows of the input embedding; token ids must be below this number."""
         return self._policy.num_embeddings
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -32,7 +32,7 @@ class OwnReference:
         return logps_N
 
     def states(self, batch: Batch) -> HeadStates:
-        """Hidden states and head, for the policy's joint sweep."""
+        """Hidden states and LM head, the reference input of the policy's `forward`."""
         with self._adapters.as_reference():
             return self._policy.states(batch)
 
@@ -42,9 +42,9 @@ class OwnReference:
             return self._policy.generate(input_ids, attention_mask, **options)
 
     def release(self) -> None:
-        """Nothing: what it holds, the policy releases."""
+        """Do nothing: the policy releases what the two share."""
 
 
 def beginning_of(policy: TokenScorer) -> TokenScorer | OwnReference:
-    """A policy before its first update, which is what its reference is."""
+    """The reference of a policy that has not been updated yet: itself, or its `OwnReference`."""
     return policy if policy.adapters is None else OwnReference(policy)

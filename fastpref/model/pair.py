@@ -1,4 +1,4 @@
-"""A policy and its reference: two models, or one with adapters that are the policy's alone."""
+"""A policy and its reference: two models, or one base with and without the trained adapters."""
 
 from functools import partial
 from typing import NamedTuple
@@ -22,19 +22,19 @@ from fastpref.model.scorer import TokenScorer
 
 
 class Pair(NamedTuple):
-    """What is trained, what it is compared with, and what was found out about them."""
+    """A policy, its reference, and how they compute."""
 
     policy: TokenScorer
     reference: TokenScorer | OwnReference | None
-    """None where the loss has none, or it is cached."""
+    """None if the loss has no reference, or its scores are cached."""
     layout: RowLayout
-    """How the models take rows."""
+    """Row layout of both models."""
     starts_equal: bool
-    """Policy and reference give the same bits before the first update."""
+    """Whether policy and reference are bit-identical before the first update."""
     replicated: bool
-    """Every rank has the whole of a frozen model."""
+    """Whether every rank holds a full replica of the frozen base of adapters."""
     compiled: bool
-    """Blocks are compiled."""
+    """Whether blocks are compiled."""
 
     @property
     def beginning(self) -> TokenScorer | OwnReference:
@@ -50,11 +50,11 @@ def build_pair(
     longest: int,
     num_tokens: int = 0,
 ) -> Pair:
-    """Policy and, where one computes beside it, reference: loaded, tried, on their device.
+    """Load and check a policy, and its reference if it computes online; build their scorers.
 
     Args:
-        longest: Tokens of the longest sequence.
-        num_tokens: Of the whole run, about; 0 where there is none.
+        longest: Tokens in the longest sequence.
+        num_tokens: Tokens of the whole run, approximately; 0 if there is no run.
     """
     model, start = load_policy(options.model, world, with_adapters=options.adapter.trained)
     findings = try_model(model, options.model, world, trainable=True)

@@ -1,7 +1,7 @@
-"""Activation checkpointing, compilation and FSDP2 from outside the model: blocks, then the root.
+"""Activation checkpointing, compilation and FSDP2, applied to a model's blocks and then its root.
 
-One rank alone is not sharded (`masters`, `frozen`): master weights, compute dtype and the order of
-arithmetic are the same.
+A single rank is not sharded (see `masters`, `frozen`), but has the same master weights, compute
+dtype and order of operations.
 """
 
 from functools import wraps
@@ -34,15 +34,15 @@ def wrap_blocks(
     compile: bool = False,
     packed: bool = False,
 ) -> None:
-    """Let each transformer block be compiled, or computed again in the backward, or compute packed
-    rows whatever its layers are, in place.
+    """Wrap each transformer block, in place, for packed rows, compilation and activation
+    checkpointing.
 
     Args:
-        model: Of transformers.
+        model: A causal LM of transformers.
         activation_checkpointing: Recompute each block's activations in the backward.
         compile: Compile each block, see `compile_block`.
-        packed: Rows are: layers that mix tokens by other means than attention go sequence by
-            sequence, and what is compiled is for one length of rows each.
+        packed: Rows are packed: layers that mix tokens by other means than attention run sequence
+            by sequence, and blocks are compiled for each length of rows.
     """
     blocks = find_blocks(model, block_name)
     if packed:
@@ -71,12 +71,12 @@ def parallelize(
         mesh: One dimension, every rank.
         compute_dtype: What parameters are cast to for forward and backward; gradients are
             reduced in float32.
-        trainable: False for a reference: no gradients, and nothing stays gathered for a backward.
-            What is trained of a model with adapters, they have said.
+        trainable: False for a reference, which has no gradients. With adapters it is ignored: they
+            have set what is trained.
     """
     if scorer.adapters is None:
         scorer.requires_grad_(trainable)
-    # in float32, and small: every rank has all of them, and they are not cast
+    # adapters are small and in float32: every rank has all of them, and they are not cast
     apart = set(scorer.adapters.parameters()) if scorer.adapters else set()
     for parameter in apart:
         parameter.data = parameter.data.to(mesh.device_type)
@@ -85,7 +85,7 @@ def parallelize(
     )
     for block in find_blocks(scorer.model, block_name):
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
-    # tied embedding and head, the final norm: one group, because a tied parameter cannot be in two
+    # the root group: embedding, final norm and head, as a tied parameter cannot be in two groups
     fully_shard(
         scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart
     )
@@ -93,7 +93,7 @@ def parallelize(
         if isinstance(module, FSDPModule):
             # the losses divide by the step's global number of pairs: ranks are summed, not averaged
             module.set_gradient_divide_factor(1.0)
-            # plain sums, of which gloo and NCCL know all ways; else torch asks for factor times sum
+            # plain sums, which gloo and NCCL both have; else torch asks for a pre-multiplied sum
             module.set_force_sum_reduction_for_comms(True)
     for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
@@ -101,16 +101,16 @@ def parallelize(
 
 
 def recompute_in_backward(block: nn.Module) -> None:
-    """Keep a block's inputs alone for the backward, and compute its activations again there.
+    """Keep only a block's inputs for the backward, and recompute its activations there.
 
-    Not by transformers' own switch, which asks for training mode, and with it for whatever draws
-    random numbers in that mode. Hooks on the block, FSDP2's, stay outside.
+    transformers' own gradient checkpointing is not used: it requires training mode, and with it
+    dropout and the like. Hooks on the block, such as FSDP2's, are not part of the recomputation.
     """
     forward = block.forward
 
     @wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
-        # again in a thread of autograd's, which has to be told
+        # the recomputation runs in an autograd thread, in which the packed row has to be set again
         row = current_sequences()
 
         def compute(*args: Any, **kwargs: Any) -> Any:
@@ -131,6 +131,6 @@ def send_weights(scorer: TokenScorer, weights: dict[str, Any]) -> None:
     """
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(scorer, weights, options=options)
-    # rotary tables and the like are not in a state dict
+    # non-persistent buffers, such as rotary tables, are not in a state dict
     for buffer in scorer.buffers():
         dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""How long a sequence a model can take: tables of positions, and what it was trained for."""
+"""Maximum sequence length of a model: its position table, and the length it was trained for."""
 
 import logging
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ _NAMES = (
 )
 
 CHANGING_ROPE = ("longrope", "dynamic")
-"""Types of rotary embeddings that rotate all sequences by the longest one beside them."""
+"""Types of rotary embeddings whose frequencies depend on the longest sequence of the batch."""
 
 
 def config_value(config: Any, name: str) -> Any:
     """A value of a transformers config; None where it is absent or differs from layer to layer."""
     try:
         return getattr(config, name, None)
-    # such a value cannot be read off the whole model's config
+    # transformers raises it for a value that differs from layer to layer
     except RuntimeError:
         return None
 
@@ -42,8 +42,8 @@ def declared_positions(config: Any) -> int | None:
 
 
 def frequencies_change_beyond(config: Any) -> int | None:
-    """Tokens of a sequence from which on all sequences computed beside it are rotated otherwise
-    (longrope, dynamic scaling of rotary embeddings); None where no sequence has such an effect.
+    """Sequence length beyond which the rotary frequencies of all sequences of the batch change
+    (longrope, dynamic scaling); None if they never do.
     """
     config = config.get_text_config()
     changing = [
@@ -60,7 +60,7 @@ def frequencies_change_beyond(config: Any) -> int | None:
 
 
 def position_limit(model: Any) -> int | None:
-    """Longest sequence that a table of positions allows (GPT-2, GPT-J, OPT); None without a table.
+    """Longest sequence that a position table allows (GPT-2, GPT-J, OPT); None without a table.
 
     Args:
         model: A causal LM of transformers; may be on the meta device.
@@ -68,17 +68,17 @@ def position_limit(model: Any) -> int | None:
     declared = declared_positions(model.config)
     if declared is None:
         return None
-    # MPT lays the distances of its ALiBi out for so many positions, used or not
+    # MPT builds the biases of its ALiBi for this many positions, used or not
     if hasattr(config_value(model.config, "attn_config"), "alibi"):
         return declared
     embedding = model.get_input_embeddings()
-    # beside an adapter
+    # peft wraps an adapted embedding
     embedding = getattr(embedding, "base_layer", embedding)
     for module in model.get_decoder().modules():
         is_table = isinstance(module, nn.Embedding) and module is not embedding
-        # OPT and BART keep two rows in front of the first position
+        # OPT and BART have two extra rows before the first position
         if is_table and declared <= module.num_embeddings <= declared + 2:
-            # RoBERTa counts positions from behind that of its padding
+            # RoBERTa's positions start after its padding index
             return declared - (0 if module.padding_idx is None else module.padding_idx + 1)
         if any(declared in table.shape[:-1] for table in _tables(module)):
             return declared
@@ -86,7 +86,7 @@ def position_limit(model: Any) -> int | None:
 
 
 def _tables(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors of a module that are no parameters and may hold something for every position."""
+    """Tensors of a module, parameters aside, that may have an entry for every position."""
     values = {**vars(module), **module._buffers}
     for name, value in values.items():
         # caches of rotary angles, which grow
@@ -95,13 +95,13 @@ def _tables(module: nn.Module) -> Iterator[Tensor]:
 
 
 def trained_positions(config: Any) -> int | None:
-    """Tokens that a model without a table was made for, scaling of its rotary angles included."""
+    """Context length that a model without a table was made for, RoPE scaling included."""
     declared = declared_positions(config)
     if declared is None:
         return None
     longest = declared
     for scaling in _rope_parameters(config.get_text_config()):
-        # YaRN leaves max_position_embeddings at what was trained and multiplies
+        # YaRN leaves max_position_embeddings at the pretrained length and multiplies by a factor
         original = scaling.get("original_max_position_embeddings")
         if original and scaling.get("factor"):
             longest = max(longest, int(original * scaling["factor"]))
@@ -113,16 +113,16 @@ def _rope_parameters(config: Any) -> Iterator[dict[str, Any]]:
     if not isinstance(parameters, dict):
         return
     yield parameters
-    # one set for each kind of layer
+    # nested: a set for each layer type
     yield from (value for value in parameters.values() if isinstance(value, dict))
 
 
 def check_positions(model: Any, longest: int) -> None:
-    """Refuse sequences that run off a table of positions; warn of those a model was not made for.
+    """Refuse sequences longer than a position table; warn of those that a model was not made for.
 
     Args:
         model: A causal LM of transformers; may be on the meta device.
-        longest: Tokens of the longest sequence.
+        longest: Tokens in the longest sequence.
 
     Raises:
         ConfigError: naming the largest max_length that fits.
@@ -137,14 +137,13 @@ def check_positions(model: Any, longest: int) -> None:
 
 
 def check_company(model: Any, longest: int) -> None:
-    """Refuse to keep what a model computes of a row, if it computes it in another way beside longer
-    ones.
+    """Refuse to cache a row's scores if longer sequences in the same batch would change them.
 
     Args:
         model, longest: See `check_positions`.
 
     Raises:
-        ConfigError: naming the length from which on it does.
+        ConfigError: naming the length beyond which they do.
     """
     limit = frequencies_change_beyond(model.config)
     if limit is not None and longest > limit:
@@ -156,7 +155,7 @@ def check_company(model: Any, longest: int) -> None:
 
 
 def warn_beyond_training(model: Any, longest: int) -> None:
-    """Say where sequences are longer than those that a model without a table was made for."""
+    """Warn if sequences are longer than a model without a position table was made for."""
     trained = trained_positions(model.config)
     if position_limit(model) is None and trained is not None and longest > trained:
         logger.warning(

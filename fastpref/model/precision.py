@@ -1,4 +1,4 @@
-"""The arithmetic of a device: 16 bits where it has units for them."""
+"""Compute dtype by device: 16 bits only where the hardware supports them natively."""
 
 import logging
 from dataclasses import replace
@@ -13,11 +13,11 @@ logger = logging.getLogger("fastpref")
 
 
 def precision_here(model: ModelConfig, world: World) -> ModelConfig:
-    """A model's options with the arithmetic that all ranks compute in, which this says where it is
-    another one than was asked for.
+    """A model's options with the compute dtype that all ranks use; logs it if it is not the
+    requested one.
 
-    A CPU without units for a 16-bit dtype multiplies in it many times slower than in float32, which
-    holds every such number: it is the slower of the two as well as the less exact.
+    A CPU without native support for a 16-bit dtype multiplies in it many times slower than in
+    float32, and less exactly.
     """
     dtype = model.compute_dtype
     if world.device.type != "cpu" or world.on_main(lambda: has_units(dtype)):
@@ -27,7 +27,7 @@ def precision_here(model: ModelConfig, world: World) -> ModelConfig:
 
 
 def has_units(dtype: str) -> bool:
-    """Whether this CPU multiplies in a dtype as fast as it can in float32."""
+    """Whether this CPU supports a dtype natively: products are no slower than in float32."""
     if dtype == "bfloat16":
         return cpu_multiplies_bfloat16()
     return dtype == "float32" or torch.cpu.get_capabilities().get("avx512_fp16", False)

@@ -1,4 +1,4 @@
-"""Adapters in a frozen model, and the whole of it on every rank."""
+"""Adapters in a frozen model, and whether every rank holds a full replica of it."""
 
 from typing import Any
 
@@ -15,12 +15,14 @@ from fastpref.model.scorer import TokenScorer
 def place_adapters(
     model: Any, options: TrainingOptions, world: World, start: str | None
 ) -> tuple[Adapters | None, bool]:
-    """New adapters in a frozen model, or those to go on from, and whether all ranks have all of it;
-    None where all of a model is trained.
+    """Insert adapters into a frozen model, and decide whether every rank holds a full replica.
 
     Args:
         model: What `load_frozen_base` returned.
-        start: Folder of the adapter to go on from; None for new ones.
+        start: Folder of the adapter to train on; None for new ones.
+
+    Returns:
+        The adapters, None if the whole model is trained; and whether it is replicated.
     """
     if not options.adapter.trained:
         return None, False
@@ -36,13 +38,13 @@ def place_adapters(
 
 
 def is_replicated(options: AdapterConfig, *, num_bytes: int, room: int) -> bool:
-    """Whether every one of several devices is to have the whole of a frozen model.
+    """Whether each of several devices holds a full replica of a frozen model.
 
     Args:
-        options: `base` is replicated, sharded or auto, half of a device's memory at most; layers
-            in 4 bits are always whole.
-        num_bytes: Of the model with its adapters.
-        room: Memory of a device, bytes.
+        options: `base` is replicated, sharded or auto: replicated if the model takes at most half
+            of a device's memory. Models in 4 bits are always replicated.
+        num_bytes: Size of the model with its adapters.
+        room: Memory of a device, in bytes.
     """
     if options.quantized:
         return True
@@ -52,15 +54,15 @@ def is_replicated(options: AdapterConfig, *, num_bytes: int, room: int) -> bool:
 
 
 def fits_whole(model: Any, adapters: Adapters, options: AdapterConfig, world: World) -> bool:
-    """Whether every rank is to have the whole of a frozen model, see `is_replicated`.
+    """Whether every rank holds a full replica of a frozen model, see `is_replicated`.
 
     Args:
-        model: In the dtype that it is stored in, on the CPU or the meta device.
-        adapters: In it.
-        world: Whoever computes; all ranks decide alike.
+        model: In its storage dtype, on the CPU or the meta device.
+        adapters: The adapters in it.
+        world: The ranks, which all come to the same decision.
 
     Raises:
-        ConfigError: the model is to be sharded, and its adapters cannot stand beside that.
+        ConfigError: the model is to be sharded, which its adapters do not support.
     """
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     if world.device.type == "cuda":
@@ -75,7 +77,7 @@ def fits_whole(model: Any, adapters: Adapters, options: AdapterConfig, world: Wo
 
 
 def replicate(scorer: TokenScorer, device: torch.device) -> None:
-    """Give every rank the whole of a scorer, whose weights rank 0 alone has."""
+    """Broadcast a scorer's parameters and buffers from rank 0 to every rank."""
     scorer.to(device)
     for tensor in (*scorer.parameters(), *scorer.buffers()):
         dist.broadcast(tensor.detach(), src=0)

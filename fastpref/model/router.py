@@ -1,9 +1,9 @@
-"""How evenly the router of a mixture of experts spreads its tokens: found in a model, and kept up
-by an auxiliary loss while it is trained (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
+"""Load balancing of a mixture-of-experts router: finding the router in a model, and the auxiliary
+loss in training (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
 
-The loss is a product of two means over tokens, so that of a batch is no sum over its parts. It is
-taken of each pair by itself and then averaged, as the preference loss is: no update depends on
-which pairs are computed together. Of one pair it is what transformers computes.
+The loss is a product of two means over tokens, so a batch's loss is not the sum over its parts. It
+is computed for each pair and then averaged, as the preference loss is, so that no update depends on
+which pairs share a micro-batch. For a single pair it equals that of transformers.
 """
 
 import logging
@@ -25,43 +25,43 @@ logger = logging.getLogger("fastpref")
 
 EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
-"""What families call them in their configs."""
+"""Names of these two quantities in the configs of families."""
 NO_ROUTER = "it has no router of experts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:
-    """What was found out about the router of a model."""
+    """A model's router, as `find_router` found it."""
 
     top_k: int = 0
-    """Experts of a token."""
+    """Experts per token."""
     coefficient: float = 0.0
-    """Of the auxiliary loss, as the checkpoint has it."""
+    """Coefficient of the auxiliary loss in the checkpoint's config; 0: none."""
     obstacle: str = ""
-    """Why there can be no such loss, "" if there can."""
+    """Why the auxiliary loss cannot be computed, "" if it can."""
     difference: str = ""
-    """Why there is none without a coefficient from the user: transformers has none for the family,
-    or another one."""
+    """Why the loss is only used if the user sets a coefficient: transformers has no such loss for
+    the family. "" if it has."""
 
 
 class Balance(NamedTuple):
-    """How a micro-batch's tokens went to the experts."""
+    """Balance of the experts' load over a micro-batch of P rows: pairs, or sequences in SFT."""
 
     losses: Tensor
-    """(P,) float32: the auxiliary loss of each row, with its gradient."""
+    """(P,) float32: the auxiliary loss of each row, differentiable."""
     max_loads: Tensor
-    """(P,) float32: tokens of a layer's fullest expert over those of an even spread, mean over
+    """(P,) float32: tokens of a layer's most loaded expert relative to an even spread, mean over
     layers; 1 is even."""
 
 
 class RouterBalance:
-    """The auxiliary loss of the model that is trained.
+    """The auxiliary loss of the trained model.
 
-    A forward that records gradients leaves its router logits here, for `take`.
+    A forward that records gradients stores its router logits here, for `take`.
 
     Args:
-        coefficient: What the loss is multiplied by, > 0.
-        top_k: Experts of a token.
+        coefficient: Factor of the loss, > 0.
+        top_k: Experts per token.
     """
 
     def __init__(self, coefficient: float, top_k: int) -> None:
@@ -70,39 +70,39 @@ class RouterBalance:
         self._logits: tuple[Tensor, ...] = ()
 
     def last_hidden_states(self, model: Any, body: str, **inputs: Any) -> Tensor:
-        """A body's last hidden states, see `logit_path.last_hidden_states`; keeps what its routers
-        say."""
+        """A body's last hidden states, see `logit_path.last_hidden_states`; stores its router
+        logits."""
         hidden_BLD, self._logits = states_and_router_logits(model, body, **inputs)
         return hidden_BLD
 
     def take(self, batch: Batch, num_rows: int) -> Balance:
-        """The balance of what was computed last; to be called once.
+        """The balance of the last forward; to be called once after it.
 
         Args:
-            batch: What was computed.
-            num_rows: P: its pairs, in SFT its sequences.
+            batch: The batch of that forward.
+            num_rows: P: its pairs, or sequences in SFT.
         """
         logits, self._logits = self._logits, ()
         assert logits, "no forward has recorded gradients since the last time"
         return measure_balance(logits, count_uses(batch, num_rows), self._top_k)
 
     def forget(self) -> None:
-        """Free what a forward has left that nobody took."""
+        """Free router logits that were not taken."""
         self._logits = ()
 
 
 def measure_balance(logits: tuple[Tensor, ...], uses_PT: Tensor, top_k: int) -> Balance:
-    """The auxiliary loss of each row, over all layers together as transformers has it.
+    """The auxiliary loss of each row, over all layers together as in transformers.
 
         loss = E · Σ_e f_e · p_e
 
-    with f_e the mean number of times that a token of the row goes to expert e, and p_e the mean
+    with f_e the share of the row's tokens that are routed to expert e, and p_e the mean router
     probability of e; an even spread gives top_k.
 
     Args:
-        logits: (T, E) of each layer, or (B, L, E).
+        logits: Router logits of each layer, (T, E) or (B, L, E).
         uses_PT: How often each token counts in each row, float32.
-        top_k: Experts of a token.
+        top_k: Experts per token.
     """
     num_experts = logits[0].shape[-1]
     counts, probabilities, max_loads = [], [], []
@@ -110,7 +110,7 @@ def measure_balance(logits: tuple[Tensor, ...], uses_PT: Tensor, top_k: int) -> 
     for of_layer in logits:
         logits_TE = of_layer.reshape(-1, num_experts)
         counts.append(_count_choices(logits_TE, uses_PT, top_k))
-        # the probabilities of all layers would take more memory than the logits do
+        # recomputed in the backward: kept for all layers, they would take more than the logits do
         probabilities.append(
             checkpoint(
                 _sum_probabilities,
@@ -136,25 +136,25 @@ def _count_choices(logits_TE: Tensor, uses_PT: Tensor, top_k: int) -> Tensor:
 
 
 def count_uses(batch: Batch, num_rows: int) -> Tensor:
-    """How often each of the T computed tokens stands in each of P rows, (P, T) float32.
+    """How often each of the T computed tokens counts in each of P rows, (P, T) float32.
 
-    A row has the tokens of its prompt, of its chosen and of its rejected response once each,
-    however they are laid out: the second copy of a prompt and padding count 0, a token that both
-    responses begin with and that is computed once counts 2. The last token of a response is left
-    out, because it predicts nothing and packed rows do not compute it.
+    The tokens of a row's prompt, chosen and rejected response count once each, however they are
+    laid out: the second copy of a prompt and padding count 0, a token that both responses begin
+    with and that is computed once counts 2. The last token of a response is left out, because it
+    predicts nothing and packed rows do not compute it.
     """
     index_N, sequences_N, num_tokens = (
         batch.score_index[: batch.num_scored],
         batch.sequence_ids,
         batch.input_ids.numel(),
     )
-    # a response's first token is predicted by its prompt's last one, each other one by the
-    # response's token before it
+    # a response's first token is predicted at the prompt's last position, every other one at that
+    # of the response token before it
     is_first_N = torch.ones_like(sequences_N, dtype=torch.bool)
     is_first_N[1:] = sequences_N[1:] != sequences_N[:-1]
     uses_PT = torch.zeros(num_rows, num_tokens, device=index_N.device)
     places_N = sequences_N % max(1, num_rows) * num_tokens + index_N
-    # sums of ones: the same in any order
+    # sums of ones are exact in any order
     uses_PT.view(-1).scatter_add_(0, places_N, (~is_first_N).float())
     last_S = index_N.new_zeros(batch.num_sequences)
     last_P = last_S.scatter_add_(0, sequences_N, index_N * is_first_N)[:num_rows, None]
@@ -168,8 +168,8 @@ def count_uses(batch: Batch, num_rows: int) -> Tensor:
 
 @contextmanager
 def balance_left_out(model: Any) -> Iterator[None]:
-    """Let a model's own forward not compute the loss of its router's balance, though its config
-    says so: nobody reads it, and transformers' fails where keys are cached and prompts padded."""
+    """Keep a model's own forward from computing its auxiliary loss, even if its config asks for it:
+    it is not used here, and transformers' fails with a KV cache and padded prompts."""
     configs = [model.config, model.config.get_text_config()]
     saying = [config for config in configs if getattr(config, "output_router_logits", False)]
     for config in saying:
@@ -190,15 +190,15 @@ def states_and_router_logits(
 
 
 def choose_balance(wish: float | None, router: Router | None, model: Any) -> RouterBalance | None:
-    """The auxiliary loss that a model is trained with; says so. None: it is trained without.
+    """The auxiliary loss to train a model with, None for none; logs the choice.
 
     Args:
         wish: Its coefficient; None: the checkpoint's.
-        router: What was found out about the model.
+        router: The model's router, see `find_router`.
         model: For messages.
 
     Raises:
-        ConfigError: a coefficient, and no router whose balance can be had.
+        ConfigError: a coefficient is requested, but the loss cannot be computed for the model.
     """
     obstacle = NO_ROUTER if router is None else router.obstacle
     if wish and obstacle:
@@ -219,8 +219,8 @@ def choose_balance(wish: float | None, router: Router | None, model: Any) -> Rou
 
 
 def check_coefficient(wish: float | None, model: Any) -> None:
-    """Refuse a coefficient of the loss of a router that is not there; the model may be on the meta
-    device.
+    """Refuse a coefficient of the auxiliary loss for a model without a router; the model may be on
+    the meta device.
 
     Raises:
         ConfigError: see `choose_balance`.
@@ -238,9 +238,9 @@ def _no_balance(wish: float, model: Any, obstacle: str) -> ConfigError:
 
 @torch.no_grad()
 def find_router(model: Any, body: str) -> Router | None:
-    """What a model's router is, found by letting it compute a few tokens; None without a router.
+    """Probe a model's router by computing a few tokens; None without a router.
 
-    Its auxiliary loss is held to the one that transformers computes for the family.
+    Our auxiliary loss is compared with the one that transformers computes for the family.
 
     Args:
         model: A causal LM of transformers with its weights, on the CPU, in float32.
@@ -254,7 +254,7 @@ def find_router(model: Any, body: str) -> Router | None:
         return Router(obstacle="there are layers between its body and its head")
     try:
         _, logits = states_and_router_logits(model, body, **inputs)
-    # of a family's own code, whatever it says
+    # a family's own code may raise any exception
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -280,7 +280,7 @@ def find_router(model: Any, body: str) -> Router | None:
 
 
 def has_router(model: Any) -> bool:
-    """Whether transformers knows where a model's router logits are."""
+    """Whether transformers can return router logits of a model."""
     return any(
         "router_logits" in (getattr(module, "_can_record_outputs", None) or {})
         for module in model.modules()
@@ -300,7 +300,7 @@ def _loss_of_transformers(model: Any, inputs: dict[str, Tensor]) -> float | None
 
 
 def _numbers(config: Any, names: tuple[str, ...]) -> Iterator[Any]:
-    """Numbers of a config by their names, then of the configs in it."""
+    """Numbers of a config under the given names, then those of nested configs."""
     for name in names:
         if isinstance(value := getattr(config, name, None), int | float):
             yield value

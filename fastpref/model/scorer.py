@@ -1,4 +1,4 @@
-"""A Hugging Face causal LM as a scorer of tokens: body and LM head in one module, one forward.
+"""A Hugging Face causal LM as a token scorer: body and LM head in one module and one forward.
 
 The vocabulary logits are never built: the body's hidden states at the scored positions go straight
 into the fused ops of `fastpref_kernels` with the head's weight. Body and head live in one module
@@ -36,7 +36,7 @@ from fastpref.model.router import RouterBalance, balance_left_out
 
 @dataclass(frozen=True, slots=True)
 class HeadStates:
-    """What a model's LM head is applied to, for the joint sweep over policy and reference."""
+    """Hidden states and LM head of one model, the inputs of the joint policy-reference ops."""
 
     hidden: Tensor
     """(M or more, D) last hidden states at `Batch.head_index`, compute dtype."""
@@ -49,19 +49,19 @@ class HeadStates:
 class TokenScorer(nn.Module):
     """Log-probabilities of response tokens under a causal LM, and their KL to a reference.
 
-    Its modules compute in evaluation mode, in training too: a preference loss compares two models
-    token by token, so what draws random numbers in training mode (dropout, router jitter, skipped
-    layers, under whatever name) would be noise in every log-ratio.
+    Modules stay in evaluation mode even in training: a preference loss compares two models token
+    by token, so whatever is random in training mode (dropout, router jitter, layer dropping) would
+    be noise in every log-ratio.
 
     Args:
         model: Any causal LM of transformers whose logits are a linear head on the last hidden
-            states, with factors, a softcap and a cut; `model/checks.py` tells whether it is.
-        attention: What computes packed rows; None: every batch must be padded.
-            `model/attention/choice.py` tells whether the model can.
-        path: From the last hidden states to the logits; None: measured, which takes weights.
-        adapters: In the model, and all of it that is trained; None: it has none.
-        balance: The loss of its router's balance, to be taken after each forward that records
-            gradients; None: it is computed without.
+            states, up to scales, a softcap and a cut vocabulary; `model/checks.py` verifies this.
+        attention: Backend for packed rows; None: every batch must be padded.
+            `model/attention/choice.py` finds out whether the model can be packed.
+        path: From the last hidden states to the logits; None: measured, which needs the weights.
+        adapters: Adapters in the model; if it is trained, only they are. None: no adapters.
+        balance: The router's load-balancing loss, to be collected after each forward that records
+            gradients; None: no such loss.
     """
 
     def __init__(
@@ -82,40 +82,41 @@ class TokenScorer(nn.Module):
         self.path = measure_logit_path(model) if path is None else path
         self._masters: MasterWeights | None = None
         keep_steady(model)
-        # what `generate` is not told, it takes from there: limits, penalties, another decoding
+        # `generate` takes options that it is not given from here: limits, penalties, decoding
         model.generation_config = GenerationConfig()
         self.eval()
 
     def keep_masters(self, dtype: torch.dtype) -> None:
-        """Compute in another dtype than the parameters are stored in; on one rank, on its device.
+        """Compute in another dtype than that of the master weights; for one rank, after moving the
+        model to its device.
 
-        From a forward to `release()` the model then holds a copy of its parameters.
+        From each forward until `release()` the model holds a working copy of its parameters.
         """
         self._masters = MasterWeights(self.model, dtype)
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Compute with what an optimizer makes of the parameters; to be called once."""
+        """Call `refresh` after every step of an optimizer; to be called once."""
         optimizer.register_step_post_hook(lambda *_: self.refresh())
 
     def refresh(self) -> None:
-        """Compute with the parameters as they are: to be called once they were changed in place."""
+        """Update all that is derived from the parameters, after they were changed in place."""
         if self._masters is not None:
             self._masters.refresh()
         if self.adapters is not None:
             self.adapters.forget_parts()
 
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that have gradients."""
+        """The trainable parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def sum_gradients(self) -> None:
-        """Complete the gradients of what is not sharded: to be called once all micro-batches of a
-        step went backward, by every rank."""
+        """All-reduce the gradients of unsharded parameters (adapters); to be called by every rank
+        after the backward of a step's last micro-batch."""
         if self.adapters is not None and dist.get_world_size() > 1:
             self.adapters.sum_gradients()
 
     def train(self, mode: bool = True) -> "TokenScorer":
-        """Stays in evaluation mode whatever is asked for."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
     @property
@@ -125,19 +126,19 @@ class TokenScorer(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """Tokens that the model can read."""
+        """Rows of the input embedding; token ids must be below this number."""
         return self.model.get_input_embeddings().weight.shape[0]
 
     @property
     def num_positions(self) -> int | None:
-        """Longest sequence that a table of positions allows; None without a table."""
+        """Longest sequence, in tokens, that a position table allows; None without a table."""
         return position_limit(self.model)
 
     def hidden_states(self, batch: Batch, longest: int = 0) -> Tensor:
         """Last hidden states at the positions that predict `batch.head_target`, (M or more, D).
 
         Args:
-            longest: Tokens to allow for where the batch's own sequences are shorter.
+            longest: Assumed length of the longest sequence, if greater than the batch's own.
         """
         rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
         sequences = None if batch.layout is None else Sequences(batch.layout)
@@ -152,13 +153,13 @@ class TokenScorer(nn.Module):
         return hidden_BLD.flatten(0, 1)[batch.head_index]
 
     def states(self, batch: Batch) -> HeadStates:
-        """Hidden states and head, for another model's joint sweep.
+        """Hidden states and LM head, the reference input of another model's `forward`.
 
         Under FSDP2 the weight stays gathered until `release()`.
         """
         return self._states(batch)
 
-    # apart from `states`, around which FSDP2 puts its hooks: a forward is within them already
+    # not `states`, which FSDP2 wraps in its hooks: `forward` runs inside them already
     def _states(self, batch: Batch) -> HeadStates:
         self._lend_masters()
         hidden_MD = self.hidden_states(batch)
@@ -168,9 +169,9 @@ class TokenScorer(nn.Module):
         if weight.shape[0] > V:
             weight, bias = weight[:V], None if bias is None else bias[:V]
         if bias is not None and self.path.hidden_scale != 1:
-            # the ops scale what the head makes of hidden states and bias together
+            # the ops apply `hidden_scale` to the head's whole output, bias included
             bias = bias / self.path.hidden_scale
-        # of a frozen model that is stored in 16 bits
+        # a frozen model may be stored in 16 bits and compute in float32
         dtype = hidden_MD.dtype
         return HeadStates(hidden_MD, weight.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -179,8 +180,8 @@ class TokenScorer(nn.Module):
         return self.path.hidden_scale * self.path.scale
 
     def release(self) -> None:
-        """Free the gathered head, put master weights back: to be called once the backward of what
-        was computed is done, or where none follows."""
+        """Free the gathered head and restore the master weights; to be called after the backward,
+        or after a forward that has none."""
         if isinstance(self, FSDPModule):
             self.reshard()
         if self._masters is not None:
@@ -189,7 +190,7 @@ class TokenScorer(nn.Module):
             self.balance.forget()
 
     def forget_gradients(self) -> None:
-        """Forget what a backward that failed has left in parameters and in their copy."""
+        """Drop the gradients that a failed backward left in parameters and in their copy."""
         self.zero_grad()
         if self._masters is not None:
             self._masters.forget_gradients()
@@ -207,7 +208,7 @@ class TokenScorer(nn.Module):
         """Score the batch's N response tokens.
 
         Args:
-            reference: The reference's states on the same batch; asks for the KL as well.
+            reference: The reference's states on the same batch; if given, the KL is computed too.
             direction: "reference_policy" or "policy_reference", see `token_logps_and_kl`.
 
         Returns:
@@ -264,7 +265,7 @@ class TokenScorer(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Tensor:
         """Sample continuations with transformers' own `generate`; prompts padded on the left.
 
-        Nothing that the checkpoint says of generating has a part in it.
+        The checkpoint's generation config is ignored.
 
         Args:
             input_ids, attention_mask: (B, L) int64.
@@ -274,7 +275,7 @@ class TokenScorer(nn.Module):
             (B, L + new tokens) int64: prompts and continuations.
         """
         self._lend_masters()
-        # a cache is longer after every token, and blocks may be compiled for each length apart
+        # the KV cache grows with every token, and blocks may be compiled for each length
         eager = torch.compiler.set_stance("force_eager")
         try:
             with eager, balance_left_out(self.model):

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
+"""Loads models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
 
 import logging
 from contextlib import nullcontext
@@ -27,10 +27,10 @@ from fastpref.model.two_tables import holds_two_tables, untie_two_tables
 logger = logging.getLogger("fastpref")
 
 numbers_on_the_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-"""While entered, code that builds a model can read what `torch.linspace` makes, as it can where
-transformers loads one; older versions cannot load such a model themselves."""
+"""Context in which `torch.linspace` creates CPU tensors, so that a model's code can read their
+values on the meta device; versions of transformers without it cannot load such a model at all."""
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes of a tokenizer that is all in its tokenizer.json."""
+"""Tokenizer classes that are defined by their tokenizer.json alone."""
 
 
 def load_model(
@@ -40,13 +40,13 @@ def load_model(
     attention: str = "auto",
     archive: str | None = None,
 ) -> Any:
-    """A causal LM with weights, on the CPU.
+    """Load a causal LM with its weights onto the CPU.
 
     Args:
-        source: Where it lies.
-        dtype: The dtype the weights are stored in.
+        source: The model and its adapters.
+        dtype: Dtype of the weights in memory.
         attention: eager or sdpa; any other leaves the choice to transformers, because
-            FlashAttention computes on a GPU alone and the model is checked on the CPU.
+            FlashAttention runs on a GPU alone and the model is checked on the CPU.
         archive: Weights to load instead of the model's own: a Hugging Face folder, a run folder
             or a seed-format `policy.pt`.
 
@@ -61,8 +61,8 @@ def load_model(
     else:
         for adapter in source.adapters:
             check_adapter(adapter)
-        # the sum of a base and an adapter is rounded once, whatever it is stored in: policy and
-        # reference are the same model
+        # merged in float32 and rounded once, so that policy and reference are the same model,
+        # whatever dtype each is stored in
         exact = torch.float32 if source.adapters else dtype
         model = load_checkpoint(source, dtype=exact, attention=options)
         untie_two_tables(model)
@@ -76,7 +76,7 @@ def load_model(
 
 
 def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, attention: str) -> Any:
-    """A model with the weights of an archive; its own are not read."""
+    """Load a model with the weights of an archive; its own are not read."""
     path = Path(archive).expanduser()
     if path.is_file():
         weights = read_policy(path)
@@ -90,23 +90,23 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
         empty, weights, f"model.archive: {archive}", dtype=dtype, attention=options
     )
     if path.is_file():
-        # weights of the right dtype are the file's own pages until then
+        # weights that needed no cast are still memory-mapped from the file
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model
 
 
 def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
-    """The same model without weights, its memory untouched: rank 0 sends them after sharding."""
+    """Build the model with uninitialized weights, which rank 0 sends after sharding."""
     model = build_meta(source, dtype=dtype, attention=attention)
-    # pages that nobody writes cost no memory, so every rank of a node can hold such a model
+    # pages that are never written take no memory, so every rank of a node can hold such a model
     model = model.to_empty(device="cpu")
     model.tie_weights()
     return model
 
 
 def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
-    """The same model without memory: its modules, shapes and dtypes."""
+    """Build the model on the meta device: its modules, shapes and dtypes without weights."""
     config = load_base_config(source)
     family = find_family(config, source)
 
@@ -178,7 +178,7 @@ def find_tokenizer(
     """
     name = model.tokenizer_name_or_path
     if name is not None and name != model.name_or_path:
-        # a revision names a commit of the model's repository
+        # the revision is a commit of the model's repository, not of the tokenizer's
         return resolve_tokenizer(name), None
     name = resolve_tokenizer(model.name_or_path, key=key, revision=model.revision)
     return name, model.revision
@@ -191,7 +191,7 @@ def load_tokenizer(
 
     Args:
         name: What `resolve_tokenizer` returned.
-        trust_remote_code: Whether Python code that lies beside it may run.
+        trust_remote_code: Whether Python code of its folder may run.
 
     Raises:
         CheckpointError: there is none, or it needs code that may not run.
@@ -211,7 +211,7 @@ def load_tokenizer(
                 raise
             raise code_refused(name, "transformers has no such tokenizer", code) from error
         saved_class = fields.get("tokenizer_class")
-        # for a model of type qwen2, say, it makes a tokenizer of that family of whatever lies there
+        # beside a qwen2 config, say, AutoTokenizer builds a Qwen2 tokenizer from any tokenizer.json
         if saved_class in GENERIC_TOKENIZERS and type(tokenizer).__name__ not in GENERIC_TOKENIZERS:
             options: dict[str, Any] = {} if revision is None else {"revision": revision}
             tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **options)

@@ -1,7 +1,7 @@
-"""Checkpoints whose config ties the head to the embedding and whose files hold two of them.
+"""Checkpoints whose config ties head and embedding, but whose files hold two different matrices.
 
-transformers loads both and leaves them apart; whatever is built without weights has to know, and so
-has whoever reads the config of an export: what believes it drops the head.
+transformers loads both and leaves them untied. A model built without weights must be untied too,
+and so must the config of an export: a reader that believes it tied would drop the head.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from fastpref.model.files.weight_files import weight_files
 
 
 def holds_two_tables(name: str, model: Any) -> bool:
-    """Whether a checkpoint's embedding and head differ, which its config says are one.
+    """Whether a checkpoint's embedding and head differ although its config ties them.
 
     Args:
-        name: Its folder; of a name on the hub nothing is looked at.
-        model: Of its config; may be on the meta device.
+        name: The checkpoint's folder; a hub name is not checked.
+        model: Built from its config; may be on the meta device.
     """
     if model.get_output_embeddings() is None or not is_tied(model):
         return False
@@ -39,7 +39,7 @@ def holds_two_tables(name: str, model: Any) -> bool:
 
 
 def untie_two_tables(model: Any) -> None:
-    """Let the config of a model with weights say that embedding and head are two, if they are."""
+    """Mark embedding and head as untied in a loaded model's config, if they are untied."""
     says_one = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if says_one and model.get_output_embeddings() is not None and not is_tied(model):
         untie(model.config)

@@ -1,6 +1,6 @@
-"""Scoring: a frozen model's log-probabilities of rows, on the disk.
+"""Scoring: per-token log-probabilities of rows under a frozen model, stored on disk.
 
-Enters: encoded rows and a model. Leaves: shards named by a key of all that they depend on, or rows
-found by their tokens, so that what was interrupted goes on. To be changed here: what is kept, how
-it is divided.
+Enters: encoded rows and a model. Leaves: shards under a key that digests all they depend on, or
+rows cached by a digest of their tokens, so an interrupted run resumes. To be changed here: what is
+stored, and how it is split into files.
 """

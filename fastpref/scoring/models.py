@@ -1,4 +1,4 @@
-"""The models of the sides, one at a time in memory; adapters of one base are one of them."""
+"""Loads the models of both sides, one at a time; adapters of one base share one model."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ logger = logging.getLogger("fastpref")
 
 
 class SideModels:
-    """Loads a side's model when it is asked for, unless the one before it has the same base.
+    """Loads each side's model on request; sides that are adapters of one base share a model.
 
     Args:
-        sides: In the order in which they score.
-        longest: Tokens of the longest sequence that any of them scores.
+        sides: In scoring order.
+        longest: Tokens in the longest sequence that any side scores.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SideModels:
             self._adapters = {side.label: start for side, start in starts if start is not None}
 
     def load(self, side: Side) -> tuple[TokenScorer, RowLayout]:
-        """A side's model, frozen, and how it takes rows."""
+        """A side's frozen scorer, with the side's adapter active, and the scorer's row layout."""
         if self._base is None:
             return self._load(side.model)
         if self._shared is None:
@@ -67,7 +67,7 @@ class SideModels:
         )
 
     def release(self, side: Side) -> None:
-        """A side is done: hand back what no later one needs, before the next model is loaded."""
+        """Free what no later side needs; call when a side is done, before the next is loaded."""
         if side is self._sides[-1]:
             self._shared = None
         release_memory()
@@ -82,12 +82,12 @@ def load_frozen_scorer(
     adapters: Mapping[str, str] | None = None,
     quantized: bool = False,
 ) -> tuple[TokenScorer, RowLayout]:
-    """A model without gradients, and how it takes rows.
+    """Load a frozen model as a scorer, and choose its row layout.
 
     Args:
-        longest: Tokens of the longest sequence that will be scored.
-        adapters: Folders of adapters that stand beside its weights, by names to activate them by.
-        quantized: Its layers in 4 bits.
+        longest: Tokens in the longest sequence that will be scored.
+        adapters: Adapter folders by adapter name; inserted unmerged, and inactive at first.
+        quantized: Quantize the linear layers of its blocks to 4 bits.
     """
     model = load_causal_lm(options, world, trainable=False)
     path = try_model(model, options, world, trainable=False).path
@@ -111,6 +111,6 @@ def load_frozen_scorer(
 
 
 def on_base(model: ModelConfig, base: AdapterBase) -> ModelConfig:
-    """A model's options, without its adapter."""
+    """A model's options, changed to load the base that its adapter belongs to."""
     revision = None if base.source.adapters else base.source.revision
     return replace(model, name_or_path=base.name, archive=None, revision=revision)

@@ -1,4 +1,4 @@
-"""How far the scoring of a model has come."""
+"""Progress of scoring one model."""
 
 import logging
 import time
@@ -8,11 +8,11 @@ from fastpref.progress import Progress
 logger = logging.getLogger("fastpref")
 
 LOG_SECONDS = 10.0
-"""Time between two log lines where there is no terminal for a progress bar."""
+"""Seconds between progress log lines where there is no terminal for a progress bar."""
 
 
 class ScoringProgress:
-    """Tokens done, speed and time left: a bar on a terminal, a line now and then elsewhere."""
+    """Tokens scored, tokens/s and time left: a progress bar on a terminal, else log lines."""
 
     def __init__(self, label: str, num_tokens: int, *, num_shards: int = 0, visible: bool) -> None:
         self._num_shards = num_shards
@@ -33,11 +33,11 @@ class ScoringProgress:
 
     @property
     def done(self) -> str:
-        """How many shards of this start are on the disk, in words."""
+        """Shards written by this process, in words: "3 of 8 shards of the positive model"."""
         return f"{self._num_done} of {self._num_shards} shards of the {self._label}"
 
     def advance(self, tokens: int) -> None:
-        """So many tokens more are scored: prompt and response of every sequence."""
+        """Count tokens that were just scored: prompt and response of every sequence."""
         self._tokens += tokens
         now = time.perf_counter()
         rate = self._tokens / (now - self._started)
@@ -54,5 +54,5 @@ class ScoringProgress:
             )
 
     def shard_is_done(self) -> None:
-        """A shard is on the disk."""
+        """Count a shard that was just written."""
         self._num_done += 1

@@ -1,4 +1,4 @@
-"""A model on every rank, and the batches that it scores."""
+"""Data-parallel scoring: batches of rows are dealt to the ranks in turn."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from fastpref.scoring.shards import PairLogps, num_tokens
 from fastpref.signals import StopRequest
 
 CPU_TOKENS = 2048
-"""Tokens scored at once on a CPU, at most: more take memory and are not faster."""
+"""Maximum tokens per batch on a CPU: larger batches take more memory and are no faster."""
 
 
 def repeat_scoring(world: World, batch_size: int | None) -> Repetition:
-    """What to do where memory runs out, with the option that decides on a batch."""
+    """The out-of-memory retry policy; its message names the option that sets the batch size."""
     by_tokens = "packing.max_tokens={most}"
     remedy = by_tokens if batch_size is None else "a smaller weights.batch_size"
     return Repetition(num_ranks=world.size, remedy=remedy)
@@ -31,32 +31,32 @@ def repeat_scoring(world: World, batch_size: int | None) -> Repetition:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """A model on every rank, among which batches are dealt in turn."""
+    """Scores rows on all ranks; batches are dealt to the ranks in turn."""
 
     scorer: TokenScorer
     layout: RowLayout
-    """How it takes rows."""
+    """How the scorer takes rows: packed or padded."""
     pad_token_id: int
     world: World
     stop: StopRequest
     progress: ScoringProgress
-    """Told of every batch."""
+    """Advanced after every round of batches."""
     repetition: Repetition
-    """What to do where memory runs out."""
+    """Retry policy for running out of memory."""
     batch_size: int | None
-    """Rows scored at once; None leaves that to the layout."""
+    """Rows per batch; None: chosen by the layout."""
 
     def score_rows(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
-        """Log-probabilities of the response tokens of every row: chosen, rejected, in nats.
+        """Per-token log-probabilities of every row's responses, in nats.
 
         Args:
-            rows: Of a shard.
+            rows: The rows of one shard.
 
         Returns:
-            On every rank those of all rows, in their order.
+            The (chosen, rejected) arrays of every row, in order, the same on every rank.
 
         Raises:
-            InterruptionError, PreemptionError: a signal came, or the deadline is near.
+            InterruptionError, PreemptionError: a stop signal arrived, or the deadline is near.
         """
         world, batches = self.world, self._divide(rows)
         mine: list[tuple[int, PairLogps]] = []
@@ -66,7 +66,7 @@ class Ranks:
                     f"{self.progress.done} are kept; the same command goes on there"
                 )
             dealt = batches[first : first + world.size]
-            # a rank without a batch takes part in the collectives of sharded models all the same
+            # a rank without a batch still has to join the collectives of a sharded model
             places = dealt[world.rank] if world.rank < len(dealt) else []
             scored = self.repetition.compute_items(
                 [rows[i] for i in places],
@@ -85,14 +85,14 @@ class Ranks:
         return [by_place[i] for i in range(len(rows))]
 
     def _divide(self, rows: Sequence[EncodedRow]) -> list[list[int]]:
-        """Which rows of a shard are scored at once; the same for any number of ranks."""
+        """Row indices of each batch; the same for any number of ranks."""
         if self.batch_size is not None:
             return in_groups(len(rows), self.batch_size)
         most_tokens = CPU_TOKENS if self.world.device.type == "cpu" else None
         return self.layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
-        """Those of some rows at once."""
+        """Score one batch of rows."""
         batch = self.layout.build_rows(rows, pad_token_id=self.pad_token_id)
         logps_N = self.scorer(batch.to(self.world.device)).float()
         await_device(self.world)
@@ -100,7 +100,7 @@ class Ranks:
 
 
 def split_sequences(logps_N: NDArray[np.float32], batch: Batch) -> list[PairLogps]:
-    """Token scores of a batch as a pair of arrays per row: sequence p and P + p are one pair."""
+    """Split a batch's token scores into a pair of arrays per row: sequences p and P + p."""
     sequence_ids_N = batch.sequence_ids.cpu().numpy()
     in_order_N = logps_N[np.argsort(sequence_ids_N, kind="stable")]
     lengths = np.bincount(sequence_ids_N, minlength=batch.num_sequences)

@@ -1,4 +1,7 @@
-"""The reference of a run, scored before its first step: no second model, no pass of it later."""
+"""Reference log-probabilities, scored by the policy itself before the first training step.
+
+No second model is held in memory, and no training step runs a reference forward.
+"""
 
 import contextlib
 import logging
@@ -29,21 +32,21 @@ from fastpref.signals import StopRequest
 logger = logging.getLogger("fastpref")
 
 ROWS_OF_A_FILE = 256
-"""Rows between two savings, in whole steps: what a kill costs at most."""
+"""Scored rows after which the cache is saved, at the end of a step; limits what a kill loses."""
 
 
 class Visit(NamedTuple):
-    """A step that is the first one to see some rows."""
+    """A training step in which some rows are seen for the first time."""
 
     step: int
     rows: NDArray[np.int64]
-    """Of the split, in the step's order."""
+    """Row indices into the split, in the step's order."""
     digests: list[bytes]
     num_tokens: int
 
 
 def first_visits(loader: Loader) -> list[Visit]:
-    """The steps that a loader's rows are first seen in."""
+    """The steps of a loader in which at least one row is seen for the first time."""
     seen = np.zeros(len(loader.data.dataset), bool)
     visits = []
     for index in range(loader.order.num_steps):
@@ -59,33 +62,34 @@ def first_visits(loader: Loader) -> list[Visit]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceScoring:
-    """Scores what a cache lacks of a run's rows, in the micro-batches in which they are trained on.
+    """Scores the rows of a run that the cache lacks, in the same micro-batches as in training.
 
-    So a row's numbers are those of a reference that computes in the step that first sees it, to
-    the last bit, and equal models start at a log-ratio of exactly zero.
+    A row's log-probabilities are thus bit-identical to those of a reference that runs in the step
+    which first sees the row, and equal models start at a log-ratio of exactly zero.
     """
 
     policy: TokenScorer
-    """As training starts from it."""
+    """Before its first update."""
     cache: RowCache
     world: World
     repetition: Repetition
-    """What to do where memory runs out."""
+    """Retry policy for running out of memory."""
     about: dict[str, Any]
-    """What the numbers belong to, in words."""
+    """Description, for people, of the model and settings that the cache belongs to."""
     deadline: Deadline
     await_device: Callable[[], None] = lambda: None
-    """Called before a number is fetched from the device."""
+    """Called before results are copied from the device."""
 
     def complete(self, visits: Sequence[tuple[Loader, Sequence[Visit]]]) -> None:
         """Score and save every row that is missing.
 
         Args:
-            visits: Of all rows that the run reads, see `first_visits`.
+            visits: Of every loader of the run, see `first_visits`.
 
         Raises:
             CheckpointError: a log-probability is not finite, or a file cannot be written.
-            InterruptionError, PreemptionError: a signal came; what was scored is kept.
+            InterruptionError, PreemptionError: a stop signal arrived, or the deadline is near;
+                rows scored so far are saved.
         """
         started = time.perf_counter()
         num_found = len(self.cache)
@@ -115,7 +119,7 @@ class ReferenceScoring:
     def _missing(
         self, visits: Sequence[tuple[Loader, Sequence[Visit]]]
     ) -> list[tuple[Loader, list[Visit]]]:
-        """The first visits of rows that the cache lacks; equal rows count once."""
+        """Visits with at least one row that neither the cache nor an earlier visit contains."""
         seen = set[bytes]()
         missing = list[tuple[Loader, list[Visit]]]()
         for loader, of_loader in visits:
@@ -134,7 +138,7 @@ class ReferenceScoring:
         stop: StopRequest,
         progress: ScoringProgress,
     ) -> None:
-        """Steps of a loader, as they are trained on."""
+        """Score steps of a loader, in the micro-batches of training."""
         world, indices = self.world, [visit.step for visit in visits]
         with prefetch(lambda index: loader.step(index, world), indices) as steps:
             for visit, step in zip(visits, steps, strict=True):
@@ -146,7 +150,7 @@ class ReferenceScoring:
 
     def _end_if_asked(self, stop: StopRequest) -> None:
         if stop.agreed(self.world):
-            # a torchrun that was killed has taken the ranks' store along: rank 0 saves all the same
+            # a killed torchrun takes the ranks' store along: rank 0 saves before it notices
             with contextlib.suppress(dist.DistError):
                 self._save()
             stop.raise_saying(
@@ -156,7 +160,7 @@ class ReferenceScoring:
 
     @torch.no_grad()
     def _score(self, loader: Loader, visit: Visit, step: StepBatches) -> None:
-        """A step's rows, on every rank its own, put together on all of them."""
+        """Score a step, each rank its own rows, and add the all-reduced result to the cache."""
         world, columns = self.world, step.columns
         parts, computed = self.repetition.compute(
             step,
@@ -176,7 +180,7 @@ class ReferenceScoring:
         self.cache.add(columns, values)
 
     def _logps(self, step: StepBatches) -> list[Tensor]:
-        """(N,) of each micro-batch."""
+        """Reference log-probabilities of each micro-batch, (N,)."""
         reference, parts = beginning_of(self.policy), []
         for batch in step.batches:
             logps_N = reference(batch.to(self.world.device))

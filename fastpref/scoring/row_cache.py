@@ -1,4 +1,4 @@
-"""Log-probabilities of rows under one model, found by the rows' tokens: in memory, on the disk."""
+"""Cache of log-probabilities under one model, keyed by the rows' tokens, in memory and on disk."""
 
 import hashlib
 import json
@@ -19,22 +19,22 @@ from fastpref.complete_files import complete_file, share, writing
 logger = logging.getLogger("fastpref")
 
 ABOUT = "about.json"
-"""Beside the files: what they belong to, for people."""
+"""File beside the cache files that tells people what they belong to."""
 DIGEST_BYTES = 16
 
 ScoredRow = tuple[bytes, NDArray[np.float32]]
-"""Digest of its tokens; log-probabilities of its responses' tokens: chosen, then rejected."""
+"""Digest of the row's tokens; log-probabilities of its response tokens: chosen, then rejected."""
 
 
 class RowCache:
-    """What one model says of rows, whichever run scored them, in whichever order.
+    """Per-token log-probabilities of rows under one model, shared by all runs that score it.
 
-    Every file names its rows by their tokens, so rows that a data set has besides, or that other
-    options cut in another way, are the only ones that are missing. Several processes may write at
-    once; of a row that is there twice the older numbers count.
+    Rows are keyed by a digest of their tokens, so a new run has to score only rows that are new,
+    or that its options truncate differently. Several processes may write at once; of a row that
+    was written twice the older numbers count.
 
     Args:
-        folder: Of the model. It need not be there.
+        folder: The model's cache folder; it need not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,15 +43,15 @@ class RowCache:
         self._unsaved: list[ScoredRow] = []
 
     def files(self) -> list[str]:
-        """Names of the files that are there, oldest first."""
+        """Names of the cache files in the folder, oldest first."""
         return sorted(path.name for path in self.folder.glob("*.npz"))
 
     def read(self, names: Sequence[str], wanted: set[bytes]) -> None:
-        """Take rows from files; one that is damaged is left out, and said."""
+        """Load the wanted rows from cache files; a damaged file is skipped with a warning."""
         for name in names:
             for digest, logps in _read(self.folder / name):
                 if digest in wanted and digest not in self._values:
-                    # not a view, which would keep all of the file in memory
+                    # not a view, which would keep the whole file in memory
                     self._values[digest] = logps.copy()
 
     def __len__(self) -> int:
@@ -61,18 +61,18 @@ class RowCache:
         return digest in self._values
 
     def beside(self, columns: EncodedColumns) -> EncodedColumns:
-        """Rows that are there, with what the model says of them."""
+        """Rows with their cached log-probabilities as `reference_logps`; all must be cached."""
         logps = np.zeros(len(columns.ids), np.float32)
         values = [self._values[digest] for digest in row_digests(columns)]
         logps[_responses(columns).flat()] = np.concatenate(values)
         return replace(columns, reference_logps=logps)
 
     def add(self, columns: EncodedColumns, logps: NDArray[np.float32]) -> None:
-        """Rows that were scored; of those that are there already the numbers stay.
+        """Add scored rows; rows that are already cached keep their numbers.
 
         Args:
             columns: The rows.
-            logps: Beside their `ids`, in nats; those of prompts are not read.
+            logps: Parallel to `columns.ids`, in nats; values at prompt tokens are ignored.
         """
         lengths = columns.chosen.lengths + columns.rejected.lengths
         of_rows = np.split(logps[_responses(columns).flat()], np.cumsum(lengths)[:-1])
@@ -83,16 +83,16 @@ class RowCache:
 
     @property
     def num_unsaved(self) -> int:
-        """Rows that are in memory alone."""
+        """Rows not yet written to disk."""
         return len(self._unsaved)
 
     def take_unsaved(self) -> list[ScoredRow]:
-        """Those rows, which then count as saved."""
+        """Return the unsaved rows and count them as saved."""
         unsaved, self._unsaved = self._unsaved, []
         return unsaved
 
     def write(self, rows: Sequence[ScoredRow], about: dict[str, Any]) -> None:
-        """Save rows, at least one, in a file of their own; one process of a run does it.
+        """Write rows, at least one, to a new file; called by one process of a run.
 
         Raises:
             CheckpointError: the file cannot be written.
@@ -108,14 +108,14 @@ class RowCache:
                 )
             if not (self.folder / ABOUT).is_file():
                 with writing(self.folder):
-                    # of a name of its own: another run may write it in this moment
+                    # under a unique name: another run may be writing the file right now
                     partial = self.folder / f"{name}.partial"
                     partial.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
                     partial.replace(self.folder / ABOUT)
 
 
 def _open(folder: Path) -> IO[str]:
-    """The folder's lock, see `share`.
+    """Create the folder and take its shared lock, see `share`.
 
     Raises:
         CheckpointError: the folder cannot be written to.
@@ -126,14 +126,14 @@ def _open(folder: Path) -> IO[str]:
 
 
 def _read(path: Path) -> list[ScoredRow]:
-    """Rows of a file, none if it is not what was written: its sums are checked."""
+    """Rows of a cache file; none, with a warning, if checksums or sizes do not match."""
     try:
         with np.load(path, allow_pickle=False) as file:
             digests, lengths, logps = (file[name] for name in ("digests", "lengths", "logps"))
         ends = np.cumsum(lengths)
         if digests.size != DIGEST_BYTES * len(lengths) or ends[-1] != len(logps):
             raise ValueError(f"{digests.size} bytes of digests, {len(logps)} numbers")
-    # of a damaged archive anything may come
+    # a damaged archive may raise any exception
     except Exception as error:
         logger.warning("%s is damaged and passed over, it may be deleted: %s", path, error)
         return []
@@ -143,8 +143,8 @@ def _read(path: Path) -> list[ScoredRow]:
 
 
 def row_digests(columns: EncodedColumns) -> list[bytes]:
-    """What rows are known by: a digest of the token ids of each, and of which of them are scored
-    where not all of a response are."""
+    """Key of each row: a digest of its token ids and, where not all response tokens are scored, of
+    its scoring mask."""
     parts = (columns.prompt, columns.chosen, columns.rejected)
     ids = columns.ids.astype("<i4")
     starts = np.stack([part.starts for part in parts], axis=1)
@@ -152,7 +152,7 @@ def row_digests(columns: EncodedColumns) -> list[bytes]:
     stops = (starts + lengths).tolist()
     digests = []
     for of_row, (begin, end) in enumerate(zip(starts.tolist(), stops, strict=True)):
-        # lengths first: tokens must not wander from one part to the next unnoticed
+        # lengths first, so that moving a token from one part to the next changes the digest
         digest = hashlib.blake2b(lengths[of_row].tobytes(), digest_size=DIGEST_BYTES)
         for start, stop in zip(begin, end, strict=True):
             digest.update(ids[start:stop].tobytes())
@@ -165,5 +165,5 @@ def row_digests(columns: EncodedColumns) -> list[bytes]:
 
 
 def _responses(columns: EncodedColumns) -> Ranges:
-    """Where responses lie in `ids`, row by row: chosen, rejected."""
+    """Ranges of the responses in `ids`, row by row: chosen, then rejected."""
     return alternate(columns.chosen, columns.rejected)

@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens under one model, shard by shard, on every rank."""
+"""Scores the response tokens of all rows under each side's model, shard by shard, on all ranks."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from fastpref.signals import StopRequest, end_if_past
 logger = logging.getLogger("fastpref")
 
 KEPT = "shards that are complete are kept; the same command goes on there"
-"""What is said of an estimation that is stopped."""
+"""Message for a weight estimation that is stopped."""
 
 
 def score_sides(
@@ -37,16 +37,16 @@ def score_sides(
     batch_size: int | None,
     deadline_seconds: int | None,
 ) -> None:
-    """Score what the models have not scored yet, one model after the other.
+    """Score the missing shards of every side, one model at a time.
 
     Args:
-        sources: Rows, and their shards by the side's label.
-        batch_size: Rows scored at once; None leaves that to how rows are laid out.
-        deadline_seconds: Since the start of the command, when what was scored has to be saved.
+        sources: Rows of each source, and their shards by side label.
+        batch_size: Rows per batch; None: chosen by the row layout.
+        deadline_seconds: Time since the start of the command by which scores must be saved.
 
     Raises:
         CheckpointError: a log-probability is not finite.
-        InterruptionError, PreemptionError: a signal came, or the deadline is near.
+        InterruptionError, PreemptionError: a stop signal arrived, or the deadline is near.
     """
     longest = max((part.longest for _, parts in sources for part in parts.values()), default=0)
     models = SideModels(sides, packing, world, longest=longest)
@@ -75,12 +75,12 @@ def score_missing(
     batch_size: int | None,
     deadline_seconds: int | None,
 ) -> None:
-    """Score the shards that one model has not scored yet; it is loaded only if there are any.
+    """Score one side's missing shards; its model is loaded only if there are any.
 
     Raises:
         CheckpointError, InterruptionError, PreemptionError: see `score_sides`.
     """
-    # what rank 0 sees counts: another node may see the folder later
+    # rank 0 decides: another node may see new files of the folder later
     missing = world.on_main(lambda: [shards.missing() for _, shards in sources])
     num_shards = sum(len(shards) for _, shards in sources)
     num_missing = sum(map(len, missing))

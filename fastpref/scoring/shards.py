@@ -1,4 +1,4 @@
-"""Log-probabilities of response tokens on disk, shard by shard, so that a killed run goes on."""
+"""Log-probabilities of response tokens on disk, in shards, so that a killed run can resume."""
 
 import hashlib
 import logging
@@ -15,7 +15,7 @@ from fastpref.errors import CheckpointError
 from fastpref.token_weights import token_digest
 
 PairLogps = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Of one row: chosen, rejected; one log-probability per response token, in nats."""
+"""Per-token log-probabilities of one row's chosen and rejected response, in nats."""
 
 logger = logging.getLogger("fastpref")
 
@@ -26,8 +26,8 @@ def num_tokens(row: EncodedRow) -> int:
 
 
 def rows_digest(rows: Sequence[EncodedRow]) -> str:
-    """Digest of the token ids of rows in their order, wherever they were read from, and of which
-    of them are in the loss."""
+    """Digest of the rows' token ids and loss masks, in order; independent of the file they come
+    from."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(token_digest(row.prompt_ids, row.chosen_ids, row.rejected_ids).encode())
@@ -38,18 +38,18 @@ def rows_digest(rows: Sequence[EncodedRow]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shards:
-    """What one model says of one source's rows: shard k is a file of `rows_per_shard` rows.
+    """One model's log-probabilities of one source's rows, `rows_per_shard` rows per file.
 
-    Rows go in by length, longest first: rows of a batch are of like length, memory is highest at
-    the start, and the time left is estimated too high rather than too low. The folder's name
-    holds the fingerprint of model, rows and settings, so nothing else's shards are ever found.
+    Rows are sorted by length, longest first: the rows of a batch are of similar length, memory
+    peaks at the start, and the time left is over- rather than underestimated. The folder's name
+    has a fingerprint of model, rows and settings, so shards of anything else are never found.
     """
 
     folder: Path
     rows: Sequence[EncodedRow]
     """In file order."""
     order: NDArray[np.int64]
-    """(rows,) places in file order, longest row first."""
+    """(rows,) indices into `rows`, longest row first."""
     rows_per_shard: int
 
     @classmethod
@@ -63,36 +63,36 @@ class Shards:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Tokens in the longest sequence."""
         return max(
             len(ids.prompt_ids) + max(len(ids.chosen_ids), len(ids.rejected_ids))
             for ids in self.rows
         )
 
     def rows_of(self, shard: int) -> list[int]:
-        """Places in file order of a shard's rows, in the order in which they are scored."""
+        """Indices into `rows` of a shard's rows, in scoring order."""
         start = shard * self.rows_per_shard
         return self.order[start : start + self.rows_per_shard].tolist()
 
     def num_tokens(self, shards: Sequence[int]) -> int:
-        """Tokens of the sequences of some shards, see the function of this name."""
+        """Tokens in the sequences of the given shards, see the module's `num_tokens`."""
         return sum(num_tokens(self.rows[i]) for shard in shards for i in self.rows_of(shard))
 
     def missing(self) -> list[int]:
-        """Shards that have no complete file."""
+        """Indices of the shards that have no intact file."""
         return [shard for shard in range(len(self)) if self._load(shard) is None]
 
     def write(self, shard: int, logps: NDArray[np.float32]) -> None:
-        """Save a shard: of each row in turn chosen, then rejected, in nats. Shape (tokens,)."""
+        """Save a shard: `logps` (tokens,), in nats, row by row, chosen before rejected."""
         with complete_file(self._path(shard), "wb") as file:
-            # an archive has sums of what is in it
+            # the archive holds checksums of its content
             np.savez(file, logps=logps)
 
     def read(self) -> list[PairLogps]:
-        """Of each row in file order: chosen, rejected.
+        """Log-probabilities of all rows, in file order.
 
         Raises:
-            CheckpointError: a shard is not there any more, or damaged.
+            CheckpointError: a shard is missing or damaged.
         """
         nothing = np.empty(0, np.float32)
         parts = [(nothing, nothing)] * len(self.rows)
@@ -114,7 +114,7 @@ class Shards:
         return self.folder / f"{shard:06d}.npz"
 
     def _load(self, shard: int) -> NDArray[np.float32] | None:
-        """A shard's numbers; None where it is missing or not what was written."""
+        """A shard's log-probabilities; None where the file is missing or damaged."""
         path = self._path(shard)
         if not path.is_file():
             return None
@@ -127,7 +127,7 @@ class Shards:
                 logps: NDArray[np.float32] = file["logps"]
             if logps.shape != (expected,):
                 raise ValueError(f"{logps.shape} numbers, expected {expected}")
-        # of a damaged archive anything may come
+        # a damaged archive may raise any exception
         except Exception as error:
             logger.warning("%s is damaged and scored again: %s", path, error)
             return None

@@ -1,4 +1,4 @@
-"""A model that scores, and what its numbers must be."""
+"""One of the two models that token weights are estimated from; checks of its rows and scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from fastpref.scoring.shards import PairLogps
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two models."""
+    """One of the two contrastive models that token weights are estimated from."""
 
     label: str
     """positive or negative."""
     model: ModelConfig
     twin: Any
-    """The model without memory."""
+    """The model on the meta device: its modules and shapes without weights."""
     origin: ModelOrigin
-    """What it is, and the text of its template, "" for none."""
+    """Name and digest of the model, and the text of its template, "" for none."""
     quantized: bool
-    """Its adapter stands beside layers in 4 bits, as it was trained."""
+    """Its adapter runs beside 4-bit layers, as in training."""
 
 
 def check_rows(rows: Rows, encoded: Sequence[EncodedRow], side: Side) -> None:
-    """Refuse, before a model is loaded, tokens that have no row in its embedding, and rows that run
-    off its table of positions.
+    """Refuse, before a model is loaded, token ids beyond its embedding and rows longer than its
+    position table.
 
     Raises:
         CheckpointError: naming the file, the row and the token.
@@ -62,7 +62,7 @@ def check_finite(
     rows: Rows,
     side: Side,
 ) -> None:
-    """Refuse a model that gives NaN or infinity; runs on every rank with the same outcome.
+    """Refuse log-probabilities that are NaN or infinite; every rank checks the same numbers.
 
     Raises:
         CheckpointError: naming the file, the row and the token.

@@ -1,4 +1,4 @@
-"""Low-rank adapters: peft's folders, where they go in a model, their arithmetic, 4 bits below them.
+"""Low-rank adapters: peft's folders, target layers, their arithmetic, and 4-bit base layers.
 
-No reference here: that a policy is an adapter, `model/own_reference.py` and `model/pair.py` know.
+`model/own_reference.py` and `model/pair.py` make a policy and its reference of a model with them.
 """

@@ -1,4 +1,4 @@
-"""What adapters are trained beside: the frozen model, and the adapter that training starts from."""
+"""Finds the frozen base of trained adapters, and the adapter that training starts from."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,26 +11,26 @@ from fastpref.model.files.paths import ModelSource, archived_model, named_model
 
 
 class AdapterBase(NamedTuple):
-    """A model option, taken apart."""
+    """A model option, split into base and adapter."""
 
     source: ModelSource
-    """The frozen model; adapters of it are merged."""
+    """The frozen base; its own adapters are merged."""
     start: str | None
     """Folder of the adapter to train on; None: new ones."""
 
     @property
     def name(self) -> str:
-        """What an exported adapter says that it belongs to: an absolute folder, or a hub name."""
+        """The base as an exported adapter names it: an absolute folder, or a hub name."""
         name = self.source.adapters[-1] if self.source.adapters else self.source.base
         return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def find_adapter_base(model: ModelConfig) -> AdapterBase:
-    """The frozen model of a run that trains adapters, and where they start.
+    """The frozen base of a run that trains adapters, and the adapter that it starts from.
 
     Args:
-        model: For `name_or_path`, `revision` and `archive`: weights of an archive are the frozen
-            ones, or where it is an adapter folder, it is trained on.
+        model: For `name_or_path`, `revision` and `archive`: an archive is the base, or if it is an
+            adapter folder, the adapter to train on.
 
     Raises:
         ConfigError: the archive is a single file, which no adapter could name as its base.
@@ -51,7 +51,7 @@ def find_adapter_base(model: ModelConfig) -> AdapterBase:
 
 
 def find_shared_base(models: Sequence[ModelConfig]) -> list[AdapterBase] | None:
-    """Base and adapter of each model, if all of them can stand on one base in memory."""
+    """Base and adapter of each model, if all can share one base in memory; else None."""
     if any(model.archive and Path(model.archive).expanduser().is_file() for model in models):
         return None
     bases = [find_adapter_base(model) for model in models]
@@ -62,7 +62,7 @@ def find_shared_base(models: Sequence[ModelConfig]) -> list[AdapterBase] | None:
         for base in bases:
             if base.start is not None:
                 given_config(base.start)
-    # of a kind that has to be merged
+    # the adapter is of a kind that has to be merged
     except CheckpointError:
         return None
     return bases

@@ -1,4 +1,4 @@
-"""Adapter folders of peft: what they change of their base's shape, and their merging into it."""
+"""Adapter folders of peft: how they change the shape of their base, and merging them into it."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ logger = logging.getLogger("fastpref")
 SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
-"""What peft puts before the names of its base's modules."""
+"""Prefix that peft adds to the names of its base's modules."""
 
 
 def check_adapter(folder: str) -> None:
@@ -51,7 +51,7 @@ def check_adapter(folder: str) -> None:
 
 
 def adapt_config(config: Any, model: Any, folder: str) -> bool:
-    """Give a base's config the vocabulary and the ties that an adapter leaves it with.
+    """Adapt a base's config to the vocabulary size and weight tying that an adapter implies.
 
     Args:
         config: Of the base; changed in place.
@@ -71,23 +71,23 @@ def adapt_config(config: Any, model: Any, folder: str) -> bool:
 
 @torch.no_grad()
 def merge_adapter(model: Any, folder: str) -> Any:
-    """The model with an adapter's weights merged into its own.
+    """Merge an adapter's weights into a model.
 
-    Held to the adapter beside the model on a few tokens: what cannot be merged, such as an adapter
-    on an embedding that is tied to the head, would be another model without a sign of it.
+    The result is compared with the unmerged adapter on a few tokens: merging what cannot be merged,
+    such as an adapter on an embedding that is tied to the head, would silently give another model.
 
     Args:
-        model: The base, in float32; used up.
+        model: The base, in float32; not to be used any more.
         folder: Of the adapter.
 
     Raises:
-        CheckpointError: it does not fit the base, or merged it computes something else.
+        CheckpointError: it does not fit the base, or computes something else when merged.
     """
     from peft import PeftModel
 
     rows, unties = _vocabulary(folder, model), _unties(folder, model)
     if rows != model.get_input_embeddings().weight.shape[0]:
-        # the new rows are the adapter's own
+        # the adapter brings the new rows
         model.resize_token_embeddings(rows, mean_resizing=False)
     with reading("the adapter", folder):
         adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu").eval()
@@ -98,12 +98,12 @@ def merge_adapter(model: Any, folder: str) -> Any:
         _forget_tied_head(adapted)
         try:
             merged = adapted.merge_and_unload()
-        # each kind of adapter says in its own way that it cannot be merged
+        # each kind of adapter raises another error if it cannot be merged
         except Exception as error:
             raise _not_mergeable(folder, str(error).strip()) from error
     if unties:
         untie(merged.config)
-    # peft copies what it saves whole
+    # peft copies modules that it saves whole, which unties them
     merged.tie_weights()
     logits = merged(input_ids=ids).logits
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
@@ -126,7 +126,7 @@ def load_adapter(folder: str) -> dict[str, Tensor]:
 
 
 def _forget_tied_head(adapted: Any) -> None:
-    """Leave a head's adapter out that looks at the embedding's: merged, it would count twice."""
+    """Remove a head's adapter that is a view of the embedding's: merged, it would count twice."""
     model = adapted.base_model.model
     head = model.get_output_embeddings()
     looks = adapted.peft_config["default"].to_dict().get("ensure_weight_tying") and is_tied(model)
@@ -143,11 +143,11 @@ def _not_mergeable(folder: str, why: str) -> CheckpointError:
 
 
 def _check_names(adapted: Any, folder: str) -> None:
-    """Refuse weights that are missing, which peft leaves at random, and ones without a place."""
+    """Refuse missing weights, which peft leaves random, and ones that the base has no place for."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    # filled once more: only then does peft say which names it took, and folders of older versions
-    # of transformers have others than the model (each expert's where it has one matrix for all)
+    # loaded once more, as only this call reports which names peft took: folders of older versions
+    # of transformers have others than the model (one matrix per expert instead of a stack)
     result: Any = set_peft_model_state_dict(adapted, load_adapter(folder))
     needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     missing = sorted({name.replace(".default", "") for name in result.missing_keys} & needed)
@@ -160,7 +160,7 @@ def _check_names(adapted: Any, folder: str) -> None:
 def no_fit(
     folder: str, missing: Sequence[str], spare: Sequence[str], model: Any
 ) -> CheckpointError:
-    """That an adapter does not fit its base.
+    """The error for an adapter that does not fit its base.
 
     Args:
         folder: Of the adapter.
@@ -180,7 +180,7 @@ def no_fit(
 
 
 def _has_place(name: str, own: set[str]) -> bool:
-    """Whether a saved name is a matrix of the base's own, or peft's second copy of one."""
+    """Whether a saved name belongs to a module of the base, or to peft's copy of one."""
     module = name.removeprefix(PREFIX)
     for part in (".modules_to_save", ".original_module", ".base_layer", ".token_adapter"):
         module = module.replace(part, "")
@@ -211,8 +211,8 @@ def _table_paths(model: Any) -> list[str]:
 
 
 def _vocabulary(folder: str, model: Any) -> int:
-    """Rows of the embedding that an adapter belongs to: its base's, or others where the embedding
-    was resized, which peft then saves with the adapter."""
+    """Number of rows of the embedding that an adapter belongs to: the base's, or that of a resized
+    embedding, which peft saves with the adapter."""
     for name, shape in _shapes(folder).items():
         if not name.startswith(tuple(_table_paths(model))):
             continue
@@ -224,20 +224,20 @@ def _vocabulary(folder: str, model: Any) -> int:
 
 
 def _unties(folder: str, model: Any) -> bool:
-    """Whether an adapter has an embedding or a head of its own and the base has both in one."""
+    """Whether an adapter has an embedding or a head of its own, so that they have to be untied."""
     saved = _shapes(folder)
     copies = []
     for path in _table_paths(model):
         names = (f"{path}modules_to_save.weight", f"{path}weight")
         copies += [name for name in names if name in saved][:1]
     if len(copies) == 2:
-        # of a resized embedding both are saved, equal where they were tied
+        # peft saves both if the embedding was resized, and equal ones if they were tied
         return not torch.equal(*(_tensor(folder, name) for name in copies))
     return bool(copies) and is_tied(model)
 
 
 def untie(config: Any) -> None:
-    """Let a config say that embedding and head are two."""
+    """Mark embedding and head as untied in a config."""
     config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 

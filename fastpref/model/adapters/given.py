@@ -1,4 +1,4 @@
-"""An adapter that somebody trained, beside its base as it is: what can be, and its weights."""
+"""Existing adapters, unmerged beside their unchanged base: which are possible; their weights."""
 
 from typing import Any
 
@@ -16,24 +16,24 @@ MORE_PARTS = (
     *("modules_to_save", "trainable_token_indices", "alora_invocation_tokens"),
     *("kasa_config", "arrow_config"),
 )
-"""Fields of peft's config for what is more than low-rank matrices beside the base: other trained
-weights, KaSA's own weights of the base, other adapters."""
+"""Fields of peft's config that add more than low-rank matrices to the base: other trained weights,
+changed weights of the base (KaSA), other adapters."""
 MOVING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""First values of peft that come with other weights of the base."""
+"""Initializations of peft that change the weights of the base."""
 
 
 def given_config(folder: str) -> Any:
-    """The config of an adapter that can stand beside its base as it is.
+    """The config of an adapter that can be used unmerged beside its unchanged base.
 
     Raises:
-        CheckpointError: naming what it has that cannot.
+        CheckpointError: it cannot; names the reason.
     """
     from peft import LoraConfig, PeftConfig
 
     check_adapter(folder)
     with reading("the adapter", folder):
         config: Any = PeftConfig.from_pretrained(folder)
-    # AdaLoRA's config is a kind of it
+    # AdaLoRA's config is a subclass
     if type(config) is not LoraConfig:
         raise not_beside(folder, f"is {config.peft_type.value}, of which LoRA alone can be")
     if config.bias != "none":
@@ -49,13 +49,13 @@ def given_config(folder: str) -> Any:
             folder, f"has init_lora_weights={config.init_lora_weights}, which moved its base"
         )
     config.inference_mode = False
-    # its values are given
+    # its values are loaded
     config.init_lora_weights = True
     return config
 
 
 def not_beside(folder: str, found: str) -> CheckpointError:
-    """That an adapter cannot stand beside its base as that is, and what of it cannot."""
+    """The error for an adapter that cannot be used unmerged beside its unchanged base."""
     return CheckpointError(
         f"model: the adapter {folder} {found}; it cannot be used beside a model that stays as it "
         "is: adapter=none merges it and trains the whole model"
@@ -63,16 +63,16 @@ def not_beside(folder: str, found: str) -> CheckpointError:
 
 
 def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) -> None:
-    """Refuse options that a given adapter does not have.
+    """Refuse options that contradict an existing adapter.
 
     Args:
         folder: Of the adapter.
         config: peft's.
-        options: What was asked for.
-        model: That the adapter will stand in.
+        options: Requested options.
+        model: The model that the adapter will be inserted into.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: naming both values.
     """
     if options.init != "kaiming":
         raise ConfigError(
@@ -105,14 +105,14 @@ def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) ->
 
 
 def check_whole_matrices(model: Any, folder: str) -> None:
-    """Refuse matrices beside low-rank ones that are not the model's own, which peft saves as well.
+    """Refuse an adapter folder with whole matrices that differ from the model's own.
 
     Args:
         model: With weights, and with adapters in place.
         folder: Of the adapter.
 
     Raises:
-        CheckpointError: there are such.
+        CheckpointError: it has some.
     """
     own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
     other = [
@@ -127,7 +127,7 @@ def check_whole_matrices(model: Any, folder: str) -> None:
 
 
 def _bare(name: str) -> str:
-    """The name that a matrix has in a model without adapters."""
+    """The name of a matrix in a model without adapters."""
     return name.removeprefix(PREFIX).replace(".base_layer", "")
 
 
@@ -137,7 +137,7 @@ def _is_same(tensor: Tensor, own: Tensor | None) -> bool:
 
 
 def fill_adapter(model: Any, folder: str, name: str) -> None:
-    """Fill an adapter with the low-rank matrices of a folder."""
+    """Load the low-rank matrices of a folder into an adapter of a model."""
     from peft import set_peft_model_state_dict
 
     saved = load_adapter(folder)
@@ -153,10 +153,10 @@ def fill_adapter(model: Any, folder: str, name: str) -> None:
 
 
 def adapter_part(parameter: str) -> bool:
-    """Whether a parameter is one of an adapter's."""
+    """Whether a parameter's name is that of an adapter's."""
     return any(part.startswith("lora_") for part in parameter.split("."))
 
 
 def is_of(parameter: str, adapter: str) -> bool:
-    """Whether a parameter is one of this adapter's."""
+    """Whether a parameter's name is that of one of this adapter's."""
     return adapter_part(parameter) and adapter in parameter.split(".")

@@ -1,7 +1,7 @@
 """Low-rank adapters inside a frozen model (LoRA, arXiv:2106.09685): peft's layers, put in place.
 
-The model stays the class that it is, because only its layers are exchanged; peft's own wrapper
-around a model would hide its body, and would build logits.
+Only layers are replaced, so the model keeps its class; peft's own wrapper around a model would hide
+its body, and would compute logits.
 """
 
 import dataclasses
@@ -45,16 +45,16 @@ from fastpref.model.adapters.tied_head import (
 logger = logging.getLogger("fastpref")
 
 TRAINED, GIVEN = "default", "reference"
-"""peft's names of the adapter that is trained, and of the one that its training started from."""
+"""Adapter names in peft's layers: the one being trained, and the one that training started from."""
 
 
 class Adapters:
-    """The adapters of a model: which of them computes, and their gradients.
+    """The adapters of a model: which of them is active, and their gradients.
 
     Args:
         model: With peft's layers in place; all else of it is frozen.
         config: peft's, of the adapter that is trained, or of any.
-        reference: Name of the adapter of which the reference consists; None: of the bare model.
+        reference: Name of the adapter that the reference uses; None: it is the bare model.
     """
 
     def __init__(self, model: nn.Module, config: Any, *, reference: str | None = None) -> None:
@@ -69,16 +69,16 @@ class Adapters:
 
     @property
     def continued(self) -> bool:
-        """Whether training started from an adapter, which the reference has."""
+        """Whether training started from an existing adapter, which the reference uses."""
         return self._reference is not None
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model that have one."""
+        """Number of layers of the model that have an adapter."""
         return len(self._layers)
 
     def check_shardable(self) -> None:
-        """Refuse adapters beside a sharded model that need their matrix where it is not gathered.
+        """Refuse adapters of a sharded model that read their base matrix while it is not gathered.
 
         Raises:
             ConfigError: naming them.
@@ -91,21 +91,21 @@ class Adapters:
             )
 
     def forget_parts(self) -> None:
-        """The parameters have changed: what is kept of them is made again."""
+        """Clear what is cached of the parameters, because they have changed."""
         for parts in self._parts:
             parts.forget()
 
     def trained(self) -> list[nn.Parameter]:
-        """Those parameters that have gradients."""
+        """The trainable parameters of the adapters."""
         return [parameter for parameter in self._parameters if parameter.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:
-        """All of all adapters; float32, and whole on every rank."""
+        """All parameters of all adapters; float32, and whole on every rank."""
         return list(self._parameters)
 
     def activate(self, name: str | None) -> None:
-        """Let an adapter compute, and no other; None: the bare model."""
-        # peft's own switches also say what gets gradients, which FSDP2 has to know once and for all
+        """Activate one adapter and no other; None: the bare model."""
+        # peft's own switches also change requires_grad, which must stay as FSDP2 found it
         for layer in self._layers:
             layer._disable_adapters = name is None
             if name is not None:
@@ -113,7 +113,7 @@ class Adapters:
 
     @contextmanager
     def as_reference(self) -> Iterator[None]:
-        """Let the model compute as it did before training."""
+        """Context in which the model computes as it did before training."""
         self.activate(self._reference)
         try:
             yield
@@ -121,11 +121,11 @@ class Adapters:
             self.activate(TRAINED)
 
     def sum_gradients(self) -> None:
-        """Add up the gradients of all ranks, of which each has the whole of every adapter."""
+        """All-reduce (sum) the gradients of the adapters, which every rank holds whole."""
         gradients = []
         for parameter in self.trained():
             if parameter.grad is None:
-                # a rank without rows
+                # this rank had no rows
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -137,7 +137,7 @@ class Adapters:
 
 
 class _TrainingDropout(nn.Dropout):
-    """Drops where gradients are recorded: a model that is trained stays in evaluation mode."""
+    """Dropout wherever gradients are recorded: a trained model stays in evaluation mode."""
 
     def forward(self, input: Tensor) -> Tensor:
         return dropout(input, self.p, torch.is_grad_enabled())
@@ -152,15 +152,15 @@ def add_adapters(
     seed: int,
     start: str | None = None,
 ) -> Adapters:
-    """Freeze a model and put adapters into it, beside layers in 4 bits if it is to be.
+    """Freeze a model and insert adapters to train, after quantizing its layers if requested.
 
     Args:
         model: A causal LM of transformers, on the CPU.
-        options: Of the adapters.
-        world: Whoever computes.
+        options: Adapter options.
+        world: The ranks.
         block_name: Class of the transformer blocks, None: found from the model.
-        seed: Of their first values; the run's random state is left alone.
-        start: Folder of the adapter to train on; None: new ones, that change nothing yet.
+        seed: Of the initial values; the run's random state is left alone.
+        start: Folder of the adapter to train on; None: new ones, which change nothing yet.
 
     Raises:
         ConfigError: an option does not fit the model or the folder.
@@ -181,7 +181,7 @@ def add_adapters(
 def insert_adapters(
     model: Any, options: AdapterConfig, block_name: str | None, start: str | None
 ) -> Adapters:
-    """Freeze a model and put adapters without values into it; it may be on the meta device.
+    """Freeze a model and insert uninitialized adapters; it may be on the meta device.
 
     Args:
         model, options, block_name, start: See `add_adapters`.
@@ -214,13 +214,13 @@ def add_given_adapters(
     quantized: bool = False,
     block_name: str | None = None,
 ) -> Adapters:
-    """Put adapters into a model that computes only, by their names; none is active.
+    """Insert existing adapters into a model that is not trained; none is active at first.
 
     Args:
         model: A causal LM of transformers, on the CPU.
-        folders: Of adapters, by the names that they get.
-        world: Whoever computes.
-        quantized: Beside layers in 4 bits.
+        folders: Adapter folders by adapter name.
+        world: The ranks.
+        quantized: Quantize the layers of the model's blocks to 4 bits first.
         block_name: Class of the transformer blocks, None: found from the model.
 
     Raises:
@@ -270,7 +270,7 @@ def _new_config(model: Any, options: AdapterConfig, block_name: str | None) -> A
 
 
 def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
-    """Put an adapter without values into a model; where it comes from is for the error alone."""
+    """Insert an uninitialized adapter into a model; `folder` only matters to errors."""
     from peft import inject_adapter_in_model
 
     ties = config.ensure_weight_tying and is_tied(model)
@@ -278,11 +278,11 @@ def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
         config.target_modules = without_head(model, config.target_modules)
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # that there is one already, and what a user cannot change
+            # that there is an adapter already, and other warnings that a user cannot act on
             warnings.simplefilter("ignore")
-            # of a tied head we take care ourselves
+            # tied heads are handled here, not by peft
             own = dataclasses.replace(config, ensure_weight_tying=False)
-            # peft's word for adapters without memory: DoRA's come from their layers' weights
+            # peft's option for adapters on the meta device; DoRA's need their layers' weights
             is_meta = next(model.parameters()).is_meta
             inject_adapter_in_model(own, model, name, low_cpu_mem_usage=is_meta)
     except (ValueError, NotImplementedError) as error:  # peft's words name what it cannot adapt
@@ -304,12 +304,12 @@ def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
         raise ConfigError(f"adapter.target_modules: {obstacle}")
     for path, parameter in model.named_parameters():
         if is_of(path, name):
-            # peft gives them the dtype of the layer that they stand beside
+            # peft gives them the dtype of their layer
             parameter.data = parameter.data.float()
 
 
 def _draw(model: nn.Module, config: Any, seed: int) -> None:
-    """Give new adapters their first values: of a seed the same, whatever dtype the model has."""
+    """Initialize new adapters; the values depend on the seed, and not on the model's dtype."""
     from peft.tuners.lora import LoraLayer
 
     with torch.random.fork_rng(devices=[]):

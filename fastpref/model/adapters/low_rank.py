@@ -1,16 +1,17 @@
 """The arithmetic of an adapted linear layer, y = x Wᵀ + b + s (x Aᵀ) Bᵀ (arXiv:2106.09685).
 
-peft converts a layer's whole input to the adapter's float32 and keeps it so for the backward: 4
-bytes a number where the model has 2, once for each of the layers that read the same input, and
-several passes over it. Here the input is kept as it is, which layers share, products are added to
-the layer's output where it lies, and both matrices still count with all that float32 says of them:
-on a GPU a float32 number is the sum of two of bfloat16 up to 2^-17 of it, so three products on the
-tensor cores, as one of three times the rank, are off by no more than that. The matrices are taken
-apart once an optimizer step.
+peft casts a layer's whole input to the adapter's float32 and saves it so for the backward: 4 bytes
+per element where the model has 2, once for each of the layers that read the same input, in several
+passes over it. Here the input is saved as it is, shared by these layers; products are added to the
+layer's output in place; and both matrices still count with their float32 precision: on a GPU a
+float32 number is the sum of two bfloat16 numbers up to a relative 2^-17, so three tensor-core
+products, computed as one of three times the rank, are off by no more than that. The matrices are
+split once per optimizer step.
 
-Shapes: N inputs, I and O the layer's input and output, R the rank.
+Shapes: N inputs, I and O the layer's input and output width, R the rank.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Parts = tuple[Tensor, Tensor]
-"""A and Bᵀ in parts of 16 bits, (3R, I) and (3R, O), see `_right`."""
+"""A and Bᵀ split into 16-bit parts, (3R, I) and (3R, O), see `_right`."""
 
 
 def adapted_linear(
@@ -41,10 +42,10 @@ def adapted_linear(
         A: (R, I) float32.
         B: (O, R) float32.
         scaling: s.
-        parts: Of both as they are now; None: to be made.
+        parts: Of the current A and B, see `take_apart`; None: computed here.
 
     Returns:
-        (..., O), in the layer's dtype: its own output, then the sum is rounded to it, as in peft.
+        (..., O), in the layer's dtype: its own output and then the sum are rounded, as in peft.
     """
     if not has_units(input):
         return _InFloat32.apply(input, weight, bias, A, B, scaling)
@@ -54,7 +55,7 @@ def adapted_linear(
 
 
 def take_apart(A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
-    """Both matrices of an adapter in parts of 16 bits.
+    """Split both matrices of an adapter into 16-bit parts.
 
     Args:
         A, B: (R, I) and (O, R) float32.
@@ -64,39 +65,39 @@ def take_apart(A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
 
 
 def has_units(tensor: Tensor) -> bool:
-    """Whether products of its dtype are summed in float32 by units of their own."""
-    # on the meta device memory is counted, for a GPU
+    """Whether tensor cores multiply the tensor's dtype, accumulating in float32."""
+    # the meta device stands for a GPU, to estimate its memory
     return tensor.device.type in ("cuda", "meta") and tensor.dtype == torch.bfloat16
 
 
 class PartsOf:
-    """The parts of a layer's adapters, by their names, until they are forgotten.
+    """Cache of the parts of a layer's adapters, by adapter name.
 
-    No tensor tells that it has changed: fused optimizers leave its version as it is.
+    It has to be invalidated explicitly: fused optimizers do not change a tensor's version.
     """
 
     def __init__(self) -> None:
         self._found: dict[str, Parts] = {}
 
     def forget(self) -> None:
-        """The adapters have changed."""
+        """Clear the cache, because the adapters have changed."""
         self._found.clear()
 
     def get(self, name: str, A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
-        """Of the adapter of a name, in the dtype that its layer always computes in."""
+        """The parts of an adapter; `dtype` has to be the same in all calls."""
         if name not in self._found:
             self._found[name] = take_apart(A, B, dtype)
         return self._found[name]
 
 
 def share_input(layer: Any) -> PartsOf | None:
-    """Let one of peft's layers compute by `adapted_linear`, where it is no more than that.
+    """Make one of peft's layers compute by `adapted_linear`, if it is a plain linear layer.
 
     Args:
         layer: Of `peft.tuners.lora`; changed in place.
 
     Returns:
-        What is to be forgotten when an adapter changes; None where nothing is kept.
+        The cache to clear when an adapter changes; None if the layer was not changed.
     """
     from peft.tuners.lora import Linear
 
@@ -114,7 +115,7 @@ def _forward(layer: Any, parts_of: PartsOf, input: Tensor) -> Tensor:
         return base(input)
     A, B = layer.lora_A[name], layer.lora_B[name]
     drops = not isinstance(layer.lora_dropout[name], nn.Identity)
-    # matrices of a variant may be modules of its own
+    # a variant may compute with modules of its own
     if drops or name in layer.lora_variant or B.bias is not None:
         return type(layer).forward(layer, input)
     parts = None
@@ -126,7 +127,7 @@ def _forward(layer: Any, parts_of: PartsOf, input: Tensor) -> Tensor:
 
 
 class _InFloat32(torch.autograd.Function):
-    """Products with the adapter in float32."""
+    """Adapted linear layer whose products with the adapter are in float32."""
 
     @staticmethod
     def forward(
@@ -139,10 +140,10 @@ class _InFloat32(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         h_NR = _times(input.flatten(0, -2), A.T)
-        # no view: a model may change it in place
+        # not a view: a model may change it in place
         output = F.linear(input, weight, bias)
         _add_product(output.view(-1, output.shape[-1]), h_NR, B.T, scaling)
-        # the input is another operation's output, and that of other layers
+        # saving the input takes no memory: its producer and other layers keep it too
         ctx.save_for_backward(input, weight, A, B, h_NR)
         ctx.scaling = scaling
         return output
@@ -163,33 +164,38 @@ class _InFloat32(torch.autograd.Function):
 
 def _times(wide_NK: Tensor, matrix_KR: Tensor) -> Tensor:
     """The product of a matrix of any dtype with one of float32, (N, R) float32."""
-    return torch.cat([rows.float() @ matrix_KR for rows in _float32_rows(wide_NK)])
+    return torch.cat([rows.float() @ matrix_KR for (rows,) in _row_blocks(wide_NK)])
 
 
 def _summed_products(narrow_NR: Tensor, wide_NK: Tensor) -> Tensor:
-    """narrowᵀ @ wide of a float32 matrix and one of any dtype, (R, K) float32."""
+    """narrowᵀ · wide of a float32 matrix and one of any dtype, (R, K) float32."""
     sum_RK = narrow_NR.new_zeros(narrow_NR.shape[1], wide_NK.shape[1])
-    for narrow, rows in zip(*map(_float32_rows, (narrow_NR, wide_NK)), strict=True):
+    for rows, narrow in _row_blocks(wide_NK, narrow_NR):
         sum_RK.addmm_(narrow.T, rows.float())
     return sum_RK
 
 
 def _add_product(sum_NK: Tensor, narrow_NR: Tensor, other_RK: Tensor, factor: float) -> None:
-    """Add a product of float32 matrices times a factor to a tensor of any dtype, in place."""
-    for rows, narrow in zip(*map(_float32_rows, (sum_NK, narrow_NR)), strict=True):
+    """Add factor · narrow · other, computed in float32, to a tensor of any dtype, in place."""
+    for rows, narrow in _row_blocks(sum_NK, narrow_NR):
         if rows.dtype == torch.float32:
             rows.addmm_(narrow, other_RK, alpha=factor)
         else:
             rows.copy_(torch.addmm(rows.float(), narrow, other_RK, alpha=factor))
 
 
-def _float32_rows(matrix_NK: Tensor) -> tuple[Tensor, ...]:
-    """Its rows in pieces that may be copied in float32: all rows would take twice the matrix."""
-    return matrix_NK.split(256)
+def _row_blocks(wide_NK: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all matrices, block by block.
+
+    A float32 copy of all rows of a 16-bit matrix would take twice its memory. float32 needs no
+    copy and is one block.
+    """
+    size = max(1, len(wide_NK)) if wide_NK.dtype == torch.float32 else 256
+    return zip(*(matrix.split(size) for matrix in (wide_NK, *others)), strict=True)
 
 
 class _InParts(torch.autograd.Function):
-    """Products with the adapter in parts of 16 bits, which are summed in float32."""
+    """Adapted linear layer whose products with the adapter are in 16-bit parts."""
 
     @staticmethod
     def forward(
@@ -229,21 +235,21 @@ class _InParts(torch.autograd.Function):
 
 
 def _times_pair(wide: Tensor, pair: Tensor) -> Tensor:
-    """The product with a float32 matrix in two parts side by side, (M, K) (K, 2R) -> (M, R)
-    float32."""
+    """Product with a float32 matrix given as two 16-bit parts side by side, (M, K) (K, 2R) ->
+    (M, R) float32."""
     products = torch.mm(wide, pair, out_dtype=torch.float32)
     R = pair.shape[1] // 2
     return products[:, :R] + products[:, R:]
 
 
 def _left(matrix_NR: Tensor) -> Tensor:
-    """A float32 matrix as the left factor of a product in parts: high, low and high, (N, 3R)."""
+    """Split a float32 matrix as the left factor of a product: parts high, low and high, (N, 3R)."""
     high, low = _split(matrix_NR, torch.bfloat16)
     return torch.cat([high, low, high], 1)
 
 
 def _right(matrix_RK: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 matrix as the right factor: high, high and low, (3R, K)."""
+    """Split a float32 matrix as the right factor: parts high, high and low, (3R, K)."""
     high, low = _split(matrix_RK, dtype)
     return torch.cat([high, high, low])
 
@@ -254,7 +260,7 @@ def _pair(right_3RK: Tensor) -> Tensor:
 
 
 def _split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A float32 matrix as the sum of two of 16 bits."""
+    """Split a float32 matrix into a sum of two 16-bit matrices."""
     high = matrix.to(dtype)
-    # in float32
+    # subtracted in float32
     return high, (matrix - high).to(dtype)

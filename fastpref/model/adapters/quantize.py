@@ -1,8 +1,8 @@
 """A frozen model's linear layers in 4 bits: NF4 with double quantization (QLoRA, arXiv:2305.14314).
 
-The layers are bitsandbytes', each quantized on the device from the weights as they were loaded: a
-model that never fits the device in 16 bits does in 4, and any source that can be loaded can be
-quantized, one with merged adapters too. Embeddings, norms and the head stay as they are.
+The layers are bitsandbytes'. Each is quantized on the device from the loaded weights, so a model
+that does not fit the device in 16 bits can be used in 4, and any source that can be loaded can be
+quantized, including one with merged adapters. Embeddings, norms and the head are not quantized.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
     Args:
         model: A causal LM of transformers, on the CPU; rank 0's alone has weights.
         block_name: Class of the transformer blocks, None: found from the model.
-        world: Every rank gets the whole of each layer.
+        world: The ranks, each of which gets every layer whole.
 
     Raises:
         ConfigError: the blocks have no linear layers of torch.
@@ -45,17 +45,17 @@ def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
                 quant_type="nf4",
             )
         parameter: Any = Params4bit(weight, requires_grad=False, quant_type="nf4", module=quantized)
-        # it is quantized when it is sent to a device
+        # moving it to a device quantizes it
         quantized.weight = parameter.to(world.device)
-        # sent to the other ranks later, with all that is not quantized
+        # broadcast later, with all that is not quantized
         quantized.bias = layer.bias
         setattr(parent, name, quantized)
-    # what peft asks to put adapters beside such layers
+    # the flag by which peft knows to put adapters beside 4-bit layers
     model.is_loaded_in_4bit = True
 
 
 def check_quantizable(model: Any, block_name: str | None) -> None:
-    """Refuse a model of which 4 bits would hold nothing; it may be on the meta device.
+    """Refuse a model without layers that can be quantized; it may be on the meta device.
 
     Raises:
         ConfigError: the blocks have no linear layers of torch.
@@ -69,12 +69,12 @@ def check_quantizable(model: Any, block_name: str | None) -> None:
 
 @torch.no_grad()
 def round_blocks(model: Any, block_name: str | None, device: torch.device) -> None:
-    """Give the linear layers of a model's blocks the values that 4 bits hold of them, in place.
+    """Quantize and dequantize the linear layers of a model's blocks, in place.
 
     Args:
         model: A causal LM of transformers, on the CPU.
         block_name: Class of the transformer blocks, None: found from the model.
-        device: That quantizes; to the same bits as training had them, if the dtype is the same.
+        device: Device to quantize on; gives the same bits as in training, if the dtype is the same.
     """
     for _, _, layer in quantizable_layers(model, block_name):
         layer.weight.copy_(_rounded(layer.weight, device))
@@ -88,7 +88,7 @@ def _rounded(weight: Tensor, device: torch.device) -> Tensor:
 
 
 def quantizable_layers(model: Any, block_name: str | None) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Each linear layer of the blocks, with the module that it is a part of and its name there."""
+    """(parent module, name in it, layer) of each linear layer of the blocks."""
     for block in find_blocks(model, block_name):
         for path, module in list(block.named_modules()):
             if isinstance(module, nn.Linear) and is_linear(module):

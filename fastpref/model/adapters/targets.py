@@ -1,4 +1,4 @@
-"""Which matrices of a model get adapters."""
+"""Chooses which matrices of a model get adapters."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -15,25 +15,25 @@ from fastpref.model.files.families import other_parts
 
 LINEAR = (nn.Linear, Conv1D)
 LIKE_LINEAR = ("FalconLinear", "Linear4bit")
-"""Classes of transformers and bitsandbytes that compute what torch's does."""
+"""Classes of transformers and bitsandbytes that compute the same as torch's."""
 STATE_SPACE = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 def choose_targets(
     model: Any, options: AdapterConfig, block_name: str | None
 ) -> tuple[list[str], list[str]]:
-    """Ends of the names of layers, and of matrices that are no layers, that get adapters.
+    """Name suffixes of layers, and of single parameters such as stacked experts, to adapt.
 
-    Of a wrapper's layers whole names: where the adapter is used its other parts are there as well,
-    and have layers that end so too.
+    For the layers of a multimodal wrapper full names: where the adapter is used, the wrapper's
+    other parts are present too and may have layers with the same suffix.
 
     Args:
         model: A causal LM of transformers.
-        options: What was asked for.
+        options: Requested options.
         block_name: Class of the transformer blocks, None: found from the model.
 
     Raises:
-        ConfigError: an end that no layer has.
+        ConfigError: nothing in the model has a requested suffix.
     """
     if options.target_modules is None and options.target_parameters is None:
         return linear_ends(model, block_name), expert_ends(model, block_name)
@@ -46,7 +46,7 @@ def choose_targets(
 
 
 def whole_names(model: Any, ends: Iterable[str]) -> list[str]:
-    """Of a wrapper the names of the layers that end so, of any other model the ends."""
+    """Full names of a wrapper's layers with these suffixes; for other models, the suffixes."""
     if not other_parts(model):
         return list(ends)
     names = [name for name, _ in model.named_modules()]
@@ -54,7 +54,7 @@ def whole_names(model: Any, ends: Iterable[str]) -> list[str]:
 
 
 def linear_ends(model: Any, block_name: str | None) -> list[str]:
-    """Ends of names that the linear layers of the transformer blocks have, and nothing else."""
+    """Name suffixes that match the linear layers of the transformer blocks, and nothing else."""
     inside = {module for block in find_blocks(model, block_name) for module in block.modules()}
     names = {
         name
@@ -68,12 +68,12 @@ def linear_ends(model: Any, block_name: str | None) -> list[str]:
         )
     ends = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in ends}
-    # whole names where a layer outside of the blocks, or another kind of module, ends so too
+    # full names if a layer outside of the blocks, or another kind of module, has such a suffix
     return sorted(ends if meant == names and not other_parts(model) else names)
 
 
 def expert_ends(model: Any, block_name: str | None) -> list[str]:
-    """Ends of the names of matrices that a mixture has one of for each of its experts."""
+    """Name suffixes of a mixture's stacked expert weights, which hold one matrix per expert."""
     ends = set()
     for block in find_blocks(model, block_name):
         for name, parameter in block.named_parameters():
@@ -84,16 +84,16 @@ def expert_ends(model: Any, block_name: str | None) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer and no more: routers and grouped layers are kinds of it
-    that return something else."""
+    """Whether a module is a plain linear layer: routers and grouped layers are subclasses that
+    return something else."""
     kind = type(module)
     forwards = [linear.forward for linear in LINEAR]
     return isinstance(module, LINEAR) and (kind.forward in forwards or kind.__name__ in LIKE_LINEAR)
 
 
 def _is_read_past(model: Any, name: str) -> bool:
-    """Whether a family's kernels read a layer's weight without calling the layer: those of
-    state-space layers, and where peft refuses it for its model type."""
+    """Whether a layer's weight is used without calling the layer, as kernels of state-space layers
+    do; or peft refuses the layer for its model type."""
     path, _, end = name.rpartition(".")
     is_state_space = hasattr(model.get_submodule(path), "A_log")
     return (end == "dt_proj" and is_state_space) or (

@@ -1,8 +1,8 @@
 """One adapter for an embedding and the head that is tied to it.
 
-peft gives the head matrices of its own that look at the embedding's memory: two parameters of an
-optimizer on the same numbers, each with moments of its own. Here the head has no adapter; it
-computes with the embedding's weight as it is adapted.
+peft gives the head matrices of its own that are views of the embedding's: two parameters of the
+optimizer on the same memory, each with moments of its own. Here the head has no adapter; it
+computes with the embedding's adapted weight.
 """
 
 import re
@@ -23,11 +23,11 @@ def is_tied(model: Any) -> bool:
 
 
 def without_head(model: Any, targets: Collection[str] | str) -> list[str]:
-    """Ends of names of layers, with the embedding in the place of the head that is tied to it.
+    """Name suffixes of target layers, with a tied head replaced by the embedding.
 
     Args:
-        model: Whose embedding and head are tied.
-        targets: Ends of names, or an expression that whole names match, as peft takes them.
+        model: With tied embedding and head.
+        targets: Name suffixes, or a regular expression of full names, as in peft.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
@@ -40,14 +40,14 @@ def without_head(model: Any, targets: Collection[str] | str) -> list[str]:
 
 
 def ends_so(name: str, end: str) -> bool:
-    """Whether a module's name is what an end means."""
+    """Whether a module's name has a suffix that consists of whole parts of the name."""
     return name == end or name.endswith(f".{end}")
 
 
 def tie_head(model: Any) -> None:
-    """Let the head compute with the adapted weight of the embedding, in place."""
+    """Make the head compute with the embedding's adapted weight, in place."""
     head = model.get_output_embeddings()
-    # in a tuple it is no submodule
+    # in a tuple it is not registered as a submodule
     setattr(head, TIED, (model.get_input_embeddings(),))
     head.forward = partial(_forward, head)
 
@@ -58,18 +58,18 @@ def _forward(head: Any, input: Tensor) -> Tensor:
 
 
 def adapted_head(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What a head computes with, its adapter included, as hidden states and one matrix.
+    """Hidden states and one weight whose product is a head's output, its adapter included.
 
     In float32 the adapter is added to the weight. 16 bits would round most of it away there, so its
-    two matrices stand beside hidden states and weight, in two parts each that hold 16 of its bits.
+    matrices are appended to hidden states and weight, each in two parts that hold 16 of its bits.
 
     Args:
         head: With or without an adapter of its own, or tied to an embedding with one.
         hidden: (..., D) last hidden states.
 
     Returns:
-        Hidden states (..., D') and a weight (V, D'), D' = D where there is no adapter; with the
-        adapter's gradients.
+        Hidden states (..., D') and a weight (V, D'), through which the adapter gets its gradients;
+        D' = D without an adapter or in float32.
     """
     [adapted] = getattr(head, TIED, (head,))
     weight: Tensor = adapted.weight
@@ -88,8 +88,8 @@ def adapted_head(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def numbers_of_adapted_head(model: Any) -> int:
-    """Numbers of the weight that `adapted_head` makes in 16 bits, which it needs a gradient of; 0
-    where the head has no adapter."""
+    """Elements of the weight that `adapted_head` makes in 16 bits, whose gradient has as many; 0 if
+    the head has no adapter."""
     head = model.get_output_embeddings()
     [adapted] = getattr(head, TIED, (head,))
     ranks = [_matrices(adapted, name)[0].shape[0] for name in _active(adapted)]
@@ -98,22 +98,22 @@ def numbers_of_adapted_head(model: Any) -> int:
 
 
 def _active(layer: Any) -> list[str]:
-    """Adapters of a layer that compute now."""
+    """Names of a layer's active adapters."""
     if not hasattr(layer, "active_adapters") or layer.disable_adapters:
         return []
     return [name for name in layer.active_adapters if name in layer.scaling]
 
 
 def _matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
-    """An adapter of a head, (R, D) and (V, R), or of an embedding as its head reads it."""
+    """A (R, D) and B (V, R) of a head's adapter, or of an embedding's as its head uses it."""
     if name in getattr(layer, "lora_embedding_A", ()):
         return layer.lora_embedding_B[name].T, layer.lora_embedding_A[name].T
     return layer.lora_A[name].weight, layer.lora_B[name].weight
 
 
 def _parts(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A float32 matrix as the sum of two of 16 bits; its gradient is that of the first, which is
-    multiplied by all that it is multiplied by."""
+    """Split a float32 matrix into a sum of two 16-bit matrices; the gradient flows through the
+    first one, which is multiplied by both parts of the other factor."""
     high = matrix.to(dtype)
     return high, (matrix.detach() - high.detach().float()).to(dtype)
 
@@ -123,7 +123,7 @@ def obstacle_of_head(model: Any, name: str) -> str:
 
     Args:
         model: With the adapter in place.
-        name: peft's of the adapter.
+        name: The adapter's, in peft's layers.
     """
     tables = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: path for path, module in model.named_modules()}
@@ -151,18 +151,18 @@ def obstacle_of_head(model: Any, name: str) -> str:
 
 
 def head_names(model: Any) -> tuple[str, str]:
-    """Names of the matrices that peft's folders have for a head that is tied."""
+    """Names of a tied head's matrices in peft's folders."""
     names = {module: name for name, module in model.named_modules()}
     head = names[model.get_output_embeddings()]
     return f"{head}.lora_A.weight", f"{head}.lora_B.weight"
 
 
 def head_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The matrices that peft's folders have for a head that is tied: the embedding's, transposed.
+    """A tied head's matrices as peft's folders have them: the embedding's, transposed.
 
     Args:
         model: With the adapter.
-        state: Of the adapter, by the model's names.
+        state: Tensors of the adapter, by the model's names.
     """
     names = {module: name for name, module in model.named_modules()}
     embedding = names[model.get_input_embeddings()]

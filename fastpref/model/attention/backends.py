@@ -1,8 +1,8 @@
 """Attention over the segments of a packed row, by the libraries that can compute it.
 
 Every function takes queries (1, H, T, E), keys and values (1, K, T, E) with H a multiple of the K
-key-value heads, a layout, and what the layer asks for, and returns (1, T, H, E). `attend_in_math`
-is the definition.
+key-value heads, a layout, and the layer's `ScoreRules`, and returns (1, T, H, E). `attend_in_math`
+is the reference implementation.
 """
 
 import inspect
@@ -21,20 +21,20 @@ from fastpref.model.attention.groups import GroupedAttention, takes_flash_on_cpu
 from fastpref.model.attention.rules import ScoreRules, attend_to_all
 
 Attend = Callable[[Tensor, Tensor, Tensor, Any, ScoreRules], Tensor]
-"""(query, key, value, prepared layout, rules) -> attention."""
+"""(query, key, value, prepared layout, rules) -> output."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedAttention:
-    """One way to compute attention over a packed row."""
+    """A backend for attention over a packed row."""
 
     name: str
-    """As `model.attention` names it."""
+    """The value of `model.attention` that selects it."""
     attend: Attend
     prepare: Callable[[SegmentLayout], Any] = lambda layout: layout
-    """What `attend` takes in place of the layout; called once a forward, not once a layer."""
+    """Makes of the layout what `attend` takes; called once per forward, not once per layer."""
     gathers_keys: bool = False
-    """It keeps a prompt's keys once for each of its branches."""
+    """Whether a shared prompt's keys and values are copied for each of its branches."""
 
 
 def attend_in_math(
@@ -46,8 +46,8 @@ def attend_in_math(
     *,
     keeps_scores: bool = True,
 ) -> Tensor:
-    """Segment by segment: softmax(scale · q·kᵀ)·v, the softmax in float32 or more; without its
-    scores kept they are computed again in the backward."""
+    """softmax(scale · q·kᵀ)·v, segment by segment, the softmax in at least float32; without
+    `keeps_scores` the backward recomputes the scores."""
     attend = attend_to_all
     if not keeps_scores:
         attend = partial(checkpoint, attend_to_all, use_reentrant=False, preserve_rng_state=False)
@@ -60,7 +60,7 @@ def attend_in_math(
 
 
 class ByWindow:
-    """A layout, and what a back end makes of it and a window, when the first layer asks."""
+    """A layout, and what a backend makes of it for each sliding window, computed on first use."""
 
     def __init__(
         self, make: Callable[[SegmentLayout, int | None], Any], layout: SegmentLayout
@@ -72,9 +72,9 @@ class ByWindow:
 def attend_in_groups(
     query: Tensor, key: Tensor, value: Tensor, prepared: ByWindow, rules: ScoreRules
 ) -> Tensor:
-    """Torch's scaled-dot-product attention, one call a group of segments of like length."""
+    """Torch's scaled-dot-product attention, one call per group of segments of similar length."""
     if rules.softcap is not None:
-        # scores of every head and pair of tokens, of every layer, are more than all else
+        # kept for every layer, the scores would outweigh all other activations
         return attend_in_math(query, key, value, prepared.layout, rules, keeps_scores=False)
     on_cpu = takes_flash_on_cpu(query, value)
     groups = prepared.made(rules.window)
@@ -82,7 +82,7 @@ def attend_in_groups(
 
 
 def _keys_of(key: Tensor, segment: Segment) -> Tensor:
-    """Keys (or values) that a segment attends to: its prefix's, then its own."""
+    """Keys (or values) that a segment attends to: those of its prefix, then its own."""
     own = key[:, :, segment.start : segment.stop]
     if segment.prefix_start == segment.prefix_stop:
         return own
@@ -90,19 +90,19 @@ def _keys_of(key: Tensor, segment: Segment) -> Tensor:
 
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, SegmentLayout, ScoreRules], Tensor]
-"""(queries, keys, values, layout, rules) -> output, (tokens, H, E), segment by segment as the
-layout's offsets say; causal, aligned at the end of the keys."""
+"""(queries, keys, values, layout, rules) -> output, (tokens, H, E). The layout's offsets delimit
+the segments; the causal mask is aligned at the last key."""
 
 
 def attend_varlen(kernel: VarlenKernel) -> Attend:
-    """Variable-length attention in one call; keys that branches share are gathered for each."""
+    """Variable-length attention in one call; keys of a shared prefix are copied for each branch."""
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, rules: ScoreRules
     ) -> Tensor:
         if rules.sinks is not None:
             raise ValueError("variable-length attention has no sinks")
-        # the gradient of an index would be a copy
+        # squeeze, not x[0]: the backward of indexing would copy
         query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
         if layout.keys is not None:
             key, value = (GatheredKeys.apply(x, layout.keys, layout.uses) for x in (key, value))
@@ -112,10 +112,10 @@ def attend_varlen(kernel: VarlenKernel) -> Attend:
 
 
 class GatheredKeys(torch.autograd.Function):
-    """Keys (or values) of every segment, (K, heads, E), from the row's, (T, heads, E).
+    """Gather the keys (or values) of every segment, (K, heads, E), from the row's, (T, heads, E).
 
-    Torch's own indexing would sort the places in every layer's backward to add in a fixed order;
-    the layout knows the order.
+    To add in a fixed order, torch's own indexing would sort the indices in every layer's backward;
+    here the layout has the order.
     """
 
     @staticmethod
@@ -128,7 +128,7 @@ class GatheredKeys(torch.autograd.Function):
         uses, (grad,) = ctx.uses, grads
         total = grad.index_select(0, uses.first)
         if len(uses.rounds) > 1:
-            # one addition is rounded once in any dtype
+            # a single addition is rounded once in any dtype; several are summed in float32
             total = total.float() if grad.dtype != torch.float64 else total
         rounds = zip(uses.tokens.split(uses.rounds), uses.places.split(uses.rounds), strict=True)
         for tokens, places in rounds:
@@ -138,9 +138,9 @@ class GatheredKeys(torch.autograd.Function):
 
 def flash_kernel(package: str) -> VarlenKernel:
     """`flash_attn_varlen_func` of FlashAttention 2, 3 or 4, each a package of its own; its causal
-    mask is aligned at the end since 2.1."""
+    mask is aligned at the last key since 2.1."""
     function = import_module(package).flash_attn_varlen_func
-    # else gradients of queries are added up as their parts come, to other bits each time
+    # otherwise query gradients are accumulated in an arbitrary order, with other bits each time
     in_order = "deterministic" in inspect.signature(function).parameters
     options: dict[str, Any] = {"deterministic": True} if in_order else {}
 
@@ -166,9 +166,9 @@ def flash_kernel(package: str) -> VarlenKernel:
 
 
 def torch_varlen_kernel() -> VarlenKernel:
-    """`torch.nn.attention.varlen`: FlashAttention 2 inside torch, 16 bits, no softcap."""
+    """`torch.nn.attention.varlen`: FlashAttention 2 inside torch; 16 bits only, no softcap."""
     function = import_module("torch.nn.attention.varlen").varlen_attn
-    # torch 2.11 takes fewer heads of keys than of queries unasked
+    # torch 2.11 has no such option and accepts fewer key heads than query heads
     asks = "enable_gqa" in inspect.signature(function).parameters
     of_groups = {"enable_gqa": True} if asks else {}
 
@@ -184,7 +184,7 @@ def torch_varlen_kernel() -> VarlenKernel:
 
 
 def block_mask(layout: SegmentLayout, window: int | None) -> Any:
-    """The block mask of FlexAttention: own segment's earlier tokens, and the segment's prefix."""
+    """FlexAttention's block mask: a token attends to its segment's prefix and earlier tokens."""
     flex = import_module("torch.nn.attention.flex_attention")
     device = layout.query_offsets.device
     table = send(torch.tensor(layout.segments), device)
@@ -195,14 +195,14 @@ def block_mask(layout: SegmentLayout, window: int | None) -> Any:
         table[segment_of, 2],
         table[segment_of, 3],
     )
-    # how far the start of its sequence would lie before it, if its own prefix stood there
+    # of each token in its own sequence, prefix included
     position = torch.arange(T, device=device) - start + prefix_stop - prefix_start
 
     def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (segment_of[q] == segment_of[k]) & (k <= q)
         of_prefix = (k >= prefix_start[q]) & (k < prefix_stop[q])
         if window is not None:
-            # out of place: it is compiled as a function of a point
+            # no in-place operations: the function is compiled for a single element
             own = own & (q - k < window)
             of_prefix = of_prefix & (position[q] - (k - prefix_start[q]) < window)
         return own | of_prefix

@@ -1,4 +1,4 @@
-"""What a model's layers ask of their attention, found out by asking them."""
+"""Records the shapes and score rules that a model's layers pass to their attention."""
 
 from typing import Any, NamedTuple
 
@@ -10,12 +10,12 @@ from fastpref.model.attention.rules import ScoreRules
 
 
 class AttentionCall(NamedTuple):
-    """What a layer asks of its attention."""
+    """Shapes and score rules that a layer passes to its attention."""
 
     heads: int
     kv_heads: int
     width: int
-    """Of a query and a key."""
+    """Head dimension of queries and keys."""
     value_width: int
     scale: float
     softcap: float | None
@@ -24,7 +24,7 @@ class AttentionCall(NamedTuple):
 
 
 def recording(calls: set[AttentionCall]) -> PackedAttention:
-    """Packed attention by definition, of any shape, that remembers what it was asked for."""
+    """The reference packed attention, which adds every call that it gets to `calls`."""
     exact = build_attention("eager")
 
     def attend(query: Tensor, key: Tensor, value: Tensor, layout: Any, rules: ScoreRules) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which attention computes packed rows, and whether a model can be trained on them: by trying."""
+"""Chooses packed or padded rows for a model, and the attention for packed ones, by trying them."""
 
 import logging
 from collections.abc import Collection
@@ -29,11 +29,11 @@ logger = logging.getLogger("fastpref")
 
 
 class ChosenRows(NamedTuple):
-    """How a model takes rows."""
+    """A model's row layout and attention backend."""
 
     layout: RowLayout
     attention: PackedAttention | None
-    """What computes packed rows; None for padded ones, which the model computes by itself."""
+    """Backend for packed rows; None for padded rows, which use the model's own attention."""
 
 
 def choose_rows(
@@ -46,20 +46,20 @@ def choose_rows(
     longest: int,
     few_lengths: bool = False,
 ) -> ChosenRows:
-    """Packed rows where a model computes them as it does padded ones, else padded ones.
+    """Choose packed rows if the model computes them as it does padded ones, else padded rows.
 
-    Rank 0 finds out, and says so in the log.
+    Rank 0 probes the model and logs the choice.
 
     Args:
-        model: Of transformers, on the CPU; only rank 0's has weights.
-        options: Of the model: its attention, its compute dtype, its blocks.
-        packing: What was asked for.
+        model: A causal LM of transformers, on the CPU; only rank 0's has weights.
+        options: Model options: attention, compute dtype, class of the blocks.
+        packing: Requested packing.
         path: From the model's last hidden states to its logits.
-        longest: Tokens of the longest sequence that will be trained on.
+        longest: Tokens in the longest sequence that will be trained on.
         few_lengths: Fill packed rows up to one of a few lengths.
 
     Raises:
-        ConfigError: what was asked for cannot be done.
+        ConfigError: the requested packing or attention is not possible.
     """
     max_tokens = packing.token_limit or CPU_TOKENS
     found = None
@@ -82,13 +82,13 @@ class _Packing(NamedTuple):
     """How a model computes packed rows; pickled from rank 0 to the others."""
 
     attention: str
-    """Its name."""
+    """Name of the backend."""
     share_prompt: bool
     mixers: str
-    """Layers that mix tokens by other means and go sequence by sequence, in words; "" for none."""
+    """Names of layers that mix tokens by other means and run per sequence; "" for none."""
 
     def log(self) -> None:
-        """Say it."""
+        """Log the choice."""
         shared = "every prompt by itself"
         if self.share_prompt:
             shared = "a pair's prompt" if self.mixers else "equal prompts"
@@ -110,7 +110,7 @@ def _find_packing(
     path: LogitPath,
     longest: int,
 ) -> _Packing | None:
-    """None: rows are padded."""
+    """Try packed rows, with shared prompts first; None if rows have to be padded."""
     wishes = {"auto": (True, False), "true": (True,), "false": (False,)}
     before = model.config._attn_implementation
     obstacle: str | None = None
@@ -140,18 +140,18 @@ def _find_packing(
 def choose_attention(
     requested: str, device: torch.device, dtype: torch.dtype, calls: Collection[AttentionCall]
 ) -> PackedAttention | str:
-    """The packed attention to use: the one asked for, else the first that computes correctly.
+    """The packed attention to use: the requested one, or the first that computes correctly.
 
     Args:
         requested: The option `model.attention`.
-        device, dtype: Where and in what the model computes.
-        calls: What the model's layers ask for.
+        device, dtype: Device and compute dtype of the model.
+        calls: What the model's layers pass to their attention.
 
     Returns:
-        The attention; where "auto" finds none, what is wrong with the last one tried.
+        The attention; if "auto" finds none, what is wrong with the last one tried.
 
     Raises:
-        ConfigError: the one asked for does not.
+        ConfigError: the requested one does not compute correctly.
     """
     on_device = [*ON_GPU, "sdpa", "eager"] if device.type == "cuda" else ["sdpa", "eager"]
     problem = ""
@@ -159,7 +159,7 @@ def choose_attention(
         try:
             attention = build_attention(name)
             problem = attention_problem(attention, device, dtype, calls)
-        # a library may fail in any way it likes: the next one is tried
+        # a library may raise any exception: the next one is tried
         except Exception as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
         if not problem:
@@ -173,8 +173,8 @@ def choose_attention(
 
 
 ON_GPU = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "varlen")
-"""Fastest first. FlexAttention is compiled, which took three quarters of a minute in float32 (H200,
-torch 2.11): only who asks for it by name waits for that."""
+"""What "auto" tries, fastest first. FlexAttention has to be requested by name: compiling it took
+three quarters of a minute in float32 (H200, torch 2.11)."""
 
 
 def attention_problem(
@@ -183,10 +183,10 @@ def attention_problem(
     dtype: torch.dtype,
     calls: Collection[AttentionCall],
 ) -> str:
-    """Hold a packed attention to plain torch in float32, values and gradients, for every layer.
+    """Compare a packed attention with plain torch in float32, outputs and gradients, for all calls.
 
-    Libraries differ in how they align causality, in the heads and dtypes they take and in what they
-    are built for, from version to version: trying is surer than knowing.
+    Libraries differ from version to version in the alignment of the causal mask and in the head
+    counts, dtypes and devices that they support, so they are tried rather than looked up.
 
     Returns:
         What is wrong, "" if nothing is.

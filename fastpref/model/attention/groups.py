@@ -1,7 +1,7 @@
-"""Packed attention by torch's own kernels, over groups of segments of like length.
+"""Packed attention by torch's own kernels, over groups of segments of similar length.
 
-A call for every segment costs more than the attention itself where segments are short, and autograd
-would turn every slice into a tensor as long as the row. Both are avoided here.
+One call per segment would cost more than the attention itself for short segments, and autograd
+would allocate a gradient as long as the row for every slice. Both are avoided here.
 """
 
 from typing import Any
@@ -16,18 +16,18 @@ from fastpref.model.attention.segments import SegmentGroup
 
 
 def takes_flash_on_cpu(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's flash kernel for a CPU can be called: it is no public function, and takes
-    values as wide as the keys."""
+    """Whether torch's flash kernel for CPUs can be called: it is not public, and keys and values
+    must have the same head dimension."""
     is_there = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
     return is_there and query.device.type == "cpu" and query.shape[-1] == value.shape[-1]
 
 
 class GroupedAttention(torch.autograd.Function):
-    """Torch's attention, group by group, as one node of the graph.
+    """Torch's attention, group by group, as one node of the autograd graph.
 
-    The backward adds up in a fixed order. On a CPU it is that of the kernel behind torch's
-    attention; elsewhere a group's attention is computed anew in its plain form and differentiated,
-    with one group's scores in memory at a time.
+    The backward adds in a fixed order. With the CPU flash kernel it is that kernel's own; otherwise
+    each group's attention is recomputed in its math form and differentiated, so that only one
+    group's scores are in memory at a time.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class GroupedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # once: under activation checkpointing the tensors are there for one reading
+        # read once: under activation checkpointing a second access is an error
         tensors = ctx.saved_tensors
         sinks = tensors[4]
         if not ctx.flash_on_cpu:
@@ -69,7 +69,7 @@ class GroupedAttention(torch.autograd.Function):
         at_least = torch.promote_types(saved[0].dtype, torch.float32)
         query, key, value, output, grad = (x.to(at_least) for x in (*saved, *grads))
         output, grad = output.transpose(1, 2), grad.transpose(1, 2)
-        # (T, heads, E) in memory, as the projections before it are
+        # (T, heads, E) in memory, the layout of the projections' outputs
         totals = [x.new_zeros(x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value)]
         of_sinks = None if sinks is None else torch.zeros_like(sinks, dtype=at_least)
         for group, lse in zip(ctx.groups, normalizers, strict=True):
@@ -96,8 +96,8 @@ class GroupedAttention(torch.autograd.Function):
 
 
 def _share_of_sinks(sinks: Tensor, lse: Tensor, upstream: Tensor, output: Tensor) -> Tensor:
-    """What the loss loses for a rise of each head's sink, (H,): its share of a query's weights
-    takes away from the output as a whole."""
+    """Negative gradient of each head's sink, (H,): Σ p · (∂loss/∂output · output) over queries, p
+    being the sink's attention probability."""
     share_SHR = (sinks[:, None] - lse).exp()
     return (share_SHR * (upstream * output).sum(-1)).sum((0, 2))
 
@@ -115,8 +115,8 @@ def _attend_on_cpu(
     )
     if sinks is None:
         return output, lse
-    # the sum of all weights has one more, of a value of zero: with this normalizer and this output
-    # the kernel's backward is that of the other keys
+    # the sink adds to the softmax's normalizer and not to the output: given the corrected
+    # normalizer and output, the kernel's backward is right for all other keys
     with_sink = torch.logaddexp(lse, sinks[:, None].to(lse.dtype))
     return output * (lse - with_sink).exp()[..., None].to(output.dtype), with_sink
 
@@ -135,7 +135,7 @@ def _attend(
         return attend_to_all(query, key, value, rules, mask=mask).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    # the others of a GPU add to a query's gradient in any order, or build a plan for every shape
+    # on a GPU the other kernels add query gradients in any order, or build a plan for every shape
     with sdpa_kernel(SDPBackend.MATH):
         output = F.scaled_dot_product_attention(query, key, value, scale=scale, **group.causality)
     return output, None
@@ -148,7 +148,7 @@ def _gradients(
     groups: tuple[SegmentGroup, ...],
     scale: float,
 ) -> tuple[Tensor | None, ...]:
-    """Those of query, key, value and sinks, from each group's attention computed anew."""
+    """Gradients of query, key, value and sinks, by recomputing each group's attention."""
     at_least = torch.promote_types(grad.dtype, torch.float32)
     totals = [x.new_zeros(x.shape[2], x.shape[1], x.shape[3], dtype=at_least) for x in inputs]
     own_sinks = None if sinks is None else sinks.detach().to(at_least).requires_grad_()
@@ -180,7 +180,7 @@ def _take_all(inputs: tuple[Tensor, ...], group: SegmentGroup) -> tuple[Tensor, 
 
 
 def _take(x: Tensor, places: Tensor | slice) -> Tensor:
-    """(1, heads, T, E) -> (S, heads, L, E): those places of the row, for a slice as a view."""
+    """Gather places of the row, (1, heads, T, E) -> (S, heads, L, E); a slice gives a view."""
     if isinstance(places, slice):
         return x[:, :, places]
     taken = x[0].transpose(0, 1).index_select(0, places.flatten())
@@ -188,22 +188,22 @@ def _take(x: Tensor, places: Tensor | slice) -> Tensor:
 
 
 def _take_upstream(grad: Tensor, group: SegmentGroup) -> Tensor:
-    """A group's part of the gradient of all outputs; none of its padding."""
+    """A group's part of the output gradient, zero at padding."""
     upstream = _take(grad, group.queries)
     if len(group.padding):
-        # a group with padding is a copy
+        # a group with padding was gathered: a copy, which may be changed
         _tokens(upstream).index_fill_(0, group.padding, 0)
     return upstream
 
 
 def _add(total: Tensor, places: Tensor | slice, part: Tensor) -> None:
-    """Add (S, heads, L, E) to those places of (T, heads, E)."""
+    """Add (S, heads, L, E) to the given places of (T, heads, E)."""
     if isinstance(places, slice):
         total[places] += _tokens(part)
     elif total.device.type == "cpu":
         total.index_add_(0, places.flatten(), _tokens(part))
     else:
-        # index_add_ adds in any order there
+        # on a GPU index_add_ adds in any order
         total.index_put_((places.flatten(),), _tokens(part), accumulate=True)
 
 
@@ -213,7 +213,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _kept(x: Tensor, group: SegmentGroup) -> Tensor:
-    """(S, heads, R, E) -> (tokens, heads, E): without what is padding."""
+    """(S, heads, R, E) -> (tokens, heads, E): padding removed."""
     tokens = _tokens(x)
     return tokens[group.kept] if len(group.padding) else tokens
 

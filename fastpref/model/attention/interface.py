@@ -1,9 +1,9 @@
 """Packed, prompt-shared attention behind transformers' `AttentionInterface`.
 
-A model whose attention implementation is `fastpref` computes packed rows where its forward is
-given `packed_row(…)` as further keyword arguments, and ordinary attention (padded rows, sampling)
-where it is not. Keyword arguments, because what activation checkpointing recomputes in a thread of
-autograd gets them again.
+A model whose attention implementation is `fastpref` computes packed rows if its forward gets
+`packed_row(…)` as additional keyword arguments, and ordinary attention (padded rows, sampling)
+otherwise. Keyword arguments, because activation checkpointing passes them again when it recomputes
+in an autograd thread.
 """
 
 from functools import partial
@@ -36,28 +36,27 @@ IMPLEMENTATION = "fastpref"
 
 
 class PackedRow:
-    """A packed row as its attention takes it; to what is compiled around it an object like any
-    other."""
+    """A packed row as its attention takes it; a plain object to torch.compile."""
 
     def __init__(self, attention: PackedAttention, layout: Any, longest: int) -> None:
         self.attention = attention
         self.layout = layout
-        """What `attention.prepare` made of it."""
+        """What `attention.prepare` returned."""
         self.longest = longest
-        """Tokens of the longest sequence to allow for."""
+        """Assumed length of the longest sequence; a window that reaches over it is dropped."""
 
 
 def packed_row(batch: Batch, attention: PackedAttention, longest: int = 0) -> dict[str, Any]:
-    """What a model's body takes beside `input_ids` to compute a packed row.
+    """Keyword arguments, beside `input_ids`, with which a model's body computes a packed row.
 
     Args:
         batch: With a layout.
-        attention: What computes it.
-        longest: Tokens of the longest sequence to allow for, if longer than the batch's own.
+        attention: Its backend.
+        longest: Assumed length of the longest sequence, if greater than the batch's own.
     """
     assert batch.layout is not None
     longest = max(longest, batch.layout.longest_keys)
-    # four dimensions say that the mask is ready: no model builds one, and none reads this one
+    # models take a 4-D mask for a finished one and build none; this one is never read
     ready = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     return {
         "position_ids": batch.position_ids,
@@ -84,7 +83,7 @@ def attention_forward(
     """The attention function of transformers' interface: (1, H, T, E) … -> (1, T, H, E).
 
     Raises:
-        ValueError: the row is packed and the model wants what a packed row cannot have.
+        ValueError: the row is packed, and the layer asks for something that packed rows lack.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rules = ScoreRules(scale, softcap, sliding_window, s_aux)
@@ -92,7 +91,7 @@ def attention_forward(
         if options.get("position_bias") is not None:
             raise ValueError("its attention adds position_bias")
         if sliding_window is not None and sliding_window >= fastpref_row.longest:
-            # it reaches over every sequence
+            # the window reaches over every sequence
             rules = rules._replace(window=None)
         attend = fastpref_row.attention.attend
         return attend(query, key, value, fastpref_row.layout, rules), None

@@ -1,4 +1,4 @@
-"""Whether a model computes packed rows as it computes padded ones: by doing both."""
+"""Finds out whether a model computes packed rows as it does padded ones, by computing both."""
 
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from fastpref.model.scorer import TokenScorer
 # prompt, chosen and rejected tokens of each pair; the first and the last share their prompt
 _LENGTHS = [(5, 3, 5), (1, 6, 2), (5, 2, 1)]
 PROBE_WINDOW = 4
-"""Tokens of a window that cuts these sequences, and the longer of these prompts."""
+"""Sliding window, in tokens, that cuts the longer of these sequences and prompts."""
 
 
 def probe_rows(ids: Tensor) -> list[EncodedRow]:
@@ -37,14 +37,14 @@ def probe_rows(ids: Tensor) -> list[EncodedRow]:
 
 
 class PackingProbe(NamedTuple):
-    """What came of trying."""
+    """Outcome of probing a model with packed rows."""
 
     calls: set[AttentionCall]
-    """Which attentions the model's layers ask for."""
+    """What the model's layers pass to their attention."""
     mixers: str
-    """Layers that compute a packed row's sequences one by one, in words; "" without any."""
+    """Names of layers that compute a packed row's sequences one by one; "" for none."""
     obstacle: str | None
-    """Why it cannot compute packed rows; None if it can."""
+    """Why the model cannot compute packed rows; None if it can."""
 
 
 @torch.no_grad()
@@ -56,15 +56,15 @@ def probe_packing(
     longest: int,
     block_name: str | None = None,
 ) -> PackingProbe:
-    """Compute a few rows packed and padded: a family may not hand keyword arguments down to its
-    attention, may not read position ids, or may mix tokens by other means than attention.
+    """Compare a few rows packed and padded: a family may not pass keyword arguments on to its
+    attention, may ignore position ids, or may mix tokens by other means than attention.
 
     Args:
         model: On the CPU; its attention implementation is `fastpref` afterwards if it can be
-            packed, and what it was if not.
+            packed, and unchanged if not.
         path: From its last hidden states to its logits.
         share_prompt: Whether prompts are to be shared.
-        longest: Tokens of the longest sequence that will be trained on.
+        longest: Tokens in the longest sequence that will be trained on.
     """
     before = model.config._attn_implementation
     calls: set[AttentionCall] = set()
@@ -81,7 +81,7 @@ def probe_packing(
                 isolate_mixers(mixers)
                 scorer = TokenScorer(model, recording(calls), path)
                 obstacle = _difference(scorer, padded_ND, share_prompt, longest)
-    # whatever goes wrong in a family's own code is the reason why it cannot
+    # any exception of a family's own code means that it cannot be packed
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -92,7 +92,7 @@ def probe_packing(
 
 
 def check_attention(model: Any, requested: str) -> None:
-    """Refuse an attention that a family does not have; the model may be on the meta device.
+    """Refuse an attention that a family does not implement; the model may be on the meta device.
 
     Raises:
         ConfigError: naming it.
@@ -105,8 +105,8 @@ def check_attention(model: Any, requested: str) -> None:
 
 
 def check_layout(model: Any, packing: PackingConfig, block_name: str | None) -> None:
-    """Refuse blocks that a model does not have, and shared prompts where its layers alone say that
-    it has none; it may be on the meta device.
+    """Refuse a class of blocks that a model does not have, and shared prompts if its layer types
+    alone rule them out; the model may be on the meta device.
 
     Raises:
         ConfigError: see `find_blocks`, and `choose_rows` of `choice.py`.
@@ -119,7 +119,7 @@ def check_layout(model: Any, packing: PackingConfig, block_name: str | None) -> 
 
 
 def cannot_share(model: Any, obstacle: str | None) -> ConfigError:
-    """That a model does not compute what it was asked to, and why."""
+    """The error for a model that cannot share prompts."""
     return ConfigError(
         f"packing.share_prompt=true: {type(model).__name__} cannot share prompts: {obstacle}; "
         "set packing.share_prompt=auto"
@@ -129,7 +129,7 @@ def cannot_share(model: Any, obstacle: str | None) -> ConfigError:
 def _run_padded(
     model: Any, path: LogitPath, block_name: str | None
 ) -> tuple[list[nn.Module], Tensor]:
-    """The blocks that text goes through, and the last hidden states of the probe's padded rows."""
+    """The blocks that text passes through, and the last hidden states of the padded probe rows."""
     ran: list[nn.Module] = []
     rows = probe_rows(probe_ids(model, 2, 30)[0])
     with ExitStack() as hooks:

@@ -1,4 +1,4 @@
-"""What a layer asks of its attention beside the tokens, and the definition of what it computes."""
+"""How a layer's attention treats its scores, and a reference implementation of attention."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class ScoreRules(NamedTuple):
-    """How scores of queries and keys become the weights of values."""
+    """How query-key scores become attention weights."""
 
     scale: float
-    """Of the scores."""
+    """Factor of q·kᵀ."""
     softcap: float | None = None
     """c in c · tanh(score / c), or None (Gemma 2)."""
     window: int | None = None
-    """Tokens that one attends to, itself and those right before it; None: all before it."""
+    """Sliding window: tokens that a query attends to, its own included; None: all earlier ones."""
     sinks: Tensor | None = None
-    """(H,): of each head the score of a key that is nobody's, whose value is zero (gpt-oss)."""
+    """(H,): each head's score of an attention sink, a virtual key whose value is zero (gpt-oss)."""
 
 
 def attend_to_all(
@@ -25,10 +25,10 @@ def attend_to_all(
     """Attention of R queries to K keys in plain torch, the softmax in float32 or more.
 
     Args:
-        query, key, value: (B, H, R, E), (B, heads, K, E) twice.
+        query, key, value: (B, H, R, E); (B, heads, K, E) each.
         rules: Of the layer.
-        mask: Broadcast to (B, H, R, K), true where a query may attend; None: the last query to
-            every key in its window, the one before to all but the last, and so on.
+        mask: Broadcast to (B, H, R, K), true where a query may attend; None: causal within the
+            window, the last query aligned with the last key.
 
     Returns:
         (B, R, H, E).
@@ -50,6 +50,6 @@ def attend_to_all(
 
 
 def causal_mask(R: int, K: int, *, window: int | None, device: torch.device) -> Tensor:
-    """(R, K), true where a query attends; the last query is beside the last key."""
+    """(R, K), true where a query may attend; the last query is aligned with the last key."""
     mask = torch.ones(R, K, dtype=torch.bool, device=device).tril(K - R)
     return mask if window is None else mask.triu(K - R - window + 1)

@@ -1,4 +1,4 @@
-"""The segments of a packed row in groups of like length, that one call of a kernel computes."""
+"""Groups the segments of a packed row by length, for one kernel call per group."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,54 +10,54 @@ from torch import Tensor
 from fastpref.batch import SegmentLayout, send
 
 LONG_KEYS = 128
-"""From this many keys on a segment is computed alone on a CPU: it keeps the kernel busy by itself.
-A GPU is never busy with one."""
+"""Keys from which on a segment gets a call of its own on a CPU, as it keeps the kernel busy alone.
+On a GPU none does."""
 SHORT_PART = 64
-"""Queries that a part of a segment has at least where it is divided for a window."""
+"""Minimum step, in queries, when a segment is divided for a sliding window."""
 MAX_SCORES = 2**22
-"""Scores of a group and head on a GPU, at most: they are in memory, 16 MiB of float32 a head."""
+"""Maximum scores per group and head on a GPU, which has them in memory: 16 MiB in float32."""
 MAX_PADDING = 1.5
-"""Scores computed for a group, padding included, over those of its segments, at most."""
+"""Maximum ratio of the scores computed for a group, padding included, to those of its segments."""
 
 
 class SegmentGroup(NamedTuple):
     """S segments that one call computes, padded to R queries and K keys each.
 
-    Behind its end a segment has its last token again: as a key no other query attends to it, as a
-    query nothing comes of it.
+    A segment is padded with copies of its last token: no real query attends to such a key, and the
+    output of such a query is dropped.
     """
 
     queries: Tensor | slice
-    """(S, R) int64: places in the row; a slice of the row where one segment is alone."""
+    """(S, R) int64: places in the row; a slice of the row for a single segment."""
     keys: Tensor | slice
-    """(S, K) int64: places in the row, its prefix's and then its own; or a slice of it."""
+    """(S, K) int64: places in the row, the prefix's and then the segment's own; or a slice."""
     mask: Tensor | None
     """(S, 1, R, K) float32, 0 where a query may attend and -inf elsewhere; None: causal."""
     kept: Tensor
-    """(tokens,) int64: which of the S·R queries are no padding."""
+    """(tokens,) int64: indices, among the S·R queries, of those that are not padding."""
     places: Tensor
     """(tokens,) int64: their places in the row."""
     padding: Tensor
-    """(S·R - tokens,) int64: which are."""
+    """(S·R - tokens,) int64: indices of the padding queries."""
 
     @property
     def causality(self) -> dict[str, Any]:
-        """As torch's kernels take it."""
+        """The mask, as keyword arguments of torch's kernels."""
         return {"is_causal": self.mask is None, "attn_mask": self.mask}
 
     def to(self, device: torch.device) -> "SegmentGroup":
-        """The same group on a device, without a wait for what that computes."""
+        """The same group on a device, copied without waiting for the device."""
         moved: list[Any] = [send(x, device) if isinstance(x, Tensor) else x for x in self]
         return SegmentGroup(*moved)
 
 
 def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[SegmentGroup, ...]:
-    """The segments of a packed row in groups: those without a mask, then the others.
+    """Group the segments of a packed row: plainly causal groups first, then those with a mask.
 
     Args:
-        window: Tokens that one attends to; None: all before it. With one, segments are divided, so
-            that no more keys are multiplied than about twice those in a window; on a GPU, whose
-            scores are in memory, so that there are never too many of them.
+        window: Sliding window in tokens; None: all earlier tokens. Segments longer than it are
+            divided, so that a query is multiplied with about twice the keys of a window at most.
+            On a GPU any segment may be divided, to limit the scores in memory.
     """
     device = layout.query_offsets.device
     long_keys, max_scores = (
@@ -72,7 +72,7 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
     groups = []
     for is_plain in (True, False):
         (places,) = np.nonzero(is_causal == is_plain)
-        # like beside like
+        # neighbours are of similar length
         order = places[np.lexsort((-tokens[places], -keys[places]))]
         lengths = tokens[order].tolist(), keys[order].tolist()
         for run in runs_of_like_length(*lengths, long_keys=long_keys, max_scores=max_scores):
@@ -81,13 +81,13 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
 
 
 def scores_are_in_memory(device: torch.device) -> bool:
-    """Whether all scores of a group are there at once."""
+    """Whether attention holds all scores of a group in memory at once."""
     return device.type != "cpu"
 
 
 def _parts(segments_S4: np.ndarray, window: int | None, max_scores: int | None) -> np.ndarray:
-    """Parts of segments that are computed by themselves, (S, 6): first and last query + 1, where
-    the segment begins, its prefix, and the first position of a key."""
+    """Divide segments into parts, (S, 6): first query and last query + 1, start of the segment,
+    start and stop of its prefix, and the position in the sequence of the part's first key."""
     start, stop, prefix_start, prefix_stop = segments_S4.T
     zeros = np.zeros_like(start)
     parts_S6 = np.stack([start, stop, start, prefix_start, prefix_stop, zeros], axis=1)
@@ -111,7 +111,7 @@ def _parts(segments_S4: np.ndarray, window: int | None, max_scores: int | None) 
 
 
 def _keys_before(parts_S6: np.ndarray) -> np.ndarray:
-    """Keys of each part before its first query's own."""
+    """Number of each part's keys that precede its first query's own."""
     start, _, origin, prefix_start, prefix_stop, earliest = parts_S6.T
     return prefix_stop - prefix_start + start - origin - earliest
 
@@ -119,7 +119,7 @@ def _keys_before(parts_S6: np.ndarray) -> np.ndarray:
 def runs_of_like_length(
     tokens: list[int], keys: list[int], *, long_keys: int | None, max_scores: int | None
 ) -> Iterator[slice]:
-    """Which neighbours are computed together, from their numbers of queries and of keys."""
+    """Runs of neighbours to compute together; `tokens` are their queries, `keys` must descend."""
     start, longest, scores = 0, 0, 0
     for i, (R, K) in enumerate(zip(tokens, keys, strict=True)):
         longest, scores = max(longest, R), scores + R * K

@@ -1,4 +1,4 @@
-"""How far a model's layers look back, where not over a whole sequence."""
+"""Layers that attend to less than a whole sequence: sliding windows and chunks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ from fastpref.model.positions import config_value
 
 @contextmanager
 def narrow_windows(model: Any, longest: int, *, tokens: int) -> Iterator[None]:
-    """Windows so short that the probe's rows tell what a family makes of them; those that reach
-    over every sequence stay as they are.
+    """Shorten a model's sliding windows, so that the short probe rows exercise them; windows that
+    reach over every sequence stay as they are.
 
     Args:
-        model: Of transformers.
-        longest: Tokens of the longest sequence that will be computed.
-        tokens: Of a window while entered.
+        model: A causal LM of transformers.
+        longest: Tokens in the longest sequence that will be computed.
+        tokens: The window inside the context.
     """
     holders = [model.config.get_text_config(), *model.modules()]
     before = []
@@ -32,7 +32,7 @@ def narrow_windows(model: Any, longest: int, *, tokens: int) -> Iterator[None]:
 
 
 def limited_view(model: Any, longest: int) -> str | None:
-    """Why layers that look back within chunks cannot be packed; None if they can."""
+    """Why a model with chunked attention cannot be packed; None if it can, or has none."""
     chunk = config_value(model.config.get_text_config(), "attention_chunk_size")
     if chunk is not None and chunk < longest:
         return f"its attention looks back {chunk} tokens, the longest sequence has {longest}"

@@ -1,4 +1,4 @@
-"""Checkpoints as they lie: what a name means, on the disk or the hub, and which weights are there.
+"""Checkpoints on disk or the hub: resolving names, reading configs, finding and loading weights.
 
-Below all else of the room: nothing here knows a scorer.
+The lowest layer of the room: nothing here knows of a scorer.
 """

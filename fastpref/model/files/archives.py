@@ -1,4 +1,4 @@
-"""Weights in pickles: the seed repositories' `policy.pt`, a dict with 'state'."""
+"""Pickled weights, among them the seed repositories' `policy.pt`, a dict with 'state'."""
 
 import logging
 import zipfile
@@ -15,12 +15,12 @@ from fastpref.model.files.reading import reason
 logger = logging.getLogger("fastpref")
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-"""What FSDP, activation checkpointing and torch.compile put into the names of a model's weights."""
+"""Parts that FSDP, activation checkpointing and torch.compile insert into names of weights."""
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, tensors and plain values alone; its pages are read when used."""
-    # the format from before torch 1.6 is none, and is read at once
+    """Load what `torch.save` wrote, tensors and plain values only, memory-mapped if possible."""
+    # the format from before torch 1.6 is not a zip file and cannot be memory-mapped
     mmap = zipfile.is_zipfile(path)
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
@@ -29,11 +29,11 @@ def read_policy(path: Path) -> dict[str, Tensor]:
     """Weights of a seed-format `policy.pt`, by the names of a checkpoint on the hub.
 
     Raises:
-        CheckpointError: it cannot be read, or is none.
+        CheckpointError: it cannot be read, or has another format.
     """
     try:
         saved = load_pickle(path)
-    # zip, pickle and operating system each have their own errors
+    # zip, pickle and operating system each raise errors of their own
     except Exception as error:
         raise CheckpointError(f"model.archive: {path} cannot be read: {reason(error)}") from error
     state = saved.get("state") if isinstance(saved, dict) else None

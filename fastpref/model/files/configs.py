@@ -1,4 +1,4 @@
-"""A model's config, and which models are refused by what it says."""
+"""Loads a model's config, and refuses models that it shows to be unfit for training."""
 
 import logging
 from functools import cache
@@ -20,15 +20,15 @@ from fastpref.model.files.reading import reading
 logger = logging.getLogger("fastpref")
 
 DEQUANTIZED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
-"""Formats of few bits that transformers turns into ordinary weights when it loads them."""
+"""Quantization formats that transformers dequantizes to ordinary weights when it loads them."""
 
 
 def load_config(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """A model's config.
+    """Load a model's config.
 
     Args:
-        name: Folder or hub name of a model with weights of its own.
-        trust_remote_code: Whether Python code that lies beside it may run.
+        name: Folder or hub name of a model with weights of its own, not of an adapter.
+        trust_remote_code: Whether Python code in its folder may run.
 
     Raises:
         CheckpointError: there is none, or it is not that of a causal LM that can be trained.
@@ -52,7 +52,7 @@ def load_config(name: str, revision: str | None = None, *, trust_remote_code: bo
 
 
 def load_base_config(source: ModelSource) -> Any:
-    """The config of the model below a model's adapters.
+    """The config of a model's base, below its adapters.
 
     Raises:
         CheckpointError: as `load_config`, naming the adapter that asks for this base.
@@ -69,10 +69,10 @@ def load_base_config(source: ModelSource) -> Any:
 
 
 def quantization_options(name: str, config: Any) -> dict[str, Any]:
-    """What `from_pretrained` needs to make ordinary weights of quantized ones.
+    """Options with which `from_pretrained` dequantizes a model's weights; {} if not quantized.
 
     Raises:
-        CheckpointError: transformers cannot, so there is nothing to train.
+        CheckpointError: transformers cannot dequantize them, so they cannot be trained.
     """
     settings = getattr(config, "quantization_config", None)
     if settings is None:
@@ -99,7 +99,7 @@ def _refuse_custom_code(name: str, fields: dict[str, Any]) -> None:
 
 
 def code_refused(name: str, why: str, code: str) -> CheckpointError:
-    """That a folder wants to run Python code, which was not allowed."""
+    """The error for a folder that needs to run Python code, which is not allowed."""
     return CheckpointError(
         f"model: {name} cannot be loaded without running {code}: {why}; "
         "model.trust_remote_code=true runs it, with all that you may do on this machine, so read "
@@ -109,7 +109,7 @@ def code_refused(name: str, why: str, code: str) -> CheckpointError:
 
 @cache
 def say_what_runs(name: str, code: str) -> None:
-    """Say once that code of a folder runs."""
+    """Warn once that Python code of a folder runs."""
     logger.warning(
         "model.trust_remote_code=true: running %s of %s, with all that you may do on this machine",
         code,
@@ -118,7 +118,7 @@ def say_what_runs(name: str, code: str) -> None:
 
 
 def code_of(auto_map: Any) -> str:
-    """ "configuration_x.py, modeling_x.py": files that a config's or a tokenizer's map names."""
+    """ "configuration_x.py, modeling_x.py": files that an `auto_map` names, for messages."""
     given = auto_map.values() if isinstance(auto_map, dict) else [auto_map]
     references = [part for value in given for part in _listed(value) if isinstance(part, str)]
     # REPOSITORY--FILE.CLASS

@@ -1,10 +1,10 @@
-"""The class that a checkpoint is loaded with; of one that sees or hears, no more than reads text.
+"""The class to load a checkpoint with; of a multimodal model, only the part that reads text.
 
-Such a checkpoint is a wrapper around a language model: a decoder with its embedding and its head,
-and beside them towers and projectors for images or sounds. Rows of text never go through those, so
-they are not built, and their weights not read: the class is the wrapper's own, with its names of
-weights, its ties and its arithmetic, and its instances lack the other parts. An export takes the
-weights of these from the files of the source.
+A multimodal checkpoint is a wrapper around a language model: a decoder with its embedding and its
+head, and beside them towers and projectors for images or audio. Text never passes through those, so
+they are not built, and their weights not read: the class is the wrapper's own, with its weight
+names, ties and arithmetic, but its instances lack the other parts. An export copies the weights of
+these from the source's files.
 """
 
 import re
@@ -25,16 +25,16 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from fastpref.model.files.paths import ModelSource
 
 AUTO_CLASSES = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-"""What the code of a folder may say that it is for."""
+"""Keys of `auto_map` under which a folder's own code may name its model class."""
 
 
 def is_wrapper(config: Any) -> bool:
-    """Whether a config is that of a language model and of something around it."""
+    """Whether a config describes a language model inside a multimodal wrapper."""
     return config.get_text_config() is not config
 
 
 def has_family(config: Any) -> bool:
-    """Whether a class for text is known: transformers', or one that the folder's code has.
+    """Whether a class that reads text is known, from transformers or the folder's own code.
 
     Args:
         config: Of transformers, or of the folder's code, which is only loaded where it may run.
@@ -44,12 +44,12 @@ def has_family(config: Any) -> bool:
 
 
 def code_options(config: Any, source: ModelSource) -> dict[str, Any]:
-    """What `from_config` takes so that code of the folder may run, and no other revision of it than
-    the weights'.
+    """Options with which `from_config` may run the folder's own code, and only that of the weights'
+    revision.
     """
     options: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     own = _own_class(config) if source.trust_remote_code else None
-    # code of another repository has revisions of its own; a class that was loaded is known
+    # code of another repository has revisions of its own; a loaded class is registered already
     is_new = type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
     if own is not None and source.revision and is_new and "--" not in config.auto_map[own]:
         options["code_revision"] = source.revision
@@ -57,12 +57,11 @@ def code_options(config: Any, source: ModelSource) -> dict[str, Any]:
 
 
 def find_family(config: Any, source: ModelSource) -> Any:
-    """What has `from_config` and `from_pretrained` for a config: a class, or one of transformers'
-    that choose one.
+    """The class to build or load a model with: one of the family, or an auto class of transformers.
 
     Args:
         config: Of a model for which `has_family` holds.
-        source: Where the model lies, and whether its code may run.
+        source: The model, and whether its code may run.
     """
     own = _own_class(config) if source.trust_remote_code else None
     if own is not None and is_wrapper(config):
@@ -75,7 +74,7 @@ def find_family(config: Any, source: ModelSource) -> Any:
     is_text_alone = causal is not None and causal.__name__ in (config.architectures or ())
     if own is not None or wrapper is None or (causal is not None and not is_wrapper(config)):
         return AutoModelForCausalLM
-    # weights saved by the class for text have its names
+    # the text-only class saved the weights, under its own names
     if is_text_alone and causal is not wrapper:
         return AutoModelForCausalLM
     return text_part(wrapper)
@@ -98,13 +97,13 @@ def _class_in(mapping: Any, config: Any) -> Any:
 
 @cache
 def text_part(family: Any) -> Any:
-    """A wrapper's class whose instances have what computes text, and nothing else."""
+    """A subclass of a wrapper's class, whose instances only have the modules that compute text."""
 
     class TextPart(family):
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             self._other_parts = _drop_other_parts(self)
-            # their weights are no mistake of the files
+            # weights of these in the files are expected
             ignored = {rf"(^|\.){re.escape(_stem(name, self))}(\.|$)" for name in self._other_parts}
             self._keys_to_ignore_on_load_unexpected |= ignored
             inner = _inner_language_model(self)
@@ -124,12 +123,12 @@ def text_part(family: Any) -> Any:
 
         def get_output_embeddings(self) -> Any:
             own = super().get_output_embeddings()
-            # some do not hand on what their language model has
+            # some wrappers do not return the head of their language model
             inner = (model.get_output_embeddings() for model in _inner_models(self))
             return next((head for head in inner if head is not None), None) if own is None else own
 
         def set_attn_implementation(self, attn_implementation: Any, **options: Any) -> None:
-            # of the other parts there is no module to ask
+            # the other parts have no module that could be asked
             parts, text = self.config.sub_configs, self.config.get_text_config()
             names = [name for name in parts if getattr(self.config, name) is text]
             wish = attn_implementation
@@ -137,20 +136,20 @@ def text_part(family: Any) -> Any:
                 wish = dict.fromkeys(("", *names), attn_implementation)
             super().set_attn_implementation(wish, **options)
 
-    # messages, saved configs and transformers' tables of names go by these
+    # messages, saved configs and transformers' lookup tables use these names
     for name in ("__name__", "__qualname__", "__module__"):
         setattr(TextPart, name, getattr(family, name))
     return TextPart
 
 
 def other_parts(model: Any) -> tuple[str, ...]:
-    """Names of the modules and parameters that a wrapper has beside what computes text."""
+    """Names of the modules and parameters that were removed from a wrapper; () for other models."""
     return getattr(model, "_other_parts", ())
 
 
 def _drop_other_parts(model: Any) -> tuple[str, ...]:
-    """Leave a wrapper its decoder, embedding and head, in place; the names of all else with
-    parameters, of whole modules where there are such."""
+    """Reduce a wrapper to its decoder, embedding and head, in place; returns the names of removed
+    modules that have parameters, and of removed single parameters."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
     kept = {
         inner
@@ -173,20 +172,20 @@ def _drop_other_parts(model: Any) -> tuple[str, ...]:
             delattr(module, name)
             dropped.append(f"{path}.{name}" if path else name)
         for name, own in tensors.items():
-            # what draws first values asks for it
+            # the initialization of weights accesses it
             setattr(module, name, torch.empty_like(own, device="meta", requires_grad=False))
     return tuple(dropped)
 
 
 def _stem(name: str, model: Any) -> str:
-    """A part's name in files that were written without the name of the body around it."""
+    """A part's name without the prefix of the base model, as some files have it."""
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _inner_language_model(model: Any) -> nn.Module | None:
-    """A causal LM within a wrapper that has its head, so that text needs nothing around it.
+    """The causal LM inside a wrapper, if it has the head, so that text can bypass the wrapper.
 
-    Llama 4's wrapper, for one, fails in some versions of transformers after its logits are there.
+    Llama 4's wrapper, for example, fails after computing logits in some versions of transformers.
     """
     head = model.get_output_embeddings()
     inner = (module for module in _inner_models(model) if head is not None)

@@ -1,4 +1,4 @@
-"""Models whose every weight is read: transformers draws the ones that it misses at random."""
+"""Loads models and refuses missing weights, which transformers would initialize at random."""
 
 import logging
 import re
@@ -32,10 +32,10 @@ TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
 
 
 def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[str, str]) -> Any:
-    """The model below a model's adapters, with the weights of its folder or from the hub.
+    """Load a model's base, below its adapters, with its weights from a folder or the hub.
 
     Args:
-        source: Of the model; its adapters are left out.
+        source: The model; its adapters are ignored.
         dtype: Of the weights in memory.
         attention: Options for transformers' choice of an attention.
 
@@ -56,8 +56,8 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
             trust_remote_code=trust,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            # that of the folder is for whoever answers with the model, and may be one that
-            # transformers refuses; an export has the file as it is
+            # the folder's own is not used here, and may be one that transformers refuses; an
+            # export copies the file unchanged
             generation_config=GenerationConfig(),
             **in_few_bits,
             **attention,
@@ -69,8 +69,8 @@ def load_checkpoint(source: ModelSource, *, dtype: torch.dtype, attention: dict[
     with reading("ModelForCausalLM", name):
         model = _load_full(load, UNFILLED.format(name), build, lambda: shapes_in(Path(name)))
     if in_few_bits:
-        # the model's own are asked for instead; with those it was loaded by, older versions of
-        # transformers write few bits again
+        # saving then uses the model's own conversions; with those it was loaded by, older versions
+        # of transformers would write quantized weights again
         vars(model).pop("_weight_conversions", None)
     return model
 
@@ -79,8 +79,8 @@ def check_weights(model: Any, folder: Path) -> None:
     """Refuse a folder whose weights do not fill a model, before they are read.
 
     Args:
-        model: Of the folder's config, on the meta device.
-        folder: Its files of weights count by their headers alone, those of pickles by being there.
+        model: Built from the folder's config, on the meta device.
+        folder: Of safetensors files only the headers are read; pickles only have to exist.
 
     Raises:
         CheckpointError: as loading it would.
@@ -91,7 +91,7 @@ def check_weights(model: Any, folder: Path) -> None:
             name: torch.empty(part.get_shape(), dtype=model.dtype, device="meta")
             for name, part in stored_weights(folder)
         }
-    # of few bits there is more in the files than weights
+    # files of quantized weights hold more than weights
     if not headers or quantization_options(str(folder), model.config):
         return
 
@@ -112,7 +112,7 @@ def check_weights(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' own words on what it loads, and its progress bars."""
+    """Silence transformers' own messages about what it loads, and its progress bars."""
     level, has_bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -128,11 +128,11 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse a checkpoint folder whose files of weights are not the ones that it speaks of.
+    """Refuse a checkpoint folder in which files of weights are missing.
 
     Raises:
-        CheckpointError: there are none, its index is damaged or names files that are not there, or
-            a file is what Git LFS puts in its place.
+        CheckpointError: there are none, the index is damaged or names missing files, or a file is a
+            Git LFS pointer.
     """
     index = folder / INDEX
     if index.is_file() and not (folder / WHOLE).is_file():
@@ -163,10 +163,10 @@ def load_weights(
     dtype: torch.dtype,
     attention: dict[str, str],
 ) -> Any:
-    """A causal LM with weights from a dict, by the names of a checkpoint or of the model.
+    """Build a causal LM with weights from a dict, by the names of a checkpoint or of the model.
 
-    transformers renames and joins them as it does those of a checkpoint, so an archive of the seed
-    repositories loads whatever its family calls its weights by now.
+    transformers renames and stacks them as it does those of a checkpoint, so an archive of the seed
+    repositories loads even if its family has renamed its weights since.
 
     Args:
         like: A model with the class and the config of the new one; may be on the meta device.
@@ -200,7 +200,7 @@ def load_weights(
 def _load_full(
     load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
 ) -> Any:
-    """The model that `load` returns; says which weights it has no place for, see `_load_filled`."""
+    """The model that `load` returns, see `_load_filled`; warns of weights that it does not have."""
     model, info = _load_filled(load, opening, build, shapes)
     spare = sorted(name for name in info["unexpected_keys"] if not TABLES.search(name))
     if spare:
@@ -211,13 +211,13 @@ def _load_full(
 def _load_filled(
     load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
 ) -> tuple[Any, Any]:
-    """What `load` returns, or a message that begins with `opening`; `build` makes the model without
-    its weights."""
+    """What `load` returns; missing weights or wrong shapes raise a CheckpointError whose message
+    begins with `opening`. `build` makes the model without its weights, to name them."""
     try:
         model, info = load()
     except RuntimeError as error:
         missing, wrong = find_misfit(build, shapes())
-        # a layer's experts cannot be joined where one is missing
+        # a layer's experts cannot be stacked if one is missing
         if not missing and not wrong:
             raise
         raise CheckpointError(f"{opening}: {_misfit_text(missing, wrong)}") from error
@@ -236,14 +236,14 @@ def named_weights(model: Any) -> dict[str, Tensor]:
 
 
 def find_misfit(build: Callable[[], Any], found: Shapes) -> tuple[list[str], list[str]]:
-    """Weights that a model needs and does not find, and those it finds in another shape.
+    """A model's weights that its files lack, and those that they hold in another shape.
 
     By the names of the files: transformers renames weights while it loads them (GPT-NeoX's
-    `embed_out`) and joins a layer's experts.
+    `embed_out`) and stacks a layer's experts.
 
     Args:
         build: Makes the model.
-        found: What the files hold; empty if that is not known.
+        found: Shapes in the files; empty if they are not known.
     """
     if not found:
         return [], []
@@ -253,7 +253,7 @@ def find_misfit(build: Callable[[], Any], found: Shapes) -> tuple[list[str], lis
     second_names = names - dict(model.named_parameters()).keys()
     state = {name: x for name, x in model.state_dict().items() if name not in second_names}
     in_memory, on_disk = shapes_of(state), shapes_of(revert_weight_conversion(model, state))
-    # saved without its head: transformers adds the prefix
+    # a body saved without a head lacks the prefix, which transformers adds
     prefix = f"{model.base_model_prefix}."
     of_body = {name.removeprefix(prefix): shape for name, shape in on_disk.items()}
     spellings = (on_disk, in_memory, of_body)
@@ -273,7 +273,7 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def shapes_in(folder: Path) -> Shapes:
-    """Shape of each weight in the files of a folder; of a hub name nothing."""
+    """Shape of each weight in the files of a folder; {} for a hub name."""
     shapes = {name: tuple(part.get_shape()) for name, part in stored_weights(folder)}
     for path in sorted(folder.glob("pytorch_model*.bin")) if not shapes else ():
         shapes |= shapes_of(load_pickle(path))

@@ -1,4 +1,4 @@
-"""What tells one model's weights from another's: a digest of its files, or its commit."""
+"""Identity of a model's weights: a digest of its files, or its hub commit."""
 
 import hashlib
 from pathlib import Path
@@ -15,9 +15,9 @@ CONFIG_FILES = ("config.json", "adapter_config.json")
 def model_identity(model: ModelConfig) -> str:
     """Digest of all that a model's log-probabilities depend on, arithmetic aside.
 
-    A folder counts by the content of its weights and config, and of its Python code where that may
-    run, so a copy elsewhere is the same model and a folder trained anew is another; a hub name
-    counts by its commit. Reads every byte: about a second per gigabyte.
+    A folder is identified by the content of its weights and config, and of its Python code if that
+    may run, so a copy elsewhere is the same model and a retrained folder another one; a hub model
+    is identified by its commit. Reads every byte: about a second per gigabyte.
 
     Args:
         model: For `name_or_path`, `archive` and `revision`.
@@ -60,13 +60,13 @@ def side_model(model: ModelConfig, reference: str) -> ModelConfig:
     """The model that `weights.positive` or `weights.negative` names.
 
     Args:
-        model: The run's: precision and attention, and the architecture of a `policy.pt`.
+        model: The run's model options: precision, attention, and the architecture of a `policy.pt`.
         reference: A name or folder, or a seed-format `policy.pt`.
     """
     changes: dict[str, str | None] = {"name_or_path": reference, "archive": None}
     if Path(reference).expanduser().is_file():
         changes = {"archive": reference}
     elif reference != model.name_or_path:
-        # a revision names a commit of the run's own model
+        # the revision is a commit of the run's own model
         changes["revision"] = None
     return ModelConfig(**{**vars(model), **changes})

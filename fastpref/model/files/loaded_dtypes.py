@@ -1,4 +1,4 @@
-"""The dtypes that a model's weights had where they were loaded from."""
+"""The dtypes of a model's weights in the files that they are loaded from."""
 
 import math
 import zipfile
@@ -29,9 +29,9 @@ class LoadedDtypes:
     """Dtypes of a checkpoint's weights."""
 
     by_name: Mapping[str, torch.dtype]
-    """By the names of its files."""
+    """By the weights' names in its files."""
     commonest: torch.dtype | None
-    """Of most of its numbers; None if nothing says so."""
+    """That of most elements; None if unknown."""
 
 
 def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:

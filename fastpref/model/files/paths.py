@@ -1,4 +1,4 @@
-"""What the options that name a model or a tokenizer mean: folders, runs, adapters, hub names."""
+"""Resolves options that name a model or a tokenizer: folders, runs, adapters, hub names."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ CONFIG = "config.json"
 ARCHIVE = "policy.pt"
 """The file of weights in a run folder of the seed repositories, or in its `LATEST/`."""
 ADAPTER_CONFIG = "adapter_config.json"
-"""What makes a folder a LoRA adapter of peft: its weights are merged into those of its base."""
+"""The file that marks a folder as an adapter of peft."""
 BASE_FIELD = "base_model_name_or_path"
 TOKENIZER_FILES = (
     *("tokenizer*", "vocab*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
@@ -73,7 +73,7 @@ def resolve_tokenizer(
 
     Args:
         name_or_path: All that `resolve_model` accepts, or a folder with a tokenizer alone. An
-            adapter without a tokenizer of its own has its base's.
+            adapter without a tokenizer of its own uses its base's.
         key: The option it was written under, for the message.
 
     Raises:
@@ -101,49 +101,49 @@ def resolve_tokenizer(
 
 
 def holds_tokenizer(folder: Path) -> bool:
-    """Whether files of a tokenizer lie in a folder."""
+    """Whether a folder has files of a tokenizer."""
     return any(path.is_file() for path in matching_files(folder, TOKENIZER_FILES))
 
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Files of a folder whose name matches one of the patterns, by name, each once."""
+    """Files of a folder whose name matches one of the patterns, sorted, each once."""
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
 
 
 class ModelSource(NamedTuple):
-    """A model as it lies: weights of their own, and the adapters to merge into them."""
+    """A model on disk or the hub: base weights, and the adapters to merge into them."""
 
     name: str
     """Folder or hub name that was asked for."""
     base: str
     """Folder or hub name with config and weights."""
     revision: str | None
-    """The base's, on the hub."""
+    """Revision of the base, on the hub."""
     adapters: tuple[str, ...]
     """Folders of peft adapters, in the order in which they are merged; empty for most models."""
     trust_remote_code: bool = False
-    """Whether Python code that lies beside the base may run."""
+    """Whether Python code in the base's folder may run."""
 
 
 def named_model(model: ModelConfig, *, key: str = "model.name_or_path") -> ModelSource:
-    """The model of a run's options, its archive left out, see `find_model`."""
+    """The model that `model.name_or_path` names, whatever its archive, see `find_model`."""
     return find_model(
         model.name_or_path, model.revision, key=key, trust_remote_code=model.trust_remote_code
     )
 
 
 def archived_model(model: ModelConfig) -> ModelSource:
-    """The folder that `model.archive` names, which is no file, see `find_archive`."""
+    """The model in the folder that `model.archive` names, see `find_archive`; not for a file."""
     assert model.archive is not None
     return find_archive(model.archive, trust_remote_code=model.trust_remote_code)
 
 
 def find_archive(archive: str, *, trust_remote_code: bool) -> ModelSource:
-    """The model of a folder with weights to start from, see `find_model`; none of the hub.
+    """The model in a folder with weights to start from, see `find_model`; hub names are refused.
 
     Raises:
-        CheckpointError: as there, or it is no folder.
+        CheckpointError: as for `find_model`, or it is not a folder.
     """
     source = find_model(archive, key="model.archive", trust_remote_code=trust_remote_code)
     if not Path(source.name).is_dir():
@@ -159,12 +159,12 @@ def find_model(
     key: str = "model.name_or_path",
     trust_remote_code: bool = False,
 ) -> ModelSource:
-    """What a model option names: the base of the model, and its adapters.
+    """Resolve a model option to the model's base and its adapters.
 
     Args:
         name_or_path: What the user wrote, see `resolve_model`.
         key: The option it was written under, for the message.
-        trust_remote_code: Whether Python code that lies beside the base may run.
+        trust_remote_code: Whether Python code in the base's folder may run.
 
     Raises:
         CheckpointError: nothing usable lies there, an adapter's config is damaged, or its base is
@@ -177,7 +177,7 @@ def find_model(
         if folder is None:
             ordered = tuple(reversed(adapters))
             return ModelSource(asked, name, revision, ordered, trust_remote_code)
-        # one folder has many names: A/../A
+        # the same folder has many names: A/../A
         if Path(folder).resolve() in map(Path.resolve, map(Path, adapters)):
             raise CheckpointError(f"model: {Path(folder) / ADAPTER_CONFIG} is its own {BASE_FIELD}")
         adapters.append(folder)
@@ -192,13 +192,13 @@ def _adapter_folder(name: str, revision: str | None) -> str | None:
             return None
         patterns = ["*.json", "*.jinja", "adapter_model.*", *TOKENIZER_FILES]
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
-    # no such repository, no network, no valid name: the load that follows says so
+    # no such repository, no network, no valid name: the load that follows reports it
     except (OSError, ValueError):
         return None
 
 
 def _base_of(adapter: Path) -> tuple[str, str | None]:
-    """Base of an adapter folder, relative to the working folder or to its own, and its revision."""
+    """Base and revision that an adapter names; a path may be relative to the adapter's folder."""
     fields = read_object(adapter / ADAPTER_CONFIG)
     name = fields.get(BASE_FIELD)
     if not isinstance(name, str) or not name:
@@ -218,7 +218,7 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
 
 
 def local_folder(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """A model's folder; of a hub model its copy in the cache, with the files that match.
+    """A model's local folder; for a hub model, its cached snapshot with the matching files.
 
     Raises:
         OSError, ValueError: the hub has no such model, or does not answer.
@@ -245,14 +245,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def nearest_neighbour(path: Path) -> str:
-    """ "; nearest: X" for a folder beside one that is not there, "" if none is like it."""
+    """ "; nearest: X" with the sibling folder most similar to a missing one, "" without any."""
     if not path.parent.is_dir():
         return ""
     return hint(path.name, [child.name for child in path.parent.iterdir() if child.is_dir()])
 
 
 def _folders(name_or_path: str) -> list[Path]:
-    """Where a name may point to, the likeliest first."""
+    """Folders that a name may mean, the likeliest first."""
     if name_or_path == EMBEDDED and not Path(name_or_path).exists():
         return [Path(str(files("fastpref") / "assets" / EMBEDDED))]
     path = Path(name_or_path).expanduser()
@@ -276,14 +276,14 @@ def _taken(folder: Path, candidates: list[Path], key: str) -> str:
 
 @cache
 def _say_taken(key: str, asked: Path, taken: Path) -> None:
-    """Say once that a folder beside the one asked for is taken."""
+    """Warn once that another folder than the requested one is used."""
     logger.warning("%s: no folder %s, taking %s", key, asked, taken)
 
 
 def _refuse_a_path(name: str, path: Path, key: str) -> None:
     if path.is_file():
         raise CheckpointError(f"{key}: {path} is a file, expected a folder{_what_it_is(path)}")
-    # a hub name is NAME or ORGANISATION/NAME; a folder beside us named like the first part is ours
+    # a hub name is NAME or ORGANISATION/NAME; if its first part is a local folder, a path is meant
     starts_like_one = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if starts_like_one or ("/" in name and Path(name).parent.is_dir()):
         raise CheckpointError(f"{key}: no folder {path}{nearest_neighbour(path)}")
@@ -294,7 +294,7 @@ def _listing(folder: Path) -> list[str]:
 
 
 def _what_it_is(path: Path) -> str:
-    """What else of a folder or file can be said that is no model."""
+    """A hint at what a folder or file is that is not a model, "" if nothing is known."""
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return "; GGUF files are quantized and cannot be trained, name the model they were made of"
     if path.suffix == ".pt":

@@ -1,4 +1,4 @@
-"""What goes wrong when a library reads a user's files, as one sentence."""
+"""Turns a library's errors on reading a user's files into one sentence."""
 
 import pickle
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from fastpref.errors import CheckpointError, FastprefError
 
 DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
-"""What a file of weights raises that was cut or is none."""
+"""Errors of reading a file of weights that is truncated, or is not one."""
 PLAIN = (OSError, ValueError, RuntimeError)
 """Errors whose text is a sentence; others, such as KeyError, say little without their name."""
 
@@ -18,16 +18,16 @@ PLAIN = (OSError, ValueError, RuntimeError)
 def reading(what: str, name: str) -> Iterator[None]:
     """Turn whatever is raised inside into a CheckpointError that names the model.
 
-    A checkpoint's files reach every line of a family's own code: a config with a wrong value may
-    end in an error of any class, and all of them mean that these files cannot be used.
+    A checkpoint's files steer a family's own code: a wrong value in a config may end in an error of
+    any class, and all of them mean that these files cannot be used.
 
     Args:
-        what: Is being loaded: "Config", "Tokenizer", ….
+        what: What is being loaded: "Config", "Tokenizer", ….
         name: Folder or hub name.
 
     Raises:
-        CheckpointError: anything was raised, but for what is one already or means that memory ran
-            out.
+        CheckpointError: anything was raised, except for our own errors and running out of memory,
+            which pass through.
     """
     try:
         yield
@@ -44,7 +44,7 @@ def reading(what: str, name: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The sentence of a library's error: those of libraries go on for pages."""
+    """The first sentence of a library's error, whose text may go on for pages."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, pickle.UnpicklingError):
         return "not a file of tensors alone"

@@ -1,9 +1,9 @@
-"""The weights of a checkpoint as its files have them: under which names, and what nobody trains.
+"""A checkpoint's weights as its files have them: their names, and those that are not trained.
 
-A model has other names in memory than its files (transformers renames and joins weights while it
-loads them), and files hold weights that no model here has: towers of a wrapper that text does not
-go through, heads for several tokens at once. An export of the model puts its weights under the
-files' names and takes the others from the files, bit by bit.
+Names in memory differ from those in the files (transformers renames and stacks weights while it
+loads them), and files hold weights that the model in memory lacks: towers of a multimodal wrapper,
+multi-token-prediction heads. An export saves the model's weights under the files' names and copies
+all others from the files, bit for bit.
 """
 
 import math
@@ -39,15 +39,14 @@ from fastpref.model.files.weight_files import weight_files, weights_folder
 
 
 class FileWeight(NamedTuple):
-    """A tensor of a file that is held open: read when it is asked for, though the file may have
-    been deleted by then."""
+    """A tensor of a file that is held open, to be read on demand even if the file was deleted."""
 
     file: Any
-    """Has `get_tensor`."""
+    """Open file, with `get_tensor`."""
     name: str
     num_bytes: int
     dtype: torch.dtype | None
-    """None: none that weights are trained from."""
+    """None if weights cannot be trained from its dtype."""
 
     def read(self) -> Tensor:
         """The tensor, on the CPU."""
@@ -58,41 +57,41 @@ class SourceWeights(NamedTuple):
     """What the files of a checkpoint hold."""
 
     weights: dict[str, FileWeight]
-    """By their names there."""
+    """By their names in the files."""
     packed: tuple[str, ...]
-    """Names of what belongs to weights of few bits, which an export without them cannot have."""
+    """Names of the tensors of quantized weights, which an export with ordinary weights lacks."""
 
 
 class Arranged(NamedTuple):
-    """A model's weights and all else of its source, by the names of the source's files."""
+    """A model's weights and the rest of its source's, by their names in the source's files."""
 
     own: dict[str, Tensor]
     untouched: dict[str, FileWeight]
-    """What the model does not have, or has no use for."""
+    """Weights of the source that the model does not have, or does not use."""
     left_out: list[str]
-    """Weights of few bits that the model does not have."""
+    """Names of quantized weights that the model does not have."""
 
 
 def open_weights(model: ModelConfig, *, wrapper: bool) -> SourceWeights:
-    """The files that a run's weights come from: of an archive that is a folder, unless they hold
-    less than the model's own.
+    """Open the files that a run's weights come from: those of an archive folder, unless they hold
+    fewer weights than the model's own.
 
     Args:
         model: For `name_or_path`, `revision` and `archive`.
-        wrapper: There is more of the model than is loaded.
+        wrapper: The model has parts that are not loaded.
 
     Raises:
-        CheckpointError: a file cannot be read, or where weights that are not loaded lie is not
-            known.
+        CheckpointError: a file cannot be read, or no file is known that holds the weights of the
+            parts that are not loaded.
     """
     own = named_model(model)
     sources = [own]
     if model.archive and Path(model.archive).expanduser().is_file():
-        # its weights are those of the whole model, and its own are not looked for
+        # the archive has all weights of the model; its own files add only a wrapper's other parts
         sources = [own] if wrapper else []
     elif model.archive:
         sources.insert(0, archived_model(model))
-    # the first one among equals; weights of few bits are no weights to train
+    # the first one among equals; quantized weights do not count
     found = max(map(_open, sources), key=_num_weights, default=SourceWeights({}, ()))
     if wrapper and not found.weights:
         raise CheckpointError(
@@ -107,12 +106,12 @@ def _num_weights(source: SourceWeights) -> int:
 
 
 def arrange(model: Any, weights: Mapping[str, Tensor], source: SourceWeights) -> Arranged:
-    """Give a model's weights the names of its source, and find what the source has beside them.
+    """Rename a model's weights as in its source, and find the source's other weights.
 
     Args:
         model: For its names and conversions.
-        weights: By its names; of those that are tied the first ones.
-        source: Of the model.
+        weights: By the model's names; tied weights under the first of theirs.
+        source: The model's source.
     """
     own = revert_weight_conversion(model, dict(weights))
     find_place = _place_finder(model)
@@ -123,7 +122,7 @@ def arrange(model: Any, weights: Mapping[str, Tensor], source: SourceWeights) ->
         if alone and place is not None and place in weights and name not in own
     }
     renamed = set(given.values())
-    # what the files have under another name, and not under this one as well
+    # without names for which the files only have another one
     own = {
         name: weight
         for name, weight in own.items()
@@ -140,7 +139,7 @@ def arrange(model: Any, weights: Mapping[str, Tensor], source: SourceWeights) ->
 
 
 def most_common_dtype(weights: Mapping[str, FileWeight]) -> torch.dtype | None:
-    """Of most bytes, None of none that weights are trained from."""
+    """The dtype of most bytes; None if no weight has a dtype that can be trained from."""
     sizes: Counter[torch.dtype] = Counter()
     for weight in weights.values():
         if weight.dtype is not None:
@@ -149,7 +148,7 @@ def most_common_dtype(weights: Mapping[str, FileWeight]) -> torch.dtype | None:
 
 
 def group_names(names: Iterable[str], others: Iterable[str]) -> dict[str, list[str]]:
-    """Names by the outermost module that has none of the others."""
+    """Group names by the outermost module that contains none of `others`."""
     taken = {
         ".".join(parts[:end])
         for parts in (name.split(".") for name in others)
@@ -164,7 +163,7 @@ def group_names(names: Iterable[str], others: Iterable[str]) -> dict[str, list[s
 
 
 def _first_names(model: Any) -> dict[str, str]:
-    """Of every name of a model's tensors the first name of the same one."""
+    """Map every name of a model's tensors to the first name of the same tensor, if it is tied."""
     firsts: dict[Any, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         firsts.setdefault(parameter, name)
@@ -173,8 +172,8 @@ def _first_names(model: Any) -> dict[str, str]:
 
 
 def _place_finder(model: Any) -> Callable[[str], tuple[str | None, bool]]:
-    """Which tensor of a model a name of a file means, None if none, and whether what lies there is
-    all of that tensor; as transformers finds it when it loads."""
+    """A function that maps a name in a file to the model's tensor that transformers loads it into,
+    None if none, and to whether the file's tensor is all of the model's."""
     first = _first_names(model)
     conversions = get_model_conversion_mapping(model)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
@@ -195,7 +194,7 @@ def _module(name: str) -> str:
 
 
 class _Held:
-    """A safetensors file that stays open: what replaces it, or deletes it, changes nothing here."""
+    """A safetensors file that is held open, so that replacing or deleting it has no effect."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -209,13 +208,13 @@ class _Held:
         return self._file.get_slice(name)
 
     def get_tensor(self, name: str) -> Tensor:
-        """A tensor of it.
+        """Read a tensor.
 
         Raises:
-            CheckpointError: the file itself was written to, so that it may not be read any more.
+            CheckpointError: the file was overwritten in place, so that it may not be read any more.
         """
         now = _state(self._path)
-        # another file under that name has another number
+        # another file under that name has another inode
         if now and now[0] == self._state[0] and now != self._state:
             raise CheckpointError(
                 f"model: {self._path} was written to while a run used it, so what is not trained "
@@ -226,7 +225,7 @@ class _Held:
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    """Number, size and time of a file; () where there is none."""
+    """Inode, size and modification time of a file; () if it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -235,7 +234,7 @@ def _state(path: Path) -> tuple[int, ...]:
 
 
 class _Pickled:
-    """A file that `torch.save` wrote, as safetensors' handles are."""
+    """A file that `torch.save` wrote, with the interface of a safetensors handle."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self._weights = weights

@@ -1,4 +1,4 @@
-"""Which files of a checkpoint's folder hold its weights."""
+"""Finds the files of a checkpoint's folder that hold its weights."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,12 +10,12 @@ from fastpref.model.files.paths import local_folder, matching_files, read_object
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""Says which file has which weight, whatever the files are called."""
+"""Maps weights to files, whatever these are called."""
 _SHARDS = "model-*-of-*.safetensors"
 
 
 def weights_folder(name: str, revision: str | None) -> Path:
-    """A model's folder; of a hub model its copy in the cache, with its files of weights.
+    """A model's local folder; for a hub model, its cached snapshot with its files of weights.
 
     Raises:
         OSError, ValueError: the hub has no such model, or does not answer.
@@ -27,8 +27,8 @@ def weights_folder(name: str, revision: str | None) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """What transformers loads of a folder, in safetensors' format: the one file, or those of the
-    index; variants such as model.fp16.safetensors are neither.
+    """The safetensors files that transformers loads from a folder: the single file, or those of the
+    index, but not variants such as model.fp16.safetensors.
 
     Raises:
         CheckpointError: the index cannot be read.
@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Names of the weights in `weight_files`, each with what tells its shape and dtype unread."""
+    """Names of the weights in `weight_files`, each with a handle of its shape and dtype, unread."""
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             names = file.keys()
