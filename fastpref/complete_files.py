@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError (no space left, a missing folder, …) into one that names what was written.
+    """Turn an OSError (no space left, a missing folder, …) into a user error that names `path`.
 
     Raises:
         CheckpointError: naming `path` and the system's reason.
@@ -100,7 +100,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def share(folder: Path, remains: str) -> IO[str]:
     """Take a shared lock on a folder that several processes may write to; closing it releases it.
-    A process that finds no other one there first deletes the files that killed ones left behind.
+    A process that is alone there first deletes the files that killed processes left behind.
 
     Args:
         folder: Must exist.

@@ -43,7 +43,7 @@ class Deadline:
 
 
 def seconds_since_start() -> float:
-    """Seconds since the command (its torchrun, if any) started; off Linux, since this process."""
+    """Seconds since the command, or its torchrun, started; outside Linux since this process did."""
     if sys.platform != "linux":
         return time.monotonic() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _start()

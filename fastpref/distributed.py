@@ -71,7 +71,7 @@ class World:
         return self.mesh[DATA].size()
 
     def sum(self, values: Tensor) -> Tensor:
-        """All-reduce (sum) in place on the device; on a GPU without waiting for the host."""
+        """All-reduce (sum) in place on the device, without synchronizing the host with a GPU."""
         if self.size > 1:
             dist.all_reduce(values)
         return values

@@ -6,7 +6,7 @@ import sys
 
 
 class FastprefError(Exception):
-    """A message for the user (argument, rule, value that came), printed without a traceback."""
+    """An error with a message for the user (argument, rule, value); printed without traceback."""
 
     exit_code = 1
     is_own = False
@@ -14,7 +14,7 @@ class FastprefError(Exception):
 
 
 class ConfigError(FastprefError):
-    """An option is unknown, out of range or at odds with another."""
+    """An option is unknown, out of range or in conflict with another."""
 
     exit_code = 2
 
@@ -26,7 +26,7 @@ class DataError(FastprefError):
 
 
 class CheckpointError(FastprefError):
-    """A model or checkpoint is missing, incomplete or does not fit."""
+    """A model or checkpoint is missing, incomplete or unsuitable, or a file cannot be written."""
 
     exit_code = 4
 
@@ -66,13 +66,13 @@ class RankError(DistributedError):
 
 
 class PreemptionError(FastprefError):
-    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; the state was saved."""
+    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; it says what was saved."""
 
     exit_code = 75
 
 
 class InterruptionError(FastprefError):
-    """SIGINT (Ctrl-C) arrived; the state was saved."""
+    """SIGINT (Ctrl-C) arrived; the message says what was saved."""
 
     exit_code = 130
 

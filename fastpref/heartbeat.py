@@ -195,7 +195,7 @@ class Heartbeat:
 
 
 class Watch:
-    """Polled by a rank that waits: has any rank ended, is the next rank's heartbeat alive.
+    """Polled by a waiting rank: whether any rank has ended, and whether the next one still lives.
 
     Args:
         world: The ranks and their store.

@@ -42,8 +42,7 @@ def available_to_rank() -> int:
 
 
 def available_cores() -> int:
-    """CPU cores available to this process, >= 1: its affinity and its cgroups' quotas, rounded
-    up."""
+    """CPU cores available to this process, >= 1: by affinity and cgroup quotas, rounded up."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for group in _groups("cpu"):

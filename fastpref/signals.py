@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGUSR1, SIGHUP: exit at once where nothing can be lost, else a request to save.
+"""SIGINT, SIGTERM, SIGUSR1, SIGHUP: exit at once if nothing can be lost, else request a save.
 
 A handler runs between any two bytecode instructions, in libraries, imports and other handlers too.
 An exception raised there could be caught anywhere, and state changed there could be half changed
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastpref")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Sent by Ctrl-C; by a scheduler that takes the machine away; by one that announces it; when the
-terminal is closed or its connection lost."""
+"""Ctrl-C; a scheduler that takes the machine away; its advance warning; a terminal that is closed
+or loses its connection."""
 DEADLINE, NON_FINITE, FAILURE = 253, 254, 255
 """Reasons to stop besides signals, above their numbers: `checkpoint.deadline` is near, steps are
 no longer applied because one was not finite, a rank cannot write a file."""
 REPEATED = (signal.SIGHUP,)
-"""Signals that come twice for one event: from the system, and from the shell that ends of it."""
+"""Signals that come twice for one event: from the system, and from the shell that it ends."""
 SAME_REQUEST_SECONDS = 2.0
 """Under torchrun a second signal within this time is the same request: torchrun forwards a Ctrl-C
 that the terminal has already sent to all of its processes."""

@@ -44,8 +44,8 @@ class Agreement:
 
     @property
     def is_alone(self) -> bool:
-        """Whether this is the only rank, so that DCP need not use gloo. Gloo's threads copy tensors
-        with OpenMP, whose threads sleep between tasks from then on: 10 % of a step."""
+        """Whether this is the only rank, so that DCP need not use gloo, whose threads copy tensors
+        with OpenMP: from then on OpenMP's threads sleep while they wait, 10 % of a step."""
         return self.size == 1
 
     def __enter__(self) -> "Agreement":

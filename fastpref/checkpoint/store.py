@@ -70,8 +70,8 @@ class CheckpointStore:
             continues; False: write it before `save` returns, without a copy.
         keep: Number of newest checkpoints to keep, > 0.
         best: How the best checkpoint, which is kept too, is chosen; None: no best one is kept.
-        resumed_from: The checkpoint the run resumes from, which is never deleted. Others in this
-            folder belong to another history and are set aside, except earlier ones beside it.
+        resumed_from: The checkpoint the run resumes from, which is never deleted. Others are set
+            aside as of another history, unless it is in this folder and they are of earlier steps.
 
     Raises:
         CheckpointError: the folder cannot be created or cleared, or ranks see different folders.

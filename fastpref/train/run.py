@@ -33,7 +33,7 @@ class Run:
     eval: Loader | None
     policy: TokenScorer
     reference: TokenScorer | OwnReference | None
-    """Also sampled from before the first update; None: only the policy is."""
+    """Sampled from besides the policy before the first update; None: only the policy is."""
     step_loss: StepLoss
     repetition: Repetition
     """Recomputes a step in smaller micro-batches when memory runs out."""
