@@ -1,5 +1,5 @@
 """TIS-DPO: token weights from two models, and all its stages in one run.
 
-Input: a config with `task=estimate_weights` or `task=tisdpo`. Output: a weights file with its
-report, a trained policy. Change here: the recipe, and how scores become weights.
+Enters: a config with `task=estimate_weights` or `task=tisdpo`. Leaves: a weights file with its
+report, a trained policy. To be changed here: the recipe, and how scores become weights.
 """
