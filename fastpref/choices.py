@@ -1,4 +1,4 @@
-"""Words that options and functions share; a word outside them is refused by both."""
+"""Option values that both the config and the functions that take them validate."""
 
 TIES = ("seed", "equal")
-"""What the transforms `binary` and `rank_based` do with equal values, see `transform_weights`."""
+"""How the transforms `binary` and `rank_based` treat equal values, see `transform_weights`."""

@@ -1,4 +1,4 @@
-"""Files that appear under their name when they are complete, and never before."""
+"""Atomic writes: a file or folder gets its name only when it is complete and on the disk."""
 
 import errno
 import fcntl
@@ -12,12 +12,12 @@ from typing import IO, Any
 from fastpref.errors import CheckpointError
 
 LOCK = ".lock"
-"""In a folder that one process, or several together, may write to."""
+"""Name of the lock file in a folder that one process writes to, or several share."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name what is being written where the system refuses it: no space left, a folder gone, ….
+    """Turn an OSError (no space left, a missing folder, …) into a user error that names `path`.
 
     Raises:
         CheckpointError: naming `path` and the system's reason.
@@ -30,13 +30,13 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a file that takes the place of `path` once it is written and on the disk.
+    """Open a file that replaces `path` atomically once it is written and synced to the disk.
 
-    A process that is killed, or an error inside, leaves `path` as it was and at most a file
-    `.partial` beside it, which the next attempt overwrites.
+    If the process is killed or the block raises, `path` is unchanged and at most a `.partial` file
+    remains beside it, which the next attempt overwrites.
 
     Args:
-        path: The file; its folder is made if need be.
+        path: The file; its folder is created if missing.
         mode: "w" for text in UTF-8, "wb" for bytes.
 
     Raises:
@@ -54,7 +54,7 @@ def complete_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 def append_whole(path: Path, text: str) -> None:
-    """Add a text to the end of a file: all of it, or none and the file as it was.
+    """Append a text to a file; if a write fails, the file is truncated to its previous size.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -64,12 +64,12 @@ def append_whole(path: Path, text: str) -> None:
         file = path.open("ab", buffering=0)
         end = file.seek(0, os.SEEK_END)
         try:
-            # a disk on another machine may refuse as late as when it is closed
+            # a network file system may report a failed write only at close
             with file:
                 while content:
                     content = content[file.write(content) :]
         except OSError:
-            # what is no file of a disk has no end
+            # a device file cannot be truncated
             with suppress(OSError):
                 os.truncate(path, end)
             raise
@@ -77,10 +77,10 @@ def append_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def complete_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` once all is written.
+    """Yield a path to create a folder at, which replaces `folder` once it is complete and synced.
 
-    A process that is killed leaves `folder` as it was and at most one `.partial` beside it; an
-    error inside leaves nothing, as half a model is of no use and takes the space that is wanting.
+    If the process is killed, `folder` is unchanged and at most one `.partial` remains beside it. If
+    the block raises, that is deleted too: half a model is useless and takes up disk space.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -90,7 +90,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
         try:
             remove(partial)
             yield partial
-            # what a disk on another machine refuses late is known by then, whoever wrote it
+            # a network file system reports failed writes here at the latest, whoever made them
             for path in partial.rglob("*"):
                 sync(path)
             replace_folder(partial, folder)
@@ -99,18 +99,18 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 
 def share(folder: Path, remains: str) -> IO[str]:
-    """A lock on a folder that several processes may write to at once; it is given back by closing
-    it. Whoever comes while nobody writes removes what kills have left half written.
+    """Take a shared lock on a folder that several processes may write to; closing it releases it.
+    A process that is alone there first deletes the files that killed processes left behind.
 
     Args:
-        folder: That is there.
-        remains: What the names of such files are like, as a pattern.
+        folder: Must exist.
+        remains: Glob pattern of such leftover files.
 
     Raises:
         OSError: the folder cannot be written to.
     """
     lock = (folder / LOCK).open("a", encoding="utf-8")
-    # a file system without locks: then nobody has one to himself, and nothing is removed
+    # on a file system without locks no process is known to be alone, and nothing is deleted
     with suppress(OSError):
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,12 +121,12 @@ def share(folder: Path, remains: str) -> IO[str]:
 
 
 def sync(path: Path) -> None:
-    """Bring a file, or the entries of a folder, to the disk: they survive a power failure."""
+    """fsync a file, or the entries of a folder, so that they survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # a file system may do so for files alone
+        # some file systems cannot sync a folder
         if error.errno not in (errno.EINVAL, errno.EBADF) or not path.is_dir():
             raise
     finally:
@@ -134,9 +134,9 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(complete: Path, folder: Path) -> None:
-    """Give a complete folder its name; the one that had it goes once this one is in its place.
+    """Rename `complete` to `folder`, then delete the folder that had this name before.
 
-    Killed in between, the old one is left beside it as `<name>.old`.
+    If the process is killed in between, the old folder remains beside it as `<name>.old`.
     """
     old = folder.with_name(f"{folder.name}.old")
     if folder.is_symlink() or folder.exists():
@@ -148,7 +148,7 @@ def replace_folder(complete: Path, folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it, if it is there."""
+    """Delete a file, a symbolic link or a folder with its contents, if it exists."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():

@@ -1,4 +1,4 @@
-"""The time by which a command has to end."""
+"""The deadline of a command, such as the end of its Slurm job."""
 
 import datetime
 import os
@@ -7,18 +7,18 @@ import time
 from functools import cache
 
 JOB_END = "SLURM_JOB_END_TIME"
-"""Environment variable in which Slurm tells a job when its time is over, in seconds since 1970."""
+"""Environment variable with the end of the Slurm job, in seconds since 1970."""
 JOB_MARGIN = 30
-"""Seconds of a job that are left unused: clocks differ, and processes take time to end."""
+"""Seconds of a job left unused: clocks differ, and processes take time to exit."""
 _IMPORTED = time.monotonic()
-"""Soon after this process was started."""
+"""Monotonic clock shortly after this process started, in seconds."""
 
 
 class Deadline:
-    """When all that was computed has to be saved at the latest.
+    """The latest time by which all results must be saved.
 
     Args:
-        seconds: Since the start of the command; None: never.
+        seconds: Seconds after the start of the command; None: no deadline.
     """
 
     def __init__(self, seconds: int | None) -> None:
@@ -28,11 +28,12 @@ class Deadline:
         self._last = time.monotonic()
 
     def expect(self, save_seconds: float) -> None:
-        """What a save will take, by its size or by one that was seen."""
+        """Set how long a save is expected to take, estimated from its size or measured."""
         self._save_seconds = save_seconds
 
     def is_near(self) -> bool:
-        """Whether it may be over, and what was computed not saved, before this is asked again."""
+        """Whether a save begun only at the next call could miss the deadline, if the time until
+        then is the longest seen between two calls."""
         now = time.monotonic()
         self._longest_wait = max(self._longest_wait, now - self._last)
         self._last = now
@@ -42,7 +43,7 @@ class Deadline:
 
 
 def seconds_since_start() -> float:
-    """Since the command was started; elsewhere than on Linux, since this process was."""
+    """Seconds since the command, or its torchrun, started; outside Linux since this process did."""
     if sys.platform != "linux":
         return time.monotonic() - _IMPORTED
     return time.clock_gettime(time.CLOCK_BOOTTIME) - _start()
@@ -50,23 +51,23 @@ def seconds_since_start() -> float:
 
 @cache
 def _start() -> float:
-    """When this process was started, or the torchrun that started it: seconds since the boot."""
+    """Start time of this process, or of the torchrun that started it, in seconds since boot."""
     command = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
     with open(f"/proc/{command}/stat", encoding="ascii", errors="replace") as file:
-        # after the name in brackets, which may hold spaces
+        # skip the process name in brackets, which may contain spaces
         fields = file.read().rpartition(")")[2].split()
     return int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def seconds_of_job() -> int | None:
-    """From the start of the command to the end of the Slurm job that it is part of; None where it
-    is part of none, or of one that was given more time than it was told."""
+    """Seconds from the start of the command to `JOB_MARGIN` before the end of its Slurm job; None
+    outside of a job, or if the announced end has passed because the job was extended."""
     end = os.environ.get(JOB_END, "")
     left = int(end) - time.time() if end.isdecimal() else 0.0
     return int(left + seconds_since_start()) - JOB_MARGIN if left > 0 else None
 
 
 def clock_time(seconds: int) -> str:
-    """The date and time so many seconds after the start of the command."""
+    """Local date and time at `seconds` after the start of the command."""
     left = datetime.timedelta(seconds=seconds - seconds_since_start())
     return f"{datetime.datetime.now() + left:%Y-%m-%d %H:%M}"

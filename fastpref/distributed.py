@@ -1,4 +1,4 @@
-"""The world a run lives in: one process, or the ranks that torchrun started."""
+"""The ranks of a run: a single process, or those that a launcher started."""
 
 import datetime
 import itertools
@@ -25,35 +25,35 @@ Result = TypeVar("Result")
 Value = TypeVar("Value")
 
 DATA = "data"
-"""The dimension of the mesh along which rows are divided."""
+"""The mesh dimension along which a step's rows are sharded."""
 TIMEOUT = datetime.timedelta(minutes=30)
-"""How long ranks wait for one another where nothing else is said."""
-# ranks need not start in one moment, whatever they allow one another later
+"""How long ranks wait for one another by default."""
 OWN_RUN_ID = "fastpref"
-"""Of the torchrun that a command starts by itself."""
+"""Run id of the torchrun that fastpref itself starts."""
+# of the rendezvous: ranks do not start at the same moment, however short their timeout is later
 SHORTEST_MEETING = datetime.timedelta(minutes=1)
 # rank 0 may download a model or tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
-# rank 0 may hold the store that tells the others of its failure, and stays until they know
+# rank 0 may host the store that tells the others of its failure: it stays until they have read it
 FAREWELL_TIMEOUT = datetime.timedelta(seconds=30)
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.1
-"""Seconds between two looks into the store."""
+"""Seconds between two polls of the store, doubled from the first value up to the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """This process among the ranks."""
+    """This process's rank and device, and how it communicates with the other ranks."""
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
     store: Any
-    """What the ranks share beside collectives."""
+    """Key-value store that all ranks share, for exchanges without a collective."""
     timeout: datetime.timedelta = TIMEOUT
     """How long a rank waits for the others in a collective."""
     _turns: Iterator[int] = field(default_factory=itertools.count)
-    """Numbers the calls of `on_main`, which every rank makes in the same order."""
+    """Numbers the calls of `on_main`, which every rank makes in the same order, for their keys."""
 
     @property
     def is_main(self) -> bool:
@@ -62,22 +62,22 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """Which share of a step's rows this rank computes, in [0, data_size)."""
+        """Index of the shard of a step's rows that this rank computes, in [0, data_size)."""
         return self.mesh.get_local_rank(DATA)
 
     @property
     def data_size(self) -> int:
-        """Shares that a step's rows are divided into."""
+        """Number of shards that a step's rows are divided into."""
         return self.mesh[DATA].size()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, in place, on the device: nothing waits for the host on a GPU."""
+        """All-reduce (sum) in place on the device, without synchronizing the host with a GPU."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def agree_max(self, value: int) -> int:
-        """The largest value of any rank, over the CPU's own process group: no device sync."""
+        """The maximum over ranks, by gloo on the CPU: no device synchronization."""
         if self.size == 1:
             return value
         highest = torch.tensor(value)
@@ -85,12 +85,12 @@ class World:
         return int(highest)
 
     def on_main(self, compute: Callable[[], Result]) -> Result:
-        """What `compute` returns on rank 0, on every rank; what it raises there is everybody's.
+        """Run `compute` on rank 0 and return its result, or raise its error, on every rank.
 
-        No collective is open while rank 0 works, so it may take hours.
+        No collective is pending while rank 0 works, so it may take hours.
 
         Args:
-            compute: Called on rank 0 alone; what it returns is pickled.
+            compute: Called on rank 0 only; its result is pickled.
 
         Raises:
             FastprefError: the same on every rank.
@@ -112,13 +112,13 @@ class World:
         return result
 
     def compare_on_main(self, value: Value, compute: Callable[[list[Value]], Result]) -> Result:
-        """What `compute` makes on rank 0 of every rank's value, by rank; see `on_main`.
+        """Gather every rank's value on rank 0 and return `compute` of their list on every rank.
 
-        Nor is a collective open until the last of them comes.
+        As in `on_main`, no collective is pending, not even while rank 0 waits for the values.
 
         Args:
-            value: This rank's; pickled.
-            compute: Called on rank 0 alone.
+            value: This rank's value; pickled.
+            compute: Called on rank 0 only, with the values in rank order.
 
         Raises:
             FastprefError, DistributedError: see `on_main`.
@@ -132,16 +132,16 @@ class World:
             values = [value]
             for rank in range(1, self.size):
                 self._wait([keys[rank]], PREPARATION_TIMEOUT, sender=rank)
-                # from a rank of this run
+                # safe to unpickle: written by a rank of this run
                 values.append(pickle.loads(self.store.get(keys[rank])))
             return compute(values)
 
         return self.on_main(gather)
 
     def only_on_main(self, compute: Callable[[], Result]) -> Result | None:
-        """What `compute` returns on rank 0, there alone; what it raises there is everybody's.
+        """Run `compute` on rank 0; its result is returned there only, its error raised on all.
 
-        For what cannot be pickled, or is too large to be.
+        For results that cannot be pickled, or are too large to send.
 
         Raises:
             FastprefError, DistributedError: see `on_main`.
@@ -152,7 +152,7 @@ class World:
 
     def _receive(self, key: str) -> Any:
         self._wait([key], PREPARATION_TIMEOUT, sender=0)
-        # from rank 0 of this run
+        # safe to unpickle: written by rank 0 of this run
         result, failure = pickle.loads(self.store.get(key))
         if failure is not None:
             self.store.set(f"{key} {self.rank}", "")
@@ -160,12 +160,12 @@ class World:
         return result
 
     def _see_off(self, key: str) -> None:
-        """Wait until the others know of a failure: with rank 0 the store may go."""
+        """Wait until the others have read a failure: the store may end with rank 0."""
         for rank in range(1, self.size):
             try:
                 self._wait([f"{key} {rank}"], FAREWELL_TIMEOUT, sender=rank)
             except DistributedError:
-                # it has ended by itself
+                # that rank has already ended
                 continue
             except dist.DistError as error:
                 logger.error("not every rank heard of the failure: %s", first_line(error))
@@ -174,15 +174,15 @@ class World:
     def _wait(
         self, keys: list[str], timeout: datetime.timedelta, sender: int | None = None
     ) -> None:
-        """Until the keys are in the store; a signal's handler runs meanwhile.
+        """Wait until the keys are in the store; signal handlers run meanwhile.
 
         Raises:
-            DistributedError: the rank that is to set them has ended, or shows no sign of life.
-            DistStoreError: it took too long.
+            DistributedError: `sender`, which is to set them, has ended or its heartbeat stopped.
+            DistStoreError: they were not set within `timeout`.
         """
         started = asked = heard = time.monotonic()
         last, pause = "", SHORTEST_PAUSE
-        # asked again and again: a wait in the store prints warnings when it is over
+        # polled: the store's own wait prints warnings when it times out
         while not self.store.check(keys):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -205,26 +205,26 @@ class World:
                 )
 
     def look_up(self, key: str) -> str:
-        """A text in the store; "" if it is not there."""
+        """The text under a key of the store; "" if there is none."""
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
 
 def beat_key(rank: int) -> str:
-    """Where a rank says that it lives."""
+    """Store key of a rank's heartbeat."""
     return f"beat {rank}"
 
 
 def end_key(rank: int) -> str:
-    """Where a rank says why it ended."""
+    """Store key of the reason why a rank ended."""
     return f"end {rank}"
 
 
 def _failure(error: BaseException) -> FastprefError:
-    """What the other ranks raise where rank 0 raised `error`."""
+    """The error that the other ranks raise when rank 0 raised `error`."""
     known = explain(error)
     if known is None:
         known = DistributedError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}")
-        # whichever rank a launcher sees end first, the exit code is that of the cause
+        # a launcher may see any rank end first: all of them exit with the code of the cause
         known.exit_code = FastprefError.exit_code
     return known
 
@@ -235,15 +235,15 @@ def launched() -> bool:
 
 
 def told_where_to_meet() -> bool:
-    """Whether somebody's torchrun started this process, and not the one that fastpref starts."""
+    """Whether the user's own torchrun started this process, rather than one of fastpref's."""
     return os.environ.get("TORCHELASTIC_RUN_ID", OWN_RUN_ID) != OWN_RUN_ID
 
 
 def world_size() -> int:
-    """How many ranks this run will have, known before any of them talks to another.
+    """The number of ranks of this run, read from the environment without any communication.
 
     Raises:
-        RankError: the variables of torchrun contradict each other.
+        RankError: the variables that torchrun sets contradict each other.
     """
     return read_ranks()[1] if launched() else 1
 
@@ -252,7 +252,7 @@ def read_ranks() -> tuple[int, int, int]:
     """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them.
 
     Raises:
-        RankError: one of them is missing, no number or out of range.
+        RankError: one of them is missing, not a number or out of range.
     """
     required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in required if not os.environ.get(name)]
@@ -281,10 +281,11 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
     """Join the process group: NCCL for tensors on GPUs, gloo for tensors on the CPU.
 
     Args:
-        timeout: How long a rank waits for the others, in a collective and to meet them.
+        timeout: How long a rank waits for the others in a collective, and, if that is longer than
+            `SHORTEST_MEETING`, in the rendezvous.
 
     Raises:
-        RankError: the variables of torchrun are wrong, or the other ranks are not found.
+        RankError: torchrun's variables are wrong, or not every rank joined.
     """
     rank, size, local_rank = read_ranks() if launched() else (0, 1, 0)
     device = torch.device("cpu")
@@ -301,17 +302,17 @@ def init_world(timeout: datetime.timedelta = TIMEOUT) -> World:
 
 
 def index_of_gpu(local_rank: int, num_gpus: int) -> int:
-    """Which of the GPUs that this process sees is its own: a scheduler may show each process one.
+    """Index of this rank's GPU among the visible ones; a scheduler may show each process only one.
 
     Raises:
-        RankError: there are not enough of them.
+        RankError: this machine has more ranks than visible GPUs.
     """
     if num_gpus == 1 and not dist.is_torchelastic_launched():
         return 0
     num_ranks = local_rank + 1
     if num_gpus > 1:
-        # of all ranks here: the others would wait for one that has no GPU. torchrun may show each
-        # of them one (--virtual-local-rank), as number 0
+        # every local rank fails, else those with a GPU wait for the one without. Not so with one
+        # GPU: torchrun --virtual-local-rank shows each rank its own, as number 0
         num_ranks = max(num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if num_ranks > num_gpus:
         raise RankError(
@@ -322,13 +323,13 @@ def index_of_gpu(local_rank: int, num_gpus: int) -> int:
 
 
 def main_first(world: World, prepare: Callable[[], Result]) -> Result:
-    """Run `prepare` on rank 0, then on the others, who find its results in the cache.
+    """Run `prepare` on rank 0, then on the other ranks, which find its results in a cache.
 
     Args:
-        prepare: Reads, tokenizes; writes nothing but a cache that a second call finds.
+        prepare: Reads or tokenizes; it may write only a cache that a second call reads.
 
     Raises:
-        FastprefError: what `prepare` raised on rank 0, on every rank.
+        FastprefError: raised by `prepare` on rank 0; the same on every rank.
     """
     prepared: list[Result] = []
     world.on_main(lambda: prepared.append(prepare()))

@@ -6,15 +6,15 @@ import sys
 
 
 class FastprefError(Exception):
-    """One readable message: what was asked, the rule, what came. Printed without a traceback."""
+    """An error with a message for the user (argument, rule, value); printed without traceback."""
 
     exit_code = 1
     is_own = False
-    """Of several ranks this one alone knows of it, and says so whatever its number."""
+    """Only this rank knows of the error, so it prints it whatever its rank number."""
 
 
 class ConfigError(FastprefError):
-    """An option is unknown, out of range or at odds with another."""
+    """An option is unknown, out of range or in conflict with another."""
 
     exit_code = 2
 
@@ -26,13 +26,13 @@ class DataError(FastprefError):
 
 
 class CheckpointError(FastprefError):
-    """A model or checkpoint is missing, incomplete or does not fit."""
+    """A model or checkpoint is missing, incomplete or unsuitable, or a file cannot be written."""
 
     exit_code = 4
 
 
 class NonFiniteError(FastprefError):
-    """A loss or gradient is NaN or infinite; the weights were not touched by it."""
+    """A loss or gradient is NaN or infinite; it was not applied to the weights."""
 
     exit_code = 5
 
@@ -60,19 +60,19 @@ class LostRankError(DistributedError):
 
 
 class RankError(DistributedError):
-    """This rank cannot join the others, or has lost rank 0, which speaks for all."""
+    """This rank cannot join the others, or has lost rank 0, which prints shared errors."""
 
     is_own = True
 
 
 class PreemptionError(FastprefError):
-    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; the state was saved."""
+    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; it says what was saved."""
 
     exit_code = 75
 
 
 class InterruptionError(FastprefError):
-    """SIGINT (Ctrl-C) arrived; the state was saved."""
+    """SIGINT (Ctrl-C) arrived; the message says what was saved."""
 
     exit_code = 130
 
@@ -80,32 +80,32 @@ class InterruptionError(FastprefError):
 SIGNS_OF_EXHAUSTION = re.compile(
     r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
-"""Of torch's allocators, of the driver, which Triton and NCCL ask themselves, and of the library
-that multiplies."""
+"""Messages of torch's CPU and GPU allocators, of the driver, which Triton and NCCL call directly,
+and of cuBLAS."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the host or the device has no memory left."""
-    # torch is not imported here
+    # torch's error is recognised by name, so that this module need not import torch
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return SIGNS_OF_EXHAUSTION.search(str(error)) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message: those of libraries go on for pages."""
+    """The first line of an error's message: library messages can run to pages."""
     return str(error).strip().split("\n")[0]
 
 
 def error_text(error: FastprefError) -> str:
-    """The one message of a run that failed, as a line; "" where another rank says it."""
-    # every rank raises the same user error: one message a machine is enough, which may have a log
-    # of its own, and before ranks meet may be the only one to fail
+    """A failed run's message as one line; "" on a rank that leaves it to local rank 0."""
+    # all ranks raise the same user error, so one per machine prints it: each machine may have its
+    # own log, and before the rendezvous it may be the only one that fails
     number = os.environ.get("LOCAL_RANK") or os.environ.get("RANK", "0")
     return f"fastpref: {error}\n" if number == "0" or error.is_own else ""
 
 
 def say_error(error: FastprefError) -> None:
-    """`error_text` on stderr."""
+    """Write `error_text` to stderr."""
     sys.stderr.write(error_text(error))
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""What errors of torch and of the operating system mean for a user."""
+"""Errors of torch and of the operating system, translated into errors for the user."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ from fastpref.errors import (
     is_out_of_memory,
 )
 
-# gloo raises plain RuntimeErrors
+# found in messages, as gloo raises plain RuntimeErrors
 SIGNS_OF_A_LOST_RANK = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -23,7 +23,7 @@ SIGNS_OF_A_LOST_RANK = (
 )
 
 SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
-"""Of Python, and of the C++ library that torch starts threads with."""
+"""Messages of Python, and of the C++ library that torch uses, when no thread can be started."""
 NO_PROCESS = (
     "no other process or thread can be started, for want of memory or by a limit of it or of them "
     "(ulimit -u, ulimit -v, a container's)"
@@ -36,10 +36,10 @@ NO_FILE = (
 
 
 def explain(error: BaseException) -> FastprefError | None:
-    """The error with an exit code of its own that another one amounts to; None for a bug of ours.
+    """The user-facing error that an exception amounts to; None for a bug in fastpref.
 
     Args:
-        error: Whatever ended a task; a `FastprefError` is its own explanation.
+        error: The exception that ended a task; a `FastprefError` is returned as it is.
     """
     if isinstance(error, FastprefError):
         return error
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> FastprefError | None:
 
 
 def _explain_system_error(error: OSError) -> FastprefError:
-    """A file or folder that the system does not give, or give up, while the program needs it."""
+    """Classify a system error: no memory, no free file descriptor or process, or a failed file."""
     if error.errno == errno.ENOMEM:
         return MemoryExhaustedError(f"out of memory: {error.strerror}")
     if error.errno in (errno.EMFILE, errno.ENFILE):

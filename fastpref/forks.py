@@ -1,4 +1,4 @@
-"""Processes that are forked here, and the one that started this one: how each hears of an end."""
+"""Forked processes end with this process, and this process stops when its launcher ends."""
 
 import ctypes
 import gc
@@ -16,16 +16,16 @@ _collected_before_fork = [True]
 
 
 def stop_without_launcher() -> None:
-    """Take the end of torchrun for SIGTERM: killed outright it passes nothing on, and its ranks
-    would train to their end with nobody to know, in a folder that the next start wants."""
+    """Receive SIGTERM when torchrun dies. A torchrun killed with SIGKILL forwards no signal, and
+    its orphaned ranks would keep training in a folder that the next start needs."""
     if LAUNCHED_BY_TORCHRUN:
         _hear_of_parents_death(signal.SIGTERM)
 
 
 @contextmanager
 def forks_end_with_us() -> Iterator[None]:
-    """Processes forked here end when this one does, however it does, and at a signal without a
-    word."""
+    """While entered, processes forked here end whenever and however this process ends, and exit
+    silently on a signal."""
     _forks_work_for_us.append(True)
     try:
         yield
@@ -44,20 +44,20 @@ def _go_on_after_fork() -> None:
 
 
 def _begin_as_fork() -> None:
-    # what was garbage there is not collected here: threads that it would wait for are not here
+    # never collect the parent's garbage: its finalizers may join threads that a fork does not have
     gc.freeze()
     _go_on_after_fork()
     if not _forks_work_for_us:
         return
-    # no handler of Python's: one that is noted as a fork begins to wait would wait with it
+    # no Python handlers: one whose signal comes just before a blocking call runs only after it
     for number in heard():
         signal.signal(number, signal.SIG_DFL)
-    # elsewhere than on Linux it waits for work that never comes
+    # on other systems than Linux an orphaned fork waits for work that never comes
     _hear_of_parents_death(signal.SIGKILL)
 
 
 def _hear_of_parents_death(number: signal.Signals) -> None:
-    """Have the system send this process a signal when the one that started it ends; on Linux."""
+    """Ask Linux to send this process a signal when its parent ends; no effect elsewhere."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PARENT_DEATH_SIGNAL, number)

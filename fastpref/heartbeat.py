@@ -1,6 +1,7 @@
-"""Which rank died or hangs: every one says in the ranks' store that it lives, and why it ended.
+"""Heartbeats, which identify the rank that died or hangs.
 
-A collective that fails says that somebody is missing, not who.
+A failed collective says that a rank is missing, not which. So every rank keeps writing a heartbeat
+to the shared store, and when it ends, the reason.
 """
 
 import logging
@@ -19,25 +20,25 @@ from fastpref.signals import quit_saying
 logger = logging.getLogger("fastpref")
 
 ENDED = "ended"
-"""Where the first rank that ends says its number."""
+"""Store key of the number of the first rank that ended."""
 BEAT_SECONDS = 0.5
-"""Between two beats."""
+"""Interval between two heartbeats."""
 SILENCE_SECONDS = 3.0
-"""Without a beat: a rank that was killed or stopped."""
+"""Time without a heartbeat after which a rank counts as killed or stopped."""
 STORE_SECONDS = 5.0
-"""For the store to answer."""
+"""Time allowed for the store to answer."""
 QUERY_SECONDS, WATCH_SECONDS = 0.001, 1.0
-"""Between two questions whether a GPU is done, and how the other ranks are."""
+"""Intervals between two polls of a GPU's event, and of the other ranks' state."""
 LOST_SECONDS = 30.0
-"""Without a beat of a rank that a GPU may be waiting for; and until a host that does not hear of it
-is ended."""
+"""Time without a heartbeat after which a rank that a GPU may wait for counts as lost; and then
+until a process is ended whose host thread is blocked and cannot be told."""
 
 
 class Heartbeat:
-    """While entered, this rank's beats go to the store, from a thread.
+    """While entered, a thread writes this rank's heartbeat to the shared store.
 
     Args:
-        world: The ranks, and the store that they share.
+        world: The ranks and their store.
     """
 
     def __init__(self, world: World) -> None:
@@ -55,17 +56,17 @@ class Heartbeat:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._world.size > 1:
-            # no longer: it may be held by a store that does not answer
+            # with a limit: the thread may be blocked by a store that does not answer
             self._thread.join(2 * BEAT_SECONDS)
 
     def close(self, error: Exception) -> Exception:
-        """Say to the others why this rank ends, or find out which of them is lost.
+        """Tell the other ranks why this one ends, or find out which of them was lost.
 
         Args:
-            error: That ended the task of this rank.
+            error: The exception that ended the task on this rank.
 
         Returns:
-            What it ends with; of an error that rank 0 has no word for, this rank says it.
+            The error to end with; this rank prints it if it does not end rank 0 as well.
         """
         if self._world.size == 1:
             return error
@@ -84,7 +85,7 @@ class Heartbeat:
         return own
 
     def _rank_0_says_why(self) -> bool:
-        """Whether rank 0 ends as well: whatever is everybody's ends it at the same time."""
+        """Whether rank 0 ends as well: an error that all ranks share ends it at the same time."""
         deadline = time.monotonic() + SILENCE_SECONDS + STORE_SECONDS
         try:
             while not self._world.look_up(end_key(0)):
@@ -92,26 +93,26 @@ class Heartbeat:
                     return False
                 time.sleep(BEAT_SECONDS / 10)
         except (dist.DistError, RuntimeError):
-            # it has left, and taken the store along
+            # rank 0 has ended, and the store with it
             pass
         return True
 
     def say_why(self, error: BaseException) -> None:
-        """Tell the others why this rank ends; they may wait for it in a collective."""
+        """Tell the other ranks why this one ends; they may wait for it in a collective."""
         text = str(error) if isinstance(error, FastprefError) else type(error).__name__
         rank, store = self._world.rank, self._world.store
         try:
             store.set(end_key(rank), text or type(error).__name__)
-            # of the first one
+            # kept if an earlier rank has set it
             store.compare_set(ENDED, "", str(rank))
         except (dist.DistError, RuntimeError):
-            # the store went with another rank
+            # the store ended with the rank that hosted it
             logger.debug("rank %d cannot say why it ends", rank)
 
     def name_the_lost(self, error: LostRankError) -> DistributedError:
-        """The error with the ranks that it is about: those that ended, or those that are silent."""
+        """The error that names the lost ranks: those that ended, or whose heartbeat stopped."""
         found: list[DistributedError] = []
-        # in a thread: whoever has the store may be the one that hangs
+        # in a thread: the process that hosts the store may be the one that hangs
         look = threading.Thread(target=lambda: found.append(self._look(error)), daemon=True)
         look.start()
         look.join(SILENCE_SECONDS + STORE_SECONDS)
@@ -126,20 +127,20 @@ class Heartbeat:
         except (dist.DistError, RuntimeError) as lost:
             return RankError(f"rank 0, or what else had the ranks' store, died: {first_line(lost)}")
         if ended:
-            # they have said so, or rank 0 does
+            # printed already by those ranks, or by rank 0
             reasons = "; ".join(f"rank {rank} ended: {why}" for rank, why in ended.items())
             return self._settled(reasons, speaks=False)
         if silent:
             names = listed([f"rank {rank}" for rank in silent])
             text = f"{names} died or hangs, there is no sign of life; {error}"
-            # the first that knows: rank 0 may wait for one that is there
+            # printed by the first rank to find out: rank 0 may be waiting for a live one
             return self._settled(text, speaks=self._world.store.add("speakers", 1) == 1)
         return DistributedError(
             f"{error}; every rank is alive: one is late, or waits for what others skipped"
         )
 
     def _settled(self, text: str, *, speaks: bool) -> RankError:
-        """What this rank ends with, and the others know of."""
+        """The error this rank ends with, told to the others and printed here if it `speaks`."""
         error = RankError(text)
         error.is_own = speaks
         self.say_why(error)
@@ -155,11 +156,11 @@ class Heartbeat:
                 return
 
     def end_if_stuck(self) -> None:
-        """End the process where a rank has ended, the GPU waits for it, and the host for the GPU.
+        """End the process if a rank has ended, the GPU waits for it, and the host for the GPU.
 
-        A host launches as many kernels as a queue takes, then waits in the next launch, where it
-        asks for nothing and hears no signal. There is nothing to save: a step is not done, and no
-        checkpoint is made without the other rank.
+        Once the GPU's launch queue is full, the host blocks in the next kernel launch, where it
+        neither polls nor runs signal handlers. Nothing is lost: the step is unfinished, and no
+        checkpoint can be written without the other rank.
         """
         watch, idle = Watch(self._world), time.monotonic()
         while not self._ended.wait(WATCH_SECONDS):
@@ -182,7 +183,7 @@ class Heartbeat:
         return {rank: reason for rank, reason in reasons.items() if reason}
 
     def _silent(self) -> list[int]:
-        """Ranks that do not beat while this one listens; one may say meanwhile why it ended."""
+        """Ranks without a heartbeat for `SILENCE_SECONDS` from now; some may end meanwhile."""
         look_up = self._world.look_up
         before = {rank: look_up(beat_key(rank)) for rank in self._others()}
         deadline = time.monotonic() + SILENCE_SECONDS
@@ -194,20 +195,20 @@ class Heartbeat:
 
 
 class Watch:
-    """What a rank looks at while it waits: whether one has ended, and another's beats.
+    """Polled by a waiting rank: whether any rank has ended, and whether the next one still lives.
 
     Args:
-        world: The ranks, and the store that they share.
+        world: The ranks and their store.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        # each rank looks after one, whatever their number
+        # each rank watches one other, so that polling does not grow with the number of ranks
         self._watched, self._last = (world.rank + 1) % world.size, ""
         self._heard = time.monotonic()
 
     def look(self) -> DistributedError | None:
-        """That a rank ended, which one and why; or that the next one shows no sign of life."""
+        """The error that names a rank that ended and why, or the next one as lost; else None."""
         world, now = self._world, time.monotonic()
         first = world.look_up(ENDED)
         if first:
@@ -221,14 +222,14 @@ class Watch:
 
 
 def await_device(world: World) -> None:
-    """Wait for what a GPU computes, before a number of it is fetched.
+    """Wait for the work queued on this rank's GPU, before a result is copied to the host.
 
-    A rank that has ended leaves the others' GPUs in a collective without end. Whoever fetches a
-    number then waits as long, and hears no signal.
+    When a rank has ended, the other GPUs wait in a collective forever. A host that copies a result
+    would wait as long, and run no signal handler.
 
     Raises:
         DistributedError: a rank ended; which one, and why.
-        LostRankError: the next one shows no sign of life.
+        LostRankError: the next rank's heartbeat stopped.
     """
     if world.size == 1 or world.device.type != "cuda":
         return

@@ -1,7 +1,7 @@
-"""What a process can have of its machine, whose memory and cores others use too.
+"""Memory and CPU cores available to this process on a shared machine.
 
-A batch system or a container leaves a job less than there is: it kills what takes more memory and
-slows down what takes more cores.
+A batch system or a container limits a job to part of the machine: a process that exceeds its memory
+limit is killed, one that exceeds its CPU quota is throttled.
 """
 
 import math
@@ -13,23 +13,23 @@ from pathlib import Path
 import psutil
 
 MEMBERSHIP = Path("/proc/self/cgroup")
-"""Names the control groups of this process."""
+"""Lists the cgroups of this process."""
 GROUPS = Path("/sys/fs/cgroup")
-"""All control groups."""
+"""Where the cgroup hierarchies are mounted."""
 MEMORY_FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
-"""Of a group, by version: its limit; what it uses; in `memory.stat`, what of that was read from
-files once and can be dropped at any time."""
+"""Per cgroup version (2, 1): the files with its limit and its usage, and the entry of `memory.stat`
+with the page cache that can be dropped at any time."""
 
 
 def available_memory() -> int:
-    """Bytes of the machine that can be had, >= 0: as many as this process's groups leave."""
+    """Available host memory in bytes, >= 0, within the limits of this process's cgroups."""
     room = int(psutil.virtual_memory().available)
     for group in _groups("memory"):
         for limit, used, droppable in MEMORY_FILES:
-            # a group without a limit says "max"
+            # a cgroup without a limit has "max" here
             with suppress(OSError, ValueError):
                 left = int((group / limit).read_text()) - int((group / used).read_text())
                 room = min(room, left + _numbers(group / "memory.stat").get(droppable, 0))
@@ -37,16 +37,16 @@ def available_memory() -> int:
 
 
 def available_to_rank() -> int:
-    """Bytes of the host's memory that each of the ranks on it can have."""
+    """Host memory available to each of the ranks on this machine, in bytes."""
     return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def available_cores() -> int:
-    """Cores of the machine that can be had, >= 1; a part of one counts as one."""
+    """CPU cores available to this process, >= 1: by affinity and cgroup quotas, rounded up."""
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     for group in _groups("cpu"):
-        # microseconds of computation in each period of so many; without a limit "max" or -1
+        # microseconds of CPU time per period; without a limit "max" or -1
         with suppress(OSError, ValueError):
             quota, period = map(int, (group / "cpu.max").read_text().split())
             cores = min(cores, math.ceil(quota / period))
@@ -58,7 +58,7 @@ def available_cores() -> int:
 
 
 def _groups(controller: str) -> Iterator[Path]:
-    """Control groups that may limit this process: its own, and those that these are in."""
+    """The cgroups that may limit this process: its own and their ancestors."""
     with suppress(OSError):
         for line in MEMBERSHIP.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -68,12 +68,12 @@ def _groups(controller: str) -> Iterator[Path]:
                 hierarchy = GROUPS
             else:
                 continue
-            # a container sees its own group as the root, and may be told a path that is not there
+            # in a container the root is its own cgroup, and the listed path may not exist
             own = hierarchy / path.lstrip("/")
             yield from (own, *(group for group in own.parents if group.is_relative_to(hierarchy)))
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The lines of a file that are a name and a number."""
+    """The values of a file of `name number` lines, by name."""
     parts = [line.split() for line in path.read_text().splitlines()]
     return {name: int(number) for name, number, *_ in parts if number.isdigit()}

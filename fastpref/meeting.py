@@ -1,4 +1,4 @@
-"""Where ranks that something else started find one another."""
+"""Rendezvous of ranks that a launcher or a scheduler started."""
 
 import datetime
 import logging
@@ -17,21 +17,22 @@ from fastpref.errors import RankError, first_line
 
 logger = logging.getLogger("fastpref")
 
-# what torch.distributed exports without telling type checkers
+# torch.distributed exports its stores without declaring them to type checkers
 stores: Any = dist
 
 ANSWER_SECONDS = 0.05
-"""Between two looks of rank 0 for those that call it."""
+"""Interval at which rank 0 polls for ranks that call it."""
 
 
 def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """Where the ranks meet at MASTER_ADDR:MASTER_PORT, with nothing there of an earlier start.
+    """The key-value store at MASTER_ADDR:MASTER_PORT, free of keys from earlier starts, once all
+    ranks have joined it.
 
     Args:
-        timeout: How long to wait for those that may have died before they came.
+        timeout: How long to wait for the other ranks; one may have died before it joined.
 
     Raises:
-        RankError: it cannot be opened, or not every rank came.
+        RankError: the store cannot be opened, or not every rank joined.
     """
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     logger.info("rank %d of %d, meeting the others at %s", rank, size, place)
@@ -44,7 +45,7 @@ def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
         except Exception as error:
             found.put((None, error))
 
-    # in a thread: torch waits for half an hour without letting a signal's handler run
+    # in a thread: torch may wait for half an hour without letting a signal handler run
     threading.Thread(target=meet, daemon=True).start()
     store, error = found.get()
     if error is not None:
@@ -55,30 +56,30 @@ def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
 
 
 def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """The store, which need not have seen anybody else."""
+    """Connect to the store, without waiting for the other ranks."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(stores.rendezvous("env://", rank, size, timeout=timeout))
         return store
-    # rank 0's of torch's own would wait for the others itself, and not know which did not come
+    # not by torch's env:// rendezvous: rank 0 waits there for all, and cannot tell who is missing
     return stores.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=rank == 0,
         timeout=timeout,
         wait_for_workers=False,
-        # torchrun, of this process, may open it as well
+        # a torchrun that runs in this process may open the same store
         multi_tenant=True,
     )
 
 
 def _part_of_this_start(store: Any, rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """The part of a store that the ranks of this start have to themselves.
+    """A prefix of the store that only the ranks of this start use.
 
-    The store of a torchrun outlives the ranks that it starts again, and has all that they said. So
-    a rank calls under a name that none had before, and rank 0 answers with the name of the part.
+    A torchrun's store outlives ranks that are restarted, and still holds their keys. So each rank
+    calls rank 0 under a fresh random name, and rank 0 answers with the prefix.
 
     Raises:
-        RankError: not every rank came; which did not.
+        RankError: naming the ranks that did not join.
     """
     own = uuid.uuid4().hex
     if rank == 0:
@@ -95,7 +96,7 @@ def _part_of_this_start(store: Any, rank: int, size: int, timeout: datetime.time
 
 
 def _answer(store: Any, part: Any, name: str, size: int, timeout: datetime.timedelta) -> None:
-    """Tell the other ranks the name of the part, until all are there."""
+    """Rank 0: tell the other ranks the prefix `name`, until all have joined."""
     deadline = time.monotonic() + timeout.total_seconds()
     answered: set[str] = set()
     away = list(range(1, size))
@@ -113,7 +114,11 @@ def _answer(store: Any, part: Any, name: str, size: int, timeout: datetime.timed
 def _wait_for(
     ranks: Sequence[int], keys: list[str], store: Any, timeout: datetime.timedelta
 ) -> None:
-    """Until ranks have set their keys."""
+    """Wait until the ranks have set their keys.
+
+    Raises:
+        RankError: naming the ranks that did not.
+    """
     try:
         store.wait(keys, timeout)
     except dist.DistError:

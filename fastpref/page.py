@@ -1,4 +1,4 @@
-"""A page of its own: one HTML file that asks no network for anything, light and dark."""
+"""Self-contained HTML pages: one file, no network access, light and dark colours."""
 
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -43,29 +43,29 @@ svg .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
 .t .s, td .s { background: radial-gradient(circle, currentColor 1px, transparent 1.4px); }
 details { margin-top: .5rem; } summary { cursor: pointer; }
 """
-"""What pages of this project have in common."""
+"""CSS shared by all pages."""
 
 
 class Bar(NamedTuple):
     """One bar of a chart."""
 
     kind: str
-    """Its class in the style."""
+    """CSS class of the bar."""
     height: float
-    """In [0, 1] of the chart's."""
+    """Fraction of the chart's height, in [0, 1]."""
     title: str = ""
-    """Told where a pointer rests on it."""
+    """Tooltip."""
     above: str = ""
-    """Written over it."""
+    """Label above the bar."""
 
 
 def render_page(title: str, body: str, *, style: str = "") -> str:
-    """A page that may load nothing and run nothing, whatever its body holds.
+    """An HTML page whose security policy forbids scripts and external resources.
 
     Args:
-        title: As plain text.
-        body: HTML, everything that comes from data escaped in it.
-        style: CSS beside `STYLE`.
+        title: Plain text.
+        body: HTML; all text that comes from data must be escaped.
+        style: CSS in addition to `STYLE`.
     """
     return f"""<!doctype html>
 <html lang=en>
@@ -81,7 +81,7 @@ def render_page(title: str, body: str, *, style: str = "") -> str:
 
 
 def render_tiles(tiles: list[tuple[str, str]]) -> str:
-    """Numbers with their names, side by side."""
+    """Tiles side by side, each a name and its value."""
     facts = "".join(
         f"<div><dl><dt>{escape(name)}</dt><dd>{escape(value)}</dd></dl></div>"
         for name, value in tiles
@@ -96,13 +96,13 @@ def render_bars(
     ticks: Mapping[float, str],
     limit: tuple[float, str] | None = None,
 ) -> str:
-    """Bars side by side, as inline SVG.
+    """A bar chart as inline SVG.
 
     Args:
-        bars: From the left.
-        about: What they show, for who does not see them.
-        ticks: Texts below, by their place from 0, the left, to 1.
-        limit: Place and text of a line across.
+        bars: From left to right.
+        about: Description of the chart for screen readers.
+        ticks: Axis labels by horizontal position, from 0 (left) to 1 (right).
+        limit: Horizontal position, in [0, 1], and label of a vertical line.
     """
     width, left, top, base = 480, 8, 26, 150
     inner = width - 2 * left
@@ -122,7 +122,7 @@ def render_bars(
         drawn.append(_svg_text(left + place * inner, base + 17, text, anchor=anchor))
     if limit is not None:
         x = left + limit[0] * inner
-        # not beyond the picture's edge
+        # keep the label inside the chart
         anchor, gap = ("start", 4) if x < width / 2 else ("end", -4)
         drawn.append(
             f'<line class=limit x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{base}"/>'
@@ -140,9 +140,9 @@ def _svg_text(x: float, y: float, text: str, *, anchor: str, kind: str = "") -> 
 
 
 def visible(text: str) -> str:
-    """A text as HTML in which no character is unseen: spaces are dotted, line breaks and tabs have
-    their signs, what else has no form of its own its number. ▫ is a token without text, which has
-    some of a character's bytes."""
+    """A text as HTML with every character visible: dots for spaces, signs for line breaks and tabs,
+    code points for other invisible characters. ▫ is a token without text of its own, which holds
+    only some of a character's bytes."""
     return "".join(map(_visible, text)) if text else "<i>▫</i>"
 
 
@@ -153,7 +153,7 @@ def _visible(character: str) -> str:
         return "<i>↵</i>\n"
     if character == "\t":
         return "<i>⇥</i>\t"
-    # controls, formats (which may turn a line around), separators, half surrogates
+    # control and format characters (which may reverse a line), separators, lone surrogates
     if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Zs"):
         return f"<i>U+{ord(character):04X}</i>"
     return escape(character)

@@ -12,18 +12,18 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """Steps done, time left and the latest numbers.
+    """Display of the steps done, the time left and the latest metrics.
 
     Args:
-        total: Steps of the loop.
+        total: Number of steps of the loop.
         visible: False on every rank but 0.
-        label: What is being done, left of the bar.
+        label: Name of the loop, left of the bar.
     """
 
     def __init__(self, *, total: int, visible: bool, label: str = "training") -> None:
         console = Console(stderr=True)
         self.on_terminal = visible and console.is_terminal
-        """Whether there is a bar; elsewhere log lines must do."""
+        """Whether a bar is shown; if not, callers write log lines."""
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -44,11 +44,11 @@ class Progress:
         self._bar.stop()
 
     def advance(self, steps: int = 1, numbers: str | None = None) -> None:
-        """Steps are done; `numbers` are shown beside the bar."""
+        """Count `steps` as done, and show `numbers`, if given, beside the bar."""
         self._bar.advance(self._task, steps)
         if numbers is not None:
             self.show(numbers)
 
     def show(self, numbers: str) -> None:
-        """The latest numbers, beside the bar."""
+        """Show the latest numbers beside the bar."""
         self._bar.update(self._task, numbers=numbers)

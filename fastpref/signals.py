@@ -1,8 +1,8 @@
-"""SIGINT, SIGTERM, SIGUSR1, SIGHUP: the end where nothing can be lost, elsewhere a request to save.
+"""SIGINT, SIGTERM, SIGUSR1, SIGHUP: exit at once if nothing can be lost, else request a save.
 
-A handler runs between any two instructions, those of libraries, of imports and of other handlers
-included. What it raised could be caught anywhere, and what it changed be half changed already: so
-ours set a number or end the process, and do nothing else.
+A handler runs between any two bytecode instructions, in libraries, imports and other handlers too.
+An exception raised there could be caught anywhere, and state changed there could be half changed
+already. So our handlers set a number or end the process, and do nothing else.
 """
 
 import logging
@@ -31,31 +31,32 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastpref")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""Ctrl-C; a scheduler that takes the machine away; one that says so beforehand; a terminal that is
-closed, or a connection to it that is lost."""
+"""Ctrl-C; a scheduler that takes the machine away; its advance warning; a terminal that is closed
+or loses its connection."""
 DEADLINE, NON_FINITE, FAILURE = 253, 254, 255
-"""What ranks agree on beside signals, above their numbers: the time is up, no step is applied any
-more, one of them cannot write."""
+"""Reasons to stop besides signals, above their numbers: `checkpoint.deadline` is near, steps are
+no longer applied because one was not finite, a rank cannot write a file."""
 REPEATED = (signal.SIGHUP,)
-"""What the system sends, and so does the shell that ends of it."""
+"""Signals that come twice for one event: from the system, and from the shell that it ends."""
 SAME_REQUEST_SECONDS = 2.0
-"""torchrun passes on a Ctrl-C that the terminal has sent to all of its processes already."""
+"""Under torchrun a second signal within this time is the same request: torchrun forwards a Ctrl-C
+that the terminal has already sent to all of its processes."""
 SHOW_CURSOR = b"\x1b[?25h"
-"""A progress bar hides it."""
+"""Terminal sequence; a progress bar hides the cursor."""
 
 LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID" in os.environ
 
 _outcomes = ["nothing to save yet"]
-"""What a signal that ends the process says of the run; the last one counts."""
+"""What the message of a signal that ends the process says was saved; the last entry counts."""
 
 _ending: list[FastprefError] = []
-"""Why the process is about to end; appended to in one instruction."""
+"""Why the process is about to end; the first counts. Appending is a single instruction."""
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 def stop_error(number: int, outcome: str) -> FastprefError:
-    """InterruptionError for SIGINT, PreemptionError for the others."""
+    """InterruptionError for SIGINT, PreemptionError for every other reason."""
     if number == signal.SIGINT:
         return InterruptionError(f"interrupted; {outcome}")
     reasons = {
@@ -67,14 +68,14 @@ def stop_error(number: int, outcome: str) -> FastprefError:
 
 
 def end_if_past(seconds: int | None, world: "World", outcome: str) -> None:
-    """End before something long is begun, if the deadline has come already.
+    """Stop before a long operation begins, if the deadline has already passed.
 
     Args:
-        seconds: Since the start of the command; None: never.
-        outcome: What there is, in words.
+        seconds: Deadline in seconds after the start of the command; None: no deadline.
+        outcome: What was saved so far, for the message.
 
     Raises:
-        PreemptionError: on every rank, saying `outcome`.
+        PreemptionError: on every rank, with `outcome` in its message.
     """
     if world.on_main(Deadline(seconds).is_near):
         raise stop_error(DEADLINE, outcome)
@@ -82,14 +83,14 @@ def end_if_past(seconds: int | None, world: "World", outcome: str) -> None:
 
 @contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """While entered, a signal ends the process where it stands, with their exit codes and
-    a message."""
+    """While entered, a signal ends the process at once, with the signal's exit code and a
+    message."""
 
     owner = os.getpid()
 
     def handle(number: int, _: FrameType | None) -> None:
         if os.getpid() != owner:
-            # a process that a library forked off
+            # in a process that a library forked
             die(number)
         quit_saying(stop_error(number, _outcomes[-1]))
 
@@ -99,15 +100,15 @@ def signals_end_the_process() -> Iterator[None]:
 
 @contextmanager
 def signals_change_nothing() -> Iterator[None]:
-    """While entered, a signal is forgotten: the process is about to end of something else, and a
-    launcher that saw another rank end sends one before this rank has said what."""
+    """While entered, signals are ignored: the process is about to report another error, and a
+    launcher that saw another rank end may send a signal before it has done so."""
     with _handlers(lambda *_: None):
         yield
 
 
 @contextmanager
 def say_if_stopped(outcome: str) -> Iterator[None]:
-    """What a signal that ends the process inside says of the run."""
+    """Set what the message says was saved, if a signal ends the process in this block."""
     _outcomes.append(outcome)
     try:
         yield
@@ -116,46 +117,46 @@ def say_if_stopped(outcome: str) -> Iterator[None]:
 
 
 def quit_saying(error: FastprefError) -> None:
-    """End the process at once, from a signal's handler: nothing is buffered, nothing can raise.
+    """End the process at once from a signal handler: unbuffered, and without raising.
 
-    Another signal's handler may run inside this one's: the first one goes on, and its exit code and
-    its message belong together.
+    A second signal's handler may run inside the first one's. The first one then prevails, so that
+    exit code and message belong together.
     """
     _ending.append(error)
     if _ending[0] is not error:
         return
     text = error_text(error).encode(sys.getfilesystemencoding(), "replace")
-    # nobody may be there to read it
+    # stderr may be closed
     with suppress(OSError):
         os.write(2, SHOW_CURSOR * os.isatty(2) + text)
     os._exit(error.exit_code)
 
 
 def die(number: int, _: FrameType | None = None) -> None:
-    """Handle a signal as if there were no handler."""
+    """Apply a signal's default action, which ends the process."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
-    # the first process of a container has no such end
+    # the first process of a container ignores signals that it does not handle
     os._exit(128 + number)
 
 
 def heard(numbers: Iterable[signal.Signals] = SIGNALS) -> list[signal.Signals]:
-    """Signals of some that whoever started this process did not tell it to ignore: what stands in
-    the background of a script ignores the Ctrl-C that is meant for the foreground."""
+    """Those of `numbers` that this process was not started to ignore: a background process of a
+    script ignores the Ctrl-C that is meant for the foreground."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def signals_end_with(exit_code: int) -> None:
-    """From now on a signal ends the process at once, with an exit code that is known already."""
-    # not SIG_DFL: Python complains of a signal that it has noted and finds no handler for
+    """From now on a signal ends the process at once with `exit_code`, which is already decided."""
+    # not SIG_DFL: Python prints a warning if a pending signal has lost its handler
     for number in heard():
         signal.signal(number, lambda *_: os._exit(exit_code))
 
 
 @contextmanager
 def _handlers(handle: Handler) -> Iterator[None]:
-    """Install a handler of the signals that are not ignored; at the end those before it."""
-    # only the main thread may
+    """Handle the signals that are not ignored; restore the previous handlers at the end."""
+    # only the main thread may install handlers
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -169,13 +170,12 @@ def _handlers(handle: Handler) -> Iterator[None]:
 
 
 class StopRequest:
-    """While entered, the first signal is remembered; a second one acts at once.
+    """While entered, the first signal is a request to save and stop; a second one acts at once.
 
-    A file that cannot be written, a deadline that is near, and what calls `ask`, want the same: to
-    save and end.
+    A file that cannot be written, a near deadline and `ask` make the same request.
 
     Args:
-        deadline: By which everything has to be saved; None: there is none.
+        deadline: The time by which everything must be saved; None: there is none.
     """
 
     def __init__(self, deadline: Deadline | None = None) -> None:
@@ -197,19 +197,19 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop; others may not know of it yet."""
+        """Whether this process was asked to stop; other ranks may not know of it yet."""
         self._look_at_the_clock()
         return bool(self._received or self._asked or self._agreed or self._failure)
 
     def ask(self, reason: int) -> None:
-        """Ask all ranks to stop: for `NON_FINITE`."""
+        """Ask all ranks to stop for a reason that is no signal, such as `NON_FINITE`."""
         self._asked = max(self._asked, reason)
 
     def agreed(self, world: "World") -> bool:
         """Whether any rank was asked to stop; every rank gets the same answer."""
         self._look_at_the_clock()
         self._agree(world)
-        # afterwards: one that has come in between counts already
+        # looked at after agreeing, so that a signal that came in between counts
         if self._agreed and self._received and not self._was_told:
             self._was_told = True
             name = signal.Signals(self._received).name
@@ -222,25 +222,25 @@ class StopRequest:
             self.ask(DEADLINE)
 
     def _agree(self, world: "World") -> None:
-        # what this rank received stays apart: its own signal may come after another rank's
+        # kept apart from `_received`: this rank's signal may come after another rank's
         own = FAILURE if self._failure else max(self._asked, self._received)
         self._agreed = world.agree_max(own)
 
     @contextmanager
     def if_unwritable(self) -> Iterator[None]:
-        """A file that cannot be written inside ends the run after the model is saved."""
+        """Make a failed write in this block a request to stop: the model is saved first."""
         try:
             yield
         except CheckpointError as error:
             self._failure = self._failure or error
 
     def raise_if_requested(self, what_is_saved: str, world: "World") -> None:
-        """`raise_saying` once everything is saved; every rank does, or none."""
+        """`raise_saying` after everything is saved; either every rank raises, or none."""
         self._agree(world)
         self.raise_saying(what_is_saved)
 
     def raise_saying(self, what_is_saved: str) -> None:
-        """If the ranks agreed to stop: the exit code that tells why, and what was saved.
+        """Raise the error of the stop that the ranks agreed on, if any; it says what was saved.
 
         Raises:
             CheckpointError: a file could not be written.
@@ -256,7 +256,7 @@ class StopRequest:
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if not self._received:
-            # its time first: another handler may run in between
+            # the time is set first: another handler may run in between
             self._received_at = now
             self._received = number
         elif number in REPEATED or (
@@ -266,5 +266,5 @@ class StopRequest:
         elif number == signal.SIGINT:
             quit_saying(stop_error(number, f"asked for twice, so at once; {_outcomes[-1]}"))
         else:
-            # no exit code of ours: a scheduler would take 75 for a model that was saved
+            # not exit code 75, which tells a scheduler that the model was saved
             die(number)

@@ -1,8 +1,8 @@
-"""Checkpoints of a training: its whole state on the disk, so that it goes on to the same bits.
+"""Training checkpoints: the whole state on disk, so that a resumed run ends with the same bits.
 
 Enters: a policy, its optimizer and schedule, a JSON record. Leaves: folders that are complete or
-not called checkpoints. To be changed here: what is saved, how it is written, what is kept.
+not named like checkpoints. To be changed here: what is saved, how it is written, what is kept.
 
-    save   store ─► snapshot, a copy of state ─► writer, a folder ─► folders, what stays
-    load   folders: the newest whole one ─► manifest, its files ─► load ─► restore, into what trains
+    save   store ─► snapshot (copy of the state) ─► writer (a folder) ─► folders (retention)
+    load   folders (newest complete one) ─► manifest (its files) ─► load ─► restore (into the run)
 """

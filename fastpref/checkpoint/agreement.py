@@ -1,4 +1,5 @@
-"""What ranks do together over a process group of their own: one rank's error is every rank's."""
+"""Tasks that all ranks run together, over a separate process group: an error on one rank is raised
+on every rank."""
 
 import warnings
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from fastpref.errors import FastprefError, first_line
 Result = TypeVar("Result")
 
 EXPECTED_ERRORS = (FastprefError, OSError, RuntimeError, MemoryError)
-"""What a disk, a device or another rank can cause; anything else is a bug of ours."""
+"""Errors that a disk, a device or another rank can cause; anything else is a bug in fastpref."""
 
 
 class AgreedError(Exception):
@@ -20,13 +21,13 @@ class AgreedError(Exception):
 
 
 class Agreement:
-    """Exchanges of small objects between ranks, over gloo.
+    """Exchange of small objects between ranks, over gloo.
 
-    The group is its own, so a thread may use it while the training loop uses the others. Every
-    rank makes the same calls in the same order.
+    It has its own process group, so a thread may use it while the training loop uses the others.
+    Every rank makes the same calls in the same order.
 
     Args:
-        world: Whoever takes part, and how long they wait for one another.
+        world: The ranks, and how long they wait for one another.
     """
 
     def __init__(self, world: World) -> None:
@@ -34,17 +35,17 @@ class Agreement:
         self.rank = world.rank
         self.size = world.size
         group = dist.new_group(backend="gloo", timeout=world.timeout)
-        # of all ranks; one that is left out of a group gets a number instead
+        # new_group returns an int only to a rank that is no member; here every rank is one
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
         if self.is_alone:
-            # what DCP says to a caller that tells it so
+            # DCP warns with no_dist=True, which is what callers pass on one rank
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
     @property
     def is_alone(self) -> bool:
-        """Whether there is nobody to exchange large objects with: gloo's threads would copy them
-        with OpenMP's, and from then on all of those wait for one another asleep, 10 % of a step."""
+        """Whether this is the only rank, so that DCP need not use gloo, whose threads copy tensors
+        with OpenMP: from then on OpenMP's threads sleep while they wait, 10 % of a step."""
         return self.size == 1
 
     def __enter__(self) -> "Agreement":
@@ -54,18 +55,18 @@ class Agreement:
         self.close()
 
     def close(self) -> None:
-        """Leave the group; nothing may be in flight."""
+        """Destroy the process group; no operation may be in flight."""
         dist.destroy_process_group(self.group)
 
     def each(self, task: Callable[[], Result]) -> list[Result]:
         """Run a task on every rank.
 
         Returns:
-            Every rank's result, by rank, on every rank.
+            The results of all ranks in rank order, on every rank.
 
         Raises:
-            AgreedError: on every rank, if the task raised on any. A rank whose own error is none
-                of `EXPECTED_ERRORS` raises that one.
+            AgreedError: on every rank, if the task raised on any. A rank whose own error is not
+                one of `EXPECTED_ERRORS` raises that error instead.
         """
         failure: Exception | None = None
         mine: tuple[Any, str | None]
@@ -89,7 +90,7 @@ class Agreement:
 
 
 def name_ranks(reasons: dict[int, str], world_size: int) -> str:
-    """Reasons by rank in one line; one that all ranks share stands there once."""
+    """The ranks' error messages in one line; a message that all ranks share appears once."""
     shared = set(reasons.values())
     if len(reasons) == world_size and len(shared) == 1:
         return shared.pop()
@@ -97,7 +98,7 @@ def name_ranks(reasons: dict[int, str], world_size: int) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line: its class too, where the message was not written for a user."""
+    """An error in one line, with its class if the message was not written for users."""
     if isinstance(error, FastprefError | OSError | AgreedError):
         return str(error)
     return f"{type(error).__name__}: {first_line(error)}"

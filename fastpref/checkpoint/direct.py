@@ -1,7 +1,7 @@
-"""A large file written past the page cache: what nobody reads soon needs no memory there.
+"""Direct I/O for large files: a checkpoint that nobody reads soon should not fill the page cache.
 
-Copying into fresh pages of the cache costs a training process on two cores five times what the
-device takes for the same bytes.
+Copying into fresh pages of the cache costs a training process on two cores five times as much time
+as the device takes for the same bytes.
 """
 
 import errno
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BLOCK_BYTES = 8 * 2**20
-"""Bytes of one write: many of the devices' blocks, and little memory."""
+"""Bytes of one write: many device blocks, yet little memory."""
 DIRECT = getattr(os, "O_DIRECT", 0)
-"""Linux; elsewhere the file goes through the cache."""
+"""Flag of direct I/O on Linux; elsewhere 0, and files go through the page cache."""
 
 
 class DirectFile(io.RawIOBase):
-    """A new file of bytes that are digested on their way, on the disk when it is closed.
+    """A new file that is hashed while it is written, and synced to the disk when it is closed.
 
-    A file system that cannot write past the cache writes through it. After an error there is no
-    file: whatever became of that error in the hands of a library, closing raises it again.
+    On a file system without direct I/O it goes through the page cache. A failed write is raised
+    again by `close`, in case the library in between has swallowed it.
 
     Args:
-        path: A file there is replaced.
+        path: An existing file is overwritten.
 
     Raises:
-        OSError: by every method; what the system says.
+        OSError: from every method; the system's error.
     """
 
     def __init__(self, path: Path) -> None:
         self.num_bytes = 0
         self._digest = xxhash.xxh3_128()
-        # the device takes it from there itself: it has to begin with a page
+        # direct I/O reads from this buffer, which must be page-aligned; an mmap is
         self._block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
         self._filled = 0
         self._error: OSError | None = None
@@ -58,11 +58,11 @@ class DirectFile(io.RawIOBase):
         return self.num_bytes
 
     def digest(self) -> str:
-        """XXH3 of all bytes so far, 128 bits in hexadecimal digits."""
+        """XXH3 of all bytes written so far, 128 bits in hexadecimal digits."""
         return self._digest.hexdigest()
 
     def write(self, data: "Buffer", /) -> int:
-        """Take all bytes of a buffer."""
+        """Write all bytes of a buffer; returns their number."""
         rest = memoryview(data).cast("B")
         num_bytes = len(rest)
         self._digest.update(rest)
@@ -77,7 +77,7 @@ class DirectFile(io.RawIOBase):
         return num_bytes
 
     def close(self) -> None:
-        """Write what is left, and bring all of it to the disk."""
+        """Write the remaining bytes and sync the file to the disk."""
         if self.closed:
             return
         try:
@@ -91,7 +91,7 @@ class DirectFile(io.RawIOBase):
             os.close(self._descriptor)
 
     def _empty(self) -> None:
-        """Write the block; a direct write needs a whole one."""
+        """Write the buffered block to the file; direct I/O needs a full one."""
         rest, self._filled = self._block[: self._filled], 0
         while rest:
             try:
@@ -102,7 +102,7 @@ class DirectFile(io.RawIOBase):
                     raise
 
     def _through_cache(self) -> bool:
-        """From here on as every other file is written; whether that is a change."""
+        """Switch to the page cache from here on; returns whether direct I/O was on before."""
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~DIRECT)
         return bool(flags & DIRECT)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run beside one another: which is the newest whole one, which may go."""
+"""The checkpoint folders of a run: find the newest complete one, delete those not to be kept."""
 
 import logging
 import math
@@ -14,29 +14,29 @@ from fastpref.errors import CheckpointError
 logger = logging.getLogger("fastpref")
 
 CHECKPOINTS = "checkpoints"
-"""Folder of a run that holds them."""
+"""Name of the folder in a run folder that holds its checkpoints."""
 LATEST = "latest"
-"""File that holds the newest one's name, for whoever looks; finding does not rely on it."""
+"""File with the name of the newest checkpoint, for people; `find_newest` does not rely on it."""
 MARK = ".has-checkpoints"
-"""In the folder of a run that has saved one: where none is left, they were lost."""
+"""File in the folder of a run that has saved a checkpoint: if none is left, they were lost."""
 SIGN = ".seen-by-all-"
-"""How a file's name begins by which ranks find out that they see one disk."""
+"""Prefix of the file by which ranks check that they share one disk."""
 PARTIAL, DELETED, ABANDONED = ".partial", ".deleted", ".abandoned"
-"""Suffixes of folders that are not checkpoints: being written, being deleted, set aside."""
+"""Suffixes of folders that are no checkpoints: being written, being deleted, set aside."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Which checkpoint is the best one."""
+    """The metric by which the best checkpoint is chosen."""
 
     metric: str
-    """Name among the metrics given with each save."""
+    """Name of one of the metrics given with each save."""
     higher_is_better: bool
 
     def value(self, checkpoint: Checkpoint) -> float:
-        """What to maximize; minus infinity where the metric was not measured or is not finite."""
+        """The score to maximize; minus infinity if the metric is missing or not finite."""
         value = checkpoint.manifest.metrics.get(self.metric, math.nan)
         if not math.isfinite(value):
             return -math.inf
@@ -44,18 +44,19 @@ class Best:
 
 
 def folder_name(step: int) -> str:
-    """Of the checkpoint after `step` optimizer steps."""
+    """Name of the checkpoint after `step` optimizer steps."""
     return f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a path's name says; None if it is not named like a checkpoint."""
+    """The step in a checkpoint folder's name; None if the path is not named like one."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """What is named like a checkpoint in `checkpoints/`, newest first; whole or not."""
+    """The folders in `checkpoints/` that are named like checkpoints, newest first; complete or
+    not."""
     if not folder.is_dir():
         return []
     steps = {path: step for path in folder.iterdir() if (step := step_of(path)) is not None}
@@ -63,14 +64,14 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def open_checkpoint(folder: Path, *, digests: bool = True) -> Checkpoint:
-    """A checkpoint whose manifest holds.
+    """Open a checkpoint and verify its files against its manifest.
 
     Args:
-        folder: The checkpoint's own.
-        digests: Also read every byte; without it, sizes are compared.
+        folder: The checkpoint's own folder.
+        digests: Also read every byte and compare digests; False: compare sizes only.
 
     Raises:
-        CheckpointError: which file is missing, cut short or altered.
+        CheckpointError: naming the file that is missing, truncated or altered.
     """
     manifest = read_manifest(folder)
     if step_of(folder) not in (None, manifest.step):
@@ -80,16 +81,16 @@ def open_checkpoint(folder: Path, *, digests: bool = True) -> Checkpoint:
 
 
 def find_newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint in `checkpoints/`; a broken one is passed over with a warning.
+    """The newest complete checkpoint in `checkpoints/`; broken ones are skipped with a warning.
 
     Args:
         folder: `<run_dir>/checkpoints`; need not exist.
 
     Returns:
-        None if there is nothing that is named like a checkpoint.
+        None if no folder in it is named like a checkpoint.
 
     Raises:
-        CheckpointError: there are some, and none is whole.
+        CheckpointError: there are such folders, but none is complete.
     """
     problems = []
     for candidate in step_folders(folder):
@@ -104,14 +105,14 @@ def find_newest(folder: Path) -> Checkpoint | None:
 
 
 def find_named(path: Path) -> Checkpoint:
-    """The checkpoint that a user means by a path.
+    """The checkpoint that a path given by the user refers to.
 
     Args:
-        path: One checkpoint, a run folder, its `checkpoints/` or the `latest` in there; the newest
-            whole one counts, but a checkpoint that is named itself has no substitute.
+        path: A checkpoint, which must be complete itself; or a run folder, its `checkpoints/` or
+            the file `latest` in it, for the newest complete checkpoint there.
 
     Raises:
-        CheckpointError: there is none, or none is whole; the message says what was looked at.
+        CheckpointError: there is none, or none is complete; the message says where it looked.
     """
     if path.name == LATEST and path.is_file():
         path = path.parent
@@ -133,19 +134,18 @@ def find_named(path: Path) -> Checkpoint:
 def retain(
     folder: Path, *, keep: int, best: Best | None = None, protected: Path | None = None
 ) -> list[Path]:
-    """Delete all but the newest checkpoints and the best one.
+    """Delete all checkpoints but the newest ones and the best one.
 
-    Folders that are not whole are left alone: they do not count, and what happened to them may
-    matter to whoever finds them.
+    Incomplete folders do not count and are left alone, so that their damage can be looked into.
 
     Args:
         folder: `<run_dir>/checkpoints`.
-        keep: How many of the newest stay, > 0.
-        best: What makes one the best; of equals the earliest stays. None: nothing does.
-        protected: One that stays in any case, the one a run was resumed from.
+        keep: Number of newest checkpoints to keep, > 0.
+        best: How the best one is chosen; the earliest wins a tie. None: keep no best one.
+        protected: A checkpoint that is never deleted: the one this run was resumed from.
 
     Returns:
-        What was deleted.
+        The deleted folders.
     """
     assert keep > 0, keep
     whole = []
@@ -171,7 +171,7 @@ def retain(
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint; killed on the way, nothing of it looks like a checkpoint."""
+    """Delete a checkpoint, renamed first: what a kill leaves is not named like a checkpoint."""
     doomed = path.with_name(path.name + DELETED)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)
@@ -180,7 +180,7 @@ def delete(path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a killed process was writing or deleting."""
+    """Remove the folders and files that a killed process was writing or deleting."""
     for path in folder.iterdir():
         if path.name.startswith("step-") and path.suffix in (PARTIAL, DELETED):
             shutil.rmtree(path)
@@ -189,10 +189,10 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a checkpoint that is not part of this run's history, so that none finds it.
+    """Rename a checkpoint that is not part of this run's history, so that it is never found.
 
     Returns:
-        Its new place, beside the old one.
+        Its new path, in the same folder.
     """
     attempt = 1
     while True:

@@ -1,7 +1,4 @@
-"""Going on from a training checkpoint.
-
-Saving is `store`.
-"""
+"""Loading a training checkpoint; saving is in `store`."""
 
 import json
 import logging
@@ -23,7 +20,7 @@ logger = logging.getLogger("fastpref")
 
 
 def read_record(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
-    """The caller's record of a checkpoint, before there is anything to load it into."""
+    """The caller's record of a checkpoint, readable before any model is built."""
     return _read_state(checkpoint, agreement)["record"]
 
 
@@ -36,23 +33,23 @@ def load_checkpoint(
     agreement: Agreement,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Put a checkpoint's state in place; every rank calls this, however many wrote it.
+    """Load a checkpoint's state; every rank calls this, on any number of ranks.
 
-    The generators go on where they were if as many ranks load as saved; otherwise they are left
-    as they are, which is logged.
+    The random generators are restored if as many ranks load as saved; otherwise they stay as they
+    are, which is logged.
 
     Args:
-        checkpoint: To go on from.
-        policy, optimizer, scheduler: As built for the run, with the learning rate, weight decay
-            and the like to go on with.
-        agreement: Of the ranks.
-        device: Where this rank computes.
+        checkpoint: The checkpoint to resume from.
+        policy, optimizer, scheduler: As built for this run, with its own learning rate, weight
+            decay and the like, which they keep.
+        agreement: Connects the ranks.
+        device: This rank's device.
 
     Returns:
         The record that was given to `save`.
 
     Raises:
-        CheckpointError: it is not of this model, this optimizer, or cannot be read.
+        CheckpointError: it is of another model or optimizer, or cannot be read.
     """
     state = _read_state(checkpoint, agreement)
     restore_state(

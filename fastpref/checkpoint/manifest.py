@@ -1,7 +1,7 @@
-"""A training checkpoint as a folder: it is complete if and only if its manifest holds.
+"""The manifest of a checkpoint folder, which is complete if and only if its files match it.
 
-The manifest is written last. It lists every other file with its size and digests, and carries a
-digest of itself, so a file that is missing, cut short or altered is found and named.
+The manifest is written last. It lists every other file with its size and digest, and carries a
+digest of itself, so a file that is missing, truncated or altered is found and named.
 """
 
 import errno
@@ -19,11 +19,11 @@ from fastpref.errors import CheckpointError, first_line
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-"""Of the manifest and of the files beside it."""
+"""Format version of the manifest and of the other files."""
 
 BLOCK_BYTES = 2**20
 READERS = 8
-"""Files read at a time: one digest takes bytes as fast as memory has them."""
+"""Files read in parallel: a single digest is bound by memory bandwidth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,21 +32,21 @@ class FileEntry:
 
     num_bytes: int
     digest: str
-    """XXH3, 128 bits in hexadecimal digits: against chance, not against malice."""
+    """XXH3, 128 bits in hexadecimal digits: detects accidental damage, not tampering."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a complete checkpoint consists of."""
+    """Contents of a complete checkpoint."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps completed."""
     world_size: int
-    """Ranks that wrote it."""
+    """Number of ranks that wrote it."""
     metrics: dict[str, float]
     """Held-out metrics of these weights, for choosing the best."""
     files: dict[str, FileEntry]
-    """By name; all but the manifest."""
+    """All files except the manifest, by name."""
 
     @property
     def num_bytes(self) -> int:
@@ -66,7 +66,7 @@ class Checkpoint:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Make a folder a complete checkpoint; its other files are on the disk already."""
+    """Write the manifest, which makes the folder complete; its other files must be on disk."""
     content = {
         "format": FORMAT,
         "step": manifest.step,
@@ -82,7 +82,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
-    """Add to a complete checkpoint what was measured of its weights afterwards.
+    """Add metrics to the manifest of a complete checkpoint.
 
     Raises:
         CheckpointError: its manifest cannot be read or written.
@@ -93,10 +93,10 @@ def add_metrics(folder: Path, metrics: dict[str, float]) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A folder's manifest; of the files it lists nothing is looked at.
+    """Read a folder's manifest, without checking the files it lists.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or of a later format.
+        CheckpointError: there is none, it is damaged, or of another format.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -126,9 +126,9 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> No
     """Compare every file with the manifest.
 
     Args:
-        folder: The checkpoint's.
-        manifest: What `read_manifest` said.
-        digests: Also read every byte; without it, sizes are compared.
+        folder: The checkpoint's folder.
+        manifest: Returned by `read_manifest`.
+        digests: Also read every byte and compare digests; False: compare sizes only.
 
     Raises:
         CheckpointError: naming each file that is missing, of another size or altered.
@@ -153,7 +153,7 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> No
 
 
 def digest_files(paths: Iterable[Path]) -> dict[str, FileEntry]:
-    """Sizes and digests of files that are there, by their names."""
+    """Sizes and digests of existing files, by file name."""
     paths = list(paths)
     with ThreadPoolExecutor(READERS) as threads:
         return {
@@ -162,12 +162,12 @@ def digest_files(paths: Iterable[Path]) -> dict[str, FileEntry]:
 
 
 def _difference(path: Path, entry: FileEntry) -> str:
-    """How a file's bytes differ from what the manifest says, "" if they do not."""
+    """How a file differs from its entry in the manifest; "" if it does not."""
     try:
         return "" if _digest(path) == entry else f"{path.name} is altered: its digest differs"
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            # of this process, not of the disk
+            # a limit of this process, not damage on the disk
             raise
         return f"{path.name} cannot be read: {error.strerror}"
 

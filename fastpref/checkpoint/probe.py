@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and where: found out by trying it on a small matrix."""
+"""The tensors in an optimizer's state and their devices, found by trying it on a small matrix."""
 
 import inspect
 from typing import Any
@@ -9,16 +9,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 PROBE_SIZE = 64
-"""Rows and columns of the matrix that an optimizer is tried on."""
+"""Number of rows and of columns of that matrix."""
 
 
 def probe_state(optimizer: Optimizer, device: torch.device) -> dict[str, Tensor]:
-    """The tensors that an optimizer of this class and with these options keeps of a matrix after
-    one step.
+    """State tensors that an optimizer of the same class and options has for a matrix after one
+    step.
 
     Args:
-        optimizer: It is not touched.
-        device: Of the matrix.
+        optimizer: Gives class and options; it is not changed.
+        device: The matrix's device.
     """
     optimizer_class: Any = type(optimizer)
     accepted = inspect.signature(optimizer_class.__init__).parameters

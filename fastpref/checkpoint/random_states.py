@@ -1,4 +1,4 @@
-"""The states of every generator that a training step may draw from, as JSON and back."""
+"""Saving and restoring the random generators that a training step may draw from, as JSON."""
 
 import random
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 
 
 def read_random_states(device: torch.device) -> dict[str, Any]:
-    """States of Python's, numpy's and torch's global generators on this rank.
+    """States of Python's, numpy's and torch's global random generators on this rank.
 
     Args:
-        device: Where the rank computes; on a GPU its generator's state is read too.
+        device: The rank's device; a GPU's generator is included.
 
     Returns:
-        JSON; the bytes of torch's states as hexadecimal digits.
+        JSON; torch's states are hexadecimal strings.
     """
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
@@ -29,7 +29,7 @@ def read_random_states(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Go on drawing where `read_random_states` looked; a GPU's state only if there is a GPU."""
+    """Restore the states that `read_random_states` returned; a GPU's only if `device` is one."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = states["numpy"]

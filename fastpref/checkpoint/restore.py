@@ -1,4 +1,4 @@
-"""A checkpoint's tensors put back in place: into a policy, its optimizer and its schedule."""
+"""Loading a checkpoint's tensors into a policy, its optimizer and its schedule."""
 
 import pickle
 from pathlib import Path
@@ -26,7 +26,7 @@ from fastpref.checkpoint.state import (
 from fastpref.errors import CheckpointError
 
 SavedTensors = dict[str, Any]
-"""By name, what DCP's metadata says of each: its size, its dtype."""
+"""DCP's metadata of each tensor, its size and dtype, by name."""
 
 
 def restore_state(
@@ -38,14 +38,14 @@ def restore_state(
     *,
     agreement: Agreement,
 ) -> None:
-    """Put a checkpoint's state in place; on any number of ranks, each reads what it holds.
+    """Load a checkpoint's state; on any number of ranks, each reads only its own shards.
 
     Args:
-        folder: Of a whole checkpoint.
-        description: What `collect_state` said when it was saved.
-        policy, optimizer, scheduler: As they were built for the run; their state is overwritten.
-            Learning rate, weight decay and the like stay those of the optimizer.
-        agreement: Of the ranks.
+        folder: A complete checkpoint.
+        description: `TrainingState.description` when it was saved.
+        policy, optimizer, scheduler: As built for this run; their state is overwritten. Learning
+            rate, weight decay and the like stay those of this optimizer.
+        agreement: Connects the ranks.
 
     Raises:
         CheckpointError: on every rank: names, shapes or the optimizer's class differ, or a file
@@ -81,7 +81,8 @@ def restore_state(
 
 
 def reasons_of(error: BaseException, world_size: int) -> str:
-    """What went wrong in a save or load by all ranks, torch's part included, in one line."""
+    """The causes of a failed save or load on all ranks, errors in torch's DCP included, in one
+    line."""
     if not isinstance(error, CheckpointException):
         return describe(error)
     reasons = {rank: describe(failure) for rank, (failure, _) in error.failures.items()}
@@ -91,16 +92,17 @@ def reasons_of(error: BaseException, world_size: int) -> str:
 def _read_metadata(folder: Path) -> SavedTensors:
     try:
         return dict(FileSystemReader(folder).read_metadata().state_dict_metadata)
-    # its bytes are those that were written, so it is torch that has changed
+    # the digest has shown that the file is intact, so it is torch that has changed
     except (pickle.UnpicklingError, AttributeError, ImportError, TypeError) as error:
         raise CheckpointError(f"torch {torch.__version__} cannot read it: {error}") from error
 
 
 def _check_weights(targets: dict[str, Tensor], saved: SavedTensors) -> None:
-    """Refuse weights of another model.
+    """Refuse the weights of another model.
 
     Raises:
-        CheckpointError: naming the first that is missing, left over or of another shape.
+        CheckpointError: naming the first weight that is missing, left over or of another shape or
+            dtype.
     """
     prefix = f"{WEIGHTS}."
     for name, weight in targets.items():
@@ -125,7 +127,7 @@ def _check_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """Refuse the state of another optimizer.
 
     Raises:
-        CheckpointError: it is of another class, or has other groups.
+        CheckpointError: it is of another class, or has another number of parameter groups.
     """
     name = type(optimizer).__name__
     if saved["class"] != name:
@@ -144,13 +146,14 @@ def _empty_state(
     saved: SavedTensors,
     targets: dict[str, Tensor],
 ) -> dict[Tensor, dict[str, Any]]:
-    """An optimizer's state, its tensors still to be filled; these are added to the targets."""
+    """An optimizer state of zeros in the saved layout; its tensors are added to `targets`, for DCP
+    to load into."""
     state: dict[Tensor, dict[str, Any]] = {}
     parameters = trained_parameters(policy, optimizer)
-    # a counter of steps is in the host's memory or beside its parameter: on this machine, with this
-    # kernel, it may be another than where it was saved
+    # the step counter is in host memory or on its parameter's device, depending on the optimizer's
+    # kernel: this machine may place it elsewhere than the one that saved it
     places = probe_state(optimizer, local_part(next(iter(parameters.values()))).device)
-    # momentum that was switched on since begins at nothing, as optimizers have it
+    # momentum that was switched on after the save starts at zero, as in a new optimizer
     begun = {key for key, kept in places.items() if kept.shape == (PROBE_SIZE, PROBE_SIZE)}
     for name, layouts in entries.items():
         if name not in parameters:
@@ -175,7 +178,8 @@ def _empty_state(
 
 
 def _restore_scheduler(scheduler: LambdaLR, saved: dict[str, Any]) -> None:
-    """Go on at the checkpoint's place in the schedule, with the peak of the scheduler as built."""
+    """Resume the schedule at the checkpoint's step, with the peak rate of the scheduler as
+    built."""
     step = saved["last_epoch"]
     rates = [
         rate * share(step)

@@ -1,4 +1,4 @@
-"""How large a training checkpoint will be, before the first one, and how much room there is."""
+"""The size of a training checkpoint, estimated before the first one, and the free disk space."""
 
 import shutil
 from pathlib import Path
@@ -11,18 +11,18 @@ from fastpref.checkpoint.probe import PROBE_SIZE, probe_state
 from fastpref.checkpoint.state import policy_weights, trained_parameters
 
 BYTES_PER_TENSOR = 2048
-"""Of a file, around a rank's part of a tensor, and of the tables that say where it is."""
+"""Overhead of each rank's shard of a tensor: its file header and its entries in the metadata."""
 BYTES_PER_RANK = 32768
-"""Of a rank's random states, as JSON."""
+"""Size of a rank's random states as JSON."""
 
 
 def estimate_bytes(policy: nn.Module, optimizer: Optimizer, world_size: int) -> int:
-    """Bytes of one checkpoint on the disk, of all ranks' files together.
+    """Size of one checkpoint on disk in bytes, the files of all ranks together.
 
     Args:
-        policy: What is trained; sharded or not.
-        optimizer: What trains it, whether or not it has stepped.
-        world_size: How many ranks write.
+        policy: The trained model; sharded or not.
+        optimizer: Its optimizer, which need not have stepped yet.
+        world_size: Number of ranks that write.
     """
     weights = policy_weights(policy)
     num_bytes = sum(weight.numel() * weight.itemsize for weight in weights.values())
@@ -36,10 +36,10 @@ def estimate_bytes(policy: nn.Module, optimizer: Optimizer, world_size: int) -> 
 
 
 def probe_share(optimizer: Optimizer) -> tuple[float, int]:
-    """What an optimizer keeps of a matrix.
+    """Size of an optimizer's state for a matrix.
 
     Returns:
-        Bytes of state per byte of parameters, and the number of tensors.
+        Bytes of state per byte of parameters, and the number of state tensors per parameter.
     """
     state = probe_state(optimizer, torch.device("cpu"))
     num_bytes = PROBE_SIZE * PROBE_SIZE * torch.get_default_dtype().itemsize
@@ -47,6 +47,6 @@ def probe_share(optimizer: Optimizer) -> tuple[float, int]:
 
 
 def free_bytes(folder: Path) -> int:
-    """Room on the file system of a folder, or of the nearest one above it that is there."""
+    """Free bytes on the file system of a folder, or of its nearest existing ancestor."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free

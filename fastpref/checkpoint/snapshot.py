@@ -1,4 +1,4 @@
-"""The state of training at one instant, in memory that training leaves alone meanwhile."""
+"""The training state at one step, copied to memory that training does not modify."""
 
 import hashlib
 import json
@@ -17,40 +17,40 @@ from fastpref.checkpoint.state import TrainingState, collect_state, local_part
 from fastpref.errors import CheckpointError
 
 MAPPED_BYTES = 2**20
-"""Copies of this size and more are mapped by themselves. malloc would put them where each step on a
-CPU finds room for its activations, which then come as new pages, step after step."""
+"""Copies of at least this size are mapped with mmap. malloc would place them in memory that a step
+on a CPU reuses for its activations, which would then need fresh pages in every step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All that one rank saves."""
+    """Everything that one rank saves."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps completed."""
     metrics: dict[str, float]
     """Held-out metrics of these weights."""
     record: dict[str, Any]
-    """The caller's, JSON."""
+    """The caller's record, JSON."""
     state: TrainingState
-    """What is saved; if the tensors change meanwhile, their shapes do not."""
+    """Names, shapes and layouts; training may change the tensors' values meanwhile."""
     local_parts: dict[str, Tensor]
-    """This rank's parts of the tensors: where the bytes are taken from."""
+    """This rank's shards, by tensor name: the bytes that are written."""
     random_states: dict[str, Any]
-    """Of this rank's generators, JSON."""
+    """States of this rank's random generators, JSON."""
 
     def num_bytes(self) -> int:
-        """Of this rank's parts."""
+        """Size of this rank's shards."""
         return sum(part.nbytes for part in self.local_parts.values())
 
 
 class HostCopies:
-    """Buffers in the host's memory that every snapshot fills anew; pinned ones for a GPU."""
+    """Buffers in host memory, pinned for a GPU, which all snapshots reuse."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, Tensor] = {}
 
     def fill(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies of this rank's parts, complete when this returns."""
+        """Copy this rank's shards to the buffers; the copies are complete on return."""
         for name, part in parts.items():
             buffer = self.buffers.get(name)
             if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
@@ -62,7 +62,7 @@ class HostCopies:
 
 
 def _host_buffer(part: Tensor) -> Tensor:
-    """Memory of the host for a copy of one part."""
+    """A buffer in host memory for a copy of one shard."""
     if part.is_cuda or part.nbytes < MAPPED_BYTES:
         return torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
     return torch.frombuffer(mmap.mmap(-1, part.nbytes), dtype=part.dtype).view(part.shape)
@@ -80,22 +80,22 @@ def take_snapshot(
     agreement: Agreement,
     device: torch.device,
 ) -> Snapshot:
-    """What every rank has to save; all of them, or none.
+    """Take a snapshot on every rank, or on none.
 
     Args:
-        step: Optimizer steps done.
-        policy, optimizer, scheduler: The state.
-        record: The caller's; JSON.
+        step: Optimizer steps completed.
+        policy, optimizer, scheduler: The state to save.
+        record: The caller's record; JSON.
         metrics: Held-out metrics of these weights.
-        copies: Where to copy the tensors to; None takes them where they are.
-        agreement: Of the ranks.
-        device: Where this rank computes.
+        copies: Buffers to copy the tensors to; None: no copy, the tensors themselves.
+        agreement: Connects the ranks.
+        device: This rank's device.
 
     Raises:
         CheckpointError: on every rank: one of them has no memory for the copies, or an
             optimizer's state cannot be saved.
     """
-    # now, so that what is not JSON is raised here and later changes do not count
+    # encoded now: a value that is not JSON raises here, and later changes have no effect
     record = json.loads(json.dumps(record))
     random_states = read_random_states(device)
     taken: list[tuple[TrainingState, dict[str, Tensor]]] = []
@@ -126,6 +126,6 @@ def take_snapshot(
 
 
 def _digest(state: TrainingState) -> str:
-    """The same on ranks whose parts fit together."""
+    """A digest of names, shapes and layouts, equal on ranks whose shards fit together."""
     shapes = {name: list(tensor.shape) for name, tensor in state.tensors.items()}
     return hashlib.sha256(json.dumps([state.description, shapes]).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""A policy's weights and its optimizer's state as named tensors, as a checkpoint holds them.
+"""A policy's weights and its optimizer's state as the named tensors of a checkpoint.
 
-Everything is saved as it lies in memory: sharded, in its own dtype. Torch's own way to an
-optimizer's state dict and back is not taken: it steps an optimizer that has not stepped yet, casts
-state to the parameters' dtype.
+Everything is saved as it is in memory: sharded, in its own dtype. Torch's distributed state_dict
+functions are not used: they step an optimizer that has not stepped yet, and cast its state to the
+parameters' dtype.
 """
 
 from dataclasses import dataclass
@@ -17,35 +17,36 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastpref.errors import CheckpointError
 
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-"""First parts of the tensors' names."""
+"""Prefixes of the tensors' names."""
 
 SHARD, WHOLE = "shard", "whole"
-"""How a tensor of an optimizer's state lies: as its parameter does, or whole on every rank."""
+"""Layout of a tensor in an optimizer's state: sharded like its parameter, or whole on every
+rank."""
 
 OF_THE_MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")
-"""Options of an optimizer that say how it computes here; they are not part of a checkpoint."""
+"""Optimizer options that depend on this machine and are left out of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingState:
-    """What is saved of a policy and of what trains it."""
+    """The saved state of a policy, its optimizer and its schedule."""
 
     tensors: dict[str, Tensor]
-    """By name; sharded ones are DTensors. They share memory with what they are the state of."""
+    """By name; sharded ones are DTensors. They share memory with the policy and the optimizer."""
     description: dict[str, Any]
-    """JSON: what is no tensor, and how the optimizer's tensors lie."""
+    """JSON: the state that is no tensor, and the layouts of the optimizer's tensors."""
 
 
 def collect_state(policy: nn.Module, optimizer: Optimizer, scheduler: LambdaLR) -> TrainingState:
-    """Everything that training goes on from, but the random states and the caller's record.
+    """Everything that training resumes from, except random states and the caller's record.
 
     Args:
-        policy: What is trained; sharded by FSDP2 or not.
-        optimizer: What trains it.
-        scheduler: Of its learning rate.
+        policy: The trained model; sharded by FSDP2 or not.
+        optimizer: Its optimizer.
+        scheduler: The learning-rate schedule.
 
     Raises:
-        CheckpointError: the optimizer keeps something that is no tensor and no number.
+        CheckpointError: the optimizer's state has an entry that is neither a tensor nor a number.
     """
     tensors = {f"{WEIGHTS}.{name}": weight for name, weight in policy_weights(policy).items()}
     entries: dict[str, dict[str, Any]] = {}
@@ -68,11 +69,11 @@ def collect_state(policy: nn.Module, optimizer: Optimizer, scheduler: LambdaLR) 
 
 
 def policy_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """Trained parameters and persistent buffers by name; a tied one once, by its first name.
+    """Trained parameters and persistent buffers by name; a tied one once, under its first name.
 
-    Frozen parameters are those of the model that the run starts from, and are not saved.
+    Frozen parameters are unchanged from the model that the run starts from, and are not saved.
     """
-    # FSDP2 leaves parameters gathered after a forward without backward; this shards them again
+    # FSDP2 leaves parameters gathered after a forward without backward; state_dict reshards them
     persistent = policy.state_dict().keys()
     weights = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
     buffers = {name: buffer for name, buffer in policy.named_buffers() if name in persistent}
@@ -80,15 +81,15 @@ def policy_weights(policy: nn.Module) -> dict[str, Tensor]:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """This rank's shard, without gradient; a tensor that is not sharded is its own."""
+    """This rank's shard of a tensor, detached; all of it if it is not sharded."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def trained_parameters(policy: nn.Module, optimizer: Optimizer) -> dict[str, Parameter]:
-    """What the optimizer steps, by the policy's names.
+    """The parameters that the optimizer steps, by their names in the policy.
 
     Raises:
-        CheckpointError: it trains something else.
+        CheckpointError: one of them is not the policy's.
     """
     names = {parameter: name for name, parameter in policy.named_parameters()}
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -100,7 +101,7 @@ def trained_parameters(policy: nn.Module, optimizer: Optimizer) -> dict[str, Par
 
 
 def _describe_entry(value: Any, parameter: Tensor, what: str) -> tuple[Tensor | None, Any]:
-    """A tensor to save and how it lies; or no tensor, and the value in a dictionary."""
+    """A tensor to save and its layout; or None and {"value": a plain value}."""
     if value is None or isinstance(value, bool | int | float):
         return None, {"value": value}
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""Saving the training checkpoints of a run, beside the training, and keeping some of them."""
+"""Saving a run's checkpoints while it trains, and deleting those that are not to be kept."""
 
 import logging
 import threading
@@ -34,47 +34,47 @@ from fastpref.errors import CheckpointError
 logger = logging.getLogger("fastpref")
 
 SIGN_SECONDS = 30.0
-"""Until a file that one machine has made is seen by the others: network disks remember for some
-seconds that there was none."""
+"""How long to wait until a file that one machine created is visible on the others: network file
+systems cache for some seconds that it did not exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """How one save went."""
+    """Outcome of one save."""
 
     step: int
-    """Optimizer steps done."""
+    """Optimizer steps completed."""
     folder: Path
-    """Where the checkpoint is, or would have been."""
+    """The checkpoint's folder, also of one that failed."""
     num_bytes: int
-    """On the disk; 0 if it failed."""
+    """Size on disk; 0 if the save failed."""
     standstill_seconds: float
-    """How long training waited, for the save before this one too."""
+    """How long training waited, including for the previous save."""
     write_seconds: float
-    """From the first byte to the last rename."""
+    """Time to write it and delete old ones."""
     error: str | None = None
-    """Why there is none; the same on every rank."""
+    """Why the save failed, the same on every rank; None if it succeeded."""
 
 
 class CheckpointStore:
-    """Saves a run's checkpoints, one at a time, and deletes those that are not kept.
+    """Saves a run's checkpoints, one at a time, and deletes those that are not to be kept.
 
-    Every rank has one and makes the same calls in the same order. A save that fails leaves the
-    training state as it is, and is reported.
+    Every rank has one and makes the same calls in the same order. A failed save leaves the
+    training state unchanged, and is reported.
 
     Args:
         run_dir: The run's folder; checkpoints go to `<run_dir>/checkpoints`.
-        agreement: Of the ranks; left open.
-        device: Where this rank computes.
-        asynchronous: Copy the state to the host's memory and write from there while training goes
-            on; False: write before `save` returns, without the copy.
-        keep: How many of the newest checkpoints stay, > 0.
-        best: Which checkpoint stays besides; None: none does.
-        resumed_from: What the run starts from; it is never deleted. Checkpoints in this folder
-            that it does not go on from are of another history, and set aside.
+        agreement: Connects the ranks; `close` does not close it.
+        device: This rank's device.
+        asynchronous: Copy the state to host memory and write it from a thread while training
+            continues; False: write it before `save` returns, without a copy.
+        keep: Number of newest checkpoints to keep, > 0.
+        best: How the best checkpoint, which is kept too, is chosen; None: no best one is kept.
+        resumed_from: The checkpoint the run resumes from, which is never deleted. Others are set
+            aside as of another history, unless it is in this folder and they are of earlier steps.
 
     Raises:
-        CheckpointError: the folder cannot be made or cleared, or ranks see different ones.
+        CheckpointError: the folder cannot be created or cleared, or ranks see different folders.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class CheckpointStore:
         self._writer: threading.Thread | None = None
         self._reports: SimpleQueue[SaveReport] = SimpleQueue()
         self._bug: BaseException | None = None
-        # steps that need not be saved again
+        # steps whose checkpoints are in the folder already
         self._saved: set[int] = set()
         self._newest = -1
         if resumed_from and self._is_here(resumed_from.folder):
@@ -127,17 +127,17 @@ class CheckpointStore:
         metrics: dict[str, float] | None = None,
         last: bool = False,
     ) -> None:
-        """Save the state after `step` optimizer steps; waits for the save before it.
+        """Save the state after `step` optimizer steps, after waiting for the previous save.
 
-        A step that this store has saved already is not saved again; metrics are added to it.
+        A step that is saved already is not saved again; metrics are added to its checkpoint.
 
         Args:
-            step: Optimizer steps done.
-            policy, optimizer, scheduler: The state.
-            record: What `load_checkpoint` returns: the run's progress, fingerprints and the like.
+            step: Optimizer steps completed.
+            policy, optimizer, scheduler: The state to save.
+            record: Returned by `load_checkpoint`: the run's progress, fingerprints and the like.
                 JSON: keys are strings, tuples come back as lists.
-            metrics: Held-out metrics of these weights, among them that of `best`.
-            last: Nothing goes on meanwhile: it is written before this returns, without a copy.
+            metrics: Held-out metrics of these weights, including the one of `best`.
+            last: Training is over: write it before this returns, without a copy.
         """
         started = time.perf_counter()
         self._join()
@@ -167,7 +167,7 @@ class CheckpointStore:
             self._write(snapshot, started, beside=False)
             self._raise_bug()
             return
-        # from here on the thread speaks to the other ranks' threads, and this one must not
+        # until it ends this thread has the agreement's process group to itself
         self._writer = threading.Thread(
             target=self._write,
             args=(snapshot, started),
@@ -178,8 +178,8 @@ class CheckpointStore:
         self._writer.start()
 
     def poll(self) -> list[SaveReport]:
-        """Saves that ended since the last call, without waiting for any; ranks may see them at
-        different calls."""
+        """Reports of the saves that ended since the last call, without waiting; ranks may get them
+        from different calls."""
         self._raise_bug()
         reports = []
         while not self._reports.empty():
@@ -187,17 +187,18 @@ class CheckpointStore:
         return reports
 
     def wait(self) -> list[SaveReport]:
-        """Wait for the save in flight, if there is one; `poll` after it."""
+        """Wait for the save in flight, if any, then return `poll`."""
         self._join()
         return self.poll()
 
     def close(self) -> None:
-        """Wait for the save in flight and free the copies."""
+        """Wait for the save in flight and free the host copies."""
         self._join()
         self._copies = HostCopies()
 
     def _open(self) -> None:
-        """Rank 0: a folder with nothing in it that is not of this run's history."""
+        """Rank 0: create the folder, and set aside checkpoints that are not of this run's
+        history."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
@@ -212,7 +213,7 @@ class CheckpointStore:
             ) from error
 
     def _check_is_shared(self) -> None:
-        """Refuse a folder that is another one for some rank: every rank writes its part there."""
+        """Refuse a folder that is not the same one on all ranks: each writes its shards there."""
 
         def leave_sign() -> str:
             sign = self.folder / f"{SIGN}{time.time_ns()}"
@@ -240,24 +241,24 @@ class CheckpointStore:
                 sign.unlink(missing_ok=True)
 
     def _is_here(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint is one of this folder's, which may be a link to another disk."""
+        """Whether a checkpoint is in this folder, which may be a link to another disk."""
         own = self.folder / checkpoint.name
         return own.exists() and own.samefile(checkpoint)
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Rank 0: what was measured of a checkpoint that was saved before it was."""
+        """Rank 0: add metrics to a checkpoint that was saved before they were measured."""
         try:
             add_metrics(self.folder / folder_name(step), metrics)
         except CheckpointError as error:
             logger.warning("the metrics of step %d are not beside its checkpoint: %s", step, error)
 
     def _write(self, snapshot: Snapshot, started: float, *, beside: bool) -> None:
-        """Write a snapshot and report how it went."""
+        """Write a snapshot, delete old checkpoints, and report the outcome."""
         write_started = time.perf_counter()
         num_bytes, error = 0, None
         try:
             if self.device.type == "cuda":
-                # a thread begins on the first GPU, and would claim memory there
+                # a new thread starts on GPU 0, and would allocate memory there
                 torch.cuda.set_device(self.device)
             checkpoint = write_checkpoint(self.folder, snapshot, self.agreement)
             self._saved.add(snapshot.step)
@@ -298,7 +299,7 @@ class CheckpointStore:
         )
 
     def _retain(self) -> None:
-        """Rank 0: delete what is not kept; a file system that refuses costs room, not the run."""
+        """Rank 0: delete checkpoints that are not kept; a failure costs disk space, not the run."""
         if self.agreement.rank != 0:
             return
         start = self.resumed_from

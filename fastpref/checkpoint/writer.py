@@ -1,4 +1,4 @@
-"""One checkpoint to the disk, by all ranks: nothing is called a checkpoint before all of it is."""
+"""Writing one checkpoint, by all ranks: its folder gets its name only once it is complete."""
 
 import json
 import logging
@@ -35,30 +35,30 @@ from fastpref.errors import CheckpointError
 logger = logging.getLogger("fastpref")
 
 STATE = "state.json"
-"""The caller's record, and what of optimizer and schedule is no tensor."""
+"""File with the caller's record, and the state of optimizer and schedule that is no tensor."""
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> Checkpoint:
     """Write a snapshot as `<folder>/step-NNNNNNNN`; every rank calls this.
 
     Args:
-        folder: `<run_dir>/checkpoints`; made if the run folder is there.
+        folder: `<run_dir>/checkpoints`; created if the run folder exists.
         snapshot: This rank's.
-        agreement: Of the ranks.
+        agreement: Connects the ranks.
 
     Raises:
-        CheckpointError: on every rank, it could not be written; nothing of it is left, or else a
-            warning says so.
+        CheckpointError: on every rank, if it could not be written; what was written is removed, or
+            else a warning names it.
     """
     partial = folder / (folder_name(snapshot.step) + PARTIAL)
     is_main = agreement.rank == 0
     try:
         num_bytes = sum(agreement.each(snapshot.num_bytes))
         agreement.each(lambda: _prepare(partial, num_bytes) if is_main else None)
-        # its files are on the disk when they are closed
+        # DirectFile syncs each file when it is closed
         storage = FileSystemWriter(partial, sync_files=False)
         if not any(part.is_cuda for part in snapshot.local_parts.values()):
-            # else DCP waits, tensor by tensor, for all that training has a GPU do meanwhile
+            # else DCP synchronizes with the GPU for every tensor, and waits for training's kernels
             storage.per_thread_copy_ahead = 0
         storage.fs = files = _DirectFiles()
         save(
@@ -89,7 +89,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
 
 
 class _DirectFiles(FileSystem):
-    """Where DCP writes: past the page cache, and known by size and digest without reading it."""
+    """DCP's file system: writes by direct I/O, and records each file's size and digest."""
 
     def __init__(self) -> None:
         self.entries: dict[str, FileEntry] = {}
@@ -107,7 +107,11 @@ class _DirectFiles(FileSystem):
 
 
 class _LocalPlanner(DefaultSavePlanner):
-    """Plans a save by the tensors, and takes what it writes from copies of their local parts."""
+    """Plans a save by the DTensors, but writes the bytes of copies of their local shards.
+
+    Args:
+        parts: The copies, by tensor name.
+    """
 
     def __init__(self, parts: dict[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -118,7 +122,11 @@ class _LocalPlanner(DefaultSavePlanner):
 
 
 def _prepare(partial: Path, num_bytes: int) -> None:
-    """An empty folder to write to, if there is room for what is to come."""
+    """Create an empty folder to write to.
+
+    Raises:
+        CheckpointError: fewer than `num_bytes` are free.
+    """
     partial.parent.mkdir(exist_ok=True)
     if partial.exists():
         shutil.rmtree(partial)
@@ -132,7 +140,7 @@ def _prepare(partial: Path, num_bytes: int) -> None:
 
 
 def _write_own_files(partial: Path, snapshot: Snapshot, rank: int) -> dict[str, FileEntry]:
-    """This rank's files besides the tensors'."""
+    """Write this rank's files other than those of tensors: random states, on rank 0 `STATE`."""
     own = {partial / random_states_file(rank): snapshot.random_states}
     if rank == 0:
         own[partial / STATE] = {"record": snapshot.record, **snapshot.state.description}
@@ -143,7 +151,7 @@ def _write_own_files(partial: Path, snapshot: Snapshot, rank: int) -> dict[str, 
 
 
 def _publish(partial: Path, manifest: Manifest) -> None:
-    """Make the folder complete, then visible."""
+    """Write the manifest, then rename the folder to its final name."""
     found = {path.name for path in partial.iterdir()}
     if found != manifest.files.keys():
         differing = ", ".join(sorted(found ^ manifest.files.keys()))
@@ -157,15 +165,15 @@ def _publish(partial: Path, manifest: Manifest) -> None:
     try:
         with complete_file(final.parent / LATEST) as file:
             file.write(f"{final.name}\n")
-        # beside the folder, which may be emptied, or a disk that is not there one day
+        # in the run folder: `checkpoints` may be emptied, or be a link to a disk that is unmounted
         mark = final.parent.with_name(MARK)
         with writing(mark):
             mark.touch()
     except CheckpointError as error:
-        # they only tell what finding finds out for itself
+        # not fatal: `find_newest` needs neither file
         logger.warning("%s does not name %s: %s", LATEST, final.name, error)
 
 
 def random_states_file(rank: int) -> str:
-    """Name of the file with a rank's random states."""
+    """Name of the file with the states of a rank's random generators."""
     return f"random-{rank:05d}.json"

@@ -1,4 +1,4 @@
-"""What a recipe's estimation cannot do, told before the trainings that it comes after."""
+"""Checks of a recipe's weight estimation, made before the training stages that precede it."""
 
 from collections.abc import Sequence
 
@@ -15,20 +15,19 @@ from fastpref.tisdpo.templates import template_text
 
 
 def check_estimation(stages: Sequence[Stage]) -> None:
-    """Refuse rows that cannot be scored whole: trainings before the estimation cut them, it does
-    not.
+    """Refuse rows that the estimation cannot score. Unlike training it does not truncate them.
 
     Args:
-        stages: Of a recipe that begins.
+        stages: All stages of a recipe of which none is done.
 
     Raises:
-        DataError: a row is longer than the model's table of positions, or beside a template its
-            responses are other tokens.
+        DataError: a row is longer than the model's position table, or its responses have other
+            tokens under a template.
     """
     model = stages[0].config.model
     [config] = (s.config for s in stages if s.config.task == "estimate_weights")
     if config is stages[0].config:
-        # it says so itself
+        # the estimation comes first, and checks the rows itself
         return
     weights, data = config.weights, data_options(config)
     templates = [template_text(weights.positive_template), template_text(weights.negative_template)]

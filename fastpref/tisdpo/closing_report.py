@@ -1,4 +1,4 @@
-"""What `task=tisdpo` says of its stages: each one's result in words, and the closing report."""
+"""Results of `task=tisdpo`: that of each stage in words, and the closing report."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ logger = logging.getLogger("fastpref")
 
 
 def describe_training(folder: Path) -> str:
-    """The last held-out numbers of a training stage in words, those of training without any."""
+    """The last held-out metrics of a training stage in words, or training metrics without any."""
     records = read_records(folder)
     evaluated = any(record["split"] == "eval" for record in records)
     kind, where = ("eval", "held-out ") if evaluated else ("train", "")
@@ -29,7 +29,7 @@ def describe_training(folder: Path) -> str:
 
 
 def describe_weights(reports: list[WeightsReport]) -> str:
-    """The estimated weights in words."""
+    """The estimated weights of the first dataset in words."""
     report = reports[0]
     words = f"{len(report.chosen) + len(report.rejected):,} tokens"
     if report.auc is not None:
@@ -38,8 +38,8 @@ def describe_weights(reports: list[WeightsReport]) -> str:
 
 
 def link_model(run_dir: Path, last: Stage) -> None:
-    """`<run_dir>/LATEST`, so that the run folder names the trained model as any other run's, where
-    the file system has links."""
+    """Link `LATEST` and `LATEST-merged` of the last stage into the run folder, so that it can be
+    used like any other's; a file system without symbolic links gets only a warning."""
     for name in (EXPORT_FOLDER, MERGED_FOLDER):
         link = run_dir / name
         if link.is_dir() and not link.is_symlink():
@@ -55,7 +55,7 @@ def link_model(run_dir: Path, last: Stage) -> None:
 
 
 def print_report(run_dir: Path, stages: list[Stage]) -> None:
-    """The closing report, on the screen and in `summary.txt`."""
+    """Print the closing report, and write it to `summary.txt`."""
     table = Table(title=f"{run_dir.name}", title_justify="left")
     for column in ("stage", "what", "result", "seconds"):
         table.add_column(column, justify="right" if column == "seconds" else "left")

@@ -1,7 +1,7 @@
 """`task=estimate_weights`: token weights for TIS-DPO from a positive and a negative model.
 
-A file's weight of response token y is log π⁻(y | …) - log π⁺(y | …), the TIS-DPO repository's sign
-on both sides; the loader turns it into the weight that the loss takes (`token_weights`).
+In the file the weight of response token y is log π⁻(y | …) - log π⁺(y | …), with the sign of the
+TIS-DPO repository for chosen and rejected alike; `token_weights` turns it into that of the loss.
 
 One model after the other scores all rows, shard by shard (`scoring/shards.py`); the weights are
 written once both are done.
@@ -25,23 +25,23 @@ from fastpref.tisdpo.weight_rows import writing_alone
 def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> list[WeightsReport]:
     """Score every split of every dataset and write `<output_dir>/<name><suffix>/<split>.jsonl`.
 
-    A run that was stopped goes on where it was; one whose file is there already does nothing.
+    A stopped estimation resumes at its last complete shard; a finished file is not estimated again.
 
     Args:
-        config: Of the run.
-        world: Whoever runs.
-        chat_date: The day that a new file tells a chat template which prints it; "": today.
+        config: The run's config.
+        world: The ranks.
+        chat_date: The date that a new file gives to a chat template that prints it; "": today.
 
     Returns:
         On rank 0 a report on each dataset, which is also written as `weights.html` and
-        `weights.png` beside its files; on the others nothing.
+        `weights.png` beside its files; on other ranks an empty list.
 
     Raises:
-        DataError: no split of a dataset is there, or a row breaks a rule.
+        DataError: a dataset has no split, or a row breaks a rule.
         CheckpointError: a model is missing, the two do not share a vocabulary, or one of them
             gives numbers that are not finite.
-        ConfigError: another process writes the weights of one of the datasets, or they would take
-            the place of another file, see `one_for_each_file`.
+        ConfigError: another process writes weights of one of the datasets, or a weights file would
+            replace another file, see `one_for_each_file`.
         InterruptionError, PreemptionError: a signal came, or the deadline is near; complete shards
             stay.
     """

@@ -1,4 +1,4 @@
-"""A file of weights before a model is loaded: its tokens, its shards, what it will be known by."""
+"""A weights file before any model weights are loaded: its tokens, shards and fingerprint."""
 
 import hashlib
 import json
@@ -25,18 +25,18 @@ from fastpref.tisdpo.weight_rows import SourceJob, begun_date, shards_folder, wr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """What an estimation depends on beside its models and its rows."""
+    """Options of an estimation, besides its models and its rows."""
 
     weights: WeightsConfig
     data: DataOptions
     packing: PackingConfig
     chat_date: str = ""
-    """What a chat template that prints the date is told in files not begun yet; "": today."""
+    """The date for a chat template that prints it, in files not begun yet; "": today."""
 
     def path_of(self, rows: Rows) -> Path:
-        """The weights file of a source."""
+        """The path of a source's weights file."""
         folder = Path(str(self.weights.output_dir)) / f"{rows.name}{self.weights.suffix}"
-        # under the name by which the same options find it
+        # under the split name by which training with the same options finds it
         split = rows.counts.split
         return folder / f"{self.data.split_names.get(split, split)}.jsonl"
 
@@ -44,11 +44,11 @@ class JobOptions:
 def open_job(
     options: JobOptions, sides: Sequence[Side], rows: Rows, tokenizer: Any, world: World
 ) -> SourceJob:
-    """What is known of a weights file before a model is loaded, rendered for the day it belongs to.
+    """Prepare a weights file, with the chat template rendered for the right date.
 
-    Where the chat template prints the date that is the day on which its estimation began: that of
-    the file if it is there already, that of the shards of a run that was stopped, else the one that
-    was given, or today.
+    If the template prints the date, it gets the day on which the estimation began: the date of the
+    file if that is finished, of the shards if an estimation was stopped, else the given one or
+    today.
 
     Raises:
         DataError, ConfigError, CheckpointError: see `build_job`.
@@ -71,20 +71,20 @@ def open_job(
 def build_job(
     options: JobOptions, sides: Sequence[Side], rows: Rows, chat: ChatFormat, path: Path
 ) -> SourceJob:
-    """Everything that is known of a weights file before a model is loaded.
+    """Encode a source's rows under all templates, and derive its shards and its fingerprint.
 
     Raises:
         DataError: a row has no prompt token, the chat template refuses it, or it is longer than a
-            model's table of positions.
+            model's position table.
         ConfigError: the chat template cannot render any conversation.
-        CheckpointError: a token has no row in a model's embedding.
+        CheckpointError: a token id is beyond a model's embedding.
     """
     weights, data = options.weights, options.data
     rows, encoded, counts = encode_under_templates(
         rows,
         list(dict.fromkeys(["", *(side.origin.template for side in sides)])),
         chat.tokenizer,
-        # of whole pairs, as the files have them
+        # whole pairs, not truncated or reversed
         replace(
             data.encode,
             sft=False,
@@ -126,10 +126,10 @@ def build_job(
 
 
 def scoring_settings(options: JobOptions, model: ModelConfig, chat: ChatFormat) -> dict[str, Any]:
-    """All that log-probabilities depend on beside the model and the tokens: what a shard's folder
-    is named by.
+    """Everything besides model and tokens that log-probabilities depend on; it goes into the names
+    of shard folders.
 
-    Batches belong to it: another padding rounds differently, and one file has one rounding.
+    Batching is included: other padding rounds differently, and a file must have one rounding.
     """
     return {
         "tokenizer": tokenizer_digest(chat.tokenizer),
@@ -147,5 +147,5 @@ def scoring_settings(options: JobOptions, model: ModelConfig, chat: ChatFormat) 
 
 
 def fingerprint(value: Any) -> str:
-    """Digest of a JSON value."""
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

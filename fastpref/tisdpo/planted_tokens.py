@@ -1,4 +1,4 @@
-"""Which tokens of the set `planted` are wrong, and how well numbers single them out."""
+"""The wrong tokens in the dataset `planted`, and how well scores separate them (ROC-AUC)."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -15,12 +15,12 @@ from fastpref.data.sources.planted import generate_rows
 def planted_mask(
     prompt: str, rejected: str, ids: Sequence[int], tokenizer: Any
 ) -> NDArray[np.bool_]:
-    """Which tokens of a rejected response of the set overlap a planted character.
+    """Which tokens of a rejected response overlap a planted wrong character: bool, (tokens,).
 
     Args:
-        prompt, rejected: The row's texts.
-        ids: Of the response, without EOS.
-        tokenizer: A fast one, for its offsets.
+        prompt, rejected: Texts of a row of the dataset.
+        ids: Token ids of the response, without EOS.
+        tokenizer: A fast tokenizer, which gives character offsets.
     """
     planted = _planted_spans()[prompt, rejected]
     spans = token_spans(rejected, ids, tokenizer).spans
@@ -37,10 +37,10 @@ def _planted_spans() -> dict[tuple[str, str], list[list[int]]]:
 
 
 def roc_auc(scores: NDArray[np.floating], is_positive: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve: how likely a positive scores above a negative, ties half.
+    """Area under the ROC curve: P(a positive scores above a negative), counting ties half.
 
     Args:
-        scores, is_positive: Shape (n,); both kinds must occur.
+        scores, is_positive: Shape (n,); both classes must occur.
 
     Returns:
         A number in [0, 1].

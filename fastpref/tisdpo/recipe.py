@@ -1,8 +1,8 @@
-"""`task=tisdpo`: TIS-DPO from a base or SFT model to the trained policy, stage after stage.
+"""`task=tisdpo`: TIS-DPO from a base or SFT model to the trained policy, stage by stage.
 
-Every stage is one of the tasks that exist by themselves, with a config derived from the run's, in a
-subfolder of the run folder. A stage that is done leaves `stage.json` in its subfolder and is never
-done again; the same command with the same `run_dir` goes on with the first one that is not.
+Each stage is a task that can also run on its own, with a config derived from the run's, in a
+subfolder of the run folder. A stage that is done leaves `stage.json` in its subfolder and is not
+repeated: the same command with the same `run_dir` resumes with the first one that is not done.
 """
 
 import logging
@@ -25,10 +25,10 @@ logger = logging.getLogger("fastpref")
 
 
 def run_tisdpo(config: Config, world: World) -> None:
-    """Every stage that is not done yet, then the closing report.
+    """Run all stages that are not done yet, then print the closing report.
 
     Raises:
-        FastprefError: whatever a stage raises; what was done before it stays done.
+        FastprefError: raised by a stage; earlier stages stay done.
     """
     place = world.on_main(lambda: find_place(run_place(config), config.resume.path, config.stages))
     run_dir = open_run_dir(place, config.to_yaml(), world)
@@ -45,15 +45,15 @@ def run_tisdpo(config: Config, world: World) -> None:
 
 
 def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -> None:
-    """What is left to do, none of it beside stages that were computed from something else.
+    """Run the stages that are not done, after checking that the others had the same inputs.
 
     Args:
-        command: What goes on with the run once it was stopped, in words.
+        command: How to resume a stopped run, for the message.
 
     Raises:
-        CheckpointError: data, tokenizer or model are not those of the stages that are done.
-        DataError: rows that the estimation cannot score, before anything is trained.
-        PreemptionError: the deadline has come between two stages.
+        CheckpointError: data, tokenizer or model differ from those of the stages that are done.
+        DataError: the estimation cannot score a row; raised before anything is trained.
+        PreemptionError: the deadline has passed between two stages.
     """
     folders = [run_dir / stage.name for stage in stages]
     done = world.on_main(lambda: [folder for folder in folders if is_done(folder)])
@@ -67,7 +67,7 @@ def run_stages(stages: list[Stage], run_dir: Path, world: World, command: str) -
             logger.info("%s: done already", place)
             continue
         end_if_past(stage.config.checkpoint.deadline_seconds(), world, f"{command} goes on")
-        # again before each: a command may take days, and files are replaced meanwhile
+        # checked again before each stage: a run may take days, and files may be replaced meanwhile
         inputs = take_inputs(stages, run_dir, done, world)
         logger.info("%s: %s", place, stage.what)
         run_stage(stage, folder, world, inputs=inputs, command=command)

@@ -1,4 +1,4 @@
-"""The run folder of `task=tisdpo`: one that an earlier start has left is gone on in."""
+"""The run folder of `task=tisdpo`: a new one, or that of an earlier start, which is resumed."""
 
 import logging
 from collections.abc import Sequence
@@ -20,22 +20,22 @@ from fastpref.train.run_folder import OPTIONS, RunPlace, lock, took_no_step
 logger = logging.getLogger("fastpref")
 
 DATE_FILE = "chat-date"
-"""In the folder of a run whose chat template prints the date: the day of its first start."""
+"""File in the folder of a run whose chat template prints the date: the day of its first start."""
 MAY_CHANGE = (
     *("run_dir", "output_dir", "local_dirs", "exp_name", "trainer", "fsdp_port", "debug"),
     *("minimum_log_interval_secs", "wandb", "tensorboard", "checkpoint", "resume", "parallel"),
 )
-"""Options that may differ between two starts of one run: nothing is computed from them."""
+"""Options that may differ between two starts of a run, as no result depends on them."""
 
 
 def find_place(place: RunPlace, resume: str, stages: StagesConfig) -> RunPlace:
-    """Where a recipe runs: in the folder that was named, else with `resume=auto` in the newest one
-    of its name whose first stage has begun, else in a new one.
+    """Where a recipe runs: in `run_dir` if given, else with `resume=auto` in the newest folder of
+    its name whose first stage has begun, else in a new one.
 
     Args:
-        place: By the options of the run.
+        place: The place given by the run's options.
         resume: "never" or "auto", see `ResumeConfig.path`.
-        stages: Which stage comes first.
+        stages: Decide which stage comes first.
     """
     if place.run_dir is not None or resume != "auto":
         return place
@@ -43,15 +43,15 @@ def find_place(place: RunPlace, resume: str, stages: StagesConfig) -> RunPlace:
 
 
 def check_run_folder(place: RunPlace, options: str, *, allow: Sequence[str]) -> None:
-    """Refuse, before anything is loaded, a run folder that is not one of this run's.
+    """Refuse, before anything is loaded, a run folder that is not this run's.
 
     Args:
-        place: Where it is to be.
-        options: The text of its `config.yaml`.
-        allow: Names of options that may differ from those of its start.
+        place: Where the folder is to be.
+        options: The text of this run's `config.yaml`.
+        allow: Names of options that may differ from those the run was started with.
 
     Raises:
-        ConfigError: it cannot be made, holds something else, or was started with other options.
+        ConfigError: it cannot be created, holds something else, or was started with other options.
     """
     run_dir = place.run_dir
     if run_dir is None or not (run_dir / OPTIONS).is_file():
@@ -73,7 +73,7 @@ def check_run_folder(place: RunPlace, options: str, *, allow: Sequence[str]) -> 
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether an earlier start has got as far as a training step or a row's weights."""
+    """Whether an earlier start has results: a training step or other output of a stage."""
     return any(_is_result(child) for child in run_dir.iterdir())
 
 
@@ -85,7 +85,7 @@ def _is_result(child: Path) -> bool:
 
 
 def list_changes(before: Any, now: Any) -> list[Difference]:
-    """Options that differ and must not."""
+    """Options that differ but must not."""
     return [
         difference
         for difference in list_differences(before, now)
@@ -94,11 +94,11 @@ def list_changes(before: Any, now: Any) -> list[Difference]:
 
 
 def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
-    """The run folder: a new one, or the one that an earlier start has left.
+    """Open the run folder: that of an earlier start, or a new one.
 
     Args:
-        place: Where it is to be, see `find_place`.
-        options: The text of its `config.yaml`.
+        place: Where the folder is to be, see `find_place`.
+        options: The text of this run's `config.yaml`.
     """
     named = place.run_dir
     if named and world.on_main(lambda: go_on_in(named, options)):
@@ -110,8 +110,8 @@ def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
 
 
 def go_on_in(run_dir: Path, options: str) -> bool:
-    """Whether a folder is that of an earlier start of this run; it then has the options of this
-    one where nothing had been computed from the others."""
+    """Whether a folder is that of an earlier start of a recipe, which is then locked. If that has
+    no results yet, its `config.yaml` is replaced by `options`."""
     path = run_dir / OPTIONS
     if not path.is_file() or read_options(path).get("task") != "tisdpo":
         return False

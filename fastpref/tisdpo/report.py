@@ -1,4 +1,4 @@
-"""What `weights.html` and `weights.png` show of a file of estimated token weights."""
+"""The report on a file of estimated token weights, shown as `weights.html` and `weights.png`."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,29 +16,30 @@ from fastpref.tisdpo.planted_tokens import planted_mask, roc_auc
 
 NUM_EXAMPLES = 12
 LONGEST_EXAMPLE = 160
-"""Tokens of the longer response of a pair that is shown."""
+"""Largest length of a shown response, in tokens."""
 
 NUM_BINS = 41
-"""Of a histogram; odd, so that one lies around 0."""
+"""Bins of a histogram; an odd number, so that one is centred on 0."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeighedToken:
-    """A response token as the report shows it."""
+    """A response token with its weight."""
 
     text: str
     weight: float
-    """After the sign step: +log(π⁺/π⁻) in a chosen response, -log(π⁺/π⁻) in a rejected one."""
+    """+log(π⁺/π⁻) in a chosen response, -log(π⁺/π⁻) in a rejected one, in nats."""
     raw: float
-    """As the file has it, log π⁻ - log π⁺, in nats."""
+    """Value in the file, log π⁻ - log π⁺, in nats."""
     is_planted: bool
+    """Whether it is one of the wrong tokens of the dataset `planted`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """A pair to show."""
+    """A pair that the report shows token by token."""
 
     prompt: str
     chosen: list[WeighedToken]
@@ -47,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsReport:
-    """All that the two pictures need."""
+    """Everything that `weights.html` and `weights.png` show."""
 
     title: str
     """Dataset and split."""
@@ -55,20 +56,20 @@ class WeightsReport:
     negative: str
     num_rows: int
     chosen: Array
-    """Weights after the sign step of all chosen tokens, in nats. (tokens,)"""
+    """Weights of all chosen tokens in the loss, see `WeighedToken.weight`. (tokens,)"""
     rejected: Array
     examples: list[Example] = field(default_factory=list)
     auc: float | None = None
-    """How well a rejected token's weight singles out the planted ones; None without any."""
+    """ROC-AUC of a rejected token's weight as a score for planted ones; None if none are known."""
 
     @property
     def limit(self) -> float:
-        """Where the colour scale ends, in nats: the 90th percentile of |weight|, to one digit."""
+        """End of the colour scale in nats: the 90th percentile of |weight|, to one digit."""
         return self._percentile(90)
 
     @property
     def span(self) -> float:
-        """Where the histograms end, in nats: the 99th percentile."""
+        """End of the histograms in nats: the 99th percentile of |weight|, to one digit."""
         return self._percentile(99)
 
     def _percentile(self, percent: float) -> float:
@@ -78,13 +79,13 @@ class WeightsReport:
 
 
 def histogram(weights: Array, span: float) -> tuple[Array, Array, float]:
-    """Share of a side's tokens by weight; what lies beyond the span is in the outer bins.
+    """Histogram of one side's token weights; weights beyond the span go into the outer bins.
 
-    Most tokens of a pair decide nothing, so the bin around 0 may dwarf all others: the scale then
-    ends above the second one.
+    Most tokens of a pair decide nothing, so the bin around 0 may dwarf all others: the vertical
+    scale then ends just above the second-highest bin.
 
     Returns:
-        Edges (bins + 1,), shares (bins,), and where the scale of shares ends.
+        Bin edges (bins + 1,), shares of tokens (bins,), and the end of the vertical scale.
     """
     edges = np.linspace(-span, span, NUM_BINS + 1)
     counts, _ = np.histogram(weights.clip(-span, span), edges)
@@ -96,15 +97,15 @@ def histogram(weights: Array, span: float) -> tuple[Array, Array, float]:
 def read_report(
     path: Path, encoded: Sequence[EncodedRow], origin: WeightsOrigin, tokenizer: Any
 ) -> WeightsReport:
-    """Read a weights file for its report.
+    """Build the report on a weights file.
 
     Args:
         path: The file, `{name}/{split}.jsonl`.
-        encoded: Its rows' ids, with EOS where the file has a weight for it.
-        origin: Where the weights come from.
-        tokenizer: Of both models.
+        encoded: Token ids of its rows, with EOS if the file has a weight for it.
+        origin: The file's record of where the weights come from.
+        tokenizer: The tokenizer of both models.
     """
-    # without offsets it is not known which tokens hold a planted character
+    # only a fast tokenizer gives the offsets that locate planted characters
     has_planted = origin.source == "planted" and tokenizer.is_fast
     chosen, rejected, wrong, examples = [], [], [], []
     shown = pick_examples(encoded)
@@ -136,7 +137,7 @@ def read_report(
 
 
 def learned_tokens(row: EncodedRow) -> list[NDArray[np.bool_] | slice]:
-    """Which tokens of chosen and rejected are in the loss."""
+    """Masks, or whole slices, of the chosen and the rejected tokens that are in the loss."""
     return [
         slice(None) if marks is None else np.array(marks, np.bool_)
         for marks in (row.chosen_scored, row.rejected_scored)
@@ -144,19 +145,19 @@ def learned_tokens(row: EncodedRow) -> list[NDArray[np.bool_] | slice]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a weights file, one at a time."""
+    """The records of a weights file, one at a time."""
     with path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
 
 def pick_examples(encoded: Sequence[EncodedRow]) -> set[int]:
-    """Places of pairs short enough to read, spread over the file."""
+    """Indices of pairs to show: short enough to read, and spread over the file."""
     short = [
         i
         for i, row in enumerate(encoded)
         if max(len(row.chosen_ids), len(row.rejected_ids)) <= LONGEST_EXAMPLE
     ]
-    # where all are long the first ones must do
+    # if all pairs are long, any will do: `build_example` cuts them
     places = short or list(range(len(encoded)))
     steps = np.linspace(0, len(places) - 1, min(NUM_EXAMPLES, len(places)))
     return {places[int(step)] for step in steps}
@@ -165,7 +166,7 @@ def pick_examples(encoded: Sequence[EncodedRow]) -> set[int]:
 def build_example(
     row: EncodedRow, raw: Sequence[Array], is_planted: NDArray[np.bool_], tokenizer: Any
 ) -> Example:
-    """A pair's tokens with their weights; long responses are cut."""
+    """A pair's tokens with their weights; long responses are truncated."""
     sides = []
     for ids, values, sign in ((row.chosen_ids, raw[0], -1), (row.rejected_ids, raw[1], 1)):
         planted = is_planted if sign > 0 else np.zeros(len(values), np.bool_)
@@ -181,6 +182,6 @@ def build_example(
 
 
 def describe_side(name: str, template: str) -> str:
-    """A model in a few words: the end of its path, and the template if there is one."""
+    """A model in a few words: the last two parts of its path, and its template if it has one."""
     short = "/".join(Path(name).parts[-2:])
     return f"{short} under “{template}”" if template else short

@@ -1,4 +1,4 @@
-"""`weights.html`: one file without network, light and dark, readable without colours."""
+"""`weights.html`: the report as a self-contained page, readable without colours."""
 
 from collections.abc import Sequence
 from html import escape
@@ -29,17 +29,17 @@ td, th { padding: .1rem .9rem .1rem 0; text-align: right; font-weight: 400; }
 td:first-child, th:first-child { text-align: left; white-space: pre; }
 th { color: var(--muted); }
 """
-"""Beside `page.STYLE`."""
+"""CSS in addition to `page.STYLE`."""
 
 
 def write_html(report: WeightsReport, path: Path) -> None:
-    """Write the report as a page of its own."""
+    """Write the report as an HTML page."""
     with complete_file(path) as file:
         file.write(render_html(report))
 
 
 def render_html(report: WeightsReport) -> str:
-    """The report as one page."""
+    """The report as an HTML page."""
     tiles = [
         ("pairs", f"{report.num_rows:,}"),
         ("response tokens", f"{len(report.chosen) + len(report.rejected):,}"),
@@ -78,7 +78,8 @@ nats</span></div>
 
 
 def histogram_svg(values: NDArray[np.float64], span: float, side: str) -> str:
-    """Share of a side's tokens by weight, as inline SVG; a bar that is cut off says its share."""
+    """Histogram of one side's weights as inline SVG; a bar that is cut off is labelled with its
+    share."""
     _, shares, highest = histogram(values, span)
     middle = len(shares) // 2
     bars = [
@@ -98,7 +99,7 @@ def histogram_svg(values: NDArray[np.float64], span: float, side: str) -> str:
 
 
 def render_pair(example: Example, limit: float) -> str:
-    """A card: prompt, both responses coloured, and the numbers as a table."""
+    """A pair as HTML: prompt, both responses coloured by weight, and a table of the weights."""
     sides = "".join(
         f"<div><div class=side>{side}</div>"
         f"<p class=response>{render_tokens(tokens, limit)}</p></div>"
@@ -119,7 +120,7 @@ def render_pair(example: Example, limit: float) -> str:
 
 
 def render_tokens(tokens: Sequence[WeighedToken], limit: float) -> str:
-    """A response as coloured spans; the raw value shows on hover."""
+    """A response as spans coloured by weight, which show their values on hover."""
     spans = []
     for token in tokens:
         strength = min(1.0, abs(token.weight) / limit)

@@ -1,4 +1,4 @@
-"""`weights.png`: the histograms and a few pairs, for a README or a notebook."""
+"""`weights.png`: histograms and a few pairs as a picture, for a README or a notebook."""
 
 import textwrap
 from collections.abc import Sequence
@@ -11,27 +11,27 @@ from numpy.typing import NDArray
 from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram
 
 COLUMNS = 104
-"""Characters across the figure."""
+"""Width of the text area, in characters."""
 GAP = 4
-"""Characters between two columns of pairs."""
+"""Width of the gap between two columns of pairs, in characters."""
 LABEL = 10
-"""Characters that `chosen` and `rejected` take."""
+"""Width of the labels `chosen` and `rejected`, in characters."""
 GLYPH = 0.602
-"""Width of a character of DejaVu Sans Mono, em."""
+"""Width of a character of DejaVu Sans Mono, in em."""
 LINE = 1.6
-"""Height of a text line, em."""
+"""Height of a text line, in em."""
 MAX_LINES = 3
-"""Of one response."""
+"""Most lines of one response."""
 WIDTH, MARGIN, HEADER = 10.0, 0.4, 2.3
-"""Inches: the figure, its border, all that stands above the pairs."""
+"""Width of the figure, its margin, and height of everything above the pairs, in inches."""
 INK, MUTED, RULE, HIGH, LOW = "#1c1917", "#78716c", "#d6d3d1", "#ea580c", "#2563eb"
 
 Line = tuple[str, str | list[WeighedToken]]
-"""Label, then plain text or tokens."""
+"""A label, and plain text or tokens."""
 
 
 def plot_weights(report: WeightsReport, path: Path) -> None:
-    """Two histograms above, pairs coloured token by token below."""
+    """Write the picture: two histograms above, pairs coloured token by token below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -78,7 +78,7 @@ def plot_weights(report: WeightsReport, path: Path) -> None:
 def draw_histogram(
     axes: Any, values: NDArray[np.float64], report: WeightsReport, side: str
 ) -> None:
-    """Share of tokens by weight, in the colours of the tokens below."""
+    """Draw the histogram of one side's weights, in the colours of the tokens below."""
     edges, shares, highest = histogram(values, report.span)
     centres = (edges[:-1] + edges[1:]) / 2
     colors = [blend(centre, report.limit) for centre in centres]
@@ -97,7 +97,7 @@ def draw_histogram(
 
 
 def lay_out(examples: Sequence[Example]) -> list[list[Line]]:
-    """Pairs as lines in two columns, or where responses are long in one."""
+    """The lines of the shown pairs in two columns, or in one if responses are long."""
     longest = max((used(side) for e in examples for side in (e.chosen, e.rejected)), default=0)
     half = (COLUMNS - GAP) // 2
     num_columns = 2 if longest <= 2 * (half - LABEL) else 1
@@ -107,12 +107,12 @@ def lay_out(examples: Sequence[Example]) -> list[list[Line]]:
 
 
 def used(tokens: Sequence[WeighedToken]) -> int:
-    """Characters that a response takes on one line."""
+    """Width of a response on one line, in characters."""
     return sum(len(drawn(token.text)) for token in tokens)
 
 
 def pair_lines(example: Example, width: int) -> list[Line]:
-    """A pair as lines of at most `width` characters: prompt, chosen, rejected, a blank one."""
+    """A pair as lines of at most `width` characters: prompt, chosen, rejected, a blank line."""
     prompt = textwrap.shorten(example.prompt.replace("\n", " "), width, placeholder=" …")
     lines: list[Line] = [("", prompt)]
     for label, tokens in (("chosen", example.chosen), ("rejected", example.rejected)):
@@ -122,7 +122,7 @@ def pair_lines(example: Example, width: int) -> list[Line]:
 
 
 def wrap_tokens(tokens: Sequence[WeighedToken], width: int) -> list[list[WeighedToken]]:
-    """Tokens in lines of `width` characters; what `MAX_LINES` do not hold is left out."""
+    """Tokens in at most `MAX_LINES` lines of `width` characters; the rest is left out."""
     lines: list[list[WeighedToken]] = [[]]
     for token in tokens:
         if lines[-1] and used([*lines[-1], token]) > width:
@@ -134,11 +134,11 @@ def wrap_tokens(tokens: Sequence[WeighedToken], width: int) -> list[list[Weighed
 
 
 def draw_line(axes: Any, x: float, row: int, line: Line, font_size: float, limit: float) -> None:
-    """One line: plain text, or a label and tokens on coloured ground."""
+    """Draw one line: plain text, or a label and tokens on coloured backgrounds."""
     from matplotlib.patches import Rectangle
 
     label, content = line
-    # parse_math off: a dollar sign is a dollar sign
+    # parse_math off: dollar signs are no maths
     font = {"size": font_size, "family": "DejaVu Sans Mono", "va": "center", "parse_math": False}
     if isinstance(content, str):
         axes.text(x, row + 0.5, content, color=MUTED, **font)
@@ -162,7 +162,7 @@ def drawn(text: str) -> str:
 
 
 def blend(weight: float, limit: float) -> tuple[float, ...]:
-    """White at 0, towards one colour above and another below."""
+    """RGB colour of a weight: white at 0, towards `HIGH` above and `LOW` below it."""
     from matplotlib.colors import to_rgb
 
     strength = 0.75 * min(1.0, abs(weight) / limit)

@@ -1,4 +1,4 @@
-"""Weights files that are not there yet: scored by both models, then written."""
+"""Scores the rows of unfinished weights files with both models, then writes the files."""
 
 import logging
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def run_jobs(
     tokenizer: Any,
     deadline_seconds: int | None,
 ) -> list[WeightsReport]:
-    """Score and write what is not there yet, see `estimate_weights`."""
+    """Score and write the weights files that are not finished yet, see `estimate_weights`."""
     log_counts([job.counts for job in jobs], tokenizer)
     finished = world.on_main(lambda: [job.is_finished() for job in jobs])
     unfinished = [job for job, is_done in zip(jobs, finished, strict=True) if not is_done]
@@ -43,7 +43,7 @@ def run_jobs(
         for job in unfinished:
             write_weights(job, options.weights.round)
             logger.info("wrote %s: %d rows", job.path, len(job.rows.dataset))
-        # the first split of each dataset, the one to train on where it is there
+        # report on the first split of each dataset, which is the training split if there is one
         first_jobs = {job.path.parent: job for job in reversed(jobs)}
         return [report_on(first_jobs[folder], tokenizer) for folder in reversed(first_jobs)]
 
@@ -61,7 +61,7 @@ def run_jobs(
 
 
 def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
-    """Read a weights file back and write its two pictures."""
+    """Read a weights file back, and write its `weights.html` and `weights.png`."""
     report = read_report(job.path, job.encoded, job.origin, tokenizer)
     write_html(report, job.path.with_name("weights.html"))
     plot_weights(report, job.path.with_name("weights.png"))

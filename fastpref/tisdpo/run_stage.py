@@ -1,4 +1,4 @@
-"""One stage of `task=tisdpo`, with its models in memory for as long as it takes."""
+"""Runs one stage of `task=tisdpo`; its models are in memory only while it runs."""
 
 import contextlib
 import io
@@ -18,12 +18,11 @@ from fastpref.train.task import train
 def run_stage(
     stage: Stage, folder: Path, world: World, *, inputs: dict[str, str], command: str
 ) -> None:
-    """One stage, from where an earlier start has left it; its own closing table goes to
-    `summary.txt`.
+    """Run or resume one stage; its closing table goes to `summary.txt`.
 
     Args:
-        inputs: Fingerprints of what the run is given.
-        command: What goes on with the run once it was stopped, in words.
+        inputs: Fingerprints of the run's inputs, see `take_inputs`.
+        command: How to resume a stopped run, for the message.
     """
     chat_date = inputs[CHAT_DATE]
     is_training = stage.config.task == "train"
@@ -46,5 +45,5 @@ def run_stage(
         record = {"what": stage.what, "result": result, "seconds": seconds}
         mark_done(folder, record | {"fingerprints": inputs}, table.getvalue())
 
-    # no rank starts on a stage whose input rank 0 has not finished
+    # on_main: no rank starts the next stage before rank 0 has finished this one
     world.on_main(close)

@@ -1,4 +1,4 @@
-"""The two models of an estimation: what they are, and that they speak of the same tokens."""
+"""The two models of an estimation, which must have the same vocabulary."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,17 +25,17 @@ def build_sides(
     packing: PackingConfig,
     world: World,
 ) -> list[Side]:
-    """The positive and the negative model.
+    """Resolve and check the positive and the negative model.
 
     Args:
-        weights: Names of both, and what stands beside their prompts.
-        model: The run's: precision and attention of both.
-        adapter: The run's: whether their adapters stand beside layers in 4 bits.
-        packing: How rows are to lie.
+        weights: Names of both models, and their prompt templates.
+        model: The run's model options: precision and attention of both.
+        adapter: The run's adapter options: whether the base of adapters is quantized to 4 bits.
+        packing: How rows are packed.
 
     Raises:
-        CheckpointError: one of them is missing.
-        ConfigError: one of them cannot do what an option asks for.
+        CheckpointError: a model is missing.
+        ConfigError: a model does not support an option.
     """
     assert weights.positive and weights.negative and weights.output_dir
     names = {"positive": weights.positive, "negative": weights.negative}
@@ -53,7 +53,7 @@ def build_sides(
         )
     sides = []
     for label, own in models.items():
-        # gigabytes are read once, not by every rank, and once nothing else can be wrong
+        # last, and on one rank only: it reads gigabytes of weights
         identity = world.on_main(partial(model_identity, own))
         if adapter.quantized:
             identity += ", its base in 4 bits"

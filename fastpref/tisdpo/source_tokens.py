@@ -1,4 +1,4 @@
-"""Rows of a source as the two models read them: token ids under every template."""
+"""Token ids of a source's rows as the two models read them, under every template."""
 
 import json
 from array import array
@@ -29,8 +29,9 @@ class SourceTokens(NamedTuple):
     """The tokens of a source under every template."""
 
     rows: Rows
-    """Those that there are tokens of."""
+    """The rows that were not dropped."""
     by_template: dict[str, list[EncodedRow]]
+    """Tokens of these rows, by the template's text."""
     counts: AuditCounts
 
 
@@ -43,17 +44,17 @@ def encode_under_templates(
     include_eos: bool,
     max_dropped: float,
 ) -> SourceTokens:
-    """Token ids of a source's rows as training sees them.
+    """Encode a source's rows as training would, once per template.
 
     Args:
-        templates: Texts that stand beside each prompt, the first of them "" for none.
-        tokenizer: Of both models.
-        options: Of training on the pairs as the file has them, nothing cut.
-        include_eos: Leave EOS at the end of both responses.
+        templates: Texts added to each prompt; the first is "", for none.
+        tokenizer: The tokenizer of both models.
+        options: Encoding options of training on whole pairs, without truncation.
+        include_eos: Keep EOS at the end of both responses.
         max_dropped: See `check_counts`.
 
     Raises:
-        DataError: a row has no tokens under a template, or too many are left out.
+        DataError: a row cannot be encoded under a template, or too many are dropped.
         ConfigError: the chat template cannot render any conversation.
     """
     assert templates[0] == ""
@@ -72,7 +73,7 @@ def encode_under_templates(
             if not include_eos:
                 for name in ID_COLUMNS[1:]:
                     columns[name] = [ids[:-1] for ids in columns[name]]
-            # arrays: an eighth of the memory of lists
+            # arrays take an eighth of the memory of lists
             by_template[text] += [
                 EncodedRow(*(array("i", columns[name][i]) for name in ID_COLUMNS), **scored[i])
                 for i in places
@@ -86,7 +87,7 @@ def encode_under_templates(
 
 
 def _scored_responses(columns: Columns, *, include_eos: bool) -> list[dict[str, Any]]:
-    """Of each row, which tokens of its responses are in the loss: the others get a weight of 0."""
+    """Per row, masks of the response tokens that are in the loss: others get a weight of 0."""
     end = None if include_eos else -1
     rows = zip(*(columns[name] for name in SCORED_COLUMNS), strict=True)
     return [
@@ -101,8 +102,8 @@ def _scored_responses(columns: Columns, *, include_eos: bool) -> list[dict[str, 
 def _encode_beside(
     text: str, batch: Columns, plain: Columns, tokenizer: Any, options: EncodeOptions, rows: Rows
 ) -> Columns:
-    """A batch of rows under a template's text; what has no tokens there is left out of `plain`, the
-    same batch without it."""
+    """Encode a batch of rows under a template. Rows that fail, or whose responses get other tokens
+    than in `plain`, the same batch without the template, are marked as dropped there."""
     forms = zip(batch["form"], batch["prompt"], strict=True)
     encoded = encode_batch(
         batch | {"prompt": [prompt_under(text, form, prompt) for form, prompt in forms]},

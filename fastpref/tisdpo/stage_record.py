@@ -1,4 +1,4 @@
-"""What a stage of `task=tisdpo` leaves once it is done: its result, and of what it was made."""
+"""The record of a completed stage of `task=tisdpo`: its result and fingerprints of its inputs."""
 
 import json
 import shutil
@@ -19,19 +19,19 @@ from fastpref.train.data import load_data
 from fastpref.train.resume.comparison import check_same_run
 
 MARKER = "stage.json"
-"""In a stage's folder once it is done: its seconds, its result in words, and the fingerprints of
-what the run is given."""
+"""File in a completed stage's folder: its wall time in seconds, its result in words, and the
+fingerprints of the run's inputs."""
 CHAT_DATE = "chat date"
-"""Among those fingerprints: the day of the first start, see `RunState.chat_date`."""
+"""Key among those fingerprints: the date of the first start, see `RunState.chat_date`."""
 IN_WORDS = ("what", "result", "seconds")
 
 
 def mark_done(folder: Path, record: dict[str, Any], table: str) -> None:
-    """Leave word in a stage's folder that it is done: never again is anything computed there.
+    """Mark a stage's folder as done, so that the stage is never repeated.
 
     Args:
         record: `what`, `result` and `seconds` for the closing report; `fingerprints`.
-        table: Its own closing table, for `summary.txt`; "" if it has none.
+        table: The stage's closing table, for `summary.txt`; "" if it has none.
     """
     if table:
         (folder / "summary.txt").write_text(table, encoding="utf-8")
@@ -41,12 +41,16 @@ def mark_done(folder: Path, record: dict[str, Any], table: str) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Nothing goes on inside a stage that is done."""
+    """Delete the checkpoints of a completed stage, which is never resumed."""
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def is_done(folder: Path) -> bool:
-    """Whether a stage is done; what a kill has left of its checkpoints then goes."""
+    """Whether a stage is done; if so, checkpoints left behind by a kill are deleted.
+
+    Raises:
+        CheckpointError: its record is damaged.
+    """
     if not (folder / MARKER).is_file():
         return False
     read_record(folder)
@@ -55,7 +59,7 @@ def is_done(folder: Path) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What `mark_done` has left.
+    """Read the record that `mark_done` has written.
 
     Raises:
         CheckpointError: it is damaged.
@@ -76,19 +80,19 @@ def read_record(folder: Path) -> dict[str, Any]:
 def take_inputs(
     stages: list[Stage], run_dir: Path, done: Sequence[Path], world: World
 ) -> dict[str, str]:
-    """Fingerprints of what the run is given, as it lies there now: the same for every stage.
+    """Fingerprints of the run's inputs as they are now; they must be the same for all stages.
 
     Args:
-        run_dir: Of the recipe, which keeps the day that stages tell chat templates.
+        run_dir: The recipe's folder, in which the date for chat templates is kept.
         done: Folders of the stages that are done.
 
     Raises:
-        CheckpointError: stages that are done were computed from other data, or from another model;
-            with a table of what differs.
-        FastprefError: whatever is wrong with the data or the model.
+        CheckpointError: a completed stage was computed from other data or another model; with a
+            list of the differences.
+        FastprefError: the data or the model is invalid.
     """
     [weights] = [stage for stage in stages if stage.name == "weights"]
-    # rows as pairs, as the files have them, and the model before the first stage
+    # the pairs as the files have them, and the model that the first stage starts from
     config = replace(weights.config, model=stages[0].config.model)
     told = world.on_main(lambda: begin_date(run_dir, done))
     data = load_data(config, world, chat_date=told, quiet=True)
@@ -107,7 +111,7 @@ def take_inputs(
 
 
 def begin_date(run_dir: Path, done: Sequence[Path]) -> str:
-    """The day that the chat template of a run is told, "" where none is known yet."""
+    """The date given to a run's chat template; "" if it is not known yet."""
     noted = run_dir / DATE_FILE
     if noted.is_file():
         return read_date(noted)
@@ -118,7 +122,7 @@ def begin_date(run_dir: Path, done: Sequence[Path]) -> str:
 def check_inputs(
     folder: Path, inputs: dict[str, str], options: dict[str, Any], *, allow: Sequence[str]
 ) -> None:
-    """Refuse to go on beside a stage that was computed from something else, see `take_inputs`."""
+    """Refuse to continue if a completed stage had other inputs, see `take_inputs`."""
     before = read_record(folder).get("fingerprints", {})
     check_same_run(
         folder,

@@ -1,4 +1,4 @@
-"""The stages of `task=tisdpo`: each is a task that exists by itself, with a config of its own."""
+"""The stages of `task=tisdpo`: each is a task that can run on its own, with its own config."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from fastpref.config import (
 from fastpref.errors import ConfigError
 
 ADAPTED_CONTRAST = 4.0
-"""Adapters move as far as all weights do at a higher learning rate, and come to rest where it goes
-down to zero: `benchmarks/planted_weights.py` compares how well the weights of both tell planted
-tokens."""
+"""Factor on the learning rate of contrastive adapters, which need a higher rate than all weights to
+move as far, and one that decays to zero to settle. `benchmarks/planted_weights.py` compares how
+well token weights from both find planted tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,24 +27,24 @@ class Stage:
     """One task of the run."""
 
     name: str
-    """Of its subfolder."""
+    """Name of its subfolder."""
     what: str
-    """For the log and the closing report."""
+    """Description for the log and the closing report."""
     config: Config
 
 
 def first_stage(options: StagesConfig) -> str:
-    """The subfolder of the stage that comes first."""
+    """Name of the first stage."""
     if options.sft_first:
         return "sft"
     return "weights" if options.contrast == "prompt" else "positive"
 
 
 def build_stages(config: Config, run_dir: Path) -> list[Stage]:
-    """The stages in their order, each with its own checked config.
+    """The stages in order, each with its own validated config.
 
     Raises:
-        ConfigError: an option of the run makes no sense in a stage.
+        ConfigError: an option of the run is invalid in a stage.
     """
     try:
         return list(_Recipe(config, run_dir).stages())
@@ -53,14 +53,14 @@ def build_stages(config: Config, run_dir: Path) -> list[Stage]:
 
 
 class _Recipe(NamedTuple):
-    """What the stages are derived from."""
+    """Derives the stages from the config of the run."""
 
     config: Config
     run_dir: Path
 
     def stages(self) -> Iterator[Stage]:
         config, options = self.config, self.config.stages
-        # what the next stage reads is not rounded; only the last model is the user's
+        # only the last model is saved in the user's dtype: stages must not read rounded weights
         model = replace(config.model, save_dtype=None)
         if options.sft_first:
             yield self.training(
@@ -85,15 +85,15 @@ class _Recipe(NamedTuple):
         )
 
     def training(self, name: str, what: str, **changes: Any) -> Stage:
-        """A run of `task=train` in the subfolder `name`."""
+        """A stage of `task=train` in the subfolder `name`, with `changes` to the run's options."""
         config = self.config
         options: dict[str, Any] = {
             "task": "train",
             "run_dir": str(self.run_dir / name),
-            # a stage that was stopped goes on inside
+            # a stopped stage resumes from its own checkpoint
             "resume": replace(config.resume, path="auto"),
             "exp_name": f"{config.exp_name or config.computed_exp_name()}_{name}",
-            # only what the last policy says is worth reading
+            # only samples of the last policy are of interest
             "sample_during_eval": False,
             "adapter": replace(config.adapter, merge=False),
             "reverse_dataset": False,
@@ -101,10 +101,10 @@ class _Recipe(NamedTuple):
         return Stage(name=name, what=what, config=replace(config, **(options | changes)))
 
     def contrast(self, model: ModelConfig) -> list[Stage]:
-        """The trainings of the positive and the negative model; none where prompts tell them apart.
+        """The stages that train the positive and the negative model; none with contrast=prompt.
 
-        The pairs are taken as the files have them, whatever `reverse_dataset` says: it is the
-        loader that turns weights and texts round together.
+        They use the pairs as the files have them, whatever `reverse_dataset` says: the loader of
+        the last stage reverses weights and texts together.
         """
         config, options = self.config, self.config.stages
         if options.contrast == "prompt":
@@ -138,7 +138,7 @@ class _Recipe(NamedTuple):
         ]
 
     def weights(self, model: ModelConfig) -> Stage:
-        """The run of `task=estimate_weights` in the subfolder `weights`."""
+        """The stage of `task=estimate_weights` in the subfolder `weights`."""
         start = model.archive or model.name_or_path
         positive, negative = start, start
         what = "token weights from one model under two prompts"
@@ -152,7 +152,7 @@ class _Recipe(NamedTuple):
             output_dir=str(self.run_dir / "weights"),
             suffix="",
         )
-        # a loss without weights: the rows have none yet
+        # a loss that needs no token weights, which the rows do not have yet
         changed = replace(
             self.config, task="estimate_weights", loss=DPOConfig(), model=model, weights=weights
         )
@@ -160,5 +160,5 @@ class _Recipe(NamedTuple):
 
 
 def trained_model(model: ModelConfig, run_dir: Path) -> ModelConfig:
-    """The model that a training stage leaves, with the precision of the run's."""
+    """Options of the model that a training stage has exported, with the run's precision."""
     return replace(model, name_or_path=str(run_dir), archive=None, revision=None)

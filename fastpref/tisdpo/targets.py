@@ -1,4 +1,4 @@
-"""Which files an estimation writes, and that none of them is anybody else's."""
+"""The files that an estimation writes, none of which may replace a file of another kind."""
 
 import os
 from collections.abc import Sequence
@@ -11,12 +11,11 @@ from fastpref.tisdpo.jobs import JobOptions
 
 
 def one_for_each_file(sources: Sequence[Rows], options: JobOptions) -> list[Rows]:
-    """The sources whose weights are written: one of those that are the same file twice, as two
-    splits of one name are.
+    """The sources to write weights files for: of splits that read the same file, only one.
 
     Raises:
-        ConfigError: two sources have one file of weights, or one would take the place of rows that
-            are read or of a file that is no estimation's.
+        ConfigError: two different sources have the same weights file, or one would replace rows
+            that are read or a file that no estimation wrote.
     """
     read = {os.path.realpath(path) for rows in sources for path in rows.location.paths}
     written: dict[Path, Rows] = {}
@@ -45,5 +44,5 @@ def _is_of_an_estimation(path: Path) -> bool:
     try:
         return read_origin(path) is not None
     except DataError:
-        # of one whose record is damaged
+        # written by an estimation, though its record is damaged
         return True

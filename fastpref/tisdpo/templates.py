@@ -1,4 +1,4 @@
-"""Contrastive prompting, TIS-DPO(P): what a model reads beside the prompt."""
+"""Contrastive prompting, TIS-DPO(P): texts that are added to a prompt."""
 
 from typing import Any
 
@@ -9,28 +9,28 @@ ROLE_SENTENCES = {
     "harmless": "You are a considerate assistant whose answers are helpful and harmless.",
     "harmful": "You are a careless assistant whose answers are unhelpful and harmful.",
 }
-"""The templates that have a name."""
+"""Templates by name."""
 
 PLACEHOLDER = "{prompt}"
 
 
 def template_text(template: str) -> str:
-    """The text of a template given by name or as it is."""
+    """The text of a template, which is given by name or as text."""
     return ROLE_SENTENCES.get(template, template)
 
 
 def apply_to_text(text: str, prompt: str) -> str:
-    """The prompt under a template's text: in the place of {prompt}, else after a blank line."""
+    """Apply a template: the prompt replaces {prompt}, or follows the text after a blank line."""
     if PLACEHOLDER in text:
         return text.replace(PLACEHOLDER, prompt)
     return f"{text}\n\n{prompt}" if text else prompt
 
 
 def apply_to_messages(text: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation under a template's text.
+    """Apply a template to a conversation.
 
-    With {prompt} the text goes around the last message of the user; without, it is the system
-    message, or stands before the one that is there: many chat templates take no second one.
+    A text with {prompt} is put around the user's last message. Any other text becomes the system
+    message, or is prepended to it if there is one: many chat templates do not take a second one.
     """
     if not text:
         return messages
@@ -47,6 +47,6 @@ def apply_to_messages(text: str, messages: list[dict[str, Any]]) -> list[dict[st
 
 
 def _content(message: dict[str, Any]) -> str:
-    # beside tool calls there may be none
+    # a message with tool calls may have no content
     content = message.get("content")
     return "" if content is None else content_text(content)

@@ -1,4 +1,4 @@
-"""A file of weights: what is known of it before it is written, and how it is."""
+"""A weights file: what is known before it is written, and how it is written."""
 
 import hashlib
 import json
@@ -27,59 +27,60 @@ from fastpref.token_weights import token_digest
 from fastpref.train.run_folder import locked
 
 DATE_FILE = "date"
-"""Beside a source's shards: the day that the chat template is told."""
+"""File among a source's shards with the date given to the chat template."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceJob:
-    """One file of weights to write."""
+    """One weights file to write."""
 
     rows: Rows
     path: Path
     encoded: Sequence[EncodedRow]
-    """Its rows without a template."""
+    """Tokens of its rows without a template."""
     counts: AuditCounts
     shards: dict[str, Shards]
-    """By label of the side."""
+    """Log-probabilities of each model, by label: positive, negative."""
     origin: WeightsOrigin
+    """The record to write beside the file."""
 
     def is_finished(self) -> bool:
-        """Whether the file is there with exactly these weights."""
+        """Whether the file exists with exactly these weights."""
         origin = known_origin(self.path)
         return (
             origin is not None
             and self.path.is_file()
             and origin.fingerprint == self.origin.fingerprint
             and origin.size_bytes == self.path.stat().st_size
-            # last, as it reads the source once more
+            # last, as it reads the whole source again
             and origin.records == records_digest(self.rows)
         )
 
     def keep_date(self) -> None:
-        """Note the day, so that a run which goes on tomorrow renders the same prompts."""
+        """Write down the date, so that a run resumed on another day renders the same prompts."""
         if self.origin.chat_date is not None:
             with complete_file(shards_folder(self.path) / DATE_FILE) as file:
                 file.write(self.origin.chat_date)
 
     def drop_remains(self) -> None:
-        """Remove what kills have left beside a file that is written: shards, and half a file."""
+        """Remove what a kill has left beside a finished file: shards, and incomplete files."""
         for name in (f"{self.path.name}.complete", f"{self.path.name}.complete.partial"):
             self.path.with_name(name).unlink(missing_ok=True)
         for shards in self.shards.values():
             shutil.rmtree(shards.folder, ignore_errors=True)
         folder = shards_folder(self.path)
-        # those of other models or settings are gone on with
+        # shards of other models or settings stay, to be resumed
         if folder.is_dir() and {path.name for path in folder.iterdir()} <= {DATE_FILE}:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def writing_alone(paths: Sequence[Path], world: World) -> Iterator[None]:
-    """While entered, no other process writes weights files beside these.
+    """While entered, the folders of these weights files are locked against other processes.
 
     Raises:
-        ConfigError: another one does.
-        CheckpointError: a folder cannot be made.
+        ConfigError: another process writes there.
+        CheckpointError: a folder cannot be created.
     """
 
     def make(folder: Path) -> None:
@@ -94,12 +95,13 @@ def writing_alone(paths: Sequence[Path], world: World) -> Iterator[None]:
 
 
 def shards_folder(path: Path) -> Path:
-    """Where the shards of a weights file lie until it is written."""
+    """The folder of a weights file's shards until the file is written."""
     return path.with_name(f"{path.stem}.shards")
 
 
 def known_origin(path: Path) -> WeightsOrigin | None:
-    """The record beside a weights file; none where it is damaged: the file is estimated anew."""
+    """The record beside a weights file; None if it is damaged, so that the file is estimated
+    again."""
     try:
         return read_origin(path)
     except DataError:
@@ -107,24 +109,24 @@ def known_origin(path: Path) -> WeightsOrigin | None:
 
 
 def written_date(path: Path) -> str:
-    """The day that a weights file was estimated for, "" where none is known."""
+    """The date given to the chat template for a written weights file; "" if none is known."""
     origin = known_origin(path)
     return origin.chat_date or "" if origin else ""
 
 
 def begun_date(path: Path) -> str:
-    """The day on which the estimation of a weights file began, that of its shards; "": none did."""
+    """The date kept with the shards of a weights file that was begun; "" if none was."""
     noted = shards_folder(path) / DATE_FILE
     return read_date(noted) if noted.is_file() else ""
 
 
 def write_weights(job: SourceJob, decimals: int | None) -> None:
-    """Write the source's records with their weights and the record beside them; drop the shards.
+    """Write the source's records with their weights, and the file's own record; delete the shards.
 
-    The old file goes before the new record comes: no moment has one beside the other's.
+    The old file is deleted before the new record is written, so a file never has another's record.
 
     Raises:
-        DataError: the source is no longer what was read.
+        DataError: the source has changed since it was read.
     """
     good, bad = (job.shards[label].read() for label in ("positive", "negative"))
     complete, digest = job.path.with_name(f"{job.path.name}.complete"), hashlib.sha256()
@@ -145,17 +147,17 @@ def write_weights(job: SourceJob, decimals: int | None) -> None:
 def digested(
     records: Iterator[dict[str, Any]], digest: "hashlib._Hash"
 ) -> Iterator[dict[str, Any]]:
-    """Records as they come, each of which goes into a digest."""
+    """Pass records through, adding each to a digest."""
     for record in records:
         digest.update(record_line(record).encode())
         yield record
 
 
 def records_digest(rows: Rows) -> str:
-    """Digest of a source's records, wherever they lie.
+    """Digest of a source's records, independent of their location.
 
     Raises:
-        DataError: the source is no longer what was read.
+        DataError: the source has changed since it was read.
     """
     digest = hashlib.sha256()
     for _ in digested(rows.records(), digest):
@@ -164,23 +166,23 @@ def records_digest(rows: Rows) -> str:
 
 
 def record_line(record: dict[str, Any]) -> str:
-    """A record as a line of JSON; dates, bytes and decimals of a parquet file as text."""
+    """A record as a line of JSON; dates, bytes and decimals of a parquet file become text."""
     line = json_text(record) + "\n"
     try:
         line.encode()
     except UnicodeEncodeError:
-        # half a surrogate pair in a column that nobody reads: JSON can spell it, UTF-8 cannot
+        # a lone surrogate in an unused column: escaped in JSON, as UTF-8 cannot encode it
         return json.dumps(json.loads(line)) + "\n"
     return line
 
 
 def digest_of(row: EncodedRow, includes_eos: bool) -> str:
-    """`token_digest` of the tokens that training sees: without template, without EOS."""
+    """`token_digest` of the tokens that training compares: without template and EOS."""
     end = -1 if includes_eos else None
     return token_digest(row.prompt_ids, row.chosen_ids[:end], row.rejected_ids[:end])
 
 
 def weigh(good: NDArray[np.float32], bad: NDArray[np.float32], decimals: int | None) -> list[float]:
-    """log π⁻ - log π⁺ of each token, subtracted in float64, rounded as Python rounds."""
+    """log π⁻ - log π⁺ of each token, computed in float64 and rounded to `decimals` by `round`."""
     weights = (bad.astype(np.float64) - good.astype(np.float64)).tolist()
     return weights if decimals is None else [round(weight, decimals) for weight in weights]

@@ -1,5 +1,5 @@
-"""Training: one loop, and what a run leaves behind.
+"""Training: one loop, and the run folder it fills.
 
-Enters: a checked config. Leaves: a run folder with metrics, curves and the trained model. To be
-changed here: what happens between two steps. A loss, a data source or a model family never is.
+Enters: a validated config. Leaves: a run folder with metrics, curves and the trained model. To be
+changed here: what happens between two steps. Losses, data sources and model families are elsewhere.
 """

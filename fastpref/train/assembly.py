@@ -1,4 +1,4 @@
-"""A run's parts put together: what they train, then the folder and the log."""
+"""Assembles a run from its parts: loaders, optimizer and state, then the run folder and the log."""
 
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +21,8 @@ from fastpref.train.workload import Workload
 
 
 def place_of(world: World, *, recomputes: bool) -> str:
-    """What the memory that a token takes, and that there is, depends on between two starts."""
+    """Describes what decides how many tokens fit in memory: another start with the same text can
+    reuse the number."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     keeps = "block inputs" if recomputes else "activations"
@@ -31,7 +32,7 @@ def place_of(world: World, *, recomputes: bool) -> str:
 def export_of(
     model: ModelConfig, adapter: AdapterConfig, data: Data, world: World
 ) -> ExportPlan | None:
-    """What the trained model will be written as, on rank 0.
+    """The plan of the exported model; None on every rank but 0.
 
     Args:
         model, adapter: The run's options.
@@ -50,11 +51,11 @@ def export_of(
 
 
 class Parts(NamedTuple):
-    """What a run is made of."""
+    """The parts that a run is made of."""
 
     config: Config
     model: ModelConfig
-    """Its options with the arithmetic of this device."""
+    """The model options, with dtypes resolved for this device."""
     world: World
     start: Start
     data: Data
@@ -64,21 +65,22 @@ class Parts(NamedTuple):
     work: Workload
 
     def assemble(self, fingerprints: dict[str, str]) -> Run:
-        """Loaders, updates and state, then folder and log: what fails until then leaves none."""
+        """Build loaders, optimizer and state, then folder and log: an earlier failure leaves no
+        folder."""
         config, world, policy = self.config, self.world, self.pair.policy
         limit = config.packing.token_limit
         loaders = build_loaders(
             self.data,
             self.work.layout,
             num_embeddings=policy.num_embeddings,
-            # auto decides by itself how a step is divided
+            # with packing.max_tokens=auto the fitted limit alone divides a step
             min_micro_batches=1 if limit is None else config.gradient_accumulation_steps,
         )
         announce_adapters(policy, config.adapter)
         announce_tokens(loaders.train, world)
         num_steps = loaders.train.order.num_steps
         updates = self.updates(num_steps)
-        # the policy is still the model that training starts from
+        # scored before the checkpoint is loaded, while the policy still equals the initial model
         loaders = self.with_reference(loaders, fingerprints["model"])
         state = self.start.load(policy, updates, world.device)
         if limit is None:
@@ -118,7 +120,7 @@ class Parts(NamedTuple):
         )
 
     def with_reference(self, loaders: Loaders, digest: str) -> Loaders:
-        """Loaders that know of the reference what is to be known beforehand."""
+        """The loaders, with the reference's log-probabilities if these are cached beforehand."""
         config = self.config
         if not config.caches_reference:
             return loaders
@@ -133,7 +135,7 @@ class Parts(NamedTuple):
         )
 
     def updates(self, num_steps: int) -> Updates:
-        """What trains the policy."""
+        """The policy's optimizer and schedule."""
         config = self.config
         return build_updates(
             self.pair.policy,

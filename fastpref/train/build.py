@@ -1,4 +1,4 @@
-"""A run put together: data, models, what trains them, the checkpoint to go on from, and the log."""
+"""Builds a run: data, models, optimizer, the checkpoint to resume from, and the log."""
 
 from dataclasses import asdict
 from functools import partial
@@ -18,14 +18,14 @@ from fastpref.train.workload import build_workload
 
 
 def build_run(config: Config, world: World, start: Start, chat_date: str = "") -> Run:
-    """Everything a run needs, in the order in which mistakes are cheap to find: data, then models.
+    """Everything a run needs, cheap checks first: options, then data, then models.
 
     Args:
-        chat_date: The day that a new run tells a chat template which prints it; "": today.
+        chat_date: The date that a new run gives to a chat template that prints it; "": today.
 
     Raises:
-        FastprefError: whatever is wrong with the config, the data or the model, or does not go
-            with the checkpoint.
+        FastprefError: the config, the data or the model is invalid, or does not match the
+            checkpoint.
     """
     start.check_options(asdict(config), allow=config.resume.allow)
     world.on_main(partial(check_run_dir, start, config.to_yaml()))
@@ -43,7 +43,7 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
     data.twin.check_longest(data.longest, is_kept=config.caches_reference)
     fingerprints: dict[str, str] = {}
     if start.checkpoint is not None:
-        # before models are loaded for nothing
+        # a mismatch is refused before models are loaded
         fingerprints = data.fingerprints(config.model, world)
         start.check(asdict(config), fingerprints, allow=config.resume.allow)
         start.check_length(data.train_order.num_steps)

@@ -1,4 +1,4 @@
-"""When a run's state is saved, and what is said of it."""
+"""When a run's state is saved, and what the log says about each save."""
 
 import logging
 import math
@@ -21,21 +21,21 @@ from fastpref.train.run import Run
 logger = logging.getLogger("fastpref")
 
 WRITE_RATE = 200 * 2**20
-"""Bytes a second that a save is expected to write before there was one."""
+"""Bytes per second that the first save is expected to write."""
 COPY_SHARE = 0.5
-"""Of the host's free memory that copies may take where mode=auto decides."""
+"""Share of the available host memory that copies may take with checkpoint.mode=auto."""
 
 
 class Checkpoints:
-    """Saves a run's state when it is due.
+    """Saves a run's state when a save is due.
 
     Every rank has one and makes the same calls in the same order.
 
     Args:
-        run: Whose state.
-        store: Where to.
-        options: When.
-        deadline: Told how long a save takes.
+        run: The run whose state is saved.
+        store: Where checkpoints are written.
+        options: When to save.
+        deadline: Is told how long a save takes.
     """
 
     def __init__(
@@ -50,34 +50,34 @@ class Checkpoints:
         self._metrics = dict(start.manifest.metrics) if start else {}
 
     def after_evaluation(self, evaluation: Record | None, stop: StopRequest) -> None:
-        """After an evaluation that comes before the first step of this start: the beginning's, or
-        one that an earlier start did not finish. Where it is the best so far, its numbers are added
-        to the checkpoint of this step, or there is one now."""
+        """Call after an evaluation before the first step of this start, be it the initial one or
+        one that an earlier start did not finish. If it is the best so far, and not at step 0, its
+        metrics are added to the checkpoint of this step, which is saved if there is none."""
         if evaluation is not None and self._run.state.step and self._is_best(evaluation):
             self.save(stop)
 
     def after_step(self, evaluation: Record | None, stop: StopRequest) -> None:
-        """Save if it is time to.
+        """Save if a checkpoint is due after this step.
 
         Args:
-            evaluation: The numbers of an evaluation after this step, None if there was none.
-            stop: Where a file cannot be written.
+            evaluation: Metrics of an evaluation after this step; None if there was none.
+            stop: Is told of a file that cannot be written.
         """
         state, every = self._run.state, self._options.every
         self._hear(self._store.poll())
         is_best = evaluation is not None and self._is_best(evaluation)
         if state.step == self._run.train.order.num_steps:
-            # saved at the end
+            # `finish` saves it
             return
         if is_best or (every and state.step % every == 0):
             self.save(stop)
 
     def save(self, stop: StopRequest, *, last: bool = False) -> None:
-        """Save the state as it stands; a step that is not finite is not part of it.
+        """Save the current state, but not at step 0 or once steps are no longer applied.
 
         Args:
-            stop: Where a file cannot be written.
-            last: Training is over: it is written when this returns, and takes no copy.
+            stop: Is told of a file that cannot be written.
+            last: Training is over: write it before this returns, without a copy.
         """
         run, state = self._run, self._run.state
         if run.updates.guard.first_bad_step() or not state.step:
@@ -105,7 +105,7 @@ class Checkpoints:
         self._hear(self._store.wait())
 
     def raise_if_unsaved(self) -> None:
-        """End a run whose last state could not be saved, now that its model was.
+        """Fail a run whose last state could not be saved, after its model was exported.
 
         Raises:
             CheckpointError: the last save failed.
@@ -122,13 +122,13 @@ class Checkpoints:
             seconds = report.standstill_seconds
             if self._store.asynchronous:
                 seconds += report.write_seconds
-            # as long again for the model
+            # twice: exporting the model takes about as long again
             self._deadline.expect(2 * seconds)
             if self._run.world.is_main:
                 say(report)
 
     def _is_best(self, evaluation: Record) -> bool:
-        """Whether an evaluation is the best so far, by the metric that was asked for."""
+        """Whether an evaluation is the best so far by `checkpoint.keep_best`; keeps its metrics."""
         self._metrics = {
             name: value for name, value in evaluation.items() if isinstance(value, float)
         }
@@ -136,7 +136,7 @@ class Checkpoints:
         if best is None:
             return False
         state, value = run.state, self._metrics[best.metric]
-        # of another metric or other rows, an earlier best says nothing
+        # an earlier best of another metric or other rows cannot be compared
         best_of = f"{best.metric} of {run.fingerprints[HELD_OUT]}"
         before = state.best if state.best_of == best_of else None
         sign = 1 if best.higher_is_better else -1
@@ -148,13 +148,13 @@ class Checkpoints:
 
 @contextmanager
 def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
-    """The checkpoints of a run; at the end a save in flight is written."""
+    """Open the checkpoints of a run; on exit, wait for a save in flight."""
     options = run.config.checkpoint
     num_bytes = estimate_bytes(run.policy, run.updates.optimizer, run.world.size)
     deadline.expect(num_bytes / WRITE_RATE)
     on_gpu = run.world.device.type == "cuda"
     can = writes_beside(options.mode, num_bytes // run.world.size, pinned=on_gpu)
-    # on a machine with less memory, or with more ranks, it may not
+    # all ranks agree: on a machine with less memory or more ranks the copy may not fit
     asynchronous = run.world.agree_max(int(not can)) == 0
     if run.world.is_main:
         announce(run, num_bytes, asynchronous=asynchronous)
@@ -171,12 +171,13 @@ def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
 
 
 def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
-    """Whether state is copied and written while training goes on.
+    """Whether checkpoints are copied to host memory and written while training continues.
 
     Args:
         mode: async, sync or auto.
-        num_bytes: Of this rank's copy.
-        pinned: In page-locked memory, of which torch takes powers of two: twice as much, at most.
+        num_bytes: Size of this rank's copy.
+        pinned: Whether it is in pinned memory, which torch allocates in powers of two: at most
+            twice as much.
     """
     num_bytes *= 2 if pinned else 1
     fits = num_bytes < COPY_SHARE * available_to_rank()
@@ -184,14 +185,14 @@ def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
 
 
 def best_by(metric: str | None) -> Best | None:
-    """What makes a checkpoint the best one, by the name of a metric."""
+    """How the best checkpoint is chosen, by the name of a metric; None: no best one is kept."""
     if metric is None:
         return None
     return Best(metric, higher_is_better=not metric.startswith(("loss", "kl")))
 
 
 def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:
-    """Say how large checkpoints will be, before the first one."""
+    """Log when checkpoints are saved and how large they will be; warn if they will not fit."""
     options = run.config.checkpoint
     gib, free = num_bytes / 2**30, free_bytes(run.run_dir) / 2**30
     rhythm = f"every {options.every} steps and at the end" if options.every else "at the end"
@@ -207,7 +208,7 @@ def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:
         run.run_dir / CHECKPOINTS,
         free,
     )
-    # the next one is written before the oldest goes
+    # a new one is written before the oldest is deleted
     if (options.keep + 1) * gib > free:
         logger.warning(
             "%d checkpoints of %.2f GiB do not fit into %.1f GiB: set checkpoint.keep, or "
@@ -219,7 +220,7 @@ def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:
 
 
 def say(report: SaveReport) -> None:
-    """One line on a save."""
+    """Log the outcome of a save in one line."""
     if report.error is not None:
         logger.error("NO CHECKPOINT: %s; training goes on", report.error)
         return

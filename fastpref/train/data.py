@@ -1,4 +1,4 @@
-"""The data of a run: read, encoded, in its order, and how its rows become batches."""
+"""The data of a run: rows read, encoded and ordered, and the loaders that batch them."""
 
 import logging
 from dataclasses import replace
@@ -22,7 +22,7 @@ logger = logging.getLogger("fastpref")
 
 
 class Data(NamedTuple):
-    """What is known of the data before there is a model."""
+    """The data of a run, ready before any model weights are loaded."""
 
     train: PreferenceSplit
     train_order: GlobalOrder
@@ -30,38 +30,39 @@ class Data(NamedTuple):
     eval_order: GlobalOrder | None
     tokenizer: Any
     chat_template: str | None
-    """Jinja text that replaces the tokenizer's own; None if none does."""
+    """Jinja text that replaces the tokenizer's own template; None: the tokenizer's is used."""
     digests: dict[str, str]
-    """Of rows and tokenizer, see `take_digests`."""
+    """Digests of rows and tokenizer, see `take_digests`."""
     chat_date: str
-    """The day that a chat template which prints the date was told."""
+    """The date given to a chat template that prints it."""
     twin: Twin
-    """The model, without its weights."""
+    """The model without its weights."""
 
     @property
     def texts(self) -> tuple[Any, str | None]:
-        """What turns texts into tokens: tokenizer and chat template."""
+        """Tokenizer and chat template, which turn texts into tokens."""
         return self.tokenizer, self.chat_template
 
     def fingerprints(self, model: ModelConfig, world: World) -> dict[str, str]:
-        """What tells rows, tokenizer and model from others."""
+        """Digests that identify rows, tokenizer and model."""
         return self.digests | {"model": take_model_digest(model, world)}
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Length of the longest sequence of both splits, in tokens."""
         return max(split.audit.longest_tokens for split in (self.train, self.eval) if split)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are trained on in the whole run, a prompt once for each row; about."""
+        """Approximate number of tokens that the whole run trains on, counting a prompt once per
+        row."""
         audit = self.train.audit
         of_row = (audit.prompt_tokens + audit.response_tokens) / audit.kept
         return int(of_row * self.train_order.num_steps * self.train_order.batch_size)
 
 
 class Loaders(NamedTuple):
-    """All rows that a run reads, as batches."""
+    """The loaders of a run's two splits."""
 
     train: Loader
     eval: Loader | None
@@ -70,17 +71,17 @@ class Loaders(NamedTuple):
 def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool = False) -> Data:
     """Read and encode the train and test splits, rank 0 first so that the others find its cache.
 
-    Rows are validated before the tokenizer is loaded, and everything before any model.
+    Rows are validated before the tokenizer is loaded, and everything before any model weights.
 
     Args:
-        chat_date: What a chat template that prints the date is told; "": today, by rank 0's clock.
-        quiet: Without a word on what there is.
+        chat_date: The date for a chat template that prints it; "": today, by rank 0's clock.
+        quiet: Log nothing about the data.
     """
     quiet = quiet or not world.is_main
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
     main_first(world, lambda: read_splits(options, splits, quiet=quiet))
-    # to make tokens of many rows takes an hour
+    # the model is checked first: tokenizing many rows takes an hour
     options_of_model = config.model, config.adapter, config.packing
     twin = check_options(*options_of_model, trainable=True, world=world)
     world.on_main(partial(check_files, config.model))
@@ -124,7 +125,13 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
 def build_loaders(
     data: Data, layout: RowLayout, *, num_embeddings: int, min_micro_batches: int
 ) -> Loaders:
-    """How the rows of each split become batches."""
+    """Build the loader of each split.
+
+    Args:
+        layout: How rows are packed or padded, and how many tokens are computed at once.
+        num_embeddings: Rows of the model's embedding, which must contain the padding token.
+        min_micro_batches: Least number of micro-batches of a training step.
+    """
     filler = pad_token_id(data.tokenizer, num_embeddings)
     train = Loader(
         data=data.train,

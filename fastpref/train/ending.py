@@ -1,4 +1,4 @@
-"""The end of a run, wherever it comes: state, model, curves and table, and why it was not later."""
+"""The end of a run, complete or stopped: save state and model, show results, raise its cause."""
 
 import torch.distributed as dist
 
@@ -11,34 +11,34 @@ from fastpref.train.run import Run
 
 
 def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: str) -> float:
-    """Save and say what there is.
+    """Save the last state, export the model, and show the results.
 
     Args:
-        run: That ends.
-        checkpoints, stop: Of the run.
-        command: What goes on with it, in words.
+        run: The run that ends.
+        checkpoints, stop: Those of the run.
+        command: How to resume the run, for the message.
 
     Returns:
-        Its seconds, those of earlier starts included.
+        Wall time of the training in seconds, earlier starts included.
 
     Raises:
         NonFiniteError: a step was not finite; nothing was saved since.
-        CheckpointError: a file could not be written, though the model was.
-        InterruptionError, PreemptionError: a signal came, and everything was saved.
+        CheckpointError: a file could not be written, or the last state not saved.
+        InterruptionError, PreemptionError: the run was asked to stop, and everything was saved.
     """
     raise_if_not_finite(run)
     with stop.if_unwritable():
         run.log.flush()
-    # first what cannot be had again
+    # the state first: it is the one thing that cannot be recovered
     checkpoints.finish(stop)
     what_is_saved, lost = f"the model so far is in {run.run_dir / 'LATEST'}", None
     seconds = run.state.seconds + run.seconds()
     try:
         export_model(run.policy, run.export, run.run_dir, run.world)
-        # curves take longer than ranks may wait for one another in a collective
+        # on_main: drawing curves may take longer than the timeout of a collective
         run.world.on_main(lambda: show_results(run.log.records, run.run_dir, seconds))
     except dist.DistError as error:
-        # a torchrun that was killed has taken the ranks' store along
+        # a torchrun that was killed hosted the ranks' store
         what_is_saved, lost = f"the state is saved in {run.run_dir}", error
     checkpoints.raise_if_unsaved()
     stop.raise_if_requested(

@@ -1,4 +1,4 @@
-"""Held-out means of the policy as it stands, and samples of it."""
+"""Evaluation of the current policy on held-out rows: mean metrics and samples."""
 
 import logging
 import time
@@ -28,10 +28,11 @@ logger = logging.getLogger("fastpref")
 
 
 def evaluate(run: Run, stop: StopRequest) -> Record | None:
-    """Held-out means (and samples) of the policy as it stands; one line of metrics.jsonl.
+    """Evaluate the current policy on the held-out rows: one line of metrics.jsonl, and samples.
 
     Returns:
-        That line, on every rank; None if it was asked to stop before the end, or there is no split.
+        The record of that line, on every rank; None if there are no held-out rows, the run was
+        asked to stop before the end, or the samples could not be written.
     """
     if run.eval is None:
         return None
@@ -59,7 +60,7 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     seconds = time.perf_counter() - started
     record: Record = {"step": step, "examples": examples, "split": "eval"}
     record |= {name_for_split(name, "eval"): mean for name, mean in zip(names, means, strict=True)}
-    # of the next update, and of the run so far
+    # lr is that of the next update, peak memory that of the run so far
     record |= {"lr": run.updates.lr, "peak_memory_gib": peak_memory_gib(run.world.device)}
     record |= {"examples_per_second": count / seconds, "tokens_per_second": num_tokens / seconds}
     if run.world.is_main:
@@ -74,7 +75,7 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
 
 
 def held_out_metrics(run: Run, step_batches: StepBatches) -> list[Metrics]:
-    """Metrics of every micro-batch of held-out rows."""
+    """Metrics of each micro-batch of held-out rows."""
     metrics = []
     for host_batch in step_batches.batches:
         batch = host_batch.to(run.world.device)
@@ -85,11 +86,11 @@ def held_out_metrics(run: Run, step_batches: StepBatches) -> list[Metrics]:
 
 
 def sample(run: Run, stop: StopRequest) -> bool:
-    """Samples of the policy and, before the first update, of the reference, to samples.jsonl.
+    """Sample from the policy and, before the first update, the reference, into samples.jsonl.
 
     Returns:
-        False if it was asked to stop before the end, or the disk did not take them: the next start
-        draws them again.
+        False if the run was asked to stop before the end, or the file could not be written: the
+        next start samples again.
     """
     assert run.eval is not None
     config, dataset = run.config, run.eval.data.dataset
@@ -120,7 +121,7 @@ def sample(run: Run, stop: StopRequest) -> bool:
 
 
 def keep_samples(run: Run, samples: dict[str, list[str]], rows: dict[str, Any]) -> None:
-    """Write samples beside the prompts and chosen responses of their rows, and show the first.
+    """Write samples with the prompts and chosen responses of their rows, and log the first.
 
     Raises:
         CheckpointError: they cannot be written.

@@ -1,4 +1,5 @@
-"""A reference that is known before the first step: what a run's loaders add to their rows."""
+"""A cached reference: its log-probabilities are computed before the first step, and the loaders add
+them to the rows."""
 
 import hashlib
 import json
@@ -22,18 +23,19 @@ from fastpref.train.data import Loaders
 
 
 class Origin(NamedTuple):
-    """The model that a reference is, and how it computes."""
+    """Identity of a reference model, and how it computes."""
 
     model: ModelConfig
     digest: str
-    """Of its weights."""
+    """Digest of its weights."""
     quantized: bool
-    """Its layers are in 4 bits."""
+    """Whether its linear layers are quantized to 4 bits."""
 
     def facts(self, policy: TokenScorer) -> dict[str, Any]:
-        """All that log-probabilities depend on beside a row's tokens, but for rounding."""
+        """Everything besides a row's tokens that its log-probabilities depend on, except for
+        rounding."""
         libraries = ["torch", "transformers"]
-        # merged into weights in 16 bits, an adapter is another model than beside them
+        # an adapter merged into 16-bit weights is rounded, so it computes another model
         beside = policy.adapters is not None and policy.adapters.continued
         libraries += ["peft"] * beside + ["bitsandbytes"] * self.quantized
         return {
@@ -57,20 +59,21 @@ def know_reference(
     repetition: Repetition,
     deadline_seconds: int | None,
 ) -> Loaders:
-    """Score the rows of a run that no run before it scored.
+    """Score the rows of a run that are not in the cache yet.
 
     Args:
-        policy: As training starts from it.
-        origin: What that is.
-        folder: Of all models' log-probabilities.
-        repetition: What to do where memory runs out.
-        deadline_seconds: Since the start of the command, when what was scored has to be saved.
+        policy: The model before its first update, which is the reference.
+        origin: Its identity.
+        folder: The cache folder, shared by all models.
+        repetition: Recomputes in smaller micro-batches when memory runs out.
+        deadline_seconds: Deadline for saving, in seconds after the start of the command; None: no
+            deadline.
 
     Returns:
-        Loaders whose rows have the reference's log-probabilities beside them.
+        Loaders that add the reference's log-probabilities to their rows.
 
     Raises:
-        CheckpointError: processes see different folders.
+        CheckpointError: ranks see different contents of the folder.
         CheckpointError, InterruptionError, PreemptionError: see `ReferenceScoring.complete`.
     """
     facts = origin.facts(policy)
@@ -78,7 +81,7 @@ def know_reference(
     cache = RowCache(folder / key[:16])
     visits = [(loader, first_visits(loader)) for loader in loaders if loader is not None]
     wanted = {digest for _, steps in visits for step in steps for digest in step.digests}
-    # what rank 0 sees counts: another node may see the folder later
+    # rank 0 lists the files: on a network disk another node may see new ones later
     cache.read(world.on_main(cache.files), wanted)
     if world.agree_max(len(cache)) != -world.agree_max(-len(cache)):
         raise CheckpointError(
@@ -91,7 +94,7 @@ def know_reference(
         world=world,
         repetition=repetition,
         about={"model": origin.model.name_or_path, **facts},
-        # rows are saved in no time
+        # no time is reserved for the save: writing the rows is quick
         deadline=Deadline(deadline_seconds),
         await_device=partial(await_device, world),
     )

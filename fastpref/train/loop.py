@@ -15,7 +15,7 @@ logger = logging.getLogger("fastpref")
 
 
 def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
-    """Every optimizer step that is left; ends early where one rank is asked to stop."""
+    """Run the remaining optimizer steps; ends early if any rank is asked to stop."""
     order, state = run.train.order, run.state
     eval_steps = steps_between_evals(run.config.eval_every, run.config.batch_size)
     if is_evaluation_due(run, eval_steps):
@@ -32,7 +32,7 @@ def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
 
 
 def is_evaluation_due(run: Run, eval_steps: int) -> bool:
-    """Whether the policy as it stands is to be evaluated, and was not."""
+    """Whether the current step is due for an evaluation that has not been done yet."""
     step = run.state.step
     if step == run.state.evaluated or (step == 0 and not run.config.do_first_eval):
         return False
@@ -40,7 +40,7 @@ def is_evaluation_due(run: Run, eval_steps: int) -> bool:
 
 
 def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopRequest) -> None:
-    """One optimizer step, and the log's lines if it is time for them."""
+    """Make one optimizer step; write and show the log's lines if they are due."""
     state, lr = run.state, run.updates.lr
     names, values, num_computed = train_step(run, batches, state.step)
     state.step += 1
@@ -59,7 +59,7 @@ def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopR
         )
     )
     if due or run.world.device.type == "cpu":
-        # the numbers are fetched now in any case, or are here already
+        # no extra wait: the metrics are fetched now anyway, or are in host memory already
         first_bad = run.updates.guard.first_bad_step()
         if first_bad:
             run.log.forget_from(first_bad)
@@ -71,7 +71,7 @@ def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopR
 
 
 def show_step(progress: Progress, record: Record | None) -> None:
-    """The latest training record, on rank 0: beside the bar in short, or as a log line in full."""
+    """Show the latest training record on rank 0: in short beside the bar, or as a full log line."""
     if record is None:
         return
     if not progress.on_terminal:
@@ -84,7 +84,7 @@ def show_step(progress: Progress, record: Record | None) -> None:
 
 
 def steps_between_evals(eval_every: int, batch_size: int) -> int:
-    """`eval_every` examples as whole optimizer steps, at least one; says so where it rounds."""
+    """`eval_every` examples in whole optimizer steps, >= 1; warns if that is rounded."""
     steps = max(1, eval_every // batch_size)
     if steps * batch_size != eval_every:
         logger.warning(

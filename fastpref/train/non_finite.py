@@ -1,4 +1,4 @@
-"""Why a step was not finite: it is computed again, row by row, with the weights as they are."""
+"""Finds the rows that made a step non-finite, by computing it again with the current weights."""
 
 from typing import NamedTuple
 
@@ -13,23 +13,24 @@ from fastpref.train.run import Run
 
 
 class Finding(NamedTuple):
-    """What one rank finds."""
+    """The non-finite rows of one rank."""
 
     losses: list[str]
-    """Places of the rows whose loss is not finite."""
+    """`file:row` of the rows whose loss is not finite."""
     gradients: list[str]
-    """Places of the rows of a micro-batch whose losses are finite and whose gradient, or its norm,
-    is not."""
+    """`file:row` of all rows of a micro-batch with finite losses but a non-finite gradient or
+    gradient norm."""
 
 
 def raise_if_not_finite(run: Run) -> None:
-    """If no step is applied any more: name the first one, its rank and its rows.
+    """If steps are no longer applied, raise an error that names the first of them, with its rank
+    and rows.
 
-    Every rank calls this. The weights are those before that step, and rows are a function of its
-    number, so what was found then is found again.
+    Every rank calls this. The weights are still those before that step, and its rows are a function
+    of its number, so computing it again reproduces the fault.
 
     Raises:
-        NonFiniteError: on every rank the same.
+        NonFiniteError: the same on every rank.
     """
     step = run.updates.guard.first_bad_step()
     if not step:
@@ -47,7 +48,11 @@ def raise_if_not_finite(run: Run) -> None:
 
 
 def describe(found: list[Finding]) -> str:
-    """ "the loss of words/train.jsonl:17 on rank 1", by rank."""
+    """The findings of all ranks in words: "the loss of words/train.jsonl:17 on rank 1".
+
+    Args:
+        found: By rank.
+    """
     losses = {rank: finding.losses for rank, finding in enumerate(found) if finding.losses}
     gradients = {rank: finding.gradients for rank, finding in enumerate(found) if finding.gradients}
     if not losses and not gradients:
@@ -58,7 +63,7 @@ def describe(found: list[Finding]) -> str:
 
 
 def look_at(run: Run, index: int) -> Finding:
-    """This rank's rows of step `index`, counted from 0, that are not finite."""
+    """This rank's non-finite rows of step `index`, counted from 0."""
     finding = Finding([], [])
     rows = run.train.order.batch(index)
     columns, plan = run.train.plan(index, run.world.data_size)
@@ -79,7 +84,7 @@ def look_at(run: Run, index: int) -> Finding:
 
 
 def has_finite_norm(run: Run) -> bool:
-    """Whether this rank's part of the gradient has a norm that float32 holds: squares overflow
-    where gradients do not."""
+    """Whether the norm of this rank's gradient shards is finite in float32: the squares may
+    overflow where the gradients do not."""
     gradients = [local_part(p.grad) for p in run.policy.parameters() if p.grad is not None]
     return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

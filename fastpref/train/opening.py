@@ -1,4 +1,4 @@
-"""A run's folder and log: made, or opened to go on in."""
+"""Opening a run's folder and log: new ones, or those of the run that is resumed."""
 
 import logging
 from functools import partial
@@ -26,14 +26,14 @@ logger = logging.getLogger("fastpref")
 
 
 def open_run_dir(start: Start, options: str, world: World) -> Path:
-    """The folder of a run, on every rank the same one.
+    """Open the folder of a run, the same one on every rank.
 
     Args:
-        start: What it starts from, and where.
+        start: What the run starts from, and where its folder is to be.
         options: The text of its `config.yaml`.
 
     Raises:
-        CheckpointError: it cannot be made or written to.
+        CheckpointError: it cannot be created or written to.
     """
     if start.checkpoint is None:
         return world.on_main(partial(_open_without_checkpoint, start, options))
@@ -49,7 +49,7 @@ def _open_without_checkpoint(start: Start, options: str) -> Path:
 
 
 def check_run_dir(start: Start, options: str) -> None:
-    """Refuse a named folder of a run without a checkpoint that is not this one.
+    """Refuse a `run_dir` that holds another run without a checkpoint.
 
     Args:
         start, options: See `open_run_dir`.
@@ -69,12 +69,12 @@ def check_run_dir(start: Start, options: str) -> None:
 
 
 def _begun(run_dir: Path) -> bool:
-    """Whether a folder holds a run that took a step."""
+    """Whether a folder holds a run that completed a step."""
     return run_dir.is_dir() and bool(names_in(run_dir)) and not took_no_step(run_dir)
 
 
 def _open_with_checkpoint(start: Start, checkpoint: Path, options: str) -> Path:
-    """The folder to go on in, or a new one with the checkpoint's history."""
+    """The folder of the resumed run, or a new one with the history of the checkpoint's run."""
     run_dir = start.run_dir
     if run_dir is None:
         run_dir = _open_new(start, options)
@@ -93,7 +93,7 @@ def _open_new(start: Start, options: str) -> Path:
 
 
 def changes_of_numbers(run_dir: Path, options: str) -> list[str]:
-    """Options of the run in a folder that differ now, and change its numbers."""
+    """Options that differ from those of the run in a folder and change its results."""
     now: Any = OmegaConf.to_container(OmegaConf.create(options))
     return [
         str(difference)
@@ -103,8 +103,8 @@ def changes_of_numbers(run_dir: Path, options: str) -> list[str]:
 
 
 def begin_anew(run_dir: Path, options: str) -> None:
-    """Take the folder of a run that ended before its first checkpoint; a model in it stays until
-    there is another."""
+    """Restart in the folder of a run that ended before its first checkpoint; a model in it stays
+    until a new one replaces it."""
     logger.info("%s: the run in it ended before its first checkpoint and begins anew", run_dir)
     clear_start(run_dir, keep_model=True)
     with complete_file(run_dir / OPTIONS) as file:
@@ -120,21 +120,22 @@ def read_options(path: Path) -> dict[Any, Any]:
     except OSError as error:
         if error.errno is not None:
             raise
-        # what OmegaConf says of a number alone
+        # OmegaConf raises this for a file that holds a bare number
         return {}
     return options if isinstance(options, dict) else {}
 
 
 def names_of_starts(run_dir: Path) -> set[str]:
-    """Dotted names of the options that the starts of a run had, those of other versions of fastpref
-    among them, see `keep_options`."""
+    """Dotted names of all options that the starts of a run had, including options of other versions
+    of fastpref; see `keep_options`."""
     return {name for path in run_dir.glob("config*.yaml") for name in dotted(read_options(path))}
 
 
 def keep_options(run_dir: Path, options: str, step: int) -> None:
-    """Write the options of this start; those before it stay beside them."""
+    """Write this start's options; the last ones, if they differ, become
+    `config-until-step-<step>.yaml`."""
     path = run_dir / OPTIONS
-    # as it lies there, which may be damaged
+    # copied as bytes: the file may be damaged
     before = path.read_bytes() if path.is_file() else options.encode()
     if before != options.encode():
         with complete_file(run_dir / f"config-until-step-{step}.yaml", "wb") as file:
@@ -155,17 +156,17 @@ def open_log(
     examples: int,
     work: UsefulWork | None,
 ) -> MetricsLog:
-    """The log of a run; what its folder holds already is the beginning of it.
+    """The log of a run, which continues the metrics in its folder.
 
     Args:
-        world: Rank 0 writes.
-        followers: Which trackers follow it.
-        options: All options of the run, which trackers keep.
-        min_interval_seconds: Between two writings of training steps.
-        starts_at_log_two: Whether the first loss of two equal models is ln 2.
-        exactly: Whether policy and reference then give the same bits.
-        examples: Seen before this start.
-        work: That a step needs, if it is known.
+        world: The ranks, of which rank 0 writes.
+        followers: Options of the trackers.
+        options: All options of the run, which trackers record.
+        min_interval_seconds: Least time between two writes of training steps.
+        starts_at_log_two: Whether the first loss is ln 2 if policy and reference are equal.
+        exactly: Whether they are then equal to the bit.
+        examples: Examples seen before this start.
+        work: Operations that a step needs, for MFU; None if unknown.
     """
     return MetricsLog(
         path=run_dir / METRICS,

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule, both torch's own."""
+"""Optimizer and learning-rate schedule, both from `torch.optim`."""
 
 import inspect
 import math
@@ -17,31 +17,32 @@ from fastpref.config import TrainingOptions
 from fastpref.errors import ConfigError
 
 ON_LOCAL_SHARDS = ("Adafactor", "Rprop")
-"""Rprop looks at one element at a time, so shards change nothing; Adafactor needs one rank."""
+"""Classes that step on local shards. Rprop is elementwise, so sharding changes nothing; Adafactor
+is refused on more than one rank."""
 
 
 def build_optimizer(
     name: str, parameters: Iterable[Parameter], *, lr: float, options: dict[str, Any]
 ) -> Optimizer:
-    """A `torch.optim` class by name, fused where the class can be.
+    """Build an optimizer of `torch.optim` by name; Adam and AdamW are fused.
 
     Args:
         name: Class name, such as "AdamW" or "RMSprop".
-        parameters: What is trained.
+        parameters: The trained parameters.
         lr: Peak learning rate.
         options: Further constructor arguments; None values mean torch's default.
 
     Raises:
-        ConfigError: no such class, or it does not take an option.
+        ConfigError: there is no such class, or it does not take an option.
     """
     optimizer_class: Any = check_optimizer(name, options)
     given = {key: value for key, value in options.items() if value is not None}
-    # one kernel for all parameters instead of several a parameter; sharded parameters (DTensor)
-    # have no fused kernel of any other optimizer
+    # one kernel for all parameters instead of several per parameter; no other optimizer has a fused
+    # kernel for sharded parameters (DTensor)
     if name in ("Adam", "AdamW"):
         given["fused"] = True
     if name == "Adafactor" and "eps" in given:
-        # beside what is added to the denominator, the least size of a weight in its step
+        # Adafactor takes a pair: eps of the denominator, and the least weight RMS that scales steps
         _, least = inspect.signature(optimizer_class).parameters["eps"].default
         given["eps"] = (given["eps"], least)
     if name in ON_LOCAL_SHARDS:
@@ -50,7 +51,7 @@ def build_optimizer(
 
 
 def state_bytes(options: TrainingOptions) -> int:
-    """What a run's optimizer keeps of every weight that is trained, found out with a few."""
+    """Bytes of optimizer state per trained weight, measured on a small matrix."""
     dtype = torch.float32 if options.adapter.trained else getattr(torch, options.model.policy_dtype)
     parameter = Parameter(torch.zeros(64, 64, dtype=dtype))
     parameter.grad = torch.zeros_like(parameter)
@@ -58,15 +59,15 @@ def state_bytes(options: TrainingOptions) -> int:
     optimizer = build_optimizer(options.optimizer, [parameter], lr=0.0, options=arguments)
     optimizer.step()
     states = [x for x in optimizer.state[parameter].values() if isinstance(x, Tensor)]
-    # what is smaller than the weights, rows and columns of Adafactor, counts for nothing
+    # state smaller than the matrix, such as Adafactor's rows and columns, is negligible
     return sum(x.dtype.itemsize for x in states if x.shape == parameter.shape)
 
 
 def _on_local_shards(
     optimizer_class: Any, parameters: list[Parameter], **options: Any
 ) -> Optimizer:
-    """An optimizer whose step sees each rank's own shards, for classes whose operations DTensor
-    lacks. Outside of its step it has the model's parameters, and its state is sharded as they are.
+    """An optimizer that steps on each rank's local shards, for classes with operations that DTensor
+    lacks. Outside of its step it holds the model's parameters, and its state is sharded like them.
     """
     optimizer: Optimizer = optimizer_class(parameters, **options)
     lent: list[tuple[Parameter, Tensor]] = []
@@ -103,7 +104,7 @@ def _local(value: Any) -> Any:
 
 
 def _shard_of(parameter: Parameter) -> Tensor:
-    """This rank's part of a parameter, in the same memory, with its part of the gradient."""
+    """This rank's shard of a parameter, sharing its memory, with the gradient's shard."""
     shard = _local(parameter).detach()
     if parameter.grad is not None:
         shard.grad = _local(parameter.grad)
@@ -111,7 +112,7 @@ def _shard_of(parameter: Parameter) -> Tensor:
 
 
 def _sharded_like(parameter: Parameter, value: Any) -> Any:
-    """A state of a shard as a state of the parameter; other shapes exist on one rank only."""
+    """A shard's state tensor as one of the parameter's; one of another shape is left as it is."""
     if not isinstance(parameter, DTensor) or value.shape != parameter.to_local().shape:
         return value
     return DTensor.from_local(
@@ -125,11 +126,11 @@ def _sharded_like(parameter: Parameter, value: Any) -> Any:
 
 
 def check_optimizer(name: str, options: dict[str, Any], world_size: int = 1) -> type[Optimizer]:
-    """The class `build_optimizer` would use, before there is anything to train.
+    """The class that `build_optimizer` would use, checked before any model is loaded.
 
     Raises:
-        ConfigError: no such class, it does not take an option, or it needs whole matrices and
-            there are several ranks.
+        ConfigError: there is no such class, it does not take an option, or it needs whole matrices
+            and there are several ranks.
     """
     if name == "Adafactor" and world_size > 1:
         raise ConfigError(
@@ -148,15 +149,15 @@ def optimizer_class_of(name: str) -> type[Optimizer]:
     """The `torch.optim` class of that name.
 
     Raises:
-        ConfigError: there is none, or it cannot be driven by one gradient a step.
+        ConfigError: there is none, or it cannot train a language model by itself.
     """
     classes = {
         key: value
         for key, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, Optimizer) and value is not Optimizer
     }
-    # LBFGS evaluates the loss several times a step, SparseAdam wants sparse gradients, Muon
-    # trains matrices alone
+    # LBFGS evaluates the loss several times per step, SparseAdam needs sparse gradients, Muon
+    # trains only matrices
     unusable = {"LBFGS", "SparseAdam", "Muon"}
     usable = sorted(classes.keys() - unusable)
     if name not in usable:
@@ -181,8 +182,9 @@ def build_scheduler(
         schedule: "constant", "linear" or "cosine".
         warmup_steps: Step s (from 0) of the warm-up has (s + 1) / (warmup_steps + 1) of the peak,
             as in the seed repositories.
-        num_steps: Optimizer steps of the whole run; where linear and cosine end.
-        min_lr_ratio: What they end at, as a share of the peak, in [0, 1].
+        num_steps: Optimizer steps of the whole run, at the end of which linear and cosine reach
+            their minimum.
+        min_lr_ratio: That minimum as a share of the peak, in [0, 1].
     """
 
     def share_of_peak(step: int) -> float:

@@ -1,4 +1,4 @@
-"""The order in which a run takes its rows."""
+"""The order in which a run reads its rows."""
 
 import logging
 from collections.abc import Sequence
@@ -23,11 +23,11 @@ def build_train_order(
     n_epochs: int | None,
     n_examples: int | None,
 ) -> GlobalOrder:
-    """The order of the rows to train on: all shuffled together, or mixed by `data.shares`.
+    """The order of the training rows: all datasets together, or mixed by `data.shares`.
 
     Raises:
-        ConfigError: not a single step.
-        DataError: no row is left of a dataset that has a share.
+        ConfigError: the run would have no step.
+        DataError: a dataset that has a share has no rows left.
     """
     if options.shares is not None:
         _check_sources(train, options.shares)
@@ -67,7 +67,7 @@ def _check_sources(train: PreferenceSplit, shares: Sequence[float]) -> None:
 def build_eval_order(
     held_out: PreferenceSplit, options: DataConfig, *, seed: int, batch_size: int, n_examples: int
 ) -> GlobalOrder:
-    """The order of held-out rows, of which the first ones are evaluated; shares have no say."""
+    """The order of held-out rows, of which the first ones are evaluated; shares have no effect."""
     return GlobalOrder(
         held_out.groups,
         batch_size=batch_size,
@@ -81,10 +81,10 @@ def build_eval_order(
 
 
 def log_mix(order: GlobalOrder, names: Sequence[str]) -> list[str]:
-    """Say how often each source is passed, where they are mixed by shares.
+    """Log how many passes a mix by shares makes over each source.
 
     Returns:
-        What was said.
+        The logged lines; none without shares.
     """
     if not isinstance(order, MixedOrder):
         return []

@@ -1,4 +1,4 @@
-"""A run: everything that the loop works on."""
+"""A run: everything that the training loop works on."""
 
 import time
 from dataclasses import dataclass, field
@@ -21,11 +21,11 @@ from fastpref.train.updates import Updates
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """All that the loop works on."""
+    """Everything that the training loop works on."""
 
     config: Config
     model: ModelConfig
-    """The options of the model, with the arithmetic of this device."""
+    """The model options, with dtypes resolved for this device."""
     world: World
     run_dir: Path
     tokenizer: Any
@@ -33,22 +33,22 @@ class Run:
     eval: Loader | None
     policy: TokenScorer
     reference: TokenScorer | OwnReference | None
-    """What is sampled from beside the policy before the first update."""
+    """Sampled from besides the policy before the first update; None: only the policy is."""
     step_loss: StepLoss
     repetition: Repetition
-    """What to do where memory runs out."""
+    """Recomputes a step in smaller micro-batches when memory runs out."""
     updates: Updates
     log: MetricsLog
     state: RunState
-    """Where it stands; counted on with every step."""
+    """Progress counters, updated after every step."""
     start: Start
-    """What it goes on from."""
+    """What the run starts or resumes from."""
     fingerprints: dict[str, str]
-    """Of data, tokenizer and model."""
+    """Digests of data, tokenizer and model."""
     export: ExportPlan | None
-    """On rank 0."""
+    """How the trained model is exported; None on every rank but 0."""
     started: float = field(default_factory=time.perf_counter)
 
     def seconds(self) -> float:
-        """Since it was put together."""
+        """Seconds since the run was built."""
         return time.perf_counter() - self.started

@@ -1,4 +1,4 @@
-"""The folder of a run: where it may lie, and how it is made."""
+"""The folder of a run: where it may be, how it is created, and its lock."""
 
 import datetime
 import fcntl
@@ -23,45 +23,45 @@ from fastpref.model.files.paths import EXPORT_FOLDER, MERGED_FOLDER
 logger = logging.getLogger("fastpref")
 
 OPTIONS = "config.yaml"
-"""In every run folder: the options of its last start."""
+"""File in every run folder with the options of its last start."""
 AUDIT_PAGE = "audit.html"
-"""What `task=audit` leaves: it may lie in the folder of a run that is to begin."""
+"""Output of `task=audit`, which a folder may hold before its run begins."""
 PROBE = ".fastpref-"
-"""How a file's name begins that is made to see whether one can be, where the file system knows none
-without a name; it goes at once."""
+"""Prefix of the temporary file that tests whether a folder is writable, on file systems without
+unnamed temporary files; it is deleted at once."""
 TIME = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
-"""In the name of a run folder."""
+"""Pattern of the timestamp in a run folder's name."""
 ORIGIN = "branched-off-from"
-"""In the folder of a run that began with another run's checkpoint: that checkpoint's path."""
+"""File in the folder of a run that began from another run's checkpoint: the checkpoint's path."""
 LEFT_AT_THE_START = (
     *("metrics.jsonl", "samples.jsonl", "curves.png", "tensorboard", "wandb", "wandb-id"),
     *(CHECKPOINTS, EXPORT_FOLDER, f"{EXPORT_FOLDER}.partial", f"{EXPORT_FOLDER}.old"),
     *(MERGED_FOLDER, f"{MERGED_FOLDER}.partial", f"{MERGED_FOLDER}.old"),
     *(f"wandb-id{PARTIAL}", f"{ORIGIN}{PARTIAL}", f"{OPTIONS}{PARTIAL}", LOCK, OPTIONS),
 )
-"""What a run may have written before its first step, by name. The options come last, by which
-a folder is known for a run's: a kill while the others are removed leaves it one."""
+"""Names of what a run may write before its first step, in the order of removal. The options come
+last: they mark a run folder, which it stays if a kill interrupts the removal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunPlace:
-    """Where a run's folder is, or will be."""
+    """Where a run's folder is, or will be created."""
 
     run_dir: Path | None
-    """The folder that the user named."""
+    """The folder named by the user; None: a new one in `root`."""
     root: Path
-    """Else: the folder that holds the run folders."""
+    """The folder that holds the run folders."""
     name: str
-    """And the run's own name there, to which the time is added."""
+    """Name of the run, followed in the folder's name by a timestamp."""
 
     def check(self, *, may_go_on: bool = False) -> None:
-        """Refuse, before anything is loaded, a place where no run folder can be made.
+        """Refuse, before anything is loaded, a place where no run folder can be created.
 
         Args:
-            may_go_on: Whether the named folder may hold a run, which is gone on with.
+            may_go_on: Whether the named folder may hold a run to resume.
 
         Raises:
-            ConfigError: it is a file, is not writable, or the named run folder holds another run.
+            ConfigError: it is a file, is not writable, or the named folder holds another run.
         """
         folder = self.run_dir
         if folder is None:
@@ -77,12 +77,12 @@ class RunPlace:
             raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
 
     def create(self, options: str) -> Path:
-        """A new run folder with the options in it as `config.yaml`.
+        """Create a run folder with `options` as its `config.yaml`.
 
-        Two starts in one second get two folders: making a folder is what claims its name.
+        Two starts in the same second get two folders: creating a folder is what claims its name.
 
         Raises:
-            CheckpointError: the folder cannot be made.
+            CheckpointError: the folder cannot be created.
         """
         with writing(self.run_dir or self.root):
             run_dir = self._claim()
@@ -90,8 +90,8 @@ class RunPlace:
         return run_dir
 
     def newest_with(self, name: str) -> Path | None:
-        """Of this name's run folders that hold `name` the one that was made last, by their names:
-        a folder's time changes with what is put into it."""
+        """The newest of this run name's folders that contain a file or folder `name`. Timestamps in
+        names decide: a folder's modification time changes with its contents."""
         named = self.root / self.name
         made = re.compile(rf"{re.escape(named.name)}_({TIME})(?:_(\d+))?")
         folders = named.parent.iterdir() if named.parent.is_dir() else ()
@@ -103,17 +103,17 @@ class RunPlace:
         return max(found)[2] if found else None
 
     def references(self, cache_dir: str | None) -> Path:
-        """Where log-probabilities of references are kept: the folder that was named, or one among
-        those of runs."""
+        """Folder of cached reference log-probabilities: `cache_dir`, by default one beside the run
+        folders."""
         return Path(cache_dir) if cache_dir else self.root / "reference-logps"
 
     def _claim(self) -> Path:
-        """The folder, made or emptied, as this process's own."""
+        """Create the folder, or lock and empty the one that was named."""
         if self.run_dir is None:
             return _make_new(self.root, self._timed_name())
         self.run_dir.mkdir(parents=True, exist_ok=True)
         lock(self.run_dir)
-        # again: while models were loaded another start may have come, saved and gone
+        # checked again: another start may have used the folder while models were loaded
         self.check()
         if names_in(self.run_dir):
             logger.info("%s: what a start without a single step has left is replaced", self.run_dir)
@@ -126,7 +126,7 @@ class RunPlace:
 
 
 def run_place(config: Config) -> RunPlace:
-    """Where the folder of a config's run is to be."""
+    """Where a config puts its run folder."""
     return RunPlace(
         run_dir=Path(config.run_dir) if config.run_dir else None,
         root=run_root(config.output_dir, config.local_dirs),
@@ -135,38 +135,38 @@ def run_place(config: Config) -> RunPlace:
 
 
 def names_in(run_dir: Path) -> set[str]:
-    """What a run has left in its folder, but for its lock."""
+    """Names of what a run has written to its folder, without lock, probes and the audit page."""
     names = {child.name for child in run_dir.iterdir()} - {AUDIT_PAGE, LOCK}
     return {name for name in names if not name.startswith(PROBE)}
 
 
 def took_no_step(run_dir: Path) -> bool:
-    """Whether a folder holds what a run leaves that ended before its first step, and no more."""
+    """Whether a folder holds only what a run writes that ends before its first step."""
     names = names_in(run_dir)
     if OPTIONS not in names or not names <= set(LEFT_AT_THE_START):
         return False
     if step_folders(run_dir / CHECKPOINTS):
         return False
     if "metrics.jsonl" not in names:
-        # a model without numbers may be one that somebody kept
+        # a model without metrics may be one that the user kept
         return EXPORT_FOLDER not in names
     with (run_dir / "metrics.jsonl").open(encoding="utf-8", errors="replace") as lines:
         return not any('"split": "train"' in line for line in lines)
 
 
 def check_writable(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to.
+    """Refuse a folder that cannot be created or written to.
 
     Raises:
-        ConfigError: naming the option, and the path that stands in the way.
+        ConfigError: naming the option `key`, and the offending path.
     """
     try:
         ways = (folder, *folder.absolute().parents)
         existing = next(path for path in ways if path.exists() or path.is_symlink())
         for name in folder.absolute().relative_to(existing.absolute()).parts:
-            # in a folder that is not there no name is too long
+            # tested in an existing folder: in a missing one no name counts as too long
             (existing / name).exists()
-    # a name that is too long, a parent that may not be read, a current folder that is gone
+    # a name that is too long, an unreadable parent, a current directory that was deleted
     except OSError as error:
         raise ConfigError(f"{key}: {folder}: {error.strerror}") from None
     if existing.is_symlink() and not existing.exists():
@@ -175,19 +175,19 @@ def check_writable(key: str, folder: Path) -> None:
     if not existing.is_dir():
         raise ConfigError(f"{key}: {existing} is a file, expected a folder")
     try:
-        # permissions do not tell: the disk may be mounted read-only, or full, or belong to others
+        # permissions are not enough: the disk may be read-only, full or restricted otherwise
         tempfile.TemporaryFile(prefix=PROBE, dir=existing).close()
     except OSError as error:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
 _locks: dict[Path, IO[str]] = {}
-"""Open files of the run folders that this process has locked."""
+"""Open lock files of the run folders that this process has locked, by folder."""
 
 
 @contextmanager
 def keeping_locks() -> Iterator[None]:
-    """Run folders that are locked while this is entered are let go of when it is left."""
+    """Unlock on exit the run folders that were locked in this block."""
     before = set(_locks)
     try:
         yield
@@ -198,10 +198,13 @@ def keeping_locks() -> Iterator[None]:
 
 @contextmanager
 def locked(run_dir: Path, world: World, *, key: str = "run_dir") -> Iterator[None]:
-    """While entered, no other process can open the run folder, or what `key` names.
+    """While entered, no other process can lock the folder.
+
+    Args:
+        key: The option that names the folder, for the message.
 
     Raises:
-        ConfigError: another one writes there.
+        ConfigError: another process writes there.
     """
     world.on_main(lambda: lock(run_dir, key=key))
     try:
@@ -213,11 +216,11 @@ def locked(run_dir: Path, world: World, *, key: str = "run_dir") -> Iterator[Non
 
 
 def lock(run_dir: Path, *, key: str = "run_dir") -> None:
-    """Keep other processes out of a run folder, before anything is changed there; the system lets
-    go of it when this process ends, however it does.
+    """Lock a run folder against other processes before anything in it is changed; the system
+    releases the lock when this process ends, for whatever reason.
 
     Raises:
-        ConfigError: another one writes there.
+        ConfigError: another process writes there.
     """
     if run_dir.resolve() in _locks:
         return
@@ -235,8 +238,8 @@ def lock(run_dir: Path, *, key: str = "run_dir") -> None:
 
 
 def run_root(output_dir: str, local_dirs: Sequence[str] | None) -> Path:
-    """The folder that holds the run folders: `output_dir`, or `<local dir>/<user>` as the DPO
-    repository has it: the first of `local_dirs` that exists, else the last."""
+    """The folder that holds the run folders: `output_dir`, or as in the DPO repository
+    `<local dir>/<user>` in the first of `local_dirs` that exists, else in the last."""
     if not local_dirs:
         return Path(output_dir)
     existing = [name for name in local_dirs if Path(name).is_dir()]
@@ -244,7 +247,7 @@ def run_root(output_dir: str, local_dirs: Sequence[str] | None) -> Path:
 
 
 def user_name() -> str:
-    """Who runs this; the number where a container gives it no name."""
+    """Name of the user; the user id in a container that has no name for it."""
     try:
         return getpass.getuser()
     # KeyError until Python 3.12
@@ -253,10 +256,10 @@ def user_name() -> str:
 
 
 def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
-    """Remove what a run has left that is not gone on with; its numbers are not ours.
+    """Remove the output of a run that is not resumed, so that its metrics are not mixed with ours.
 
     Args:
-        keep_model: Leave its model, and the options that are about to be replaced.
+        keep_model: Keep its model and checkpoints, and the options that are about to be replaced.
     """
     kept = (LOCK, OPTIONS, EXPORT_FOLDER, MERGED_FOLDER, CHECKPOINTS) if keep_model else (LOCK,)
     for name in LEFT_AT_THE_START:
@@ -265,7 +268,7 @@ def clear_start(run_dir: Path, *, keep_model: bool = False) -> None:
 
 
 def _make_new(root: Path, name: str) -> Path:
-    """A folder of that name, or of that name and a number, which no other start has made."""
+    """Create a new folder of that name, with a number added if it is taken."""
     attempt = 1
     while True:
         run_dir = root / (name if attempt == 1 else f"{name}_{attempt}")

@@ -1,4 +1,4 @@
-"""Samples of policy and reference on held-out prompts, beside the numbers of an evaluation."""
+"""Samples of policy and reference on held-out prompts, as part of an evaluation."""
 
 import json
 from collections.abc import Sequence
@@ -33,25 +33,25 @@ def sample_responses(
     stop: StopRequest,
     repetition: Repetition,
 ) -> list[str] | None:
-    """One sampled response a prompt, of all tokens at temperature 1.
+    """Sample one response per prompt, from the whole vocabulary at temperature 1.
 
-    Every rank samples the same prompts from the same seed, because the blocks of a sharded model
-    are gathered by all ranks together. The training run's random state is left alone. Where memory
-    runs out, fewer are sampled at once, and draw other numbers.
+    Every rank samples the same prompts from the same seed, because all ranks gather the blocks of a
+    sharded model together. The random state of the training run is unchanged. If memory runs out,
+    smaller batches are sampled, which draw other random numbers.
 
     Args:
         prompts: Token ids.
-        max_length: Prompt and response tokens together.
-        stop: Whether to: one process stops after a token, ranks after a batch.
-        repetition: What to do where memory runs out.
+        max_length: Limit on prompt and response tokens together.
+        stop: Checked after each token in a single process, after each batch on several ranks.
+        repetition: Samples smaller batches when memory runs out.
 
     Returns:
-        The decoded responses, without prompt and special tokens; None if it was to stop.
+        The decoded responses, without prompt and special tokens; None if asked to stop.
     """
     pad = pad_token_id(tokenizer, scorer.num_embeddings)
     options = {
         "do_sample": True,
-        # transformers' own is 50
+        # all tokens: the default of transformers is 50
         "top_k": 0,
         "pad_token_id": pad,
         "eos_token_id": tokenizer.eos_token_id,
@@ -83,14 +83,14 @@ def sample_responses(
 
 
 def pad_on_the_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, (B, L) int64."""
+    """Token ids and attention mask, each (B, L) int64, padded on the left."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     pad_rows = partial(pad_sequence, batch_first=True, padding_side="left")
     return pad_rows(rows, padding_value=pad), pad_rows([torch.ones_like(row) for row in rows])
 
 
 class StopOnSignal(StoppingCriteria):
-    """Ends the sampling of a batch once a signal came or the deadline is near."""
+    """Ends the sampling of a batch after a signal, or when the deadline is near."""
 
     def __init__(self, stop: StopRequest) -> None:
         self._stop = stop
@@ -100,7 +100,7 @@ class StopOnSignal(StoppingCriteria):
 
 
 class AwaitDevice(StoppingCriteria):
-    """Ends nothing: waits for a token before `generate` fetches whether all ranks have theirs."""
+    """Never stops: waits for each token, so that `generate` does not block on a lost rank."""
 
     def __init__(self, world: World) -> None:
         self._world = world

@@ -1,4 +1,4 @@
-"""Where a run stands between two optimizer steps."""
+"""The progress of a run between two optimizer steps."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,35 +8,35 @@ from fastpref.train.guard import GuardState
 
 @dataclass(slots=True, kw_only=True)
 class RunState:
-    """What a run counts: with weights, optimizer and schedule, all that its next step depends on.
+    """Progress counters: with weights, optimizer and schedule, all that the next step depends on.
 
-    The rows of a step are a function of its number, so nothing is kept of the data.
+    The rows of a step are a function of its number, so no state of the data is needed.
     """
 
     step: int = 0
-    """Optimizer steps done, those left out included."""
+    """Optimizer steps completed, including skipped ones."""
     examples: int = 0
-    """Seen in them."""
+    """Examples seen in these steps."""
     evaluated: int = -1
-    """Steps done before the last evaluation that came to its end; -1: there was none."""
+    """Value of `step` at the last evaluation that was completed; -1: there was none."""
     best: float | None = None
     """Best value of `checkpoint.keep_best` so far."""
     best_of: str = ""
-    """Which metric that is, and of which rows."""
+    """The metric and the held-out rows that `best` is of."""
     seconds: float = 0.0
-    """Wall time of the starts before this one."""
+    """Wall time of earlier starts, in seconds."""
     max_tokens: int | None = None
-    """Tokens that a process computes at once, where that was found out."""
+    """Tokens that a rank computes at once, if that was measured."""
     place: str = ""
-    """Where it was found out."""
+    """The devices that it was measured on, see `place_of`."""
     chat_date: str = ""
-    """The day of the first start, which a chat template that prints the date is told ever since."""
+    """Date of the first start, given to a chat template that prints it in all later ones."""
     guard: GuardState = field(default_factory=GuardState)
-    """Steps left out."""
+    """Counts of skipped steps."""
 
     def tokens_found(self, place: str) -> int | None:
-        """Tokens to compute at once, if that was found out in this place: a run that goes on there
-        divides its steps as before."""
+        """Tokens to compute at once, if measured on the same devices, where a resumed run then
+        divides its steps as before; else None."""
         return self.max_tokens if self.place == place else None
 
     def to_json(self) -> dict[str, Any]:
@@ -44,10 +44,10 @@ class RunState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":
-        """What `to_json` gave; of an earlier version fields may be missing that have a default.
+        """The inverse of `to_json`; an earlier version may lack fields that have a default.
 
         Raises:
-            KeyError, TypeError: there are fields of a later version, or not what a run counts.
+            KeyError, TypeError: a required field is missing, or one is unknown or malformed.
         """
         counted = {name: values[name] for name in ("step", "examples")}
         return cls(**values | counted | {"guard": GuardState(*values["guard"])})

@@ -15,14 +15,14 @@ LOSS = "loss/train"
 
 
 def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str], Tensor, int]:
-    """One optimizer step on a global batch, left out where its loss or gradient is not finite.
+    """One optimizer step on a global batch, not applied if its loss or gradient is not finite.
 
     The loss is summed over pairs and divided by their global number, whatever the split into
     micro-batches and ranks; gradients are summed over ranks.
 
     Returns:
-        Metric names, their means over the batch before the update (K,), on the device, and the
-        tokens that the model's body computed, over all ranks.
+        Metric names; their means over the batch before the update, (K,) float32 on the device; the
+        number of tokens that the model's body computed, over all ranks.
     """
     updates = run.updates
     updates.optimizer.zero_grad()
@@ -67,18 +67,18 @@ def within_memory(
     *,
     undo: Callable[[], None] = lambda: None,
 ) -> tuple[list[Metrics], StepBatches]:
-    """What `compute` makes of a step; where memory runs out, of the step in smaller micro-batches.
+    """Apply `compute` to a step; if memory runs out, again with smaller micro-batches.
 
-    A backward that failed half way has added to some gradients and not to others. Keeping a
-    micro-batch's gradients apart would take as much memory again in every step, so all of the
-    step's are forgotten and computed again: at most once for each halving.
+    A backward that fails halfway has added to some gradients and not to others. A separate buffer
+    for each micro-batch's gradients would double their memory in every step. So all gradients of
+    the step are discarded and computed again, at most once for each halving.
 
     Args:
-        compute: Its metrics, micro-batch by micro-batch.
-        undo: Takes back what `compute` has left where it failed.
+        compute: Returns the metrics of each micro-batch.
+        undo: Discards what a failed `compute` has left behind.
 
     Returns:
-        The metrics, and the step in the micro-batches in which it was computed.
+        The metrics, and the step as it was divided into micro-batches in the end.
     """
 
     def take_back() -> None:

@@ -1,4 +1,4 @@
-"""`task=train`: from rows and a model to a trained model, or from a checkpoint to its end."""
+"""`task=train`: trains a policy from its initial model, or resumes from a checkpoint."""
 
 import logging
 import random
@@ -29,15 +29,15 @@ def train(
     """Train a policy.
 
     Args:
-        command: What goes on with the run once it was stopped, in words; None: `resume=auto`.
-        chat_date: The day that a new run tells a chat template which prints it; "": today.
+        command: How to resume a stopped run, for the message; None: `resume=auto`.
+        chat_date: The date that a new run gives to a chat template that prints it; "": today.
 
     Returns:
-        Seconds of the training, those of earlier starts included.
+        Wall time of the training in seconds, earlier starts included.
 
     Raises:
-        FastprefError: with the exit code of what went wrong; InterruptionError, PreemptionError
-            and the CheckpointError of a file that cannot be written after the state was saved.
+        FastprefError: with the exit code of its cause; InterruptionError, PreemptionError and the
+            CheckpointError of a file that cannot be written come after the state was saved.
     """
     seed_everything(config.seed)
     with keeping_locks(), Agreement(world) as agreement:
@@ -46,8 +46,8 @@ def train(
         for line in advise(run):
             logger.warning(line)
         deadline = Deadline(config.checkpoint.deadline_seconds())
-        # the log is closed last: a tracker may wait for its service, and a model is not to wait
-        # for it
+        # the log is closed last: a tracker may wait for its service, which must not delay the
+        # export of the model
         with (
             say_if_stopped(f"what there is lies in {run.run_dir}"),
             closing(run.log),
@@ -60,7 +60,7 @@ def train(
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and random. The order of the data depends on its own generators."""
+    """Seed torch, numpy and random; the order of the data has its own generators."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""From gradients to new weights: optimizer, schedule, and a guard against what is not finite."""
+"""From gradients to new weights: optimizer, schedule, and a guard against non-finite steps."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from fastpref.train.optim import build_optimizer, build_scheduler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Updates:
-    """What makes the steps of a run."""
+    """Optimizer, schedule and guard of a run."""
 
     optimizer: Optimizer
     scheduler: LambdaLR
@@ -41,12 +41,12 @@ def build_updates(
     max_grad_norm: float,
     skip_nonfinite: bool,
 ) -> Updates:
-    """What trains a policy.
+    """Build a policy's optimizer, schedule and guard.
 
     Args:
-        policy: Computes with what the optimizer makes of its parameters.
+        policy: The model to train; it refreshes its working copies after every optimizer step.
         optimizer, lr, options, warmup_steps: See `build_optimizer` and `build_scheduler`.
-        skip_nonfinite: Leave steps that are not finite out, see `FiniteGuard`.
+        skip_nonfinite: Skip non-finite steps, see `FiniteGuard`.
     """
     built = build_optimizer(optimizer, policy.trained(), lr=lr, options=options.arguments())
     policy.follow(built)

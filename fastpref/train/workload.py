@@ -1,4 +1,5 @@
-"""How much a run computes at once: as much as its memory holds, found out before the first step."""
+"""How many tokens a run computes at once: as many as fit in memory, measured before the first
+step."""
 
 from typing import NamedTuple
 
@@ -17,13 +18,13 @@ from fastpref.train.optim import state_bytes
 
 
 class Workload(NamedTuple):
-    """What a run computes, and how much of it at once."""
+    """The computation of a run, and its division into micro-batches."""
 
     step_loss: StepLoss
     layout: RowLayout
     repetition: Repetition
     useful: UsefulWork | None
-    """What a step needs, where that is known."""
+    """Operations that a step needs; None if unknown."""
 
 
 def build_workload(
@@ -35,13 +36,13 @@ def build_workload(
     limit: int | None,
     longest: int,
 ) -> Workload:
-    """What a run computes, with as many tokens at once as the device holds.
+    """Build the computation of a run, with as many tokens per micro-batch as the device holds.
 
     Args:
         pair: Policy and reference, loaded, on their device.
-        training: The options, before it was found out whether blocks are compiled.
-        limit: Tokens at once that were asked for; None leaves them to us.
-        longest: Tokens of the longest sequence.
+        training: The options; `compile` is replaced by whether blocks were in fact compiled.
+        limit: Requested tokens per micro-batch; None: measure how many fit.
+        longest: Length of the longest sequence, in tokens.
     """
     training = training._replace(compile=str(pair.compiled).lower())
     step_loss = StepLoss(objective, pair.policy, pair.reference)

@@ -1,1 +1,1 @@
-"""`LATEST/`: the trained model with all that its source has beside the weights."""
+"""Export to `LATEST/`: the trained weights with all other files of the source model."""

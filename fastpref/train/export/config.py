@@ -1,4 +1,4 @@
-"""The config of an export: its source's, with the class and the dtypes of what was written."""
+"""`config.json` of an export: the source's, with the class and dtypes of the written weights."""
 
 import copy
 import json
@@ -23,15 +23,15 @@ def write_config(
     """Write `config.json`.
 
     Args:
-        model: Of transformers.
-        folder: To write to.
-        source: Fields of the source's config. A wrapper keeps its architectures, of any other model
-            it is the class that was trained.
-        dtype: Of most of the model's own weights.
-        others: Of most weights that were copied from the source; None: nothing was.
+        model: The transformers model that was trained.
+        folder: Where to write.
+        source: Fields of the source's config. The `architectures` of a multimodal wrapper are kept;
+            of any other model they become the trained class.
+        dtype: The most common dtype of the model's own weights.
+        others: The most common dtype of weights copied from the source; None: none were.
     """
     own = [type(model).__name__.removeprefix("FSDP")]
-    # not a string yet in a config that was read
+    # set as a string: a config that was loaded has a torch.dtype here
     model.config.dtype = dtype_name(dtype)
     model.config.architectures = (is_wrapper(model.config) and source.get("architectures")) or own
     model.config.save_pretrained(folder)
@@ -47,17 +47,17 @@ def write_config(
 def _with_older_names(
     fields: dict[str, Any], source: Mapping[str, Any], kind: Any
 ) -> dict[str, Any]:
-    """The fields of a config, and those of its source that transformers writes under newer names.
+    """The fields of a config, plus older names that the source has and transformers has renamed.
 
-    Whatever reads the older names alone takes a default where they are gone, without a word:
-    transformers 4 rotates by a rope_theta of 10,000.
+    A reader that knows only the older names would silently take a default for a missing one:
+    transformers 4 would use a rope_theta of 10,000.
 
     Args:
-        fields: Saved.
-        source: Those that the model came with.
+        fields: The fields as saved by this version of transformers.
+        source: The fields in the source's config.
         kind: Class of the config.
     """
-    # those of its files and of a library's state are no longer true
+    # private fields and those of a quantized checkpoint do not describe what was written
     gone = {
         name: value
         for name, value in source.items()
@@ -71,32 +71,31 @@ def _with_older_names(
 
 
 def _reads_alike(kind: Any, fields: dict[str, Any], more: dict[str, Any]) -> bool:
-    """Whether a kind of config reads from fields with others among them what it reads from them
-    alone."""
+    """Whether a config class reads the same values from `fields` and from `more`, a superset."""
     try:
-        # it changes what it reads
+        # copies: from_dict changes its argument
         alone, both = (kind.from_dict(copy.deepcopy(x)).to_dict() for x in (fields, more))
-    # of a family's own code, which may take one of two names alone
+    # from a model family's own code, which may refuse two names for one value
     except Exception:
         return False
     return _has_all(both, alone)
 
 
 def _has_all(found: Any, expected: Any) -> bool:
-    """Whether a value has all that another one has, which may have more fields."""
+    """Whether `found` equals `expected`, or for dicts contains it, recursively."""
     if not (isinstance(found, dict) and isinstance(expected, dict)):
         return bool(found == expected)
     return all(name in found and _has_all(found[name], value) for name, value in expected.items())
 
 
 def _in_dtypes(fields: Any, config: Any, dtype: torch.dtype, others: torch.dtype | None) -> Any:
-    """The fields of a config, those of its parts as well, with the dtypes of the weights.
+    """The fields of a config and its sub-configs, with `dtype` set to that of the weights.
 
     Args:
-        fields: Saved.
-        config: That was saved, or None for a part of which no more is known.
-        dtype: Of the model, of its text part and what is in that.
-        others: Of all other parts; None: the same.
+        fields: The saved fields.
+        config: The config that they were saved from; None below its top level.
+        dtype: Dtype of the model, its text part and everything in it.
+        others: Dtype of all other parts; None: the same.
     """
     if not isinstance(fields, dict):
         return fields
@@ -118,5 +117,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def json_bytes(fields: Any) -> bytes:
-    """A JSON file's content."""
+    """The content of a JSON file, indented, in UTF-8."""
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()

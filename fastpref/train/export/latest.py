@@ -1,12 +1,12 @@
-"""LATEST: the trained model as a Hugging Face folder, with what its source has beside the weights.
+"""LATEST: the trained model as a Hugging Face folder, with all other files of its source.
 
-In which dtype: `model.save_dtype` is null by default, and the weights are written as they were
-trained, in the master dtype. Rounding float32 weights to a checkpoint's bfloat16 would drop most of
-what a small learning rate adds: near 0.02 bfloat16 numbers are 1.2e-4 apart, and a weight that a
-run moved by less than half of that would be the old one again. A stage that goes on from LATEST
-(DPO after SFT, token weights from two models) would lose that without a sign. For a folder that is
-served rather than trained on, `checkpoint` halves it and the log says that it was rounded; a run
-that computes in bfloat16 rounds its weights just so in its own forward passes.
+The dtype: `model.save_dtype` is null by default, and weights are written in the master dtype that
+they were trained in. Rounding float32 weights to a checkpoint's bfloat16 would discard most of what
+a small learning rate adds: near 0.02 bfloat16 numbers are 1.2e-4 apart, and a weight that training
+moved by less than half of that would get its old value back. A stage that starts from LATEST (DPO
+after SFT, token weights from two models) would silently lose it. For a model that is served rather
+than trained further, `checkpoint` halves its size, and the log says that it was rounded; a run that
+computes in bfloat16 rounds its weights in the same way in its own forward passes.
 """
 
 import copy
@@ -33,19 +33,19 @@ logger = logging.getLogger("fastpref")
 
 
 def export_model(scorer: TokenScorer, plan: ExportPlan | None, run_dir: Path, world: World) -> Path:
-    """Write `<run_dir>/LATEST`: safetensors, config, tokenizer and what else the source has.
+    """Write `<run_dir>/LATEST`: safetensors, config, tokenizer and all other files of the source.
 
-    Of adapters it is a peft folder, which names its base; the model that they are merged into goes
-    to `LATEST-merged`, if that was asked for.
+    Adapters are written as a peft folder that names its base model; the merged model, if requested,
+    goes to `LATEST-merged`.
 
-    Every rank calls this; rank 0 gathers the weights on the CPU and writes. The folder appears
-    under its name only when it is complete.
+    Every rank calls this; rank 0 gathers the weights on the CPU and writes. The folder gets its
+    name only when it is complete.
 
     Args:
         scorer: The trained model.
-        plan: What stands beside its weights; None on every rank but 0.
-        run_dir: Of the run.
-        world: Whoever has a part of the weights.
+        plan: The files and dtypes to write; None on every rank but 0.
+        run_dir: The run folder.
+        world: The ranks, which may hold shards of the weights.
 
     Returns:
         The folder, which `AutoModelForCausalLM.from_pretrained` loads.
@@ -73,7 +73,7 @@ def export_model(scorer: TokenScorer, plan: ExportPlan | None, run_dir: Path, wo
             logger.info("deleted %s: it was of an earlier adapter", run_dir / MERGED_FOLDER)
             shutil.rmtree(run_dir / MERGED_FOLDER)
 
-    # the others wait until the model is there
+    # on_main: the other ranks wait until the model is written
     world.on_main(write)
     return folder
 
@@ -93,7 +93,7 @@ def _write_adapters(model: Any, adapters: Adapters, plan: ExportPlan, folder: Pa
     with new_folder(folder) as partial:
         partial.mkdir()
         weights = {name: x.cpu() for name, x in adapter_state(model).items()}
-        # as peft writes it
+        # the file name and format that peft uses
         write_safetensors(weights, partial / SAFETENSORS)
         config = copy.copy(adapters.config)
         config.base_model_name_or_path = plan.base.name
@@ -101,7 +101,7 @@ def _write_adapters(model: Any, adapters: Adapters, plan: ExportPlan, folder: Pa
         config.inference_mode = True
         for name, value in vars(config).items():
             if isinstance(value, set):
-                # of names, which peft would write in another order each time
+                # sets of names, which peft would write in a different order each time
                 setattr(config, name, sorted(value))
         config.save_pretrained(partial)
         write_files(plan.texts, partial)

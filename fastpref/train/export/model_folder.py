@@ -1,4 +1,4 @@
-"""A folder with all of a trained model: its weights, those of its source beside them, its files."""
+"""Writes a complete model folder: trained weights, weights copied from the source, other files."""
 
 import logging
 from collections import Counter
@@ -22,13 +22,14 @@ logger = logging.getLogger("fastpref")
 
 
 def write_model(model: Any, weights: dict[str, Tensor], plan: ExportPlan, folder: Path) -> None:
-    """Write a folder with all of a model.
+    """Write a complete model folder.
 
     Args:
-        model: For its class, config and names.
-        weights: By its names; a tied one is written once, as transformers ties it on loading.
-        plan: What stands beside them.
-        folder: Of the model.
+        model: Gives class, config and parameter names.
+        weights: The weights by those names; a tied one is written once, as transformers ties it
+            again on loading.
+        plan: The other files, and the dtypes to write.
+        folder: The folder to write.
     """
     second_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     second_names -= dict(model.named_parameters()).keys()
@@ -56,24 +57,24 @@ def write_model(model: Any, weights: dict[str, Tensor], plan: ExportPlan, folder
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name when the block is left without an error."""
+    """`complete_folder`, with errors of safetensors raised as errors of the system."""
     with complete_folder(folder) as partial:
         try:
             yield partial
-        # of safetensors, with the system's reason in its text
+        # safetensors gives the system's error only in its text
         except SafetensorError as error:
             raise OSError(reason(error)) from error
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write files by their paths in a folder."""
+    """Write files, given by their paths relative to a folder."""
     for name, data in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
 
 
 def _in_words(trained: torch.dtype, written: torch.dtype, plan: ExportPlan) -> str:
-    """ "in bfloat16, …": the dtype of an export, and what else it could have been."""
+    """The dtype of an export in words, "in bfloat16, …", and which other one it could have had."""
     words = f"in {dtype_name(written)}"
     loaded = plan.loaded.commonest
     if written != trained:
@@ -86,7 +87,7 @@ def _in_words(trained: torch.dtype, written: torch.dtype, plan: ExportPlan) -> s
 
 
 def dtype_of_most(weights: Mapping[str, Tensor]) -> torch.dtype:
-    """That of most numbers with a fraction."""
+    """The dtype of most floating-point elements."""
     sizes: Counter[torch.dtype] = Counter()
     for weight in weights.values():
         sizes[weight.dtype] += weight.numel() if weight.is_floating_point() else 0

@@ -1,4 +1,4 @@
-"""What LATEST holds beside the trained weights, gathered before there are any."""
+"""Everything that LATEST holds besides the trained weights, gathered before training starts."""
 
 import json
 import tempfile
@@ -36,36 +36,36 @@ MODEL_FILES = (
     *(GENERATION_CONFIG, "*processor*.json", "audio_tokenizer_config.json", "chat_template.json"),
     *("*.py", "LICENSE*", "NOTICE*"),
 )
-"""Patterns of what a model's folder holds beside weights, config and tokenizer."""
+"""Patterns of the files in a model's folder other than weights, config and tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportPlan:
-    """What LATEST will hold, known before training starts.
+    """What LATEST will hold, gathered before training starts.
 
-    What cannot be saved is found out before it costs a trained model, and a source that is replaced
-    or goes away meanwhile changes nothing.
+    So a model that cannot be saved is found out before it is trained, and a source that is replaced
+    or deleted during training does no harm.
     """
 
     texts: Mapping[str, bytes]
-    """The tokenizer's files, by their path in the folder."""
+    """Contents of the tokenizer's files, by their path in the folder."""
     others: Mapping[str, bytes]
-    """Everything else beside weights and config."""
+    """Contents of all other files except weights and config."""
     model: ModelConfig
-    """The run's options."""
+    """The run's model options."""
     loaded: LoadedDtypes
-    """Of the checkpoint that the run started from."""
+    """Dtypes of the weights that the run started from."""
     source: SourceWeights
-    """Its files, held open."""
+    """The source's weight files, held open."""
     config: Mapping[str, Any]
-    """Fields of its config."""
+    """Fields of the source's config."""
     adapter: AdapterConfig | None
-    """The run's options; None: the model itself is trained."""
+    """Options of the trained adapter; None: the model itself is trained."""
     base: AdapterBase | None
-    """Of the adapter."""
+    """The adapter's base model; None without an adapter."""
 
     def dtype_of(self, name: str, weight: Tensor) -> torch.dtype:
-        """What a weight is written in."""
+        """The dtype that a weight is written in."""
         if self.model.save_dtype is None or not weight.is_floating_point():
             return weight.dtype
         if self.model.save_dtype == "float32":
@@ -81,21 +81,21 @@ def plan_export(
     *,
     adapter: AdapterConfig | None = None,
 ) -> ExportPlan:
-    """Gather what LATEST holds beside the trained weights.
+    """Gather everything that LATEST holds besides the trained weights.
 
     Args:
-        model: The run's options.
-        model_config: Of transformers, of the loaded model.
-        tokenizer: That of the run.
-        chat_template: Jinja text that replaced the tokenizer's own, None if none did.
-        adapter: Options of the adapter that is trained; None: the model is.
+        model: The run's model options.
+        model_config: The transformers config of the loaded model.
+        tokenizer: The run's tokenizer.
+        chat_template: Jinja text that replaces the tokenizer's own template; None: nothing does.
+        adapter: Options of the trained adapter; None: the model itself is trained.
 
     Raises:
-        CheckpointError: transformers cannot save config or tokenizer or load what was saved, or a
-            file cannot be read.
+        CheckpointError: transformers cannot save the config or the tokenizer or could not load the
+            export, or a file cannot be read.
     """
     if not has_family(model_config):
-        # the text part of some models that see, which transformers loads with the rest alone
+        # the text part of some vision models, which transformers loads only with the whole model
         raise CheckpointError(
             f"model: what is trained of {model.name_or_path}, {model_config.model_type}, is no "
             f"causal language model by itself, so nothing could load {EXPORT_FOLDER}"
@@ -110,7 +110,7 @@ def plan_export(
     with reading("a tokenizer to save", tokenizer.name_or_path):
         saved = _save_tokenizer(tokenizer, chat_template)
     if TOKENIZER_CONFIG in texts:
-        # transformers 5 writes a class and lists of tokens into it that transformers 4 cannot read
+        # keep the source's: transformers 5 writes a class and token lists that 4 cannot read
         del saved[TOKENIZER_CONFIG]
     texts |= saved
     return ExportPlan(
@@ -152,7 +152,7 @@ def _save_tokenizer(tokenizer: Any, chat_template: str | None) -> dict[str, byte
 
 
 def _with_template(files: Mapping[str, bytes], chat_template: str | None) -> dict[str, bytes]:
-    """Files with the chat template replaced in those that have one, as processors do."""
+    """The files, with the chat template replaced in those that hold one, such as a processor's."""
     replaced = dict(files)
     for name, data in files.items() if chat_template is not None else ():
         fields = json.loads(data) if name.endswith(".json") else None

@@ -1,4 +1,4 @@
-"""Weights as safetensors files: in one, or in several with an index of what lies where."""
+"""Weights as safetensors files: a single one, or several with an index."""
 
 import json
 from collections.abc import Mapping
@@ -11,18 +11,18 @@ from fastpref.model.files.source_weights import FileWeight
 
 INDEX = "model.safetensors.index.json"
 MOST_BYTES = 50 * 10**9
-"""Of a file: what the hub takes, and what transformers writes."""
+"""Largest size of one file, as the hub accepts it and transformers writes it."""
 
 
 def write_weights(
     folder: Path, weights: Mapping[str, Tensor | FileWeight], *, most_bytes: int = MOST_BYTES
 ) -> None:
-    """Write `model.safetensors`, or files of it and their index.
+    """Write `model.safetensors`, or several numbered files and their index.
 
     Args:
-        folder: To write to.
-        weights: By their names; those of other files are read one after another.
-        most_bytes: Of one file, where no single weight has more.
+        folder: Where to write.
+        weights: By name; weights in other files are read only when their output file is written.
+        most_bytes: Largest size of one file, unless a single weight is larger.
     """
     shards = _divide({name: _num_bytes(x) for name, x in weights.items()}, most_bytes)
     names = ["model.safetensors"]
@@ -38,14 +38,14 @@ def write_weights(
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write one file, with the permissions that its folder has.
+    """Write one safetensors file, with the permissions of its folder.
 
     Args:
-        weights: By their names.
-        path: Of the file, in a folder that this process made.
+        weights: By name.
+        path: The file, in a folder that this process created.
     """
     save_file(_apart(weights), path, metadata={"format": "pt"})
-    # safetensors 0.8 leaves it to its owner alone; the folder has what the umask says
+    # safetensors 0.8 makes it readable by its owner only; the folder's mode follows the umask
     path.chmod(path.parent.stat().st_mode & 0o666)
 
 
@@ -62,7 +62,7 @@ def _divide(sizes: Mapping[str, int], most_bytes: int) -> list[list[str]]:
 
 
 def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, which safetensors asks for: tied ones may have two names."""
+    """Contiguous tensors that share no memory, as safetensors requires: tied ones are cloned."""
     seen: set[int] = set()
     apart = {}
     for name, weight in weights.items():

@@ -1,1 +1,1 @@
-"""What a run says: its numbers, to files, trackers and people; its advice; its closing table."""
+"""A run's output: metrics for files, trackers and the console, advice, and the closing table."""

@@ -1,7 +1,7 @@
-"""What in a run's options will not do what it seems to: said once, before training.
+"""Warnings, given once before training, about options that do not do what they seem to.
 
-None of it is an error. Each method looks at one matter and says it with its numbers and with what
-would help, or says nothing.
+None of them is an error. Each method looks at one subject, and gives the numbers and a remedy with
+each warning.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -29,17 +29,17 @@ from fastpref.train.logs.idle import RULES, block_rules
 from fastpref.train.run import Run
 
 STEPS_OF_LR = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop")
-"""Optimizers whose update of a weight is about the learning rate, whatever the gradient."""
+"""Optimizers that change a weight by about the learning rate, whatever the gradient's scale."""
 
 LOW_LR_OF_ADAPTERS = 2e-6
-"""Below it adapters of the usual rank hardly move in a run of some thousand steps."""
+"""Learning rate below which adapters of usual rank hardly move in a run of some thousand steps."""
 
 WORTH_SAYING = 0.1
-"""Share of the weights that must stand still for that to be said."""
+"""Least share of weights that a step leaves unchanged for which a warning is given."""
 
 
 def advise(run: Run) -> list[str]:
-    """What to say of a run that has been put together; every rank calls this."""
+    """The warnings about a run that has been built; every rank calls this."""
     order, advice = run.train.order, Advice(replace(run.config, model=run.model))
     share = unmoved_share(run.policy.trained(), run.config.lr, run.world)
     return [
@@ -54,12 +54,12 @@ def advise(run: Run) -> list[str]:
 
 
 class Advice(NamedTuple):
-    """What there is to say of options, by the matter that they are about."""
+    """Warnings about the options of a config, one method per subject."""
 
     config: Config
 
     def on_schedule(self, num_steps: int) -> Iterator[str]:
-        """A warm-up that takes the whole run, and a decay that never begins."""
+        """Warm-up that takes the whole run; decay that never begins."""
         config = self.config
         warmup, schedule = config.warmup_steps, config.optim.schedule
         if warmup >= num_steps:
@@ -81,7 +81,7 @@ class Advice(NamedTuple):
             )
 
     def on_examples(self, order: GlobalOrder) -> Iterator[str]:
-        """Where a run ends that was given a number of examples."""
+        """A run that ends before or after the requested number of examples."""
         config = self.config
         wanted = config.n_examples
         if wanted is None:
@@ -100,7 +100,7 @@ class Advice(NamedTuple):
             )
 
     def on_held_out(self, order: GlobalOrder) -> Iterator[str]:
-        """How many rows are really evaluated and sampled from."""
+        """More or fewer rows evaluated or sampled from than requested."""
         config = self.config
         wanted = config.n_eval_examples
         evaluated = min(order.num_rows, order.num_steps * order.batch_size)
@@ -121,7 +121,8 @@ class Advice(NamedTuple):
             )
 
     def on_micro_batches(self, loader: Loader, num_ranks: int) -> Iterator[str]:
-        """Processes and micro-batches that there are no rows for, or that others decide on."""
+        """Ranks without rows; a number of micro-batches that rows do not allow or that another
+        option decides."""
         config = self.config
         rows, asked = config.batch_size, config.gradient_accumulation_steps
         if rows < num_ranks:
@@ -152,7 +153,7 @@ class Advice(NamedTuple):
             )
 
     def on_precision(self, share: float) -> Iterator[str]:
-        """Updates and gradients that the dtypes cannot hold.
+        """Updates and gradients too small for their dtypes.
 
         Args:
             share: See `unmoved_share`.
@@ -180,7 +181,7 @@ class Advice(NamedTuple):
             )
 
     def on_adapter(self) -> Iterator[str]:
-        """Options of training all weights that adapters are trained with, and noise in them."""
+        """Options that suit training all weights but not adapters; dropout in adapters."""
         config = self.config
         if not config.adapter.trained:
             return
@@ -207,7 +208,7 @@ class Advice(NamedTuple):
             )
 
     def on_reference(self) -> Iterator[str]:
-        """Options of a reference where there is none, none is kept, or none is held."""
+        """Reference options without a reference, without its cache, or without it in memory."""
         config, reference = self.config, self.config.reference
         if not config.loss.needs.reference:
             if reference != ReferenceConfig():
@@ -225,10 +226,10 @@ class Advice(NamedTuple):
             yield "model.reference_dtype has no effect: no reference is held"
 
     def on_idle(self, given: Collection[str]) -> Iterator[str]:
-        """Options that a command names and that another option leaves nothing to do.
+        """Options on the command line that have no effect because of another option.
 
         Args:
-            given: Their keys, whatever their values.
+            given: Keys of all options on the command line.
         """
         config = self.config
         for rule in (*RULES, *block_rules(config.transform)):
@@ -237,9 +238,9 @@ class Advice(NamedTuple):
                 yield f"{', '.join(named)} has no effect: {rule.why.format(c=config)}"
 
     def on_task(self) -> Iterator[str]:
-        """Groups of options that were set and that the task does not read.
+        """Groups of options that were set but are not read by the task.
 
-        To be asked of the config as the user gave it.
+        To be called on the config as the user gave it.
         """
         config = self.config
         scores = config.task in ("estimate_weights", "tisdpo")
@@ -295,12 +296,12 @@ class Advice(NamedTuple):
 
 @torch.no_grad()
 def unmoved_share(parameters: Iterable[Parameter], lr: float, world: World) -> float:
-    """Share of all weights that stay what they are when lr is added or subtracted, in [0, 1].
+    """Share of all weights that adding or subtracting lr leaves unchanged, in [0, 1].
 
     Args:
-        parameters: That are trained; sharded or not, in their master dtype.
+        parameters: The trained parameters, sharded or not, in their master dtype.
         lr: The peak learning rate.
-        world: Whoever holds the shards.
+        world: The ranks that hold the shards.
     """
     counts = torch.zeros(2, dtype=torch.float64, device=world.device)
     for parameter in parameters:

@@ -1,4 +1,4 @@
-"""What a run says before its first step: what will happen, and what a user may not expect."""
+"""Log lines before a run's first step: what it will do, and what a user may not expect."""
 
 import logging
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def announce(
     *,
     adapters: bool = False,
 ) -> None:
-    """Say what is about to happen, and what in it a user may not expect."""
+    """Log what the run will do, and warn of what a user may not expect."""
     logger.info(
         "%s of %s on %s: %d x %s, %s, arithmetic in %s",
         objective.title,
@@ -42,7 +42,7 @@ def announce(
 
 
 def announce_tokens(loader: Loader, world: World) -> None:
-    """Say what of the data the model's body will compute, by the first steps."""
+    """Log how many tokens packing and prompt sharing save, or padding adds, in the first steps."""
     if not world.is_main:
         return
     steps = min(32, loader.order.num_steps)
@@ -58,7 +58,7 @@ def announce_tokens(loader: Loader, world: World) -> None:
 
 
 def announce_adapters(policy: TokenScorer, options: AdapterConfig) -> None:
-    """Say what of the model is trained, if it is adapters."""
+    """Log which part of the model is trained, if that is adapters."""
     if policy.adapters is None:
         return
     trained = sum(parameter.numel() for parameter in policy.adapters.trained())

@@ -1,4 +1,4 @@
-"""Rules of options that a command names and that another option leaves nothing to do."""
+"""Rules for options on the command line that have no effect because of another option."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,18 +18,18 @@ from fastpref.distributed import told_where_to_meet
 
 
 class Rule(NamedTuple):
-    """When options have no effect."""
+    """Options, and when they have no effect."""
 
     options: str
-    """Their keys, with blanks between them."""
+    """Their keys, separated by blanks."""
     is_idle: Callable[[Config], bool]
-    """Whether a run does not read them."""
+    """Whether a run with this config does not read them."""
     why: str
-    """In words, with options of the run, {c.task}, in braces."""
+    """The reason in words, with options of the config in braces: {c.task}."""
 
 
 def block_rules(transform: TransformConfig) -> Iterator[Rule]:
-    """A rule for each block of options of a transform: one method reads one of them."""
+    """A rule for each transform method's block of options, which only that method reads."""
     for name in METHODS:
         if name == "origin":
             # it has no options
@@ -47,7 +47,8 @@ def _takes_another(name: str) -> Callable[[Config], bool]:
 
 
 def _are_elsewhere(names: Sequence[str], folder: str | None) -> bool:
-    """Whether all are built in or of the hub; what is nowhere ends the run and says so itself."""
+    """Whether all datasets are built in or on the hub; one that does not exist is refused
+    elsewhere."""
     return all(
         (name in SOURCES or HUB_ID.fullmatch(name)) and not (Path(folder or "") / name).is_dir()
         for name in names

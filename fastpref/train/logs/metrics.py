@@ -1,4 +1,4 @@
-"""Numbers of a run: collected on the device, written as JSON lines, shown to people."""
+"""Metrics of a run: collected on the device, written as JSON lines, logged to the console."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 class Tracker(Protocol):
-    """Something that follows a run beside metrics.jsonl."""
+    """Receives the records of a run in addition to metrics.jsonl."""
 
     name: str
 
@@ -46,7 +46,7 @@ def name_for_split(metric: str, split: str) -> str:
 
 @dataclass(slots=True, kw_only=True)
 class PendingStep:
-    """One optimizer step whose numbers are still on the device."""
+    """One optimizer step whose metrics are still on the device."""
 
     step: int
     examples: int
@@ -56,9 +56,9 @@ class PendingStep:
     num_tokens: int
     """Real policy tokens of this step, over all ranks: prompt + response of every sequence."""
     num_computed: int
-    """Tokens that the model's body computed for them, over all ranks."""
+    """Tokens that the model's body computed in this step, over all ranks."""
     num_scored: int
-    """Response tokens, over all ranks."""
+    """Response tokens of this step, over all ranks."""
     lr: float
     names: list[str]
     values: Tensor
@@ -69,36 +69,37 @@ class PendingStep:
 class MetricsLog:
     """Writes one JSON line per optimizer step and per evaluation, and feeds the trackers.
 
-    Steps wait on the device and come over together, at most once in `min_interval_seconds`: a
-    transfer makes the host wait for the device, so it never happens inside a step.
+    The metrics of several steps are copied from the device together, once `min_interval_seconds`
+    have passed: a copy makes the host wait for the device, so it never happens inside a step.
     """
 
     path: Path
     min_interval_seconds: float
     world: World
-    """Whoever computes; rank 0 writes."""
+    """The ranks, of which rank 0 writes."""
     first_loss_tolerance: float | None = None
-    """The first step's loss is that of two equal models: what is further from ln 2 is a mistake.
-    None: it may be anything."""
+    """How far the first step's loss may be from ln 2 without a warning, if policy and reference
+    start equal; None: it is not checked."""
     work: UsefulWork | None = None
-    """Of a step; None where it is not known."""
+    """Operations that a step needs, for MFU; None if unknown."""
     trackers: list[Tracker] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    """All records so far, those of earlier starts included."""
     unwritten: list[str] = field(default_factory=list)
-    """Lines that the file did not take; tried again where it is brought to the disk."""
+    """Lines that could not be written to the file; `bring_to_disk` tries again."""
     _is_refused: bool = False
     _pending: list[PendingStep] = field(default_factory=list)
     _last_flush: float = field(default_factory=time.perf_counter)
 
     def add_step(self, step: PendingStep) -> bool:
-        """Remember a step; True if it is time to bring the waiting ones over."""
+        """Add a step to the pending ones; True if it is time to flush them."""
         self._pending.append(step)
         return time.perf_counter() - self._last_flush >= self.min_interval_seconds
 
     def flush(self) -> Record | None:
-        """Bring the waiting steps to the host and write them; returns the last one's record.
+        """Copy the pending steps to the host and write them; returns the last one's record.
 
-        Ranks other than 0 forget them: the numbers are the same everywhere.
+        Ranks other than 0 drop them and return None: the metrics are the same on every rank.
         """
         if not self._pending or not self.world.is_main:
             self._pending.clear()
@@ -135,21 +136,21 @@ class MetricsLog:
     def _utilization(self, seconds: float) -> dict[str, float]:
         if self.work is None:
             return {}
-        # what is shared is computed once, and padding is for nothing
+        # a shared prompt is computed once, so counts once; padding does not count
         useful = sum(min(step.num_tokens, step.num_computed) for step in self._pending)
         scored = sum(step.num_scored for step in self._pending)
         return {"mfu": self.work.share(useful / seconds, scored / seconds)}
 
     def restart_clock(self) -> None:
-        """Leave what happened until now (an evaluation, say) out of the step rates."""
+        """Exclude the time until now, such as that of an evaluation, from the step rates."""
         self._last_flush = time.perf_counter()
 
     def write(self, record: Record) -> None:
-        """Append one record; a number that is not finite is written as null, as JSON has none.
+        """Append one record; a number that is not finite is written as null, as JSON requires.
 
         Raises:
-            CheckpointError: the file cannot be written; said once, then lines are kept in memory
-                until `bring_to_disk`.
+            CheckpointError: the file cannot be written. It is raised once; further lines are kept
+                in memory until `bring_to_disk`.
         """
         self._add(record)
         self._write_lines()
@@ -165,7 +166,7 @@ class MetricsLog:
         self.unwritten.append(json.dumps(line) + "\n")
 
     def _write_lines(self) -> None:
-        """All of them, or none."""
+        """Append all unwritten lines to the file, or none."""
         if self._is_refused:
             return
         self._is_refused = True
@@ -174,15 +175,15 @@ class MetricsLog:
         self._is_refused = False
 
     def forget_from(self, step: int) -> None:
-        """Do not write the waiting steps from `step` on."""
+        """Drop the pending steps from `step` on."""
         self._pending = [pending for pending in self._pending if pending.step < step]
 
     def bring_to_disk(self) -> None:
-        """What was written survives a power failure; lines that the file did not take have another
-        chance.
+        """Retry lines that could not be written, and sync the file, so that it survives a power
+        failure.
 
         Raises:
-            CheckpointError: it cannot be brought there.
+            CheckpointError: it cannot be written.
         """
         self._is_refused = False
         if self.unwritten:
@@ -192,16 +193,16 @@ class MetricsLog:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Write what waits, and end the trackers."""
+        """Write the pending steps and close the trackers."""
         self.flush()
         for tracker in list(self.trackers):
             self._try(tracker, tracker.close)
 
     def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
-        """Let a tracker act, and leave it out from then on if it fails: the run goes on."""
+        """Run a tracker's action; if it fails, drop the tracker with a warning, not the run."""
         try:
             act()
-        # services and libraries fail in any way they like
+        # services and their libraries may raise anything
         except Exception as error:
             self.trackers.remove(tracker)
             logger.warning(
@@ -230,23 +231,24 @@ def sum_over_examples(metrics: Iterable[Mapping[str, Tensor]]) -> tuple[list[str
 
 
 def first_loss_tolerance(*, exact: bool) -> float:
-    """How far from ln 2 the first loss of two equal models may be.
+    """How far from ln 2 the first loss may be if policy and reference are equal.
 
     Args:
         exact: Policy and reference run the same operations, so their log-ratios are exactly zero
-            and ln 2 is rounded by its mean over the step alone; else 16 bits leave 0.01 at most.
+            and only the mean over the step rounds ln 2; otherwise 16 bits leave 0.01 at most.
     """
     return 5e-6 * math.log(2) if exact else 0.02
 
 
 def check_first_loss(loss: float, tolerance: float) -> None:
-    """Warn where a run of equal policy and reference does not start at ln 2.
+    """Warn if a run whose policy and reference are equal does not start at ln 2.
 
-    A wrong mask, wrong positions, random numbers or two unlike computations are seen nowhere else.
+    Nothing else shows a wrong mask, wrong positions, randomness in the model, or a policy and a
+    reference that compute differently.
 
     Args:
-        loss: Of the first step.
-        tolerance: What rounding may leave of a difference, see `first_loss_tolerance`.
+        loss: Loss of the first step.
+        tolerance: Largest difference due to rounding, see `first_loss_tolerance`.
     """
     if not abs(loss - math.log(2)) <= tolerance:
         logger.warning(

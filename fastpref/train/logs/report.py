@@ -1,4 +1,4 @@
-"""What a person sees: the closing table and `curves.png`."""
+"""The results of a run for people: the closing table and `curves.png`."""
 
 import io
 import logging
@@ -16,12 +16,12 @@ from fastpref.train.logs.metrics import Record, name_for_split
 logger = logging.getLogger("fastpref")
 
 MIN_WIDTH = 60
-"""Columns of the closing table, at least."""
+"""Least width of the closing table, in characters."""
 
 PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.2
-"""Inches of a panel of the curves, its labels among them."""
+"""Size of a panel of curves including its labels, in inches."""
 INCHES_LEFT, INCHES_RIGHT, INCHES_BELOW, INCHES_ABOVE = 1.05, 0.2, 0.5, 0.35
-"""Of those, what labels take beside its axes."""
+"""Margins of a panel for the labels around its axes, in inches."""
 
 PANELS = [
     # title, metrics (one line each), unit of the vertical axis
@@ -34,23 +34,24 @@ PANELS = [
 
 
 def show_results(records: Sequence[Record], run_dir: Path, seconds: float) -> None:
-    """`curves.png` and the closing table. The model is saved: neither of them may end the run.
+    """Write `curves.png` and print the closing table; a failure of either only logs a warning, as
+    the model is already saved.
 
     Args:
-        records: Every line of metrics.jsonl.
+        records: All records of metrics.jsonl.
         run_dir: The run folder.
-        seconds: Wall time of the training, evaluations included.
+        seconds: Wall time of the training in seconds, evaluations included.
     """
     try:
         plot_curves(records, run_dir / "curves.png")
-    # matplotlib needs a font cache, space on the disk and much else
+    # matplotlib may fail in many ways: it needs a font cache, disk space and more
     except Exception as error:
         logger.warning("no curves.png: %s: %s", type(error).__name__, first_line(error))
     print_text(summarize(records, run_dir, seconds))
 
 
 def print_text(text: str) -> None:
-    """Print to stdout; that it takes no more is no reason for a finished run to fail."""
+    """Print to stdout; a closed stdout only logs a warning, as the run has finished."""
     try:
         print(text, end="", flush=True)
     except OSError as error:
@@ -58,7 +59,7 @@ def print_text(text: str) -> None:
 
 
 def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
-    """The closing table: held-out numbers before and after, and where the model is.
+    """The closing table as text: metrics before and after training, and the path of the model.
 
     Args: see `show_results`.
     """
@@ -82,10 +83,10 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
 
 
 def by_metric(records: Sequence[Record], split: str) -> dict[str, list[float]]:
-    """What the lines of a split say of each metric, in order; not every line tells all of them.
+    """Values of each metric of a split, in the order of the records, some of which may lack it.
 
     Args:
-        records: Lines of metrics.jsonl, with null or NaN for what is not finite.
+        records: Records of metrics.jsonl, with null or NaN for non-finite values.
         split: "train" or "eval".
     """
     found: dict[str, list[float]] = {}
@@ -98,18 +99,18 @@ def by_metric(records: Sequence[Record], split: str) -> dict[str, list[float]]:
 
 
 class Lines(io.StringIO):
-    """Text in memory that is meant for a file of some encoding: ASCII has no lines for boxes."""
+    """In-memory text with the encoding of its target: rich draws boxes in ASCII if it must."""
 
     encoding = "utf-8"
 
 
 def render(table: Table, paths: Mapping[str, Path], *, width: int | None = None) -> str:
-    """A closing table and below it the files that are there, as text.
+    """A table, and below it the paths of existing files, as text.
 
     Args:
         table: The table.
-        paths: By label.
-        width: Columns of a text file; None: as stdout shows it, but never too narrow to read.
+        paths: Paths by label; missing files are left out.
+        width: Width in characters; None: that of stdout, but at least `MIN_WIDTH`.
     """
     lines, stdout = Lines(), Console()
     if width is None:
@@ -118,7 +119,7 @@ def render(table: Table, paths: Mapping[str, Path], *, width: int | None = None)
         console = Console(file=lines, width=shown_width, force_terminal=stdout.is_terminal)
     else:
         console = Console(file=lines, width=width)
-    # names that users give are whole, however long, and their brackets are no marks
+    # the user's names are neither wrapped nor read as rich markup
     title, table.title = table.title, None
     if title is not None:
         console.print(title, style="table.title", soft_wrap=True, highlight=False, markup=False)
@@ -132,10 +133,10 @@ def render(table: Table, paths: Mapping[str, Path], *, width: int | None = None)
 
 
 def plot_curves(records: Sequence[Record], path: Path) -> None:
-    """Training and held-out curves over examples seen, one panel a quantity.
+    """Plot training and held-out curves over examples seen, one panel per quantity.
 
     Args:
-        records: Every line of metrics.jsonl; numbers that are not finite leave a gap.
+        records: All records of metrics.jsonl; non-finite values are left out.
         path: The PNG to write; not written if there is nothing to draw.
     """
     import matplotlib
@@ -159,7 +160,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     rows = -(-len(panels) // columns)
     width, height = PANEL_WIDTH * columns, PANEL_HEIGHT * rows
     figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
-    # room for the labels: a layout that finds it out adds more than half to the drawing's time
+    # fixed margins: computing them by a layout engine adds more than half to the drawing's time
     figure.subplots_adjust(
         left=INCHES_LEFT / width,
         right=1 - INCHES_RIGHT / width,
@@ -194,5 +195,5 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
 
 
 def is_finite(value: object) -> bool:
-    """Whether a metric is there and can be drawn."""
+    """Whether a value is a finite number, which can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)

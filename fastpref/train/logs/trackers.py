@@ -1,4 +1,4 @@
-"""Optional followers of a run, beside metrics.jsonl: Weights & Biases and TensorBoard."""
+"""Optional trackers of a run in addition to metrics.jsonl: Weights & Biases and TensorBoard."""
 
 import importlib
 import logging
@@ -17,7 +17,7 @@ from fastpref.train.logs.metrics import Record, Tracker
 logger = logging.getLogger("fastpref")
 
 RUN_ID = "wandb-id"
-"""File of the run folder with its run's name at Weights & Biases."""
+"""File in the run folder with the run's id at Weights & Biases."""
 WANDB_WITHOUT_LOGIN = ("offline", "dryrun", "disabled")
 """Values of WANDB_MODE that need no account."""
 
@@ -26,7 +26,7 @@ def check_trackers(options: TrackerOptions) -> None:
     """Refuse, before anything is loaded, a tracker that could not start.
 
     Raises:
-        ConfigError: its package cannot be imported, or Weights & Biases knows no account.
+        ConfigError: its package cannot be imported, or Weights & Biases is not logged in.
     """
     if "tensorboard" in options.packages:
         _check_import("tensorboard.enabled", "torch.utils.tensorboard")
@@ -38,7 +38,7 @@ def check_trackers(options: TrackerOptions) -> None:
 def _check_import(key: str, module: str) -> None:
     try:
         importlib.import_module(module)
-    # packages that do not go together fail in any way they like
+    # incompatible packages may raise anything on import
     except Exception as error:
         raise ConfigError(
             f"{key}=true: {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
@@ -46,14 +46,18 @@ def _check_import(key: str, module: str) -> None:
 
 
 def _check_login() -> None:
-    """Log in, on a terminal by asking for the key."""
+    """Log in to Weights & Biases, which asks for the key on a terminal.
+
+    Raises:
+        ConfigError: there is no key, it is wrong, or there is no network.
+    """
     import wandb
 
     if os.environ.get("WANDB_MODE") in WANDB_WITHOUT_LOGIN:
         return
     try:
         wandb.login()
-    # no key, a wrong one, or no network
+    # wandb raises errors of several classes
     except Exception as error:
         raise ConfigError(
             f"wandb.enabled=true: {first_line(error).rstrip('.')}; log in with `wandb login`, set "
@@ -64,14 +68,14 @@ def _check_login() -> None:
 def build_trackers(
     options: TrackerOptions, run_dir: Path, run_options: dict[str, Any], examples: int = 0
 ) -> list[Tracker]:
-    """The trackers that are asked for.
+    """Start the trackers that are enabled.
 
-    One that does not start, though `check_trackers` found nothing, is left out with a warning.
+    One that does not start, although `check_trackers` passed, is left out with a warning.
 
     Args:
-        options: Which.
-        run_options: All options of the run, for those that keep them.
-        examples: Seen before this start; what was logged beyond is not this run's any more.
+        options: Which trackers are enabled, and their options.
+        run_options: All options of the run, for trackers that record them.
+        examples: Examples seen before this start; TensorBoard drops what was logged beyond them.
     """
     wanted: dict[str, Callable[[], Tracker]] = {}
     if "wandb" in options.packages:
@@ -82,7 +86,7 @@ def build_trackers(
     for name, build in wanted.items():
         try:
             trackers.append(build())
-        # a service that does not answer is no reason to throw loaded models away
+        # models are loaded by now: a service that does not answer must not end the run
         except Exception as error:
             logger.warning("%s does not follow this run: %s", name, first_line(error))
     return trackers
@@ -102,7 +106,7 @@ class WandbTracker:
             name=run_dir.name,
             dir=str(run_dir),
             config=run_options,
-            # a run that is gone on with stays one run there
+            # a resumed run continues as the same run
             id=_run_id(run_dir),
             resume="allow",
         )
@@ -134,9 +138,9 @@ class TensorboardTracker:
 
 
 def _run_id(run_dir: Path) -> str:
-    """The same for every start in a run folder, another one for every folder."""
+    """The run id of a run folder, the same for every start in it."""
     path = run_dir / RUN_ID
-    # empty where a kill of an earlier version came before it was written
+    # may be empty if an earlier version was killed before writing it
     known = path.read_text(encoding="utf-8") if path.is_file() else ""
     if not known:
         known = secrets.token_hex(8)
@@ -146,8 +150,8 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """The numbers of a line; of an evaluation its metrics alone, which a training step of the same
-    place has not: one curve of speed, one of the learning rate."""
+    """The numbers of a record. An evaluation gives only its held-out metrics, so that speed and
+    learning rate have one curve each, that of training."""
     is_step = record["split"] == "train"
     return {
         key: value

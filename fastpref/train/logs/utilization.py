@@ -1,4 +1,4 @@
-"""What share of the devices' matrix units a run keeps busy with what its updates need (MFU)."""
+"""Model FLOPs utilization (MFU): the share of the devices' peak that the updates need."""
 
 from typing import NamedTuple
 
@@ -27,35 +27,39 @@ PEAKS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-"""Products of 16-bit matrices a second, without sparsity, in operations: the makers' data sheets.
-The first name that a device's has in it counts."""
+"""Peak 16-bit matrix throughput in FLOP/s, without sparsity, from the vendors' data sheets. The
+first name contained in a device's name applies."""
 
 
 class UsefulWork(NamedTuple):
-    """Operations that a step needs, those of products with weights alone.
+    """FLOPs that a step needs, counting only products with weights.
 
-    2 operations a weight and token for each forward, the reference's included, 2 more for the
-    gradient of the input and, where the weight is trained, 2 for the weight's: 8 of DPO with a
-    reference, 6 beside adapters. A prompt that is computed once counts once; padding, what is
-    computed again, attention's scores and adapters count nothing.
+    2 FLOPs per weight and token for each forward pass, including the reference's, 2 more for the
+    gradient of the input and, if the weight is trained, 2 for that of the weight: 8 in DPO with a
+    reference, 6 with adapters. A prompt that is computed once counts once; padding, recomputation,
+    attention scores and adapters do not count.
     """
 
     per_token: int
-    """Of the blocks."""
+    """FLOPs of the blocks per policy token."""
     per_scored: int
-    """Of the head."""
+    """FLOPs of the head per scored token."""
     peak: float
-    """Operations a second of all devices."""
+    """Peak throughput of all devices, in FLOP/s."""
 
     def share(self, num_tokens: float, num_scored: float) -> float:
-        """MFU, in [0, 1], of so many tokens a second, of which so many are scored."""
+        """MFU in [0, 1].
+
+        Args:
+            num_tokens: Useful policy tokens per second.
+            num_scored: Scored (response) tokens per second.
+        """
         return (self.per_token * num_tokens + self.per_scored * num_scored) / self.peak
 
 
 def useful_work(pair: Pair, options: ModelConfig, world: World) -> UsefulWork | None:
-    """What a step of a policy and its reference needs; None where a peak is not known, or a token
-    does not see every weight.
-    """
+    """FLOPs that a step of policy and reference needs; None on a CPU, in float32, on a GPU of
+    unknown peak, and for a mixture of experts."""
     if world.device.type != "cuda" or options.compute_dtype == "float32":
         return None
     peak = peak_of(torch.cuda.get_device_name(world.device))
@@ -65,9 +69,9 @@ def useful_work(pair: Pair, options: ModelConfig, world: World) -> UsefulWork | 
 
 
 def count_work(pair: Pair, block_name: str | None, *, peak: float) -> UsefulWork | None:
-    """See `useful_work`; `peak` is that of all devices."""
+    """See `useful_work`; `peak` is that of all devices, in FLOP/s."""
     model, trains_all = pair.policy.model, pair.policy.adapters is None
-    # of which a token sees some
+    # a mixture: a token passes through only some of the experts
     if any(name.endswith("experts") for name, _ in model.named_modules()):
         return None
     blocks = sum(
@@ -76,7 +80,7 @@ def count_work(pair: Pair, block_name: str | None, *, peak: float) -> UsefulWork
         else layer.in_features * layer.out_features
         for block in find_blocks(model, block_name)
         for name, layer in block.named_modules()
-        # without adapters, and the layers that these stand around
+        # counts the layer that an adapter wraps, not the adapter's own matrices
         if is_linear(layer) and "lora_" not in name
     )
     passes = (3 if trains_all else 2) + (pair.reference is not None)
@@ -89,5 +93,5 @@ def count_work(pair: Pair, block_name: str | None, *, peak: float) -> UsefulWork
 
 
 def peak_of(device: str) -> float | None:
-    """Operations a second of a device by its name; None if it is not known."""
+    """Peak FLOP/s of a device by its name; None if unknown."""
     return next((peak for name, peak in PEAKS.items() if name in device), None)

@@ -1,1 +1,1 @@
-"""What a run goes on from, whether it may, and what tells it from another one."""
+"""Resuming a run: finding its checkpoint, and checking that it belongs to the same run."""

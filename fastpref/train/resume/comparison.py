@@ -1,4 +1,4 @@
-"""A checkpoint's run beside the one that wants to go on from it."""
+"""Compares a checkpoint's run with the one that is to resume from it."""
 
 import logging
 from collections.abc import Sequence
@@ -20,20 +20,21 @@ from fastpref.train.state import RunState
 logger = logging.getLogger("fastpref")
 
 FORMAT = 1
-"""Of the record in a checkpoint."""
+"""Format version of the record in a checkpoint."""
 HELD_OUT = "held-out data"
-"""The fingerprint that updates do not depend on; "none" where there are no such rows."""
+"""Name of the fingerprint of the held-out rows, on which no update depends; its value is "none" if
+there are no such rows."""
 
 
 def check_record(folder: Path, record: dict[str, Any]) -> None:
-    """Refuse what another version of fastpref has said of a run, where this one cannot read it.
+    """Refuse a checkpoint record of another version of fastpref that this one cannot read.
 
     Args:
-        folder: Of the checkpoint.
-        record: Its own.
+        folder: The checkpoint's folder.
+        record: The checkpoint's record.
 
     Raises:
-        CheckpointError: naming what is not known or not there.
+        CheckpointError: naming what is unknown or missing.
     """
     try:
         RunState.from_json(record["state"])
@@ -57,19 +58,19 @@ def check_same_run(
     allow: Sequence[str],
     quiet: bool = False,
 ) -> None:
-    """Refuse to go on with other options, data or model than the checkpoint's where numbers depend
-    on them; say what else differs.
+    """Refuse to resume with options, data or a model that differ from the checkpoint's and change
+    the results; log all other differences.
 
     Args:
-        folder: Of the checkpoint.
-        record: Its own.
-        options: All of this start.
-        fingerprints: Of data, held-out data, tokenizer and model, as far as they are known.
-        allow: Names of what may differ all the same.
-        quiet: What else differs is said by a later call, when all is known.
+        folder: The checkpoint's folder.
+        record: The checkpoint's record.
+        options: All options of this start.
+        fingerprints: Digests of data, held-out data, tokenizer and model, as far as known yet.
+        allow: Names of options and fingerprints that may differ nevertheless.
+        quiet: Do not log the other differences; a later call with all fingerprints will.
 
     Raises:
-        CheckpointError: with a table of what differs.
+        CheckpointError: with a list of all differences.
     """
     schedule = options["optim"]["schedule"]
     found = [

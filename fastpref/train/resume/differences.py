@@ -1,4 +1,5 @@
-"""Options of two starts of one run: which of them differ, and which of these change its numbers."""
+"""Options that differ between two starts of one run, and what each difference does to its
+results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -24,13 +25,13 @@ WITHOUT_EFFECT = (
         "adapter.merge",
     ),
 )
-"""Options and groups that no update depends on."""
+"""Options and groups of options that no update depends on."""
 ROUNDING = (
     *("trainer", "gradient_accumulation_steps", "activation_checkpointing", "compile", "packing"),
     *("head", "model.attention", "model.liger", "model.reference_dtype", "reference.mode"),
     *("model.block_name", "model.block", "adapter.base"),
 )
-"""Those that say how a number is computed: the same up to rounding."""
+"""Options of how the numbers are computed: they stay the same up to rounding."""
 BY_CONTENT = (
     *("datasets", "base_data_dir", "reverse_dataset", "max_length", "max_prompt_length"),
     *("data.on_error", "data.strict", "data.max_dropped", "data.truncation"),
@@ -40,20 +41,20 @@ BY_CONTENT = (
     *("transform", "model.name_or_path", "model.archive", "model.revision"),
     "model.tokenizer_name_or_path",
 )
-"""Those that say which data or model it is: judged by what is there, wherever it lies."""
+"""Options of which data or model is read: their contents are compared instead, by fingerprints."""
 LENGTH = ("n_epochs", "n_examples")
-"""Where a run ends: a schedule that goes down to its end has another rate at every step."""
+"""Options of where a run ends: under a schedule that decays to the end they change every rate."""
 
 OF_A_MACHINE = ("base_data_dir", "data.cache_dir", "data.num_proc")
-"""Options that ranks may have of their own: what is read there is compared."""
+"""Options that may differ between ranks: the rows that are read are compared instead."""
 
 
 GONE = "no option of this run"
-"""What an option is now that only another loss has, or another version of fastpref."""
+"""Value shown for an option that only the other start's loss or version of fastpref has."""
 
 
 class Difference(NamedTuple):
-    """An option, or data, model or tokenizer, that is not what it was."""
+    """An option or a fingerprint that has changed."""
 
     key: str
     before: Any
@@ -64,15 +65,15 @@ class Difference(NamedTuple):
 
 
 def list_differences(before: Any, now: Any) -> list[Difference]:
-    """Options of two nested configs that differ, by dotted key.
+    """Options of two nested configs that differ, with dotted keys.
 
-    An option that an earlier version did not have was what it is by default.
+    An option that `before` lacks, as of an earlier version, counts as its default.
     """
     return _differences(before, now, defaults_of(Config), "")
 
 
 def defaults_of(schema: type) -> dict[str, Any]:
-    """Options of a schema that have a default, as nested dicts."""
+    """Defaults of a schema's options, as nested dicts; options without one are left out."""
     found: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for field in fields(schema):
@@ -106,13 +107,16 @@ def _differences(before: Any, now: Any, defaults: Any, prefix: str) -> list[Diff
 
 
 def is_among(key: str, names: Sequence[str]) -> bool:
-    """Whether a dotted key is one of some options, or in one of some groups."""
+    """Whether a dotted key is one of `names`, or in a group that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def effect_of(difference: Difference, schedule: str) -> str:
-    """What a difference does to the rest of a run, "" where the checkpoint must not be gone on
-    with."""
+    """What a difference does to the rest of a run, in words; "" if it changes the results.
+
+    Args:
+        schedule: The learning-rate schedule, `optim.schedule`.
+    """
     key = difference.key
     if is_among(key, WITHOUT_EFFECT):
         return "no effect on the updates"
@@ -126,10 +130,10 @@ def effect_of(difference: Difference, schedule: str) -> str:
 
 
 def is_of_state(difference: Difference, *, adapted: bool) -> bool:
-    """Whether what was saved has no place in a run with the other value, whatever is allowed.
+    """Whether the saved state does not fit a run with the new value, even if that is allowed.
 
     Args:
-        adapted: Adapters are what is trained; their masters are in float32 in any case.
+        adapted: Whether adapters are trained; their master weights are always float32.
     """
     key, before, now = difference
     if key == "adapter.kind":
@@ -138,13 +142,13 @@ def is_of_state(difference: Difference, *, adapted: bool) -> bool:
 
 
 def check_same_options(of_ranks: Sequence[dict[str, Any]]) -> None:
-    """Refuse ranks that were started with different options: each would go its own way.
+    """Refuse ranks that were started with different options.
 
     Args:
-        of_ranks: All options, by rank.
+        of_ranks: All options of each rank, by rank.
 
     Raises:
-        ConfigError: naming the first rank, and what differs.
+        ConfigError: naming the first rank that differs from rank 0, and its options that do.
     """
     for rank, options in enumerate(of_ranks):
         found = list_differences(of_ranks[0], options)
@@ -158,7 +162,7 @@ def check_same_options(of_ranks: Sequence[dict[str, Any]]) -> None:
 
 
 def dotted(options: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a nested config, those of its groups among them."""
+    """Dotted keys of a nested config, including those of its groups."""
     for key, value in options.items():
         yield f"{prefix}{key}"
         if isinstance(value, dict):
@@ -166,7 +170,7 @@ def dotted(options: Any, prefix: str = "") -> Iterator[str]:
 
 
 def unknown_names(names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """Names that are neither options nor groups of them, each with the nearest one that is."""
+    """Names that are neither options nor groups, each with the nearest known one, if any."""
     groups = {key.rpartition(".")[0] for key in known if "." in key}
     usable = sorted({*known, *groups})
     return [

@@ -1,4 +1,4 @@
-"""What tells one run's data, tokenizer and model from another's, wherever they lie."""
+"""Fingerprints of a run's data, tokenizer and model: digests of their contents, not paths."""
 
 import hashlib
 from collections.abc import Sequence
@@ -21,20 +21,21 @@ ROWS_AT_ONCE = 8192
 def take_digests(
     splits: Sequence[PreferenceSplit | None], texts: tuple[Any, str | None], world: World
 ) -> dict[str, str]:
-    """Those of what every rank reads by itself, and plans its steps from: a second a gigabyte.
+    """Digests of the rows and the tokenizer, which every rank reads itself and plans its steps
+    from; about a second per gigabyte.
 
     Args:
-        splits: Rows to train on, and those held out or None.
-        texts: Tokenizer, and the chat template that replaces its own or None.
-        world: Whoever runs.
+        splits: The training rows, and the held-out rows or None.
+        texts: The tokenizer, and the chat template that replaces its own, or None.
+        world: The ranks, which compare their digests.
 
     Returns:
-        64 hexadecimal digits each. data: token ids, weights and order of the rows to train on;
-        held-out data: the same of the others; tokenizer: vocabulary and chat template, which the
-        exported model has beside it.
+        SHA-256 digests in hexadecimal. data: token ids, weights and order of the training rows;
+        held-out data: the same of the held-out rows, or "none"; tokenizer: vocabulary and chat
+        template, which are exported with the model.
 
     Raises:
-        DataError: a rank has others than rank 0.
+        DataError: a rank's digests differ from those of rank 0.
     """
     tokenizer, chat_template = texts
     of_texts = tokenizer_digest(tokenizer) + str(template_digest(chat_template))
@@ -49,23 +50,25 @@ def take_digests(
 
 
 def today(tokenizer: Any, world: World) -> str:
-    """The day by rank 0's clock: ranks that told a chat template two days would read other rows."""
+    """Today's date by rank 0's clock: with two dates in a chat template, ranks would read different
+    rows."""
     return world.on_main(lambda: current_date(tokenizer))
 
 
 def take_model_digest(model: ModelConfig, world: World) -> str:
-    """That of the weights that a run starts from, and of its reference; rank 0 reads every byte."""
+    """Digest of the weights that a run starts from, and its reference has; rank 0 reads every
+    byte."""
     return world.on_main(lambda: model_identity(model))
 
 
 def check_same_digests(of_ranks: Sequence[dict[str, str]]) -> None:
-    """Refuse ranks that would train on different rows, each on its share of them.
+    """Refuse ranks that have read different rows or tokenizers.
 
     Args:
-        of_ranks: By rank, see `take_digests`.
+        of_ranks: Digests of each rank, by rank, see `take_digests`.
 
     Raises:
-        DataError: naming the first rank, and what it has.
+        DataError: naming the first rank that differs from rank 0, and its digests that do.
     """
     for rank, digests in enumerate(of_ranks):
         differing = [name for name, digest in digests.items() if digest != of_ranks[0][name]]
@@ -77,8 +80,8 @@ def check_same_digests(of_ranks: Sequence[dict[str, str]]) -> None:
 
 
 def split_digest(split: PreferenceSplit) -> str:
-    """Digest of what training sees of a split: the same rows read from another place, or by another
-    version of a library, have the same one."""
+    """Digest of everything that training reads from a split. It does not depend on where the rows
+    were read from, or on library versions."""
     digest = hashlib.sha256(np.ascontiguousarray(split.groups, np.int64).tobytes())
     table = split.dataset.with_format("arrow")
     for rows in table.iter(ROWS_AT_ONCE):

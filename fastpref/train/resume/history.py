@@ -1,4 +1,4 @@
-"""What a run folder tells of the steps before a checkpoint, without those that came after it."""
+"""The history of a resumed run: its metrics and samples up to the checkpoint, none after it."""
 
 import json
 import logging
@@ -17,18 +17,18 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 def bring_history(
     source: Path, run_dir: Path, state: RunState, unwritten: Sequence[str] = ()
 ) -> None:
-    """Bring metrics and samples to where a run is gone on with, in its folder.
+    """Write the metrics and samples up to the checkpoint to the folder of the resumed run.
 
-    What a start that did not end well wrote after its last checkpoint is computed again.
+    Lines that a failed start wrote after its last checkpoint are dropped, and computed again.
 
     Args:
-        source: The run folder that the checkpoint is of; `run_dir` itself or another one.
-        run_dir: The run folder to write in.
-        state: Of the checkpoint.
-        unwritten: Lines of metrics that only the checkpoint has: their file did not take them.
+        source: The run folder that the checkpoint belongs to; `run_dir` itself or another one.
+        run_dir: The folder of the resumed run.
+        state: The checkpoint's state.
+        unwritten: Lines of metrics that could not be written to the file and are in the checkpoint.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: they cannot be written.
     """
     for name, waiting in ((METRICS, unwritten), (SAMPLES, ())):
         kept = [line for line, record in _lines(source / name) if is_before(record, state)]
@@ -41,7 +41,7 @@ def bring_history(
 
 
 def warn_of_gaps(path: Path, lines: Sequence[str], num_steps: int) -> None:
-    """Say where metrics lack steps that were done: nobody but a user takes lines away."""
+    """Warn if metrics lack completed steps: only a user can have removed their lines."""
     records = map(json.loads, lines)
     steps = {record["step"] for record in records if record.get("split") == "train"}
     if len(steps) < num_steps:
@@ -55,20 +55,20 @@ def warn_of_gaps(path: Path, lines: Sequence[str], num_steps: int) -> None:
 
 
 def is_before(record: dict[str, Any], state: RunState) -> bool:
-    """Whether a line of metrics or samples was written before a checkpoint."""
+    """Whether a line of metrics or samples belongs to the history before a checkpoint."""
     if record.get("split") == "train":
         return record["step"] <= state.step
     return record["step"] < state.step or record["step"] == state.evaluated
 
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """The records in metrics.jsonl."""
     return [record for _, record in _lines(run_dir / METRICS)]
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Lines with what they say; one that a killed process has not finished is left out. None where
-    there is no file."""
+    """Lines with their records; damaged ones, such as a killed process leaves at the end, are left
+    out. Yields nothing if there is no file."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:

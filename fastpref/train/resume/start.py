@@ -1,11 +1,11 @@
-"""What a run starts from: nothing, or a checkpoint that it may go on with.
+"""What a run starts from: its initial model, or a checkpoint that it may resume from.
 
 run_dir holds                   resume=never  auto                   PATH
-nothing, or a run of no step    begins        begins                 begins with PATH, a branch
-a run with checkpoints          refused       goes on                goes on if PATH is of it, or
-                                                                     it is PATH's branch
-a run that ended before one     refused       begins anew, with the  refused
-                                              same options
+nothing, or a run of no step    new run       new run                branches off from PATH
+a run with checkpoints          refused       resumes                resumes if PATH belongs to it,
+                                                                     or it branched off from PATH
+a run without a checkpoint      refused       restarts, if options   refused
+                                              are the same
 anything else                   refused       refused                refused
 """
 
@@ -37,43 +37,44 @@ class Start:
     """What a run starts from."""
 
     agreement: Agreement
-    """Of the ranks."""
+    """Connects the ranks."""
     place: RunPlace
-    """Where a new run folder is made."""
+    """Where a new run folder is created."""
     run_dir: Path | None = None
-    """The run folder to go on in, locked; None: a new one."""
+    """The existing run folder to continue in, locked; None: a new one."""
     checkpoint: Checkpoint | None = None
+    """The checkpoint to resume from; None: the initial model."""
     source: Path | None = None
-    """The run folder that the checkpoint lies in: `run_dir`, or the one that it branches off from;
-    None: it lies in none."""
+    """The run folder that the checkpoint belongs to: `run_dir`, or the one that the run branches
+    off from; None: the checkpoint is in no run folder."""
     record: dict[str, Any] = field(default_factory=dict)
-    """What the run said of itself when it was saved: state, options, fingerprints."""
+    """The checkpoint's record: state, options and fingerprints of the run when it was saved."""
 
     @property
     def state(self) -> RunState:
-        """Where the run is gone on with."""
+        """The state to resume from; a fresh one without a checkpoint."""
         return RunState.from_json(self.record["state"]) if self.record else RunState()
 
     @property
     def unwritten(self) -> list[str]:
-        """Lines of metrics that could not be written when it was saved."""
+        """Lines of metrics that could not be written to their file when the run was saved."""
         return self.record.get("unwritten", [])
 
     def check_options(self, options: dict[str, Any], *, allow: Sequence[str]) -> None:
-        """Refuse a checkpoint of a run with other options, before anything is read for this one.
+        """Refuse a checkpoint of a run with other options, before data or models are read.
 
         Raises:
-            CheckpointError: there is one, and it is.
+            CheckpointError: the checkpoint, if there is one, is of such a run.
         """
         if self.checkpoint is not None:
             folder = self.checkpoint.folder
             check_same_run(folder, self.record, options, {}, allow=allow, quiet=True)
 
     def check_length(self, num_steps: int) -> None:
-        """Refuse a checkpoint that is beyond the end of a run.
+        """Refuse a checkpoint of a step beyond the end of this run.
 
         Raises:
-            CheckpointError: it is of a later step.
+            CheckpointError: its step is larger than `num_steps`.
         """
         if self.checkpoint is not None and self.state.step > num_steps:
             raise CheckpointError(
@@ -87,17 +88,17 @@ class Start:
         """Refuse a checkpoint of another run, see `check_same_run`.
 
         Raises:
-            CheckpointError: there is one, and it is.
+            CheckpointError: the checkpoint, if there is one, is of another run.
         """
         if self.checkpoint is not None:
             folder = self.checkpoint.folder
             check_same_run(folder, self.record, options, fingerprints, allow=allow)
 
     def load(self, policy: TokenScorer, updates: Updates, device: torch.device) -> RunState:
-        """Put the checkpoint's state in place, if there is one.
+        """Load the checkpoint, if there is one, and return the run's state.
 
         Raises:
-            CheckpointError: it does not fit.
+            CheckpointError: it does not fit the policy or the optimizer.
         """
         state = self.state
         if self.checkpoint is None:
@@ -117,15 +118,16 @@ class Start:
 
 
 def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:
-    """What `resume` asks to go on with, found by rank 0 for all.
+    """Find what `resume` asks for, on rank 0 for all ranks.
 
     Args:
         resume: "never", "auto" or a path, see `ResumeConfig.path`.
         place: Where the run's folder is to be.
-        agreement: Of the ranks.
+        agreement: Connects the ranks.
 
     Raises:
-        CheckpointError: on every rank: what was asked for is not there, or nothing is whole.
+        CheckpointError: on every rank: the checkpoint asked for is missing, none is complete, or it
+            cannot be read by this version.
     """
     if resume == "never":
         return Start(agreement=agreement, place=place)
@@ -140,7 +142,7 @@ def find_start(resume: str, place: RunPlace, agreement: Agreement) -> Start:
 
 
 class Found(NamedTuple):
-    """What there is to go on with, see `Start`."""
+    """What was found to resume from, see `Start`."""
 
     run_dir: Path | None = None
     checkpoint: Checkpoint | None = None
@@ -148,8 +150,8 @@ class Found(NamedTuple):
 
 
 def _find(resume: str, place: RunPlace) -> Found:
-    """A run folder is locked before anything is looked for in it: whoever writes there may have
-    saved something newer, or deleted what was found, by the time it is read."""
+    """Find a run folder and its checkpoint. The folder is locked before it is searched: a process
+    that writes there might save a newer checkpoint, or delete the one that was found."""
     if resume == "auto":
         run_dir = run_to_go_on_with(resume, place)
         return _find_in(run_dir) if run_dir and run_dir.is_dir() else Found()
@@ -160,13 +162,13 @@ def _find(resume: str, place: RunPlace) -> Found:
     if source and (run_dir is None or (run_dir.is_dir() and run_dir.samefile(source))):
         lock(source)
         return Found(source, find_named(path), source)
-    # before models are loaded for nothing
+    # refused now rather than after models were loaded
     place.check()
     return Found(None, find_named(path), source)
 
 
 def _find_in(run_dir: Path) -> Found:
-    """The newest checkpoint of a run folder, else the one that it branched off from."""
+    """The newest checkpoint in a run folder, else the one that the run branched off from."""
     lock(run_dir)
     check_not_lost(run_dir)
     checkpoint = find_newest(run_dir / CHECKPOINTS)
@@ -177,15 +179,15 @@ def _find_in(run_dir: Path) -> Found:
 
 
 def check_not_lost(run_dir: Path) -> None:
-    """Refuse a run folder whose checkpoints were there and are not: its numbers are not to be
-    taken for those of a run that never had one.
+    """Refuse a run folder whose checkpoints were lost, which must not be mistaken for a run that
+    never had one and restarted.
 
     Raises:
-        CheckpointError: they are gone, or on a disk that is.
+        CheckpointError: they were deleted, or are on a disk that is not mounted.
     """
     folder = run_dir / CHECKPOINTS
     is_there = folder.is_dir()
-    # a run that ended before its first one has a folder without any
+    # a run that ended before its first checkpoint has an empty folder and no mark
     if step_folders(folder) or (is_there and not (run_dir / MARK).is_file()):
         return
     if not names_in(run_dir) or took_no_step(run_dir):
