@@ -13,7 +13,7 @@ def compose_choices(choices: list[str]) -> Any:
     """Compose configs/ for choices such as ["loss=dpo"], typed by the schemas of fastpref.config.
 
     Raises:
-        ConfigError: A file under configs/ has an unknown key or a value of the wrong type.
+        ConfigError: a file under configs/ has an unknown key or a value of the wrong type.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore

@@ -27,7 +27,7 @@ def audit(config: Config) -> None:
     next to the run folders.
 
     Raises:
-        FastprefError: Training on this data would fail, or the output folder is not writable.
+        FastprefError: training on this data would fail, or the output folder is not writable.
     """
     place = run_place(config)
     place = replace(place, name=f"audit_{place.name}")

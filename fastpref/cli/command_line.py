@@ -107,7 +107,7 @@ def check_current_folder() -> None:
     """Refuse to run in a deleted working directory, whose path libraries ask for.
 
     Raises:
-        ConfigError: The working directory does not exist.
+        ConfigError: the working directory does not exist.
     """
     try:
         os.getcwd()

@@ -43,9 +43,9 @@ def launch_on_every_gpu(
         The exit code of the first rank that failed on this machine, or 0.
 
     Raises:
-        ConfigError: The port is in use.
-        RankError: Not every machine arrived in time.
-        DistributedError: The rendezvous failed.
+        ConfigError: the port is in use.
+        RankError: not every machine arrived in time.
+        DistributedError: the rendezvous failed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -137,7 +137,7 @@ def check_port(port: int) -> None:
     """Refuse a port that another program listens on; torchrun would wait for it for minutes.
 
     Raises:
-        ConfigError: The port cannot be bound.
+        ConfigError: the port cannot be bound.
     """
     with socket.socket() as probe:
         # like torch: a port in TIME_WAIT can be bound

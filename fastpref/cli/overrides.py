@@ -47,7 +47,7 @@ def read_config(
         config_dir: The folder configs/.
 
     Raises:
-        ConfigError: One line per wrong argument; the first broken rule if all are well-formed.
+        ConfigError: one line per wrong argument; the first broken rule if all are well-formed.
     """
     pairs, problems = split_arguments(arguments)
     # recipe=null, as in configs/config.yaml, means no recipe: there is no such file
@@ -76,7 +76,7 @@ def build_config(composed: DictConfig) -> Config:
     """Convert a composed configuration to its dataclass, checking every rule.
 
     Raises:
-        ConfigError: A required option is missing, or a value breaks a rule.
+        ConfigError: a required option is missing, or a value breaks a rule.
     """
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
@@ -162,7 +162,7 @@ def _parse(option: Option, text: str) -> str | list[str] | None:
     """The value before its type is checked: text, list of texts, or None.
 
     Raises:
-        ValidationError: The option is a list and the text is not.
+        ValidationError: the option is a list and the text is not.
     """
     if text == "null":
         return None
@@ -177,7 +177,7 @@ def _parse_mapping(text: str) -> dict[str, Any]:
     """Parse a YAML flow mapping; `{a:b}` without a space after the colon is accepted.
 
     Raises:
-        ValidationError, YAMLError: The text is no mapping.
+        ValidationError, YAMLError: the text is no mapping.
     """
     if not re.fullmatch(r"\{.*\}", text.strip(), re.DOTALL):
         raise ValidationError(text)

@@ -45,8 +45,8 @@ def show_plan(
         longest: Maximum sequence length in tokens.
 
     Raises:
-        FastprefError: The model does not exist.
-        ConfigError: The model does not support an option, or its family cannot run on the meta
+        FastprefError: the model does not exist.
+        ConfigError: the model does not support an option, or its family cannot run on the meta
             device.
     """
     twin = check_options(training.model, training.adapter, packing, trainable=True)

@@ -14,7 +14,7 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
     """Join the process group, run `task`, and leave the group together with the other ranks.
 
     Raises:
-        DistributedError: Another rank ended, died or hangs; names it, and its reason if known.
+        DistributedError: another rank ended, died or hangs; names it, and its reason if known.
     """
     world = init_world(datetime.timedelta(seconds=timeout_seconds))
     is_done = False

@@ -16,7 +16,7 @@ def check_resume(resume: ResumeConfig, run_dir: Path | None) -> None:
         run_dir: Folder of the run to resume; None: a new run, or one not known yet.
 
     Raises:
-        ConfigError: There is no option of that name.
+        ConfigError: there is no option of that name.
     """
     earlier = names_of_starts(run_dir) if run_dir else ()
     known = [*all_options(), *earlier, "data", "model", "tokenizer"]

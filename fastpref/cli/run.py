@@ -102,7 +102,7 @@ class _Command(NamedTuple):
         """Set up logging and threads, check the device, and warn of options without effect.
 
         Raises:
-            ConfigError: The device does not support an option.
+            ConfigError: the device does not support an option.
         """
         configure_logging(is_main=is_main)
         # imported late: imports transformers, which reads the variables set above

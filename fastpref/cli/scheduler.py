@@ -79,7 +79,7 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
         Whether the scheduler started one process per machine, which is to use all GPUs there.
 
     Raises:
-        ConfigError: A required variable is unset.
+        ConfigError: a required variable is unset.
     """
     starter = _find(environment)
     if starter is None:

@@ -24,7 +24,7 @@ class LastingOutput(io.FileIO):
         number: File descriptor; not closed.
 
     Raises:
-        OSError: On writing to stdout, redirected to a file that cannot be written (a full disk).
+        OSError: on writing to stdout, redirected to a file that cannot be written (a full disk).
     """
 
     def __init__(self, number: int) -> None:

@@ -14,7 +14,7 @@ def check_task(config: Config, num_ranks: int) -> None:
     """Refuse, before anything is loaded, a task that cannot run on this machine.
 
     Raises:
-        ConfigError: An output folder, `resume` or the optimizer cannot be used.
+        ConfigError: an output folder, `resume` or the optimizer cannot be used.
     """
     from fastpref.cli.resume_names import check_resume
     from fastpref.train.optim import check_optimizer
@@ -45,7 +45,7 @@ def run_task(config: Config, world: "World") -> None:
     """Run `task=train`, `estimate_weights` or `tisdpo` on this rank.
 
     Raises:
-        FastprefError: The task failed, or the ranks were started with different options.
+        FastprefError: the task failed, or the ranks were started with different options.
     """
     from fastpref.train.resume.differences import check_same_options
 
