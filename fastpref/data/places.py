@@ -22,7 +22,7 @@ class Places:
     """(rows,) int64: counted from 1 in a file of lines."""
 
     def name(self, row: int) -> str:
-        """ "words/train.jsonl:17"."""
+        """Place of a row, such as "words/train.jsonl:17"."""
         return f"{self.sources[self.source[row]]}:{self.line[row]}"
 
 
