@@ -127,7 +127,7 @@ def let_segments_grow() -> None:
 
 
 def forget_odd_widths() -> None:
-    """Unset COLUMNS and LINES if they are not positive integers: libraries fail to parse them."""
+    """Unset COLUMNS and LINES if they are no integers from 1 to 99999: libraries fail on them."""
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
             del os.environ[name]

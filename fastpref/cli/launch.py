@@ -61,7 +61,7 @@ def launch_on_every_gpu(
     if hasattr(launch, "shutdown_timeout"):
         # time for ranks to save after a signal; older torch is fixed at 30 s
         launch.shutdown_timeout = SAVE_SECONDS
-    # unlike the torchrun command, elastic_launch sets none: each rank would use every core
+    # elastic_launch, unlike the torchrun command, leaves it unset: each rank would use all cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // num_gpus)))
     # torchrun loses the ranks' exit codes on a signal it handles, but must be given one
     launch.signals_to_handle = signal.SIGQUIT.name

@@ -76,7 +76,8 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
             from the ids of the job and the step.
 
     Returns:
-        Whether the scheduler started one process per machine, which is to use all GPUs there.
+        Whether the scheduler started one process per machine, which is to use all GPUs there; of
+        MPI only the number of processes on this machine is known.
 
     Raises:
         ConfigError: a required variable is unset.
@@ -107,7 +108,7 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
             f"{' and '.join(missing)} must be set for the ranks that {starter.name} started to "
             "meet, the same on all machines: the first one's name, and a port that is free there"
         )
-    # a process alone on its machine takes one GPU if another machine has several processes
+    # under srun a process alone on its machine takes one GPU if another machine has several
     return set(tasks) == {"1"}
 
 

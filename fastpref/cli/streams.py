@@ -24,7 +24,7 @@ class LastingOutput(io.FileIO):
         number: File descriptor; not closed.
 
     Raises:
-        OSError: on writing to stdout, redirected to a file that cannot be written (a full disk).
+        OSError: stdout is redirected to a file that cannot be written, as on a full disk.
     """
 
     def __init__(self, number: int) -> None:

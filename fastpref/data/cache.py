@@ -168,7 +168,8 @@ def made_whole(
     """A cached dataset whose files match their checksums; damaged or unlisted files are rebuilt.
 
     From damaged files Arrow would read other tokens, or crash. Files without a checksum list may
-    never have been written to the disk completely.
+    never have been written to the disk completely; they are kept only if the lock cannot be had
+    (read-only cache, file system without locks).
 
     Args:
         sums: The checksum list, read and written here.

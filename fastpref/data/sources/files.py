@@ -172,7 +172,7 @@ def find_files(folder: Path, split: str) -> Files:
     whose suffix is first in `SUFFIXES` is read.
 
     Raises:
-        DataError: a shard is missing.
+        DataError: shards are missing or do not belong together.
     """
     found = [
         (files, in_order)
@@ -223,7 +223,7 @@ def _as_listed(split: str, paths: list[Path]) -> list[Path]:
 
 
 def _by_number(split: str, paths: list[Path]) -> list[Path]:
-    """Sort shards by their numbers, and check that none is missing."""
+    """Sort shards by their numbers; if their names give a total, none may be missing."""
     folder, stem = paths[0].parent, _shard_of(split)
     numbered = {path: stem.fullmatch(re.sub(f"(?:{ENDINGS})$", "", path.name)) for path in paths}
     numbers = {path: int(match[1]) for path, match in numbered.items() if match}
