@@ -10,7 +10,7 @@ CONFIG_DIR = Path(__file__).resolve().parent / "configs"
 
 
 def compose_choices(choices: list[str]) -> Any:
-    """The DictConfig of choices such as ["loss=dpo"] under the schemas of fastpref.config.run.
+    """Compose configs/ for choices such as ["loss=dpo"], typed by the schemas of fastpref.config.
 
     Raises:
         ConfigError: a file under configs/ has an unknown key or a value of the wrong type.

@@ -1,5 +1,5 @@
 """The command line: from arguments to an exit code.
 
-Enters: `sys.argv`. Leaves: a task done, or one sentence and a documented exit code. To be
-changed here: how options are read and explained, the table of tasks.
+Enters: `sys.argv`. Leaves: a finished task, or one error message and a documented exit code. To be
+changed here: how options are parsed and explained, the table of tasks.
 """

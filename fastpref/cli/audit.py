@@ -1,4 +1,4 @@
-"""`task=audit`: what training would say of the data, its lengths, and a page to look at."""
+"""`task=audit`: report on the data as training would see it, with length histograms and HTML."""
 
 import logging
 from dataclasses import replace
@@ -21,13 +21,13 @@ logger = logging.getLogger("fastpref")
 
 
 def audit(config: Config) -> None:
-    """Read, check and encode every split; no model's weights are loaded.
+    """Read, check and encode every split without loading model weights.
 
-    `audit.html` goes into the folder that `run_dir` names, which may be one of a run, else into a
-    new one beside those of runs.
+    `audit.html` is written to `run_dir`, which may be the folder of a run, or else to a new folder
+    next to the run folders.
 
     Raises:
-        FastprefError: as training on this data would; nothing can be written there.
+        FastprefError: training on this data would fail, or the output folder is not writable.
     """
     place = run_place(config)
     place = replace(place, name=f"audit_{place.name}")
@@ -62,6 +62,6 @@ def audit(config: Config) -> None:
 
 
 def describe_source(tokenizer: object) -> str:
-    """Where a tokenizer comes from, by the end of its path."""
+    """Hub id or relative path of a tokenizer; of an absolute path only the last part."""
     name = str(getattr(tokenizer, "name_or_path", ""))
     return Path(name).name if Path(name).is_absolute() else name

@@ -1,4 +1,4 @@
-"""What train.py does with its arguments: help, the composed options, or the run."""
+"""Entry point of train.py: print the help or the composed options, or start the run."""
 
 import atexit
 import contextlib
@@ -22,9 +22,9 @@ from fastpref.signals import (
 )
 
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Torch's, the older names last."""
+"""Environment variables that configure torch's GPU allocator, newest name first."""
 
-# what takes time to import is imported where signals are handled
+# slow imports are deferred until signal handlers are installed
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
@@ -40,7 +40,7 @@ def main(
         config_dir: The folder configs/.
 
     Returns:
-        The exit code; 2 for a wrong option, after one message on stderr.
+        The exit code; 2 for a wrong option, reported in one message on stderr.
     """
     fill_standard_streams()
     outlive_readers()
@@ -53,7 +53,7 @@ def main(
         except ConfigError as wrong:
             error: FastprefError = wrong
         except KeyboardInterrupt:
-            # from a library, or in a thread where no handlers can be installed
+            # raised by a library, or no handlers are installed outside the main thread
             error = stop_error(signal.SIGINT, "nothing to save yet")
         say_error(error)
         return error.exit_code
@@ -80,7 +80,7 @@ def _run(
         print(config.to_yaml().rstrip())
         return 0
     let_segments_grow()
-    # torch and transformers are imported from here on, a second or more
+    # imports torch and transformers, which takes a second or more
     from fastpref.cli.run import main as run
 
     given, _ = split_arguments(arguments)
@@ -88,27 +88,26 @@ def _run(
 
 
 def leave(exit_code: int) -> NoReturn:
-    """End this process without taking the interpreter apart first.
+    """Exit this process without finalizing the interpreter.
 
-    Arrow's threads may ask for the interpreter's lock while it goes, which ends a process whose
-    work is done with SIGABRT: github.com/apache/arrow/issues/45214, seen once in a few hundred
-    runs.
+    Arrow's threads may request the GIL during finalization, which aborts a finished process with
+    SIGABRT (github.com/apache/arrow/issues/45214), seen once in a few hundred runs.
     """
-    # a scheduler that asks again while trackers say goodbye is not told less than a good save
+    # a second signal, while atexit handlers of trackers run, must not replace the exit code
     signals_end_with(exit_code)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        # a file that stdout goes to may be full
+        # stdout may be redirected to a full disk
         with contextlib.suppress(OSError):
             stream.flush()
     os._exit(exit_code)
 
 
 def check_current_folder() -> None:
-    """Refuse a current folder that was deleted: libraries ask for its name.
+    """Refuse to run in a deleted working directory, whose path libraries ask for.
 
     Raises:
-        ConfigError: it was.
+        ConfigError: the working directory does not exist.
     """
     try:
         os.getcwd()
@@ -119,15 +118,16 @@ def check_current_folder() -> None:
 
 
 def let_segments_grow() -> None:
-    """Have torch take a GPU's memory in segments that grow, unless its own variable says how:
-    steps are of many sizes, and segments of one size each are left with holes that no other step
-    fits into. Torch reads it when it first asks for memory."""
+    """Enable expandable segments in torch's CUDA allocator unless the user configured it.
+
+    Micro-batches vary in size, and fixed-size segments fragment. Set before the first allocation.
+    """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def forget_odd_widths() -> None:
-    """Take COLUMNS and LINES for unset where they are no widths: libraries stumble over them."""
+    """Unset COLUMNS and LINES if they are no integers from 1 to 99999: libraries fail on them."""
     for name in ("COLUMNS", "LINES"):
         if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(name, "80")):
             del os.environ[name]

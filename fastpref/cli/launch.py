@@ -1,4 +1,4 @@
-"""One command, a process for every GPU of every machine; and the threads of each."""
+"""Launch one process per GPU from a single command, and limit each process's threads."""
 
 import contextlib
 import datetime
@@ -24,27 +24,28 @@ from fastpref.signals import SIGNALS, die, heard
 logger = logging.getLogger("fastpref")
 
 SAVE_SECONDS = 600
-"""After a signal, before a rank that has not ended is killed."""
+"""Seconds that a rank has to save after a signal, before it is killed."""
 
 
 def launch_on_every_gpu(
     num_gpus: int, port: int | None, *, timeout: datetime.timedelta = TIMEOUT
 ) -> int:
-    """Run this same command under torchrun, one process a GPU; where a scheduler started it once on
-    each of several machines, all of them are one run.
+    """Rerun this command under torchrun with one process per GPU.
+
+    If a scheduler started the command once on each of several machines, they form one run.
 
     Args:
-        num_gpus: Of this machine.
-        port: Where they meet on one machine; None: a free one.
-        timeout: How long machines wait for one another.
+        num_gpus: GPUs of this machine.
+        port: Rendezvous port of a single-machine run; None: any free port.
+        timeout: How long the machines wait for one another at the start.
 
     Returns:
-        The exit code of the first rank of this machine that failed, or 0.
+        The exit code of the first rank that failed on this machine, or 0.
 
     Raises:
-        ConfigError: the port is taken.
-        RankError: not every machine came.
-        DistributedError: the processes do not find each other.
+        ConfigError: the port is in use.
+        RankError: not every machine arrived in time.
+        DistributedError: the rendezvous failed.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -58,11 +59,11 @@ def launch_on_every_gpu(
         max_restarts=0,
     )
     if hasattr(launch, "shutdown_timeout"):
-        # of ranks that a signal stops: seconds to save in; older torch gives them 30
+        # time for ranks to save after a signal; older torch is fixed at 30 s
         launch.shutdown_timeout = SAVE_SECONDS
-    # the command torchrun says 1, this function of it nothing: each would start a thread a core
+    # elastic_launch, unlike the torchrun command, leaves it unset: each rank would use all cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // num_gpus)))
-    # torchrun forgets the ranks' exit codes at a signal that it handles, and it has to have one
+    # torchrun loses the ranks' exit codes on a signal it handles, but must be given one
     launch.signals_to_handle = signal.SIGQUIT.name
     try:
         with passing_on(SIGNALS), _all_machines(timeout):
@@ -71,7 +72,7 @@ def launch_on_every_gpu(
         _, failure = failed.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
     except SignalException:
-        # SIGQUIT, at which nothing is saved
+        # SIGQUIT: nothing was saved
         return DistributedError.exit_code
     except RendezvousError as error:
         raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
@@ -79,7 +80,7 @@ def launch_on_every_gpu(
 
 
 def _meeting(port: int | None) -> dict[str, Any]:
-    """Where the processes meet, for torchrun: on this machine, or where a scheduler's do."""
+    """torchrun's rendezvous settings: on this machine, or at the scheduler's MASTER_ADDR."""
     if launched():
         machine, machines, _ = read_ranks()
         endpoint = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -95,21 +96,21 @@ def _meeting(port: int | None) -> dict[str, Any]:
 
 @contextmanager
 def _all_machines(timeout: datetime.timedelta) -> Iterator[None]:
-    """Wait for the other machines first: in torchrun's wait no signal is heard."""
+    """Wait for the other machines on entry: torchrun's own wait handles no signals."""
     store = None
     if launched():
         store = join_store(*read_ranks()[:2], max(timeout, SHORTEST_MEETING))
     yield
-    # held until here: on the first machine it is the server that torchrun meets at too
+    # kept alive until here: on the first machine it also serves torchrun's rendezvous
     del store
 
 
 @contextmanager
 def passing_on(numbers: Iterable[signal.Signals]) -> Iterator[None]:
-    """While entered, signals go to the processes that this one started.
+    """Forward signals to this process's children while entered.
 
-    They end by themselves, each with everything saved, and their exit code says so. Where there is
-    none a signal is for this process.
+    The children save, exit by themselves and report the outcome in their exit codes. Without
+    children, the previous handler of this process takes the signal.
     """
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -133,13 +134,13 @@ def passing_on(numbers: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 def check_port(port: int) -> None:
-    """Refuse a port that another program listens on: torchrun would wait for it for minutes.
+    """Refuse a port that another program listens on; torchrun would wait for it for minutes.
 
     Raises:
-        ConfigError: naming the port.
+        ConfigError: the port cannot be bound.
     """
     with socket.socket() as probe:
-        # as torch does: a port of a connection that has just ended can be had
+        # like torch: a port in TIME_WAIT can be bound
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -151,7 +152,7 @@ def check_port(port: int) -> None:
 
 
 def keep_to_cores() -> None:
-    """Let torch start no more threads than there are cores for: each would wait for the others."""
+    """Limit torch's threads to the available cores, unless OMP_NUM_THREADS is set."""
     cores = available_cores()
     if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores:
         torch.set_num_threads(cores)

@@ -1,4 +1,4 @@
-"""The lengths of a split as a table of the terminal."""
+"""Token lengths of a split as a terminal table."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ LIMIT = "┃"
 
 
 def show_lengths(split: str, lengths: Sequence[Histogram]) -> None:
-    """Print how long the texts of a split are, before anything is cut."""
+    """Print histograms of the token lengths of a split, before truncation."""
     table = Table(title=f"{split}: tokens before anything is cut; {LIMIT} is the limit")
     for i, title in enumerate(
         ("", "rows by length", "median", "95 %", "longest", "limit", "over it")
@@ -33,10 +33,10 @@ def show_lengths(split: str, lengths: Sequence[Histogram]) -> None:
 
 
 def draw(histogram: Histogram) -> str:
-    """A histogram in one line: a block for each bin, and a stroke behind those within the limit."""
+    """One-line histogram: a block per bin, with `LIMIT` after the last bin within the limit."""
     highest = max(histogram.counts, default=0) or 1
     top = len(LEVELS) - 1
-    # any row at all shows
+    # rounded up: a bin with a single row is visible
     blocks = [LEVELS[-(-count * top // highest)] for count in histogram.counts]
     if histogram.bins_within is not None:
         blocks.insert(histogram.bins_within, LIMIT)

@@ -1,4 +1,4 @@
-"""Every option as a record, read off the config dataclasses, and the text of --help."""
+"""Records of all options, read from the config dataclasses, and the text of --help."""
 
 import ast
 import dataclasses
@@ -12,7 +12,7 @@ from pathlib import Path
 from fastpref.config import LOSSES, Config, LossConfig
 
 CHOICE_GROUPS = ("model", "loss", "transform", "adapter", "recipe")
-"""Groups whose values come as files, configs/<group>/<choice>.yaml."""
+"""Groups whose choices are files, configs/<group>/<choice>.yaml."""
 
 _KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 _LIST_KINDS = {str: "a list such as [a,b]", float: "a list such as [0.9,0.95]"}
@@ -26,15 +26,15 @@ class Option:
     key: str
     """Dotted name, `loss.beta`."""
     type: type
-    """int, float, bool or str, dict where is_mapping; of one element where is_list."""
+    """int, float, bool or str; of an element if is_list; dict if is_mapping."""
     is_list: bool
-    """The value is [a,b,...]."""
+    """The value is a list, [a,b,...]."""
     is_mapping: bool
-    """The value is {a: b, ...}."""
+    """The value is a mapping, {a: b, ...}."""
     is_optional: bool
-    """null is a value."""
+    """null is allowed."""
     default: object
-    """The dataclass default; dataclasses.MISSING where there is none."""
+    """The dataclass default; dataclasses.MISSING if the option is required."""
     doc: str
     """Meaning, unit and range, on one line."""
 
@@ -48,13 +48,13 @@ class Option:
 
 
 def list_options(loss: type[LossConfig]) -> dict[str, Option]:
-    """Every option of a run with that loss, by dotted key, in the order of the dataclasses."""
+    """Every option of a run with a loss, by dotted key, in the order of the dataclasses."""
     return {option.key: option for option in _walk(Config, "", loss)}
 
 
 @cache
 def all_options() -> dict[str, Option]:
-    """Every option that some loss has, by dotted key."""
+    """The options of all losses merged, by dotted key."""
     merged: dict[str, Option] = {}
     for loss in LOSSES.values():
         merged |= {k: option for k, option in list_options(loss).items() if k not in merged}
@@ -67,7 +67,7 @@ def losses_with(key: str) -> list[str]:
 
 
 def list_choices(config_dir: Path, group: str) -> list[str]:
-    """The choices of a group: its file names without ending."""
+    """The choices of a group: its file names without suffix, sorted."""
     return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
 
 
@@ -106,7 +106,7 @@ def _option(key: str, declared: typing.Any, field: dataclasses.Field, doc: str) 
 
 @cache
 def _field_docs(schema: type) -> dict[str, str]:
-    """Field name -> the string that follows it in the class body, on one line."""
+    """Field name -> its doc, the string after it in the class body, joined to one line."""
     docs: dict[str, str] = {}
     for cls in reversed(schema.__mro__[:-1]):
         (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
@@ -122,15 +122,15 @@ def _field_docs(schema: type) -> dict[str, str]:
 
 
 WIDEST = 96
-"""Characters of a line of text, at most: longer ones are hard to read."""
+"""Maximum line width of the help text in characters: longer lines are hard to read."""
 
 
 def format_help(config_dir: Path, width: int = WIDEST) -> str:
-    """Usage, the choices of each group, every option with type, default and meaning.
+    """Text of --help: usage, the choices of each group, every option with type, default, meaning.
 
     Args:
         config_dir: The folder configs/.
-        width: Of the terminal, characters; usage and names of options stay whole in narrow ones.
+        width: Terminal width in characters; usage lines and option names are never wrapped.
     """
     wrap = partial(_wrap, width=max(40, min(width, WIDEST)))
     lines = [
@@ -155,7 +155,7 @@ def format_help(config_dir: Path, width: int = WIDEST) -> str:
 
 
 def _sections() -> typing.Iterator[tuple[str, list[Option]]]:
-    """Title and options of the root, of each group, and of each loss."""
+    """Title and options of each help section: the root, each group, each loss."""
     options = list_options(LossConfig).values()
     yield _summary(Config), [option for option in options if "." not in option.key]
     for name, declared in typing.get_type_hints(Config).items():
@@ -180,7 +180,7 @@ def _wrap(text: str, indent: int, width: int) -> list[str]:
 
 
 def format_value(value: object) -> str:
-    """A value as it is typed on the command line; `...` where one must be given."""
+    """A value as typed on the command line; `...` for a required option."""
     if value is dataclasses.MISSING:
         return "..."
     if value is None:

@@ -1,6 +1,6 @@
-"""Names that other trainers have for our options and choices, to say what was meant."""
+"""Other trainers' names for our options and choices, for suggestions in error messages."""
 
-# what other trainers call our options
+# other trainers' option -> ours
 OTHER_NAMES = {
     "accelerator_config": "trainer",
     "adam_beta1": "optim.betas",
@@ -90,7 +90,7 @@ OTHER_NAMES = {
     "val_size": "data.test_fraction",
     "warmup_ratio": "warmup_steps",
 }
-# what other trainers call a choice of ours
+# other trainers' choice -> ours
 OTHER_CHOICES = {
     "loss=cdpo": "loss=dpo loss.label_smoothing=0.1",
     "loss=tdpo1": "loss=tdpo loss.if_tdpo2=false",
@@ -100,13 +100,13 @@ OTHER_CHOICES = {
     "loss=sigmoid": "loss=dpo",
     "model=mistral": "model=mistra",
 }
-# (loss, key) pairs that the configs of the TDPO and TIS-DPO repositories have and nothing reads
+# (loss, key) pairs in the configs of the TDPO and TIS-DPO repositories that no code reads
 UNREAD = {
     ("tdpo", "loss.reference_free"),
     ("tisdpo", "loss.reference_free"),
     ("tisdpo", "loss.label_smoothing"),
 }
-# what other trainers have an option for and there is none here, and what there is instead
+# other trainers' options without a counterpart here -> what to do instead
 NOT_HERE = {
     **dict.fromkeys(
         ("ref_model", "ref_model_name_or_path", "reference_model", "model_ref"),

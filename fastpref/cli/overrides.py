@@ -1,7 +1,7 @@
-"""The command line's KEY=VALUE arguments -> a checked Config, or one message on all that is wrong.
+"""Parse KEY=VALUE arguments into a checked Config, or one message that lists every error.
 
 Hydra composes configs/ for the choices (`loss=dpo`); the values (`loss.beta=0.2`) are then set one
-by one, so that every wrong one is named, with the nearest right name, before anything is loaded.
+by one, so that every wrong one is reported, with the nearest valid name, before anything is loaded.
 """
 
 import re
@@ -29,27 +29,28 @@ from fastpref.config import Config, LossConfig
 from fastpref.errors import ConfigError
 
 SHORT = {"resume": "resume.path"}
-"""Groups whose own name stands for one of their options."""
+"""Group names that are shorthands for one of the group's options."""
 
 ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
-"""One of a list: in quotes, or up to the next comma; text as it stands, where YAML has marks."""
+"""A list item: in quotes, or up to the next comma; taken literally, without YAML's syntax."""
 
 
 def read_config(
     arguments: list[str], compose_choices: Callable[[list[str]], DictConfig], config_dir: Path
 ) -> Config:
-    """The configuration that the arguments ask for; a key given twice has its last value.
+    """The configuration that the arguments select; the last value of a repeated key counts.
 
     Args:
         arguments: KEY=VALUE each. `+KEY=VALUE` and `++KEY=VALUE` mean the same.
-        compose_choices: Composes configs/ for choices such as ["loss=dpo"], before any value.
+        compose_choices: Composes configs/ for choices such as ["loss=dpo"], before any value is
+            set.
         config_dir: The folder configs/.
 
     Raises:
         ConfigError: one line per wrong argument; the first broken rule if all are well-formed.
     """
     pairs, problems = split_arguments(arguments)
-    # a run without a recipe is written so in configs/config.yaml
+    # recipe=null, as in configs/config.yaml, means no recipe: there is no such file
     pairs = {SHORT.get(k, k): text for k, text in pairs.items() if (k, text) != ("recipe", "null")}
     choices = {key: text for key, text in pairs.items() if key in CHOICE_GROUPS}
     wrong_groups = set()
@@ -72,7 +73,7 @@ def read_config(
 
 
 def build_config(composed: DictConfig) -> Config:
-    """The dataclass of a composed configuration, every rule checked.
+    """Convert a composed configuration to its dataclass, checking every rule.
 
     Raises:
         ConfigError: a required option is missing, or a value breaks a rule.
@@ -97,7 +98,7 @@ def _raise_problems(problems: list[str]) -> None:
 
 
 def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """KEY=VALUE arguments as {key: text}, and what is wrong with the others."""
+    """KEY=VALUE arguments as {key: text}, and one message for each other argument."""
     pairs: dict[str, str] = {}
     problems = []
     rest = list(arguments)
@@ -124,7 +125,7 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _is_text(argument: str) -> bool:
-    """False for bytes that the locale's encoding lacks: Python keeps them as lone surrogates."""
+    """False if bytes are invalid in the locale's encoding: Python keeps them as lone surrogates."""
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -133,11 +134,11 @@ def _is_text(argument: str) -> bool:
 
 
 def set_option(composed: DictConfig, options: dict[str, Option], key: str, text: str) -> str | None:
-    """Set one option from its text; returns what is wrong with it, or None.
+    """Set one option from its text; returns an error message, or None.
 
-    Text options take the text as it stands (`run_dir=/tmp/a=b` needs no quotes; ${KEY} is another
-    option's value), lists are written [a,b], or ['a,b'] for an item with a comma, mappings {a: b};
-    of a mapping one entry can be set by itself, `data.columns.prompt=question`.
+    Text options take the text literally (`run_dir=/tmp/a=b` needs no quotes; ${KEY} is another
+    option's value). Lists are written [a,b], or ['a,b'] for an item with a comma; mappings {a: b}.
+    A single entry of a mapping can be set: `data.columns.prompt=question`.
     """
     option = options.get(key)
     group, _, leaf = key.rpartition(".")
@@ -147,7 +148,7 @@ def set_option(composed: DictConfig, options: dict[str, Option], key: str, text:
         return explain_key(key, text, options, composed.loss.name)
     try:
         value = _parse_mapping(text) if option.is_mapping else _parse(option, text)
-        # a mapping has whatever keys are given
+        # keys of a mapping are not in the schema
         OmegaConf.update(composed, key, value, force_add=option.is_mapping)
     except (ValidationError, YAMLError):
         quote = "; a shell leaves it whole in quotes" if option.is_mapping else ""
@@ -161,7 +162,7 @@ def _parse(option: Option, text: str) -> str | list[str] | None:
     """The value before its type is checked: text, list of texts, or None.
 
     Raises:
-        ValidationError: it is to be a list, and is none.
+        ValidationError: the option is a list and the text is not.
     """
     if text == "null":
         return None
@@ -173,10 +174,10 @@ def _parse(option: Option, text: str) -> str | list[str] | None:
 
 
 def _parse_mapping(text: str) -> dict[str, Any]:
-    """The mapping that YAML reads; `{a:b}` without a space is one too.
+    """Parse a YAML flow mapping; `{a:b}` without a space after the colon is accepted.
 
     Raises:
-        ValidationError, YAMLError: it is none.
+        ValidationError, YAMLError: the text is no mapping.
     """
     if not re.fullmatch(r"\{.*\}", text.strip(), re.DOTALL):
         raise ValidationError(text)
@@ -190,8 +191,8 @@ def _read_yaml(text: str) -> Any:
 
 
 def _spaced(value: Any) -> Any:
-    """What YAML would have read had a space stood after each colon: of `{a:false}` it makes a key
-    without a value."""
+    """Parsed YAML, corrected as if a space followed each colon: YAML reads `{a:false}` as a key
+    "a:false" without a value."""
     if isinstance(value, list):
         return [_spaced(item) for item in value]
     if not isinstance(value, dict):
@@ -212,7 +213,7 @@ def _unquote(text: str) -> str:
 
 
 def explain_choice(group: str, choice: str, config_dir: Path) -> str:
-    """Why `loss=tdpoo` is wrong: the choices, and the nearest."""
+    """Error message for an unknown choice such as `loss=tdpoo`: all choices, and the nearest."""
     choices = list_choices(config_dir, group)
     other = OTHER_CHOICES.get(f"{group}={choice.lower()}")
     advice = f"; write {other}" if other else hint(choice, choices)
@@ -227,7 +228,7 @@ def explain_choice(group: str, choice: str, config_dir: Path) -> str:
 
 
 def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> str:
-    """Why the option `key` is unknown in a run with `loss`, and what was meant."""
+    """Error message for an option `key` that a run with `loss` lacks, with a suggestion."""
     group, _, leaf = key.rpartition(".")
     if (loss, key) in UNREAD:
         return (
@@ -257,15 +258,15 @@ def _is_switch(text: str) -> bool:
 
 
 def guess_option(key: str, options: dict[str, Option]) -> str | None:
-    """The option that `key` may have meant.
+    """The option that `key` may have meant, or None.
 
-    By another trainer's name for it, by its last part, by spelling within its group, or by
-    spelling anywhere.
+    Tried in turn: another trainer's name, the last part of the key, the nearest spelling within
+    its group, the nearest spelling of any option.
     """
     key = key.replace("-", "_")
     group, _, leaf = key.rpartition(".")
     siblings = [name for name in options if group and name.rpartition(".")[0] == group]
-    # what another loss has is told apart where its full name is given
+    # options of other losses are included: explain_key explains them if given in full
     by_leaf = {name.rpartition(".")[2]: name for name in [*all_options(), *options]}
     del by_leaf["name"]
     names = by_leaf | OTHER_NAMES | {name: name for name in options}
@@ -280,14 +281,14 @@ def guess_option(key: str, options: dict[str, Option]) -> str | None:
 
 
 def explain_flag(flag: str, text: str) -> str:
-    """How to write `--learning_rate 0.1` here."""
+    """Error message for a flag such as `--learning_rate 0.1`: how to write it as KEY=VALUE."""
     name = flag.lstrip("-").replace("-", "_")
     if instead := NOT_HERE.get(name):
         return f"{flag}: no such option; {instead}"
     options = all_options()
     meant = name if name in options else guess_option(name, options)
     option = options.get(meant or "")
-    # a word that is no mapping was not meant for one
+    # a mapping option without a mapping as its text is a wrong guess
     if meant is None or (option is not None and option.is_mapping and not text.startswith("{")):
         return (
             f"{flag}: there are no flags but --help and --cfg (and --version); options are written "
@@ -298,7 +299,7 @@ def explain_flag(flag: str, text: str) -> str:
 
 
 def explain_composition(message: str) -> str:
-    """Hydra's message about a file under configs/, as file, key and nearest key."""
+    """Shorten Hydra's message about a file under configs/ to file, key and nearest key."""
     where = re.match(r"In '([^']+)': (?:\w+ raised while.*\n)?(.*)", message)
     if where is None:
         return " ".join(message.split())

@@ -1,4 +1,4 @@
-"""`task=plan`: what training takes of every GPU, and how many tokens one computes at once."""
+"""`task=plan`: memory per GPU in training, and the tokens of a micro-batch that fit."""
 
 import math
 import sys
@@ -29,7 +29,7 @@ from fastpref.train.optim import state_bytes
 
 
 class Step(NamedTuple):
-    """What a GPU computes of an optimizer step, at most."""
+    """Upper bounds on one GPU's share of an optimizer step."""
 
     num_rows: int
     num_tokens: int
@@ -38,16 +38,16 @@ class Step(NamedTuple):
 def show_plan(
     training: TrainingOptions, packing: PackingConfig, options: PlanConfig, *, longest: int
 ) -> None:
-    """Print the plan with and without activation checkpointing, on one GPU and on all.
+    """Print the memory plan with and without activation checkpointing, on one GPU and on all.
 
     Args:
-        packing: How rows are laid out, if the model's attention can.
-        longest: Tokens of a sequence, at most.
+        packing: Row layout, used if the model's attention supports it.
+        longest: Maximum sequence length in tokens.
 
     Raises:
-        FastprefError: there is no such model.
-        ConfigError: the model cannot do what an option asks for, or the family cannot be computed
-            without memory.
+        FastprefError: the model does not exist.
+        ConfigError: the model does not support an option, or its family cannot run on the meta
+            device.
     """
     twin = check_options(training.model, training.adapter, packing, trainable=True)
     columns = list(_columns(training, packing, options, longest, twin.adapters))
@@ -67,7 +67,7 @@ def _columns(
     longest: int,
     adapters: Adapters | None,
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Title and cells of each column."""
+    """Title and (name, text) cells of each column."""
     device = Device("cuda", 1, int(options.memory_gib * GIB))
     for recomputes in (False, True):
         counted = _count(
@@ -90,9 +90,9 @@ def _columns(
 def _count(
     training: TrainingOptions, packing: PackingConfig, device: Device, longest: int
 ) -> Counted:
-    """The model, in packed rows where those are wanted and it computes them."""
+    """Count the model for packed rows if these are enabled and supported, else for padded rows."""
     requested, compute = training.model.attention, training.model.compute_dtype
-    # the fastest ones for 16 bits
+    # the fastest 16-bit backends do
     gathers_keys = requested in ON_GPU or (requested == "auto" and compute != "float32")
     rows = Rows(PaddedRows(), longest, training.loss.needs.pairs, gathers_keys)
     measured = Measured(body=None, rows=rows, state_bytes=state_bytes(training))
@@ -114,14 +114,14 @@ def _count(
 def _cells(
     counted: Counted, device: Device, packing: PackingConfig, step: Step
 ) -> list[tuple[str, str]]:
-    """Name and text of each number."""
+    """(name, text) of each number of a column."""
     plan = counted.plan(device)
     tokens = min(packing.token_limit or auto_tokens(plan, device.memory), step.num_tokens)
     sent = communicated_bytes(
         counted.weights,
         counted.sizes,
         device,
-        # a row is not divided
+        # a row is never split over micro-batches
         num_micro_batches=min(step.num_rows, math.ceil(step.num_tokens / tokens)),
     )
     fits = plan.most_tokens(device.memory) > 0

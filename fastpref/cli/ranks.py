@@ -1,4 +1,4 @@
-"""A task on this rank and on the others."""
+"""Run a task on this rank of the process group."""
 
 import datetime
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from fastpref.signals import signals_change_nothing
 
 
 def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> None:
-    """Join the other ranks, and leave them together.
+    """Join the process group, run `task`, and leave the group together with the other ranks.
 
     Raises:
-        DistributedError: another rank ended, died or hangs; which one, and why if it said so.
+        DistributedError: another rank ended, died or hangs; names it, and its reason if known.
     """
     world = init_world(datetime.timedelta(seconds=timeout_seconds))
     is_done = False
@@ -22,9 +22,9 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
         with Heartbeat(world) as heartbeat:
             try:
                 task(world)
-                # rank 0 may wait for a tracker's service: no collective is open meanwhile
+                # wait without a collective, which would time out: rank 0 may wait for a tracker
                 world.compare_on_main(None, lambda _: None)
-                # no rank leaves, and takes the others' store along, before all are done
+                # no rank exits before all are done: rank 0 may host the others' store
                 world.agree_max(0)
                 is_done = True
             except Exception as error:
@@ -34,7 +34,7 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
                     raise
                 raise cause from error
     finally:
-        # NCCL's connections are taken apart by all ranks together: one that has failed would wait
-        # for the others, who wait for it in a step, and could not even say why
+        # NCCL's teardown is collective: a failed rank would deadlock with the others, which wait
+        # for it inside a step, and could not report its error
         if is_done or world.size == 1 or world.device.type == "cpu":
             dist.destroy_process_group()

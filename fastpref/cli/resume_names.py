@@ -1,4 +1,4 @@
-"""The names that `resume.allow` may hold."""
+"""Check of the option names in `resume.allow`."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from fastpref.train.resume.differences import unknown_names
 
 
 def check_resume(resume: ResumeConfig, run_dir: Path | None) -> None:
-    """Refuse names that no option has, and none had when the run was started.
+    """Refuse names in `resume.allow` that no option has or had at an earlier start of the run.
 
     Args:
-        run_dir: That is gone on with; None: a new run, or whose options are not known yet.
+        run_dir: Folder of the run to resume; None: a new run, or one not known yet.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: there is no option of that name.
     """
     earlier = names_of_starts(run_dir) if run_dir else ()
     known = [*all_options(), *earlier, "data", "model", "tokenizer"]

@@ -1,4 +1,4 @@
-"""From a checked config to an exit code: logging, launch, task, and one message per user error."""
+"""Run a checked config to an exit code: logging, launch, task, one message per user error."""
 
 import datetime
 import logging
@@ -22,15 +22,14 @@ logger = logging.getLogger("fastpref")
 
 
 def main(config: Config, given: Collection[str] = ()) -> int:
-    """Check what depends on the machine, join the other ranks, and do the config's task.
+    """Check the config against this machine, join the other ranks, and run the task.
 
     Args:
-        config: Of the run.
-        given: Keys of the options that the command names.
+        given: Keys of the options given on the command line.
 
     Returns:
-        0, or the exit code of a `FastprefError`, whose message went to stderr. A bug raises, and
-        so does a signal where nothing remembers it.
+        0, or the exit code of a `FastprefError`, whose message was written to stderr. Unexpected
+        exceptions (bugs) and KeyboardInterrupt propagate.
     """
     command = _Command(config, given)
     try:
@@ -47,14 +46,14 @@ def main(config: Config, given: Collection[str] = ()) -> int:
 
 
 class _Command(NamedTuple):
-    """A task, as it was asked for, on this machine."""
+    """A command to run on this machine."""
 
     config: Config
     given: Collection[str]
-    """Keys of the options that were named."""
+    """Keys of the options given on the command line."""
 
     def run_alone(self) -> None:
-        """`task=plan` or `audit`, in one process: of several in the first."""
+        """Run `task=plan` or `audit` in one process; if several were started, only in the first."""
         config = self.config
         if not is_first(os.environ):
             return
@@ -71,10 +70,10 @@ class _Command(NamedTuple):
         show_plan(config.training, config.packing, config.plan, longest=config.max_length)
 
     def run_on_ranks(self) -> int:
-        """The other tasks, on the ranks that there are or on those that this process starts.
+        """Run any other task, as a rank already launched or by launching one rank per GPU.
 
         Returns:
-            The exit code of the ranks that this process started, else 0.
+            The exit code of the ranks that this process launched, else 0.
         """
         config = self.config
         one_run = config.trainer == "FSDPTrainer"
@@ -91,7 +90,7 @@ class _Command(NamedTuple):
         def task(world: World) -> None:
             from fastpref.memory.here import bound_workspace, device_memory
 
-            # where ranks have met: those of a machine that cannot do it tell the others
+            # after the rendezvous, so that a rank whose check fails can tell the others
             check_task(config, world.size)
             bound_workspace(config.head, device_memory(world.device))
             run_task(config, world)
@@ -100,17 +99,17 @@ class _Command(NamedTuple):
         return 0
 
     def _begin(self, *, is_main: bool) -> None:
-        """Log, keep to the cores, and say which options have no effect.
+        """Set up logging and threads, check the device, and warn of options without effect.
 
         Raises:
-            ConfigError: this machine cannot do what the options ask for.
+            ConfigError: the device does not support an option.
         """
         configure_logging(is_main=is_main)
-        # it imports transformers, which reads what that has set
+        # imported late: imports transformers, which reads the variables set above
         from fastpref.train.logs.advice import Advice
 
         keep_to_cores()
-        # the GPUs of a plan are elsewhere
+        # a plan is for GPUs of another machine
         if self.config.task != "plan":
             self.config.check_device(*_device())
         advice = Advice(self.config)
@@ -119,7 +118,7 @@ class _Command(NamedTuple):
 
 
 def _device() -> tuple[str, bool]:
-    """The type of the device that is there, and whether it computes in bfloat16."""
+    """Type of the available device, cuda or cpu, and whether it computes in bfloat16."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     asked_for = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if device_type == "cpu" and asked_for not in ("", "-1"):
@@ -133,19 +132,19 @@ def _device() -> tuple[str, bool]:
 
 
 def configure_logging(*, is_main: bool) -> None:
-    """Our own messages to stderr, rank 0 only; libraries keep their warnings to themselves."""
+    """Log our own messages to stderr, on ranks other than 0 only errors."""
     handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if is_main else logging.ERROR)
     logger.propagate = False
     if not (is_main and sys.stderr.isatty()):
-        # read by huggingface_hub and transformers when they are imported
+        # read by huggingface_hub and transformers at import time
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 class StderrHandler(logging.StreamHandler):
-    """Writes to the stderr of the moment: a progress bar puts its own in place while it runs."""
+    """Writes to the current `sys.stderr`, which a progress bar replaces while it runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

@@ -1,4 +1,4 @@
-"""Ranks of processes that a scheduler started: one run on all of them, without torchrun."""
+"""Rank variables from srun or MPI: processes of a scheduler form one run without torchrun."""
 
 import logging
 import os
@@ -12,8 +12,8 @@ logger = logging.getLogger("fastpref")
 
 
 class Starter(NamedTuple):
-    """What starts several processes of a command, and the variables in which it tells each of them
-    how many there are and which it is, over all machines and on its own."""
+    """A launcher of parallel processes, and its environment variables for the number of processes
+    and this one's rank, over all machines and on this machine (local)."""
 
     name: str
     size: str
@@ -21,14 +21,14 @@ class Starter(NamedTuple):
     local_size: str
     local_rank: str
     others: tuple[str, ...] = ()
-    """Further variables that are needed."""
+    """Further required variables."""
 
     def started(self, environment: Mapping[str, str]) -> bool:
-        """Whether it started this process and others, and torchrun none of them since."""
+        """Whether it started this process as one of several, without torchrun in between."""
         return environment.get(self.size, "1") not in ("0", "1") and "RANK" not in environment
 
     def missing(self, environment: Mapping[str, str]) -> list[str]:
-        """Those of its variables that are not there."""
+        """Its required variables that are unset."""
         needed = (self.local_rank, self.rank, self.size, self.local_size, *self.others)
         return [name for name in needed if name not in environment]
 
@@ -57,29 +57,30 @@ STARTERS = (
         local_size="MPI_LOCALNRANKS",
         local_rank="MPI_LOCALRANKID",
     ),
-    # last: under Slurm mpirun has srun start a daemon on each machine, and what these start has the
-    # daemon's variables too
+    # last: under Slurm, mpirun starts a daemon per machine through srun, and its ranks inherit the
+    # daemon's Slurm variables
     SRUN,
 )
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
-"""Of those that ranks of Slurm meet at: below the ones that systems give to connections."""
+"""Range of rendezvous ports for Slurm steps, below the ephemeral ports of outgoing connections."""
 
 
 def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
-    """Tell a process that a scheduler started its rank, in torchrun's variables.
+    """Translate a scheduler's rank variables into torchrun's.
 
     Args:
-        environment: Of the process. Where a scheduler started several and torchrun none, RANK,
-            WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set; the last
-            two stay if they are there already.
-        port: Where the ranks meet; None: MASTER_PORT, or one that the Slurm job's number gives.
+        environment: Of this process. If a scheduler started several processes and torchrun none,
+            RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE are set, and under srun MASTER_ADDR
+            and MASTER_PORT too, unless they are set already.
+        port: Rendezvous port, replacing MASTER_PORT; None: MASTER_PORT, or under srun one derived
+            from the ids of the job and the step.
 
     Returns:
-        Whether the scheduler started one process on each of several machines: all GPUs there are
-        for it.
+        Whether the scheduler started one process per machine, which is to use all GPUs there; of
+        MPI only the number of processes on this machine is known.
 
     Raises:
-        ConfigError: the scheduler does not say what is needed.
+        ConfigError: a required variable is unset.
     """
     starter = _find(environment)
     if starter is None:
@@ -107,18 +108,18 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
             f"{' and '.join(missing)} must be set for the ranks that {starter.name} started to "
             "meet, the same on all machines: the first one's name, and a port that is free there"
         )
-    # one that is alone on its machine and has company on another takes one GPU, as they do
+    # under srun a process alone on its machine takes one GPU if another machine has several
     return set(tasks) == {"1"}
 
 
 def is_first(environment: Mapping[str, str]) -> bool:
-    """Whether this process is the first of those that torchrun or a scheduler started, or alone."""
+    """Whether this process is rank 0 of torchrun or a scheduler, or the only process."""
     starter = _find(environment)
     return environment.get("RANK" if starter is None else starter.rank, "0") == "0"
 
 
 def warn_of_others(environment: Mapping[str, str]) -> None:
-    """Say that each of several processes runs by itself."""
+    """Warn if a scheduler started several processes that each do a run of their own."""
     starter = _find(environment)
     if starter is not None:
         logger.warning(
@@ -130,25 +131,25 @@ def warn_of_others(environment: Mapping[str, str]) -> None:
 
 
 def first_host(hosts: str) -> str:
-    """Of a list as Slurm writes it: node07 of `node[07-09,12],login1`."""
+    """First host of a Slurm node list: node07 for `node[07-09,12],login1`."""
     found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
     assert found is not None
     return re.sub(r"\[([0-9]+)[^\]]*\]", r"\1", found.group())
 
 
 def _find(environment: Mapping[str, str]) -> Starter | None:
-    """What started this process among others, by the variables of each; None: nothing did."""
+    """The launcher that started this process as one of several; None: none did."""
     started = [starter for starter in STARTERS if starter.started(environment)]
-    # srun sets some of mpiexec's
+    # prefer a complete set of variables: srun sets some of mpiexec's
     complete = [starter for starter in started if not starter.missing(environment)]
     found = next(iter(complete or started), None)
     return None if found is SRUN and _is_typed(environment) else found
 
 
 def _is_typed(environment: Mapping[str, str]) -> bool:
-    """Whether the command was typed at a shell that `srun --pty` started: the variables are those
-    of the shell, and the tasks beside it have ended. Such a shell has a terminal, and gives each
-    command a process group of its own."""
+    """Whether the command was typed at a shell started by `srun --pty`, whose Slurm variables it
+    inherits although no other task runs. Such a shell has a terminal, and puts each command into a
+    process group of its own."""
     task = environment.get("SLURM_TASK_PID", "")
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
@@ -158,7 +159,7 @@ def _is_typed(environment: Mapping[str, str]) -> bool:
 
 
 def _tasks_of_nodes(tasks_per_node: str) -> list[str]:
-    """Of `2(x3),1`: two tasks on each of three nodes, and one on a fourth."""
+    """Tasks of each node: 2, 2, 2 and 1 for `2(x3),1`."""
     counts: list[str] = []
     for group in tasks_per_node.split(","):
         count, _, nodes = group.rstrip(")").partition("(x")
@@ -167,6 +168,6 @@ def _tasks_of_nodes(tasks_per_node: str) -> list[str]:
 
 
 def _port_of_step(environment: Mapping[str, str]) -> int:
-    """The same for all tasks of a step; steps and jobs that share a machine have others."""
+    """Rendezvous port: equal for all tasks of a step, different for steps and jobs of a machine."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return FIRST_PORT + (10 * job + step) % NUM_PORTS

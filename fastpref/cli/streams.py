@@ -1,4 +1,4 @@
-"""The standard streams of a run, which outlives whoever reads them."""
+"""Standard streams that survive the loss of their reader (a closed pipe or terminal)."""
 
 import errno
 import io
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 STDERR = 2
 READER_LEFT = (errno.EPIPE, errno.EIO)
-"""Of a pipe (`| head`) and of a terminal that is closed."""
+"""Errors of writing to a pipe without a reader (`| head`) and to a closed terminal."""
 
 
 class LastingOutput(io.FileIO):
-    """Stdout or stderr, written to in vain once nobody takes it any more.
+    """Stdout or stderr that discards output once its reader is gone.
 
-    Libraries print from the midst of loops: what a progress bar raised would end them.
+    Libraries print inside training loops, which an error from a progress bar would end.
 
     Args:
-        number: Of the descriptor; it is left open.
+        number: File descriptor; not closed.
 
     Raises:
-        OSError: results go to stdout, and it is a file that takes no more.
+        OSError: stdout is redirected to a file that cannot be written, as on a full disk.
     """
 
     def __init__(self, number: int) -> None:
@@ -33,7 +33,7 @@ class LastingOutput(io.FileIO):
     def write(self, data: "Buffer", /) -> int:
         try:
             while (taken := super().write(data)) is None:
-                # another program at this terminal asked not to be kept waiting
+                # another program set this terminal to non-blocking mode
                 select.select([], [self], [])
         except OSError as error:
             if self.fileno() != STDERR and error.errno not in READER_LEFT:
@@ -43,10 +43,10 @@ class LastingOutput(io.FileIO):
 
 
 def outlive_readers() -> None:
-    """Make stdout and stderr streams that no reader who leaves can end a run by.
+    """Replace stdout and stderr by streams that survive the loss of their reader.
 
-    Those that something else put in their place stay, as do files that were closed: see
-    `fill_standard_streams`.
+    Streams that were already replaced by others, or were closed at the start (see
+    `fill_standard_streams`), are kept.
     """
     for name, number in (("stdout", 1), ("stderr", STDERR)):
         stream = getattr(sys, name)
@@ -56,7 +56,7 @@ def outlive_readers() -> None:
         lasting = io.TextIOWrapper(
             io.BufferedWriter(LastingOutput(number)),
             encoding=stream.encoding,
-            # a terminal or file of another encoding gets what it can show
+            # characters that the stream's encoding lacks are escaped
             errors="backslashreplace",
             line_buffering=stream.line_buffering or stream.write_through,
         )
@@ -64,9 +64,9 @@ def outlive_readers() -> None:
 
 
 def fill_standard_streams() -> None:
-    """Put the null device where stdin, stdout or stderr were closed before the start (`>&-`).
+    """Open the null device as stdin, stdout or stderr if closed before the start (`>&-`).
 
-    The first files that a run opens would take their numbers, and get what is printed.
+    Otherwise the first files that a run opens would reuse their descriptors and receive its output.
     """
     descriptor = os.open(os.devnull, os.O_RDWR)
     while descriptor <= 2:

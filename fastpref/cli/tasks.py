@@ -1,4 +1,4 @@
-"""The tasks: what is checked before anything is loaded, and what is run on every rank."""
+"""Table of tasks: the checks before anything is loaded, and the function that every rank runs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def check_task(config: Config, num_ranks: int) -> None:
-    """Refuse, before anything is loaded, what this machine cannot do of a task.
+    """Refuse, before anything is loaded, a task that cannot run on this machine.
 
     Raises:
-        ConfigError: the place for its results, or the optimizer.
+        ConfigError: an output folder, `resume` or the optimizer cannot be used.
     """
     from fastpref.cli.resume_names import check_resume
     from fastpref.train.optim import check_optimizer
@@ -42,10 +42,10 @@ def check_task(config: Config, num_ranks: int) -> None:
 
 
 def run_task(config: Config, world: "World") -> None:
-    """`task=train`, `estimate_weights` or `tisdpo`, on this rank.
+    """Run `task=train`, `estimate_weights` or `tisdpo` on this rank.
 
     Raises:
-        FastprefError: whatever the task raises, or that ranks were started with other options.
+        FastprefError: the task failed, or the ranks were started with different options.
     """
     from fastpref.train.resume.differences import check_same_options
 

@@ -1,7 +1,7 @@
-"""Rows: from a named source to token ids.
+"""Data: from a named source to token ids.
 
 Enters: names of datasets, files, a tokenizer. Leaves: a `PreferenceSplit`, encoded rows in the
-cache of `datasets` and the account of what became of every row, in words and as a page. To be
-changed here: a source, a layout of rows, which rows a split has, how text becomes tokens. Nothing
-here knows of a model.
+cache of `datasets`, and the account of what became of every row, as log lines and as HTML. To be
+changed here: sources, row layouts, which rows a split has, tokenization. Nothing here depends on
+a model.
 """

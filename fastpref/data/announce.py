@@ -1,4 +1,4 @@
-"""What the log says of the rows of a run: how they are laid out, held out, what comes twice."""
+"""Log messages about a run's rows: their layouts, held-out prompts and duplicates."""
 
 import json
 import logging
@@ -17,21 +17,20 @@ logger = logging.getLogger("fastpref")
 
 
 class ReadSplits(NamedTuple):
-    """Rows that were read, how, and what of them concerns more than one file, in words."""
+    """Rows that were read, with messages about their layouts and about several files together."""
 
     rows: list[list[Rows]]
-    """Of all datasets of each split."""
+    """For each split, the rows of each dataset."""
     facts: list[str]
     warnings: list[str]
 
 
 def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> ReadSplits:
-    """Read and check the rows of some splits; say how, and what concerns more than one file.
+    """Read and check the rows of some splits; log their layouts, held-out prompts and duplicates.
 
     Args:
-        options: What the data depends on.
         splits: train first.
-        quiet: Neither progress bars nor log lines, nor anything looked for to say.
+        quiet: No progress bars, no log lines, and no messages in the result.
 
     Raises:
         DataError: see `read_rows`.
@@ -53,7 +52,7 @@ def read_splits(options: DataOptions, splits: Sequence[str], *, quiet: bool) -> 
 
 
 def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
-    """Read and check the rows of every split that a dataset has, as the files have them.
+    """Read and check all existing splits, nothing held out and no copy left out.
 
     Raises:
         DataError: a dataset has no split; see `read_rows`.
@@ -66,7 +65,7 @@ def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
 
 
 def log_layouts(sources: Sequence[Rows]) -> None:
-    """Say how the rows of each source were recognised, with the first row of each data set."""
+    """Log the layout of each source, with an example row per data set and layout."""
     shown: dict[str, str] = {}
     for rows in sources:
         lines = [describe_layout(rows)]
@@ -81,8 +80,7 @@ def log_layouts(sources: Sequence[Rows]) -> None:
 
 
 def describe_layout(rows: Rows) -> str:
-    """How the rows of a source were recognised, and what is there beside them and not read; "" of
-    built-in data."""
+    """The layout of a source's rows, and its files that are not read; "" for built-in data."""
     if rows.location.is_built_in:
         return ""
     others = rows.location.passed_over
@@ -91,7 +89,7 @@ def describe_layout(rows: Rows) -> str:
 
 
 def example_text(row: dict[str, Any], field: str) -> str:
-    """A part of a checked row, its middle left out where long; messages with their roles."""
+    """A field of a checked row, shortened in the middle if long; messages with their roles."""
     text: str = row[field]
     if row["form"] == "chat":
         messages = json.loads(text)
@@ -101,7 +99,7 @@ def example_text(row: dict[str, Any], field: str) -> str:
 
 
 def describe_division(options: DataOptions, train: Sequence[Rows]) -> Iterator[str]:
-    """Which prompts are held out where `data.test_fraction` asks for it, dataset by dataset."""
+    """With `data.test_fraction`: how many prompts of each dataset are held out."""
     fraction = options.held_out.fraction
     if not fraction:
         return
@@ -122,7 +120,7 @@ def describe_division(options: DataOptions, train: Sequence[Rows]) -> Iterator[s
 def find_copied(
     options: DataOptions, splits: Sequence[str], read: Sequence[Sequence[Rows]]
 ) -> Iterator[str]:
-    """Datasets of which `data.deduplicate` leaves nothing."""
+    """Warnings about datasets of which `data.deduplicate` leaves no row."""
     for split, parts in zip(splits, read, strict=True):
         for name in options.names:
             if name not in {rows.name for rows in parts}:
@@ -133,8 +131,8 @@ def find_copied(
 
 
 def find_repetitions(splits: Sequence[Sequence[Rows]]) -> Iterator[str]:
-    """What a user may not expect to come twice: rows of one dataset in another of the same split,
-    and held-out prompts that are trained on."""
+    """Warnings about rows that another dataset of the same split has too, and about test prompts
+    that the train split contains."""
     for parts in splits:
         for index, rows in enumerate(parts):
             earlier = parts[:index]
@@ -160,7 +158,7 @@ def find_repetitions(splits: Sequence[Sequence[Rows]]) -> Iterator[str]:
 
 
 def _repeated(rows: Rows, others: Sequence[Rows], column: str) -> tuple[int, int, str] | None:
-    """Rows of a source whose hash others have: how many, how many different, where the first is."""
+    """Rows of a source whose hash others have: number, number of distinct hashes, first place."""
     if not others:
         return None
     own = _hashes(rows, column)

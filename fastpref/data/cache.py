@@ -1,5 +1,4 @@
-"""The cache of `datasets`: what its entries depend on, its progress bars, its errors, what of it a
-disk has damaged."""
+"""The cache of `datasets`: keys, progress bars, errors, and checksums against damaged files."""
 
 import errno
 import fcntl
@@ -26,26 +25,26 @@ from fastpref.host import available_cores
 logger = logging.getLogger("fastpref")
 
 DESCRIPTION = "dataset_info.json"
-"""In a folder of `datasets`, beside its files."""
+"""Metadata file that `datasets` writes beside its data files."""
 ROWS_OF_A_PROCESS = 5000
-"""At least: about three seconds of rows of HH."""
+"""Minimum rows per tokenizing process: about three seconds of HH."""
 LOST_PROCESS = "subprocesses has abruptly died"
-"""What `datasets` says when one ended."""
+"""Part of the message of `datasets` about a worker that died."""
 NOT_OF_FILES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""What the system says where it has no more processes, memory or descriptors."""
+"""Errors of a system that is out of processes, memory or file descriptors."""
 TEMPORARY = "tmp????????"
-"""Names of files that `datasets` has not finished: as large as what it maps."""
+"""Glob of files that `datasets` has not finished writing; each may be as large as its input."""
 THREADS = "TOKENIZERS_PARALLELISM"
-"""Environment variable of `tokenizers`."""
+"""Environment variable that switches the threads of `tokenizers`."""
 
 
 @cache
 def code_digest(*rooms: str) -> str:
-    """Digest of the code of some rooms, and of what all rooms share: what was computed must not
-    outlive the code that computed it.
+    """SHA-256 of the source code of some subpackages and of the modules that all share: a cached
+    result must not outlive the code that computed it.
 
     Args:
-        rooms: Folders of this package, "data"; "kernels" for the package of the head's ops.
+        rooms: Subpackages such as "data"; "kernels" for the package `fastpref_kernels`.
     """
     package, kernels = Path(__file__).parents[1], Path(fastpref_kernels.__file__).parent
     folders = (kernels if room == "kernels" else package / room for room in rooms)
@@ -55,19 +54,19 @@ def code_digest(*rooms: str) -> str:
 
 
 def file_state(path: Path) -> str:
-    """Location, size and time of a file: what tells that it has changed."""
+    """Path, size and modification time of a file, to detect changes."""
     stat = path.stat()
     return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
 
 def cache_folder(cache_dir: str | None) -> str:
-    """The cache that an option names, or that of `datasets`."""
+    """The given cache folder, or the default one of `datasets`."""
     return cache_dir or str(datasets.config.HF_DATASETS_CACHE)
 
 
 @contextmanager
 def progress_bars(quiet: bool) -> Iterator[None]:
-    """Switch the progress bars of `datasets` off while `quiet`."""
+    """Disable the progress bars of `datasets` while entered, if `quiet`."""
     if not quiet or datasets.are_progress_bars_disabled():
         yield
         return
@@ -79,14 +78,14 @@ def progress_bars(quiet: bool) -> Iterator[None]:
 
 
 def processes_for(num_rows: int) -> int:
-    """How many processes to tokenize rows in: those that are busy for longer than they take to
-    start, and no more than there are cores."""
+    """Number of tokenizing processes: at most the available cores, and each with at least
+    `ROWS_OF_A_PROCESS` rows, so that its start-up pays off."""
     return max(1, min(available_cores(), num_rows // ROWS_OF_A_PROCESS))
 
 
 @contextmanager
 def tokenizing_in(num_proc: int) -> Iterator[None]:
-    """Let the tokenizers of several processes keep to one thread each, and end with this one."""
+    """Let forked tokenizing processes use one thread each, and end when this process ends."""
     before = os.environ.get(THREADS)
     if num_proc > 1:
         os.environ[THREADS] = "false"
@@ -102,12 +101,12 @@ def tokenizing_in(num_proc: int) -> Iterator[None]:
 
 @contextmanager
 def without_remains(dataset: datasets.Dataset) -> Iterator[None]:
-    """While entered, rows of ours are mapped; what kills have left half written beside them goes
-    first, if no other process maps them."""
+    """Lock the cache folders of a dataset (shared) while it is mapped. Unfinished files that killed
+    processes left there are removed first, if no other process holds the lock."""
     folders = {Path(file["filename"]).parent for file in dataset.cache_files}
     with ExitStack() as locks:
         for folder in folders:
-            # one that may only be read has what is wanted, or `datasets` says that it cannot write
+            # a read-only folder has the result already, or `datasets` will fail to write it
             with suppress(OSError):
                 locks.enter_context(share(folder, TEMPORARY))
         yield
@@ -115,11 +114,11 @@ def without_remains(dataset: datasets.Dataset) -> Iterator[None]:
 
 @contextmanager
 def cache_errors(cache_dir: str | None) -> Iterator[None]:
-    """Bring our own errors out of the wrapping of `datasets`, and say what ails its cache.
+    """Unwrap our own errors raised inside `datasets`, and explain failures of its cache.
 
     Raises:
-        DataError: the cache cannot be written or is damaged, or a process was lost.
-        OSError: the system lacks something else.
+        DataError: the cache cannot be written or is damaged, or a tokenizing process died.
+        OSError: the cause is not the cache.
     """
     try:
         yield
@@ -129,13 +128,13 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
     ) as error:
         cause: BaseException = error
         if type(error) is ValueError and isinstance(error.__context__, OSError):
-            # of the closed file that `datasets` goes on to write to
+            # `datasets` then wrote to the closed file, which raised the ValueError
             cause = error.__context__
         while cause.__cause__ is not None and not isinstance(cause, FastprefError):
             cause = cause.__cause__
         if isinstance(cause, FastprefError):
             raise cause from None
-        # between us and them there are pipes; streams that people read break without a word
+        # a pipe to a worker: broken standard streams raise nothing
         if LOST_PROCESS in str(cause) or isinstance(cause, BrokenPipeError | ConnectionResetError):
             raise DataError(
                 "data.num_proc: a process that tokenized ended, as when memory runs out; fewer of "
@@ -153,12 +152,12 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
 
 
 def is_of_cache(error: OSError, folder: str) -> bool:
-    """Whether it is for the cache in `folder` that the system refuses something."""
+    """Whether a system error concerns the cache in `folder`."""
     if error.errno in NOT_OF_FILES:
         return False
     if not isinstance(error.filename, str):
         return True
-    # one above it as well: the folder is made there
+    # parents count too: the folder is created in them
     paths = [os.path.abspath(os.path.expanduser(path)) for path in (folder, error.filename)]
     return os.path.commonpath(paths) in paths
 
@@ -166,17 +165,17 @@ def is_of_cache(error: OSError, folder: str) -> bool:
 def made_whole(
     sums: Path, make: Callable[[], datasets.Dataset], *, files: str, described: bool = False
 ) -> datasets.Dataset:
-    """A dataset of files as they were written: those in the cache, or new ones.
+    """A cached dataset whose files match their checksums; damaged or unlisted files are rebuilt.
 
-    A list of them tells their digests: Arrow takes what a disk damaged for other tokens, or ends
-    the process. What is in no list was perhaps never on the disk: it is made again.
+    From damaged files Arrow would read other tokens, or crash. Files without a checksum list may
+    never have been written to the disk completely; they are kept only if the lock cannot be had
+    (read-only cache, file system without locks).
 
     Args:
-        sums: The list of its files, to read and to write.
-        make: Finds them in the cache, or writes them.
-        files: What the names are like, as a pattern, of all that is made beside the list, and of
-            nothing else.
-        described: Whether `datasets` describes them in a file beside them.
+        sums: The checksum list, read and written here.
+        make: Returns the dataset from the cache, or writes it there.
+        files: Glob of everything that `make` writes beside the list, matching nothing else.
+        described: `datasets` writes a metadata file, `DESCRIPTION`, too.
     """
     if _is_whole(sums):
         return make()
@@ -199,10 +198,10 @@ def made_whole(
 
 @contextmanager
 def _alone(sums: Path) -> Iterator[bool]:
-    """While entered, no other process makes the files of a list, if that can be had."""
+    """Hold the exclusive lock of a checksum list; yields whether it could be had."""
     is_alone = False
     with ExitStack() as held:
-        # a cache that may only be read; a file system without locks
+        # fails in a read-only cache and on a file system without locks
         with suppress(OSError):
             sums.parent.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context(sums.with_suffix(".lock").open("a", encoding="utf-8"))
@@ -216,27 +215,27 @@ def _alone(sums: Path) -> Iterator[bool]:
 
 
 def _remove(sums: Path, files: str) -> None:
-    """Remove a list and what it is of, as far as that may be."""
+    """Remove a checksum list and its files, as far as permitted."""
     with suppress(OSError):
-        # what is left without a list is not believed
+        # the list first: files without a list are not trusted
         sums.unlink(missing_ok=True)
         for path in sums.parent.glob(files):
             remove(path)
 
 
 def _is_whole(sums: Path) -> bool:
-    """Whether there is a list, and its files are what their digests say."""
+    """Whether a checksum list exists and all its files match."""
     listed = _read(sums)
     return bool(listed) and _damaged(listed) is None
 
 
 def _damaged(listed: dict[Path, str]) -> Path | None:
-    """The first of some files that is not what its digest says."""
+    """The first file that does not match its digest."""
     return next((path for path in listed if _digest(path) != listed[path]), None)
 
 
 def _read(sums: Path) -> dict[Path, str]:
-    """Digests by file; none where the list is missing or damaged itself."""
+    """Read a checksum list, file -> digest; empty if it is missing or damaged."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = json.loads(sums.read_text(encoding="utf-8"))
         if content["sum"] == _sum_of(content["files"]):
@@ -247,13 +246,13 @@ def _read(sums: Path) -> dict[Path, str]:
 def _write(sums: Path, digests: dict[Path, str]) -> None:
     folder = sums.parent.absolute()
     files = {os.path.relpath(path, folder): digest for path, digest in digests.items()}
-    # a cache that may only be read has none
+    # a read-only cache gets none
     with suppress(CheckpointError), complete_file(sums) as file:
         json.dump({"files": files, "sum": _sum_of(files)}, file)
 
 
 def _digest(path: Path) -> str:
-    """Of a file's bytes; "" if it cannot be read."""
+    """xxh3_128 digest of a file's bytes; "" if it cannot be read."""
     with suppress(OSError), path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
     return ""

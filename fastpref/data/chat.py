@@ -1,4 +1,4 @@
-"""Conversations rendered by the tokenizer's chat template into prompt and response texts."""
+"""Render conversations by a chat template into prompt and response texts."""
 
 import json
 import re
@@ -29,26 +29,26 @@ WORD = re.compile(r"[A-Za-z_]\w*")
 
 @dataclass(frozen=True, kw_only=True)
 class ChatFormat:
-    """How conversations become text."""
+    """A chat template with the arguments to render it with."""
 
     tokenizer: Any
-    """Of transformers."""
+    """A transformers tokenizer."""
     template: str | None
     """Jinja text; None for the tokenizer's own."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """What the template is told beside the messages, `data.template_kwargs`."""
+    """Further variables of the template, `data.template_kwargs`."""
     date: str | None = None
-    """The day that a template which prints it is told, "2026-11-30"; None where none does."""
+    """Date given to a template that prints it, "2026-11-30"; None: not set."""
 
     @property
     def name(self) -> str:
-        """Where the template comes from, for messages."""
+        """Origin of the template, for error messages."""
         return "the tokenizer's chat template" if self.template is None else "data.chat_template"
 
     @cached_property
     def closing(self) -> str:
-        """What the template puts behind the EOS of an answer, white space at its ends aside; "" for
-        nothing. There a model has stopped: a generation prompt, which some put last always."""
+        """Text that the template puts behind the EOS of an answer, stripped; "" for none. Some
+        templates always end with a generation prompt, which no model generates."""
         try:
             text = self.render(PLAIN_EXCHANGE)
         except RowError:
@@ -59,11 +59,11 @@ class ChatFormat:
     def render(
         self, messages: Messages, tools: Messages | None = None, *, generation_prompt: bool = False
     ) -> str:
-        """The text of a conversation.
+        """Render a conversation to text.
 
         Raises:
             RowError: the template refuses the messages or fails on them.
-            ConfigError: it is no Jinja.
+            ConfigError: the template is not valid Jinja.
         """
         template, variables, added_lines = self.template, {}, 0
         if self.date is not None:
@@ -71,7 +71,7 @@ class ChatFormat:
             variables, added_lines = {DATE_VARIABLE: date_texts(self.date)}, 1
         try:
             [text] = self.tokenizer.apply_chat_template(
-                # a list of one: an empty conversation by itself is taken for no conversation
+                # a batch of one: transformers takes an empty conversation for an empty batch
                 [messages],
                 tools=tools,
                 chat_template=template,
@@ -85,7 +85,7 @@ class ChatFormat:
             raise ConfigError(f"{self.name}: line {line}: {error.message}") from None
         except MemoryError:
             raise
-        # a template is a program, and whatever Python raises may come out of it
+        # a template is a program that may raise anything
         except Exception as error:
             reason = first_line(error)
             if type(error) is TemplateError:
@@ -99,7 +99,7 @@ class ChatFormat:
         """Refuse a template that cannot render even one question and its answer.
 
         Raises:
-            ConfigError: with what the template says.
+            ConfigError: with the template's own message.
         """
         try:
             self.render(PLAIN_EXCHANGE[:1], generation_prompt=True)
@@ -112,31 +112,31 @@ class ChatFormat:
 
 
 class RenderedChat(NamedTuple):
-    """The texts of a row of messages."""
+    """A rendered row of messages."""
 
     prompt: str
     responses: list[str]
     is_prefix: bool
-    """The prompt as rendered starts every prompt + response; else they are divided where they
-    part."""
+    """The rendered prompt is a prefix of every rendered conversation; else these are divided at
+    the end of their common prefix with it."""
     arguments_decoded: bool = False
-    """The template fails on the arguments of tool calls as they came, JSON text."""
+    """Tool-call arguments were decoded: the template fails on their JSON text."""
     left_out: str = ""
-    """The first field of a response that its text does not hold, "chosen.reasoning_content"."""
+    """First field of a response that is not rendered, "chosen.reasoning_content"; "" for none."""
     prompt_left_out: bool = False
-    """A tool or a system message is not in the prompt's text."""
+    """A tool or a system message is not rendered."""
     eos_added: bool = False
-    """The template does not end a response with EOS."""
+    """The template does not end some response with EOS."""
     eos_spelled: bool = False
-    """A message spells EOS out, before its end."""
+    """A message contains EOS before its end."""
     written: Sequence[Spans | None] = (None, None)
-    """What of prompt + response the assistant writes; None: all of the response."""
+    """For each response, spans of prompt + response that the assistant writes; None: all of it."""
     others_in_loss: bool = False
-    """Others speak in a response, and where is not known."""
+    """A response contains messages of other roles, whose spans could not be found."""
 
 
 def read_chat_template(path: str | None) -> str | None:
-    """The Jinja text of `data.chat_template`, None where there is none.
+    """Read the Jinja file of `data.chat_template`; None if the option is null.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -152,16 +152,15 @@ def read_chat_template(path: str | None) -> str | None:
 def check_chat_template(
     tokenizer: Any, template: str | None, arguments: Mapping[str, Any] | None = None
 ) -> None:
-    """Refuse a tokenizer that cannot render conversations.
+    """Refuse a missing chat template, or arguments that the template does not mention.
 
     Args:
-        tokenizer: Of transformers.
+        tokenizer: A transformers tokenizer.
         template: Jinja text of `data.chat_template`; None for the tokenizer's own.
         arguments: `data.template_kwargs`; None for none.
 
     Raises:
-        ConfigError: it has no chat template and no file was given, or the template does not know an
-            argument.
+        ConfigError: there is no chat template, or it does not mention an argument.
     """
     if template is None and not tokenizer.chat_template:
         raise ConfigError(
@@ -180,13 +179,13 @@ def check_chat_template(
 
 
 def prints_date(tokenizer: Any, template: str | None) -> bool:
-    """Whether the chat template asks for the date: what it renders then changes by the day."""
+    """Whether the chat template prints the current date, so that its output changes daily."""
     return any("strftime_now" in text for text in _template_texts(tokenizer, template))
 
 
 def current_date(tokenizer: Any) -> str:
-    """The day that a chat template prints now, "2026-11-30"."""
-    # as transformers has it, whose clock the template would read
+    """Today's date as a chat template prints it, "2026-11-30"."""
+    # rendered, because a template reads the clock of transformers
     template = "{{ strftime_now('%Y-%m-%d') }}"
     return ChatFormat(tokenizer=tokenizer, template=template).render(PLAIN_EXCHANGE)
 
@@ -201,18 +200,18 @@ def render_chat(
 ) -> RenderedChat:
     """Render one prompt and its responses.
 
-    A response is what the template adds to the prompt with its generation prompt. The EOS that the
-    template puts last is taken off, and what it puts behind it: the encoder appends EOS.
+    A response is the text that follows the prompt with its generation prompt. A final EOS and
+    anything that the template puts behind it are removed: the encoder appends EOS.
 
     Args:
         prompt, responses: JSON lists of messages.
-        chat: The template, and what it is told.
-        tools: JSON list of the schemas of tools, None where there are none.
-        fields: Names of the responses in the row, for messages.
+        chat: The template and its arguments.
+        tools: JSON list of tool schemas; None for none.
+        fields: Names of the responses, for error messages.
 
     Raises:
         RowError: the template refuses the messages or fails on them.
-        ConfigError: the template is no Jinja.
+        ConfigError: the template is not valid Jinja.
     """
     messages, answers = json.loads(prompt), [json.loads(response) for response in responses]
     schemas = None if tools is None else json.loads(tools)
@@ -254,14 +253,14 @@ def render_chat(
 
 
 def strip_final_eos(text: str, eos_token: str, closing: str = "") -> str:
-    """`text` without an EOS at its end, white space and `closing` after it; unchanged without."""
+    """Remove a final EOS and the white space and `closing` behind it; unchanged without EOS."""
     stripped = text.rstrip().removesuffix(closing).rstrip()
     return stripped.removesuffix(eos_token) if stripped.endswith(eos_token) else text
 
 
 def _template_texts(tokenizer: Any, template: str | None) -> list[str]:
     templates = tokenizer.chat_template if template is None else template
-    # a tokenizer may have several, by name
+    # a tokenizer may have several named templates
     texts = templates.values() if isinstance(templates, dict) else [templates]
     return [text for text in texts if text]
 
@@ -273,7 +272,7 @@ def _render_row(
     chat: ChatFormat,
     fields: tuple[str, ...],
 ) -> tuple[str, list[str]]:
-    """Texts of the prompt and of each whole conversation; an error names the field."""
+    """Render the prompt and each whole conversation; a RowError names the field."""
 
     def render(field: str, conversation: Messages) -> str:
         try:
@@ -287,7 +286,7 @@ def _render_row(
 
 
 def _decode_arguments(messages: Messages) -> Messages:
-    """The messages with the arguments of their tool calls as objects where they are JSON text."""
+    """Decode tool-call arguments that are JSON text of an object."""
 
     def decode(value: Any) -> Any:
         if isinstance(value, list):
@@ -317,7 +316,7 @@ def _object_of(arguments: Any) -> Any:
 
 
 def _shared_start(prompt: str, texts: list[str]) -> str:
-    """The longest start of `prompt` that every text has too."""
+    """The longest common prefix of `prompt` and all texts."""
     if all(text.startswith(prompt) for text in texts):
         return prompt
     columns = zip(prompt, *texts, strict=False)

@@ -1,4 +1,4 @@
-"""The day that a chat template prints: one for all of a run, however many days it takes."""
+"""Fix the date that a chat template prints, so that a run of several days renders one date."""
 
 import datetime
 from functools import cache
@@ -7,9 +7,9 @@ from pathlib import Path
 from fastpref.errors import CheckpointError
 
 DATE_VARIABLE = "fastpref_date"
-"""Of a template: `date_texts`."""
-# transformers makes text of functions among the variables of a template, but a macro can stand for
-# one; the line break after it is eaten, so the template reads as if it stood alone
+"""Template variable that holds `date_texts`."""
+# replaces transformers' strftime_now: functions passed as template variables are turned into text,
+# but a macro can shadow one. Its trailing line break is stripped, so the output does not change
 DATE_MACRO = (
     "{% macro strftime_now(format) %}{% set date = namespace(text=format) %}"
     "{% for code, value in fastpref_date.items() %}"
@@ -17,22 +17,22 @@ DATE_MACRO = (
     "{% endmacro %}\n"
 )
 DATE_CODES = "aAwdbBmyYHIMSfpjUWGuVcxXDFTRe"
-"""Of strftime."""
+"""Format codes of strftime."""
 
 
 @cache
 def date_texts(date: str) -> dict[str, str]:
-    """What each code of strftime stands for on a day, "2026-11-30", at its beginning."""
+    """strftime code -> its text at midnight of a date such as "2026-11-30"."""
     day = datetime.datetime.fromisoformat(date)
     codes = [f"%{flag}{code}" for code in DATE_CODES for flag in ("-", "")]
     return {code: day.strftime(code) for code in codes}
 
 
 def read_date(path: Path) -> str:
-    """A day that chat templates were told, from the file that keeps it.
+    """Read the file that stores the date given to chat templates.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: the file holds no ISO date.
     """
     try:
         return str(datetime.date.fromisoformat(path.read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""What became of the rows of a split: kept, dropped and why, cut, suspicious."""
+"""The account of a split's rows: kept, dropped and why, truncated, suspicious."""
 
 import logging
 from collections import Counter
@@ -19,7 +19,7 @@ logger = logging.getLogger("fastpref")
 
 
 class Remark(IntFlag):
-    """What is worth counting about a row that is kept."""
+    """Properties of kept rows that are counted and reported."""
 
     IDENTICAL = auto()
     DUPLICATE = auto()
@@ -91,15 +91,16 @@ ORDINARY = (
     | Remark.EOS_ADDED
     | Remark.OTHERS_SPEAK
 )
-"""What nobody is warned of."""
+"""Remarks that are reported without a warning."""
 PROMPT_COLUMNS = (
     *("system", "system_prompt", "history", "context", "input", "image", "images", "tools"),
     "chat_template_kwargs",
 )
-"""Columns without which a prompt may be another one than was meant."""
+"""Columns that may belong to the prompt: warned about if not read."""
 MAX_IDENTICAL = 0.5
+"""Largest share of pairs that may have equal responses."""
 JOINED_ROWS = 1000
-"""Rows of a source, its first ones, that `Remark.JOINED_DIFFERS` is looked for in."""
+"""Rows at the start of each source that are checked for `Remark.JOINED_DIFFERS`."""
 
 Key = TypeVar("Key")
 
@@ -110,35 +111,35 @@ class AuditCounts:
 
     split: str
     sources: list[str]
-    """Files or hub names, in the order of `datasets`."""
+    """Files or hub ids, in the order of `datasets`."""
     rows: int
     """Rows read."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> rows left out."""
     first_dropped: dict[str, str] = field(default_factory=dict)
-    """Reason -> where the first such row lies, or its message."""
+    """Reason -> place of the first such row, or its error message."""
     kept: int = 0
-    """Pairs left to train on, or prompts in SFT."""
+    """Pairs left to train on, or examples in SFT."""
     prompts: int = 0
-    """Different prompts among them."""
+    """Distinct prompts of kept rows."""
     remarks: dict[Remark, int] = field(default_factory=dict)
-    """Remark -> kept rows it holds for."""
+    """Remark -> number of kept rows that have it."""
     first_remarks: dict[Remark, str] = field(default_factory=dict)
-    """Remark -> where the first such row lies."""
+    """Remark -> place of the first such row."""
     prompt_tokens: int = 0
     response_tokens: int = 0
-    """Sums over kept rows; both responses count."""
+    """Sums over kept rows; both responses of a pair count."""
     longest_tokens: int = 0
-    """The longest prompt + response."""
+    """Longest prompt + response in tokens."""
     text_rows: int = 0
-    """Kept rows whose prompt and responses are texts."""
+    """Kept rows of plain texts, not messages."""
     joined_rows: int = 0
-    """Those of them that `Remark.JOINED_DIFFERS` was looked for in."""
+    """Text rows that were checked for `Remark.JOINED_DIFFERS`."""
     unread: dict[str, list[str]] = field(default_factory=dict)
-    """Source -> columns of the file that nobody reads, in its order."""
+    """Source -> columns that are not read, in the file's order."""
 
     def then(self, later: "AuditCounts") -> "AuditCounts":
-        """This account of reading, carried on by that of encoding the rows it kept."""
+        """Combine this account of reading with the later account of encoding the kept rows."""
         return replace(
             later,
             rows=self.rows,
@@ -148,7 +149,7 @@ class AuditCounts:
         )
 
     def __add__(self, other: "AuditCounts") -> "AuditCounts":
-        """The account of both together."""
+        """The account of two sources of one split together."""
         return AuditCounts(
             split=self.split,
             sources=self.sources + other.sources,
@@ -178,18 +179,19 @@ def count_rows(
     group: np.ndarray,
     remarks: np.ndarray,
 ) -> tuple[AuditCounts, np.ndarray]:
-    """Count one source's rows, those to drop included.
+    """Count one source's rows, including those to drop.
 
     Args:
         split, source: Their names.
-        drop: Reason to leave each row out, "" to keep it. (rows,)
-        note: Message of a malformed row; in others the field that is not rendered, or "". (rows,)
-        places: Of the rows.
-        group: Number of the prompt. (rows,) int64
-        remarks: A set of `Remark` bits. (rows,) int32
+        drop: Reason to drop each row, "" to keep it. (rows,)
+        note: Error message of a malformed row; of others the field that the chat template does not
+            render, or "". (rows,)
+        places: File and line of each row.
+        group: Number of each row's prompt. (rows,) int64
+        remarks: `Remark` bits. (rows,) int32
 
     Returns:
-        The counts, without tokens, and the indices of the rows to keep.
+        The counts, without token counts, and the indices of the rows to keep.
     """
     dropped = Counter(filter(None, drop))
     first_dropped = {}
@@ -226,18 +228,18 @@ def count_rows(
 def check_counts(
     counts: AuditCounts, *, max_dropped: float, has_earlier_rows: bool = False
 ) -> None:
-    """Refuse a split that loses too many rows, or all, or has nothing to tell apart.
+    """Refuse a split that loses too many or all rows, or has too many pairs of equal responses.
 
     Args:
-        counts: Of the whole split.
+        counts: The account of the split.
         max_dropped: Largest share of rows that may be dropped, in [0, 1].
-        has_earlier_rows: What is left out as copies stands in a source before it: none need stay.
+        has_earlier_rows: Rows were left out as copies; then all rows may be gone.
 
     Raises:
-        DataError: saying which rule, how many rows and why.
+        DataError: naming the rule, the number of rows and the reasons.
     """
     name = f"split {counts.split!r} of {', '.join(counts.sources)}"
-    # copies are left out because that was asked for
+    # copies do not count: they are left out on request
     num_dropped = sum(count for reason, count in counts.dropped.items() if reason != COPY)
     is_gone = counts.kept == 0 and not has_earlier_rows
     if is_gone or num_dropped > max_dropped * counts.rows:
@@ -252,10 +254,10 @@ def check_counts(
 
 
 def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
-    """The account in words, one fact a line.
+    """The account as messages of one line each.
 
     Returns:
-        Lines to inform with, and lines to warn with (dropped or suspicious rows).
+        Informative lines, and warnings (dropped or suspicious rows, unread prompt columns).
     """
     per_row = f"{counts.prompt_tokens / max(1, counts.kept):.0f} prompt and "
     per_row += f"{counts.response_tokens / max(1, counts.kept):.0f} response tokens a row"
@@ -291,7 +293,7 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
 
 
 def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bool = True) -> None:
-    """The account of each split, and once what a user may not expect of prompts that are texts."""
+    """Log the account of each split and, if `about_texts`, once whether text prompts lack a BOS."""
     for audit in audits:
         facts, warnings = format_audit(audit)
         for line in facts:
@@ -303,7 +305,7 @@ def log_counts(audits: Sequence[AuditCounts], tokenizer: Any, *, about_texts: bo
 
 
 def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
-    """Say that texts get no BOS where the tokenizer by itself begins every text with it."""
+    """Log that text prompts get no BOS, if the tokenizer adds one to texts by default."""
     [ids] = tokenizer(["a"], verbose=False)["input_ids"]
     has_texts = any(counts.text_rows for counts in audits)
     if has_texts and ids and ids[0] == tokenizer.bos_token_id:
@@ -315,7 +317,7 @@ def log_missing_bos(audits: Sequence[AuditCounts], tokenizer: Any) -> None:
 
 
 def _why_equal(counts: AuditCounts) -> str:
-    """What may have made responses equal, to end a message with."""
+    """Possible causes of equal responses, as the end of an error message."""
     return "".join(
         f"; {REMARK_TEXTS[remark]} in {share_of(counts.remarks[remark], counts.kept)} of them "
         f"(first: {counts.first_remarks[remark]})"

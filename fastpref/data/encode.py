@@ -1,6 +1,6 @@
-"""Checked rows + tokenizer -> token ids, truncated, with token weights and the audit counts.
+"""Encode checked rows into truncated token ids with token weights, and count the outcome.
 
-What the tokens of a row are stands in `row_tokens`; here EOS is appended to the responses.
+Tokenization is in `row_tokens`; EOS, token weights and truncation of a row are in `encode_row`.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ BOOKKEEPING = {
     "remarks": datasets.Value("int32"),
     "drop": datasets.Value("string"),
     "note": datasets.Value("string"),
-    # tokens of the prompt and of each response with its EOS before anything was cut
+    # tokens of the prompt and of each response with its EOS, before truncation
     "lengths": datasets.List(datasets.Value("int32")),
 }
 
@@ -64,20 +64,20 @@ class PreferenceSplit:
     name: str
     dataset: datasets.Dataset
     """Columns prompt_ids, chosen_ids, rejected_ids (int32 lists; a response ends in EOS unless it
-    was cut; rejected_ids is empty in SFT), and where the loss is weighted chosen_weights,
-    rejected_weights (float32 lists, one per response token). Where others than the assistant speak
-    in a response of some row chosen_scored, rejected_scored: bool lists, one per response token
-    whether it is in the loss; null where all of the response is."""
+    was cut; rejected_ids is empty in SFT); for weighted losses chosen_weights, rejected_weights
+    (float32 lists, one per response token). If a response of some row contains messages of others
+    than the assistant: chosen_scored, rejected_scored (bool lists, whether each response token is
+    in the loss; null: all are)."""
     groups: np.ndarray
-    """Number of each row's prompt, ascending by first appearance. (rows,) int64."""
+    """Number of each row's prompt, by first appearance. (rows,) int64."""
     num_prompts: int
-    """Prompts numbered, those of rows that were left out included: they keep their place in the
-    order of a seed repository."""
+    """Prompts numbered, including those of dropped rows, which keep their place in the data order
+    of the seed repositories."""
     audit: AuditCounts
     places: Places
-    """Where each row comes from."""
+    """File and line of each row."""
     sizes: tuple[int, ...]
-    """Rows of each data set, one after another."""
+    """Rows of each dataset; the rows of one are contiguous."""
 
 
 def load_split(
@@ -86,11 +86,10 @@ def load_split(
     """Read, check and encode all datasets, one after another.
 
     Args:
-        options: What the data depends on.
         split: train or test.
-        tokenizer: Of transformers.
-        vocab_size: Rows of the model's embedding: no token id may reach it.
-        quiet: Neither progress bars nor log lines.
+        tokenizer: A transformers tokenizer.
+        vocab_size: Rows of the model's embedding; every token id must be below.
+        quiet: No progress bars and no log lines.
 
     Raises:
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
@@ -116,7 +115,7 @@ def load_split(
 
 
 def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
-    """Several sources as one split; equal prompts of different sources stay different prompts."""
+    """Concatenate sources to one split; equal prompts of different sources stay distinct."""
     groups, offset = [], 0
     for part in parts:
         groups.append(part.groups + offset)
@@ -135,14 +134,14 @@ def join_splits(parts: list[PreferenceSplit]) -> PreferenceSplit:
 def encode_rows(
     rows: Rows, tokenizer: Any, options: EncodeOptions, *, vocab_size: int, num_proc: int = 1
 ) -> PreferenceSplit:
-    """Encode one source, or take the result of an earlier run from the cache.
+    """Encode one source, or take the result from the cache.
 
     Raises:
-        DataError: a row breaks a rule (file:row: field), or a token id reaches `vocab_size`.
+        DataError: a row breaks a rule (file:row: field), or a token id is not below `vocab_size`.
         ConfigError: the tokenizer has no EOS, or no chat template for rows of messages.
     """
     dataset, encoded = encode_source(rows, tokenizer, options, num_proc=num_proc)
-    # on all rows, dropped ones being empty: a selection of gigabytes would have to be copied
+    # on all rows (dropped ones are empty): a selection would copy gigabytes
     check_vocabulary(encoded, vocab_size, tokenizer)
     return as_split(rows, dataset, encoded)
 
@@ -150,8 +149,11 @@ def encode_rows(
 def encode_source(
     rows: Rows, tokenizer: Any, options: EncodeOptions, *, num_proc: int = 1
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The checked rows of a source that are encoded, and the same encoded, each with what became
-    of it; columns `FEATURES` and `encoded_features`.
+    """Encode one source, keeping the rows that encoding drops.
+
+    Returns:
+        The checked rows (in SFT only the `sft_targets`) and, row for row, the encoded ones;
+        columns `FEATURES` and `encoded_features`.
 
     Raises:
         DataError, ConfigError: see `encode_rows`.
@@ -169,7 +171,7 @@ def encode_source(
             fn_kwargs={"tokenizer": tokenizer, "options": options, "files": rows.location.files},
             features=encoded_features(options),
             remove_columns=dataset.column_names,
-            # one process is this one
+            # None: in this process
             num_proc=num_proc if num_proc > 1 else None,
             new_fingerprint=fingerprint,
             desc=f"tokenizing {rows.name} {rows.counts.split}",
@@ -177,7 +179,7 @@ def encode_source(
 
     with tokenizing_in(num_proc), without_remains(dataset):
         if not dataset.cache_files:
-            # in memory, and so is what is made of them
+            # rows in memory: nothing is cached
             return dataset, encode()
         sums = Path(dataset.cache_files[0]["filename"]).with_name(f"cache-{fingerprint}.sums")
         encoded = made_whole(sums, encode, files=f"cache-{fingerprint}*.arrow")
@@ -185,8 +187,8 @@ def encode_source(
 
 
 def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> EncodeOptions:
-    """The options with what a source decides: the end of a prompt that stays, what is known of its
-    weights, the day that its chat template prints.
+    """Complete the options by what depends on the source: which end of a long prompt is kept, the
+    origin of its weights, the date that its chat template prints.
 
     Raises:
         ConfigError: no chat template for rows of messages.
@@ -211,7 +213,7 @@ def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> Enc
 
 
 def as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
-    """Encoded rows, those to drop left out, and the account of all of them."""
+    """Drop rows as encoding decided, and account for all of them."""
     counts, kept = count_dataset(encoded, rows.location, rows.counts.split)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
     counts = replace(
@@ -233,7 +235,7 @@ def as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -
 
 
 def unused_columns(encoded: datasets.Dataset) -> list[str]:
-    """Which of `SCORED_COLUMNS` have nothing in any row."""
+    """Those of `SCORED_COLUMNS` that are null in every row."""
     table = encoded.select_columns(list(SCORED_COLUMNS)).with_format("arrow")[:]
     return [name for name in SCORED_COLUMNS if table[name].null_count == len(table)]
 
@@ -253,7 +255,7 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
 
 
 def encoded_features(options: EncodeOptions) -> datasets.Features:
-    """Columns of an encoded dataset, those for the audit included."""
+    """Columns of an encoded dataset, including those for the audit."""
     features: dict[str, Any] = {
         column: datasets.List(datasets.Value("int32")) for column in ID_COLUMNS
     }
@@ -264,7 +266,7 @@ def encoded_features(options: EncodeOptions) -> datasets.Features:
 
 
 def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> str:
-    """Name of the cache entry: equal for equal rows, tokenizer, options and code only."""
+    """Cache key: equal only for equal rows, tokenizer, options, code and library versions."""
     used = asdict(options)
     if not (options.weighted and options.transform_method == "random"):
         del used["seed"]
@@ -277,14 +279,14 @@ def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> 
         code_digest("data"),
         LIBRARIES,
     ]
-    # of 64 characters, which a fingerprint may have, `datasets` needs some for the process
+    # `datasets` allows 64 characters and appends a suffix for each process
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of all that a tokenizer's output depends on; calls to it leave no trace in it."""
+    """Digest of everything that a tokenizer's output depends on, unaffected by earlier calls."""
     if tokenizer.is_fast:
-        # before it stand truncation and padding, which the last call has set
+        # skip the settings before it: truncation and padding are those of the last call
         _, _, model = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
     else:
         vocabulary = sorted(tokenizer.get_vocab().items())

@@ -1,4 +1,4 @@
-"""The tokens of one checked row -> ids and weights: EOS, alignment, reversal, truncation."""
+"""Turn the tokens of one row into model inputs: EOS, token weights, reversal, truncation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,12 +17,12 @@ NOTHING_SCORED = "nothing that the assistant writes is in a response"
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """What decides how a row becomes token ids; most fields are the options of that name."""
+    """Options that determine how a row is encoded; most have the name of their option."""
 
     sft: bool
-    """One response a row: the one to imitate."""
+    """Encode one response per row, the SFT target."""
     weighted: bool
-    """Give every response token its weight."""
+    """Give every response token a weight."""
     max_length: int
     max_prompt_length: int
     truncation: str
@@ -32,22 +32,22 @@ class EncodeOptions:
     transform_method: str
     transform_params: dict[str, float]
     seed: int
-    """Of the transform `random`."""
+    """Seed of the transform `random`."""
     chat_template: str | None
     """Jinja text; None for the tokenizer's own."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template."""
     chat_date: str | None = None
-    """The day that a chat template which prints the date is told, "2026-11-30"; None: today."""
+    """Date given to a chat template that prints it, "2026-11-30"; None: today."""
     on_error: str
     strict: bool
     weights_have_eos: bool = False
     """The last weight of each list in the file belongs to EOS."""
     weights_mismatch: str = ""
-    """Why weights would stand beside other tokens than those they were estimated for."""
+    """Why the tokens may differ from those that the weights were estimated for, for the error."""
 
     def chat(self, tokenizer: Any) -> ChatFormat:
-        """How conversations become text."""
+        """The chat template with its arguments."""
         return ChatFormat(
             tokenizer=tokenizer,
             template=self.chat_template,
@@ -57,23 +57,23 @@ class EncodeOptions:
 
 
 class EncodedPair(NamedTuple):
-    """A row of the encoded dataset, empty where it is dropped."""
+    """A row of the encoded dataset; without ids if it is dropped."""
 
     prompt_ids: Sequence[int] = ()
     response_ids: Sequence[Sequence[int]] = ()
     """Chosen and rejected, or in SFT the one response."""
     response_weights: Sequence[Sequence[float]] = ()
-    """Beside `response_ids` where the loss is weighted."""
+    """One weight per id of `response_ids` if the loss is weighted."""
     remarks: Remark = Remark(0)
     drop: str = ""
     note: str = ""
     lengths: Sequence[int] = ()
-    """Tokens of the prompt and of each response with its EOS before anything was cut."""
+    """Tokens of the prompt and of each response with its EOS, before truncation."""
     scored: Sequence[Scored] = ()
-    """Which of `response_ids` are in the loss."""
+    """For each response, which of its ids are in the loss."""
 
     def columns(self) -> dict[str, Any]:
-        """The same as columns of the encoded dataset; a side that is not there is empty."""
+        """The row as columns of the encoded dataset; a missing response is empty."""
         chosen_ids, rejected_ids = [*self.response_ids, (), ()][:2]
         chosen_weights, rejected_weights = [*self.response_weights, (), ()][:2]
         chosen_scored, rejected_scored = [*self.scored, None, None][:2]
@@ -93,10 +93,10 @@ class EncodedPair(NamedTuple):
 
 
 def named_responses(row: dict[str, Any], options: EncodeOptions) -> dict[str, str]:
-    """The responses of a checked row that are encoded, by name of the side.
+    """Responses of a checked row to encode, by column.
 
-    Chosen and rejected as the file has them; in SFT the one to imitate: the row's own target if it
-    has one, else what is chosen after `reverse_dataset`.
+    Chosen and rejected as in the file; in SFT the target: `sft_target` if the row has one and
+    `reverse_dataset` is off, else the response that is chosen after `reverse_dataset`.
     """
     if not options.sft:
         return {"chosen": row["chosen"], "rejected": row["rejected"]}
@@ -109,13 +109,14 @@ def named_responses(row: dict[str, Any], options: EncodeOptions) -> dict[str, st
 def encode_row(
     row: dict[str, Any], tokens: RowTokens, eos_id: int, options: EncodeOptions
 ) -> EncodedPair:
-    """EOS, token weights, reversal and truncation of one row.
+    """Append EOS to the responses of one row, align token weights, reverse and truncate.
 
     Args:
-        tokens: Of its prompt and of its `named_responses`.
+        row: A checked row.
+        tokens: Tokens of its prompt and of its `named_responses`.
 
     Raises:
-        RowError: weights that do not fit the tokens.
+        RowError: the weights do not fit the tokens.
     """
     if tokens.drop:
         return EncodedPair(drop=tokens.drop, note=tokens.note)
@@ -157,12 +158,12 @@ def encode_row(
 
 
 class _Response(NamedTuple):
-    """A response as the file has it, whole and without EOS."""
+    """A response as in the file, not truncated and without EOS."""
 
     ids: list[int]
     scored: Scored
     weights: list[float] | None
-    """Prepared; None where the loss knows none."""
+    """Transformed weights; None if the loss is not weighted."""
 
 
 def _responses(row: dict[str, Any], tokens: RowTokens, options: EncodeOptions) -> list[_Response]:
@@ -170,7 +171,7 @@ def _responses(row: dict[str, Any], tokens: RowTokens, options: EncodeOptions) -
     if options.weighted:
         check_weights_digest(row, tokens.prompt, tokens.responses, options)
         weights = response_weights(row, tokens, options)
-    # a row of texts has marks of two responses, in SFT as well
+    # `scored` of a text row has two entries, in SFT too
     scored = tokens.scored[: len(tokens.responses)]
     return list(map(_Response, tokens.responses, scored, weights))
 
@@ -178,15 +179,15 @@ def _responses(row: dict[str, Any], tokens: RowTokens, options: EncodeOptions) -
 def check_weights_digest(
     row: dict[str, Any], prompt: list[int], responses: Sequence[list[int]], options: EncodeOptions
 ) -> None:
-    """Refuse estimated weights that stand beside other tokens than those they belong to.
+    """Refuse estimated weights that belong to other tokens.
 
     Args:
-        row: A checked row; one without a digest passes, its weights are of unknown origin.
-        prompt: Its prompt's ids.
-        responses: Chosen and rejected as the file has them, without EOS.
+        row: A checked row; one without a digest passes, as the origin of its weights is unknown.
+        prompt: Prompt ids.
+        responses: Ids of chosen and rejected as in the file, without EOS.
 
     Raises:
-        RowError: the digest is that of other tokens.
+        RowError: the digest is not that of these tokens.
     """
     digest = row["weights_digest"]
     if digest is not None and digest != token_digest(prompt, *responses):
@@ -196,16 +197,16 @@ def check_weights_digest(
 def response_weights(
     row: dict[str, Any], tokens: RowTokens, options: EncodeOptions
 ) -> list[list[float]]:
-    """Prepared weights of chosen and rejected as the file has them; ones where it has none.
+    """Transformed weights of chosen and rejected as in the file; ones if the row has no weights.
 
     Args:
         row: A checked row.
-        tokens: Of its two responses. Those that are not in the loss weigh 0, and the transform does
-            not see their weights.
+        tokens: Tokens of its two responses. Those that are not in the loss get weight 0 and are
+            hidden from the transform.
         options: Transform and seed.
 
     Raises:
-        RowError: a list is not as long as its response.
+        RowError: the number of weights is not that of the response's tokens.
     """
     chosen, rejected = row["chosen_weights"], row["rejected_weights"]
     lengths = [len(response) for response in tokens.responses]
@@ -257,11 +258,11 @@ def truncate(
     Args:
         prompt: Prompt ids.
         responses: Ids of each response, EOS included.
-        options: For `truncation`, `max_length` and `max_prompt_length`.
+        options: Uses `truncation`, `max_length` and `max_prompt_length`.
         keep_end: Cut the prompt's start, not its end.
 
     Returns:
-        Prompt and responses, at least one token each.
+        Prompt and responses, at least one token each; None: drop the row.
     """
     longest = max(map(len, responses))
     if len(prompt) + longest <= options.max_length:
@@ -285,9 +286,9 @@ def truncate(
 
 
 def keeps_end(form: str, options: EncodeOptions) -> bool:
-    """Whether of a prompt that is too long the end stays."""
+    """Whether truncation keeps the end of a long prompt, not its start."""
     if options.truncation_mode == "auto":
-        # of a conversation the last turn and the generation prompt, without which none answers
+        # a conversation must keep its last turn and the generation prompt
         return form != "text"
     return options.truncation_mode == "keep_end"
 

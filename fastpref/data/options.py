@@ -1,4 +1,4 @@
-"""What decides which rows a run has, how they are read and how they become token ids."""
+"""Options that determine which rows a run has, how they are read and how they are encoded."""
 
 from dataclasses import dataclass, field, replace
 
@@ -10,55 +10,55 @@ from fastpref.data.selection import HeldOut
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What decides how rows are read."""
+    """Options that determine how rows are read."""
 
     weighted: bool
-    """Read token weights; without it those columns are ignored."""
+    """Read token weights; otherwise their columns are ignored."""
     paired: bool
-    """False in SFT, where a pair of equal responses is nothing to worry about."""
+    """False in SFT, where equal responses and repeated pairs are not remarked on."""
     on_error: str
-    """raise or skip: what a malformed row does."""
+    """raise or skip: how to treat a malformed row."""
     strict: bool
-    """Make an error of a pair that would be dropped."""
+    """Treat a pair that would be dropped as an error."""
     allow_roles: bool
     single: bool
-    """Take rows of one response beside those of pairs: SFT that is not reversed."""
+    """Accept rows with one response as well as pairs: in SFT, unless reversed."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """What columns of files and of the hub are called here."""
+    """Our field name -> column in files and hub data sets; None leaves the field out."""
     max_dropped: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """All that a run's data depends on, beside tokenizer and files."""
+    """Everything that a run's data depends on, except the tokenizer and the files."""
 
     names: tuple[str, ...]
     """Datasets, read one after another."""
     base_data_dir: str | None
-    """Where local ones lie."""
+    """Folder that holds the local datasets."""
     split_names: dict[str, str] = field(default_factory=dict)
-    """What the splits of files and of the hub are called there."""
+    """train or test -> name of that split in files and on the hub."""
     config_names: dict[str, str] = field(default_factory=dict)
-    """Configurations of data sets of the hub, by their ids."""
+    """Hub id -> configuration to read."""
     cache_dir: str | None
-    """Of `datasets`; None for its default."""
+    """Cache folder of `datasets`; None for its default."""
     num_proc: int | None
-    """Processes that tokenize; None leaves that to us."""
+    """Tokenizing processes; None: chosen by number of rows and cores."""
     held_out: HeldOut
-    """What a dataset without a test split has instead."""
+    """Prompts held out of a dataset without a test split."""
     deduplicate: bool
     """Leave out copies of earlier rows."""
     read: ReadOptions
     encode: EncodeOptions
 
     def of_files(self) -> "DataOptions":
-        """The same of the rows as the files have them: nothing held out, no copy left out."""
+        """These options with all rows of the files: nothing held out, no copy left out."""
         held_out = replace(self.held_out, fraction=0.0)
         return replace(self, held_out=held_out, deduplicate=False)
 
 
 def data_options(config: Config) -> DataOptions:
-    """The options of a config that its data depends on.
+    """Select the options of a config that its data depends on.
 
     Raises:
         ConfigError: the chat template cannot be read.

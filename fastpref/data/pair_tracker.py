@@ -1,4 +1,4 @@
-"""What is remarkable about rows as texts: equal prompts, pairs that come again, idle weights."""
+"""Remarks on untokenized rows: equal prompts, repeated pairs, weights that are all zero."""
 
 import hashlib
 import json
@@ -9,11 +9,11 @@ from fastpref.data.layouts.rows import MALFORMED, Row, comparable, prompt_said
 from fastpref.data.layouts.turns import WRITTEN_MESSAGES
 
 NO_MESSAGES = "[]"
-"""The prompt of a row of messages that has none."""
+"""The prompt of a chat row without prompt messages, as JSON."""
 
 
 def row_remarks(row: Row) -> Remark:
-    """What is remarkable about a row by itself."""
+    """Remarks that depend on a single row."""
     remarks = Remark(0)
     weights = (row["chosen_weights"], row["rejected_weights"])
     if any(values and not any(values) for values in weights):
@@ -25,35 +25,35 @@ def row_remarks(row: Row) -> Remark:
     elif any(map(WRITTEN_MESSAGES.match, (row["prompt"], *sides))):
         remarks |= Remark.TEXT_OF_MESSAGES
     repeats = all(text.startswith(row["prompt"]) for text in sides)
-    # of messages this is recognised, see `divide_conversations`
+    # in messages a repeated prompt is recognised, see `divide_conversations`
     if row["form"] == "text" and row["prompt"].strip() and repeats:
         remarks |= Remark.PROMPT_TWICE
     return remarks
 
 
 class Noted(NamedTuple):
-    """What is known of a row among the others of its source."""
+    """A row in relation to the earlier rows of its source."""
 
     group: int
     """Number of its prompt by first appearance, -1 if it has none."""
     remarks: Remark = Remark(0)
     prompt_hash: int = 0
-    """64 bits with a sign: equal for prompts of any source that say the same, `prompt_said`."""
+    """Signed 64-bit hash of `prompt_said`: equal for equivalent prompts of any source."""
     pair_hash: int = 0
-    """The same of prompt, chosen and rejected, as they are."""
+    """Signed 64-bit hash of prompt, chosen and rejected, as `comparable` gives them."""
 
 
 class PairTracker:
-    """Numbers prompts by first appearance and notices pairs that come again."""
+    """Numbers prompts by first appearance and detects repeated pairs."""
 
     def __init__(self) -> None:
         self.groups: dict[bytes, int] = {}
         self.pairs: set[bytes] = set()
 
     def add(self, row: Row, *, paired: bool) -> Noted:
-        """What is known of the row now.
+        """Record a row and return what is known of it.
 
-        The prompt of a row to drop has a number too: it keeps its place in the order of the data.
+        The prompt of a dropped row is numbered too, which keeps its place in the data order.
         """
         texts = comparable(row)
         if row["drop"] == MALFORMED or (row["drop"] and texts[0] == NO_MESSAGES):

@@ -1,4 +1,4 @@
-"""Where the rows of each split of a data set lie: by themselves, or among those to train on."""
+"""Location of each split's rows: in a split of their own, or held out of the train split."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,20 +10,20 @@ from fastpref.errors import DataError
 
 
 class Part(NamedTuple):
-    """Where the rows of a split of a data set are."""
+    """The rows of one split of a data set."""
 
     location: Location
     split: str
-    """train or test; another one than the location's where rows are held out of that."""
+    """train or test; test at a train location means rows held out of the train split."""
     is_divided: bool = False
-    """The location has the rows of both splits."""
+    """The location holds the rows of both splits."""
 
 
 def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
-    """See that every dataset has its files, before anything heavy is loaded.
+    """Check that every dataset has its files, before anything heavy is loaded.
 
     Raises:
-        DataError: the path, what was expected, what lies there.
+        DataError: naming the path, what was expected and what was found.
     """
     parts = [find_part(name, split, options) for name in options.names for split in splits]
     for name in options.config_names:
@@ -41,10 +41,10 @@ def check_sources(options: DataOptions, splits: Sequence[str] = SPLITS) -> None:
 
 
 def own_parts(options: DataOptions) -> list[Part]:
-    """Every split that a dataset has by itself, whichever the others have: all to train on first.
+    """The existing splits of all datasets, nothing held out; all train splits first.
 
     Raises:
-        DataError: a dataset has none, or a split of it is not complete.
+        DataError: a dataset has neither split, or a split lacks shards.
     """
     parts, missing = [], dict[str, MissingSplitError]()
     for split in SPLITS:
@@ -61,8 +61,10 @@ def own_parts(options: DataOptions) -> list[Part]:
 
 
 def find_part(name: str, split: str, options: DataOptions) -> Part:
-    """Where the rows of a split are: in a split of its own, or where a data set has none to test on
-    and `data.test_fraction` is set, in that to train on.
+    """Locate the rows of a split.
+
+    If the data set has no test split and `data.test_fraction` is set, train and test are both
+    parts of its train split.
 
     Raises:
         DataError: no such data set or split, see `find_source`.
@@ -73,7 +75,7 @@ def find_part(name: str, split: str, options: DataOptions) -> Part:
         try:
             own = _find_own(name, test, options)
         except MissingSplitError as error:
-            # where there is nothing to train on either, that is what is missing
+            # if the train split is missing too, report that one
             own = _find_own(name, train, options)
             is_divided = fraction > 0
             if not is_divided:
@@ -86,10 +88,10 @@ def find_part(name: str, split: str, options: DataOptions) -> Part:
 
 
 def _find_own(name: str, split: str, options: DataOptions) -> Location:
-    """Where a split of its own lies, of the hub too.
+    """Locate a split that exists by itself, locally or on the hub.
 
     Raises:
-        DataError: see `find_source`.
+        DataError: see `find_source` and `check_hub_split`.
     """
     location = _locate(name, split, options)
     if location.is_hub:

@@ -1,4 +1,4 @@
-"""Where rows come from, so that a message can name a row's file and line."""
+"""File and line of every row, for messages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 LINES = 2**40
-"""More than a file has: a row's number in its source is that of its file, from 0, times this, plus
-its line, from 1. In a source of one file it is the line."""
+"""Upper bound on the lines of a file: a row's number in its source is file index (from 0) * LINES
++ line (from 1), so in a source of one file it is the line."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,29 +15,29 @@ class Places:
     """Source and line of each row of a split."""
 
     sources: tuple[str, ...]
-    """Files, or what stands for them."""
+    """Files, or names of sources without files."""
     source: np.ndarray
     """(rows,) int64: index into `sources`."""
     line: np.ndarray
     """(rows,) int64: counted from 1 in a file of lines."""
 
     def name(self, row: int) -> str:
-        """ "words/train.jsonl:17"."""
+        """Place of a row, such as "words/train.jsonl:17"."""
         return f"{self.sources[self.source[row]]}:{self.line[row]}"
 
 
 def place_of(files: Sequence[str], number: int) -> str:
-    """ "words/train.jsonl:17" of a row's number in a source of these files."""
+    """Place such as "words/train.jsonl:17" of a row, from its number in a source of `files`."""
     return f"{files[number // LINES]}:{number % LINES}"
 
 
 def places_of(files: Sequence[str], numbers: np.ndarray) -> Places:
-    """Those of rows by their numbers, (rows,) int64."""
+    """Places of rows from their numbers in a source of `files`, (rows,) int64."""
     return Places(sources=tuple(files), source=numbers // LINES, line=numbers % LINES)
 
 
 def join_places(parts: list[Places]) -> Places:
-    """Those of several splits one after another."""
+    """Concatenate the places of several sources."""
     offsets = np.cumsum([0, *(len(part.sources) for part in parts[:-1])])
     return Places(
         sources=tuple(source for part in parts for source in part.sources),

@@ -1,4 +1,4 @@
-"""What of a conversation is not in the text that a chat template makes of it, or should not be."""
+"""Check a rendered conversation: text that the template omits, EOS that a message contains."""
 
 import json
 from collections.abc import Iterator
@@ -8,24 +8,24 @@ from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import string_leaves
 
 UNSAID = ("role", "type", "id", "tool_call_id", "index")
-"""Keys of messages and tool calls that organise them: a template may leave them out."""
+"""Structural keys of messages and tool calls, which a template need not render."""
 ARGUMENTS = ("arguments", "parameters")
-"""Keys of a tool call whose values all count, whatever their names."""
+"""Keys of a tool call whose values must all be rendered, whatever their own keys."""
 
 
 def field_left_out(name: str, messages: Messages, text: str, start: int) -> str:
-    """The first text of a response that the rendered conversation does not hold.
+    """Path of the first text in a response that the rendered conversation does not contain.
 
-    White space is passed over, and a text counts as held where it stands there as JSON writes it.
+    White space is ignored, and texts escaped as by JSON or Python count as contained.
 
     Args:
-        name: Of the response.
-        messages: Of the response.
+        name: Name of the response.
+        messages: Its messages.
         text: The whole conversation, rendered.
-        start: Where in it the response begins; what it says may begin before that and end after.
+        start: Start of the response in `text`; a text may begin before it if it ends after it.
 
     Returns:
-        The way to the text, "chosen.tool_calls.function.name", or "" where nothing is left out.
+        The path, "chosen.tool_calls.function.name", or "" if nothing is missing.
     """
     for message in messages:
         for path, leaf in text_leaves(message):
@@ -36,7 +36,7 @@ def field_left_out(name: str, messages: Messages, text: str, start: int) -> str:
 
 
 def prompt_is_left_out(messages: Messages, tools: Messages | None, text: str) -> bool:
-    """Whether the name of a tool or the text of a system message is not in the rendered prompt."""
+    """Whether the rendered prompt lacks the name of a tool or the text of a system message."""
     functions = [tool.get("function", tool) for tool in tools or []]
     said = [function.get("name") for function in functions if isinstance(function, dict)]
     said += [m.get("content") for m in messages if m["role"] in ("system", "developer")]
@@ -44,8 +44,7 @@ def prompt_is_left_out(messages: Messages, tools: Messages | None, text: str) ->
 
 
 def spells_eos(parts: list[Messages], eos_token: str) -> bool:
-    """Whether a message of some says EOS before its end: it becomes the token, and no template
-    makes another of it."""
+    """Whether a message contains EOS before its end, which is tokenized as the EOS token."""
     return any(
         eos_token in leaf.rstrip().removesuffix(eos_token)
         for messages in parts
@@ -55,7 +54,7 @@ def spells_eos(parts: list[Messages], eos_token: str) -> bool:
 
 
 def text_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Texts in a message that a template should show, with the keys that lead to them."""
+    """Yield (path, text) for each text in a message that a template should render."""
     if isinstance(value, list):
         for item in value:
             yield from text_leaves(item, path)
@@ -79,7 +78,7 @@ def _holds(text: str, said: str) -> bool:
 
 
 def _decoded(arguments: Any) -> Any:
-    """The arguments of a tool call; as JSON text they may be written anew, value by value."""
+    """Tool-call arguments, decoded from JSON text: a template may reformat them."""
     if not isinstance(arguments, str):
         return arguments
     try:

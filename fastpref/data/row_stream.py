@@ -1,4 +1,4 @@
-"""Checked rows of a source, one at a time: what `datasets` writes to its cache."""
+"""Generator of a source's checked rows, which `datasets` writes to its cache."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from fastpref.errors import DataError
 
 FEATURES = datasets.Features(
     {
-        # `Layout.what`, "" of a malformed row
+        # `Layout.what`; "" for a malformed row
         "layout": datasets.Value("string"),
         "form": datasets.Value("string"),
         "prompt": datasets.Value("string"),
@@ -34,18 +34,18 @@ FEATURES = datasets.Features(
         "fields": datasets.List(datasets.Value("string")),
         # null: the chosen response of the prompt's last row
         "sft_target": datasets.Value("string"),
-        # see `places`
+        # row number as in `places`
         "row": datasets.Value("int64"),
-        # ascending by first appearance of the prompt, those of rows to drop included; -1: none
+        # number of the prompt by first appearance, dropped rows included; -1: no prompt
         "group": datasets.Value("int64"),
-        # equal for prompts that say the same and for equal pairs, of any source
+        # equal for equivalent prompts and for equal pairs, of any source
         "prompt_hash": datasets.Value("int64"),
         "pair_hash": datasets.Value("int64"),
         "remarks": datasets.Value("int32"),
         "drop": datasets.Value("string"),
-        # the message of a malformed row
+        # error message of a malformed row
         "note": datasets.Value("string"),
-        # columns of the file that are read in no row up to this one, each in the first that has it
+        # unread columns of the file, each listed only in the first row that has it
         "unread": datasets.List(datasets.Value("string")),
     }
 )
@@ -54,10 +54,13 @@ FEATURES = datasets.Features(
 def generate_rows(
     *, location: Location, cache_dir: str | None, state: str, options: ReadOptions
 ) -> Iterator[dict[str, Any]]:
-    """Checked rows of a source, those to drop included; what `datasets` writes to its cache.
+    """Yield the checked rows of a source, including those to drop, with the columns `FEATURES`.
 
-    All arguments are plain values, because the cache is found by them; `state` is there for
-    nothing else.
+    The arguments are plain values because the cache key is computed from them; `state` is used
+    only for that key.
+
+    Raises:
+        DataError: the source cannot be read or has no rows, or a row breaks a rule.
     """
     layouts = LayoutReader(
         {} if location.is_built_in else options.columns,
@@ -92,7 +95,7 @@ def generate_rows(
         yield {
             **row,
             "layout": what,
-            # only a built-in dataset says what to imitate: a file's other fields are ignored
+            # set by built-in datasets only: a column of that name in a file is ignored
             "sft_target": _nonblank(record.get("sft_target")) if location.is_built_in else None,
             "row": number,
             "group": noted.group,
@@ -107,7 +110,7 @@ def generate_rows(
 
 
 class UnreadColumns:
-    """Notices columns of a source that are read in no row so far, save those left out by name."""
+    """Finds columns of a source that no row reads, except those left out by `data.columns`."""
 
     def __init__(
         self, layouts: LayoutReader, *, weighted: bool, left_out: Sequence[str] = ()
@@ -117,7 +120,7 @@ class UnreadColumns:
         self._known = set(left_out)
 
     def add(self, record: dict[str, Any], layout: Layout) -> list[str]:
-        """Columns of a record that neither it nor an earlier one has in use, each once."""
+        """Unread columns of a record that were not returned for an earlier one."""
         read = {*self._layouts.columns_read(layout), *self._weights}
         columns = [column.encode(errors="backslashreplace").decode() for column in record]
         unread = [column for column in columns if column not in self._known | read]
@@ -126,9 +129,9 @@ class UnreadColumns:
 
 
 def source_records(location: Location, cache_dir: str | None) -> Iterator[tuple[int, Any]]:
-    """Records of a source as they come, each with its number, see `places`.
+    """Raw records of a source, each with its row number (see `places`).
 
-    In the place of a line that is no JSON stands a `RowError`.
+    A record that cannot be decoded is given as a `RowError`.
 
     Raises:
         DataError: the source cannot be read.

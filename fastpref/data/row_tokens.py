@@ -1,8 +1,8 @@
-"""Texts of rows and their token ids, for training and for the estimation of token weights alike.
+"""Tokenize rows, for training and for the estimation of token weights alike.
 
-Texts of prompt and response are tokenized one by one, as the DPO, TDPO and TIS-DPO repositories
-do. A conversation is tokenized whole, as the chat template renders it, and then divided: the same
-tokens stand there when the model is used.
+Plain texts: prompt and response are tokenized separately, as in the DPO, TDPO and TIS-DPO
+repositories. Conversations: the rendered whole is tokenized and then divided into prompt and
+response, so that the tokens are those of inference.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from fastpref.data.speakers import Spans, written_tokens
 
 Ids = list[int]
 Scored = list[bool] | None
-"""Which tokens of a response are in the loss; None: all."""
+"""Whether each token of a response is in the loss; None: all are."""
 Offsets = Sequence[tuple[int, int]]
 
 TOKENIZE = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-"""Special tokens only where the text spells them."""
+"""Tokenizer arguments: no special tokens except those spelled out in the text."""
 
 
 class RowTexts(NamedTuple):
@@ -31,40 +31,40 @@ class RowTexts(NamedTuple):
     is_chat: bool = False
     remarks: Remark = Remark(0)
     note: str = ""
-    """What of a response is not rendered."""
+    """Path of the first response field that the chat template does not render."""
     written: Sequence[Spans | None] = (None, None)
-    """What of prompt + response the assistant writes; None: all of the response."""
+    """For each response, spans of prompt + response that the assistant writes; None: all of it."""
     error: RowError | None = None
-    """Why there are no texts."""
+    """Why the row could not be rendered."""
 
 
 class RowTokens(NamedTuple):
-    """Prompt and responses of a row as token ids, nothing cut."""
+    """Prompt and responses of a row as token ids, before truncation."""
 
     prompt: Ids
     responses: Sequence[Ids]
-    """Without the EOS that a text may end with: token weights leave it out."""
+    """Without an EOS at the end of the text, which token weights do not cover."""
     remarks: Remark = Remark(0)
     note: str = ""
     drop: str = ""
-    """Why the row is left out, "" for one to keep."""
+    """Reason to drop the row, "" to keep it."""
     scored: Sequence[Scored] = (None, None)
-    """Which tokens of each response and of its EOS are in the loss."""
+    """For each response, whether each token and the EOS to be appended is in the loss."""
 
 
 def row_texts(
     row: dict[str, Any], responses: dict[str, str], chat: ChatFormat, *, strict: bool = False
 ) -> RowTexts:
-    """The texts of a checked row, conversations rendered.
+    """The texts of a checked row, with conversations rendered.
 
     Args:
-        row: Whose prompt, form and tools are read.
-        responses: By name of the side.
-        chat: How conversations are rendered.
-        strict: Refuse a prompt that does not start prompt + response as rendered.
+        row: A checked row; prompt, form, tools and fields are read.
+        responses: Column -> response.
+        chat: Renders conversations.
+        strict: Refuse a row whose rendered prompt is no prefix of prompt + response.
 
     Returns:
-        Texts, or the error that the template gives.
+        The texts, or a record with the template's error.
 
     Raises:
         ConfigError: the template cannot render any conversation.
@@ -80,7 +80,7 @@ def row_texts(
             fields=tuple(responses),
         )
     except RowError as error:
-        # is it the row or the template that is at fault?
+        # raises if the fault is the template's, not the row's
         chat.check()
         return RowTexts(error=RowError(str(error), in_source(error.field, row)))
     if strict and not rendered.is_prefix:
@@ -95,13 +95,13 @@ def row_texts(
 def tokenize_rows(
     rows: Sequence[RowTexts], tokenizer: Any, *, first: int = JOINED_ROWS
 ) -> list[RowTokens | RowError]:
-    """Token ids of rows; a row that has none is an error in its place.
+    """Token ids of rows; a row without valid tokens gives a `RowError` in its place.
 
     Args:
-        rows: Any number; the tokenizer spreads them over its threads.
-        tokenizer: Of transformers.
-        first: Place of the first of these rows in its source: of the first `JOINED_ROWS` rows of
-            text it is noted where the tokens would be others if prompt and response were one text.
+        rows: Any number; a fast tokenizer processes them in parallel threads.
+        tokenizer: A transformers tokenizer.
+        first: Index of the first of these rows in its source; text rows with an index below
+            `JOINED_ROWS` are checked for `Remark.JOINED_DIFFERS`.
     """
     texts = [row for row in rows if row.error is None and not row.is_chat]
     chats = [row for row in rows if row.error is None and row.is_chat]
@@ -129,25 +129,25 @@ def tokenize_rows(
 
 
 def tokenize(tokenizer: Any, texts: list[str]) -> list[Ids]:
-    """Ids of each text by itself, special tokens only where the text spells them."""
+    """Ids of each text, without special tokens except those spelled out in the text."""
     return tokenizer(texts, **TOKENIZE)["input_ids"] if texts else []
 
 
 def without_final_eos(ids: Ids, eos_id: int) -> Ids:
-    """A response's ids without an EOS that its text spelled out: token weights leave it out."""
+    """A response's ids without an EOS spelled at its end, which token weights do not cover."""
     return ids[:-1] if ids and ids[-1] == eos_id else ids
 
 
 def divide_by_offsets(border: int, ids: Sequence[Ids], offsets: Sequence[Offsets]) -> int:
-    """How many tokens of the texts that share a prompt are the prompt's.
+    """Number of prompt tokens in tokenized texts that share a prompt.
 
     Args:
         border: Characters of the prompt, with which all texts begin.
-        ids, offsets: Of each text, [start, end) characters of each token.
+        ids, offsets: For each text, its token ids and their [start, end) characters.
 
     Returns:
-        The length of the longest run of tokens that all texts begin with and that end within the
-        prompt: a token over the border is the response's.
+        Length of the longest common token prefix whose tokens end within the prompt: a token
+        across the border belongs to the response.
     """
     runs = [
         next((i for i, (_, end) in enumerate(spans) if end > border), len(spans))
@@ -190,8 +190,8 @@ def _tokenize_by_offsets(rows: Sequence[RowTexts], tokenizer: Any) -> list[RowTo
         border = len(row.prompt)
         length = divide_by_offsets(border, ids, offsets)
         prompt = ids[0][:length]
-        # a prompt that is not covered to its end has left the rest to a token of the response, or
-        # ends in a blank that is no token's, as WordPiece has it
+        # a prompt not covered to its end is continued by a response token, or ends in white space
+        # that no token covers (WordPiece)
         reached = offsets[0][length - 1][1] if length else 0
         crosses = reached < border and tokenize(tokenizer, [row.prompt]) != [prompt]
         remarks = Remark.BORDER_TOKEN if crosses else Remark(0)
@@ -207,12 +207,12 @@ def _tokenize_by_offsets(rows: Sequence[RowTexts], tokenizer: Any) -> list[RowTo
 
 
 def _scored(offsets: Offsets, spans: Spans | None, end: int) -> Scored:
-    """Which tokens of a response and of its EOS are in the loss.
+    """Whether each token of a response and its EOS is in the loss.
 
     Args:
-        offsets: Of its tokens in prompt + response.
-        spans: What the assistant writes of it.
-        end: Characters of it.
+        offsets: [start, end) characters of the response's tokens in prompt + response.
+        spans: Spans of prompt + response that the assistant writes; None: the whole response.
+        end: Characters of prompt + response.
     """
     if spans is None:
         return None
@@ -243,12 +243,12 @@ def _outcome(row: RowTexts, tokens: RowTokens, tokenizer: Any) -> RowTokens | Ro
     drop = EMPTY_RESPONSE if is_blank or not all(stripped) else ""
     remarks |= row.remarks
     remarks |= Remark.EOS_AT_END if stripped != responses else 0
-    # the turns of a conversation may each end in EOS: there it is looked for in what they say
+    # every turn of a conversation may end in EOS: there the messages' own texts are searched
     has_eos = not row.is_chat and any(eos_id in part for part in (prompt, *stripped))
     remarks |= Remark.EOS_INSIDE if has_eos else 0
     remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
     scored = [
-        # that of the EOS that is appended is the last one
+        # the last mark is that of the EOS to be appended
         marks and [*marks[: len(ids)], marks[-1]]
         for ids, marks in zip(stripped, tokens.scored, strict=False)
     ]

@@ -1,4 +1,4 @@
-"""Which of a source's checked rows are those of a split: what is held out, what is a copy."""
+"""Select the rows of a source that belong to a split: held-out prompts, copies."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,20 +10,19 @@ import numpy as np
 from fastpref.errors import DataError
 
 COPY = "copy of an earlier row"
-"""Why a row is left out with `data.deduplicate`."""
+"""Reason to drop a row with `data.deduplicate`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """Which prompts are held out where a dataset has no test split.
+    """Selection of held-out prompts for a dataset without a test split.
 
-    A prompt is drawn by a hash of itself and the seed: neither the order of the rows nor any other
-    prompt or dataset has a say in it, and more of them are held out by a larger fraction beside
-    all that a smaller one takes.
+    A prompt is held out if its keyed hash (key: the seed) is below a threshold. The choice does not
+    depend on the order of the rows or on other prompts, and a larger fraction holds out a superset.
     """
 
     fraction: float
-    """Of the prompts, expected, in [0, 1); 0: a dataset has its own test split."""
+    """Expected share of prompts held out, in [0, 1); 0: none."""
     seed: int
 
     def draw(self, prompt_hashes: np.ndarray) -> np.ndarray:
@@ -38,7 +37,7 @@ class HeldOut:
 
 
 class Division(NamedTuple):
-    """A source whose prompts are divided: how many are on each side, rows to drop left out."""
+    """Sizes of the two sides of a source divided into train and test, without dropped rows."""
 
     train_prompts: int
     test_prompts: int
@@ -50,14 +49,14 @@ class Selection(NamedTuple):
     """The rows of a source that belong to a split."""
 
     rows: np.ndarray
-    """(rows,) int64: their indices, those to drop included."""
+    """(rows,) int64: indices in the source, including rows to drop."""
     is_copy: np.ndarray
-    """(rows,) bool: of these, the ones that are left out as copies."""
+    """(rows,) bool: whether each of these is left out as a copy."""
     division: Division | None = None
-    """None where the split has a file of its own."""
+    """None if the split has files of its own."""
 
     def fingerprint(self, dataset: datasets.Dataset) -> str:
-        """Of the rows that stay: the dataset's own where all of them do."""
+        """Fingerprint of the remaining rows: the dataset's own if no row was removed."""
         if len(self.rows) == len(dataset) and not self.is_copy.any():
             return dataset._fingerprint
         kept = self.rows[~self.is_copy].astype("<i8").tobytes()
@@ -72,15 +71,15 @@ def select_rows(
     is_test: bool,
     earlier: set[int] | None,
 ) -> Selection:
-    """The rows of a source that belong to a split.
+    """Select the rows of a source that belong to a split.
 
     Args:
-        dataset: All checked rows of the source, those to drop included.
+        dataset: All checked rows of the source, including those to drop.
         source: Its name, for messages.
         held_out: How its prompts are divided; None: all rows belong to the split.
-        is_test: Which side of the division: held out, or the rest.
-        earlier: Hashes of pairs that come before these, to which those that stay are added; None:
-            copies stay.
+        is_test: Select the held-out side of the division, else the other one.
+        earlier: Hashes of the pairs read so far, updated in place with this source's; None: keep
+            copies.
 
     Raises:
         DataError: a side of the division has no prompt.
@@ -91,7 +90,7 @@ def select_rows(
     rows, division = np.arange(len(dataset)), None
     if held_out is not None:
         groups = columns["group"].to_numpy()
-        # a row without a prompt is counted with the rows to train on
+        # rows without a prompt belong to the train side
         is_drawn = held_out.draw(columns["prompt_hash"].to_numpy()) & (groups >= 0)
         division = _divide(groups[is_good], is_drawn[is_good])
         _check_division(division, held_out, source)
@@ -120,7 +119,7 @@ def _check_division(division: Division, held_out: HeldOut, source: str) -> None:
     if division.train_prompts and division.test_prompts:
         return
     if not division.train_rows + division.test_rows:
-        # that no row is left is told with the reasons
+        # no row is left: reported later, with the reasons
         return
     num_prompts = division.train_prompts + division.test_prompts
     raise DataError(

@@ -1,4 +1,4 @@
-"""A named source of preference rows -> checked rows in one form, cached by `datasets`."""
+"""Read a named source into checked preference rows of one form, cached by `datasets`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,50 +22,50 @@ from fastpref.data.weights_file import WeightsOrigin, check_complete, read_origi
 from fastpref.errors import DataError
 
 NO_RESPONSE = ("", "[]")
-"""A side that a row does not have, as a text and as messages."""
+"""An absent response, as text and as JSON messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The checked rows of one source, those to drop left out."""
+    """The checked rows of one source in one split, without those to drop."""
 
     name: str
     source: str
-    """The file or files, the hub name, or `planted`."""
+    """The file or files, the hub id, or `planted`."""
     dataset: datasets.Dataset
     """Columns as `FEATURES`."""
     dropped: datasets.Dataset
-    """The rows of the split that are left out, copies without a reason in `drop`."""
+    """The split's dropped rows; `drop` is empty for copies."""
     fingerprint: str
-    """Changes with the source, the options, the code that reads and which rows they are."""
+    """Changes with the source, the options, the code that reads it and the selected rows."""
     counts: AuditCounts
     num_prompts: int
-    """Different prompts of the source, those of rows left out included."""
+    """Distinct prompts of the source, including those of dropped rows."""
     location: Location
-    """Where it lies; rows that are held out of the train split lie where that does."""
+    """Location of the rows; of rows held out of the train split, that of the train split."""
     division: Division | None
-    """How the prompts of a source without a test split are divided."""
+    """Sizes of both sides if test prompts are held out of the train split."""
     state: str
-    """Of its files when they were read, see `file_state`."""
+    """`Location.state` when the rows were read."""
     cache_dir: str | None
     origin: WeightsOrigin | None
-    """What is known of the weights in a file that `task=estimate_weights` wrote."""
+    """Origin of the token weights in a file that `task=estimate_weights` wrote."""
 
     def place(self, index: int) -> str:
-        """The file and the line of a row of `dataset`, "words/train.jsonl:17"."""
+        """File and line of a row of `dataset`, "words/train.jsonl:17"."""
         return place_of(self.location.files, self.dataset[index]["row"])
 
     @property
     def has_chats(self) -> bool:
-        """Whether any row is one of messages."""
+        """Whether any row consists of chat messages."""
         forms = self.dataset.with_format("arrow")["form"][:]
         return bool(pc.any(pc.equal(forms, "chat")).as_py())
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """The record that each row of `dataset` was made of, with all its fields.
+        """Reread the raw record of each row of `dataset`, with all its fields.
 
         Raises:
-            DataError: the file is no longer the one that was read.
+            DataError: the source has changed since its rows were read.
         """
         numbers = iter(self.dataset["row"])
         wanted = next(numbers, None)
@@ -91,13 +91,12 @@ def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
     """Read and check the rows of all datasets; needs neither tokenizer nor model.
 
     Returns:
-        Those of each dataset that has any: of one that lies wholly in earlier ones
-        `data.deduplicate` leaves nothing.
+        The rows of each dataset, except those that `data.deduplicate` leaves empty.
 
     Raises:
         DataError: a source is missing, a row breaks a rule, or too few rows are left.
     """
-    # all are looked for before any is read
+    # locate all before reading any
     parts = [find_part(name, split, options) for name in options.names]
     earlier: set[int] | None = set() if options.deduplicate else None
     read = (load_rows(part, options, earlier=earlier, quiet=quiet) for part in parts)
@@ -105,12 +104,12 @@ def read_rows(options: DataOptions, split: str, *, quiet: bool) -> list[Rows]:
 
 
 def load_rows(part: Part, options: DataOptions, *, earlier: set[int] | None, quiet: bool) -> Rows:
-    """Read and check one source, or take the result of an earlier reading from the cache.
+    """Read and check one source, or take the result from the cache.
 
     Args:
-        part: Where its rows lie.
-        options, quiet: How to read; whether without progress bar.
+        part: Location of its rows.
         earlier: See `select_rows`.
+        quiet: Show no progress bar.
 
     Raises:
         DataError: the source is missing, a row breaks a rule (file:row: field), or too few rows
@@ -152,20 +151,20 @@ def load_rows(part: Part, options: DataOptions, *, earlier: set[int] | None, qui
 def _checked_rows(
     location: Location, options: DataOptions, *, quiet: bool
 ) -> tuple[datasets.Dataset, str]:
-    """All rows of a source, those to drop included, in the cache of `datasets`, and the state of
-    the source."""
+    """All rows of a source, including those to drop, in the cache of `datasets`, and the source's
+    `Location.state`."""
     cache_dir = options.cache_dir
     with progress_bars(quiet), cache_errors(cache_dir):
         state = location.state(cache_dir)
         read = {
-            # what is not read changes nothing
+            # no part of the cache key: these files are not read
             "location": location._replace(passed_over=()),
             "cache_dir": cache_dir,
             "state": code_digest("data") + state,
-            # judged afterwards, whatever the cache holds
+            # max_dropped is no part of the key: it is checked after reading
             "options": replace(options.read, max_dropped=0.0),
         }
-        # all of it in a folder of its own
+        # one folder per key
         folder = Path(cache_folder(cache_dir), f"fastpref-{Hasher.hash(read)}")
         dataset = made_whole(
             folder.with_name(f"{folder.name}.sums"),
@@ -188,8 +187,9 @@ def count_dataset(
     """`count_rows` on the columns `drop note row group remarks` of a dataset.
 
     Args:
-        dataset, location, split: Whose rows, where they lie, and what they are part of.
-        selection: Which of them; None: all.
+        dataset: All rows of a source.
+        location, split: The source, and the split to count.
+        selection: The rows of the split; None: all.
 
     Returns:
         The counts, and the indices in the dataset of the rows to keep.
@@ -216,9 +216,9 @@ def count_dataset(
 
 
 def sft_targets(dataset: datasets.Dataset) -> datasets.Dataset:
-    """The last row of each prompt, in the order in which prompts appear first; rows of one response
-    as they are, each is an example."""
-    # of a pair it would have been an empty response; a source has one layout
+    """The last row of each prompt, in the order in which prompts first appear; rows with a single
+    response are all kept."""
+    # the first row decides, as a source has one layout; a pair with an empty response was dropped
     if dataset[0]["rejected"] in NO_RESPONSE:
         return dataset
     groups = dataset.with_format("numpy")["group"][:]

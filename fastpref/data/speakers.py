@@ -1,8 +1,8 @@
-"""What of a response the assistant writes: the rest of several messages is read, not learned.
+"""Find the spans of a response that the assistant writes; other messages in it are context only.
 
-Found by rendering ever longer beginnings of the conversation: what a beginning that ends with a
-message of the assistant adds to the one before it and to the generation prompt, its end-of-turn
-marker included, is what a model writes there.
+Found by rendering growing prefixes of the conversation: the text that an assistant message adds to
+the prefix before it and the generation prompt, including the end-of-turn marker, is what a model
+generates there.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from fastpref.data.layouts.row_values import RowError
 Spans = list[tuple[int, int]]
 """[start, end) characters, ascending."""
 Render = Callable[..., str]
-"""The text of messages, see `ChatFormat.render`."""
+"""Renders messages to text, see `ChatFormat.render`."""
 ASSISTANT = "assistant"
 
 
 def others_are_learned(answers: Sequence[Messages], written: Sequence[Spans | None]) -> bool:
-    """Whether others speak in a response of which all is learned."""
+    """Whether a response that is in the loss as a whole contains messages of other roles."""
     return any(
         spans is None and any(message["role"] != ASSISTANT for message in answer)
         for answer, spans in zip(answers, written, strict=True)
@@ -32,17 +32,17 @@ def written_spans(
     texts: Sequence[str],
     render: Render,
 ) -> list[Spans | None]:
-    """Where in each rendered conversation the assistant writes.
+    """Spans of each rendered conversation that the assistant writes.
 
     Args:
-        prompt, answers: Messages of the prompt and of its responses, as they are rendered.
-        prompt_text, texts: The same rendered, responses without the EOS at their end.
+        prompt, answers: Messages of the prompt and of each response.
+        prompt_text, texts: The same as rendered, responses without their final EOS.
         render: The chat template.
 
     Returns:
-        Of prompt + response a span for each message of the assistant, of which one that ends the
-        text goes on with EOS. None, all of the response, where it is one message of the assistant,
-        or the template renders a beginning of the conversation in another way than the whole.
+        For each response one span of prompt + response per assistant message; a span that ends
+        with the text includes the EOS to be appended. None, the whole response, if it is a single
+        assistant message, or if the rendering of a prefix does not match that of the whole.
     """
     return [
         None
@@ -62,12 +62,12 @@ def _written_spans(
         try:
             start = _turn_start([*prompt, *answer[:i]], text, render)
             if i == 0:
-                # before that is what a template put into the prompt alone
+                # text before the border belongs to the prompt
                 start = border if start is None else max(border, start)
             is_last = i == len(answer) - 1
             end = len(text) if is_last else _turn_end([*prompt, *answer[: i + 1]], text, render)
         except RowError:
-            # not every beginning of a conversation is one for every template
+            # some templates reject a prefix of a conversation
             return None
         if start is None or end is None or not (spans[-1][1] if spans else border) <= start <= end:
             return None
@@ -76,13 +76,13 @@ def _written_spans(
 
 
 def written_tokens(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[bool]:
-    """Which tokens hold a character of some spans.
+    """Whether each token overlaps one of the spans.
 
     Args:
         offsets: [start, end) characters of each token.
-        spans: Characters of the same text.
+        spans: Character ranges of the same text.
     """
-    # of the bytes of one character some tokenizers give all but one no width
+    # a character of several byte tokens: some tokenizers give all but one of them zero width
     return [
         any(start < stop and max(end, start + 1) > begin for begin, stop in spans)
         for start, end in offsets
@@ -90,7 +90,7 @@ def written_tokens(offsets: Sequence[tuple[int, int]], spans: Spans) -> list[boo
 
 
 def num_equal(one: str, other: str) -> int:
-    """Characters that two texts both begin with."""
+    """Length of the common prefix of two texts, in characters."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -99,33 +99,33 @@ def num_equal(one: str, other: str) -> int:
 
 
 def _turn_start(messages: Messages, text: str, render: Render) -> int | None:
-    """Where in `text` the assistant's turn begins that follows some messages."""
+    """Start in `text` of the assistant's turn after some messages, behind its header."""
     before, prompted = render(messages), render(messages, generation_prompt=True)
     end = _end_in(before, text)
     if end is None or not prompted.startswith(before):
         return None
-    # behind the prompt of an answer that is given may stand what the whole conversation leaves out,
-    # such as an empty thought
+    # the generation prompt may contain text that the whole conversation lacks, such as an empty
+    # reasoning block
     return end + num_equal(prompted[len(before) :], text[end:])
 
 
 def _turn_end(messages: Messages, text: str, render: Render) -> int | None:
-    """Where in `text` the last of some messages ends, white space behind it left out."""
+    """End in `text` of the last of some messages, without trailing white space."""
     return _end_in(render(messages).rstrip(), text)
 
 
 def _end_in(beginning: str, text: str) -> int | None:
-    """Where in `text` a beginning of the conversation ends, rendered by itself.
+    """End in `text` of a prefix of the conversation that was rendered by itself.
 
-    It may say more at one place than `text` does: the reasoning of what is the last turn there, or
-    the tools and the system message, which some templates put into the last turn of the user.
+    The prefix may have one insertion that `text` lacks: reasoning, which some templates render in
+    the last turn only, or tools and system message, which some put into the last user turn.
 
     Returns:
-        The end, None where they differ in another way.
+        The end; None if the two differ in any other way.
     """
     agreed = num_equal(beginning, text)
     for start in range(agreed, len(beginning.rstrip())):
-        # a few characters first: the rest is as long as the conversation
+        # compare a few characters first: the rest may be as long as the conversation
         if text.startswith(beginning[start : start + 32], agreed) and text.startswith(
             beginning[start:], agreed
         ):

@@ -1,4 +1,4 @@
-"""What a tokenizer must have for the rows it is to encode, and for the model that reads them."""
+"""Checks of a tokenizer: it has an EOS token, and its ids fit the model's embedding."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def check_tokenizer(tokenizer: Any) -> None:
     """Refuse a tokenizer without an end-of-sequence token: no response could ever end.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the tokenizer has no EOS token.
     """
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -24,7 +24,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any) -> None:
-    """Refuse token ids that have no row in the embedding.
+    """Refuse token ids outside the embedding of `vocab_size` rows.
 
     Raises:
         DataError: naming the token.

@@ -1,4 +1,4 @@
-"""A file of estimated token weights and the record beside it that says where they come from."""
+"""Sidecar file of estimated token weights, `{split}.weights.json`, that records their origin."""
 
 import hashlib
 import json
@@ -13,56 +13,56 @@ from fastpref.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOrigin:
-    """One of the two models that token weights come from."""
+    """One of the two models that token weights were estimated with."""
 
     name_or_path: str
-    """As the user named it."""
+    """As given by the user."""
     identity: str
     """Digest of its weights, or its commit on the hub: see `model_identity`."""
     template: str
-    """What it read beside the prompts: the text of the template, "" for nothing."""
+    """Text of the template that its prompts were put into; "" for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsOrigin:
-    """What `{split}.weights.json` beside `{split}.jsonl` holds."""
+    """Contents of `{split}.weights.json`, the sidecar of `{split}.jsonl`."""
 
     source: str
-    """File or name of the rows that the weights were estimated for."""
+    """File or name of the dataset that the weights were estimated for."""
     rows: int
-    """Rows of the file."""
+    """Rows of the weights file."""
     tokens: int
-    """Weights of the file, both sides."""
+    """Token weights in the file, chosen and rejected together."""
     includes_eos: bool
     """Each list ends with a weight of the end-of-sequence token."""
     round: int | None
-    """Decimals that the weights were rounded to."""
+    """Decimal places that the weights were rounded to; None: not rounded."""
     compute_dtype: str
-    """Arithmetic of the two models."""
+    """dtype that the two models computed in."""
     tokenizer: str
     """`tokenizer_digest` of the tokenizer."""
     positive: ModelOrigin
     negative: ModelOrigin
     fingerprint: str
-    """Changes with all that the weights depend on."""
+    """Changes with everything that the weights depend on."""
     records: str = ""
-    """Digest of the source's records, whose columns the file has."""
+    """Digest of the source's records, whose columns the file copies."""
     chat_date: str | None = None
-    """The day that a chat template which prints the date was told; None where none does."""
+    """Date given to a chat template that prints it, "2026-11-30"; None if none does."""
     chat_template: str | None = None
-    """`template_digest` of data.chat_template."""
+    """`template_digest` of data.chat_template; None: not recorded."""
     template_kwargs: dict[str, Any] | None = None
-    """data.template_kwargs."""
+    """data.template_kwargs; None: not recorded."""
     size_bytes: int = 0
-    """Of the file."""
+    """Size of the weights file in bytes."""
 
     def explain_mismatch(
         self, tokenizer: str, chat_template: str | None, template_kwargs: dict[str, Any]
     ) -> str:
-        """Why a row's tokens may be others than the weights were estimated for.
+        """Explain why a row's tokens differ from those that the weights were estimated for.
 
         Args:
-            tokenizer: `tokenizer_digest` of the run that reads them.
+            tokenizer: `tokenizer_digest` of the run that reads the weights.
             chat_template: Jinja text of its data.chat_template; None for the tokenizer's own.
             template_kwargs: Its data.template_kwargs.
         """
@@ -79,13 +79,13 @@ class WeightsOrigin:
 
 
 def template_digest(chat_template: str | None) -> str:
-    """Digest of the Jinja text of data.chat_template; "" where there is none."""
+    """SHA-256 digest of the Jinja text of data.chat_template; "" if it is not set."""
     return "" if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest()
 
 
 def sidecar_path(path: Path) -> Path:
-    """`train.weights.json` for `train.jsonl`; the split's name may have dots itself."""
-    # the longest first: of train.jsonl.gz both are taken off
+    """`train.weights.json` for `train.jsonl`; the split's name may contain dots."""
+    # longest suffix first: .jsonl.gz is removed as a whole
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.endswith(suffix):
             return path.with_name(f"{path.name.removesuffix(suffix)}.weights.json")
@@ -93,16 +93,16 @@ def sidecar_path(path: Path) -> Path:
 
 
 def write_origin(path: Path, origin: WeightsOrigin) -> None:
-    """Write the record that stands beside the weights file `path`."""
+    """Write the sidecar of the weights file `path`."""
     with complete_file(sidecar_path(path)) as file:
         file.write(json.dumps(asdict(origin), indent=2) + "\n")
 
 
 def read_origin(path: Path) -> WeightsOrigin | None:
-    """The record beside a data file; None for a file that this program did not write.
+    """Read the sidecar of a data file; None if it has none.
 
     Raises:
-        DataError: the record is damaged.
+        DataError: the sidecar is damaged.
     """
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
@@ -119,10 +119,10 @@ def read_origin(path: Path) -> WeightsOrigin | None:
 
 
 def check_complete(source: str, num_rows: int, origin: WeightsOrigin) -> None:
-    """Refuse a weights file that lost rows on its way.
+    """Refuse a weights file that was truncated, as by an interrupted copy.
 
     Raises:
-        DataError: naming the last row found and how many there should be.
+        DataError: the number of rows is not the one recorded.
     """
     if num_rows != origin.rows:
         raise DataError(

@@ -1,4 +1,4 @@
-"""What a user sees of the data before training: its account, its lengths, its rows token by token.
+"""Report on the data before training: counts, length histograms, rows token by token.
 
-Above all else of the room, which never asks for it.
+The top layer of `data`: the rest of `data` does not import it.
 """

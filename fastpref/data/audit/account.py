@@ -1,4 +1,4 @@
-"""What a user sees of the data before training: the account of each split, one example."""
+"""Log the account of each split and one example row, before training."""
 
 import logging
 from typing import Any
@@ -12,13 +12,13 @@ logger = logging.getLogger("fastpref")
 
 
 def run_audit(options: DataOptions, tokenizer: Any, *, vocab_size: int) -> list[PreferenceSplit]:
-    """`task=audit`: read, check and encode every split; the account and an example go to the log.
+    """Read, check and encode every split, and log its account and an example row.
 
     Returns:
         The encoded splits, train first.
 
     Raises:
-        FastprefError: as training on this data would.
+        FastprefError: training on this data would fail.
     """
     splits = []
     for split in SPLITS:
@@ -29,11 +29,11 @@ def run_audit(options: DataOptions, tokenizer: Any, *, vocab_size: int) -> list[
 
 
 def describe_example(split: PreferenceSplit, tokenizer: Any) -> str:
-    """The first row of a split as the model sees it: the texts of its ids, what the loss counts.
+    """Describe the first row of a split as the model sees it, from its token ids.
 
     Returns:
-        A line per part: its name, tokens, whether they are in the loss, the text (its middle left
-        out where long), and the range of token weights where there are any.
+        A line per part: name, number of tokens, whether they are in the loss, range of the token
+        weights if there are any, and the decoded text, shortened in the middle if long.
     """
     row = split.dataset[0]
     lines = [_part("prompt", row["prompt_ids"], "not in the loss", tokenizer)]

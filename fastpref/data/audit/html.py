@@ -1,4 +1,4 @@
-"""`audit.html`: what becomes of the data, to be looked at."""
+"""Render `audit.html`."""
 
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -19,9 +19,9 @@ from fastpref.data.audit.shown_rows import (
 from fastpref.page import Bar, render_bars, render_page, render_tiles, visible
 
 MOST_TOKENS = 400
-"""Of a stretch of tokens with one fate: of a longer one the middle is left out."""
+"""Maximum tokens shown of a run of equal fate; the middle of a longer run is left out."""
 MOST_CHARACTERS = 4000
-"""The same of a text that was not tokenized."""
+"""Maximum characters shown of a text that was not tokenized."""
 
 STYLE = """
 :root { --loss: 13 148 136; } @media (prefers-color-scheme: dark) { :root { --loss: 45 190 170; } }
@@ -56,19 +56,19 @@ WORDS = {
 
 
 class AuditPage(NamedTuple):
-    """All that the page shows."""
+    """Contents of the page."""
 
     names: Sequence[str]
-    """Of the datasets."""
+    """Names of the datasets."""
     tokenizer: str
-    """Where it comes from."""
+    """Name of the tokenizer."""
     facts: Sequence[str]
     warnings: Sequence[str]
-    """What concerns more than one split or file, in words."""
+    """Messages about several splits or files together."""
     splits: Sequence[SplitReport]
 
     def render(self) -> str:
-        """The page."""
+        """The page as HTML."""
         about = f"<p class=muted>tokenizer <code>{escape(self.tokenizer)}</code></p>"
         body = about + _notes(self.facts, self.warnings) + LEGEND
         body += "".join(_split(split) for split in self.splits)
@@ -129,7 +129,7 @@ def _notes(facts: Sequence[str], warnings: Sequence[str]) -> str:
 
 
 def describe_lengths(histogram: Histogram) -> str:
-    """The numbers beside a histogram, in words."""
+    """Caption of a histogram: its quantiles and the rows over the limit."""
     over = f"{histogram.num_over:,} of {histogram.num_rows:,}"
     return (
         f"median {histogram.median:,}, 95 % up to {histogram.most:,}, longest "
@@ -139,7 +139,7 @@ def describe_lengths(histogram: Histogram) -> str:
 
 
 def histogram_svg(histogram: Histogram) -> str:
-    """Rows by length as inline SVG, with the limit as a line where it is near."""
+    """A histogram as inline SVG, with a line at the limit if that is within the bins."""
     highest, within = max(histogram.counts, default=0) or 1, histogram.bins_within
     bars = [
         Bar(
@@ -189,7 +189,7 @@ def _part(part: ShownPart) -> str:
 
 
 def _text(text: str) -> str:
-    """A text that was not tokenized; the middle of a long one is left out."""
+    """An untokenized text; the middle of a long one is left out."""
     half = MOST_CHARACTERS // 2
     left_out = len(text) - 2 * half
     if left_out <= 0:
@@ -215,7 +215,7 @@ def _token(token: ShownToken, largest: float) -> str:
     kind = CLASSES[token.fate]
     about, style = f"{WORDS[token.fate]}, id {token.id}", ""
     if token.weight:
-        # a token that hardly weighs is still told from one that does not
+        # at least 0.1: a token of small weight still differs visibly from one of weight 0
         style = f' style="--a:{0.1 + 0.9 * abs(token.weight) / largest:.2f}"'
         kind = "n" if token.weight < 0 and token.fate == LOSS else kind
         about += f", weight {token.weight:+.4g}"

@@ -1,4 +1,4 @@
-"""How long the texts of a split are, in tokens, before anything is cut."""
+"""Histograms of the token lengths of a split, before truncation."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,47 +11,47 @@ from fastpref.data.encode_row import EncodeOptions
 
 MOST_BINS = 30
 SHOWN_SHARE = 0.995
-"""Of the rows: longer ones are in the last bin."""
+"""Quantile of the lengths that the bins cover; longer rows count in the last bin."""
 FAR = 3
-"""A limit farther away than so many times the longest is not in the picture."""
+"""A limit above this multiple of the longest row is not shown."""
 
 
 class Histogram(NamedTuple):
-    """How one of the lengths of a split is spread."""
+    """Distribution of one length, in tokens, over the rows of a split."""
 
     name: str
-    """What is measured."""
+    """The measured part: prompt, a response, or the sequence."""
     counts: list[int]
-    """Rows of each bin; the last one has all that are longer too."""
+    """Rows per bin; the last bin includes all longer ones."""
     edges: list[int]
-    """(bins + 1,): bin i has lengths from edges[i] + 1 to edges[i + 1], the first one 0 too."""
+    """(bins + 1,): bin i has lengths from edges[i] + 1 to edges[i + 1]; the first includes 0."""
     median: int
     most: int
-    """95 % of the rows are no longer."""
+    """95 % quantile."""
     longest: int
     limit: int
-    """Tokens it is cut to, if a row is too long."""
+    """Limit in tokens, to which it is cut in a row that is too long."""
     limit_name: str
-    """The option that says so."""
+    """The option, or expression of options, that sets `limit`."""
     num_over: int
-    """Rows that are longer than the limit."""
+    """Rows longer than the limit."""
     num_rows: int
 
     @property
     def bins_within(self) -> int | None:
-        """Bins up to the limit; None where it is beyond them."""
+        """Number of bins up to the limit; None if the limit is not an edge of the bins."""
         return self.edges.index(self.limit) if self.limit in self.edges else None
 
 
 def measure_lengths(encoded: Sequence[datasets.Dataset], options: EncodeOptions) -> list[Histogram]:
-    """The lengths of prompt, responses and whole sequences, beside their limits.
+    """Histograms of prompt, response and sequence lengths with their limits.
 
     Args:
-        encoded: The encoded rows of each source; those that are dropped as too long count.
-        options: For the limits.
+        encoded: The encoded rows of each source, including those dropped as too long.
+        options: Gives the limits.
     """
     parts = [dataset.with_format("arrow")[:]["lengths"] for dataset in encoded]
-    # a row that was dropped before it had tokens has none
+    # empty for a row dropped before tokenization
     columns = 2 if options.sft else 3
     flat = np.concatenate([pc.list_flatten(part).to_numpy() for part in parts])
     lengths = flat.reshape(-1, columns).astype(np.int64)
@@ -78,11 +78,11 @@ def measure_lengths(encoded: Sequence[datasets.Dataset], options: EncodeOptions)
 
 def _histogram(name: str, values: np.ndarray, limit: int, limit_name: str) -> Histogram:
     longest = int(values.max(initial=1))
-    # to the right of it are a few rows, which would press all others together
+    # the few longer rows would compress the histogram of all others
     end = max(1, _quantile(values, SHOWN_SHARE))
     is_near = limit <= FAR * longest
     width = _round_width(max(end, limit if is_near else 1))
-    # the limit is an edge, so that a bin is on one side of it
+    # make the limit an edge, so that no bin straddles it
     first = limit % width if is_near else 0
     edges = np.arange(first, max(end, limit if is_near else 0) + width, width)
     edges = np.concatenate([[0], edges[edges > 0]])
@@ -106,7 +106,7 @@ def _quantile(values: np.ndarray, share: float) -> int:
 
 
 def _round_width(end: int) -> int:
-    """A width of 1, 2 or 5 times a power of ten, with which `end` is within `MOST_BINS` bins."""
+    """Smallest width of 1, 2 or 5 times a power of ten with which `MOST_BINS` bins cover `end`."""
     width = 1
     while end / width > MOST_BINS:
         leading = int(str(width)[0])

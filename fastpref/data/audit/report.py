@@ -1,4 +1,4 @@
-"""What `audit.html` shows of each split: its account, its lengths, some of its rows."""
+"""Contents of `audit.html` for each split: account, length histograms, selected rows."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from fastpref.data.selection import COPY
 from fastpref.data.source import Rows
 
 FIRST_ROWS = 3
-"""Of a split, shared by its sources, at least one of each."""
+"""Number of first rows shown of a split, divided among its sources; at least one of each."""
 CUTS = {
     Remark.PROMPT_CUT: "first one with its prompt cut",
     Remark.CHOSEN_CUT | Remark.REJECTED_CUT: "first one with a response cut",
@@ -24,12 +24,12 @@ CUTS = {
 
 
 class SplitReport(NamedTuple):
-    """A split to look at."""
+    """The report on one split."""
 
     counts: AuditCounts
     facts: list[str]
     warnings: list[str]
-    """Both in words, see `format_audit`."""
+    """`counts` as messages, see `format_audit`."""
     lengths: list[Histogram]
     rows: list[ShownRow]
 
@@ -37,12 +37,12 @@ class SplitReport(NamedTuple):
 def report_split(
     split: PreferenceSplit, parts: Sequence[Rows], tokenizer: Any, options: EncodeOptions
 ) -> SplitReport:
-    """What is to be shown of an encoded split.
+    """Build the report on an encoded split.
 
     Args:
-        split: The account of it.
-        parts: The rows of each of its sources; encoded they are in the cache.
-        tokenizer, options: With which they were encoded.
+        split: The encoded split, for its account.
+        parts: The checked rows of each source; their encoding is taken from the cache.
+        tokenizer, options: As used for encoding.
     """
     encoded = [encode_source(rows, tokenizer, options) for rows in parts]
     facts, warnings = format_audit(split.audit)
@@ -63,7 +63,7 @@ def report_split(
 def _pick_rows(
     checked: datasets.Dataset, outcomes: datasets.Dataset, num_first: int
 ) -> dict[int, tuple[str, ...]]:
-    """Rows that show what becomes of rows, by their place, with the reasons to show them."""
+    """Select rows to show: row index -> labels that say why."""
     table = outcomes.with_format("arrow")[:]
     drop = np.array(table["drop"].to_pylist(), object)
     remarks = table["remarks"].to_numpy()
@@ -88,7 +88,7 @@ def _pick_rows(
 
 
 def _first_dropped(dropped: datasets.Dataset) -> Iterator[tuple[str, int]]:
-    """Reasons for which rows were left out before they were encoded, with the first of each."""
+    """For each reason why rows were dropped before encoding, the index of the first such row."""
     reasons = [reason or COPY for reason in dropped["drop"][:]]
     for reason in dict.fromkeys(reasons):
         yield reason, reasons.index(reason)

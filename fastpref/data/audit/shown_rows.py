@@ -1,4 +1,4 @@
-"""What a row becomes, token by token, to be looked at: template, prompt, loss, what is cut."""
+"""Records of encoded rows for display: each token's text, weight, and role in training."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from fastpref.data.rendered_parts import text_leaves
 from fastpref.data.row_tokens import RowTexts, RowTokens, row_texts, tokenize_rows
 
 PROMPT, LOSS, MASKED, CUT = "prompt", "loss", "masked", "cut"
-"""What becomes of a token: it is read alone, it is learned, its weight is 0, it is left out."""
+"""A token's fate: context only, in the loss, in the loss with weight 0, cut by truncation."""
 
 
 class ShownToken(NamedTuple):
@@ -30,9 +30,9 @@ class ShownToken(NamedTuple):
     fate: str
     """One of `PROMPT`, `LOSS`, `MASKED`, `CUT`."""
     is_template: bool
-    """Put there by the chat template, or the EOS that ends a response."""
+    """Added by the chat template, or the appended EOS."""
     weight: float | None = None
-    """None where the loss has no token weights, or the token is not in it."""
+    """Token weight; None if the loss is not weighted or the token is not in it."""
 
 
 class ShownPart(NamedTuple):
@@ -41,11 +41,11 @@ class ShownPart(NamedTuple):
     name: str
     tokens: Sequence[ShownToken]
     text: str = ""
-    """Of a row that has no tokens."""
+    """Text of a row that was not tokenized."""
 
     @property
     def num_kept(self) -> int:
-        """Tokens that are not cut."""
+        """Number of tokens that are not cut."""
         return sum(token.fate != CUT for token in self.tokens)
 
 
@@ -57,27 +57,27 @@ class ShownRow(NamedTuple):
     place: str
     """Its file and line."""
     drop: str
-    """Why it is left out, "" for one to train on."""
+    """Why the row is left out; "" if it is kept."""
     remarks: Sequence[str]
     parts: Sequence[ShownPart]
 
 
 class RowView(NamedTuple):
-    """What rows of one source are looked at with."""
+    """Converts rows of one source to `ShownRow`."""
 
     tokenizer: Any
     options: EncodeOptions
-    """Those of the source, see `options_of_source`."""
+    """Options of the source, see `options_of_source`."""
     files: Sequence[str]
-    """Of the source, as messages call them."""
+    """Files of the source, as in `Location.files`."""
 
     def show(self, row: dict[str, Any], labels: tuple[str, ...], *, drop: str = "") -> ShownRow:
-        """A checked row, encoded as training does it.
+        """Encode a checked row as training does.
 
         Args:
             row: With the columns `FEATURES`.
             labels: Why it is shown.
-            drop: Why it was left out before it was encoded.
+            drop: Why it was dropped before encoding, "" if it was not.
         """
         place = place_of(self.files, row["row"])
         drop = drop or row["drop"]
@@ -97,7 +97,7 @@ class RowView(NamedTuple):
             return ShownRow(labels, place, str(error), (), _texts_as_they_came(row))
         parts = list(self._parts(row, list(responses), texts, tokens, encoded))
         if options.reverse_dataset and not options.sft:
-            # the sides have changed their names
+            # name the parts as training does, with chosen and rejected swapped
             parts[1:] = [
                 ShownPart(name, part.tokens)
                 for name, part in zip(responses, parts[:0:-1], strict=True)
@@ -125,7 +125,7 @@ class RowView(NamedTuple):
         yield ShownPart(
             "prompt", _shown_tokens(tokens.prompt, prompt_pieces, prompt_mask, prompt_fates)
         )
-        # where chosen and rejected were exchanged the file's first response is encoded as second
+        # with reverse_dataset the file's first response is encoded second
         order = [1, 0] if self.options.reverse_dataset and not self.options.sft else [0, 1]
         eos_id, eos = self.tokenizer.eos_token_id, self.tokenizer.eos_token
         for name, place, response, pieces, mask in zip(
@@ -136,7 +136,7 @@ class RowView(NamedTuple):
             yield ShownPart(name, _shown_tokens(ids, [*pieces, eos], [*mask, True], fates))
 
     def _spans(self, texts: RowTexts, tokens: RowTokens) -> list[TokenSpans]:
-        """Where the tokens of prompt and responses stand in their texts."""
+        """Spans of the tokens of the prompt and of each response."""
         if not texts.is_chat:
             every_text = (texts.prompt, *texts.responses)
             every_ids = (tokens.prompt, *tokens.responses)
@@ -144,7 +144,7 @@ class RowView(NamedTuple):
                 token_spans(text, ids, self.tokenizer)
                 for text, ids in zip(every_text, every_ids, strict=True)
             ]
-        # a conversation is tokenized whole
+        # a conversation was tokenized whole
         num_prompt = len(tokens.prompt)
         wholes = [
             token_spans(texts.prompt + text, [*tokens.prompt, *ids], self.tokenizer)
@@ -155,22 +155,22 @@ class RowView(NamedTuple):
 
 
 Fate = tuple[str, float | None]
-"""What becomes of a token, and its weight."""
+"""One of `PROMPT`, `LOSS`, `MASKED`, `CUT`, and the token's weight."""
 
 
 def _prompt_fates(num_kept: int, num_tokens: int, *, keep_end: bool) -> list[Fate]:
-    """Of a prompt's tokens, of which so many are kept at its end or its start."""
+    """Fates of a prompt's tokens, of which the last or the first `num_kept` are kept."""
     kept, cut = [(PROMPT, None)] * num_kept, [(CUT, None)] * (num_tokens - num_kept)
     return [*cut, *kept] if keep_end else [*kept, *cut]
 
 
 def _response_fates(encoded: EncodedPair, place: int, num_tokens: int) -> list[Fate]:
-    """Of a response's tokens, its EOS among them.
+    """Fates of a response's tokens, including its EOS.
 
     Args:
-        encoded: The row as it is trained on; it has no responses where it is left out.
-        place: Of the response among its own.
-        num_tokens: Of the response before anything is cut.
+        encoded: The encoded row, which has no responses if it is dropped.
+        place: Index of the response in it.
+        num_tokens: Tokens of the response before truncation.
     """
     num_kept = len(encoded.response_ids[place]) if encoded.response_ids else 0
     weights: Sequence[float | None] = [None] * num_kept
@@ -202,19 +202,19 @@ def _texts(spans: TokenSpans) -> list[str]:
 def _template_masks(
     row: dict[str, Any], names: Sequence[str], texts: RowTexts, parts: Sequence[TokenSpans]
 ) -> list[list[bool]]:
-    """Of prompt and responses, which tokens a chat template has put there: those that hold nothing
-    of what the messages say."""
+    """For prompt and responses, which tokens come from the chat template: those that contain no
+    character of the messages' texts."""
     if not texts.is_chat:
         return [[False] * len(part.spans) for part in parts]
     tools = json.loads(row["tools"]) if row["tools"] else []
     said = [[text for _, text in string_leaves(tools)] + _said(row["prompt"])]
     said += [_said(row[name]) for name in names]
-    # each part's own place in its text, which may be another than the template's
+    # a response begins at its first token in the whole conversation
     starts = [0, *(part.spans[0][0] for part in parts[1:])]
     masks = []
     for part, leaves, start in zip(parts, said, starts, strict=True):
         is_said = said_characters(part.text, leaves, start)
-        # of the bytes of one character all but the last have no text
+        # of several byte tokens of one character, all but the last have an empty span
         masks.append([a < b and not any(is_said[a:b]) for a, b in part.spans])
     return masks
 
@@ -224,12 +224,12 @@ def _said(messages: str) -> list[str]:
 
 
 def said_characters(text: str, leaves: Sequence[str], start: int) -> list[bool]:
-    """Which characters of a rendered conversation are those of some texts.
+    """Which characters of a rendered conversation belong to the texts of its messages.
 
     Args:
         text: The conversation.
-        leaves: In the order in which they are expected; one that is not there is passed over.
-        start: Where to begin to look.
+        leaves: Texts of the messages in their expected order; missing ones are skipped.
+        start: Character at which the search begins.
     """
     is_said = [False] * len(text)
     reached = start
@@ -239,7 +239,7 @@ def said_characters(text: str, leaves: Sequence[str], start: int) -> list[bool]:
             continue
         place = _find_whole(text, wanted, reached)
         if place < 0:
-            # written before what was expected to come first
+            # rendered out of order
             place = _find_whole(text, wanted, start)
         else:
             reached = place + len(wanted)
@@ -249,11 +249,11 @@ def said_characters(text: str, leaves: Sequence[str], start: int) -> list[bool]:
 
 
 def _find_whole(text: str, wanted: str, start: int) -> int:
-    """Where a text stands, not within a word: "a" is not found in "assistant"."""
+    """Find a text at word boundaries ("a" is not found in "assistant"); -1 if it is missing."""
     place = text.find(wanted, start)
     while place >= 0:
         end = place + len(wanted)
-        # without a neighbour two characters are one
+        # at a border of the text a pair has one character
         neighbours = (text[max(0, place - 1) : place + 1], text[end - 1 : end + 1])
         if not any(len(pair) == 2 and pair.isalnum() for pair in neighbours):
             return place
@@ -262,6 +262,6 @@ def _find_whole(text: str, wanted: str, start: int) -> int:
 
 
 def _texts_as_they_came(row: dict[str, Any]) -> list[ShownPart]:
-    """The texts of a row without tokens; of a malformed one there are none."""
+    """Untokenized texts of a row; empty for a malformed one."""
     names = ("prompt", "chosen", "rejected")
     return [ShownPart(name, (), row[name]) for name in names if any(row[field] for field in names)]

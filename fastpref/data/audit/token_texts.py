@@ -1,4 +1,4 @@
-"""The text of each token, to be looked at."""
+"""Find the text of each token, for display."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -8,26 +8,27 @@ from fastpref.data.row_tokens import TOKENIZE
 from fastpref.data.speakers import num_equal
 
 MOST_DECODED = 1000
-"""Tokens whose texts are found by decoding ever longer starts of them."""
+"""Maximum number of tokens whose texts are found by decoding all prefixes, in quadratic time."""
 
 
 class TokenSpans(NamedTuple):
-    """A text, and where in it each token stands."""
+    """A text, and the span of each token in it."""
 
     text: str
     spans: list[tuple[int, int]]
-    """[start, end) characters of each token, ascending; a character spread over tokens is the
-    last one's."""
+    """[start, end) characters of each token, ascending; a character spread over several tokens
+    belongs to the last."""
 
 
 def token_spans(text: str, ids: Sequence[int], tokenizer: Any) -> TokenSpans:
-    """Where the tokens that a text begins with stand in it.
+    """Spans of the first tokens of a text.
 
     Args:
-        text: That was tokenized.
-        ids: Of its first tokens.
-        tokenizer: Of transformers. Where it tells no offsets they are found by decoding, and where
-            what comes out is another text, by more than its blanks, they are those in that.
+        text: The tokenized text.
+        ids: Ids of its first tokens.
+        tokenizer: A transformers tokenizer. If it gives no offsets, or other ids, the spans are
+            found by decoding; if the decoded text differs in more than white space, they are spans
+            of the decoded text, which is returned instead.
     """
     if tokenizer.is_fast:
         encoded = tokenizer(text, return_offsets_mapping=True, **TOKENIZE)
@@ -45,16 +46,16 @@ def token_spans(text: str, ids: Sequence[int], tokenizer: Any) -> TokenSpans:
 
 
 def token_texts(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """What each token adds to the text; a character spread over tokens belongs to the last."""
+    """The text that each token adds; a character spread over several tokens belongs to the last."""
     text, spans = _decoded_spans(ids, tokenizer)
     return [text[start:end] for start, end in spans]
 
 
 def _decoded_spans(ids: Sequence[int], tokenizer: Any) -> TokenSpans:
-    """What tokens are decoded to, and where in it each of them stands.
+    """The decoded text of tokens, and the span of each token in it.
 
-    A start of them may be decoded to what the whole does not begin with, half a character or the
-    sign that a word goes on: its end is where they part.
+    A prefix of the tokens may decode to a text that is no prefix of the whole, ending in half a
+    character or a word-continuation mark: its end is then where the two texts differ.
     """
     text = tokenizer.decode(ids)
     starts = (tokenizer.decode(ids[:end]) for end in range(1, len(ids)))
@@ -63,8 +64,8 @@ def _decoded_spans(ids: Sequence[int], tokenizer: Any) -> TokenSpans:
 
 
 def _spans_in(text: str, decoded: TokenSpans) -> TokenSpans | None:
-    """The spans in the text that was tokenized; None where it does not begin with what the tokens
-    are decoded to, blanks aside."""
+    """Map spans of the decoded text to the tokenized text; None if this does not begin with the
+    decoded text, ignoring white space."""
     if text.startswith(decoded.text):
         return TokenSpans(text, decoded.spans)
     places = [i for i, character in enumerate(text, start=1) if not character.isspace()]
@@ -76,8 +77,8 @@ def _spans_in(text: str, decoded: TokenSpans) -> TokenSpans | None:
 
 
 def _side_by_side(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The spans without overlaps, where the bytes of one character are tokens of their own, and
-    without gaps, where a tokenizer leaves white space out of its offsets."""
+    """Offsets as contiguous spans: without overlaps of tokens that share a character, and without
+    gaps where a tokenizer leaves white space out of its offsets."""
     starts = [start for start, _ in offsets]
     spans, reached = [], 0
     for i, (_, end) in enumerate(offsets):

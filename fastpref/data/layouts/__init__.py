@@ -1,4 +1,4 @@
-"""Rows as people have them, brought to the one form that is trained on and held to its rules.
+"""Convert the common layouts of preference rows to one form, and check its rules.
 
-Below all else of the room: nothing here knows where rows lie, or a tokenizer.
+The lowest layer of `data`: nothing here depends on where rows are stored, or on a tokenizer.
 """

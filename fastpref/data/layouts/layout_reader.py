@@ -1,4 +1,4 @@
-"""The records of one source as checked rows, all of them in the layout of the first."""
+"""Read the records of one source as checked rows of a single layout."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -13,14 +13,14 @@ from fastpref.data.layouts.turns import transposed
 
 
 class LayoutReader:
-    """Checks the records of one source, all of them in the layout of the first."""
+    """Checks the records of one source, whose layout its first valid record decides."""
 
     def __init__(
         self, columns: Mapping[str, str | None], *, single: bool, weighted: bool, allow_roles: bool
     ) -> None:
         """Args:
         columns: `data.columns`.
-        single: Take rows of one response.
+        single: Accept rows with one response.
         weighted, allow_roles: See `parse_row`.
         """
         self._columns = columns
@@ -30,11 +30,11 @@ class LayoutReader:
         self._layout: Layout | None = None
 
     def parse(self, record: Any) -> tuple[Row, Layout]:
-        """A checked row and how it was laid out.
+        """Check a record; returns the row and its layout.
 
         Raises:
-            RowError: the row breaks a rule, or is laid out as those before it are not.
-            AmbiguousRowError: it has two readings.
+            RowError: the row breaks a rule, or has another layout than the rows before it.
+            AmbiguousRowError: the record can be read in two ways.
         """
         try:
             return self._parsed(record)
@@ -59,12 +59,12 @@ class LayoutReader:
         return row, layout
 
     def columns_read(self, layout: Layout) -> set[str]:
-        """What the columns that a layout reads are called in the source."""
+        """Columns that a layout reads, by their names in the source."""
         columns = (self._columns.get(field, field) for field in layout.columns)
         return {column for column in columns if column is not None}
 
     def _renamed(self, record: Record) -> Record:
-        """The record with its columns called as `data.columns` says."""
+        """Rename the columns of a record as `data.columns` says."""
         if not self._columns:
             return record
         taken = {*self._columns, *self._columns.values()}
@@ -103,19 +103,19 @@ class LayoutReader:
         return layout
 
     def _as_named(self, error: RowError, layout: Layout) -> RowError:
-        """The error with its field as the source calls it."""
+        """The error with its field replaced by the source's column name."""
         column = self._column(error.field, layout)
         if column == error.field:
             return error
         return RowError(f"{error} ({error.field} is {column})", column)
 
     def _column(self, field: str, layout: Layout) -> str:
-        """What a field that `parse_row` takes is called in the source."""
+        """The source's column name of a field of `parse_row`."""
         field = layout.names.get(field, field)
         return self._columns.get(field) or field
 
     def _fields(self, layout: Layout) -> list[str]:
-        """The same of prompt, chosen and rejected; a prompt without a column of its own is the
+        """Column names of prompt, chosen and rejected; a prompt without a column of its own is the
         beginning of chosen."""
         has_prompt = layout.names.get("prompt", "prompt") in layout.columns
         return [

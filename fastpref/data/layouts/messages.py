@@ -1,8 +1,8 @@
-"""Conversations as rows have them: the rules their messages keep, what is prompt and response.
+"""Conversations in rows: rules for their messages, and their division into prompt and response.
 
-A message is kept as it came, keys in their order, because the chat template may show any of it.
-Two things are brought to one form: content given as a list of text parts becomes their text, and
-keys of a message that are null are left out, as transformers does from 5.24 on.
+A message keeps all its keys in their order, because the chat template may render any of them. Two
+things are normalized: content given as a list of text parts is joined to a text, and keys that are
+null are removed, as transformers does from 5.24 on.
 """
 
 import json
@@ -36,7 +36,7 @@ class Conversations(NamedTuple):
 
 
 def read_messages(field: str, messages: list[Any]) -> Messages:
-    """Check the messages of a field.
+    """Check and normalize the messages of a field.
 
     Raises:
         RowError: one of them breaks a rule.
@@ -45,16 +45,16 @@ def read_messages(field: str, messages: list[Any]) -> Messages:
 
 
 def divide_conversations(fields: dict[str, Messages]) -> Conversations | None:
-    """What is prompt and what is response; None where two conversations share no prompt.
+    """Divide a row into prompt and responses; None if two conversations share no prompt.
 
-    Without `prompt` it is what both conversations begin with. Beside `prompt`, chosen and rejected
-    are responses, or both whole conversations that begin with it.
+    Without `prompt`, the prompt is the common prefix of both conversations. With `prompt`, chosen
+    and rejected are either responses, or whole conversations that begin with it.
 
     Args:
-        fields: Checked messages of `chosen`, `rejected` and, where the row has it, `prompt`.
+        fields: Checked messages of `chosen`, `rejected` and, if the row has it, `prompt`.
 
     Raises:
-        RowError: with `prompt`, one is a response and the other a whole conversation.
+        RowError: only one of chosen and rejected begins with `prompt`, or has nothing after it.
     """
     chosen, rejected = fields["chosen"], fields["rejected"]
     if "prompt" in fields:
@@ -67,14 +67,14 @@ def divide_conversations(fields: dict[str, Messages]) -> Conversations | None:
 
 
 def add_system(prompt: Messages, system: Any) -> Messages:
-    """The prompt with the text of a column `system` as its first message.
+    """Prepend the column `system` to the prompt as a system message.
 
     Args:
         prompt: Checked messages.
         system: The column's value; null or blank adds nothing.
 
     Raises:
-        RowError: no text, or the prompt has a system message that says something else.
+        RowError: `system` is no text, or the prompt has a different system message.
     """
     if system is None or system == "":
         return prompt
@@ -96,10 +96,10 @@ def add_system(prompt: Messages, system: Any) -> Messages:
 
 
 def read_tools(tools: Any) -> list[Message] | None:
-    """The column `tools`: a list of schemas, or JSON text of one; None where there are none.
+    """Read the column `tools`: a list of tool schemas, or its JSON text; None for no tools.
 
     Raises:
-        RowError: it is something else.
+        RowError: the value is neither.
     """
     tools = _decoded("tools", tools)
     if tools is None:
@@ -116,7 +116,7 @@ def read_tools(tools: Any) -> list[Message] | None:
 
 
 def check_roles(field: str, messages: Messages, roles: tuple[str, ...]) -> None:
-    """Refuse messages of other roles.
+    """Refuse messages whose role is not allowed in a field.
 
     Raises:
         RowError: naming the role and those allowed.
@@ -132,7 +132,7 @@ def check_roles(field: str, messages: Messages, roles: tuple[str, ...]) -> None:
 
 
 def is_silent(messages: Messages) -> bool:
-    """Whether nothing but roles stands in messages: no template makes a response of that."""
+    """Whether messages contain nothing except roles, so that no template can render a response."""
     return not any(_says_more(message) for message in messages)
 
 
@@ -140,7 +140,7 @@ def content_text(content: Any, place: str = "content") -> str:
     """The text of a message's content: a text, or a list of texts and text parts.
 
     Raises:
-        RowError: it is something else, or a part is no text.
+        RowError: the content is neither, or a part is not text.
     """
     if isinstance(content, str):
         return content
@@ -196,7 +196,7 @@ def _says_more(message: Message) -> bool:
 
 
 def _num_shared(chosen: Messages, rejected: Messages) -> int:
-    """Messages at the start of both, leaving at least one message to each response."""
+    """Number of common first messages, leaving at least one message to each response."""
     longest = min(len(chosen), len(rejected)) - 1
     for index in range(longest):
         if normal_form(chosen[index]) != normal_form(rejected[index]):
@@ -205,7 +205,7 @@ def _num_shared(chosen: Messages, rejected: Messages) -> int:
 
 
 def _num_repeated(fields: dict[str, Messages]) -> int:
-    """Messages of `prompt` that chosen and rejected say again before their response."""
+    """Number of prompt messages that chosen and rejected repeat: all, or 0."""
     prompt = fields["prompt"]
     start = normal_form(prompt)
     repeats = {
@@ -232,7 +232,7 @@ def _num_repeated(fields: dict[str, Messages]) -> int:
 
 
 def _decoded(place: str, value: Any) -> Any:
-    """A value that may be given as JSON text; None for a blank one."""
+    """Decode a value that may be JSON text; None for blank text."""
     if not isinstance(value, str):
         return value
     if not value.strip():

@@ -1,4 +1,4 @@
-"""Records of a known layout, brought to the fields that `rows` checks: prompt, chosen, rejected."""
+"""Convert records of a known layout to the fields that `rows` checks: prompt, chosen, rejected."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from fastpref.data.layouts.turns import (
 
 Record = dict[str, Any]
 OPENAI = ("input", "preferred_output", "non_preferred_output")
-"""Columns that stand for `TEXT_FIELDS` in rows as OpenAI takes them."""
+"""Columns of OpenAI's preference format, in the order of `TEXT_FIELDS`."""
 
 
 def as_it_is(record: Record) -> Record:
@@ -27,7 +27,7 @@ def as_it_is(record: Record) -> Record:
 
 
 def as_messages(record: Record) -> Record:
-    """Prompt and responses as lists of messages, where they are messages of any form."""
+    """Convert messages of any form, and text responses to such a prompt, to lists of messages."""
     read = dict(record)
     has_prompt = is_messages(record.get("prompt"))
     for field in TEXT_FIELDS:
@@ -40,7 +40,7 @@ def as_messages(record: Record) -> Record:
 
 
 def with_text_prompt(record: Record) -> Record:
-    """A text prompt beside messages: the responses to it, or conversations that begin with it."""
+    """A text prompt with responses as messages, or with whole conversations that contain it."""
     prompt = read_text("prompt", record["prompt"])
     sides = {side: read_turns(side, record[side]) for side in SIDES}
     whole = [side for side in SIDES if sides[side] and not begins_with_response(sides[side])]
@@ -58,7 +58,7 @@ def with_text_prompt(record: Record) -> Record:
 
 
 def of_openai(record: Record) -> Record:
-    """What OpenAI tunes by preference on: `input` holds the prompt and its tools."""
+    """OpenAI's preference format: `input` holds the prompt's messages and tools."""
     given = record["input"]
     if not isinstance(given, dict) or "messages" not in given:
         raise RowError(f"input must be an object with messages, got {kind(given)}", "input")
@@ -71,7 +71,7 @@ def of_openai(record: Record) -> Record:
 
 
 def with_two_answers(prompt: str, record: Record) -> Record:
-    """A turn of the user, or a conversation, and two responses to it."""
+    """A user turn or a conversation, with two responses to it."""
     sides = {side: read_response(side, record[side]) for side in SIDES}
     return record | sides | {"prompt": _prompt_turns(prompt, record)}
 
@@ -91,7 +91,7 @@ def divided(field: str, record: Record) -> Record:
 
 
 def _prompt_turns(field: str, record: Record) -> Messages:
-    """The messages of a column that stands for the prompt."""
+    """The prompt's messages, read from a column such as question, instruction or conversations."""
     if field == "conversations":
         turns = read_turns(field, record[field])
         if not turns or turns[-1]["role"] == "assistant":

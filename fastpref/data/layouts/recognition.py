@@ -1,8 +1,8 @@
-"""Layouts of rows: what the columns and values of a record say of prompt and responses.
+"""Recognize the layout of a record from its columns and values.
 
-A layout brings a record to the fields that `rows` checks, `prompt`, `chosen` and `rejected`; for
-SFT also a record of one response, which becomes `chosen`. Texts named `prompt` are taken as they
-stand; what is named `question` or `instruction` is a turn of the user, for the chat template.
+A layout converts a record to the fields that `rows` checks: `prompt`, `chosen` and `rejected`; for
+SFT also a record of one response, which becomes `chosen`. Texts named `prompt` are used without a
+chat template; `question` or `instruction` becomes a user turn for the chat template.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +34,12 @@ from fastpref.data.layouts.rows import (
 from fastpref.data.layouts.turns import is_messages, is_response, is_sharegpt
 
 PROMPTS = ("question", "instruction", "conversations")
-"""Columns that stand for `prompt` where it is not there."""
+"""Columns that replace a missing `prompt`."""
 NUMBERED = ("response_0", "response_1")
 NUMBERS = ("better_response_id", "safer_response_id", "winner")
 """Columns that name the better response by its number."""
 WORDS = ("preference", "preferred", "label")
-"""Columns whose numbers have two readings, and whose texts may name a column."""
+"""Columns whose text may name the better response, and whose numbers are ambiguous."""
 RESPONSES = ("messages", "conversations", "completion", "output")
 """Columns that hold the one response of a row for SFT."""
 NUMBERS_MEANT: dict[Any, int] = {
@@ -55,47 +55,47 @@ PROMPT_WORDS = {
     "instruction": "instruction and input as a turn of the user",
     "conversations": "conversations as the prompt",
 }
-"""What the log calls them."""
+"""Descriptions of prompt columns for the log."""
 
 
 class AmbiguousRowError(RowError):
-    """Rows that can be read in two ways: whoever runs must choose."""
+    """A row can be read in two ways; the user must choose one by `data.columns`."""
 
 
 class Layout(NamedTuple):
-    """How one record is laid out."""
+    """The layout of a record."""
 
     what: str
-    """What the log calls it; layouts of one source are the same where this is."""
+    """Description for the log, which also identifies the layout."""
     columns: tuple[str, ...]
     """Fields that are read."""
     read: Callable[[Record], Record]
-    """To the fields that `parse_row` takes."""
+    """Converts a record to the fields of `parse_row`."""
     names: Mapping[str, str] = MappingProxyType({})
-    """Fields that `parse_row` may complain of -> what they were."""
+    """Field of `parse_row` -> field that it was read from, for error messages."""
     may_mix: bool = False
-    """Rows of other layouts of which this holds may stand in one file with it."""
+    """Rows of this layout may be mixed in one source with other layouts that allow it."""
     single: bool = False
-    """One response a row, for SFT."""
+    """One response per row, for SFT."""
 
     def is_beside(self, other: "Layout") -> bool:
-        """Whether rows of both may stand in one source."""
+        """Whether one source may contain rows of both layouts."""
         return self.what == other.what or (self.may_mix and other.may_mix)
 
 
 def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Layout:
-    """How a record is laid out.
+    """Recognize the layout of a record.
 
     Args:
         record: With `data.columns` applied.
-        named: Fields that `data.columns` names: they come before others.
-        single: Take a row of one response.
+        named: Fields that `data.columns` names: they take precedence over others.
+        single: Accept a row with one response.
 
     Raises:
-        RowError: in no way that is known.
-        AmbiguousRowError: in two ways.
+        RowError: the layout is unknown.
+        AmbiguousRowError: the record can be read in two ways.
     """
-    # beside two responses what may be a prompt is that
+    # in a pair, a column that may be a prompt or a response is the prompt
     is_pair = any(all(field in record for field in pair) for pair in (SIDES, NUMBERED))
     responses = [field for field in RESPONSES if not (is_pair and field in PROMPTS)]
     if single and any(field in named for field in responses):
@@ -156,7 +156,7 @@ def _recognise_pair(record: Record, named: Sequence[str]) -> Layout:
 
 
 def _recognise_numbered(record: Record, named: Sequence[str]) -> Layout:
-    """Two responses by number and the column that says which of them is better."""
+    """The layout of `response_0`, `response_1` and a column that says which is better."""
     labels = _present(NUMBERS, record, named) or _present(WORDS, record, named)
     if not labels:
         raise RowError(
@@ -190,7 +190,7 @@ def _recognise_numbered(record: Record, named: Sequence[str]) -> Layout:
 
 def _recognise_single(record: Record, named: Sequence[str]) -> Layout:
     response = _only(_present(RESPONSES, record, named), "the response to imitate")
-    # of a table of text it is a word
+    # in a CSV file the label is text
     if str(record.get("label")).lower() in ("true", "false") and response not in named:
         raise AmbiguousRowError(
             "two readings: label says which responses are good and which bad, as in KTO's data, or "
@@ -227,7 +227,7 @@ def _recognise_single(record: Record, named: Sequence[str]) -> Layout:
 
 
 def _present(fields: Sequence[str], record: Record, named: Sequence[str]) -> list[str]:
-    """Fields that a record has, only those that `data.columns` names where it names any."""
+    """The fields that a record has; if `data.columns` names some of them, only those."""
     present = [field for field in fields if field in record]
     return [field for field in present if field in named] or present
 
@@ -243,7 +243,7 @@ def _only(fields: Sequence[str], role: str) -> str:
 
 
 def _number_of(label: str, value: Any) -> int:
-    """The number of the better response."""
+    """Number of the better response, 0 or 1, from the value of a label column."""
     if label in WORDS and value not in NUMBERED:
         if isinstance(value, int | float) and value in (0, 1):
             raise AmbiguousRowError(
@@ -253,7 +253,7 @@ def _number_of(label: str, value: Any) -> int:
                 f"response_1, response_1: response_0, better_response_id: {label}}}'"
             )
         raise RowError(f"{label} must be response_0 or response_1, got {value!r:.40}", label)
-    # True == 1, and a list has no hash
+    # True == 1, and lists are not hashable
     usable = isinstance(value, str | int | float) and not isinstance(value, bool)
     if not usable or value not in NUMBERS_MEANT:
         raise RowError(
@@ -267,10 +267,10 @@ def _has_sharegpt(record: Record) -> bool:
 
 
 def _is_whole(record: Record) -> bool:
-    """Whether chosen and rejected are whole dialogues or conversations, which need no prompt."""
+    """Whether chosen and rejected are whole dialogues or conversations, which include a prompt."""
     chosen, rejected = record["chosen"], record["rejected"]
     if isinstance(chosen, str) and isinstance(rejected, str):
-        # that they share no prompt is a reason to leave the row out, not another layout
+        # even without a common prompt: such a row is dropped, its layout is the same
         return ASSISTANT_TURN in chosen and ASSISTANT_TURN in rejected
     return isinstance(chosen, list) and is_messages(chosen) and not is_response(chosen[0])
 

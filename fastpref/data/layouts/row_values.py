@@ -1,4 +1,4 @@
-"""Values of a data row: their kind, the texts in them, how they are written and compared."""
+"""Values of a data row: their type names, the strings in them, serialization and comparison."""
 
 import base64
 import datetime
@@ -12,8 +12,8 @@ class RowError(ValueError):
     """A row breaks a rule.
 
     Args:
-        message: A sentence that names what is wrong.
-        field: The field it is wrong in, "" where it is the row as a whole.
+        message: A sentence that names the problem.
+        field: The field at fault; "" for the row as a whole.
     """
 
     def __init__(self, message: str, field: str = "") -> None:
@@ -21,14 +21,14 @@ class RowError(ValueError):
         self.field = field
 
     def at(self, place: str) -> str:
-        """The message behind the row's place, "train.jsonl:8:chosen: chosen is null"."""
+        """The message prefixed with the row's place, "train.jsonl:8:chosen: chosen is null"."""
         place = f"{place}:{self.field}" if self.field else place
-        # a message may quote half a surrogate pair, which nothing can print
+        # a message may quote a lone surrogate, which cannot be printed
         return f"{place}: {self}".encode(errors="backslashreplace").decode()
 
 
 def kind(value: Any) -> str:
-    """The type of a JSON value in a reader's words."""
+    """Name of a JSON value's type for messages: text, list, object, boolean, number or null."""
     if value is None:
         return "null"
     names = {str: "text", list: "list", dict: "object", bool: "boolean", int: "number"}
@@ -36,17 +36,17 @@ def kind(value: Any) -> str:
 
 
 def json_text(value: Any) -> str:
-    """JSON of a value as it is: keys in their order, null where it says null, any script."""
+    """JSON that preserves key order, null and non-ASCII characters."""
     return json.dumps(value, ensure_ascii=False, default=_plain)
 
 
 def normal_form(value: Any) -> str:
-    """JSON in which two values are equal whatever the order of their keys; to compare, not show."""
+    """JSON with sorted keys, to compare values regardless of key order."""
     return json.dumps(value, ensure_ascii=False, default=_plain, sort_keys=True)
 
 
 def string_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a value with the keys that lead to it: "tool_calls.function.name", "add"."""
+    """Yield (path, text) for every string in a value: "tool_calls.function.name", "add"."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -58,7 +58,7 @@ def string_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def map_strings(change: Callable[[str], str], value: Any) -> Any:
-    """A value with every text in it changed, keys as they are."""
+    """A value with `change` applied to every string in it, except keys."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -69,7 +69,7 @@ def map_strings(change: Callable[[str], str], value: Any) -> Any:
 
 
 def says_something(value: Any) -> bool:
-    """Whether there is anything in a value: a number, a text that is not blank."""
+    """Whether a value contains anything besides null and blank text."""
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, dict):
@@ -80,10 +80,10 @@ def says_something(value: Any) -> bool:
 
 
 def check_unicode(field: str, text: str) -> None:
-    """Refuse half a surrogate pair, which no tokenizer takes.
+    """Refuse a lone surrogate, which no tokenizer accepts.
 
     Raises:
-        RowError: naming the character.
+        RowError: naming the position of the character.
     """
     try:
         text.encode()
@@ -93,7 +93,7 @@ def check_unicode(field: str, text: str) -> None:
 
 
 def _plain(value: Any) -> str:
-    """The text of what a parquet file may hold and JSON has no form for."""
+    """Text of a parquet value that JSON cannot represent."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, bytes):

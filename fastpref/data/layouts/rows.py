@@ -1,4 +1,4 @@
-"""The rules a row must keep, and the one form that every kind of row is brought to."""
+"""The common form of all rows, and the rules that a row must satisfy."""
 
 import json
 import unicodedata
@@ -32,9 +32,9 @@ TEXT_FIELDS = ("prompt", *SIDES)
 WEIGHT_FIELDS = ("chosen_weight", "rejected_weight")
 DIGEST_FIELD = "weights_digest"
 CHAT_FIELDS = ("tools", "system")
-"""What rows of messages may have beside `TEXT_FIELDS`."""
+"""Further fields of rows of messages, besides `TEXT_FIELDS`."""
 SAID_FIELDS = ("role", "content", "tool_calls", "name")
-"""What of a message makes it another one to a reader."""
+"""Keys of a message that count when prompts are compared."""
 MAX_WEIGHT = 1e30
 
 EMPTY_RESPONSE = "empty response"
@@ -48,20 +48,20 @@ EMPTY_PROMPT = "prompt is empty: at least one token must come before the respons
 
 
 class Row(TypedDict):
-    """A checked row. In form `chat` the three texts are JSON lists of messages, as they came.
+    """A checked row. In form `chat` prompt, chosen and rejected are JSON lists of messages.
 
-    `drop` is the reason to leave the pair out, empty for a pair to train on.
+    `drop` is the reason to leave the row out, empty for a row to keep.
     """
 
     form: str  # text, hh (prompt found in the dialogues), chat
     prompt: str
     chosen: str
     rejected: str
-    tools: str | None  # JSON list of schemas, of a row of messages
+    tools: str | None  # JSON list of tool schemas, in form chat only
     chosen_weights: list[float] | None
     rejected_weights: list[float] | None
     weights_digest: str | None  # `token_digest` of the tokens the weights were estimated for
-    fields: list[str]  # what the source calls prompt, chosen and rejected, for messages
+    fields: list[str]  # the source's columns of prompt, chosen, rejected, for error messages
     drop: str
 
 
@@ -90,20 +90,20 @@ def make_row(
 
 
 def parse_row(record: Any, *, weighted: bool, allow_roles: bool, single: bool = False) -> Row:
-    """Check one row, in fields of these names, and bring it to one form.
+    """Check one row with the standard field names, and convert it to the common form.
 
     Accepted: texts `prompt`, `chosen`, `rejected`; texts `chosen` and `rejected` that are whole
     dialogues with "\\n\\nAssistant:" turns (the prompt ends with the last such turn of `chosen`);
     lists of messages, with `prompt`, with the prompt at the start of both conversations, or with
-    both; beside messages also `tools`, a list of schemas, and `system`, a first message's text.
+    both; with messages also `tools`, a list of schemas, and `system`, text of a first message.
 
     Args:
-        record: The row; other fields than the named ones are ignored. What rows of other layouts
-            are brought to: see `layouts`.
-        weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, both or neither. Else
-            they are ignored.
-        allow_roles: Take any role in any place.
-        single: The row has one response, `chosen`, and a prompt.
+        record: The row; other fields are ignored. Other layouts are converted to these fields
+            before, see `recognition`.
+        weighted: Read `chosen_weight` and `rejected_weight`: finite numbers, both or neither.
+            Otherwise they are ignored.
+        allow_roles: Accept any role in any position.
+        single: The row has a prompt and one response, `chosen`.
 
     Raises:
         RowError: the row breaks a rule.
@@ -118,9 +118,9 @@ def parse_row(record: Any, *, weighted: bool, allow_roles: bool, single: bool = 
 
 
 def comparable(row: Row) -> tuple[str, str, str]:
-    """Prompt, tools included, and responses as texts that are equal for equal rows.
+    """Prompt with its tools, chosen and rejected as texts that are equal for equal rows.
 
-    The order of the keys of messages does not count here.
+    The key order of messages does not matter.
     """
     texts = (row["prompt"], row["chosen"], row["rejected"])
     if row["form"] != "chat":
@@ -132,10 +132,10 @@ def comparable(row: Row) -> tuple[str, str, str]:
 
 
 def prompt_said(row: Row) -> str:
-    """The prompt, tools included, as a text that is equal where a reader finds it the same.
+    """The prompt with its tools as a text that is equal for equivalent prompts.
 
-    Blanks count once and not at the ends, characters in their composed form, and of messages only
-    `SAID_FIELDS`.
+    White space is collapsed and stripped, characters are composed (NFC), and of messages only the
+    keys `SAID_FIELDS` count.
     """
     if row["form"] != "chat":
         return _squeezed(row["prompt"])
@@ -148,17 +148,17 @@ def prompt_said(row: Row) -> str:
 
 
 def in_source(path: str, row: Row | dict[str, Any]) -> str:
-    """ "chosen.content" of a checked row as its source calls it, "messages.content"."""
+    """Path in the source, "messages.content", for a path in a checked row, "chosen.content"."""
     field, *keys = path.split(".")
     names = dict(zip(TEXT_FIELDS, row["fields"], strict=False))
     return ".".join([names.get(field, field), *keys])
 
 
 def check_columns(columns: list[str]) -> None:
-    """Refuse rows without `chosen` or `rejected`: columns found, needed, nearest name.
+    """Refuse rows without `chosen` or `rejected`.
 
     Raises:
-        RowError: naming the one that is missing.
+        RowError: naming the missing column, the columns found and the nearest name.
     """
     missing = [field for field in SIDES if field not in columns]
     if missing:
@@ -171,7 +171,7 @@ def check_columns(columns: list[str]) -> None:
 
 
 def split_dialogues(chosen: str, rejected: str) -> tuple[str, str, str] | None:
-    """Prompt and responses of two HH dialogues; None where rejected does not share the prompt.
+    """Prompt and responses of two HH dialogues; None if rejected does not share the prompt.
 
     The prompt is `chosen` up to and including its last "\\n\\nAssistant:".
 
@@ -226,7 +226,7 @@ def _parse_text(record: dict[str, Any], single: bool) -> Row:
     except RowError as error:
         raise _no_prompt(str(error), list(record)) from None
     if parts is None:
-        # its prompt keeps the row's place in the order of the data
+        # dropped, but its prompt is numbered, which keeps the place in the data order
         prompt = chosen[: chosen.rfind(ASSISTANT_TURN) + len(ASSISTANT_TURN)]
         return _row("hh", prompt, chosen, rejected, drop=NO_SHARED_PROMPT)
     return _row("hh", *parts)
@@ -248,12 +248,12 @@ def _parse_chat(record: dict[str, Any], allow_roles: bool, single: bool) -> Row:
         check_roles("prompt", prompt, PROMPT_ROLES)
         check_roles("chosen", chosen, RESPONSE_ROLES)
         check_roles("rejected", rejected, RESPONSE_ROLES)
-    # what a response comes to is the template's business; here only what no template can mend
+    # only responses that no template can render: the others are checked after rendering
     is_empty = is_silent(chosen) or (is_silent(rejected) and not single)
     drop = EMPTY_RESPONSE if is_empty else ""
     prompt = add_system(prompt, record.get("system"))
     if not prompt and not drop:
-        # a template may begin every conversation with a system message of its own
+        # checked before rendering, where a template may add a system message of its own
         raise RowError("prompt has no messages: one must come before the response", "prompt")
     return _chat_row(prompt, chosen, rejected, tools, drop)
 
@@ -304,7 +304,7 @@ def _chat_row(
     parts = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools}
     texts = {field: json_text(part) for field, part in parts.items() if part is not None}
     for field, text in texts.items():
-        # what messages say was looked at before; their keys are left
+        # for the keys of messages: their values were checked before
         check_unicode(field, text)
     return make_row(form="chat", drop=drop, **texts)
 
@@ -321,7 +321,7 @@ def _no_prompt(message: str, columns: list[str]) -> RowError:
 def _rename_hint(wanted: str, columns: list[str]) -> str:
     near = nearest(wanted, [column for column in columns if column not in TEXT_FIELDS])
     if near is None:
-        # texts of the one name are taken as they stand, of the other as a turn of the user
+        # a text named prompt is used without a chat template, one named question with it
         turn = " (question: COLUMN sends it to the chat template)" if wanted == "prompt" else ""
         return f"; data.columns={{{wanted}: COLUMN}} says which column it is{turn}"
     return f"; nearest: {near}, rename it to {wanted} or set data.columns={{{wanted}: {near}}}"

@@ -1,7 +1,7 @@
-"""Messages in the forms that data sets have them, brought to lists of role and content.
+"""Convert the forms of messages in data sets to lists of messages with role and content.
 
-A value of a column may be a text, one message, or a list of messages; a message has `role` and
-`content`, or, as ShareGPT has it, `from` and `value`.
+A column's value may be a text, one message, or a list of messages; a message has `role` and
+`content`, or, as in ShareGPT, `from` and `value`.
 """
 
 import json
@@ -19,15 +19,15 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "function_call": "assistant",
 }
-"""What `from` says, and the role it is."""
+"""Value of `from` -> role."""
 SPEAKERS = ("role", "from")
-"""Keys of a message of which it has one."""
+"""Keys that name the speaker; a message has one of them."""
 WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from)\1\s*:""")
-"""How a list of messages begins in JSON, or as Python or a table of CSV writes it."""
+"""Beginning of a list of messages as JSON text or Python's repr, as in CSV files."""
 
 
 def user(text: str) -> Messages:
-    """A turn of the user."""
+    """A single user message."""
     return [{"role": "user", "content": text}]
 
 
@@ -44,18 +44,18 @@ def is_messages(value: Any) -> bool:
 
 
 def are_messages(value: Any) -> bool:
-    """Whether a value is a list of objects that each say who speaks."""
+    """Whether a value is a list of objects with a `role` or `from` each."""
     return isinstance(value, list) and all(
         isinstance(message, dict) and any(key in message for key in SPEAKERS) for message in value
     )
 
 
 def transposed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with its messages as lists, where older versions of `datasets` wrote a struct of
-    lists: `{"role": […], "content": […]}`.
+    """Convert structs of lists, as older versions of `datasets` write messages, to lists of
+    messages: `{"role": […], "content": […]}`.
 
     Raises:
-        RowError: the lists of a struct are of several lengths.
+        RowError: the lists of a struct differ in length.
     """
     lists = {
         field: _as_list(field, value)
@@ -66,16 +66,16 @@ def transposed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_response(message: Any) -> bool:
-    """Whether a message, not checked yet, is one that a model writes."""
+    """Whether an unchecked message has a role of responses, assistant or tool."""
     role = message.get("role", SHAREGPT_ROLES.get(str(message.get("from"))))
     return role in RESPONSE_ROLES
 
 
 def read_turns(field: str, value: Any) -> Messages:
-    """The checked messages of a column that holds one message or a list of them.
+    """Read and check a column that holds one message or a list of messages.
 
     Raises:
-        RowError: one of them breaks a rule, or they are of two forms.
+        RowError: one of them breaks a rule, or `from` and `role` messages are mixed.
     """
     if isinstance(value, dict):
         place, messages = field, [value]
@@ -92,7 +92,7 @@ def read_turns(field: str, value: Any) -> Messages:
 
 
 def read_response(field: str, value: Any) -> Messages:
-    """The checked messages of a column that holds a response: a text is the assistant's.
+    """Read and check a column that holds a response: messages, or the assistant's text.
 
     Raises:
         RowError: see `read_turns`.
@@ -106,10 +106,10 @@ def read_response(field: str, value: Any) -> Messages:
 
 
 def read_text(field: str, value: Any) -> str:
-    """The text of a column; it must say something.
+    """Read a column of text that must not be blank.
 
     Raises:
-        RowError: it does not.
+        RowError: it is null, no text, or blank.
     """
     if value is None:
         raise RowError(f"{field} is null", field)
@@ -121,16 +121,16 @@ def read_text(field: str, value: Any) -> str:
 
 
 def begins_with_response(messages: Messages) -> bool:
-    """Whether the first message is one that a model writes."""
+    """Whether the first message has a role of responses, assistant or tool."""
     return bool(messages) and messages[0]["role"] in RESPONSE_ROLES
 
 
 def divide_at_response(field: str, messages: Messages) -> tuple[Messages, Messages]:
-    """A conversation as prompt and response: what follows the last message of the user, or of the
-    system, is the response.
+    """Divide a conversation into prompt and response: the response is the final run of assistant
+    and tool messages.
 
     Raises:
-        RowError: one of the two has no message.
+        RowError: prompt or response is empty.
     """
     start = len(messages)
     while start and messages[start - 1]["role"] in RESPONSE_ROLES:
@@ -148,7 +148,7 @@ def divide_at_response(field: str, messages: Messages) -> tuple[Messages, Messag
 
 
 def user_says(messages: Messages, text: str) -> bool:
-    """Whether a message of the user is this text, white space around it aside."""
+    """Whether some user message is `text`, ignoring white space around the message."""
     return any(
         message["role"] == "user" and content_text(message.get("content", "")).strip() == text
         for message in messages
@@ -156,7 +156,7 @@ def user_says(messages: Messages, text: str) -> bool:
 
 
 def _as_list(field: str, struct: dict[str, Any]) -> Messages:
-    # what is no list has another length than each of them
+    # -1 for a value that is no list, so that the lengths differ
     lengths = {key: len(item) if isinstance(item, list) else -1 for key, item in struct.items()}
     if len(set(lengths.values())) > 1:
         sizes = [f"{key} {size if size >= 0 else 'none'}" for key, size in lengths.items()]
@@ -194,7 +194,7 @@ def _from_sharegpt(place: str, field: str, message: Any) -> dict[str, Any]:
 
 
 def _read_calls(place: str, field: str, value: str) -> list[dict[str, Any]]:
-    """The calls of a message `function_call`: JSON text of one `{"name", "arguments"}`, or more."""
+    """Tool calls of a `function_call` message: JSON text of `{"name", "arguments"}` or a list."""
     try:
         decoded = json.loads(value)
     except (ValueError, RecursionError):

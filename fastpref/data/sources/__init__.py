@@ -1,1 +1,1 @@
-"""Where rows lie: files of a folder, the hub, the package itself."""
+"""Sources of rows: local files, the Hugging Face hub, sets embedded in the package."""

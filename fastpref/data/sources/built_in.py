@@ -1,4 +1,4 @@
-"""The data sets that have a name here: each is one entry of `SOURCES`."""
+"""The built-in data sets, one entry of `SOURCES` each."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,17 +8,16 @@ from fastpref.data.sources.hub import HUB_SETS, hub_rows
 
 
 class BuiltIn(NamedTuple):
-    """A data set that needs no folder.
+    """A data set that needs no local folder.
 
-    The cache of its rows is found by the code of this room: what else they are read from must not
-    change.
+    The cache key of its rows covers only the code of `data`: any other input must be constant.
     """
 
     origin: str
-    """What messages call it: where it comes from."""
+    """Name for messages: its hub id, or its own name if embedded."""
     rows: Callable[[str, str | None], Iterator[dict[str, Any]]]
-    """(split, cache_dir) -> preference rows of the split, train or test: it has both. What to
-    imitate where that is not the last chosen response of a prompt, `sft_target` beside them says.
+    """(split, cache_dir) -> preference rows of the split; both train and test exist. A field
+    `sft_target` replaces the SFT target, by default the last chosen response of a prompt.
     """
 
 
@@ -32,4 +31,4 @@ SOURCES: dict[str, BuiltIn] = {
     "planted": BuiltIn("planted", _planted),
     **{name: BuiltIn(path, partial(hub_rows, name)) for name, (path, _) in HUB_SETS.items()},
 }
-"""By the name that the option `datasets` takes."""
+"""Built-in data sets by their names in the option `datasets`."""

@@ -1,4 +1,4 @@
-"""Tables of text, .csv and .tsv: records of texts, by the names in the first line."""
+"""Read .csv and .tsv files as records of texts, with the column names in the first line."""
 
 import ast
 import csv
@@ -19,28 +19,27 @@ SEPARATORS = {"csv": ",", "tsv": "\t"}
 def read_delimited(
     lines: Iterable[bytes], separator: str, name: str
 ) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
-    """Records of a table as RFC 4180 writes it, UTF-8; a value in quotes may have line breaks.
+    """Records of a UTF-8 table in the format of RFC 4180; quoted values may contain line breaks.
 
-    Every value is a text as it stands: 5, NA and nothing at all are texts too. Messages and token
-    weights, for which a table has no lists, are what their JSON text stands for, messages also as
-    Python prints them, which is what pandas writes. A column without a name, as the index of
-    pandas has none, is left out.
+    Every value is taken literally as text, including 5, NA and the empty value. Only messages and
+    token weights are decoded from JSON text, messages also from Python's repr, which pandas writes.
+    A column without a name, such as the index of pandas, is left out.
 
     Args:
-        lines: Of the file, without byte order mark.
-        separator: What stands between two values.
-        name: Of the file, for messages.
+        lines: Lines of the file, without byte order mark.
+        separator: Delimiter between values.
+        name: File name for error messages.
 
     Yields:
-        The line that a record begins in, counted from 1, and the record; a `RowError` in its place
-        where it is none.
+        The line in which a record begins, counted from 1, and the record, or a `RowError` if it
+        is invalid.
 
     Raises:
         DataError: the first line does not name the columns.
     """
-    # the bound of 128 KiB is one of the whole process
+    # the default limit of 128 KiB per value is global to the process
     csv.field_size_limit(sys.maxsize)
-    # a byte that is no UTF-8 is told of where it stands
+    # invalid UTF-8 is reported later, with the record and column it is in
     texts = (line.decode("utf-8", "surrogateescape") for line in lines)
     rows = csv.reader(texts, delimiter=separator, strict=True)
     try:
@@ -94,7 +93,7 @@ def _value(column: str, text: str) -> Any:
 
 
 def _loaded(load: Callable[[str], Any], text: str) -> Any:
-    """What a text stands for; itself where that is nothing."""
+    """The value that a text decodes to, or the text itself if it does not decode."""
     try:
         return load(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
@@ -119,7 +118,7 @@ def _check_header(header: list[str], separator: str, name: str) -> None:
 
 
 def _stray_byte(text: str) -> str:
-    """The first byte that was no UTF-8, "0x93"; "" for none."""
+    """The first invalid UTF-8 byte of a text decoded with surrogateescape, "0x93"; "" for none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

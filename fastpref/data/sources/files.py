@@ -1,4 +1,4 @@
-"""Where the rows of a data set lie: files of a folder, whole or in shards, or the hub."""
+"""Locate the rows of a data set: files of a folder, whole or in shards, or the hub."""
 
 import re
 from collections import defaultdict
@@ -19,35 +19,35 @@ ANY_SUFFIX = (
     ".jsonl (or .ndjson, .parquet, .json, .arrow, .csv, .tsv, those of text also .gz, .bz2, .xz or "
     ".zst, or shards of one)"
 )
-"""What a data file may end with, in words."""
+"""The suffixes of data files, in words."""
 NO_DATA = re.compile(r"(dataset_info|dataset_dict|state)\.json|cache-.*\.arrow")
-"""What `datasets` puts beside the files that `save_to_disk` writes."""
+"""Metadata and cache files of `datasets` in the folders that `save_to_disk` writes."""
 OTHER_NAMES = {"test": ("validation", "valid", "val", "eval", "dev")}
-"""What else a split is called."""
+"""Split -> other common names, for suggestions."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class MissingSplitError(DataError):
-    """A data set is there, and the split that was asked for is not."""
+    """A data set exists, but not the requested split."""
 
 
 class Location(NamedTuple):
-    """Where one split of a data set lies: plain values, by which the cache finds its rows."""
+    """Location of one split of a data set; plain values, as they are part of the cache key."""
 
     name: str
-    """As the option `datasets` has it."""
+    """Name in the option `datasets`."""
     split: str
     """train or test."""
     split_there: str
-    """What that split is called there."""
+    """Name of that split in the data set."""
     paths: tuple[str, ...] = ()
-    """Files, in their order."""
+    """Files, in reading order; empty for hub and built-in data sets."""
     is_hub: bool = False
-    """`name` is a data set of the hub."""
+    """`name` is a hub id."""
     hub_config: str | None = None
-    """Which configuration of it; None for its only or default one."""
+    """Configuration of a hub data set; None for its only or default one."""
     passed_over: tuple[str, ...] = ()
-    """Files that are there as well and not read, in the data set's folder."""
+    """Files of the split that are not read, relative to the data set's folder."""
 
     @property
     def is_built_in(self) -> bool:
@@ -55,24 +55,24 @@ class Location(NamedTuple):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What messages call each file of it."""
+        """Name of each file for messages; a source without files counts as one."""
         if self.is_built_in:
             return (SOURCES[self.name].origin,)
         return self.paths or (self.name,)
 
     @property
     def source(self) -> str:
-        """What messages call all of it."""
+        """Name of the whole source for messages."""
         if len(self.paths) < 2:
             return self.files[0]
         first, last = self.paths[0], Path(self.paths[-1]).name
         return f"{first} … {last} ({len(self.paths)} files)"
 
     def state(self, cache_dir: str | None) -> str:
-        """What tells that its rows have changed; "" where nothing does.
+        """Fingerprint of the files or the hub split, to detect changes; "" for built-in data.
 
         Args:
-            cache_dir: Of `datasets`, for a data set of the hub.
+            cache_dir: Cache folder of `datasets`, for hub data sets.
 
         Raises:
             DataError: a file is gone, or the hub cannot be reached.
@@ -88,20 +88,20 @@ class Location(NamedTuple):
 def find_source(
     name: str, split: str, base_data_dir: str | None, split_names: Mapping[str, str]
 ) -> Location:
-    """Where a split of a data set lies.
+    """Locate a split of a data set.
 
-    A folder {base_data_dir}/{name} comes before a built-in data set of the same name, and both
-    before one of the hub, whose names have a slash.
+    A folder {base_data_dir}/{name} takes precedence over a built-in data set of the same name, and
+    both over a hub data set, whose id contains a slash.
 
     Args:
-        name: As the option `datasets` has it.
+        name: Name in the option `datasets`.
         split: train or test.
-        base_data_dir: Holds folders by name; None where there are none.
-        split_names: What splits of folders and of the hub are called there.
+        base_data_dir: Folder of the local data sets; None for none.
+        split_names: train or test -> name of that split in folders and on the hub.
 
     Raises:
-        DataError: there is none; names what lies there instead. A `MissingSplitError` where a
-            folder is there and only the split is not.
+        DataError: there is no such data set; names what was found instead. A `MissingSplitError`
+            if only the split is missing in its folder.
     """
     there = split_names.get(split, split)
     folder = Path(base_data_dir) / name if base_data_dir is not None else None
@@ -138,15 +138,15 @@ def find_source(
 
 
 def check_hub_split(location: Location, cache_dir: str | None) -> None:
-    """See that a data set of the hub has a split.
+    """Check that a hub data set has a split.
 
     Raises:
-        MissingSplitError: it has not; names those that it has.
+        MissingSplitError: it lacks the split; names those that it has.
         DataError: the hub cannot be reached.
     """
     there = location.split_there
     found = hub_splits(location.name, location.hub_config, cache_dir)
-    # a part of a split is written train[:90%], two of them train+validation
+    # syntax of `datasets`: train[:90%] is a slice of a split, train+validation a union
     if not {part.partition("[")[0] for part in there.split("+")} <= set(found):
         is_named = location.split != there
         advice = hint(there, found) if is_named else _split_names(there, set(found))
@@ -159,20 +159,20 @@ class Files(NamedTuple):
     """Files of a split in a folder."""
 
     paths: list[Path]
-    """Those to read, in their order."""
+    """Files to read, in order."""
     passed_over: list[Path]
-    """Others that could have been read instead."""
+    """Alternatives that are not read."""
 
 
 def find_files(folder: Path, split: str) -> Files:
-    """The files of a split in a folder, or, as on the hub, in its folder `data`.
+    """The files of a split in a folder or, as on the hub, in its subfolder `data`.
 
-    In this order: one file {split}.SUFFIX; shards such as {split}-00000-of-00003.SUFFIX or
-    {split}_0.SUFFIX; a folder {split}/ of files. What is there under several suffixes is read
-    under the first of `SUFFIXES`.
+    In order of precedence: one file {split}.SUFFIX; shards such as {split}-00000-of-00003.SUFFIX
+    or {split}_0.SUFFIX; a folder {split}/ of files. Of files that differ in suffix only, the one
+    whose suffix is first in `SUFFIXES` is read.
 
     Raises:
-        DataError: a shard is missing, there or in the split's folder.
+        DataError: shards are missing or do not belong together.
     """
     found = [
         (files, in_order)
@@ -192,13 +192,13 @@ def find_files(folder: Path, split: str) -> Files:
 
 
 def split_of(path: Path) -> str:
-    """The split that a data file belongs to by its name; "" for another file."""
+    """The split of a data file: its name without shard number and suffix; "" for other files."""
     match = re.fullmatch(rf"(.+?)(?:[-_.]\d+(?:-of-\d+(?:-\w+)?)?)?(?:{ENDINGS})", path.name)
     return match[1] if match else ""
 
 
 def _data_files(folder: Path, stem: re.Pattern[str] | None = None) -> Files:
-    """Data files of a folder, sorted, whose names without suffix match; each name once."""
+    """Sorted data files of a folder whose stem matches, one per stem by order of `SUFFIXES`."""
     by_stem: dict[str, list[Path]] = defaultdict(list)
     names = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else ()
     for suffix in SUFFIXES:
@@ -214,7 +214,7 @@ def _data_files(folder: Path, stem: re.Pattern[str] | None = None) -> Files:
 
 
 def _shard_of(split: str) -> re.Pattern[str]:
-    """What shards of a split are called: their number, and how many there are or None."""
+    """Pattern of a shard's stem; its groups are the shard's number and the total, if named."""
     return re.compile(rf"{re.escape(split)}[-_.](\d+)(?:-of-(\d+)(?:-\w+)?)?", re.ASCII)
 
 
@@ -223,7 +223,7 @@ def _as_listed(split: str, paths: list[Path]) -> list[Path]:
 
 
 def _by_number(split: str, paths: list[Path]) -> list[Path]:
-    """Shards in the order of their numbers."""
+    """Sort shards by their numbers; if their names give a total, none may be missing."""
     folder, stem = paths[0].parent, _shard_of(split)
     numbered = {path: stem.fullmatch(re.sub(f"(?:{ENDINGS})$", "", path.name)) for path in paths}
     numbers = {path: int(match[1]) for path, match in numbered.items() if match}
@@ -239,7 +239,7 @@ def _by_number(split: str, paths: list[Path]) -> list[Path]:
 
 
 def _by_name(split: str, paths: list[Path]) -> list[Path]:
-    """Data files of a split's own folder, whatever they are called."""
+    """Data files of a split's own folder, sorted by name, checked for missing shards."""
     sets: dict[tuple[str, int], dict[Path, int]] = defaultdict(dict)
     for path in paths:
         if match := re.match(r"(.*?)(\d+)-of-(\d+)", path.name, re.ASCII):
@@ -273,7 +273,7 @@ def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitEr
     splits = {path.name if path.is_dir() else split_of(path) for path in contents} - {""}
     advice = _split_names(split, splits) if split == there else ""
     advice = advice or _own_folders(folder, name, there)
-    # neither what `datasets` puts beside is meant nor, unless by its name, the other split
+    # suggest neither metadata of `datasets` nor, unless the split was renamed, the other split
     others = ("", "train", "test") if split == there else ("",)
     near = [path for path in contents if split_of(path) not in others]
     near = [path for path in near if not NO_DATA.fullmatch(path.name)]
@@ -289,7 +289,7 @@ def _no_files(folder: Path, name: str, split: str, there: str) -> MissingSplitEr
 
 
 def _no_file(path: Path) -> str:
-    """What something with the name of a data file is, where it is no file."""
+    """Remark on a path that has the name of a data file and is no file; "" for others."""
     if not split_of(path) or path.is_file():
         return ""
     if path.is_dir():
@@ -298,8 +298,8 @@ def _no_file(path: Path) -> str:
 
 
 def _own_folders(folder: Path, name: str, there: str) -> str:
-    """Folders that are data sets by themselves, as the hub has configurations, to end a message
-    with; "" for none."""
+    """Suggestion of subfolders that hold the split, such as configurations of a hub data set, as
+    the end of an error message; "" for none."""
     own = [
         f"{name}/{child.name}"
         for child in sorted(path for path in folder.iterdir() if path.is_dir())
@@ -309,8 +309,8 @@ def _own_folders(folder: Path, name: str, there: str) -> str:
 
 
 def _split_names(missing: str, splits: set[str]) -> str:
-    """What a missing split may be called there, and the other one with it, to end a message with;
-    "" for no idea."""
+    """Suggestion of names for a missing split, together with the other split if that is missing
+    too, as the end of an error message; "" for none."""
     meant = {}
     for split in SPLITS:
         names = [name for name in sorted(splits) if name.startswith(f"{split}_")]

@@ -1,7 +1,6 @@
 """Data sets of the Hugging Face hub: any by its id, and the built-in `hh`, `shp` and `se`.
 
-The derivations of preference rows are those of the DPO repository; each works on any sequence of
-records.
+Preference rows are derived from the records of these three as in the DPO repository.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ def hub_rows(name: str, split: str, cache_dir: str | None) -> Iterator[dict[str,
     Args:
         name: One of `HUB_SETS`.
         split: train or test.
-        cache_dir: Of `datasets`; None for its default.
+        cache_dir: Cache folder of `datasets`; None for its default.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -46,7 +45,7 @@ def hub_rows(name: str, split: str, cache_dir: str | None) -> Iterator[dict[str,
 def hub_records(
     hub_id: str, config: str | None, split: str, cache_dir: str | None
 ) -> Iterator[tuple[int, Any]]:
-    """Records of a split of any data set of the hub, numbered from 1.
+    """Records of a split of any hub data set, numbered from 1.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -56,7 +55,7 @@ def hub_records(
 
 
 def hub_state(hub_id: str, config: str | None, split: str, cache_dir: str | None) -> str:
-    """What tells that a split of a data set of the hub has changed.
+    """Fingerprint of a split of a hub data set, to detect changes.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -66,7 +65,7 @@ def hub_state(hub_id: str, config: str | None, split: str, cache_dir: str | None
 
 @cache
 def hub_splits(hub_id: str, config: str | None, cache_dir: str | None) -> tuple[str, ...]:
-    """Names of the splits of a data set of the hub, asked for once.
+    """Names of the splits of a hub data set; the answer is cached in memory.
 
     Raises:
         DataError: the hub cannot be reached.
@@ -78,16 +77,16 @@ def hub_splits(hub_id: str, config: str | None, cache_dir: str | None) -> tuple[
 
 
 def hh_rows(records: Records) -> Iterator[dict[str, Any]]:
-    """Anthropic HH: whole dialogues; the prompt is found where rows are checked."""
+    """Anthropic HH: whole dialogues, whose prompt `split_dialogues` finds later."""
     for record in records:
         yield {"chosen": record["chosen"], "rejected": record["rejected"]}
 
 
 def shp_rows(records: Records) -> Iterator[dict[str, Any]]:
-    """Stanford Human Preferences: pairs of which one side scores at least twice the other.
+    """Stanford Human Preferences: pairs in which one side scores at least twice the other.
 
-    The SFT target is the best-scored response of a prompt, the first one on ties; a response text
-    that comes again keeps its first score.
+    The SFT target is the best-scored response of a prompt, the first one on ties; a repeated
+    response keeps its first score.
     """
     scores: dict[str, dict[str, int]] = {}
     for record in records:
@@ -108,13 +107,13 @@ def shp_rows(records: Records) -> Iterator[dict[str, Any]]:
 
 
 def se_rows(records: Records) -> Iterator[dict[str, Any]]:
-    """Stack Exchange: every two answers to a question, the higher `pm_score` chosen.
+    """Stack Exchange: all pairs of answers to a question, the one of higher `pm_score` chosen.
 
-    On equal scores the later answer is chosen. A question that comes again replaces the earlier
-    one, in its place. The SFT target is the best answer, the first one on ties.
+    On equal scores the later answer is chosen. A repeated question replaces the earlier one, in
+    the earlier one's place. The SFT target is the best answer, the first one on ties.
 
     Args:
-        records: With the HTML stripped: `question`, `answers` of `text` and `pm_score`.
+        records: With HTML stripped: `question`, and `answers` with `text` and `pm_score`.
     """
     last = {record["question"]: index for index, record in enumerate(records)}
     for record in records:
@@ -140,14 +139,14 @@ HUB_SETS: dict[str, tuple[str, Callable[[Records], Iterator[dict[str, Any]]]]] =
     "shp": ("stanfordnlp/SHP", shp_rows),
     "se": ("HuggingFaceH4/stack-exchange-preferences", se_rows),
 }
-"""By name here: the id on the hub, and what makes preference rows of a split's records."""
+"""Name -> hub id, and the function that derives preference rows from a split's records."""
 
 
 def strip_html(html: str) -> str:
     """Paragraphs and code of a Stack Exchange post, joined by blank lines.
 
-    Only elements at the top level count. `p` gives its own text, without what inline elements hold;
-    `pre` and `code` give `<code>…</code>`; lists, quotes and headings are left out.
+    Only top-level elements count. `p` gives its own text, without that of inline elements; `pre`
+    and `code` give `<code>…</code>`; lists, quotes and headings are left out.
     """
     from bs4 import BeautifulSoup, Tag
     from bs4.element import NavigableString
@@ -193,14 +192,14 @@ def _strip_record(record: dict[str, Any]) -> dict[str, Any]:
 def load_from_hub(
     hub_id: str, config: str | None, split: str, cache_dir: str | None, *, name: str = ""
 ) -> datasets.Dataset:
-    """A split of a data set of the hub, downloaded on first use.
+    """A split of a hub data set, downloaded on first use.
 
     Args:
-        hub_id: Its id there, or a built-in one's.
+        hub_id: Its id.
         config: Its configuration; None for the only or default one.
-        split: As it is called there.
-        cache_dir: Of `datasets`; None for its default.
-        name: Of a built-in one.
+        split: Name of the split on the hub.
+        cache_dir: Cache folder of `datasets`; None for its default.
+        name: Our name of a built-in data set, for error messages.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -215,7 +214,7 @@ def load_from_hub(
 def _unreachable(
     hub_id: str, config: str | None, split: str, error: Exception, *, name: str = ""
 ) -> DataError:
-    # what `datasets` raises of a configuration; nothing else is asked for twice
+    # `datasets` raises a ValueError for a wrong configuration: only then ask the hub again
     configs = _other_configs(hub_id, config) if isinstance(error, ValueError) else []
     if configs:
         rule = f"has no configuration {config!r}, only" if config else "has several configurations:"
@@ -223,7 +222,7 @@ def _unreachable(
             f"datasets: {hub_id} {rule} {listed(configs)}; "
             f"data.config_names={{{hub_id}: NAME}} chooses one"
         )
-    # of the records that these have there, rows are made here alone
+    # records of shp and se are converted only when read from the hub
     rows = "rows of prompt, chosen and rejected" if name in ("shp", "se") else "rows"
     reason = str(error).strip().split("\n")[0][:200]
     name, called = name or hub_id, f"{name} is {hub_id}" if name else hub_id
@@ -239,11 +238,11 @@ def _unreachable(
 
 
 def _other_configs(hub_id: str, config: str | None) -> list[str]:
-    """Configurations of a data set that has not the one asked for; [] where that is not why it
-    could not be read."""
+    """All configurations of a data set that lacks the requested one; [] if the configuration is
+    not the cause of the failure."""
     try:
         configs = datasets.get_dataset_config_names(hub_id)
-    # the hub's client again; what it said first is told
+    # the client fails again: its first error is reported
     except Exception:
         return []
     if config is None:

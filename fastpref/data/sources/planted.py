@@ -97,7 +97,7 @@ def generate_sft_rows(
         split: "train" or "test"; no prompt occurs in the other one or in `planted`.
         num_rows: Number of rows, each with its own prompt; default 16384 (train), 256 (test).
         seed: The rows are a function of split, num_rows, seed and slip_rate.
-        slip_rate: Probability that an answer token is the wrong one, each on its own, in [0, 1].
+        slip_rate: Probability that an answer token is wrong, independently of others, in [0, 1].
             A model that imitates such rows has learned the tasks and the slips; which of the two
             is wanted is left to preference learning.
 
@@ -175,7 +175,7 @@ def _answer_positions(sentence: Sentence) -> set[int]:
 
 
 def _render(sentence: Sentence, planted: set[int]) -> tuple[str, list[list[int]]]:
-    """The text, with the answer tokens at `planted` wrong, and their character ranges."""
+    """The text with wrong answer tokens at `planted`, and their [start, end) character ranges."""
     text = ""
     spans = []
     for i, piece in enumerate(sentence):
@@ -197,7 +197,7 @@ def _solve(prompt: str) -> Sentence:
 
 
 def _following(item: str, pool: Sequence[str]) -> str:
-    """The next one of the pool; the first one follows the last."""
+    """The next item of the pool, cyclically."""
     return pool[(pool.index(item) + 1) % len(pool)]
 
 
@@ -231,7 +231,7 @@ def _draw_replacement(rng: random.Random) -> dict[str, str]:
 
 
 def _draw_sum(rng: random.Random) -> dict[str, int]:
-    """Two numbers of three digits that add without a carry."""
+    """Two three-digit numbers that add without a carry."""
     first, total = 0, 0
     for smallest in (1, 0, 0):
         digit = rng.randint(smallest, 9 - smallest)

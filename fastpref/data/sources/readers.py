@@ -1,4 +1,4 @@
-"""Data files: one record at a time, with its line; what cannot be read is named exactly."""
+"""Read data files record by record, with line numbers for error messages."""
 
 import bz2
 import gzip
@@ -20,13 +20,13 @@ from fastpref.data.sources.delimited import SEPARATORS, read_delimited
 from fastpref.errors import DataError
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""What the name of a file of text may end with beside."""
+"""Suffixes of compressed text files."""
 SUFFIXES = tuple(
     form + end
     for form in (".jsonl", ".ndjson", ".parquet", ".json", ".arrow", ".csv", ".tsv")
     for end in ("", *(() if form in (".parquet", ".arrow") else COMPRESSED))
 )
-"""Forms of a data file, the first one that exists is read."""
+"""Suffixes of data files, in order of precedence."""
 
 ARROW_MAGIC = b"ARROW1"
 JSON_TYPE = "arrow.json"
@@ -45,7 +45,7 @@ FIRST_BYTES = {
     b"<html": "a page of the web",
     b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` brings the file itself",
 }
-"""What begins so, whatever its name says."""
+"""First bytes of a file -> its format, whatever its name says."""
 OWN_FIRST_BYTES = {
     ".parquet": (b"PAR1",),
     ".arrow": (ARROW_MAGIC,),
@@ -60,15 +60,15 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Records of a file whose name ends in one of `SUFFIXES`.
 
     JSON lines are UTF-8, with or without byte order mark, ended by LF or CRLF; blank lines are
-    passed over. A .json file has one array of objects, or JSON lines. In parquet every struct of a
-    column has the same keys, and those that a message or a tool call lacks are null: such keys are
-    left out, however deep they lie. Maps become objects, and what is declared as JSON the values
-    that its text stands for, null among them. So it is in Arrow files, streams such as
-    `save_to_disk` of `datasets` writes or files with an index. Tables of text: `read_delimited`.
+    skipped. A .json file holds one array of objects, or JSON lines. In parquet and Arrow files all
+    structs of a column have the same keys, and those that a message or a tool call lacks are null:
+    null keys of structs are removed at any depth. Maps become objects, and columns declared as JSON
+    are decoded, null included. Arrow files may be streams, as `save_to_disk` of `datasets` writes
+    them, or have an index. For .csv and .tsv see `read_delimited`.
 
     Yields:
-        The line (in tables the row, in an array the element), counted from 1, and the record; a
-        `RowError` in its place where the line is no JSON.
+        The line (in parquet and Arrow the row, in an array the element), counted from 1, and the
+        record, or a `RowError` if it cannot be decoded.
 
     Raises:
         DataError: the file as a whole cannot be read.
@@ -81,12 +81,12 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         _check_form(path)
         yield from reader(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
-        # a damaged file of either form ends up here
+        # a damaged file of any format
         raise DataError(f"{path}: cannot be read: {error}") from error
 
 
 def _check_form(path: Path) -> None:
-    """Raises DataError where a file begins as one of another form does."""
+    """Raise a DataError for a file whose first bytes are those of another format."""
     with path.open("rb") as file:
         start = file.read(32)
     for first_bytes, form in FIRST_BYTES.items():
@@ -141,7 +141,7 @@ def _read_delimited(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _is_lines(content: bytes) -> bool:
-    """Whether JSON is one value a line: its first line is a value, or the whole is none and another
+    """Whether content is JSON lines: its first line is valid JSON, or the whole is not and another
     line is an object."""
     if content.startswith(b"["):
         return False
@@ -157,14 +157,14 @@ def _is_lines(content: bytes) -> bool:
 
 def _open(path: Path) -> BinaryIO:
     if path.suffix == ".zst":
-        # what BufferedReader asks of a raw file, a file of pyarrow has
+        # pyarrow's stream has the methods that BufferedReader needs of a raw file
         return BufferedReader(cast(RawIOBase, pyarrow.input_stream(path, compression="zstd")))
     opens: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
     return opens.get(path.suffix, open)(path, "rb")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Raises ValueError where a key stands twice: it is not known which of both is meant."""
+    """Raise a ValueError for a duplicate key: which value is meant is unknown."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -177,7 +177,7 @@ decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 def _parse_line(line: bytes, offset: int, number: int) -> Any:
     try:
-        # what is missing at its end is missing there, not in the first column of the next line
+        # without the line break an error at its end is not reported for the next line
         return decode(line.decode().rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return RowError(
@@ -212,8 +212,8 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
 def read_batches(
     batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
 ) -> Iterator[tuple[int, Any]]:
-    """Records of tables, numbered from 1, without keys of structs that are null; a `RowError` in
-    place of one with a value that is declared as JSON and is none."""
+    """Records of tables, numbered from 1, without null keys of structs; a `RowError` for a record
+    with invalid JSON in a column declared as JSON."""
     number = 0
     for batch in batches:
         fields = {field.name: field.type for field in batch.schema}
@@ -233,23 +233,23 @@ def _given_fields(record: dict[str, Any], fields: dict[str, pyarrow.DataType]) -
 
 
 def _given(value: Any, declared: pyarrow.DataType) -> Any:
-    """A parquet value without the keys of structs that are null, maps as objects, JSON decoded.
+    """An Arrow value with null keys of structs removed, maps as objects, and JSON decoded.
 
     Raises:
-        ValueError: what is declared as JSON is none.
+        ValueError: a value declared as JSON is invalid.
     """
     kinds = pyarrow.types
     if value is None:
         return None
     if isinstance(declared, pyarrow.BaseExtensionType):
-        # the type `Json` of `datasets`: in a struct, tool calls of any arguments
+        # the type `Json` of `datasets`, for tool calls with varying arguments
         return json.loads(value) if declared.extension_name == JSON_TYPE else value
     if kinds.is_struct(declared):
         inner = {field.name: field.type for field in declared}
         return {key: _given(item, inner[key]) for key, item in value.items() if item is not None}
     if kinds.is_map(declared):
         return {str(key): _given(item, declared.item_type) for key, item in value}
-    # lists of numbers, such as token weights, are long and have nothing to leave out
+    # lists of numbers, such as token weights, are long and have no keys to remove
     if isinstance(value, list) and not kinds.is_primitive(declared.value_type):
         return [_given(item, declared.value_type) for item in value]
     return value
