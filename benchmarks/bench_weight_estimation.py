@@ -19,7 +19,6 @@ repository's method uses the checkpoint's dtype.
 import argparse
 import datetime
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from machine import peak_resident_gib
 from train_command import read_rows, run_train
 
 BATCH_SIZE = 4
@@ -139,7 +139,7 @@ def measure(options: argparse.Namespace) -> None:
     else:
         weights = run_fastpref(models, data, options.dtype)
     seconds = time.perf_counter() - started
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak_gib = peak_resident_gib()
     options.output.write_text(
         json.dumps({"seconds": seconds, "peak_gib": peak_gib, "weights": weights})
     )

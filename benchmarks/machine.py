@@ -5,6 +5,8 @@ torch is imported lazily: imports count towards the memory that the step benchma
 
 import datetime
 import platform
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +50,15 @@ def is_gpu(device: str | None) -> bool:
 
 def cpu_name() -> str:
     """Model name of the CPU from /proc/cpuinfo, else its architecture."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    listed = Path("/proc/cpuinfo")
+    for line in listed.read_text().splitlines() if listed.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def peak_resident_gib() -> float:
+    """Peak resident memory of this process in GiB."""
+    # getrusage counts bytes on macOS, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

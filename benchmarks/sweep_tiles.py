@@ -133,17 +133,24 @@ class Truth:
         self.targets = Targets.of(case.target, -100)
         N, device = len(case.target), case.input.device
         self.rows = torch.linspace(0, N - 1, min(N, ORACLE_ROWS), device=device).long()
-        logits_RV = self._logits(self.policy)
-        log_p_RV, log_q_RV = logits_RV.log_softmax(1), self._logits(self.reference).log_softmax(1)
+        (logits_RV, slopes_RV), (reference_RV, _) = map(
+            self._logits_and_slopes, (self.policy, self.reference)
+        )
+        log_p_RV, log_q_RV = logits_RV.log_softmax(1), reference_RV.log_softmax(1)
         target_R1 = case.target[self.rows, None]
         self.logps = log_p_RV.gather(1, target_R1)[:, 0]
-        means_R = (log_p_RV.exp() * logits_RV).sum(1)
-        self.by_scale = logits_RV.gather(1, target_R1)[:, 0] - means_R
-        """Derivative of log p with respect to a common factor of all logits."""
+        means_R = (log_p_RV.exp() * slopes_RV).sum(1)
+        self.by_scale = slopes_RV.gather(1, target_R1)[:, 0] - means_R
+        """Derivative of log p with respect to a common factor of all products h·w."""
         self.kl = (log_q_RV.exp() * (log_q_RV - log_p_RV)).sum(1)
 
-    def _logits(self, head: Head) -> Tensor:
-        return head.input[self.rows].double() @ head.weight.double().t()
+    def _logits_and_slopes(self, head: Head) -> tuple[Tensor, Tensor]:
+        """Logits (R, V), and their derivative with respect to a common factor of all h·w."""
+        products_RV = head.input[self.rows].double() @ head.weight.double().t()
+        if head.softcap is None:
+            return products_RV, products_RV
+        tanh_RV = torch.tanh(products_RV / head.softcap)
+        return head.softcap * tanh_RV, products_RV * (1 - tanh_RV**2)
 
     def run(self, job: str, policy: Head | None = None) -> TokenStats | JointStats:
         """Run the job and return the forward's results; "lean" includes the backward."""

@@ -2,13 +2,14 @@
 
 import json
 import logging
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from machine import peak_resident_gib
 
 
 def config_of(case: dict[str, Any], run_dir: Path) -> Any:
@@ -269,4 +270,4 @@ def peak_memory_gib() -> float:
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_gib()

@@ -124,6 +124,8 @@ class Heartbeat:
         try:
             ended = self._reasons()
             silent = [] if ended else self._silent()
+            # a rank that ended meanwhile may have said why
+            ended = ended or self._reasons()
         except (dist.DistError, RuntimeError) as lost:
             return RankError(f"rank 0, or what else had the ranks' store, died: {first_line(lost)}")
         if ended:

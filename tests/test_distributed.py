@@ -271,6 +271,19 @@ def test_what_rank_0_ended_of_is_said_by_it_alone(monkeypatch):
     assert error_text(lost) == ""
 
 
+def test_a_rank_that_ends_while_others_listen_for_it_is_not_taken_for_lost(monkeypatch):
+    store = dist.HashStore()
+    first, second = (Heartbeat(world_of(rank, store)) for rank in range(2))
+
+    def listen(self: Heartbeat) -> list[int]:
+        first.say_why(DataError("no folder words"))
+        return [0]
+
+    monkeypatch.setattr(Heartbeat, "_silent", listen)
+    lost = second.close(LostRankError("Connection closed by peer"))
+    assert str(lost) == "rank 0 ended: no folder words"
+
+
 def test_of_a_rank_that_is_lost_the_first_that_knows_speaks(monkeypatch):
     monkeypatch.setattr(heartbeat, "SILENCE_SECONDS", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -22,6 +22,7 @@ def sequence_log_ratios_fwd(
 def sequence_log_ratios_bwd(
     grad: Tensor, weights: Tensor | None, ids: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient of the log-probabilities, (N,) of `dtype`."""
-    grad_N = grad[ids]
+    """Gradient of the log-probabilities, (N,) of `dtype`; 0 for an id outside of [0, S)."""
+    last = len(grad) - 1
+    grad_N = grad[ids.clamp(0, last)].where((ids >= 0) & (ids <= last), 0)
     return (grad_N if weights is None else grad_N * weights).to(dtype)

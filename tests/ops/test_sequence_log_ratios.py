@@ -1,6 +1,10 @@
 import pytest
 import torch
 from fastpref_kernels import naive, sequence_log_ratios
+from fastpref_kernels.sequence_log_ratios_torch import (
+    sequence_log_ratios_bwd,
+    sequence_log_ratios_fwd,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -44,6 +48,14 @@ def test_sums_and_gradient_match_float64_for_any_order_and_empty_sequences(case)
     (ours_N,) = torch.autograd.grad(ours_S, leaf_N, grad_S)
     (truth_N,) = torch.autograd.grad(truth_S, true_leaf_N, grad_S.double())
     torch.testing.assert_close(ours_N, truth_N.float())
+
+
+def test_without_triton_a_gpu_skips_tokens_of_no_sequence_as_its_kernels_do():
+    # ids are checked on a CPU alone: on a GPU the check would wait for it
+    ids_N, weights_N = torch.tensor([0, -1, 1, 2]), torch.tensor([1.0, 2.0, 3.0, 4.0])
+    sums_S = sequence_log_ratios_fwd(torch.ones(4), torch.zeros(4), weights_N, ids_N, 2)
+    grad_N = sequence_log_ratios_bwd(torch.tensor([5.0, 7.0]), weights_N, ids_N, torch.float32)
+    assert (sums_S.tolist(), grad_N.tolist()) == ([1, 3], [5, 0, 21, 0])
 
 
 @settings(max_examples=30, deadline=None)
