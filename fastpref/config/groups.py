@@ -171,7 +171,7 @@ class OptimConfig:
     betas: list[float] | None = None
     """Two decay rates of the Adam family, each in [0, 1)."""
     eps: float | None = None
-    """Added to the denominator, > 0: without it, a weight whose gradients were all 0 would divide by 0."""
+    """Added to the denominator, > 0, for weights whose gradients were all 0."""
     momentum: float | None = None
     """Momentum of SGD and RMSprop, in [0, 1)."""
 
