@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import textwrap
 import typing
 from dataclasses import dataclass
@@ -69,6 +70,14 @@ def losses_with(key: str) -> list[str]:
 def list_choices(config_dir: Path, group: str) -> list[str]:
     """The choices of a group: its file names without suffix, sorted."""
     return sorted(path.stem for path in (config_dir / group).glob("*.yaml"))
+
+
+def _comment(path: Path) -> str:
+    """What the lines before the first option of a choice's file say of it."""
+    lines = itertools.takewhile(
+        lambda line: line.startswith("# "), path.read_text("utf-8").split("\n")
+    )
+    return " ".join(line[2:] for line in lines if not line.startswith("# @"))
 
 
 def _walk(schema: type, prefix: str, loss: type[LossConfig]) -> typing.Iterator[Option]:
@@ -144,8 +153,11 @@ def format_help(config_dir: Path, width: int = WIDEST) -> str:
         "Choices (a file under configs/ sets several options; options given here win):",
     ]
     for group in CHOICE_GROUPS:
-        lines += [f"  {group}=", *wrap("  ".join(list_choices(config_dir, group)), 6)]
-    lines += ["", "Options, with the value they have where no choice above sets another:"]
+        lines.append("")
+        for choice in list_choices(config_dir, group):
+            about = _comment(config_dir / group / f"{choice}.yaml")
+            lines += wrap(f"{group}={choice}  {about}", 2, hanging=4)
+    lines += ["", "Options with their defaults, where no choice above sets another value:"]
     for title, options in _sections():
         lines += ["", *wrap(title, 0), *([""] if options else [])]
         for option in options:
@@ -172,10 +184,11 @@ def _summary(schema: type) -> str:
     return " ".join((schema.__doc__ or "").split())
 
 
-def _wrap(text: str, indent: int, width: int) -> list[str]:
-    margin = " " * indent
+def _wrap(text: str, indent: int, width: int, *, hanging: int = 0) -> list[str]:
+    """Lines of a paragraph; those after its first are indented by `hanging` more."""
+    margin, rest = " " * indent, " " * (indent + hanging)
     return textwrap.wrap(
-        text, width, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+        text, width, initial_indent=margin, subsequent_indent=rest, break_on_hyphens=False
     )
 
 

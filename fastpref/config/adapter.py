@@ -17,15 +17,15 @@ BASES = ("auto", "replicated", "sharded")
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """Low-rank matrices trained beside a frozen model (LoRA, arXiv:2106.09685).
+    """Low-rank matrices trained on a frozen model (LoRA, arXiv:2106.09685).
 
-    The reference is the same model without them, or with those that it came with: one model in
-    memory. Trained in float32, whatever the model computes in.
+    The reference is the same model without them, or with the adapters that it came with, so there
+    is one model in memory. They are trained in float32, whatever the model computes in.
     """
 
     kind: str = "none"
-    """Which: follows from adapter=NAME. none trains all weights of the model; qlora keeps those of
-    its linear layers in 4 bits, on a GPU."""
+    """Set by adapter=NAME. none: train all weights of the model. lora: low-rank adapters. qlora:
+    the same with the frozen linear layers in 4 bits, on a GPU."""
     r: int | None = None
     """Rank, >= 1; null: 16, or that of the adapter that the model comes with."""
     alpha: float | None = None
@@ -34,8 +34,8 @@ class AdapterConfig:
     use_rslora: bool = False
     """Multiply by alpha/sqrt(r) instead (arXiv:2312.03732)."""
     dropout: float = 0.0
-    """Share of an adapter's input that is dropped in training, in [0, 1). Above 0 policy and
-    reference differ from the first step on."""
+    """Dropout of an adapter's input in training, in [0, 1). Above 0, policy and reference differ
+    from the first step on."""
     target_modules: list[str] | None = None
     """Ends of the names of linear layers, such as [q_proj,v_proj]; null or [all-linear]: all in the
     transformer blocks, and all experts."""
@@ -43,12 +43,12 @@ class AdapterConfig:
     """Ends of the names of matrices that are no layer by themselves, such as a mixture's
     [experts.gate_up_proj]; null: none, where target_modules is given."""
     init: str = "kaiming"
-    """kaiming or gaussian: of the first matrix; the second one starts at zero."""
+    """First values of matrix A: kaiming or gaussian. Matrix B starts at zero."""
     ensure_weight_tying: bool = False
-    """Let adapters of an embedding and of the head that is tied to it be one."""
+    """Train one adapter for an embedding and the head that is tied to it."""
     base: str = "auto"
-    """Several processes: replicated, each has the whole frozen model; sharded, as FSDP has it.
-    auto: replicated where that takes at most half of a device's memory."""
+    """With several processes: replicated, each has the whole frozen model; sharded, by FSDP.
+    auto: replicated if that takes at most half of a device's memory."""
     merge: bool = False
     """Also write LATEST-merged, the model with the adapters in its weights."""
 

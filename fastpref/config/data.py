@@ -42,49 +42,49 @@ class DataConfig:
     drop_last: bool = True
     """Drop the pairs that do not fill the last batch of an epoch."""
     truncation: str = "seed"
-    """seed: responses get max_length - max_prompt_length tokens. fill: they get what the prompt
-    left. drop: pairs longer than max_length are dropped."""
+    """Of what is longer than max_length. seed: responses are cut to max_length - max_prompt_length
+    tokens. fill: to what the prompt left. drop: the pair is dropped."""
     truncation_mode: str = "auto"
-    """Which end of a long prompt stays: keep_start, keep_end, or auto (keep_end of messages and of
-    hh, keep_start of other texts)."""
+    """Which end of a long prompt is kept: keep_start, keep_end, or auto (keep_end for messages and
+    HH dialogues, keep_start for other texts)."""
     order: str = "fastpref"
     """fastpref: order follows `seed`. dpo, tdpo, tisdpo: the order of that repository."""
     shares: list[float] | None = None
-    """Share of the training examples that each of `datasets` has, one number for each, 1 in all:
-    any run of examples has them to within one. An epoch has as many examples as there are rows;
-    smaller datasets come again in it, each time in another order, of larger ones a part comes, in
-    the next epoch the next one. null: all rows of all datasets are shuffled together."""
+    """Share of the training examples taken from each of `datasets`, one number for each, 1 in all;
+    the first n examples hold them to within one, for any n. An epoch has as many examples as there
+    are rows: small datasets come more than once in it, each time in another order, large ones in
+    part, and the next epoch continues with the rest. null: all rows of all datasets are shuffled
+    together."""
     test_fraction: float = 0.0
-    """Where a dataset has no test split, the share of its prompts that is held out as one, in
-    [0, 1): which ones follows from `seed` and the prompt alone. 0: a missing test split is an
-    error."""
+    """Share of the prompts to hold out from a dataset without a test split, in [0, 1). `seed` and
+    the prompt alone decide which. 0: a missing test split is an error."""
     deduplicate: bool = False
     """Leave out exact copies of an earlier row of its split, also of another dataset, and count
     them."""
     eos_weight: float | None = None
-    """Token weight of the end-of-sequence token; null: the last kept token weighs 0."""
+    """Token weight of the end-of-sequence token; null: the last kept token has weight 0."""
     allow_roles: bool = False
     """Accept message roles beyond system, user, assistant and tool."""
     chat_template: str | None = None
     """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """What columns of files and hub data sets are called here, as in '{prompt: question, chosen:
-    good, rejected: bad}'; null leaves a column out. Fields: prompt, chosen, rejected, completion,
+    """Columns of files and hub data sets by field, as in '{prompt: question, chosen: good,
+    rejected: bad}'; null leaves a column out. Fields: prompt, chosen, rejected, completion,
     messages, conversations, question, instruction, input, output, system, tools, response_0,
     response_1, better_response_id."""
     split_names: dict[str, str] = field(default_factory=dict)
-    """What the splits of files and hub data sets are called there, as in '{train: train_prefs,
-    test: test_prefs}'."""
+    """Names of the splits in files and hub data sets, as in '{train: train_prefs, test:
+    test_prefs}'."""
     config_names: dict[str, str] = field(default_factory=dict)
-    """Which configuration of a data set of the hub is read, where it has several, by its id, as in
+    """Configuration to read of a hub data set that has several, by its id, as in
     '{PKU-Alignment/PKU-SafeRLHF: alpaca-7b}'."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as in '{enable_thinking: false}'."""
     cache_dir: str | None = None
     """Where read and tokenized rows are cached; null: the cache of `datasets`."""
     num_proc: str = "auto"
-    """Processes that tokenize: auto, or a number >= 1. auto: one for each core where the rows keep
-    it busy for some seconds."""
+    """Processes that tokenize: auto, or a number >= 1. auto: one for each core that the rows keep
+    busy for some seconds."""
 
     @property
     def num_processes(self) -> int | None:

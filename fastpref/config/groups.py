@@ -130,14 +130,14 @@ class PackingConfig:
     """Sequences one after another in one row, without padding, equal prompts computed once."""
 
     enabled: bool = True
-    """false: right-padded rows, as they are used where a model's attention cannot pack."""
+    """false: right-padded rows, which are also used for a model that cannot be packed."""
     share_prompt: str = "auto"
-    """auto: compute equal prompts, and what all responses to one begin with, once where the model's
-    attention can. true: refuse a model that cannot. false: every sequence is computed by itself."""
+    """auto: compute a shared prompt, and a shared beginning of its responses, only once, if the
+    model's attention can. true: refuse a model that cannot. false: compute each sequence whole."""
     max_tokens: str = "auto"
-    """Tokens that a process computes at once, at most: auto, or a number >= 1. A step whose rows
-    have more takes more micro-batches, to the same update; a pair that has more by itself is
-    computed alone. auto: what memory holds, up to 32,768 on a GPU and 8,192 on a CPU."""
+    """Most tokens that a process computes at once: auto, or a number >= 1. A step with more tokens
+    takes more micro-batches, to the same update; a pair with more tokens than this is computed
+    alone. auto: what memory holds, up to 32,768 on a GPU and 8,192 on a CPU."""
 
     @property
     def token_limit(self) -> int | None:
@@ -171,7 +171,7 @@ class OptimConfig:
     betas: list[float] | None = None
     """Two decay rates of the Adam family, each in [0, 1)."""
     eps: float | None = None
-    """Added to the denominator, > 0: a word that no row of a step has is given a gradient of 0."""
+    """Added to the denominator, > 0, for weights whose gradients were all 0."""
     momentum: float | None = None
     """Momentum of SGD and RMSprop, in [0, 1)."""
 
@@ -201,8 +201,8 @@ class HeadConfig:
 
     workspace_mib: str = "auto"
     """Largest temporary memory of the head's loss computation, MiB: auto, or a number >= 1. auto: a
-    sixteenth of a GPU's memory, 1,024 at least; 1,024 on a CPU. It changes no number but by
-    rounding."""
+    sixteenth of a GPU's memory, 1,024 at least; 1,024 on a CPU. It changes results by rounding
+    only."""
 
     @property
     def workspace_limit(self) -> int | None:
@@ -247,14 +247,15 @@ class WeightsConfig:
     """Rows scored at once by each process, >= 1; null: packed rows up to packing.max_tokens tokens
     (2,048 on a CPU), padded ones 4 at a time."""
     shard_rows: int = 256
-    """Rows between two savings: what an interruption costs at most, >= 1."""
+    """Rows between two saves, >= 1: an interruption loses no more."""
     round: int | None = None
     """Decimals that weights are rounded to, >= 0, 2 in the TIS-DPO code; null: not rounded."""
     include_eos: bool = False
     """Give the end-of-sequence token a weight as well, the last one of each list."""
     positive_template: str = "normal"
-    """What the positive model reads beside the prompt: normal (nothing), harmless, harmful, or a
-    text: a system message, or the prompt itself where {prompt} stands in the text."""
+    """What the positive model reads besides the prompt: normal (nothing); harmless or harmful (a
+    system message of ours); or a text, which is a system message, or if it contains {prompt} the
+    whole prompt."""
     negative_template: str = "normal"
     """The same for the negative model."""
 

@@ -65,22 +65,23 @@ class Config:
     """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
 
     task: str = "train"
-    """train, audit (the checks of the data, and a page that shows it), plan (what training takes of
-    GPUs, which need not be here), estimate_weights (TIS-DPO's second step) or tisdpo (all of its
-    steps, one after the other)."""
+    """train; audit: check the data and write a page that shows it; plan: the memory that training
+    takes, also of GPUs that are not here; estimate_weights: TIS-DPO's second step; tisdpo: all of
+    its steps, one after the other."""
     seed: int = 0
     """Seeds torch, numpy, random, the order of the data and which prompts are held out, >= 0."""
 
     exp_name: str | None = None
     """First part of the run folder's name; null: made from loss, model and datasets."""
     output_dir: str = "output"
-    """Run folders are made in here."""
+    """Folder in which run folders are made."""
     run_dir: str | None = None
     """The run folder itself; null: <output_dir>/<exp_name>_<timestamp>."""
     local_run_dir: str | None = None
     """Another name of run_dir."""
     local_dirs: list[str] | None = None
-    """Instead of output_dir: <dir>/<user> of the first of these that exists, else of the last."""
+    """Instead of output_dir: <dir>/<user>, where <dir> is the first of these that exists, else the
+    last."""
     debug: bool = False
     """A trial run: neither wandb nor tensorboard follows it."""
 
@@ -97,19 +98,19 @@ class Config:
     max_length: int = 512
     """Largest length of prompt + response, tokens."""
     max_prompt_length: int = 256
-    """Length that a prompt is cut to when prompt + response is too long, tokens, < max_length."""
+    """Length to which a prompt is cut if prompt + response is too long, tokens, < max_length."""
     n_epochs: int | None = 1
-    """Passes over the data, with data.shares epochs; null: as many as n_examples takes."""
+    """Passes over the data, or with data.shares epochs; null: no limit but n_examples."""
     n_examples: int | None = None
-    """Examples to train on, rounded up to whole batches; null: as many as n_epochs takes."""
+    """Examples to train on, rounded up to whole batches; null: no limit but n_epochs. Training ends
+    at whichever comes first."""
 
     batch_size: int = 4
-    """Examples per optimizer step, over all processes and accumulation steps, which need not share
-    it equally."""
+    """Examples per optimizer step, over all processes and accumulation steps. It need not be a
+    multiple of them."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step, at least, where packing.max_tokens is a number and as long
-    as there are rows for them; packing.max_tokens=auto decides by itself. The update is the same in
-    any number."""
+    """Least number of micro-batches per optimizer step, if packing.max_tokens is a number; without
+    effect if that is auto. The update is the same for any number."""
     lr: float = 5e-7
     """Learning rate after warm-up, > 0."""
     warmup_steps: int = 150
@@ -125,22 +126,22 @@ class Config:
     """Recompute each block in the backward pass: less memory, about a third more computation."""
 
     compile: str = "false"
-    """true: compile each block with torch.compile in the first step; packed rows are then filled up
-    to one of a few lengths. auto: on a GPU, where the run is long enough to pay. In 16 bits, or
-    with activation_checkpointing, policy and reference then start equal up to rounding, not
-    exactly."""
+    """true: compile each block with torch.compile in the first step; packed rows are then padded to
+    one of a few lengths. auto: on a GPU, if the run is long enough to pay. With compiled blocks in
+    16 bits, or with activation_checkpointing, policy and reference start equal only up to
+    rounding."""
 
     trainer: str = "BasicTrainer"
     """BasicTrainer (one process) or FSDPTrainer (every visible GPU; or all processes that torchrun,
     srun or mpirun started)."""
     fsdp_port: int | None = None
-    """Port on which the processes meet; null: a free one, under srun one that the job's number
-    gives, under mpirun MASTER_PORT."""
+    """Port on which the processes meet. null: a free one; under srun one derived from the job's id,
+    under mpirun MASTER_PORT."""
 
     eval_every: int = 20_000
     """Examples between evaluations, rounded down to whole batches, at least one."""
     eval_batch_size: int = 16
-    """Examples evaluated, or prompts sampled, at once over all processes."""
+    """Examples evaluated, or prompts sampled, at once, over all processes."""
     n_eval_examples: int = 256
     """Examples of the test split to evaluate on; 0: no evaluation, and no test split needed."""
     do_first_eval: bool = True
@@ -150,8 +151,8 @@ class Config:
     n_eval_model_samples: int = 16
     """Prompts to sample at each evaluation."""
     minimum_log_interval_secs: float = 1.0
-    """Least time between two writings of training steps, seconds: each step has its line, and waits
-    for the next writing."""
+    """Least time between two writes of training steps to metrics.jsonl and the log, seconds. Every
+    step still has its line in metrics.jsonl."""
 
     model: ModelConfig
     """Which model to train: model=NAME is configs/model/NAME.yaml."""

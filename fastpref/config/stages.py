@@ -16,14 +16,14 @@ class StagesConfig:
     reversed pairs), sft (on the chosen and on the rejected responses), or prompt (one model under
     weights.positive_template and weights.negative_template)."""
     contrast_lr: float | None = None
-    """Learning rate of the two contrastive models, > 0; null with adapters is four times the
-    run's, and goes down to zero where that is constant."""
+    """Learning rate of the two contrastive models, > 0. null with adapters: four times the run's,
+    decaying to zero if the run's is constant."""
     contrast_n_epochs: int | None = None
     """Passes over the data of each contrastive model, >= 1."""
     contrast_beta: float | None = None
     """loss.beta of the contrastive models where they are trained by dpo, > 0."""
     sft_first: bool = False
-    """Start from a base model: train it on the chosen responses before everything else."""
+    """For a base model: train it on the chosen responses (SFT) before everything else."""
     sft_lr: float | None = None
     """Learning rate of that first stage, > 0."""
     sft_n_epochs: int | None = None

@@ -14,7 +14,7 @@ LONGEST_WAIT = 366 * 24 * 3600
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """The whole state of the training, in the run folder's checkpoints/, to go on from.
+    """The whole state of the training, in the run folder's checkpoints/, to resume from.
 
     Master weights, optimizer, schedule, random states and the run's place in its data: about 12
     bytes a trained parameter with AdamW in float32.
@@ -24,18 +24,18 @@ class CheckpointConfig:
     """Optimizer steps between two checkpoints, >= 0. One is also written at the end and before a
     signal ends the run; 0: no others."""
     keep: int = 2
-    """How many of the newest stay, >= 1; the older one is there in case the newest is damaged."""
+    """How many of the newest are kept, >= 1; older ones are there in case the newest is damaged."""
     keep_best: str | None = None
-    """A held-out metric as metrics.jsonl names it, such as loss/eval or rewards_eval/accuracies: a
-    checkpoint is also written after each evaluation that is the best so far, and stays. Lower is
-    better for names that begin with loss or kl."""
+    """A held-out metric as metrics.jsonl names it, such as loss/eval or rewards_eval/accuracies:
+    after each evaluation that is the best so far a checkpoint is written too, and the best is kept.
+    Lower is better for names that begin with loss or kl."""
     deadline: str | None = "auto"
-    """HH:MM:SS since the start of the command, whatever its task: so that what was computed is
-    saved by then, it ends in time with exit code 75, as if a signal had come. auto: the end of the
-    Slurm job, where there is one; null: never."""
+    """HH:MM:SS since the start of the command, whatever its task. Before then everything computed
+    is saved, and the command ends with exit code 75, as if a signal had come. auto: the end of the
+    Slurm job, if there is one; null: never."""
     mode: str = "auto"
     """async: copy the state to the host's memory and write while training goes on. sync: write
-    while training waits. auto: async where there is memory for the copy."""
+    while training waits. auto: async if there is memory for the copy."""
 
     def __post_init__(self) -> None:
         check_number("checkpoint.every", self.every, ge=0)
@@ -84,17 +84,18 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class ResumeConfig:
-    """Going on from a checkpoint. `resume=VALUE` is short for `resume.path=VALUE`."""
+    """Resuming from a checkpoint. `resume=VALUE` is short for `resume.path=VALUE`."""
 
     path: str = "never"
-    """never; auto: the newest whole checkpoint of run_dir, or of the newest run folder of this name
-    in output_dir, or a new start where there is none; or the path of a run folder or of one
-    checkpoint; with another run_dir that is a branch, which the same command goes on with. The same
-    options, data and model give the bits of a run that never stopped. task=tisdpo knows no paths,
-    and with run_dir it goes on there whether this is auto or never."""
+    """never; auto: from the newest whole checkpoint of run_dir, or without run_dir of the newest
+    run folder of this name in output_dir, or a new start if there is none; or the path of a run
+    folder or of one checkpoint: with another run_dir that starts a branch, which the same command
+    later continues. With the same options, data and model the run gives the bits of one that never
+    stopped. task=tisdpo takes no path, and with run_dir it continues there also if this is
+    never."""
     allow: list[str] = field(default_factory=list)
-    """Options, or groups of them, and data, model or tokenizer, that may differ from those of the
-    checkpoint though the numbers depend on them."""
+    """Options, groups of options, or data, model or tokenizer, that may differ from the
+    checkpoint's although the results depend on them."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -107,8 +108,9 @@ class ParallelConfig:
     """Several processes."""
 
     timeout: int = 1800
-    """Seconds that processes wait for one another before the run ends with exit code 7, >= 1: more
-    than the slowest of them takes longer than the others, a checkpoint's writing included."""
+    """Seconds that processes wait for one another before the run ends with exit code 7, >= 1. It
+    must exceed any time that one of them keeps the others waiting, such as for writing a
+    checkpoint."""
 
     def __post_init__(self) -> None:
         check_number("parallel.timeout", self.timeout, ge=1, le=LONGEST_WAIT)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 import train
 from fastpref import deadline
 from fastpref.checks import nearest
-from fastpref.cli.options import all_options, format_help, list_choices
+from fastpref.cli.options import CHOICE_GROUPS, all_options, format_help, list_choices
 from fastpref.cli.overrides import build_config, read_config
 from fastpref.config import (
     LOSSES,
@@ -512,7 +512,11 @@ def test_run_names_follow_model_folder_and_reversal():
 
 
 def test_help_names_and_explains_every_option():
-    text = " ".join(format_help(train.CONFIG_DIR).split())
+    help_text = format_help(train.CONFIG_DIR)
+    text = " ".join(help_text.split())
+    for group in CHOICE_GROUPS:
+        for choice in list_choices(train.CONFIG_DIR, group):
+            assert re.search(rf"^  {group}={choice}  [A-Z]", help_text, re.M)
     for option in all_options().values():
         assert len(option.doc) > 10, option.key
         assert option.key == "loss.name" or f"{option.key}=" in text

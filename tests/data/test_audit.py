@@ -1,10 +1,13 @@
 import logging
+import re
 
 import pytest
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data.audit.account import describe_example, run_audit
+from fastpref.data.audit.html import histogram_svg
+from fastpref.data.audit.lengths import Histogram
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
 from fastpref.errors import DataError
@@ -57,3 +60,9 @@ def test_an_example_shows_the_range_of_its_weights(tmp_path):
 
 def test_an_example_of_sft_has_one_response(tmp_path):
     assert len(example(tmp_path, pair(), loss=SFTConfig())) == 2
+
+
+def test_a_bar_says_which_lengths_it_has():
+    histogram = Histogram("prompt", [1, 2, 4], [0, 1, 2, 5], 2, 5, 5, 9, "max_length", 0, 7)
+    titles = re.findall("<title>(.*?)</title>", histogram_svg(histogram))
+    assert titles == ["1 token: 1 rows", "2 tokens: 2 rows", "3 to 5 tokens: 4 rows"]

@@ -49,6 +49,25 @@ def test_a_metric_goes_from_the_first_to_the_last_line_that_has_it(tmp_path):
     assert "loss/train" not in table and row(table, "optimizer steps")[-1] == "12"
 
 
+def test_held_out_numbers_stand_under_the_time_that_they_are_of(tmp_path):
+    steps = [line("train", step, loss=0.6) for step in (1, 2, 3)]
+    start, middle, end = (
+        line("eval", step, loss=loss) for step, loss in ((0, 0.7), (2, 0.5), (3, 0.4))
+    )
+    # stopped before the second evaluation
+    table = summarize([start, *steps], tmp_path, 1.0)
+    assert row(table, "loss/eval") == ["loss/eval", "0.7000", ""]
+    # and behind it, two steps of eight examples from the start
+    table = summarize([start, *steps, middle], tmp_path, 1.0)
+    assert (
+        row(table, "loss/eval") == ["loss/eval", "0.7000", "0.5000"]
+        and "after 16 examples" in table
+    )
+    # do_first_eval=false: nothing is known of before
+    table = summarize([*steps, middle, end], tmp_path, 1.0)
+    assert row(table, "loss/eval") == ["loss/eval", "", "0.4000"] and "after 16 " not in table
+
+
 @pytest.mark.parametrize(
     ("records", "shown"),
     [

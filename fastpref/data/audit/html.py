@@ -138,6 +138,10 @@ def describe_lengths(histogram: Histogram) -> str:
     )
 
 
+def _span(low: int, high: int) -> str:
+    return f"{low:,} token{'s' * (low > 1)}" if low == high else f"{low:,} to {high:,} tokens"
+
+
 def histogram_svg(histogram: Histogram) -> str:
     """A histogram as inline SVG, with a line at the limit if that is within the bins."""
     highest, within = max(histogram.counts, default=0) or 1, histogram.bins_within
@@ -145,8 +149,7 @@ def histogram_svg(histogram: Histogram) -> str:
         Bar(
             "over" if within is not None and i >= within else "within",
             count / highest,
-            title=f"{histogram.edges[i] + 1:,} to {histogram.edges[i + 1]:,} tokens: "
-            f"{count:,} rows",
+            title=f"{_span(histogram.edges[i] + 1, histogram.edges[i + 1])}: {count:,} rows",
         )
         for i, count in enumerate(histogram.counts)
     ]

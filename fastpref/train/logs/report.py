@@ -65,12 +65,19 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
     """
     steps = [record for record in records if record["split"] == "train"]
     kind = "eval" if any(record["split"] == "eval" for record in records) else "train"
+    starts, ends, after = True, True, "after"
+    if kind == "eval":
+        lines = [record for record in records if record["split"] == "eval"]
+        # do_first_eval=false has none at the start, a run that was stopped perhaps no other
+        starts, ends = lines[0]["step"] == 0, lines[-1]["step"] > 0
+        if ends and steps and lines[-1]["step"] < steps[-1]["step"]:
+            after = f"after {lines[-1]['examples']:,} examples"
     table = Table(title=f"{run_dir.name}", title_justify="left")
-    for column in ("", "before", "after"):
+    for column in ("", "before", after):
         table.add_column(column, justify="left" if not column else "right")
     for key, found in by_metric(records, kind).items():
-        before = f"{found[0]:.4f}" if len(found) > 1 else ""
-        table.add_row(key, before, f"{found[-1]:.4f}")
+        before = f"{found[0]:.4f}" if starts and (len(found) > 1 or not ends) else ""
+        table.add_row(key, before, f"{found[-1]:.4f}" if ends else "")
     if steps:
         rates = [record["tokens_per_second"] for record in steps]
         table.add_section()
