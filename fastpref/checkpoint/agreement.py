@@ -45,7 +45,8 @@ class Agreement:
     @property
     def is_alone(self) -> bool:
         """Whether this is the only rank, so that DCP need not use gloo, whose threads copy tensors
-        with OpenMP: from then on OpenMP's threads sleep while they wait, 10 % of a step."""
+        with OpenMP: from then on OpenMP's threads sleep while they wait, which costs 10 % of a
+        step."""
         return self.size == 1
 
     def __enter__(self) -> "Agreement":

@@ -18,11 +18,11 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 """File with the name of the newest checkpoint, for people; `find_newest` does not rely on it."""
 MARK = ".has-checkpoints"
-"""File in the folder of a run that has saved a checkpoint: if none is left, they were lost."""
+"""File in the folder of a run that has saved checkpoints: if none is left, they were lost."""
 SIGN = ".seen-by-all-"
 """Prefix of the file by which ranks check that they share one disk."""
 PARTIAL, DELETED, ABANDONED = ".partial", ".deleted", ".abandoned"
-"""Suffixes of folders that are no checkpoints: being written, being deleted, set aside."""
+"""Suffixes of folders that are not checkpoints: being written, being deleted, set aside."""
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -171,7 +171,8 @@ def retain(
 
 
 def delete(path: Path) -> None:
-    """Delete a checkpoint, renamed first: what a kill leaves is not named like a checkpoint."""
+    """Delete a checkpoint after renaming it, so that if the process is killed the remains are not
+    named like a checkpoint."""
     doomed = path.with_name(path.name + DELETED)
     shutil.rmtree(doomed, ignore_errors=True)
     path.rename(doomed)

@@ -11,7 +11,7 @@ from fastpref.checkpoint.probe import PROBE_SIZE, probe_state
 from fastpref.checkpoint.state import policy_weights, trained_parameters
 
 BYTES_PER_TENSOR = 2048
-"""Overhead of each rank's shard of a tensor: its file header and its entries in the metadata."""
+"""Overhead of each rank's shard of a tensor: its header in the file and its metadata entries."""
 BYTES_PER_RANK = 32768
 """Size of a rank's random states as JSON."""
 

@@ -34,7 +34,7 @@ class Snapshot:
     state: TrainingState
     """Names, shapes and layouts; training may change the tensors' values meanwhile."""
     local_parts: dict[str, Tensor]
-    """This rank's shards, by tensor name: the bytes that are written."""
+    """This rank's shards or host copies of them, by tensor name: the bytes that are written."""
     random_states: dict[str, Any]
     """States of this rank's random generators, JSON."""
 

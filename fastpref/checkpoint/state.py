@@ -20,8 +20,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 """Prefixes of the tensors' names."""
 
 SHARD, WHOLE = "shard", "whole"
-"""Layout of a tensor in an optimizer's state: sharded like its parameter, or whole on every
-rank."""
+"""Layout of a tensor in an optimizer's state: that of its parameter, or whole on every rank."""
 
 OF_THE_MACHINE = ("params", "foreach", "fused", "capturable", "differentiable")
 """Optimizer options that depend on this machine and are left out of a checkpoint."""

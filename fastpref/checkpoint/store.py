@@ -45,7 +45,7 @@ class SaveReport:
     step: int
     """Optimizer steps completed."""
     folder: Path
-    """The checkpoint's folder, also of one that failed."""
+    """The checkpoint's folder, whether or not the save succeeded."""
     num_bytes: int
     """Size on disk; 0 if the save failed."""
     standstill_seconds: float
@@ -137,7 +137,7 @@ class CheckpointStore:
             record: Returned by `load_checkpoint`: the run's progress, fingerprints and the like.
                 JSON: keys are strings, tuples come back as lists.
             metrics: Held-out metrics of these weights, including the one of `best`.
-            last: Training is over: write it before this returns, without a copy.
+            last: Training ends here: write it before this returns, without a copy.
         """
         started = time.perf_counter()
         self._join()
@@ -167,7 +167,7 @@ class CheckpointStore:
             self._write(snapshot, started, beside=False)
             self._raise_bug()
             return
-        # until it ends this thread has the agreement's process group to itself
+        # until the writer thread ends, no other thread may use the agreement's process group
         self._writer = threading.Thread(
             target=self._write,
             args=(snapshot, started),

@@ -107,10 +107,10 @@ class _DirectFiles(FileSystem):
 
 
 class _LocalPlanner(DefaultSavePlanner):
-    """Plans a save by the DTensors, but writes the bytes of copies of their local shards.
+    """Plans a save by the DTensors, but writes the bytes of `parts`.
 
     Args:
-        parts: The copies, by tensor name.
+        parts: Their local shards or copies of these, by tensor name.
     """
 
     def __init__(self, parts: dict[str, Tensor]) -> None:
