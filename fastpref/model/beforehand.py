@@ -92,14 +92,14 @@ def check_options(
 
 
 def check_files(model: ModelConfig) -> None:
-    """Refuse files of weights that are incomplete or do not fill their model; a hub model is not
-    checked.
+    """Refuse files of weights that are incomplete or do not fill their model; a hub model and a
+    `policy.pt` are not checked.
 
     Args:
         model: Model options.
 
     Raises:
-        CheckpointError: naming what is missing.
+        CheckpointError: naming what is missing or has another shape.
     """
     source = named_model(model)
     if model.archive:
@@ -113,7 +113,8 @@ def check_files(model: ModelConfig) -> None:
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
-    """The tokenizer that model options name, and the number of rows of the model's embedding.
+    """The tokenizer that model options name, and the number of rows of the model's embedding; no
+    weights are loaded.
 
     Raises:
         CheckpointError: there is no such model.

@@ -42,7 +42,7 @@ def build_scorer(
         attention: Backend for packed rows; None for padded rows.
         adapters: The adapters in it; if it is trained, only they are.
         replicated: Every rank holds the whole model.
-        router: Its router of experts, whose load-balancing loss a trained model may have.
+        router: Its router of experts; if trained, its load-balancing loss may be added.
 
     Raises:
         ConfigError: a load-balancing loss is requested that cannot be computed for the model.

@@ -26,7 +26,7 @@ def choose_compilation(wish: str, model: Any, world: World, *, num_tokens: int) 
     Depends only on the run and the number of devices, so that a resumed run computes as before.
 
     Args:
-        wish: "auto", "true" or "false"; auto compiles on a GPU alone.
+        wish: "auto", "true" or "false"; auto compiles only on a GPU.
         model: A causal LM of transformers.
         num_tokens: Tokens of the whole run, over all devices.
     """

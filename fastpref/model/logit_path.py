@@ -136,7 +136,7 @@ def title(model: Any) -> str:
 def probe_ids(model: Any, num_rows: int, length: int) -> Tensor:
     """Ordinary token ids to probe a model with, (num_rows, length) int64, the same every time.
 
-    Special ids, such as placeholders of images, are left out: they may not be treated as text.
+    Special ids, such as placeholders of images, are left out: some models do not read them as text.
     """
     vocab_size = model.get_input_embeddings().weight.shape[0]
     special = set(_special_ids(model.config))
@@ -157,7 +157,8 @@ def _special_ids(config: Any) -> Iterator[int]:
 
 
 def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
-    """Call `function`, which runs a family's own code; any failure refuses the model.
+    """Call `function`, which runs a family's own code; if it fails, the model is refused. Running
+    out of memory is raised as it is.
 
     Raises:
         ConfigError: the call failed; names its error.

@@ -24,7 +24,8 @@ class MasterWeights:
 
     Between steps the model holds the masters, the only weights that optimizer, export and
     checkpoints see; from `lend()` to `take_back()`, that is from a forward to the end of its
-    backward, it holds the copy. A gradient of the copy, once complete, is added to its master's.
+    backward, it holds the copy. As soon as a gradient of the copy is complete, it is added to its
+    master's and freed.
 
     Args:
         model: On its device.

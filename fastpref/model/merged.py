@@ -18,11 +18,11 @@ def load_merged(
     """Load a trained adapter merged into its base, in float32 on the CPU.
 
     Args:
-        folder: The adapter's.
+        folder: The adapter's folder.
         model: Model options of the run that trained it.
         adapter: Adapter options of that run. An adapter of 4-bit layers learnt to compensate for
             their rounding, so it is merged into the dequantized weights, not the original ones.
-        device: Device to quantize on, the one that trained.
+        device: Device to quantize on, the one that the adapter was trained on.
 
     Raises:
         CheckpointError: the merged model does not compute the same as base and adapter.

@@ -49,7 +49,7 @@ class SequenceGroup(NamedTuple):
     shape: tuple[int, int]
     """S, L."""
     sources: Tensor
-    """(tokens,) int64: the group's tokens, prefixes included, as indices into all sequences'."""
+    """(tokens,) int64: indices of the group's tokens, prefixes included, among all sequences'."""
     slots: Tensor
     """(tokens,) int64: their places in the flattened (S, L) batch."""
     own: Tensor
@@ -148,7 +148,7 @@ def current_sequences() -> Sequences | None:
 
 def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module], str | None]:
     """The layers of blocks that mix tokens by other means than attention; and why the model cannot
-    compute packed rows even with these isolated, None if nothing is known against it.
+    compute packed rows even if these are isolated, None if no reason is known.
 
     Found by class names and config, not by measuring: what a short convolution leaks between packed
     sequences may be small enough to pass for rounding.
@@ -238,7 +238,7 @@ def _by_sequence(forward: Callable[..., Any]) -> Callable[..., Any]:
         sequences = current_sequences()
         if sequences is None:
             return forward(*args, **kwargs)
-        # inside, rows are right-padded and plainly causal: neither packed layout nor mask
+        # inside, rows are right-padded and plainly causal: they need no packed layout and no mask
         kwargs.pop("fastpref_row", None)
         bound = signature.bind(*args, **kwargs)
         if "attention_mask" in bound.arguments:

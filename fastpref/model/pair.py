@@ -50,7 +50,7 @@ def build_pair(
     longest: int,
     num_tokens: int = 0,
 ) -> Pair:
-    """Load and check a policy, and its reference if it computes online; build their scorers.
+    """Load and check a policy, load its reference if it computes in every step, build both scorers.
 
     Args:
         longest: Tokens in the longest sequence.

@@ -77,7 +77,7 @@ def fits_whole(model: Any, adapters: Adapters, options: AdapterConfig, world: Wo
 
 
 def replicate(scorer: TokenScorer, device: torch.device) -> None:
-    """Broadcast a scorer's parameters and buffers from rank 0 to every rank."""
+    """Move a scorer to its device, and broadcast parameters and buffers from rank 0."""
     scorer.to(device)
     for tensor in (*scorer.parameters(), *scorer.buffers()):
         dist.broadcast(tensor.detach(), src=0)

@@ -53,7 +53,7 @@ def keep_steady(model: nn.Module) -> None:
     """Make length-dependent rotary frequencies a function of each forward's sequences alone.
 
     Args:
-        model: A model of transformers; the forwards of its rotary modules are replaced.
+        model: A model of transformers; the forwards of such rotary modules are replaced.
     """
     for module in model.modules():
         rope_type = getattr(module, "rope_type", None)

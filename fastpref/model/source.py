@@ -27,8 +27,8 @@ from fastpref.model.two_tables import holds_two_tables, untie_two_tables
 logger = logging.getLogger("fastpref")
 
 numbers_on_the_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-"""Context in which `torch.linspace` creates CPU tensors, so that a model's code can read their
-values on the meta device; versions of transformers without it cannot load such a model at all."""
+"""Context in which `torch.linspace` creates CPU tensors, so that code which reads their values can
+build a model on the meta device; versions of transformers without it cannot load such a model."""
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes that are defined by their tokenizer.json alone."""
 
@@ -46,7 +46,7 @@ def load_model(
         source: The model and its adapters.
         dtype: Dtype of the weights in memory.
         attention: eager or sdpa; any other leaves the choice to transformers, because
-            FlashAttention runs on a GPU alone and the model is checked on the CPU.
+            FlashAttention runs only on a GPU and the model is checked on the CPU.
         archive: Weights to load instead of the model's own: a Hugging Face folder, a run folder
             or a seed-format `policy.pt`.
 

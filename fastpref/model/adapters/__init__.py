@@ -1,4 +1,4 @@
 """Low-rank adapters: peft's folders, target layers, their arithmetic, and 4-bit base layers.
 
-`model/own_reference.py` and `model/pair.py` make a policy and its reference of a model with them.
+No reference here: `model/pair.py` and `model/own_reference.py` make one of a policy with adapters.
 """

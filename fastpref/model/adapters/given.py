@@ -1,4 +1,4 @@
-"""Existing adapters, unmerged beside their unchanged base: which are possible; their weights."""
+"""Existing adapters used unmerged beside an unchanged base: checks, and loading their weights."""
 
 from typing import Any
 
@@ -153,10 +153,10 @@ def fill_adapter(model: Any, folder: str, name: str) -> None:
 
 
 def adapter_part(parameter: str) -> bool:
-    """Whether a parameter's name is that of an adapter's."""
+    """Whether a parameter, given by name, belongs to an adapter."""
     return any(part.startswith("lora_") for part in parameter.split("."))
 
 
 def is_of(parameter: str, adapter: str) -> bool:
-    """Whether a parameter's name is that of one of this adapter's."""
+    """Whether a parameter, given by name, belongs to this adapter."""
     return adapter_part(parameter) and adapter in parameter.split(".")

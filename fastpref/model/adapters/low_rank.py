@@ -65,7 +65,8 @@ def take_apart(A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
 
 
 def has_units(tensor: Tensor) -> bool:
-    """Whether tensor cores multiply the tensor's dtype, accumulating in float32."""
+    """Whether products with this input are made in 16-bit parts: bfloat16 on a GPU, whose tensor
+    cores accumulate in float32."""
     # the meta device stands for a GPU, to estimate its memory
     return tensor.device.type in ("cuda", "meta") and tensor.dtype == torch.bfloat16
 
@@ -143,7 +144,7 @@ class _InFloat32(torch.autograd.Function):
         # not a view: a model may change it in place
         output = F.linear(input, weight, bias)
         _add_product(output.view(-1, output.shape[-1]), h_NR, B.T, scaling)
-        # saving the input takes no memory: its producer and other layers keep it too
+        # saving the input takes no memory: the operation that made it, or other layers, save it too
         ctx.save_for_backward(input, weight, A, B, h_NR)
         ctx.scaling = scaling
         return output
@@ -222,7 +223,7 @@ class _InParts(torch.autograd.Function):
         x_NI, dy_NO = input.flatten(0, -2), gradients[0].flatten(0, -2)
         R = parts_A.shape[0] // 3
         dh_N3R = _left(_times_pair(dy_NO, _pair(parts_B).T))
-        # in the layouts of A and B
+        # gradients in the layouts of A and B
         products = torch.mm(dh_N3R[:, : 2 * R].T, x_NI, out_dtype=torch.float32)
         dA = (products[:R] + products[R:]).mul_(ctx.scaling)
         dB = _times_pair(dy_NO.T, h_N3R[:, : 2 * R]).mul_(ctx.scaling)

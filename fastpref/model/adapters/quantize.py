@@ -22,7 +22,7 @@ def quantize_blocks(model: Any, block_name: str | None, world: World) -> None:
     """Replace the linear layers of a model's blocks by 4-bit ones on the device, in place.
 
     Args:
-        model: A causal LM of transformers, on the CPU; rank 0's alone has weights.
+        model: A causal LM of transformers, on the CPU; only rank 0's has weights.
         block_name: Class of the transformer blocks, None: found from the model.
         world: The ranks, each of which gets every layer whole.
 

@@ -24,7 +24,7 @@ def choose_targets(
 ) -> tuple[list[str], list[str]]:
     """Name suffixes of layers, and of single parameters such as stacked experts, to adapt.
 
-    For the layers of a multimodal wrapper full names: where the adapter is used, the wrapper's
+    For the layers of a multimodal wrapper, full names: where the adapter is used, the wrapper's
     other parts are present too and may have layers with the same suffix.
 
     Args:

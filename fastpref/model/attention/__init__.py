@@ -1,5 +1,5 @@
 """Attention over packed rows, by whichever library computes it correctly here.
 
 Enters: a segment layout. Leaves: one `PackedAttention`, chosen by a numerical check. To be changed
-here: a backend, what it is checked for.
+here: backends, and how they are checked.
 """

@@ -32,7 +32,7 @@ class PackedAttention:
     """The value of `model.attention` that selects it."""
     attend: Attend
     prepare: Callable[[SegmentLayout], Any] = lambda layout: layout
-    """Makes of the layout what `attend` takes; called once per forward, not once per layer."""
+    """Converts the layout to the form `attend` takes; called once per forward, not per layer."""
     gathers_keys: bool = False
     """Whether a shared prompt's keys and values are copied for each of its branches."""
 
@@ -60,7 +60,7 @@ def attend_in_math(
 
 
 class ByWindow:
-    """A layout, and what a backend makes of it for each sliding window, computed on first use."""
+    """A layout, and a backend's form of it for each sliding window, computed on first use."""
 
     def __init__(
         self, make: Callable[[SegmentLayout, int | None], Any], layout: SegmentLayout
@@ -195,7 +195,7 @@ def block_mask(layout: SegmentLayout, window: int | None) -> Any:
         table[segment_of, 2],
         table[segment_of, 3],
     )
-    # of each token in its own sequence, prefix included
+    # position of each token in its own sequence, prefix included
     position = torch.arange(T, device=device) - start + prefix_stop - prefix_start
 
     def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor
 from fastpref.batch import SegmentLayout, send
 
 LONG_KEYS = 128
-"""Keys from which on a segment gets a call of its own on a CPU, as it keeps the kernel busy alone.
-On a GPU none does."""
+"""Number of keys from which on a segment gets a call of its own on a CPU: it keeps the kernel busy.
+A single segment never keeps a GPU busy."""
 SHORT_PART = 64
 """Minimum step, in queries, when a segment is divided for a sliding window."""
 MAX_SCORES = 2**22
@@ -55,9 +55,10 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
     """Group the segments of a packed row: plainly causal groups first, then those with a mask.
 
     Args:
-        window: Sliding window in tokens; None: all earlier tokens. Segments longer than it are
-            divided, so that a query is multiplied with about twice the keys of a window at most.
-            On a GPU any segment may be divided, to limit the scores in memory.
+        window: Sliding window in tokens; None: all earlier tokens. Segments with more keys are
+            divided, so that a query is multiplied with fewer than twice the window's keys, or
+            than window + `SHORT_PART` of a short window. On a GPU any segment may be divided, to
+            limit the scores in memory.
     """
     device = layout.query_offsets.device
     long_keys, max_scores = (

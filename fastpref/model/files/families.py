@@ -87,7 +87,7 @@ def _own_class(config: Any) -> str | None:
 
 
 def _class_in(mapping: Any, config: Any) -> Any:
-    """The class of a mapping that a config asks for, None if it has none."""
+    """The class that a mapping has for a config, None if it has none."""
     classes = mapping.get(type(config), None)
     if not isinstance(classes, list | tuple):
         return classes

@@ -200,7 +200,7 @@ def load_weights(
 def _load_full(
     load: Callable[[], Any], opening: str, build: Callable[[], Any], shapes: Callable[[], Shapes]
 ) -> Any:
-    """The model that `load` returns, see `_load_filled`; warns of weights that it does not have."""
+    """The model that `load` returns, see `_load_filled`; warns of weights that it does not use."""
     model, info = _load_filled(load, opening, build, shapes)
     spare = sorted(name for name in info["unexpected_keys"] if not TABLES.search(name))
     if spare:
@@ -238,7 +238,7 @@ def named_weights(model: Any) -> dict[str, Tensor]:
 def find_misfit(build: Callable[[], Any], found: Shapes) -> tuple[list[str], list[str]]:
     """A model's weights that its files lack, and those that they hold in another shape.
 
-    By the names of the files: transformers renames weights while it loads them (GPT-NeoX's
+    Both are named as in the files: transformers renames weights while it loads them (GPT-NeoX's
     `embed_out`) and stacks a layer's experts.
 
     Args:

@@ -31,7 +31,7 @@ class LoadedDtypes:
     by_name: Mapping[str, torch.dtype]
     """By the weights' names in its files."""
     commonest: torch.dtype | None
-    """That of most elements; None if unknown."""
+    """Dtype of most elements; None if unknown."""
 
 
 def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:

@@ -115,7 +115,7 @@ class ModelSource(NamedTuple):
     """A model on disk or the hub: base weights, and the adapters to merge into them."""
 
     name: str
-    """Folder or hub name that was asked for."""
+    """Folder or hub name that the option names; an adapter's, if it names one."""
     base: str
     """Folder or hub name with config and weights."""
     revision: str | None
@@ -198,7 +198,7 @@ def _adapter_folder(name: str, revision: str | None) -> str | None:
 
 
 def _base_of(adapter: Path) -> tuple[str, str | None]:
-    """Base and revision that an adapter names; a path may be relative to the adapter's folder."""
+    """Base and revision that an adapter names; a path is relative to the cwd or to the adapter."""
     fields = read_object(adapter / ADAPTER_CONFIG)
     name = fields.get(BASE_FIELD)
     if not isinstance(name, str) or not name:

@@ -122,7 +122,7 @@ def arrange(model: Any, weights: Mapping[str, Tensor], source: SourceWeights) ->
         if alone and place is not None and place in weights and name not in own
     }
     renamed = set(given.values())
-    # without names for which the files only have another one
+    # drop names of weights that the files hold under another name only
     own = {
         name: weight
         for name, weight in own.items()
@@ -211,7 +211,7 @@ class _Held:
         """Read a tensor.
 
         Raises:
-            CheckpointError: the file was overwritten in place, so that it may not be read any more.
+            CheckpointError: the file was overwritten in place, so that reading it is unsafe.
         """
         now = _state(self._path)
         # another file under that name has another inode

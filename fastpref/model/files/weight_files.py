@@ -42,7 +42,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Names of the weights in `weight_files`, each with a handle of its shape and dtype, unread."""
+    """Names of the weights in `weight_files`, each with an unread slice for its shape and dtype."""
     for path in weight_files(folder):
         with safe_open(path, "pt") as file:
             names = file.keys()
