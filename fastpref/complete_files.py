@@ -100,7 +100,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
 
 def share(folder: Path, remains: str) -> IO[str]:
     """Take a shared lock on a folder that several processes may write to; closing it releases it.
-    A process that is alone there first deletes the files that killed processes left behind.
+    A process that is alone in the folder first deletes files that killed processes left behind.
 
     Args:
         folder: Must exist.

@@ -30,7 +30,8 @@ TIMEOUT = datetime.timedelta(minutes=30)
 """How long ranks wait for one another by default."""
 OWN_RUN_ID = "fastpref"
 """Run id of the torchrun that fastpref itself starts."""
-# of the rendezvous: ranks do not start at the same moment, however short their timeout is later
+# lower bound of the rendezvous timeout: ranks do not start at the same moment, however short a
+# timeout of collectives the user sets
 SHORTEST_MEETING = datetime.timedelta(minutes=1)
 # rank 0 may download a model or tokenize a large data set while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
@@ -235,7 +236,7 @@ def launched() -> bool:
 
 
 def told_where_to_meet() -> bool:
-    """Whether the user's own torchrun started this process, rather than one of fastpref's."""
+    """Whether the user's own torchrun started this process, rather than the one of fastpref."""
     return os.environ.get("TORCHELASTIC_RUN_ID", OWN_RUN_ID) != OWN_RUN_ID
 
 

@@ -10,7 +10,7 @@ class FastprefError(Exception):
 
     exit_code = 1
     is_own = False
-    """Only this rank knows of the error, so it prints it whatever its rank number."""
+    """Whether only this rank knows of the error, and so prints it, whatever its rank number."""
 
 
 class ConfigError(FastprefError):
@@ -66,7 +66,8 @@ class RankError(DistributedError):
 
 
 class PreemptionError(FastprefError):
-    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; it says what was saved."""
+    """SIGTERM, SIGUSR1 or SIGHUP arrived, or the deadline is near; the message says what was
+    saved."""
 
     exit_code = 75
 

@@ -24,8 +24,8 @@ def stop_without_launcher() -> None:
 
 @contextmanager
 def forks_end_with_us() -> Iterator[None]:
-    """While entered, processes forked here end whenever and however this process ends, and exit
-    silently on a signal."""
+    """While entered, processes forked here end whenever this process ends, on Linux even if it is
+    killed, and exit silently on a signal."""
     _forks_work_for_us.append(True)
     try:
         yield
@@ -52,7 +52,7 @@ def _begin_as_fork() -> None:
     # no Python handlers: one whose signal comes just before a blocking call runs only after it
     for number in heard():
         signal.signal(number, signal.SIG_DFL)
-    # on other systems than Linux an orphaned fork waits for work that never comes
+    # Linux only: on other systems an orphaned fork waits for work that never comes
     _hear_of_parents_death(signal.SIGKILL)
 
 

@@ -30,8 +30,8 @@ STORE_SECONDS = 5.0
 QUERY_SECONDS, WATCH_SECONDS = 0.001, 1.0
 """Intervals between two polls of a GPU's event, and of the other ranks' state."""
 LOST_SECONDS = 30.0
-"""Time without a heartbeat after which a rank that a GPU may wait for counts as lost; and then
-until a process is ended whose host thread is blocked and cannot be told."""
+"""Time without a heartbeat after which a rank that a GPU may wait for counts as lost. A process
+whose GPU is busy for as long again is ended, as its host thread is blocked."""
 
 
 class Heartbeat:

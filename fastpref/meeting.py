@@ -56,7 +56,7 @@ def join_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
 
 
 def _open_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
-    """Connect to the store, without waiting for the other ranks."""
+    """Open the store, hosted by rank 0 or by torchrun, without waiting until all ranks joined."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(stores.rendezvous("env://", rank, size, timeout=timeout))
         return store

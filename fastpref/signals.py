@@ -83,8 +83,8 @@ def end_if_past(seconds: int | None, world: "World", outcome: str) -> None:
 
 @contextmanager
 def signals_end_the_process() -> Iterator[None]:
-    """While entered, a signal ends the process at once, with the signal's exit code and a
-    message."""
+    """While entered, a signal ends the process at once, with the exit code and the message of its
+    `stop_error`."""
 
     owner = os.getpid()
 
@@ -141,8 +141,8 @@ def die(number: int, _: FrameType | None = None) -> None:
 
 
 def heard(numbers: Iterable[signal.Signals] = SIGNALS) -> list[signal.Signals]:
-    """Those of `numbers` that this process was not started to ignore: a background process of a
-    script ignores the Ctrl-C that is meant for the foreground."""
+    """Those of `numbers` that this process does not ignore: a background process of a script is
+    started to ignore the Ctrl-C that is meant for the foreground."""
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
@@ -202,7 +202,7 @@ class StopRequest:
         return bool(self._received or self._asked or self._agreed or self._failure)
 
     def ask(self, reason: int) -> None:
-        """Ask all ranks to stop for a reason that is no signal, such as `NON_FINITE`."""
+        """Ask all ranks to stop for a reason other than a signal, such as `NON_FINITE`."""
         self._asked = max(self._asked, reason)
 
     def agreed(self, world: "World") -> bool:
