@@ -30,8 +30,9 @@ STORE_SECONDS = 5.0
 QUERY_SECONDS, WATCH_SECONDS = 0.001, 1.0
 """Intervals between two polls of a GPU's event, and of the other ranks' state."""
 LOST_SECONDS = 30.0
-"""Time without a heartbeat after which a rank that a GPU may wait for counts as lost. A process
-whose GPU is busy for as long again is ended, as its host thread is blocked."""
+"""Time without a heartbeat after which a rank that a GPU may wait for counts as lost. If a
+rank is lost or ended and the GPU stays busy for as long again, the process is ended: its host is
+blocked."""
 
 
 class Heartbeat:

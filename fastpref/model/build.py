@@ -42,7 +42,7 @@ def build_scorer(
         attention: Backend for packed rows; None for padded rows.
         adapters: The adapters in it; if it is trained, only they are.
         replicated: Every rank holds the whole model.
-        router: Its router of experts; if trained, its load-balancing loss may be added.
+        router: Its router of experts; a trained model may add the load-balancing loss.
 
     Raises:
         ConfigError: a load-balancing loss is requested that cannot be computed for the model.

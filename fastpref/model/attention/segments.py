@@ -56,9 +56,8 @@ def group_segments(layout: SegmentLayout, window: int | None = None) -> tuple[Se
 
     Args:
         window: Sliding window in tokens; None: all earlier tokens. Segments with more keys are
-            divided, so that a query is multiplied with fewer than twice the window's keys, or
-            than window + `SHORT_PART` of a short window. On a GPU any segment may be divided, to
-            limit the scores in memory.
+            divided, so that a query is multiplied with fewer than window + max(window,
+            `SHORT_PART`) keys. On a GPU any segment may be divided, to limit the scores in memory.
     """
     device = layout.query_offsets.device
     long_keys, max_scores = (
