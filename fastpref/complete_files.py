@@ -91,7 +91,7 @@ def complete_folder(folder: Path) -> Iterator[Path]:
             remove(partial)
             yield partial
             # a network file system reports failed writes here at the latest, whoever made them
-            for path in partial.rglob("*"):
+            for path in (partial, *partial.rglob("*")):
                 sync(path)
             replace_folder(partial, folder)
         finally:

@@ -18,6 +18,8 @@ class LossNeeds(NamedTuple):
     """Token weights, which multiply log-ratios and KL."""
     kl: str | None = None
     """The KL of every token, in the direction that `token_logps_and_kl` names so."""
+    metrics_kl: str | None = None
+    """The KL that some metrics tell, though the loss is made without one."""
 
 
 @dataclass(kw_only=True)
@@ -148,10 +150,16 @@ class TISDPOConfig(LossConfig):
     """Weight of the KL(policy || reference) difference, >= 0; used with token_level=true."""
     token_level: bool = False
     """Add the weighted KL term. Token weights multiply the log-ratios either way."""
+    kl_metrics_every: int = 10
+    """Without token_level: optimizer steps between metrics lines with KL, which the loss does not
+    need and which costs it half as many operations again in the head, >= 1."""
 
     @property
     def needs(self) -> LossNeeds:
-        return LossNeeds(weights=True, kl="policy_reference" if self.token_level else None)
+        direction = "policy_reference"
+        if self.token_level:
+            return LossNeeds(weights=True, kl=direction)
+        return LossNeeds(weights=True, metrics_kl=direction)
 
 
 LOSS_BOUNDS: dict[str, dict[str, float]] = {

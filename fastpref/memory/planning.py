@@ -115,7 +115,9 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
     )
     adapted_head = numbers_of_adapted_head(model) if adapter.trained else 0
     is_trained = not adapter.trained or adapted_head > 0
-    num_exponentials = (2 if training.loss.needs.kl else 1) * is_trained
+    needs = training.loss.needs
+    has_kl = training.has_reference and (needs.kl or needs.metrics_kl) is not None
+    num_exponentials = (2 if has_kl else 1) * is_trained
     return Counted(weights, tokens, sizes, num_exponentials, adapted_head)
 
 

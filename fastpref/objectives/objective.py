@@ -80,8 +80,6 @@ class Objective:
     """The same losses from `tdpo1_token_values` (N,), with the metrics that these allow."""
     detailed_every: int = 1
     """Interval, in optimizer steps, of steps that compute all metrics, where some cost more."""
-    held_out_kl: str | None = None
-    """Direction of a KL reported for held-out rows although the loss does not use it."""
     starts_at_log_two: bool = False
     """Whether the loss is ln 2 while policy and reference are equal."""
 
@@ -133,7 +131,7 @@ def build_objective(config: LossConfig) -> Objective:
             sums = _log_ratios_and_kl if config.token_level else _log_ratios_alone
             return replace(
                 _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True),
-                held_out_kl="policy_reference",
+                detailed_every=1 if config.token_level else config.kl_metrics_every,
             )
     raise AssertionError(f"build_objective has no case for {type(config).__name__}")
 

@@ -33,9 +33,9 @@ class StepLoss:
         self.objective = objective
         self._policy = policy
         self._reference = reference
-        kl = objective.needs.kl
-        self._score = _choose_scores(kl, policy, reference)
-        self._score_held_out = _choose_scores(kl or objective.held_out_kl, policy, reference)
+        needs = objective.needs
+        self._score = _choose_scores(needs.kl, policy, reference)
+        self._score_in_detail = _choose_scores(needs.kl or needs.metrics_kl, policy, reference)
         # with a softcap the mean of the logits is not linear in the hidden states
         has_values = objective.losses_of_values is not None
         self._from_values = has_values and policy.path.softcap is None
@@ -66,7 +66,7 @@ class StepLoss:
         """Losses and metrics of the objective, without the router's loss."""
         detailed = step is None or step % self.objective.detailed_every == 0
         if detailed or not self._from_values:
-            score = self._score_held_out if step is None else self._score
+            score = self._score_in_detail if detailed else self._score
             return self.objective.losses(score(batch), batch)
         assert self._reference is not None and self.objective.losses_of_values is not None
         values_N = self._policy.tdpo1_values(batch, _states(self._reference, batch))

@@ -153,7 +153,7 @@ def log_probabilities(model, rows) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [pad_rows, pack_rows])
-@pytest.mark.parametrize("name", ["simpo", "tdpo1", "tdpo2", "tisdpo token_level"])
+@pytest.mark.parametrize("name", ["simpo", "tdpo1", "tdpo2", "tisdpo", "tisdpo token_level"])
 def test_tokens_that_are_not_scored_have_no_part_in_a_loss(name, layout):
     config, rows = CONFIGS[name], list(ROWS)
     rows[0] = rows[0]._replace(chosen_scored=[True, False, True])
@@ -178,7 +178,7 @@ def test_tokens_that_are_not_scored_have_no_part_in_a_loss(name, layout):
     objective = build_objective(config)
     scorers = [TokenScorer(model, build_attention("sdpa")) for model in (policy, reference)]
     step_loss = StepLoss(objective, *scorers)
-    # without all metrics TDPO1 is computed in another way
+    # without all metrics TDPO1 and TIS-DPO are computed in another way
     for step in (None, 1):
         policy.zero_grad()
         losses, _ = step_loss.compute(batch, step)
@@ -208,7 +208,7 @@ def test_metric_names_are_the_seeds():
         assert set(CONFIGS[name].held_out_names) == held_out, name
 
 
-def test_held_out_rows_tell_the_kl_that_tisdpo_trains_without():
+def test_every_tenth_step_and_held_out_rows_tell_the_kl_that_tisdpo_trains_without():
     batch = pad_rows(ROWS, pad_token_id=0)
     models = [build_model(family, vocab_size=V) for family in ("llama", "qwen2")]
     scorers = [TokenScorer(model, build_attention("sdpa")) for model in models]
@@ -216,10 +216,11 @@ def test_held_out_rows_tell_the_kl_that_tisdpo_trains_without():
         StepLoss(build_objective(TISDPOConfig(token_level=token_level)), *scorers)
         for token_level in (False, True)
     )
-    assert "kl/margin" not in plain.compute(batch, 0)[1]
-    metrics, expected = (step_loss.compute(batch, None)[1] for step_loss in (plain, with_kl))
-    for name in ("kl/chosen", "kl/rejected", "kl/margin"):
-        assert torch.equal(metrics[name], expected[name]) and metrics[name].abs().min() > 1e-3
+    assert "kl/margin" not in plain.compute(batch, 1)[1]
+    for step in (None, 0, 10):
+        metrics, expected = (step_loss.compute(batch, step)[1] for step_loss in (plain, with_kl))
+        for name in ("kl/chosen", "kl/rejected", "kl/margin"):
+            assert torch.equal(metrics[name], expected[name]) and metrics[name].abs().min() > 1e-3
 
 
 def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():

@@ -21,6 +21,11 @@ def said(*arguments):
     ("arguments", "message"),
     [
         ("loss=tdpo loss.kl_metrics_every=10", "loss.kl_metrics_every has no effect: TDPO2"),
+        ("loss=tisdpo loss.token_level=true loss.kl_metrics_every=5", "every line has the KL"),
+        (
+            "loss=tisdpo loss.kl_metrics_every=5 reference.mode=cache",
+            "loss.kl_metrics_every .* reference.mode=cache keeps no reference",
+        ),
         ("loss=tdpo loss.if_tdpo2=false loss.alpha=0.5", "loss.alpha has no effect: .* is TDPO1"),
         ("loss=tisdpo loss.alpha=0.9", "loss.alpha .* loss.token_level=true adds"),
         ("loss=dpo data.eos_weight=1", "data.eos_weight .* loss=dpo takes no token weights"),

@@ -59,8 +59,8 @@ def _is_tdpo(loss: LossConfig, *, two: bool) -> bool:
     return isinstance(loss, TDPOConfig) and loss.if_tdpo2 == two
 
 
-def _is_tisdpo_without_kl(loss: LossConfig) -> bool:
-    return isinstance(loss, TISDPOConfig) and not loss.token_level
+def _is_tisdpo(loss: LossConfig, *, token_level: bool) -> bool:
+    return isinstance(loss, TISDPOConfig) and loss.token_level == token_level
 
 
 RULES = (
@@ -70,13 +70,25 @@ RULES = (
         "TDPO2 has its KL in every line",
     ),
     Rule(
+        "loss.kl_metrics_every",
+        lambda c: _is_tisdpo(c.loss, token_level=True),
+        "with loss.token_level=true every line has the KL",
+    ),
+    Rule(
+        "loss.kl_metrics_every",
+        lambda c: (
+            _is_tisdpo(c.loss, token_level=False) and c.reference.is_cached(c.loss, c.n_epochs)
+        ),
+        "reference.mode={c.reference.mode} keeps no reference to compute a KL with",
+    ),
+    Rule(
         "loss.alpha",
         lambda c: _is_tdpo(c.loss, two=False),
         "loss.if_tdpo2=false is TDPO1, which has no such weight",
     ),
     Rule(
         "loss.alpha",
-        lambda c: _is_tisdpo_without_kl(c.loss),
+        lambda c: _is_tisdpo(c.loss, token_level=False),
         "it weighs the KL, which loss.token_level=true adds",
     ),
     Rule(
