@@ -156,7 +156,7 @@ def _product(exp_RV: Tensor, weight_VD: Tensor, step: int) -> Tensor:
 
 
 def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
-    """Exponentials times one float32 value per column, (R,); 16-bit GEMMs use a high and low part.
+    """Exponentials times a float32 value per column, (R,); a high and a low part keep precision.
 
     A value of -inf counts only in rows where the column has weight, as 0 · (-inf) is NaN.
     """
