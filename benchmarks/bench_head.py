@@ -5,8 +5,8 @@
     python benchmarks/bench_head.py --real-head real_head.pt --json
 
 Each contender is timed once per round, so that drifts of the machine's speed affect all of them. A
-peer that cannot run is listed with the reason; an error of ours, or a violated accuracy bound, ends
-the run with exit code 1.
+peer that cannot run is listed with the reason. After an error of ours or a violated accuracy bound
+the exit code is 1.
 """
 
 import argparse

@@ -132,7 +132,7 @@ def _case(
     generator: torch.Generator,
 ) -> Case:
     grad_N = torch.rand(len(target_N), device=input_ND.device, generator=generator)
-    # as in DPO: positive for chosen tokens, negative for rejected ones, divided by the batch size
+    # as in DPO: positive for chosen tokens, negative for rejected ones, divided by N
     sign_N = torch.where(torch.arange(len(grad_N), device=grad_N.device) % 2 == 0, 1.0, -1.0)
     grad_N *= sign_N / len(grad_N)
     # KL = ½ Var(Δz) and Δz = W·Δh: a change of the logits by 0.077 nats gives a KL of 0.003

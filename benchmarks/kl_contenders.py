@@ -1,8 +1,8 @@
 """Implementations of TDPO's token values from two models' hidden states, behind one interface.
 
 A contender returns, for each token, v = log p_y - log q_y + κ · KL(q ‖ p) and the KL, κ = 1 for
-TDPO1 and 0.5 for TDPO2. As in TDPO2's loss, the KL of the chosen tokens (one half) is detached
-there. "frozen": both models share one head, which requires no gradient.
+TDPO1 and 0.5 for TDPO2, where the KL of the chosen tokens (one half) is detached, as in its loss.
+"frozen": both models share one head, which requires no gradient.
 """
 
 from collections.abc import Callable

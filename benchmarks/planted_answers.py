@@ -12,7 +12,7 @@ from fastpref.data.sources.planted import check_answer, generate_rows
 
 
 def share_right(model_dir: str, *, do_sample: bool) -> float:
-    """Share of the 256 test prompts answered correctly, greedily or sampled (seed 0)."""
+    """Share of the 256 test prompts answered correctly, greedily or at temperature 1, seed 0."""
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     prompts = [row["prompt"] for row in generate_rows("test")]

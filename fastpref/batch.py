@@ -74,9 +74,9 @@ class SegmentLayout:
     key_offsets: Tensor
     """(segments + 1,) int32, into `keys`; into the row if there are no branches."""
     longest: int
-    """Most queries of a segment."""
+    """Maximum number of queries per segment."""
     longest_keys: int
-    """Most keys of a segment."""
+    """Maximum number of keys per segment."""
     keys: Tensor | None
     """(K,) int64: positions in the row of the keys, segment by segment, prefix first; None without
     branches, where the keys are the row itself."""

@@ -231,7 +231,7 @@ def _other_parts(model: Any) -> str:
 
 
 def _adapters(folder: Path, world: World) -> str:
-    """ "yes" if training adapters passes the same checks, else the reason."""
+    """Return "yes" if training adapters passes the same checks, else the reason."""
     try:
         trained = _train(folder, world, folder / "adapters", AdapterConfig(kind="lora", r=2))
     except Exception as error:

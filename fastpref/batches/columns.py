@@ -147,7 +147,7 @@ class EncodedColumns:
 
     @property
     def branch_tokens(self) -> np.ndarray:
-        """(rows,) response tokens to compute, without each response's last, which is no input."""
+        """(rows,) response tokens to compute: the last of each response is not an input."""
         tokens = self.chosen.lengths - 1
         return tokens + self.rejected.lengths - 1 if self.has_pairs else tokens
 

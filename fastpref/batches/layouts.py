@@ -195,7 +195,7 @@ class PaddedRows:
         return self
 
     def plan(self, columns: EncodedColumns, *, num_ranks: int, min_micro_batches: int) -> StepPlan:
-        """Plan as few micro-batches as the token limit allows, with equally many rows each."""
+        """Plan as few micro-batches as the token limit allows; their row counts differ by <= 1."""
         most = max(min_micro_batches, -(-len(columns) // num_ranks))
         # lower bound: fewer could not hold the tokens even without padding
         fewest = -(-int(columns.num_tokens.sum()) // (self.max_tokens * num_ranks))

@@ -14,8 +14,8 @@ class GlobalOrder:
     """Rows of every batch as a pure function of (seed, epoch, step), over all ranks.
 
     Prompts are shuffled; the pairs of a prompt stay adjacent in file order. A batch may split the
-    pairs of a prompt but never spans two epochs. Access is random, without iterator state, so
-    resuming needs only the step number.
+    pairs of a prompt but never spans two epochs. There is no iterator state: steps can be read in
+    any order, and resuming needs only the step number.
 
     The compatible orders ("dpo", "tdpo", "tisdpo") shuffle the list of prompts in place before each
     epoch with Python's `random`, so shuffles compound. `dpo` and `tdpo` seed each shuffle from a

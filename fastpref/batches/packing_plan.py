@@ -1,6 +1,6 @@
 """Assignment of an optimizer step's rows to packed micro-batches, and the prefixes shared there.
 
-A pure function of the step's rows, the token budget and the number of ranks: every rank computes
+A pure function of the step's rows, the token limit and the number of ranks: every rank computes
 the same plan without communication.
 """
 
@@ -22,7 +22,7 @@ def plan_step(
     share_prompt: bool = True,
     among_rows: bool = True,
 ) -> StepPlan:
-    """Divide a step's rows into balanced micro-batches, as few as the token budget allows.
+    """Divide a step's rows into balanced micro-batches, as few as the token limit allows.
 
     Rows with the same prompt form a piece if a micro-batch can hold them. Pieces are assigned,
     longest first, to the micro-batch with the fewest tokens so far (LPT): the largest is at most a
@@ -44,7 +44,7 @@ def plan_step(
         branch_tokens = branch_tokens + columns.prompt.lengths
     _, first = np.unique(prompts, return_index=True)
     fewest = int(trunk_tokens[first].sum() + branch_tokens.sum())
-    # at most one micro-batch per row, even if rows exceed the budget
+    # at most one micro-batch per row, even if rows exceed the limit
     needed = min(-(-fewest // max_tokens), len(columns))
     num_micro_batches = max(min_micro_batches, -(-needed // num_ranks))
     while True:

@@ -54,7 +54,7 @@ class TokenBytes(NamedTuple):
     backward: float
     """Additional peak during the backward through the blocks, per token."""
     fixed: float
-    """Peak independent of the number of tokens: weights that adapters compute, and gradients."""
+    """Peak independent of the number of tokens: weights computed by adapters, their gradients."""
 
 
 def count_weights(model: Any, block_name: str | None, *, in_four_bits: bool = False) -> Weights:

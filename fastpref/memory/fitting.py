@@ -161,7 +161,7 @@ def agreed_tokens(
         world: The ranks; each plans every step by itself, from this number.
         num_tokens: Result if the measured peak fits.
         tried: Tokens of the micro-batch that was measured.
-        room: Bytes available for models and activations on this rank.
+        room: Bytes available for models and activations, on the rank with the fewest.
         loaded: Bytes of the loaded models on this rank.
         peak: Peak bytes during the measurement on this rank.
     """

@@ -24,7 +24,7 @@ class Passes(NamedTuple):
     @classmethod
     def of_all_blocks(cls, stack: Stack | None, *model_and_batch: Any) -> "Passes":
         """Count a whole model; with a `stack`, extrapolate from its first blocks: each block keeps
-        the same amount, all of it when the backward starts."""
+        the same amount, and all of it is live when the backward starts."""
         if stack is None:
             return cls.of(*model_and_batch)
         shallow = []
@@ -48,7 +48,7 @@ class Passes(NamedTuple):
         present = [x for x in present if isinstance(x, Tensor)]
         with torch.enable_grad(), kernels(), computing(sequences), LiveBytes(present) as live:
             if router_logits:
-                # router logits stay alive until the balance loss is computed
+                # router logits stay alive until the load-balancing loss is computed
                 hidden_BLD, _logits = states_and_router_logits(model, body, **inputs)
             else:
                 hidden_BLD = last_hidden_states(model, body, **inputs)

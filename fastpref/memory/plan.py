@@ -208,7 +208,7 @@ def communicated_bytes(
         gathered += num_forwards * weights.outside
         of_micro_batch, of_step = gathered * sizes.compute + weights.total * 4, 0
     else:
-        # policy and reference are one model: gathered once for both outside of the blocks
+        # policy and reference are one model: its parameters outside of blocks are gathered once
         gathered += weights.outside
         of_micro_batch = 0 if device.replicated else gathered * sizes.compute
         # an all-reduce is a reduce-scatter and an all-gather

@@ -92,7 +92,7 @@ def kernels() -> Iterator[None]:
         is_meta = device_type == "meta"
         return nullcontext() if is_meta else real_autocast(device_type, *args, **options)
 
-    # patched, as a dispatch mode would not be active when checkpointed blocks are recomputed
+    # patched: a torch function mode is not active while checkpointed blocks are recomputed
     replaced: Any = F, torch
     replaced[0].scaled_dot_product_attention, replaced[1].autocast = attention, autocast
     try:

@@ -48,8 +48,8 @@ class StepLoss:
             step: Optimizer steps before this one; None for held-out rows, which get every metric.
 
         Returns:
-            Losses (P,), differentiable in grad mode, and metrics (P,) by name. In training a
-            mixture of experts, the losses include the router's loss; the metric "loss" does not.
+            Losses (P,), differentiable in grad mode, and metrics (P,) by name. In grad mode the
+            losses include the load-balancing loss, if any; the metric "loss" does not.
         """
         losses_P, metrics = self._preferences(batch, step)
         balance = self._policy.balance
@@ -63,7 +63,7 @@ class StepLoss:
         return losses_P + balance.coefficient * of_router.losses, metrics
 
     def _preferences(self, batch: Batch, step: int | None) -> tuple[Tensor, Metrics]:
-        """Losses and metrics of the objective, without the router's loss."""
+        """Losses and metrics of the objective, without the load-balancing loss."""
         detailed = step is None or step % self.objective.detailed_every == 0
         if detailed or not self._from_values:
             score = self._score_in_detail if detailed else self._score
@@ -73,7 +73,7 @@ class StepLoss:
         return self.objective.losses_of_values(values_N, batch)
 
     def done(self) -> None:
-        """Free the state kept for a micro-batch's backward (weights, router), once it has run."""
+        """Free gathered weights and router logits; to be called after a micro-batch's backward."""
         self._policy.release()
         if self._reference is not None:
             self._reference.release()

@@ -33,7 +33,7 @@ class ScoringProgress:
 
     @property
     def done(self) -> str:
-        """Shards written by this process, in words: "3 of 8 shards of the positive model"."""
+        """Shards written since this start, in words: "3 of 8 shards of the positive model"."""
         return f"{self._num_done} of {self._num_shards} shards of the {self._label}"
 
     def advance(self, tokens: int) -> None:

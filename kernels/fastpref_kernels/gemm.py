@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 class _MatrixUnits:
-    """Process-wide torch setting for the precision of float32 GEMMs on a CPU, counted by thread:
-    the first thread to enter sets bfloat16, the last one to leave restores the old value."""
+    """Process-wide torch setting for the precision of float32 GEMMs on a CPU, with a user count:
+    the first user sets bfloat16, the last one to leave restores the old value."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -101,7 +101,7 @@ class Head(NamedTuple):
         return self._capped(logits_RC)
 
     def target_logits(self, input_RD: Tensor, target_R: Tensor) -> Tensor:
-        """Logits of the targets, (R,) float32, the offsets of the KL's terms."""
+        """Logits of the targets, (R,) float32: offsets for the sums of KL and TDPO1 values."""
         # target ranges are not checked on a GPU
         ids_R = target_R.clamp(0, len(self.weight) - 1)
         weight_RD = self.weight[ids_R].to(input_RD.dtype).float()

@@ -36,7 +36,7 @@ def sequence_log_ratios(
         logps: Token log-probabilities under the policy, (N,), in nats.
         reference_logps: The same under the reference, (N,).
         sequence_ids: Sequence of each token, (N,) int64 or int32 in [0, num_sequences), in any
-            order. Checked on the CPU; the Triton kernels skip tokens whose id is out of range.
+            order. Checked on the CPU only: on a GPU tokens with an id out of range are skipped.
         num_sequences: S >= 0; the sum of a sequence without tokens is 0.
         token_weights: w, (N,), without gradient; None for 1 everywhere.
 

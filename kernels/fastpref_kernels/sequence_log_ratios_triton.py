@@ -45,7 +45,7 @@ def sequence_log_ratios_fwd(
 def sequence_log_ratios_bwd(
     grad: Tensor, weights: Tensor | None, ids: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Gradient of the log-probabilities, (N,) of `dtype`."""
+    """Gradient of the log-probabilities, (N,) of `dtype`; 0 for an id outside of [0, S)."""
     N = len(ids)
     grad_N = grad.new_empty(N, dtype=dtype)
     kernels._spread_kernel[(triton.cdiv(N, _BLOCK_N),)](

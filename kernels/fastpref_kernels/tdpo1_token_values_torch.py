@@ -35,7 +35,7 @@ class Means(NamedTuple):
 
 
 def choose_mode(heads: Heads, needs_grad: NeedsGrad) -> str:
-    """ "lean" if the head requires a gradient: the backward recomputes the reference's logits."""
+    """Mode: "lean", whose backward recomputes the reference's logits, if the head is trained."""
     if not any(needs_grad):
         return "scores"
     return "frozen" if needs_grad == (True, False, False) else "lean"

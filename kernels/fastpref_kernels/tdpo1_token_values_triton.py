@@ -9,7 +9,8 @@
 
 A pass is 2·N·D·V floating-point operations. The forward's two are the reference's logits and the
 mean of the policy's head weights under the reference's probabilities; policy logits are never
-computed. The kernels are those of `token_logps`, run on the reference.
+computed. The kernels are those of `token_logps`, run on the reference. With float16 operands, lean
+replaces store and partial.
 """
 
 import torch
@@ -156,7 +157,7 @@ def _product(exp_RV: Tensor, weight_VD: Tensor, step: int) -> Tensor:
 
 
 def _weighted_sum(exp_RV: Tensor, values_V: Tensor, step: int) -> Tensor:
-    """Exponentials times one float32 value per column, (R,); 16-bit GEMMs use a high and low part.
+    """Exponentials times a float32 value per column, (R,); a high and a low part keep precision.
 
     A value of -inf counts only in rows where the column has weight, as 0 · (-inf) is NaN.
     """

@@ -40,7 +40,7 @@ from fastpref_kernels.token_logps_sweep import shared
 from fastpref_kernels.workspace import slices
 
 _PRODUCT_ROWS = 4096
-"""Rows per GEMM of exponentials and head."""
+"""Rows per GEMM of exponentials and head: bounds its float32 result."""
 
 
 class Call(NamedTuple):

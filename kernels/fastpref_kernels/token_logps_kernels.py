@@ -5,8 +5,8 @@ A sweep over the vocabulary stores, for each row and each block of columns, max 
 excluded: its logit is a separate dot product, and log p = -softplus(lse of the others - z_y) stays
 accurate for confident tokens.
 
-Logits come from a GEMM fused with the sums (`_sweep_kernel`) on GPUs listed in `FUSED_TILES`, else
-tile by tile from a library GEMM (`_sweep_tile_kernel`); the later steps are the same.
+16-bit operands on GPUs listed in `FUSED_TILES` use a GEMM fused with the sums (`_sweep_kernel`).
+Else logits come tile by tile from a library GEMM (`_sweep_tile_kernel`); later steps are the same.
 
 A row's sums have the same bits whatever else a sweep stores, so a policy with gradients and its
 reference without start at a log-ratio of exactly zero. For this every variant of a kernel reduces

@@ -6,7 +6,7 @@
     lean     6 passes, 5 if the head is frozen: the backward recomputes both models' logits
     scores   2 passes: no gradient is required
 
-A pass is 2·N·D·V floating-point operations.
+A pass is 2·N·D·V floating-point operations. With float16 operands, lean replaces store and partial.
 """
 
 from typing import Any

@@ -51,7 +51,7 @@ class Sweep:
             self._add_fused(self.operands.tile, cols, stored_RC)
 
     def finish(self) -> tuple[RowSums, Tensor]:
-        """Sums over all columns, and the sum of the stored exponentials, (R,), if any."""
+        """Sums over all columns, and of stored exponentials, (R,): uninitialised if none are."""
         row_max_R, row_sum_R, stored_sum_R = combine(self.max_BR, self.sum_BR, self.stored_sum_BR)
         return RowSums(row_max_R, row_sum_R, self.anchor_R), stored_sum_R
 

@@ -8,7 +8,8 @@
              an upstream gradient of 1
     scores   1 pass: no gradient is required
 
-A pass is 2·N·D·V floating-point operations. The mode depends on shapes, dtypes and workspace only.
+A pass is 2·N·D·V floating-point operations. The mode depends on shapes, dtypes and workspace only:
+float16, whose exponentials would overflow, takes lean wherever a gradient is required.
 """
 
 import torch
