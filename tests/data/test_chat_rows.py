@@ -116,9 +116,22 @@ def test_what_else_than_the_assistants_words_a_response_holds_is_counted(tmp_pat
 @pytest.mark.parametrize("write", [json.dumps, str])
 def test_texts_that_are_messages_written_out_are_counted(tmp_path, write):
     answers = [write([say("user", "Q"), say("assistant", answer)]) for answer in ("yes", "no")]
-    rows = [pair("Q", *answers), pair("R", '[{"a": 1}]', "{'role': 2}")]
+    rows = [pair("R", '[{"a": 1}]', "{'role': 2}"), pair("Q", *answers)]
     split = encode(tmp_path, rows, byte_level_tokenizer())
     assert split.audit.remarks == {Remark.TEXT_OF_MESSAGES: 1}
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_written_as_text_are_messages_where_they_are_in_the_first_row(tmp_path, write):
+    rows = [chat(answer, question=f"{answer}?") for answer in ("yes", "it's")]
+    tokenizer = byte_level_tokenizer(CHATML_TOOLS)
+    expected = encode(tmp_path, rows, tokenizer).dataset[:]
+    written = [{field: write(value) for field, value in row.items()} for row in rows]
+    split = encode(tmp_path, written, tokenizer)
+    assert split.dataset[:] == expected and not split.audit.remarks
+    written[1]["chosen"] = written[1]["chosen"][:-2]
+    with pytest.raises(DataError, match=r"jsonl:2:chosen: .*begins as a list of messages and is"):
+        encode(tmp_path, written, tokenizer)
 
 
 def test_responses_that_differ_in_what_is_left_out_alone_are_nothing_to_prefer(tmp_path):
