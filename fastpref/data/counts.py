@@ -328,7 +328,9 @@ def _why_equal(counts: AuditCounts) -> str:
 
 def _dropped_text(counts: AuditCounts) -> str:
     reasons = ", ".join(
-        f"{reason} {count:,} (first: {counts.first_dropped[reason]})"
+        # behind an option's name the number is not its value
+        f"{reason}{':' * reason.endswith('_length')} {count:,} (first: "
+        f"{counts.first_dropped[reason]})"
         for reason, count in counts.dropped.items()
     )
     share = share_of(sum(counts.dropped.values()), counts.rows)
