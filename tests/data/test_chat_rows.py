@@ -134,6 +134,19 @@ def test_messages_written_as_text_are_messages_where_they_are_in_the_first_row(t
         encode(tmp_path, written, tokenizer)
 
 
+def test_text_without_tokens_is_counted(tmp_path, caplog):
+    rows = [pair("a", "b", "c"), pair("é", "yes", "né"), pair("d", "e", "ü")]
+    tokenizer = metaspace_tokenizer(None)
+    with caplog.at_level(logging.WARNING, logger="fastpref"):
+        split = encode(tmp_path, rows, tokenizer, quiet=False)
+    num_tokens = split.audit.prompt_tokens + split.audit.response_tokens
+    assert f": 2 of 3 (66.7 %) rows, 3 of {num_tokens} (" in caplog.text
+    assert split.audit.first_remarks[Remark.UNKNOWN].endswith("train.jsonl:2")
+    # where that token has another use, as in GPT-2, it says nothing
+    tokenizer.unk_token = tokenizer.eos_token
+    assert Remark.UNKNOWN not in encode(tmp_path, rows, tokenizer).audit.remarks
+
+
 def test_responses_that_differ_in_what_is_left_out_alone_are_nothing_to_prefer(tmp_path):
     rows = [chat("<think>a</think>yes", "<think>b</think>yes", f"Q{i}") for i in range(3)]
     with pytest.raises(DataError, match=r"equals rejected in 3 of 3 .* leaves out .*:1:chosen\."):
