@@ -44,7 +44,8 @@ def show_results(records: Sequence[Record], run_dir: Path, seconds: float) -> No
         seconds: Wall time of the training in seconds, evaluations included.
     """
     try:
-        plot_curves(records, run_dir / "curves.png")
+        drawn = [record for record in records if is_finite(record.get("examples"))]
+        plot_curves(drawn, run_dir / "curves.png")
     # matplotlib may fail in many ways: it needs a font cache, disk space and more
     except Exception as error:
         logger.warning("no curves.png: %s: %s", type(error).__name__, first_line(error))
@@ -202,11 +203,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
                 ("eval", {"marker": "o", "ms": 3.5}),
             ):
                 key = name_for_split(metric, split)
-                points = [
-                    (r["examples"], r[key])
-                    for r in records
-                    if is_finite(r.get(key)) and is_finite(r.get("examples"))
-                ]
+                points = [(r["examples"], r[key]) for r in records if is_finite(r.get(key))]
                 if points:
                     label = ("held out" if split == "eval" else "train") + side
                     axes.plot(*zip(*points, strict=True), color=color, label=label, **style)
