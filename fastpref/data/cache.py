@@ -176,12 +176,11 @@ def made_whole(
     (read-only cache, file system without locks).
 
     Args:
-        sums: The list of its files, to read and to write.
-        make: Finds them in the cache, or writes them.
-        files: What the names are like, as a pattern, of all that is made beside the list, and of
-            nothing else.
-        read: Opens what was made, where `make` would write to the cache beside it; `datasets` then
-            describes the files in one beside them.
+        sums: The checksum list, read and written here.
+        make: Returns the dataset from the cache, or writes it there.
+        files: Glob of everything that `make` writes beside the list, matching nothing else.
+        read: Opens listed files without writing to the cache, where `make` would; `datasets` then
+            writes a metadata file, `DESCRIPTION`, too.
     """
 
     def find() -> datasets.Dataset:

@@ -133,7 +133,7 @@ class AuditCounts:
     response_tokens: int = 0
     """Sums over kept rows; both responses of a pair count."""
     longest_tokens: int = 0
-    """The longest prompt + response."""
+    """Longest prompt + response in tokens."""
     unknown_tokens: int = 0
     """Of all tokens, see `Remark.UNKNOWN`."""
     text_rows: int = 0

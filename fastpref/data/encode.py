@@ -215,7 +215,7 @@ def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> Enc
 def as_split(
     rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset, tokenizer: Any
 ) -> PreferenceSplit:
-    """Encoded rows, those to drop left out, and the account of all of them."""
+    """Drop rows as encoding decided, and account for all of them."""
     counts, kept = count_dataset(encoded, rows.location, rows.counts.split)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
     counts = replace(

@@ -103,8 +103,8 @@ class RunPlace:
         return run_dir
 
     def newest_with(self, name: str) -> Path | None:
-        """Of this name's run folders that hold `name` the one that was made last, by their names:
-        a folder's time changes with what is put into it."""
+        """The newest of this run name's folders that contain a file or folder `name`. Timestamps in
+        names decide: a folder's modification time changes with its contents."""
         found = [made for made in self._made() if os.path.lexists(made[2] / name)]
         return max(found)[2] if found else None
 

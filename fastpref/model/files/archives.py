@@ -20,12 +20,12 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 
 
 def load_pickle(path: Path) -> Any:
-    """What `torch.save` wrote, tensors and plain values alone; its pages are read when used.
+    """Load what `torch.save` wrote, tensors and plain values only, memory-mapped if possible.
 
     Raises:
-        ValueError: its end is missing; whatever else torch raises for what is no such file.
+        ValueError: the file was cut; torch raises other errors for other files.
     """
-    # the format from before torch 1.6 is none, and is read at once
+    # the format from before torch 1.6 is not a zip file and cannot be memory-mapped
     mmap = zipfile.is_zipfile(path)
     if not mmap and begins_as_zip(path):
         raise ValueError(f"{path.name} was cut: its end is missing")

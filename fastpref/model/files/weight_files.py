@@ -10,7 +10,7 @@ from fastpref.model.files.paths import local_folder, matching_files, read_object
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-"""Says which file has which weight, whatever the files are called."""
+"""Maps weights to files, whatever these are called."""
 PICKLE = "pytorch_model.bin"
 PICKLES_INDEX = "pytorch_model.bin.index.json"
 _SHARDS = "model-*-of-*.safetensors"

@@ -219,5 +219,5 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
 
 
 def is_finite(value: object) -> TypeGuard[float]:
-    """Whether a metric is there and can be drawn."""
+    """Whether a value is a finite number, which can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
