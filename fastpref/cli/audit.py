@@ -33,6 +33,7 @@ def audit(config: Config) -> None:
     place = replace(place, name=f"audit_{place.name}")
     key, folder = ("run_dir", place.run_dir) if place.run_dir else ("output_dir", place.root)
     check_writable(key, folder)
+    place.check_name()
     options = data_options(config)
     read = read_splits(options, SPLITS, quiet=False)
     tokenizer, vocab_size = load_vocabulary(config.model)

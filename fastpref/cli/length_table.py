@@ -16,7 +16,7 @@ def show_lengths(split: str, lengths: Sequence[Histogram]) -> None:
     """Print histograms of the token lengths of a split, before truncation."""
     table = Table(title=f"{split}: tokens before anything is cut; {LIMIT} is the limit")
     for i, title in enumerate(
-        ("", "rows by length", "median", "95 %", "longest", "limit", "over it")
+        ("", "rows by length", "median", "95 %", "longest", "limit", "too long")
     ):
         table.add_column(title, justify="left" if i < 2 else "right", no_wrap=i < 2)
     for histogram in lengths:

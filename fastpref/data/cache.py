@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -163,7 +163,11 @@ def is_of_cache(error: OSError, folder: str) -> bool:
 
 
 def made_whole(
-    sums: Path, make: Callable[[], datasets.Dataset], *, files: str, described: bool = False
+    sums: Path,
+    make: Callable[[], datasets.Dataset],
+    *,
+    files: str,
+    read: Callable[[Sequence[Path]], datasets.Dataset] | None = None,
 ) -> datasets.Dataset:
     """A cached dataset whose files match their checksums; damaged or unlisted files are rebuilt.
 
@@ -175,14 +179,19 @@ def made_whole(
         sums: The checksum list, read and written here.
         make: Returns the dataset from the cache, or writes it there.
         files: Glob of everything that `make` writes beside the list, matching nothing else.
-        described: `datasets` writes a metadata file, `DESCRIPTION`, too.
+        read: Opens listed files without writing to the cache, where `make` would; `datasets` then
+            writes a metadata file, `DESCRIPTION`, too.
     """
+
+    def find() -> datasets.Dataset:
+        return make() if read is None else read(sorted(_read(sums)))
+
     if _is_whole(sums):
-        return make()
+        return find()
     with _alone(sums) as is_alone:
         # another process may have made them in the meantime
         if _is_whole(sums):
-            return make()
+            return find()
         damaged = _damaged(_read(sums))
         if damaged is not None:
             logger.warning("%s is damaged or gone, and is made again", damaged)
@@ -190,7 +199,7 @@ def made_whole(
             _remove(sums, files)
         dataset = make()
         paths = {Path(file["filename"]).absolute() for file in dataset.cache_files}
-        if described:
+        if read is not None:
             paths |= {path.with_name(DESCRIPTION) for path in paths}
         _write(sums, {path: _digest(path) for path in paths})
     return dataset

@@ -45,6 +45,7 @@ class Remark(IntFlag):
     EOS_ADDED = auto()
     TEXT_OF_MESSAGES = auto()
     OTHERS_IN_LOSS = auto()
+    UNKNOWN = auto()
 
 
 REMARK_TEXTS = {
@@ -81,6 +82,8 @@ REMARK_TEXTS = {
     Remark.OTHERS_IN_LOSS: "where messages that are not the assistant's stand in a response is not "
     "known, so they are in the loss as well: the chat template renders the beginning of the "
     "conversation in another way than the whole, or the tokenizer tells no offsets",
+    Remark.UNKNOWN: "a text has characters that are no token of the tokenizer, and one unknown "
+    "token stands for all of them",
 }
 ORDINARY = (
     Remark.PROMPT_CUT
@@ -131,6 +134,8 @@ class AuditCounts:
     """Sums over kept rows; both responses of a pair count."""
     longest_tokens: int = 0
     """Longest prompt + response in tokens."""
+    unknown_tokens: int = 0
+    """Of all tokens, see `Remark.UNKNOWN`."""
     text_rows: int = 0
     """Kept rows of plain texts, not messages."""
     joined_rows: int = 0
@@ -163,6 +168,7 @@ class AuditCounts:
             prompt_tokens=self.prompt_tokens + other.prompt_tokens,
             response_tokens=self.response_tokens + other.response_tokens,
             longest_tokens=max(self.longest_tokens, other.longest_tokens),
+            unknown_tokens=self.unknown_tokens + other.unknown_tokens,
             text_rows=self.text_rows + other.text_rows,
             joined_rows=self.joined_rows + other.joined_rows,
             unread=self.unread | other.unread,
@@ -277,6 +283,9 @@ def format_audit(counts: AuditCounts) -> tuple[list[str], list[str]]:
             if counts.joined_rows < counts.text_rows:
                 rows += f", of {counts.text_rows:,} only the first {JOINED_ROWS:,} of each source "
                 rows += "were looked at"
+        if remark is Remark.UNKNOWN:
+            num_tokens = counts.prompt_tokens + counts.response_tokens
+            rows += f", {share_of(counts.unknown_tokens, num_tokens)} tokens"
         first = counts.first_remarks[remark]
         lines.append(f"{counts.split}: {REMARK_TEXTS[remark]}: {rows} (first: {first})")
     for source, columns in counts.unread.items():
@@ -328,7 +337,9 @@ def _why_equal(counts: AuditCounts) -> str:
 
 def _dropped_text(counts: AuditCounts) -> str:
     reasons = ", ".join(
-        f"{reason} {count:,} (first: {counts.first_dropped[reason]})"
+        # behind an option's name the number is not its value
+        f"{reason}{':' * reason.endswith('_length')} {count:,} (first: "
+        f"{counts.first_dropped[reason]})"
         for reason, count in counts.dropped.items()
     )
     share = share_of(sum(counts.dropped.values()), counts.rows)

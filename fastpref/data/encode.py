@@ -30,7 +30,7 @@ from fastpref.data.cache import (
     without_remains,
 )
 from fastpref.data.chat import check_chat_template, current_date, prints_date
-from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_counts
+from fastpref.data.counts import JOINED_ROWS, AuditCounts, Remark, check_counts, log_counts
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_RESPONSE, MALFORMED
@@ -38,7 +38,7 @@ from fastpref.data.options import DataOptions
 from fastpref.data.places import Places, join_places, place_of, places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.source import Rows, count_dataset, read_rows, sft_targets
-from fastpref.data.tokenizer_checks import ID_COLUMNS, check_tokenizer, check_vocabulary
+from fastpref.data.tokenizer_checks import ID_COLUMNS, check_tokenizer, check_vocabulary, unknown_id
 from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
@@ -143,7 +143,7 @@ def encode_rows(
     dataset, encoded = encode_source(rows, tokenizer, options, num_proc=num_proc)
     # on all rows (dropped ones are empty): a selection would copy gigabytes
     check_vocabulary(encoded, vocab_size, tokenizer)
-    return as_split(rows, dataset, encoded)
+    return as_split(rows, dataset, encoded, tokenizer)
 
 
 def encode_source(
@@ -212,12 +212,14 @@ def options_of_source(rows: Rows, tokenizer: Any, options: EncodeOptions) -> Enc
     return options
 
 
-def as_split(rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset) -> PreferenceSplit:
+def as_split(
+    rows: Rows, dataset: datasets.Dataset, encoded: datasets.Dataset, tokenizer: Any
+) -> PreferenceSplit:
     """Drop rows as encoding decided, and account for all of them."""
     counts, kept = count_dataset(encoded, rows.location, rows.counts.split)
     is_text = pc.not_equal(dataset.with_format("arrow")["form"][:], "chat").to_numpy()
     counts = replace(
-        count_tokens(encoded, rows.counts.then(counts)),
+        count_tokens(encoded, rows.counts.then(counts), tokenizer),
         text_rows=int(is_text[kept].sum()),
         joined_rows=int(is_text[kept[kept < JOINED_ROWS]].sum()),
     )
@@ -240,14 +242,19 @@ def unused_columns(encoded: datasets.Dataset) -> list[str]:
     return [name for name in SCORED_COLUMNS if table[name].null_count == len(table)]
 
 
-def count_tokens(encoded: datasets.Dataset, counts: AuditCounts) -> AuditCounts:
+def count_tokens(encoded: datasets.Dataset, counts: AuditCounts, tokenizer: Any) -> AuditCounts:
     """`counts` with the tokens of an encoded dataset filled in."""
     table = encoded.with_format("arrow")[:]
     prompt, chosen, rejected = (
         pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS
     )
+    num_unknown = 0
+    if Remark.UNKNOWN in counts.remarks:
+        ids = (pc.list_flatten(table[column]) for column in ID_COLUMNS)
+        num_unknown = sum(pc.sum(pc.equal(x, unknown_id(tokenizer))).as_py() or 0 for x in ids)
     return replace(
         counts,
+        unknown_tokens=num_unknown,
         prompt_tokens=int(prompt.sum()),
         response_tokens=int(chosen.sum() + rejected.sum()),
         longest_tokens=int((prompt + np.maximum(chosen, rejected)).max(initial=0)),

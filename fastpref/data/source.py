@@ -1,6 +1,6 @@
 """Read a named source into checked preference rows of one form, cached by `datasets`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,9 +176,17 @@ def _checked_rows(
                 gen_kwargs=read,
             ),
             files=folder.name,
-            described=True,
+            read=_open_files,
         )
-    return dataset, state
+    # another one of the same rows, opened or made, has the same name
+    named = {"info": dataset.info, "split": dataset.split, "fingerprint": folder.name}
+    return datasets.Dataset(dataset.data, **named), state
+
+
+def _open_files(paths: Sequence[Path]) -> datasets.Dataset:
+    """The rows of a folder of `datasets`, in which nothing is written: others may share theirs."""
+    arrow = [str(path) for path in paths if path.suffix == ".arrow"]
+    return datasets.concatenate_datasets(list(map(datasets.Dataset.from_file, arrow)))
 
 
 def count_dataset(

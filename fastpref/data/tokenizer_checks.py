@@ -23,6 +23,12 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
+def unknown_id(tokenizer: Any) -> int | None:
+    """The id that stands for text without tokens; None where that is a token with another use."""
+    others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+
+
 def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any) -> None:
     """Refuse token ids outside the embedding of `vocab_size` rows.
 

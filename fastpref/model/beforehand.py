@@ -13,12 +13,17 @@ from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.lora import Adapters, insert_adapters
 from fastpref.model.adapters.quantize import check_quantizable
 from fastpref.model.attention.packing_probe import check_attention, check_layout
-from fastpref.model.files.full_weights import check_weights
-from fastpref.model.files.paths import archived_model, named_model
+from fastpref.model.files.full_weights import NO_FIT, check_fit, check_weights
+from fastpref.model.files.paths import ModelSource, archived_model, named_model
 from fastpref.model.positions import check_company, check_positions
 from fastpref.model.replicate import fits_whole
 from fastpref.model.router import check_coefficient
-from fastpref.model.source import build_meta, load_model_tokenizer, read_vocab_size
+from fastpref.model.source import (
+    archived_shapes,
+    build_meta,
+    load_model_tokenizer,
+    read_vocab_size,
+)
 
 
 class Twin(NamedTuple):
@@ -101,11 +106,17 @@ def check_files(model: ModelConfig) -> None:
     Raises:
         CheckpointError: naming what is missing or has another shape.
     """
-    source = named_model(model)
-    if model.archive:
-        if Path(model.archive).expanduser().is_file():
-            return
-        source = archived_model(model)
+    if not model.archive:
+        _check_folder(named_model(model))
+        return
+    if not Path(model.archive).expanduser().is_file():
+        _check_folder(archived_model(model))
+    filled = build_meta(named_model(model), dtype=torch.float32)
+    shapes = archived_shapes(model.archive, trust_remote_code=model.trust_remote_code)
+    check_fit(filled, shapes, f"model.archive: {model.archive}", opening=NO_FIT)
+
+
+def _check_folder(source: ModelSource) -> None:
     if Path(source.base).is_dir():
         # an adapter may bring a vocabulary of its own
         own = source._replace(adapters=())

@@ -15,7 +15,13 @@ from fastpref.model.adapters.folders import adapt_config, check_adapter, merge_a
 from fastpref.model.files.archives import read_policy
 from fastpref.model.files.configs import code_of, code_refused, load_base_config, say_what_runs
 from fastpref.model.files.families import code_options, find_family
-from fastpref.model.files.full_weights import load_checkpoint, load_weights, named_weights
+from fastpref.model.files.full_weights import (
+    Shapes,
+    load_checkpoint,
+    load_weights,
+    named_weights,
+    shapes_of,
+)
 from fastpref.model.files.paths import (
     ModelSource,
     find_archive,
@@ -94,6 +100,19 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     return model
+
+
+def archived_shapes(archive: str, *, trust_remote_code: bool) -> Shapes:
+    """Shape of each weight that `model.archive` brings, by its name there; none is read.
+
+    Raises:
+        CheckpointError: it is no archive.
+    """
+    path = Path(archive).expanduser()
+    if path.is_file():
+        return shapes_of(read_policy(path))
+    folder = find_archive(archive, trust_remote_code=trust_remote_code)
+    return shapes_of(named_weights(build_meta(folder, dtype=torch.float32)))
 
 
 def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:

@@ -10,7 +10,7 @@ from fastpref.model.files.paths import EXPORT_FOLDER, MERGED_FOLDER
 from fastpref.tisdpo.report import WeightsReport
 from fastpref.tisdpo.stage_record import read_record
 from fastpref.tisdpo.stages import Stage
-from fastpref.train.logs.report import by_metric, print_text, render
+from fastpref.train.logs.report import by_metric, kind_shown, print_text, render
 from fastpref.train.resume.history import read_records
 
 logger = logging.getLogger("fastpref")
@@ -19,8 +19,8 @@ logger = logging.getLogger("fastpref")
 def describe_training(folder: Path) -> str:
     """The last held-out metrics of a training stage in words, or training metrics without any."""
     records = read_records(folder)
-    evaluated = any(record["split"] == "eval" for record in records)
-    kind, where = ("eval", "held-out ") if evaluated else ("train", "")
+    kind = kind_shown(records)
+    where = "held-out " if kind == "eval" else ""
     last = {key: values[-1] for key, values in by_metric(records, kind).items()}
     words = {"loss/X": f"{where}loss", "rewards_X/accuracies": "accuracy"}
     words |= {"rewards_X/margins": "margin"}

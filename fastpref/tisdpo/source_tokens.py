@@ -79,7 +79,7 @@ def encode_under_templates(
                 for i in places
             ]
         parts.append(datasets.Dataset.from_dict(plain, features=encoded_features(options)))
-    counts = as_split(rows, rows.dataset, datasets.concatenate_datasets(parts)).audit
+    counts = as_split(rows, rows.dataset, datasets.concatenate_datasets(parts), tokenizer).audit
     check_counts(counts, max_dropped=max_dropped)
     if len(kept) < len(rows.dataset):
         rows = replace(rows, dataset=rows.dataset.select(kept))

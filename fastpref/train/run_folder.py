@@ -67,6 +67,7 @@ class RunPlace:
         if folder is None:
             check_writable("output_dir", self.root)
             check_writable("exp_name", self.root / self._timed_name())
+            self.check_name()
             return
         check_writable("run_dir", folder)
         if not folder.is_dir() or not names_in(folder) or took_no_step(folder):
@@ -75,6 +76,18 @@ class RunPlace:
         if not (may_go_on and is_run):
             advice = " or set resume=auto to go on with the run in it" if is_run else ""
             raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
+
+    def check_name(self) -> None:
+        """Refuse a name whose folder is not among those of runs.
+
+        Raises:
+            ConfigError: it leads out of there.
+        """
+        if os.path.isabs(self.name) or os.path.normpath(self.name).split(os.sep)[0] == "..":
+            raise ConfigError(
+                f"exp_name must stay in output_dir ({self.root}), got {self.name!r}; run_dir names "
+                "a folder elsewhere"
+            )
 
     def create(self, options: str) -> Path:
         """Create a run folder with `options` as its `config.yaml`.
@@ -92,15 +105,16 @@ class RunPlace:
     def newest_with(self, name: str) -> Path | None:
         """The newest of this run name's folders that contain a file or folder `name`. Timestamps in
         names decide: a folder's modification time changes with its contents."""
+        found = [made for made in self._made() if os.path.lexists(made[2] / name)]
+        return max(found)[2] if found else None
+
+    def _made(self) -> list[tuple[str, int, Path]]:
+        """Time and number in the names of this name's run folders, and the folders."""
         named = self.root / self.name
         made = re.compile(rf"{re.escape(named.name)}_({TIME})(?:_(\d+))?")
         folders = named.parent.iterdir() if named.parent.is_dir() else ()
-        found = [
-            (match[1], int(match[2] or 1), folder)
-            for folder in folders
-            if (match := made.fullmatch(folder.name)) and os.path.lexists(folder / name)
-        ]
-        return max(found)[2] if found else None
+        found = ((made.fullmatch(folder.name), folder) for folder in folders)
+        return [(match[1], int(match[2] or 1), folder) for match, folder in found if match]
 
     def references(self, cache_dir: str | None) -> Path:
         """Folder of cached reference log-probabilities: `cache_dir`, by default one beside the run
@@ -121,8 +135,9 @@ class RunPlace:
         return self.run_dir
 
     def _timed_name(self) -> str:
-        timestamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        return f"{self.name}_{timestamp}"
+        now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        # a clock that was set back, or of another time zone: names keep the order of the runs
+        return f"{self.name}_{max([now, *(time for time, _, _ in self._made())])}"
 
 
 def run_place(config: Config) -> RunPlace:

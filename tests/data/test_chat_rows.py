@@ -116,9 +116,35 @@ def test_what_else_than_the_assistants_words_a_response_holds_is_counted(tmp_pat
 @pytest.mark.parametrize("write", [json.dumps, str])
 def test_texts_that_are_messages_written_out_are_counted(tmp_path, write):
     answers = [write([say("user", "Q"), say("assistant", answer)]) for answer in ("yes", "no")]
-    rows = [pair("Q", *answers), pair("R", '[{"a": 1}]', "{'role': 2}")]
+    rows = [pair("R", '[{"a": 1}]', "{'role': 2}"), pair("Q", *answers)]
     split = encode(tmp_path, rows, byte_level_tokenizer())
     assert split.audit.remarks == {Remark.TEXT_OF_MESSAGES: 1}
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_written_as_text_are_messages_where_they_are_in_the_first_row(tmp_path, write):
+    rows = [chat(answer, question=f"{answer}?") for answer in ("yes", "it's")]
+    tokenizer = byte_level_tokenizer(CHATML_TOOLS)
+    expected = encode(tmp_path, rows, tokenizer).dataset[:]
+    written = [{field: write(value) for field, value in row.items()} for row in rows]
+    split = encode(tmp_path, written, tokenizer)
+    assert split.dataset[:] == expected and not split.audit.remarks
+    written[1]["chosen"] = written[1]["chosen"][:-2]
+    with pytest.raises(DataError, match=r"jsonl:2:chosen: .*begins as a list of messages and is"):
+        encode(tmp_path, written, tokenizer)
+
+
+def test_text_without_tokens_is_counted(tmp_path, caplog):
+    rows = [pair("a", "b", "c"), pair("é", "yes", "né"), pair("d", "e", "ü")]
+    tokenizer = metaspace_tokenizer(None)
+    with caplog.at_level(logging.WARNING, logger="fastpref"):
+        split = encode(tmp_path, rows, tokenizer, quiet=False)
+    num_tokens = split.audit.prompt_tokens + split.audit.response_tokens
+    assert f": 2 of 3 (66.7 %) rows, 3 of {num_tokens} (" in caplog.text
+    assert split.audit.first_remarks[Remark.UNKNOWN].endswith("train.jsonl:2")
+    # where that token has another use, as in GPT-2, it says nothing
+    tokenizer.unk_token = tokenizer.eos_token
+    assert Remark.UNKNOWN not in encode(tmp_path, rows, tokenizer).audit.remarks
 
 
 def test_responses_that_differ_in_what_is_left_out_alone_are_nothing_to_prefer(tmp_path):

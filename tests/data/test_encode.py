@@ -24,7 +24,7 @@ from small_data import (
 from fastpref.complete_files import share
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data import cache
-from fastpref.data.counts import Remark
+from fastpref.data.counts import Remark, format_audit
 from fastpref.data.encode import load_split, tokenizer_digest
 from fastpref.data.options import data_options
 from fastpref.errors import ConfigError, DataError
@@ -132,6 +132,7 @@ def test_long_pairs_are_dropped_and_counted_where_asked(tmp_path):
     split = encode(tmp_path, rows, max_length=20, max_prompt_length=4, data={"truncation": "drop"})
     assert split.audit.dropped == {"longer than max_length": 1}
     assert split.audit.first_dropped["longer than max_length"].endswith(":3")
+    assert any("rows: longer than max_length: 1 (first" in x for x in format_audit(split.audit)[1])
     assert len(split.dataset) == len(split.groups) == 2
 
 

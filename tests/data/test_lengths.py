@@ -65,6 +65,20 @@ def test_lengths_are_those_before_anything_is_cut_or_left_out(tmp_path, truncati
     assert [x.limit for x in found.values()] == [12, *limits, 30]
 
 
+def test_a_prompt_that_nothing_cuts_is_not_too_long(tmp_path):
+    rows = [pair("Q" * 20, "yes", "no"), pair("Q" * 20, "y" * 15, "no")]
+    found = measured(tmp_path, rows, max_length=30, max_prompt_length=16)
+    # a response may be longer than what a prompt of max_prompt_length leaves it
+    assert {name: x.num_over for name, x in found.items()} == {
+        "prompt": 1,
+        "chosen": 1,
+        "rejected": 0,
+        "longer sequence": 1,
+    }
+    found = measured(tmp_path, [pair("Q", "y" * 15, "no")], max_length=30, max_prompt_length=16)
+    assert found["chosen"].longest > found["chosen"].limit and found["chosen"].num_over == 0
+
+
 def test_sft_has_one_response(tmp_path):
     found = measured(tmp_path, [pair("Q", "yes", "n" * 9)], loss=SFTConfig())
     assert {name: x.longest for name, x in found.items()} == {

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from unittest.mock import MagicMock
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -182,6 +183,21 @@ def test_too_many_dropped_rows_are_refused_with_the_reasons(tmp_path):
     assert len(read(tmp_path, data={"max_dropped": 0.7}).dataset) == 1
     write_jsonl(folder(tmp_path), "train", [pair(chosen="")])
     assert "no row is left" in refusal(tmp_path, data={"max_dropped": 1.0})
+
+
+def test_rows_that_are_cached_whole_are_opened_and_nothing_is_written(tmp_path, monkeypatch):
+    write_bytes(tmp_path, lines(pairs(3)))
+    made = read(tmp_path)
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "cache"))
+
+    # its lock is written to whatever the cache holds
+    monkeypatch.setattr(datasets.Dataset, "from_generator", refuse)
+    again = read(tmp_path)
+    assert again.dataset[:] == made.dataset[:] and again.fingerprint == made.fingerprint
+    write_bytes(tmp_path, lines(pairs(4)))
+    assert "cache cannot be used: [Errno 13] Permission denied" in refusal(tmp_path)
 
 
 def test_equal_responses_are_counted_and_refused_beyond_half_but_not_in_sft(tmp_path):

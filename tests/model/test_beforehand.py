@@ -24,6 +24,7 @@ def base(tmp_path_factory):
     save_tiny_model(folder / "mixtral", model_type="mixtral", num_local_experts=4)
     odd = save_tiny_model(folder / "odd", model_type="gpt2") / "config.json"
     odd.write_text(odd.read_text().replace('"n_head": 4', '"n_head": 5'))
+    save_tiny_model(folder / "bert", model_type="bert")
     for weights in folder.glob("*/*.safetensors"):
         save_file({}, weights)
     return save_dataset(folder, "pairs")
@@ -52,6 +53,7 @@ def unread(tmp_path_factory):
         ("llama", {"kind": "none"}, {"router_aux_loss": "0.1"}, "router_aux_loss=0.1: .*no router"),
         ("llama", {"kind": "none"}, {"block_name": "Block"}, "blocks are LlamaDecoderLayer"),
         ("distances0", {"kind": "none"}, {"attention": "sdpa"}, "sdpa: BloomForCausalLM has no"),
+        ("bert", {"kind": "none"}, {}, "BertLMHeadModel .* no causal language model: .*is_decoder"),
     ],
 )
 def test_what_a_model_has_not_is_told_without_weights(base, name, adapter, options, message):

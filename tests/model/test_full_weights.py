@@ -198,6 +198,21 @@ def in_a_pickle(folder, saved):
     torch.save(saved, folder / "pytorch_model.bin")
 
 
+def in_two_pickles(folder):
+    """The paths of both."""
+    weights = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for path in folder.glob("model*"):
+        path.unlink()
+    names = sorted(weights)
+    files = {f"pytorch_model-0000{i + 1}-of-00002.bin": names[i::2] for i in range(2)}
+    for file, own in files.items():
+        torch.save({name: weights[name].clone() for name in own}, folder / file)
+    weight_map = {name: file for file, own in files.items() for name in own}
+    index = folder / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    return [folder / file for file in files]
+
+
 def first_shard(folder):
     return min(folder.glob("model-*.safetensors"))
 
@@ -247,6 +262,36 @@ def test_a_damaged_checkpoint_is_one_sentence_before_it_is_read(folder, damage):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.unlink(), "names files that are not there: pytorch_model-00002"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-3000]), "00002.bin was cut"),
+        (lambda path: torch.save({"a": torch.ones(1)}, path), "missing .*, wrong shape none"),
+        (lambda path: torch.save([1], path), "00002.bin holds no weights by their names"),
+    ],
+)
+def test_damaged_pickles_are_refused_before_they_are_read(folder, change, message):
+    paths = in_two_pickles(folder)
+    check_files(ModelConfig(name_or_path=str(folder)))
+    change(paths[-1])
+    with pytest.raises(CheckpointError, match=message):
+        check_files(ModelConfig(name_or_path=str(folder)))
+
+
+def test_an_archive_of_another_model_is_refused_before_it_is_read(renamed, tmp_path):
+    base, models = renamed
+    own, other = base / "mixtral/base", base / "gpt_neox/trained"
+    for archive in (
+        base / "mixtral/trained",
+        save_policy(tmp_path, models["mixtral"].state_dict()),
+    ):
+        check_files(ModelConfig(name_or_path=str(own), archive=str(archive)))
+    for archive in (other, save_policy(tmp_path, models["gpt_neox"].state_dict())):
+        with pytest.raises(CheckpointError, match=r"model.archive: .* fit the model: missing"):
+            check_files(ModelConfig(name_or_path=str(own), archive=str(archive)))
+
+
 @pytest.mark.parametrize("content", PICKLES)
 def test_a_pickle_of_something_else_is_one_sentence(folder, content):
     saved, message = PICKLES[content]
@@ -276,6 +321,7 @@ def test_weights_of_few_bits_that_transformers_can_widen_are_widened(tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(fields))
+    check_files(ModelConfig(name_or_path=str(folder), archive=str(folder)))
     model = load_model(find_model(str(folder)), dtype=torch.float32)
     assert torch.equal(model.get_parameter(name), expected)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -164,6 +164,11 @@ def test_the_newest_run_of_a_name_is_of_that_name(tmp_path):
     assert newest("min?") is None and newest("m") is None and newest("no/such") is None
     run = make("a[1]/b*_2026-01-01_00-00-00")
     assert newest("a[1]/b*") == run
+    # of a clock that was set back since
+    make("late_2999-01-01_00-00-00")
+    run = RunPlace(run_dir=None, root=tmp_path, name="late").create("")
+    (run / "checkpoints").mkdir()
+    assert newest("late") == run
 
 
 def test_a_line_that_the_disk_did_not_take_is_written_with_the_checkpoint(

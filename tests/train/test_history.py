@@ -53,3 +53,6 @@ def test_a_line_that_is_damaged_is_said_and_one_that_a_kill_cut_short_is_not(tmp
     lines[1] = "k" + lines[1][1:]
     assert brought(tmp_path, lines[:2], [], step=1, evaluated=1) == [(1, "train")]
     assert 'metrics.jsonl: a damaged line is left out: \'k"step": 1' in caplog.text
+    lines = [line(1, "train"), '{"step": "1"}\n', "[1]\n"]
+    assert brought(tmp_path, lines, [], step=1, evaluated=1) == [(1, "train")]
+    assert caplog.text.count("a line without a step is left out") == 2

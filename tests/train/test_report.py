@@ -115,6 +115,17 @@ def test_the_table_names_the_files_that_are_there(tmp_path):
     assert str(run_dir / "LATEST") in table and "curves.png" not in table
 
 
+def test_lines_that_are_none_of_ours_do_not_end_a_run(tmp_path, caplog):
+    odd: list[dict[str, object]] = [{"step": 3, "note": "x"}, {"split": "train"}]
+    odd += [{"step": 4, "split": "train", "loss/train": "low", "tokens_per_second": None}]
+    caplog.set_level(logging.WARNING)
+    show_results([*odd, *SPARSE, *odd], tmp_path, 1.0)
+    assert (tmp_path / "curves.png").exists() and not caplog.text
+    table = summarize([*SPARSE, *odd], tmp_path, 1.0)
+    assert row(table, "loss/train")[-1] == "0.4000"
+    assert row(table, "tokens per second")[-1] == "1,000"
+
+
 def test_neither_a_plot_nor_a_table_that_fails_ends_a_run(tmp_path, monkeypatch, caplog):
     (tmp_path / "curves.png").mkdir()
     caplog.set_level(logging.WARNING)

@@ -143,6 +143,8 @@ def test_a_folder_on_a_disk_that_is_not_there_is_refused_before_anything_is_load
         ({"exp_name": "n" * 300}, "exp_name: .*: File name too long"),
         ({"exp_name": "new/" + "n" * 300}, "exp_name: .*: File name too long"),
         ({"exp_name": "/dev/null/x"}, "exp_name: /dev/null is a file"),
+        ({"exp_name": "new/../../x"}, "exp_name must stay in output_dir .*; run_dir names a"),
+        ({"exp_name": "/tmp/x"}, "exp_name must stay in output_dir"),
     ],
 )
 def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(

@@ -133,7 +133,7 @@ def describe_lengths(histogram: Histogram) -> str:
     over = f"{histogram.num_over:,} of {histogram.num_rows:,}"
     return (
         f"median {histogram.median:,}, 95 % up to {histogram.most:,}, longest "
-        f"{histogram.longest:,}; {over} over "
+        f"{histogram.longest:,}; {over} too long for "
         f"{histogram.limit_name} = {histogram.limit:,}"
     )
 

@@ -34,7 +34,8 @@ class Histogram(NamedTuple):
     limit_name: str
     """The option, or expression of options, that sets `limit`."""
     num_over: int
-    """Rows longer than the limit."""
+    """Rows that are longer than the limit, and too long as a whole: a prompt may fill what its
+    responses leave."""
     num_rows: int
 
     @property
@@ -61,22 +62,38 @@ def measure_lengths(encoded: Sequence[datasets.Dataset], options: EncodeOptions)
     if options.truncation == "seed":
         response_limit -= options.max_prompt_length
         response_limit_name = "max_length - max_prompt_length"
+    sequence = prompt + responses.max(axis=1)
+    is_long = sequence > options.max_length
+    # once its prompt is cut
+    is_still_long = is_long
+    if options.truncation == "seed":
+        cut = np.minimum(prompt, options.max_prompt_length)
+        is_still_long = is_long & (cut + responses.max(axis=1) > options.max_length)
     return [
-        _histogram("prompt", prompt, options.max_prompt_length, "max_prompt_length"),
+        _histogram("prompt", prompt, options.max_prompt_length, "max_prompt_length", is_long),
         *(
-            _histogram(name, values, response_limit, response_limit_name)
+            _histogram(name, values, response_limit, response_limit_name, is_still_long)
             for name, values in zip(names, responses.T, strict=True)
         ),
         _histogram(
             "sequence" if options.sft else "longer sequence",
-            prompt + responses.max(axis=1),
+            sequence,
             options.max_length,
             "max_length",
         ),
     ]
 
 
-def _histogram(name: str, values: np.ndarray, limit: int, limit_name: str) -> Histogram:
+def _histogram(
+    name: str,
+    values: np.ndarray,
+    limit: int,
+    limit_name: str,
+    is_cut: np.ndarray | bool = True,
+) -> Histogram:
+    """Args:
+    is_cut: Whether a row that is longer than the limit is cut to it.
+    """
     longest = int(values.max(initial=1))
     # the few longer rows would compress the histogram of all others
     end = max(1, _quantile(values, SHOWN_SHARE))
@@ -96,7 +113,7 @@ def _histogram(name: str, values: np.ndarray, limit: int, limit_name: str) -> Hi
         longest=longest,
         limit=limit,
         limit_name=limit_name,
-        num_over=int((values > limit).sum()),
+        num_over=int(((values > limit) & is_cut).sum()),
         num_rows=len(values),
     )
 

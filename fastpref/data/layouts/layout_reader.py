@@ -1,6 +1,7 @@
 """Read the records of one source as checked rows of a single layout."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,27 @@ from fastpref.data.layouts.readings import Record
 from fastpref.data.layouts.recognition import TEXTS, AmbiguousRowError, Layout, recognise
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import SIDES, Row, parse_row
-from fastpref.data.layouts.turns import transposed
+from fastpref.data.layouts.turns import read_written, transposed
+
+
+def find_written(record: Record) -> frozenset[str]:
+    """Columns whose value is the text of a list of messages."""
+    found = set()
+    for column, value in record.items():
+        with suppress(RowError):
+            if isinstance(value, str) and read_written(column, value) is not value:
+                found.add(column)
+    return frozenset(found)
+
+
+def with_messages(record: Record, written: Collection[str]) -> Record:
+    """The record with the messages that the texts of some columns are.
+
+    Raises:
+        RowError: one begins as such a text and is none.
+    """
+    texts = {column: record[column] for column in written if isinstance(record.get(column), str)}
+    return record | {column: read_written(column, text) for column, text in texts.items()}
 
 
 class LayoutReader:
@@ -28,6 +49,8 @@ class LayoutReader:
         self._single = single
         self._parse = partial(parse_row, weighted=weighted, allow_roles=allow_roles)
         self._layout: Layout | None = None
+        self._written: frozenset[str] = frozenset()
+        """Columns in which the first row has messages as a text."""
 
     def parse(self, record: Any) -> tuple[Row, Layout]:
         """Check a record; returns the row and its layout.
@@ -44,7 +67,8 @@ class LayoutReader:
     def _parsed(self, record: Any) -> tuple[Row, Layout]:
         if not isinstance(record, dict):
             return self._parse(record), TEXTS
-        record = self._transposed(self._renamed(record))
+        written = self._written if self._layout else find_written(record)
+        record = self._transposed(self._renamed(with_messages(record, written)))
         layout = self._recognised(record)
         try:
             row = self._parse(layout.read(record), single=layout.single)
@@ -54,7 +78,7 @@ class LayoutReader:
             raise RowError(
                 f"the row is laid out as {layout.what}; the rows before it as {self._layout.what}"
             )
-        self._layout = self._layout or layout
+        self._layout, self._written = self._layout or layout, written
         row["fields"] = self._fields(layout)
         return row, layout
 

@@ -4,8 +4,10 @@ A column's value may be a text, one message, or a list of messages; a message ha
 `content`, or, as in ShareGPT, `from` and `value`.
 """
 
+import ast
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from fastpref.checks import hint
@@ -48,6 +50,35 @@ def are_messages(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(message, dict) and any(key in message for key in SPEAKERS) for message in value
     )
+
+
+def read_written(column: str, text: str) -> Any:
+    """The messages that a text is, in JSON or as Python prints them; else the text.
+
+    Raises:
+        RowError: it begins as a list of messages and is none.
+    """
+    if not text.startswith("[{"):
+        return text
+    for load in (json.loads, ast.literal_eval):
+        value = loaded(load, text)
+        if are_messages(value):
+            return value
+    if WRITTEN_MESSAGES.match(text):
+        raise RowError(
+            f"{column} begins as a list of messages and is none in JSON or Python, got "
+            f"{text!r:.60}; json.dumps of the list writes it",
+            column,
+        )
+    return text
+
+
+def loaded(load: Callable[[str], Any], text: str) -> Any:
+    """What a text stands for; itself where that is nothing."""
+    try:
+        return load(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def transposed(record: dict[str, Any]) -> dict[str, Any]:

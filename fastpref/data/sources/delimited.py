@@ -1,16 +1,15 @@
 """Read .csv and .tsv files as records of texts, with the column names in the first line."""
 
-import ast
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fastpref.checks import listed
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import WEIGHT_FIELDS
-from fastpref.data.layouts.turns import WRITTEN_MESSAGES, are_messages
+from fastpref.data.layouts.turns import loaded, read_written
 from fastpref.errors import DataError
 
 SEPARATORS = {"csv": ",", "tsv": "\t"}
@@ -76,28 +75,8 @@ def _record(header: list[str], row: list[str]) -> dict[str, Any] | RowError:
 
 def _value(column: str, text: str) -> Any:
     if column in WEIGHT_FIELDS:
-        return _loaded(json.loads, text)
-    if not text.startswith("[{"):
-        return text
-    for load in (json.loads, ast.literal_eval):
-        value = _loaded(load, text)
-        if are_messages(value):
-            return value
-    if WRITTEN_MESSAGES.match(text):
-        raise RowError(
-            f"{column} begins as a list of messages and is none in JSON or Python, got "
-            f"{text!r:.60}; json.dumps of the list writes it",
-            column,
-        )
-    return text
-
-
-def _loaded(load: Callable[[str], Any], text: str) -> Any:
-    """The value that a text decodes to, or the text itself if it does not decode."""
-    try:
-        return load(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
+        return loaded(json.loads, text)
+    return read_written(column, text)
 
 
 def _check_header(header: list[str], separator: str, name: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
 from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
@@ -15,7 +16,7 @@ from fastpref.model.attention.calls import AttentionCall, recording
 from fastpref.model.attention.windows import limited_view, narrow_windows
 from fastpref.model.blocks import find_blocks
 from fastpref.model.exact_arithmetic import exact_arithmetic
-from fastpref.model.logit_path import ROUNDING, LogitPath, probe_ids
+from fastpref.model.logit_path import ROUNDING, LogitPath, probe_ids, title
 from fastpref.model.mixers import describe_mixers, find_mixers, isolate_mixers
 from fastpref.model.scorer import TokenScorer
 
@@ -92,11 +93,19 @@ def probe_packing(
 
 
 def check_attention(model: Any, requested: str) -> None:
-    """Refuse an attention that a family does not implement; the model may be on the meta device.
+    """Refuse an attention that looks ahead by the model's config, and one that its family does not
+    have; the model may be on the meta device.
 
     Raises:
         ConfigError: naming it.
     """
+    config = model.config
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and getattr(config, "is_decoder", None) is False:
+        raise ConfigError(
+            f"model.name_or_path: {title(model)} is no causal language model: those of type "
+            f"{config.model_type} predict a token from all others unless their config says "
+            "is_decoder"
+        )
     if requested == "sdpa" and not model._supports_sdpa:
         raise ConfigError(
             f"model.attention=sdpa: {type(model).__name__} has no such attention in "

@@ -3,6 +3,7 @@
 import logging
 import zipfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,22 @@ WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."
 
 
 def load_pickle(path: Path) -> Any:
-    """Load what `torch.save` wrote, tensors and plain values only, memory-mapped if possible."""
+    """Load what `torch.save` wrote, tensors and plain values only, memory-mapped if possible.
+
+    Raises:
+        ValueError: the file was cut; torch raises other errors for other files.
+    """
     # the format from before torch 1.6 is not a zip file and cannot be memory-mapped
     mmap = zipfile.is_zipfile(path)
+    if not mmap and begins_as_zip(path):
+        raise ValueError(f"{path.name} was cut: its end is missing")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def begins_as_zip(path: Path) -> bool:
+    """Whether a file is in the format that torch has written since 1.6, or was."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def read_policy(path: Path) -> dict[str, Tensor]:
@@ -42,8 +55,14 @@ def read_policy(path: Path) -> dict[str, Tensor]:
             f"model.archive: {path} is no policy archive; expected a dict with 'state', a dict of "
             "weights"
         )
-    logger.info("model.archive: step %s of %s", saved.get("step_idx"), path)
+    _say_step(path, saved.get("step_idx"))
     return _unwrapped(state)
+
+
+@cache
+def _say_step(path: Path, step: Any) -> None:
+    """Say once what an archive is of."""
+    logger.info("model.archive: step %s of %s", step, path)
 
 
 def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,18 +14,26 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
 
 from fastpref.errors import CheckpointError
-from fastpref.model.files.archives import load_pickle
+from fastpref.model.files.archives import begins_as_zip, load_pickle
 from fastpref.model.files.configs import load_base_config, quantization_options
 from fastpref.model.files.families import code_options, find_family
 from fastpref.model.files.paths import ModelSource, matching_files, read_object
 from fastpref.model.files.reading import reading
-from fastpref.model.files.weight_files import INDEX, WHOLE, stored_weights
+from fastpref.model.files.weight_files import (
+    INDEX,
+    PICKLE,
+    PICKLES_INDEX,
+    WHOLE,
+    pickle_files,
+    stored_weights,
+)
 
 logger = logging.getLogger("fastpref")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNFILLED = "model: the weights in {} do not fill the model"
+NO_FIT = "{} does not fit the model"
 LFS_POINTER = b"version https://git-lfs"
 TABLES = re.compile(r"(attn|attention)\.(bias|masked_bias)$|\.inv_freq$")
 """Masks and rotary tables that older versions of transformers saved and newer ones compute."""
@@ -79,21 +87,36 @@ def check_weights(model: Any, folder: Path) -> None:
     """Refuse a folder whose weights do not fill a model, before they are read.
 
     Args:
-        model: Built from the folder's config, on the meta device.
-        folder: Of safetensors files only the headers are read; pickles only have to exist.
+        model: Of the folder's config, on the meta device.
+        folder: Its files of weights count by their headers alone, pickles in the format from
+            before torch 1.6, which have none, by being there.
 
     Raises:
         CheckpointError: as loading it would.
     """
     _check_files(folder)
     with reading("the weights", str(folder)):
-        headers = {
-            name: torch.empty(part.get_shape(), dtype=model.dtype, device="meta")
-            for name, part in stored_weights(folder)
-        }
-    # files of quantized weights hold more than weights
-    if not headers or quantization_options(str(folder), model.config):
-        return
+        shapes = shapes_in(folder, whole=False)
+    # of few bits there is more in the files than weights
+    if shapes and not quantization_options(str(folder), model.config):
+        check_fit(model, shapes, str(folder), opening=UNFILLED)
+
+
+def check_fit(model: Any, shapes: Shapes, source: str, *, opening: str) -> None:
+    """Refuse weights that do not fill a model, before they are read.
+
+    Args:
+        model: On the meta device.
+        shapes: Of the weights, by the names of a checkpoint or of the model.
+        source: Where they come from.
+        opening: What the message begins with, with a place for the source.
+
+    Raises:
+        CheckpointError: as loading them would.
+    """
+    headers = {
+        name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()
+    }
 
     def load() -> Any:
         return type(model).from_pretrained(
@@ -106,8 +129,8 @@ def check_weights(model: Any, folder: Path) -> None:
             ignore_mismatched_sizes=True,
         )
 
-    with reading("the weights", str(folder)), _quiet_transformers():
-        _load_filled(load, UNFILLED.format(folder), lambda: model, lambda: shapes_of(headers))
+    with reading("the weights", source), _quiet_transformers():
+        _load_filled(load, opening.format(source), lambda: model, lambda: shapes)
 
 
 @contextmanager
@@ -134,8 +157,10 @@ def _check_files(folder: Path) -> None:
         CheckpointError: there are none, the index is damaged or names missing files, or a file is a
             Git LFS pointer.
     """
-    index = folder / INDEX
-    if index.is_file() and not (folder / WHOLE).is_file():
+    kinds = ((WHOLE, INDEX), (PICKLE, PICKLES_INDEX))
+    # the first one of the kinds that is there is read, one file before several
+    found = [name for names in kinds for name in names if (folder / name).is_file()][:1]
+    for index in (folder / name for name in found if name in (INDEX, PICKLES_INDEX)):
         weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"model: {index} has no weight_map that says where weights lie")
@@ -190,7 +215,7 @@ def load_weights(
             **attention,
         )
 
-    opening = f"{source} does not fit the model"
+    opening = NO_FIT.format(source)
     with reading("the weights", source):
         return _load_full(
             load, opening, lambda: type(like)._from_config(like.config), lambda: shapes_of(weights)
@@ -272,11 +297,22 @@ def shapes_of(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in weights.items() if isinstance(x, Tensor)}
 
 
-def shapes_in(folder: Path) -> Shapes:
-    """Shape of each weight in the files of a folder; {} for a hub name."""
+def shapes_in(folder: Path, *, whole: bool = True) -> Shapes:
+    """Shape of each weight in the files of a folder; of a hub name nothing.
+
+    Args:
+        whole: Read files without headers, too; else nothing is known where there is one.
+    """
     shapes = {name: tuple(part.get_shape()) for name, part in stored_weights(folder)}
-    for path in sorted(folder.glob("pytorch_model*.bin")) if not shapes else ():
-        shapes |= shapes_of(load_pickle(path))
+    paths = pickle_files(folder) if not shapes else []
+    if not (whole or all(map(begins_as_zip, paths))):
+        return {}
+    for path in paths:
+        saved = load_pickle(path)
+        found = shapes_of(saved) if isinstance(saved, dict) else {}
+        if not found:
+            raise ValueError(f"{path.name} holds no weights by their names")
+        shapes |= found
     return shapes
 
 

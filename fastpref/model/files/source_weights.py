@@ -28,14 +28,20 @@ from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.files.archives import load_pickle
 from fastpref.model.files.configs import load_base_config, quantization_options
-from fastpref.model.files.loaded_dtypes import DTYPES
 from fastpref.model.files.paths import (
     ModelSource,
     archived_model,
     named_model,
 )
 from fastpref.model.files.reading import reading
-from fastpref.model.files.weight_files import weight_files, weights_folder
+from fastpref.model.files.weight_files import pickle_files, weight_files, weights_folder
+
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+"""Safetensors' names of the dtypes that weights are trained from; others are quantized."""
 
 
 class FileWeight(NamedTuple):
@@ -91,8 +97,8 @@ def open_weights(model: ModelConfig, *, wrapper: bool) -> SourceWeights:
         sources = [own] if wrapper else []
     elif model.archive:
         sources.insert(0, archived_model(model))
-    # the first one among equals; quantized weights do not count
-    found = max(map(_open, sources), key=_num_weights, default=SourceWeights({}, ()))
+    # the first one among equals; weights of few bits are no weights to train
+    found = max(map(open_files, sources), key=_num_weights, default=SourceWeights({}, ()))
     if wrapper and not found.weights:
         raise CheckpointError(
             f"model: {own.base} is more than its text part, and none of its files of weights is "
@@ -243,7 +249,12 @@ class _Pickled:
         return self._weights[name]
 
 
-def _open(source: ModelSource) -> SourceWeights:
+def open_files(source: ModelSource) -> SourceWeights:
+    """The files of the model below a model's adapters.
+
+    Raises:
+        CheckpointError: one cannot be read.
+    """
     with reading("the weights", source.base):
         folder = weights_folder(source.base, source.revision)
         found = _in_safetensors(folder) or _in_pickles(folder)
@@ -270,7 +281,7 @@ def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
 
 def _in_pickles(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
-    for path in sorted(folder.glob("pytorch_model*.bin")):
+    for path in pickle_files(folder):
         weights = load_pickle(path)
         file = _Pickled(weights)
         for name, weight in weights.items():

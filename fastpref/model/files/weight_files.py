@@ -11,6 +11,8 @@ from fastpref.model.files.paths import local_folder, matching_files, read_object
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 """Maps weights to files, whatever these are called."""
+PICKLE = "pytorch_model.bin"
+PICKLES_INDEX = "pytorch_model.bin.index.json"
 _SHARDS = "model-*-of-*.safetensors"
 
 
@@ -39,6 +41,12 @@ def weight_files(folder: Path) -> list[Path]:
     if names:
         return [folder / name for name in names if (folder / name).is_file()]
     return matching_files(folder, (_SHARDS,))
+
+
+def pickle_files(folder: Path) -> list[Path]:
+    """What transformers loads of a folder without safetensors: the one file, or its parts."""
+    whole = folder / PICKLE
+    return [whole] if whole.is_file() else matching_files(folder, ("pytorch_model-*.bin",))
 
 
 def stored_weights(folder: Path) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import harmonic_mean
+from typing import TypeGuard
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +44,8 @@ def show_results(records: Sequence[Record], run_dir: Path, seconds: float) -> No
         seconds: Wall time of the training in seconds, evaluations included.
     """
     try:
-        plot_curves(records, run_dir / "curves.png")
+        drawn = [record for record in records if is_finite(record.get("examples"))]
+        plot_curves(drawn, run_dir / "curves.png")
     # matplotlib may fail in many ways: it needs a font cache, disk space and more
     except Exception as error:
         logger.warning("no curves.png: %s: %s", type(error).__name__, first_line(error))
@@ -63,8 +65,9 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
 
     Args: see `show_results`.
     """
+    records = [record for record in records if _tells_of_a_run(record)]
     steps = [record for record in records if record["split"] == "train"]
-    kind = "eval" if any(record["split"] == "eval" for record in records) else "train"
+    kind = kind_shown(records)
     starts, ends, after = True, True, "after"
     if kind == "eval":
         lines = [record for record in records if record["split"] == "eval"]
@@ -79,14 +82,27 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
         before = f"{found[0]:.4f}" if starts and (len(found) > 1 or not ends) else ""
         table.add_row(key, before, f"{found[-1]:.4f}" if ends else "")
     if steps:
-        rates = [record["tokens_per_second"] for record in steps]
+        given = (record.get("tokens_per_second") for record in steps)
+        rates = [rate for rate in given if is_finite(rate) and rate > 0]
+        peak = steps[-1].get("peak_memory_gib")
         table.add_section()
         table.add_row("optimizer steps", "", str(steps[-1]["step"]))
         table.add_row("examples", "", str(steps[-1]["examples"]))
-        table.add_row("tokens per second", "", f"{harmonic_mean(rates):,.0f}")
-        table.add_row("peak memory", "", f"{steps[-1]['peak_memory_gib']:.2f} GiB")
+        table.add_row("tokens per second", "", f"{harmonic_mean(rates or [0]):,.0f}")
+        table.add_row("peak memory", "", f"{peak if is_finite(peak) else math.nan:.2f} GiB")
     table.add_row("wall time", "", f"{seconds:.0f} s")
     return render(table, {"model": run_dir / "LATEST", "curves": run_dir / "curves.png"})
+
+
+def _tells_of_a_run(record: Record) -> bool:
+    """Whether a line has what every line of ours has."""
+    numbers = (record.get("step"), record.get("examples"))
+    return record.get("split") in ("train", "eval") and all(map(is_finite, numbers))
+
+
+def kind_shown(records: Sequence[Record]) -> str:
+    """The split whose numbers tell of a run: the held-out one, where there are any."""
+    return "eval" if any(record.get("split") == "eval" for record in records) else "train"
 
 
 def by_metric(records: Sequence[Record], split: str) -> dict[str, list[float]]:
@@ -100,7 +116,8 @@ def by_metric(records: Sequence[Record], split: str) -> dict[str, list[float]]:
     for record in records:
         for key, value in record.items():
             is_metric = key.split("/")[0].endswith(f"_{split}") or key == f"loss/{split}"
-            if record["split"] == split and is_metric:
+            is_number = value is None or isinstance(value, int | float)
+            if record.get("split") == split and is_metric and is_number:
                 found.setdefault(key, []).append(math.nan if value is None else value)
     return found
 
@@ -201,6 +218,6 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     plt.close(figure)
 
 
-def is_finite(value: object) -> bool:
+def is_finite(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, which can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)

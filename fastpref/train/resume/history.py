@@ -79,5 +79,9 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.endswith("\n"):
                     logger.warning("%s: a damaged line is left out: %.60r", path, line)
                 continue
-            if isinstance(record, dict) and "step" in record and line.endswith("\n"):
+            if not line.endswith("\n"):
+                continue
+            if isinstance(record, dict) and type(record.get("step")) is int:
                 yield line, record
+            else:
+                logger.warning("%s: a line without a step is left out: %.60r", path, line)
