@@ -91,9 +91,7 @@ def _histogram(
     limit_name: str,
     is_cut: np.ndarray | bool = True,
 ) -> Histogram:
-    """Args:
-    is_cut: Whether a row that is longer than the limit is cut to it.
-    """
+    """Histogram of one length per row; rows count as over the limit only where `is_cut`."""
     longest = int(values.max(initial=1))
     # the few longer rows would compress the histogram of all others
     end = max(1, _quantile(values, SHOWN_SHARE))
