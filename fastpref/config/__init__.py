@@ -1,6 +1,6 @@
 """The schema of a run: every option's type, default, unit, meaning and check.
 
-Enters: what train.py composed. Leaves: a checked `Config`. To be changed here: an option.
+Enters: options composed by train.py. Leaves: a checked `Config`. To be changed here: options.
 Nothing here imports torch, so that a wrong option is refused before anything heavy is loaded.
 """
 

@@ -1,4 +1,4 @@
-"""Schema of the group `adapter`: what is trained beside a model that stays as it is."""
+"""Schema of the group `adapter`: low-rank adapters trained on a frozen model."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,11 +7,11 @@ from fastpref.checks import check_choice, check_number
 
 ADAPTERS = ("none", "lora", "qlora")
 INITS = ("kaiming", "gaussian")
-"""Those that leave the model as it is until the first update."""
+"""Inits that leave the model unchanged until the first update."""
 CHANGING_INITS = ("pissa", "olora", "corda", "eva", "loftq", "lora_ga", "mica", "orthogonal")
-"""Others of peft: they move the base, or do not start at zero to the last bit."""
+"""Other inits of peft: they change the base, or the adapters do not start at exactly zero."""
 ALL_LINEAR = "all-linear"
-"""What peft calls its widest choice."""
+"""peft's name for all linear layers."""
 BASES = ("auto", "replicated", "sharded")
 
 
@@ -40,8 +40,8 @@ class AdapterConfig:
     """Ends of the names of linear layers, such as [q_proj,v_proj]; null or [all-linear]: all in the
     transformer blocks, and all experts."""
     target_parameters: list[str] | None = None
-    """Ends of the names of matrices that are no layer by themselves, such as a mixture's
-    [experts.gate_up_proj]; null: none, where target_modules is given."""
+    """Ends of the names of matrices that are not layers of their own, such as a mixture's
+    [experts.gate_up_proj]; null: none, if target_modules is given."""
     init: str = "kaiming"
     """First values of matrix A: kaiming or gaussian. Matrix B starts at zero."""
     ensure_weight_tying: bool = False
@@ -54,7 +54,7 @@ class AdapterConfig:
 
     @property
     def trained(self) -> bool:
-        """Whether adapters are what is trained."""
+        """Whether adapters are trained instead of all weights."""
         return self.kind != "none"
 
     @property
@@ -63,10 +63,10 @@ class AdapterConfig:
         return self.kind == "qlora"
 
     def check_installed(self) -> None:
-        """Refuse layers in 4 bits where the package that computes them is not installed.
+        """Refuse 4-bit layers if the package that computes them is not installed.
 
         Raises:
-            ValueError: naming it.
+            ValueError: naming the package.
         """
         if self.quantized and find_spec("bitsandbytes") is None:
             raise ValueError(

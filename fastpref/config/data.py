@@ -1,5 +1,4 @@
-"""Schema of the option group `data`: which rows a run has, how they are found, read, made text and
-ordered."""
+"""Schema of the option group `data`: how a run's rows are found, read, rendered and ordered."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,10 @@ ROW_FIELDS = (
     *("question", "instruction", "input", "output", "system", "tools"),
     *("response_0", "response_1", "better_response_id"),
 )
-"""What a column can be read as; which of them make a row, the table of layouts says."""
+"""Fields that a column can be read as; `data/layouts/recognition.py` says which make a row."""
 SPLITS = ("train", "test")
 ORDERS = ("fastpref", "dpo", "tdpo", "tisdpo")
-"""`fastpref` follows the seed option; the others are what the three repositories really did."""
+"""`fastpref` follows the option `seed`; the others are what the code of that repository does."""
 OWN_ARGUMENTS = (
     *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
     *("add_generation_prompt", "continue_final_message", "sanitize_control_tokens", "padding"),
@@ -24,9 +23,9 @@ OWN_ARGUMENTS = (
     *("tokenizer_kwargs", "strftime_now", "raise_exception", "fastpref_date", "bos_token"),
     *("eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )
-"""What a chat template is told by the rows, the tokenizer or this program."""
+"""Variables of a chat template that the rows, the tokenizer or this program set."""
 SMALLEST_SHARE = 1e-6
-"""Shares are taken to a millionth, and may be as far from 1 in all."""
+"""Smallest share, and how far the sum of all shares may be from 1."""
 
 
 @dataclass(kw_only=True)
@@ -36,14 +35,15 @@ class DataConfig:
     on_error: str = "raise"
     """A malformed row: raise stops with file:row:field, skip drops and counts it."""
     strict: bool = False
-    """Make an error of what is otherwise dropped and counted, such as an empty response."""
+    """Treat as an error what is otherwise dropped and counted, such as an empty response."""
     max_dropped: float = 0.5
     """Largest share of pairs that may be dropped before that is an error, in [0, 1]."""
     drop_last: bool = True
     """Drop the pairs that do not fill the last batch of an epoch."""
     truncation: str = "seed"
-    """Of what is longer than max_length. seed: responses are cut to max_length - max_prompt_length
-    tokens. fill: to what the prompt left. drop: the pair is dropped."""
+    """How to shorten pairs longer than max_length. seed: cut the prompt to max_prompt_length, then
+    responses to max_length - max_prompt_length. fill: responses to what the prompt left. drop: drop
+    the pair, cut nothing."""
     truncation_mode: str = "auto"
     """Which end of a long prompt is kept: keep_start, keep_end, or auto (keep_end for messages and
     HH dialogues, keep_start for other texts)."""
@@ -109,7 +109,7 @@ class DataConfig:
         self._check_shares()
 
     def _check_shares(self) -> None:
-        # without any it is `check_datasets` that says what is missing
+        # `check_datasets` refuses an empty list
         if not self.shares:
             return
         for share in self.shares:
@@ -129,7 +129,7 @@ class DataConfig:
             )
 
     def check_datasets(self, datasets: Sequence[str]) -> None:
-        """Refuse shares that are not one for each dataset, and configurations of none of them."""
+        """Refuse a wrong number of shares, and configurations of datasets that are not used."""
         for name, config_name in self.config_names.items():
             check_choice("data.config_names", name, tuple(datasets))
             if not isinstance(config_name, str) or not config_name:
@@ -167,7 +167,7 @@ def check_columns(columns: Mapping[str, str | None]) -> None:
 
 
 def check_split_names(split_names: Mapping[str, str]) -> None:
-    """Refuse a split that no run has, and what cannot be the name of one.
+    """Refuse an unknown split, and a value that cannot be the name of one.
 
     Raises:
         ValueError: naming the split.
@@ -182,7 +182,7 @@ def check_split_names(split_names: Mapping[str, str]) -> None:
 
 
 def check_template_kwargs(arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments of a chat template that are our own, and what JSON has no form for.
+    """Refuse chat-template arguments in `OWN_ARGUMENTS`, and values that JSON cannot represent.
 
     Raises:
         ValueError: naming the argument.

@@ -25,7 +25,7 @@ FLASH_PACKAGES = {
 }
 ATTENTIONS = ("auto", "eager", "sdpa", "varlen", "flex", *FLASH_PACKAGES)
 CUDA_ATTENTIONS = ("varlen", "flex", *FLASH_PACKAGES)
-"""Those that train on a GPU alone."""
+"""Attention back ends that train on CUDA devices only."""
 TEMPLATES = ("normal", "harmless", "harmful")
 
 
@@ -43,8 +43,8 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub; null: the main branch."""
     trust_remote_code: bool = False
-    """Run Python code that lies beside the model or its tokenizer, for families that transformers
-    does not have; it can do all that you may do on this machine. false: it is refused."""
+    """Run Python code that comes with the model or its tokenizer, for families that transformers
+    lacks; it runs with your permissions. false: such a model is refused."""
     block_name: str | None = None
     """Class of the transformer block that FSDP shards by; null: found from the model."""
     block: str | None = None
@@ -55,18 +55,19 @@ class ModelConfig:
     """Compute dtype, with or without FSDP; null: compute in policy_dtype. A CPU without units for
     16 bits computes in float32 in any case."""
     reference_dtype: str | None = None
-    """How the reference is stored; it always computes as the policy does. null: in the checkpoint's
-    16 bits where the arithmetic is in float32, which changes no number, else the compute dtype."""
+    """Dtype in which the reference is stored; it computes in the policy's. null: the checkpoint's,
+    if that has 16 bits and float32 is computed in (which changes no result), else the compute
+    dtype."""
     save_dtype: str | None = None
-    """What LATEST is written in: checkpoint, as the weights were loaded; or float32. null: as they
-    were trained, in policy_dtype, which loses nothing."""
+    """Dtype of LATEST: checkpoint, that of the loaded weights; or float32. null: policy_dtype, in
+    which they were trained, so that nothing is lost."""
     attention: str = "auto"
     """auto, eager, sdpa, varlen (torch's own), flex, flash_attention_2, flash_attention_3 or
     flash_attention_4; auto takes the fastest of them that computes correctly here."""
     liger: str = "auto"
     """auto, true or false: on a GPU, rotary embeddings and SwiGLU layers by the package
     liger-kernel and RMS norms by torch's fused one; auto takes them where they compute what the
-    model's own layers do and compile is false."""
+    model's own layers do and blocks are not compiled."""
     router_aux_loss: str = "auto"
     """Coefficient of the loss that spreads the tokens of a mixture of experts evenly over them:
     auto, or a number >= 0. auto: the checkpoint's, 0 where transformers has no such loss for the
@@ -106,7 +107,7 @@ class ModelConfig:
             )
 
     def needing_cuda(self) -> tuple[str, str] | None:
-        """What was asked for that runs on a CUDA device alone, and what runs elsewhere too."""
+        """An option that needs a CUDA device as set, and a value that does not; None if none."""
         if self.attention in CUDA_ATTENTIONS:
             return f"model.attention={self.attention}", "model.attention=sdpa"
         return ("model.liger=true", "model.liger=auto") if self.liger == "true" else None
@@ -115,7 +116,7 @@ class ModelConfig:
         """Refuse an attention whose package is not installed.
 
         Raises:
-            ValueError: naming it.
+            ValueError: naming the package.
         """
         package = FLASH_PACKAGES.get(self.attention)
         if package is not None and not _is_installed(package):
@@ -148,7 +149,7 @@ class PackingConfig:
         # true and false arrive as booleans
         self.share_prompt = str(self.share_prompt).lower()
         check_choice("packing.share_prompt", self.share_prompt, ("auto", "true", "false"))
-        # numbers arrive as such
+        # numbers arrive as numbers
         self.max_tokens = str(self.max_tokens).lower()
         check_number("packing.max_tokens", self.token_limit, ge=1)
         if self.share_prompt == "true" and not self.enabled:
@@ -171,12 +172,12 @@ class OptimConfig:
     betas: list[float] | None = None
     """Two decay rates of the Adam family, each in [0, 1)."""
     eps: float | None = None
-    """Added to the denominator, > 0, for weights whose gradients were all 0."""
+    """Added to the denominator, > 0, which is otherwise 0 if all gradients of a weight were 0."""
     momentum: float | None = None
     """Momentum of SGD and RMSprop, in [0, 1)."""
 
     def arguments(self) -> dict[str, Any]:
-        """What goes to the optimizer's constructor; None is torch's default."""
+        """Arguments of the optimizer's constructor; None is torch's default."""
         names = ("weight_decay", "betas", "eps", "momentum")
         return {name: getattr(self, name) for name in names}
 
@@ -185,7 +186,7 @@ class OptimConfig:
         check_number("optim.min_lr_ratio", self.min_lr_ratio, ge=0, le=1)
         check_number("optim.weight_decay", self.weight_decay, ge=0)
         check_number("optim.eps", self.eps, gt=0)
-        # less is 0 to an optimizer that computes in float32
+        # smaller values are 0 in an optimizer that computes in float32
         check_number("optim.eps", self.eps, ge=2.0**-126)
         check_number("optim.momentum", self.momentum, ge=0, lt=1)
         if self.betas is not None:
@@ -211,7 +212,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         self.workspace_mib = str(self.workspace_mib).lower()
-        # the ops' own bound, whose bytes are a number of 64 bits
+        # the ops' own bound: the number of bytes must fit in 64 bits
         check_number("head.workspace_mib", self.workspace_limit, ge=1, le=2**42)
 
 
@@ -222,7 +223,7 @@ def _same_folder(first: str | None, second: str | None) -> bool:
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    # of a dotted name whose first part is missing
+    # raised for a dotted name whose parent package is missing
     except ModuleNotFoundError:
         return False
 
@@ -235,7 +236,7 @@ class WeightsConfig:
     faster there, and more exact."""
 
     positive: str | None = None
-    """The model that prefers the chosen responses: all that model.name_or_path takes, or a
+    """The model that prefers the chosen responses: anything that model.name_or_path takes, or a
     seed-format policy.pt for the architecture of model.name_or_path. Required by the task."""
     negative: str | None = None
     """The model that prefers the rejected ones, named in the same way. Required by the task."""
@@ -253,9 +254,9 @@ class WeightsConfig:
     include_eos: bool = False
     """Give the end-of-sequence token a weight as well, the last one of each list."""
     positive_template: str = "normal"
-    """What the positive model reads besides the prompt: normal (nothing); harmless or harmful (a
-    system message of ours); or a text, which is a system message, or if it contains {prompt} the
-    whole prompt."""
+    """What the positive model reads besides the prompt: normal (nothing), harmless, harmful (texts
+    of ours), or a text. It becomes the system message, or stands before a prompt that is a text; if
+    it contains {prompt}, it is put around the user's message."""
     negative_template: str = "normal"
     """The same for the negative model."""
 
@@ -266,12 +267,12 @@ class WeightsConfig:
         check_number("weights.round", self.round, ge=0)
         for name in ("positive_template", "negative_template"):
             template = getattr(self, name)
-            # a text is more than a word: what is one word is a misspelt name
+            # a text has several words: a single one is a misspelt name
             if "{prompt}" not in template and len(template.split()) < 2:
                 check_choice(f"weights.{name}", template, TEMPLATES)
 
     def check_task(self, base_data_dir: str | None) -> None:
-        """What task=estimate_weights needs and other tasks do not."""
+        """Check what only task=estimate_weights requires."""
         for name in ("positive", "negative", "output_dir"):
             if not getattr(self, name):
                 raise ValueError(f"weights.{name} is required by task=estimate_weights")
@@ -287,7 +288,7 @@ class WeightsConfig:
             )
 
     def check_names(self, datasets: Sequence[str]) -> None:
-        """Refuse names of data sets that lead out of the folder that weights are written to."""
+        """Refuse dataset names whose weights would be written outside of `output_dir`."""
         for name in datasets:
             path = Path(name)
             if path.is_absolute() or ".." in path.parts:

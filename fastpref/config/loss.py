@@ -1,4 +1,4 @@
-"""Schemas of the two groups that say what is learnt: `loss` and the token weights' `transform`."""
+"""Schemas of the groups `loss` and `transform`, the transform of token weights."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -8,29 +8,29 @@ from fastpref.choices import TIES
 
 
 class LossNeeds(NamedTuple):
-    """What a loss is made from, beside the policy's log-probabilities."""
+    """What a loss needs besides the policy's log-probabilities."""
 
     pairs: bool = True
-    """Chosen and rejected responses; else the one response to imitate."""
+    """Chosen and rejected responses; False: one response, the SFT target."""
     reference: bool = True
     """The reference's log-probabilities."""
     weights: bool = False
     """Token weights, which multiply log-ratios and KL."""
     kl: str | None = None
-    """The KL of every token, in the direction that `token_logps_and_kl` names so."""
+    """Direction of the KL of every token, as in `token_logps_and_kl`; None: no KL."""
     metrics_kl: str | None = None
-    """The KL that some metrics tell, though the loss is made without one."""
+    """Direction of a KL that only some metrics report; the loss itself has none."""
 
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """What every loss has; each loss is a subclass, so another loss's option is an error."""
+    """Options of every loss; each loss is a subclass, so another loss's option is an error."""
 
     name: str
-    """Which loss this is: follows from loss=NAME, not an option of its own."""
+    """Name of the loss: set by loss=NAME, not an option of its own."""
 
     def __init_subclass__(cls) -> None:
-        # a case of build_objective for the one would take the other as well
+        # a case of build_objective for one loss would match a subclass of it too
         if cls.__base__ is not LossConfig:
             raise TypeError(
                 f"{cls.__name__} must derive from LossConfig alone, got {cls.__bases__}"
@@ -38,12 +38,12 @@ class LossConfig:
 
     @property
     def needs(self) -> LossNeeds:
-        """What data and models must give."""
+        """What the loss needs from data and models."""
         return LossNeeds()
 
     @property
     def held_out_names(self) -> list[str]:
-        """Names of an evaluation's numbers of the loss, as metrics.jsonl has them."""
+        """Names in metrics.jsonl of the held-out metrics that this loss gives."""
         needs, pair = self.needs, ("chosen", "rejected")
         names = ["loss/eval", "logps_eval/chosen"]
         if needs.pairs:
@@ -88,7 +88,7 @@ class DPOConfig(LossConfig):
     reference_free: bool = False
     """Leave the reference out of the loss (the logged rewards still use it)."""
     token_level: bool = False
-    """Weigh each token's log-probability by the row's token weights."""
+    """Multiply each token's log-probability by its token weight in the row."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -112,7 +112,7 @@ class SimPOConfig(LossConfig):
     beta: float = 2.0
     """Scale of the mean log-probability of a response's tokens, > 0; 2 to 10 in the paper."""
     gamma: float = 1.0
-    """Margin by which the chosen response is to be ahead, >= 0; 0.3 to 5 in the paper."""
+    """Target margin of the chosen reward over the rejected one, >= 0; 0.3 to 5 in the paper."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -131,8 +131,8 @@ class TDPOConfig(LossConfig):
     if_tdpo2: bool = True
     """true: TDPO2 (the chosen KL is detached). false: TDPO1."""
     kl_metrics_every: int = 10
-    """TDPO1: optimizer steps between metrics lines with KL and log-probabilities, which the loss
-    does not need and which cost it half as many operations again in the head, >= 1."""
+    """TDPO1: optimizer steps between metrics lines with KL and log-probabilities, >= 1. The loss
+    does not need them, and they cost half as many operations again in the head."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -151,8 +151,8 @@ class TISDPOConfig(LossConfig):
     token_level: bool = False
     """Add the weighted KL term. Token weights multiply the log-ratios either way."""
     kl_metrics_every: int = 10
-    """Without token_level: optimizer steps between metrics lines with KL, which the loss does not
-    need and which costs it half as many operations again in the head, >= 1."""
+    """Without token_level: optimizer steps between metrics lines with KL, >= 1. The loss does not
+    need it, and it costs half as many operations again in the head."""
 
     @property
     def needs(self) -> LossNeeds:
@@ -169,11 +169,11 @@ LOSS_BOUNDS: dict[str, dict[str, float]] = {
     "gamma": {"ge": 0},
     "kl_metrics_every": {"ge": 1},
 }
-"""Of the losses' options, wherever a loss has them."""
+"""Bounds of the losses' options, by name; they hold in every loss that has the option."""
 LOSSES: dict[str, type[LossConfig]] = {
     vars(loss)["name"]: loss for loss in LossConfig.__subclasses__()
 }
-"""By NAME of loss=NAME, in the order of the classes above."""
+"""Loss schemas by the NAME of loss=NAME, in the order of the classes above."""
 
 
 def _check_ordered(prefix: str, block: object, low: str, high: str) -> None:
@@ -307,7 +307,7 @@ class TransformConfig:
         check_choice("transform.method", self.method, METHODS)
 
     def params(self) -> dict[str, Any]:
-        """The chosen method's parameters by name; {} for `origin`, no `ties` as in the seed."""
+        """The chosen method's parameters by name; {} for `origin`, no `ties` if that is seed."""
         params = {} if self.method == "origin" else asdict(getattr(self, self.method))
         if params.get("ties") == "seed":
             del params["ties"]
@@ -316,11 +316,11 @@ class TransformConfig:
     def label(self) -> str:
         """Method and parameters as the TIS-DPO repository writes them into a run's name."""
         params = self.params()
-        # an option that the repository does not have shows where it is used
+        # an option that the repository lacks is marked if it is used
         ending = "_ties" if params.pop("ties", None) else ""
         if self.method == "binary":
             return f"binary{self.binary.top_percent:g}{ending}"
-        # clipping bounds are left out of a name where the scale follows
+        # the repository names the scale, not the clipping bounds
         if self.method == "threshold_and_scale":
             params = {name: params[name] for name in ("min_scale", "max_scale")}
         return self.method + "_".join(str(value) for value in params.values()) + ending

@@ -7,7 +7,7 @@ from fastpref.checks import check_number
 
 @dataclass(kw_only=True)
 class PlanConfig:
-    """task=plan: what training would take of GPUs that need not be here."""
+    """task=plan: the memory that training would take on GPUs, which need not be here."""
 
     num_gpus: int = 1
     """GPUs that train together, >= 1."""

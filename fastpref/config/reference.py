@@ -10,13 +10,13 @@ MODES = ("online", "cache", "auto")
 
 @dataclass(kw_only=True)
 class ReferenceConfig:
-    """What the policy is compared with, where the loss has a reference."""
+    """The reference model that the policy is compared with, for losses that have one."""
 
     mode: str = "online"
     """online: the reference computes in every step. cache: every row is scored once, before the
     first step, by the model that training starts from; no reference is held or computed after
     that. For losses of log-ratios alone (dpo, ipo, tisdpo without token_level). auto: cache for
-    them where n_epochs is above 1, else online."""
+    them if n_epochs is above 1, else online."""
     cache_dir: str | None = None
     """Where the log-probabilities are kept, by model and by row, for other runs to find;
     null: <output_dir>/reference-logps."""
@@ -26,10 +26,10 @@ class ReferenceConfig:
         expand_home(self, "cache_dir")
 
     def check_loss(self, loss: LossConfig) -> None:
-        """Refuse to keep what a loss cannot do with.
+        """Refuse mode=cache for a loss that needs more than log-probabilities.
 
         Raises:
-            ValueError: it needs the reference's distribution over all words.
+            ValueError: the loss needs the reference's distribution over the vocabulary.
         """
         if self.mode == "cache" and loss.needs.kl is not None:
             raise ValueError(
@@ -41,8 +41,8 @@ class ReferenceConfig:
         """Whether a run's reference is scored before its first step.
 
         Args:
-            loss: Of the run.
-            n_epochs: Passes over the data; None where n_examples alone says how many.
+            loss: The run's loss options.
+            n_epochs: Passes over the data; None if only n_examples limits them.
         """
         if self.mode == "online" or not loss.needs.reference or loss.needs.kl is not None:
             return False

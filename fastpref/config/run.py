@@ -39,7 +39,7 @@ TRAINERS = ("BasicTrainer", "FSDPTrainer")
 
 
 class TrainingOptions(NamedTuple):
-    """What decides on models and memory of a training."""
+    """Options that determine the models and the memory of a training."""
 
     model: ModelConfig
     adapter: AdapterConfig
@@ -52,7 +52,7 @@ class TrainingOptions(NamedTuple):
     batch_size: int
     """Rows of an optimizer step."""
     caches_reference: bool
-    """Whether its log-probabilities are there before the first step."""
+    """Whether the reference's log-probabilities are computed before the first step."""
 
     @property
     def has_reference(self) -> bool:
@@ -66,7 +66,7 @@ class Config:
 
     task: str = "train"
     """train; audit: check the data and write a page that shows it; plan: the memory that training
-    takes, also of GPUs that are not here; estimate_weights: TIS-DPO's second step; tisdpo: all of
+    takes, also on GPUs that are not here; estimate_weights: TIS-DPO's second step; tisdpo: all of
     its steps, one after the other."""
     seed: int = 0
     """Seeds torch, numpy, random, the order of the data and which prompts are held out, >= 0."""
@@ -90,9 +90,9 @@ class Config:
     the hub, org/name."""
     base_data_dir: str | None = None
     """Holds folders {name}/ with the splits train and test: {split}.jsonl, .ndjson, .parquet,
-    .json, .arrow, .csv or .tsv, those of text also .gz, .bz2, .xz or .zst, or shards of them in it
-    or in its folder data/, as on the hub, or as save_to_disk writes them. Without a test split see
-    data.test_fraction."""
+    .json, .arrow, .csv or .tsv, text formats also .gz, .bz2, .xz or .zst, or shards or a folder
+    {split}/ of them; also in a subfolder data/, as on the hub. Folders of save_to_disk work too.
+    Without a test split see data.test_fraction."""
     reverse_dataset: bool = False
     """Swap chosen and rejected, token weights included."""
     max_length: int = 512
@@ -109,8 +109,8 @@ class Config:
     """Examples per optimizer step, over all processes and accumulation steps. It need not be a
     multiple of them."""
     gradient_accumulation_steps: int = 1
-    """Least number of micro-batches per optimizer step, if packing.max_tokens is a number; without
-    effect if that is auto. The update is the same for any number."""
+    """Least number of micro-batches per optimizer step, as far as there are rows for them, if
+    packing.max_tokens is a number; no effect if that is auto. The update is the same for any."""
     lr: float = 5e-7
     """Learning rate after warm-up, > 0."""
     warmup_steps: int = 150
@@ -127,16 +127,16 @@ class Config:
 
     compile: str = "false"
     """true: compile each block with torch.compile in the first step; packed rows are then padded to
-    one of a few lengths. auto: on a GPU, if the run is long enough to pay. With compiled blocks in
-    16 bits, or with activation_checkpointing, policy and reference start equal only up to
-    rounding."""
+    one of a few lengths. auto: on a GPU, if the run is long enough to pay. Compiled blocks in 16
+    bits, or compiled with activation_checkpointing, make policy and reference start equal only up
+    to rounding."""
 
     trainer: str = "BasicTrainer"
     """BasicTrainer (one process) or FSDPTrainer (every visible GPU; or all processes that torchrun,
     srun or mpirun started)."""
     fsdp_port: int | None = None
-    """Port on which the processes meet. null: a free one; under srun one derived from the job's id,
-    under mpirun MASTER_PORT."""
+    """Port on which the processes meet. null: a free one; under srun or mpirun MASTER_PORT, under
+    srun by default one derived from the job's id."""
 
     eval_every: int = 20_000
     """Examples between evaluations, rounded down to whole batches, at least one."""
@@ -159,11 +159,11 @@ class Config:
     loss: LossConfig
     """What to minimise: loss=NAME is configs/loss/NAME.yaml."""
     transform: TransformConfig = field(default_factory=TransformConfig)
-    """What becomes of token weights: transform=NAME is configs/transform/NAME.yaml."""
+    """Transform of token weights: transform=NAME is configs/transform/NAME.yaml."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """What of the model is trained: adapter=NAME is configs/adapter/NAME.yaml."""
+    """All weights or adapters: adapter=NAME is configs/adapter/NAME.yaml."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    """What the policy is compared with."""
+    """The model that the policy is compared with."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     """How rows are laid out for the model."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -173,9 +173,9 @@ class Config:
     head: HeadConfig = field(default_factory=HeadConfig)
     """The fused LM head."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What a run goes on from."""
+    """Saving the state of a run."""
     resume: ResumeConfig = field(default_factory=ResumeConfig)
-    """Going on."""
+    """Resuming a run."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Several processes."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -192,7 +192,7 @@ class Config:
     def __post_init__(self) -> None:
         check_choice("task", self.task, TASKS)
         expand_home(self, "output_dir", "run_dir", "local_run_dir", "local_dirs", "base_data_dir")
-        # a plan is for devices, and what is installed there, that need not be here
+        # a plan may be for another machine, with other packages
         if self.task != "plan":
             self.model.check_installed()
             self.adapter.check_installed()
@@ -214,7 +214,7 @@ class Config:
             )
         if self.n_epochs is None and self.n_examples is None:
             raise ValueError("n_epochs and n_examples are both null: give at least one of them")
-        # stages of other tasks have losses of their own, and are checked as trainings
+        # stages of task=tisdpo have losses of their own, and are checked as runs of task=train
         if self.task == "train":
             loss = self.loss
             self.checkpoint.check_best(self.n_eval_examples, loss.name, loss.held_out_names)
@@ -270,7 +270,7 @@ class Config:
 
     @property
     def training(self) -> TrainingOptions:
-        """What decides on models and memory of a training."""
+        """The options that determine the models and the memory of a training."""
         return TrainingOptions(
             model=self.model,
             adapter=self.adapter,
@@ -286,16 +286,16 @@ class Config:
 
     @property
     def caches_reference(self) -> bool:
-        """Whether the reference's log-probabilities are there before the first step."""
+        """Whether the reference is scored before the first step: `ReferenceConfig.is_cached`."""
         return self.reference.is_cached(self.loss, self.n_epochs)
 
     @property
     def trackers(self) -> TrackerOptions:
-        """Which trackers follow the run."""
+        """Options of the trackers."""
         return TrackerOptions(self.wandb, self.tensorboard, self.debug)
 
     def check_device(self, device_type: str, has_bfloat16: bool) -> None:
-        """Refuse what the device cannot do; the caller says what it can: no torch is imported.
+        """Refuse options that the device does not support; without torch, the caller describes it.
 
         Args:
             device_type: "cpu", "cuda", ….
@@ -322,7 +322,7 @@ class Config:
             )
 
     def computed_exp_name(self) -> str:
-        """The run's name where exp_name is null, by the rule of the TIS-DPO repository.
+        """The run's name if exp_name is null, by the rule of the TIS-DPO repository.
 
         LOSS_MODEL_DATASETS with the last part of the model's path, then `_reverse` for a reversed
         dpo run and the transform with its parameters for tisdpo.
@@ -338,5 +338,5 @@ class Config:
 
     def to_yaml(self) -> str:
         """Every option with its value, as `config.yaml` of the run folder holds it."""
-        # of plain values it takes half the time that it takes of a schema
+        # plain values take half the time of a schema
         return OmegaConf.to_yaml(OmegaConf.create(asdict(self)))

@@ -1,4 +1,4 @@
-"""Schema of the group `stages`: what `task=tisdpo` does before it trains on token weights."""
+"""Schema of the group `stages`: the stages of `task=tisdpo` before it trains on token weights."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class StagesConfig:
     contrast_n_epochs: int | None = None
     """Passes over the data of each contrastive model, >= 1."""
     contrast_beta: float | None = None
-    """loss.beta of the contrastive models where they are trained by dpo, > 0."""
+    """loss.beta of the contrastive models if contrast=dpo, > 0."""
     sft_first: bool = False
     """For a base model: train it on the chosen responses (SFT) before everything else."""
     sft_lr: float | None = None
@@ -37,7 +37,7 @@ class StagesConfig:
             check_number(f"stages.{name}", getattr(self, name), ge=1)
 
     def check_task(self, loss: str, positive_template: str, negative_template: str) -> None:
-        """What task=tisdpo needs of the other groups."""
+        """Check what task=tisdpo requires of other groups."""
         if loss != "tisdpo":
             raise ValueError(f"task=tisdpo needs loss=tisdpo, got loss={loss}")
         if self.contrast == "prompt" and positive_template == negative_template:

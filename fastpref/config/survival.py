@@ -1,4 +1,4 @@
-"""Schemas of the groups `checkpoint`, `resume` and `parallel`: how a run outlives what ends it."""
+"""Schemas of the groups `checkpoint`, `resume` and `parallel`: surviving kills and lost ranks."""
 
 import re
 from collections.abc import Collection
@@ -50,12 +50,12 @@ class CheckpointConfig:
             self.deadline_seconds()
 
     def check_best(self, n_eval_examples: int, loss: str, metrics: Collection[str]) -> None:
-        """Refuse a best checkpoint by what no evaluation of the run says.
+        """Refuse a `keep_best` that no evaluation of the run computes.
 
         Args:
-            n_eval_examples: Of each evaluation.
-            loss: Its name.
-            metrics: That its evaluations have.
+            n_eval_examples: Examples of each evaluation.
+            loss: Name of the loss.
+            metrics: Names of the metrics of its evaluations.
         """
         if self.keep_best is None:
             return

@@ -1,4 +1,4 @@
-"""Schemas of the option groups `wandb tensorboard`: who follows a run."""
+"""Schemas of the option groups `wandb` and `tensorboard`, the trackers of a run."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 @dataclass(kw_only=True)
 class WandbConfig:
-    """Weights & Biases, beside metrics.jsonl."""
+    """Weights & Biases, in addition to metrics.jsonl."""
 
     enabled: bool = False
     """Send the metrics to Weights & Biases."""
@@ -19,28 +19,28 @@ class WandbConfig:
 
 @dataclass(kw_only=True)
 class TensorboardConfig:
-    """TensorBoard, beside metrics.jsonl."""
+    """TensorBoard, in addition to metrics.jsonl."""
 
     enabled: bool = False
     """Write event files into the run folder."""
 
 
 class TrackerOptions(NamedTuple):
-    """Which trackers follow a run."""
+    """Options of the trackers of a run."""
 
     wandb: WandbConfig
     tensorboard: TensorboardConfig
     debug: bool
-    """None of them."""
+    """Disables all trackers."""
 
     @property
     def packages(self) -> list[str]:
-        """Of the trackers that follow the run."""
+        """Names of the packages of the enabled trackers."""
         asked = {"wandb": self.wandb.enabled, "tensorboard": self.tensorboard.enabled}
         return [name for name, is_asked in asked.items() if is_asked and not self.debug]
 
     def check_installed(self) -> None:
-        """Refuse a tracker that would follow the run and whose package is not there.
+        """Refuse an enabled tracker whose package is not installed.
 
         Raises:
             ValueError: naming the option and the package.
