@@ -55,9 +55,9 @@ class ModelConfig:
     """Compute dtype, with or without FSDP; null: compute in policy_dtype. A CPU without units for
     16 bits computes in float32 in any case."""
     reference_dtype: str | None = None
-    """Dtype in which the reference is stored; it computes in the policy's. null: the checkpoint's,
-    if that has 16 bits and float32 is computed in (which changes no result), else the compute
-    dtype."""
+    """Dtype in which the reference is stored; it computes in the policy's. null: policy_dtype if
+    that has 16 bits; the checkpoint's if that has 16 bits and computation is in float32, which
+    changes no result; else the compute dtype."""
     save_dtype: str | None = None
     """Dtype of LATEST: checkpoint, that of the loaded weights; or float32. null: policy_dtype, in
     which they were trained, so that nothing is lost."""
