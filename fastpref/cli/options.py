@@ -49,7 +49,7 @@ class Option:
 
 
 def list_options(loss: type[LossConfig]) -> dict[str, Option]:
-    """Every option of a run with a loss, by dotted key, in the order of the dataclasses."""
+    """Every option of a run with the given loss, by dotted key, in the order of the dataclasses."""
     return {option.key: option for option in _walk(Config, "", loss)}
 
 
@@ -73,7 +73,7 @@ def list_choices(config_dir: Path, group: str) -> list[str]:
 
 
 def _comment(path: Path) -> str:
-    """What the lines before the first option of a choice's file say of it."""
+    """The comment at the top of a choice's file, on one line, without directives (`# @package`)."""
     lines = itertools.takewhile(
         lambda line: line.startswith("# "), path.read_text("utf-8").split("\n")
     )

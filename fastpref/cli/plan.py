@@ -92,7 +92,7 @@ def _count(
 ) -> Counted:
     """Count the model for packed rows if these are enabled and supported, else for padded rows."""
     requested, compute = training.model.attention, training.model.compute_dtype
-    # the fastest 16-bit backends do
+    # the fastest 16-bit back ends, which auto takes, gather keys
     gathers_keys = requested in ON_GPU or (requested == "auto" and compute != "float32")
     rows = Rows(PaddedRows(), longest, training.loss.needs.pairs, gathers_keys)
     measured = Measured(body=None, rows=rows, state_bytes=state_bytes(training))

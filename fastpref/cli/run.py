@@ -132,7 +132,7 @@ def _device() -> tuple[str, bool]:
 
 
 def configure_logging(*, is_main: bool) -> None:
-    """Log our own messages to stderr, on ranks other than 0 only errors."""
+    """Log our own messages to stderr, on ranks other than 0 only errors; hide libraries' bars."""
     handler = StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]

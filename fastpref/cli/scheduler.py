@@ -108,7 +108,7 @@ def take_ranks(environment: MutableMapping[str, str], port: int | None) -> bool:
             f"{' and '.join(missing)} must be set for the ranks that {starter.name} started to "
             "meet, the same on all machines: the first one's name, and a port that is free there"
         )
-    # under srun a process alone on its machine takes one GPU if another machine has several
+    # a process alone on its machine takes one GPU if another machine has several processes (srun)
     return set(tasks) == {"1"}
 
 

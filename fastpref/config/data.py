@@ -68,15 +68,15 @@ class DataConfig:
     chat_template: str | None = None
     """Jinja file that renders rows of messages; null: the tokenizer's own chat template."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """Columns of files and hub data sets by field, as in '{prompt: question, chosen: good,
+    """Columns of files and hub datasets by field, as in '{prompt: question, chosen: good,
     rejected: bad}'; null leaves a column out. Fields: prompt, chosen, rejected, completion,
     messages, conversations, question, instruction, input, output, system, tools, response_0,
     response_1, better_response_id."""
     split_names: dict[str, str] = field(default_factory=dict)
-    """Names of the splits in files and hub data sets, as in '{train: train_prefs, test:
+    """Names of the splits in files and hub datasets, as in '{train: train_prefs, test:
     test_prefs}'."""
     config_names: dict[str, str] = field(default_factory=dict)
-    """Configuration to read of a hub data set that has several, by its id, as in
+    """Configuration to read of a hub dataset that has several, by its id, as in
     '{PKU-Alignment/PKU-SafeRLHF: alpaca-7b}'."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as in '{enable_thinking: false}'."""

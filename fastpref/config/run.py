@@ -86,7 +86,7 @@ class Config:
     """A trial run: neither wandb nor tensorboard follows it."""
 
     datasets: list[str] = field(default_factory=lambda: ["hh"])
-    """Data to mix: planted (embedded), hh, shp, se (hub), folders of base_data_dir, or data sets of
+    """Data to mix: planted (embedded), hh, shp, se (hub), folders of base_data_dir, or datasets of
     the hub, org/name."""
     base_data_dir: str | None = None
     """Holds folders {name}/ with the splits train and test: {split}.jsonl, .ndjson, .parquet,

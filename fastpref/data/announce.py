@@ -65,7 +65,7 @@ def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
 
 
 def log_layouts(sources: Sequence[Rows]) -> None:
-    """Log the layout of each source, with an example row per data set and layout."""
+    """Log the layout of each source, with an example row per dataset and layout."""
     shown: dict[str, str] = {}
     for rows in sources:
         lines = [describe_layout(rows)]

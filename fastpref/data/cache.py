@@ -101,8 +101,8 @@ def tokenizing_in(num_proc: int) -> Iterator[None]:
 
 @contextmanager
 def without_remains(dataset: datasets.Dataset) -> Iterator[None]:
-    """Lock the cache folders of a dataset (shared) while it is mapped. Unfinished files that killed
-    processes left there are removed first, if no other process holds the lock."""
+    """While entered, hold a shared lock on a dataset's cache folders, for `Dataset.map`. Unfinished
+    files that killed processes left are removed first, if no other process holds the lock."""
     folders = {Path(file["filename"]).parent for file in dataset.cache_files}
     with ExitStack() as locks:
         for folder in folders:

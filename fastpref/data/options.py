@@ -24,7 +24,7 @@ class ReadOptions:
     single: bool
     """Accept rows with one response as well as pairs: in SFT, unless reversed."""
     columns: dict[str, str | None] = field(default_factory=dict)
-    """Our field name -> column in files and hub data sets; None leaves the field out."""
+    """Field -> column in files and hub datasets; None leaves out the column of the field's name."""
     max_dropped: float
 
 

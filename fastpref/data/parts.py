@@ -10,7 +10,7 @@ from fastpref.errors import DataError
 
 
 class Part(NamedTuple):
-    """The rows of one split of a data set."""
+    """The rows of one split of a dataset."""
 
     location: Location
     split: str
@@ -63,11 +63,11 @@ def own_parts(options: DataOptions) -> list[Part]:
 def find_part(name: str, split: str, options: DataOptions) -> Part:
     """Locate the rows of a split.
 
-    If the data set has no test split and `data.test_fraction` is set, train and test are both
+    If the dataset has no test split and `data.test_fraction` is set, train and test are both
     parts of its train split.
 
     Raises:
-        DataError: no such data set or split, see `find_source`.
+        DataError: no such dataset or split, see `find_source`.
     """
     train, test = SPLITS
     is_divided, fraction = False, options.held_out.fraction

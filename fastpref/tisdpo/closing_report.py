@@ -17,7 +17,7 @@ logger = logging.getLogger("fastpref")
 
 
 def describe_training(folder: Path) -> str:
-    """The last held-out metrics of a training stage in words, or training metrics without any."""
+    """The last held-out metrics of a training stage in words; without any, those of training."""
     records = read_records(folder)
     kind = kind_shown(records)
     where = "held-out " if kind == "eval" else ""

@@ -25,7 +25,7 @@ from fastpref.tisdpo.weight_rows import writing_alone
 def estimate_weights(config: Config, world: World, *, chat_date: str = "") -> list[WeightsReport]:
     """Score every split of every dataset and write `<output_dir>/<name><suffix>/<split>.jsonl`.
 
-    A stopped estimation resumes at its last complete shard; a finished file is not estimated again.
+    A stopped estimation resumes after its last complete shard; finished files are not redone.
 
     Args:
         config: The run's config.

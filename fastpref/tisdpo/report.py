@@ -56,7 +56,7 @@ class WeightsReport:
     negative: str
     num_rows: int
     chosen: Array
-    """Weights of all chosen tokens in the loss, see `WeighedToken.weight`. (tokens,)"""
+    """Weights of all chosen tokens that are in the loss, see `WeighedToken.weight`. (tokens,)"""
     rejected: Array
     examples: list[Example] = field(default_factory=list)
     auc: float | None = None
@@ -64,12 +64,12 @@ class WeightsReport:
 
     @property
     def limit(self) -> float:
-        """End of the colour scale in nats: the 90th percentile of |weight|, to one digit."""
+        """End of the colour scale, nats: 90th percentile of |weight|, to one significant digit."""
         return self._percentile(90)
 
     @property
     def span(self) -> float:
-        """End of the histograms in nats: the 99th percentile of |weight|, to one digit."""
+        """End of the histograms, nats: 99th percentile of |weight|, to one significant digit."""
         return self._percentile(99)
 
     def _percentile(self, percent: float) -> float:
@@ -102,7 +102,7 @@ def read_report(
     Args:
         path: The file, `{name}/{split}.jsonl`.
         encoded: Token ids of its rows, with EOS if the file has a weight for it.
-        origin: The file's record of where the weights come from.
+        origin: The contents of the file's sidecar.
         tokenizer: The tokenizer of both models.
     """
     # only a fast tokenizer gives the offsets that locate planted characters

@@ -138,7 +138,7 @@ def draw_line(axes: Any, x: float, row: int, line: Line, font_size: float, limit
     from matplotlib.patches import Rectangle
 
     label, content = line
-    # parse_math off: dollar signs are no maths
+    # parse_math off: dollar signs are text, not maths
     font = {"size": font_size, "family": "DejaVu Sans Mono", "va": "center", "parse_math": False}
     if isinstance(content, str):
         axes.text(x, row + 0.5, content, color=MUTED, **font)

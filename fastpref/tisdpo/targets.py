@@ -44,5 +44,5 @@ def _is_of_an_estimation(path: Path) -> bool:
     try:
         return read_origin(path) is not None
     except DataError:
-        # written by an estimation, though its record is damaged
+        # written by an estimation, though its sidecar is damaged
         return True

@@ -42,7 +42,7 @@ class SourceJob:
     shards: dict[str, Shards]
     """Log-probabilities of each model, by label: positive, negative."""
     origin: WeightsOrigin
-    """The record to write beside the file."""
+    """Contents of the sidecar to write."""
 
     def is_finished(self) -> bool:
         """Whether the file exists with exactly these weights."""
@@ -100,7 +100,7 @@ def shards_folder(path: Path) -> Path:
 
 
 def known_origin(path: Path) -> WeightsOrigin | None:
-    """The record beside a weights file; None if it is damaged, so that the file is estimated
+    """The sidecar of a weights file; None if it is missing or damaged: the file is then estimated
     again."""
     try:
         return read_origin(path)
@@ -121,9 +121,9 @@ def begun_date(path: Path) -> str:
 
 
 def write_weights(job: SourceJob, decimals: int | None) -> None:
-    """Write the source's records with their weights, and the file's own record; delete the shards.
+    """Write the source's records with their weights, and the file's sidecar; delete the shards.
 
-    The old file is deleted before the new record is written, so a file never has another's record.
+    The old file is deleted before the new sidecar is written, so a file never has another's.
 
     Raises:
         DataError: the source has changed since it was read.

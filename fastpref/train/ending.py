@@ -38,7 +38,7 @@ def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: st
         # on_main: drawing curves may take longer than the timeout of a collective
         run.world.on_main(lambda: show_results(run.log.records, run.run_dir, seconds))
     except dist.DistError as error:
-        # a torchrun that was killed hosted the ranks' store
+        # the ranks' store is lost: it was in a torchrun that was killed
         what_is_saved, lost = f"the state is saved in {run.run_dir}", error
     checkpoints.raise_if_unsaved()
     stop.raise_if_requested(

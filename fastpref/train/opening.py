@@ -164,7 +164,7 @@ def open_log(
         options: All options of the run, which trackers record.
         min_interval_seconds: Least time between two writes of training steps.
         starts_at_log_two: Whether the first loss is ln 2 if policy and reference are equal.
-        exactly: Whether they are then equal to the bit.
+        exactly: Whether they are then bit-identical.
         examples: Examples seen before this start.
         work: Operations that a step needs, for MFU; None if unknown.
     """

@@ -21,8 +21,9 @@ def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str
     micro-batches and ranks; gradients are summed over ranks.
 
     Returns:
-        Metric names; their means over the batch before the update, (K,) float32 on the device; the
-        number of tokens that the model's body computed, over all ranks.
+        Metric names; their values, (K,) float32 on the device: means over the batch before the
+        update, the gradient norm and, with on_nonfinite=skip, the skipped steps so far; the number
+        of tokens that the model's body computed, over all ranks.
     """
     updates = run.updates
     updates.optimizer.zero_grad()

@@ -19,7 +19,7 @@ from fastpref.data.audit.shown_rows import (
 from fastpref.page import Bar, render_bars, render_page, render_tiles, visible
 
 MOST_TOKENS = 400
-"""Maximum tokens shown of a run of equal fate; the middle of a longer run is left out."""
+"""Most consecutive tokens of equal fate that are shown; of more, the middle is left out."""
 MOST_CHARACTERS = 4000
 """Maximum characters shown of a text that was not tokenized."""
 

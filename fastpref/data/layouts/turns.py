@@ -1,4 +1,4 @@
-"""Convert the forms of messages in data sets to lists of messages with role and content.
+"""Convert the forms of messages in datasets to lists of messages with role and content.
 
 A column's value may be a text, one message, or a list of messages; a message has `role` and
 `content`, or, as in ShareGPT, `from` and `value`.

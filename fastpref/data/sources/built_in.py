@@ -1,4 +1,4 @@
-"""The built-in data sets, one entry of `SOURCES` each."""
+"""The built-in datasets, one entry of `SOURCES` each."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,7 +8,7 @@ from fastpref.data.sources.hub import HUB_SETS, hub_rows
 
 
 class BuiltIn(NamedTuple):
-    """A data set that needs no local folder.
+    """A dataset that needs no local folder.
 
     The cache key of its rows covers only the code of `data`: any other input must be constant.
     """
@@ -31,4 +31,4 @@ SOURCES: dict[str, BuiltIn] = {
     "planted": BuiltIn("planted", _planted),
     **{name: BuiltIn(path, partial(hub_rows, name)) for name, (path, _) in HUB_SETS.items()},
 }
-"""Built-in data sets by their names in the option `datasets`."""
+"""Built-in datasets by their names in the option `datasets`."""

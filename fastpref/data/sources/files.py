@@ -1,4 +1,4 @@
-"""Locate the rows of a data set: files of a folder, whole or in shards, or the hub."""
+"""Locate the rows of a dataset: files of a folder, whole or in shards, or the hub."""
 
 import re
 from collections import defaultdict
@@ -28,26 +28,26 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class MissingSplitError(DataError):
-    """A data set exists, but not the requested split."""
+    """A dataset exists, but not the requested split."""
 
 
 class Location(NamedTuple):
-    """Location of one split of a data set; plain values, as they are part of the cache key."""
+    """Location of one split of a dataset; plain values, as they are part of the cache key."""
 
     name: str
     """Name in the option `datasets`."""
     split: str
     """train or test."""
     split_there: str
-    """Name of that split in the data set."""
+    """Name of that split in the dataset."""
     paths: tuple[str, ...] = ()
-    """Files, in reading order; empty for hub and built-in data sets."""
+    """Files, in reading order; empty for hub and built-in datasets."""
     is_hub: bool = False
     """`name` is a hub id."""
     hub_config: str | None = None
-    """Configuration of a hub data set; None for its only or default one."""
+    """Configuration of a hub dataset; None for its only or default one."""
     passed_over: tuple[str, ...] = ()
-    """Files of the split that are not read, relative to the data set's folder."""
+    """Files of the split that are not read, relative to the dataset's folder."""
 
     @property
     def is_built_in(self) -> bool:
@@ -72,7 +72,7 @@ class Location(NamedTuple):
         """Fingerprint of the files or the hub split, to detect changes; "" for built-in data.
 
         Args:
-            cache_dir: Cache folder of `datasets`, for hub data sets.
+            cache_dir: Cache folder of `datasets`, for hub datasets.
 
         Raises:
             DataError: a file is gone, or the hub cannot be reached.
@@ -88,19 +88,19 @@ class Location(NamedTuple):
 def find_source(
     name: str, split: str, base_data_dir: str | None, split_names: Mapping[str, str]
 ) -> Location:
-    """Locate a split of a data set.
+    """Locate a split of a dataset.
 
-    A folder {base_data_dir}/{name} takes precedence over a built-in data set of the same name, and
-    both over a hub data set, whose id contains a slash.
+    A folder {base_data_dir}/{name} takes precedence over a built-in dataset of the same name, and
+    both over a hub dataset, whose id contains a slash.
 
     Args:
         name: Name in the option `datasets`.
         split: train or test.
-        base_data_dir: Folder of the local data sets; None for none.
+        base_data_dir: Folder of the local datasets; None for none.
         split_names: train or test -> name of that split in folders and on the hub.
 
     Raises:
-        DataError: there is no such data set; names what was found instead. A `MissingSplitError`
+        DataError: there is no such dataset; names what was found instead. A `MissingSplitError`
             if only the split is missing in its folder.
     """
     there = split_names.get(split, split)
@@ -138,7 +138,7 @@ def find_source(
 
 
 def check_hub_split(location: Location, cache_dir: str | None) -> None:
-    """Check that a hub data set has a split.
+    """Check that a hub dataset has a split.
 
     Raises:
         MissingSplitError: it lacks the split; names those that it has.
@@ -298,7 +298,7 @@ def _no_file(path: Path) -> str:
 
 
 def _own_folders(folder: Path, name: str, there: str) -> str:
-    """Suggestion of subfolders that hold the split, such as configurations of a hub data set, as
+    """Suggestion of subfolders that hold the split, such as configurations of a hub dataset, as
     the end of an error message; "" for none."""
     own = [
         f"{name}/{child.name}"

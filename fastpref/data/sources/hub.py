@@ -45,7 +45,7 @@ def hub_rows(name: str, split: str, cache_dir: str | None) -> Iterator[dict[str,
 def hub_records(
     hub_id: str, config: str | None, split: str, cache_dir: str | None
 ) -> Iterator[tuple[int, Any]]:
-    """Records of a split of any hub data set, numbered from 1.
+    """Records of a split of any hub dataset, numbered from 1.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -55,7 +55,7 @@ def hub_records(
 
 
 def hub_state(hub_id: str, config: str | None, split: str, cache_dir: str | None) -> str:
-    """Fingerprint of a split of a hub data set, to detect changes.
+    """Fingerprint of a split of a hub dataset, to detect changes.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -65,7 +65,7 @@ def hub_state(hub_id: str, config: str | None, split: str, cache_dir: str | None
 
 @cache
 def hub_splits(hub_id: str, config: str | None, cache_dir: str | None) -> tuple[str, ...]:
-    """Names of the splits of a hub data set; the answer is cached in memory.
+    """Names of the splits of a hub dataset; the answer is cached in memory.
 
     Raises:
         DataError: the hub cannot be reached.
@@ -192,14 +192,14 @@ def _strip_record(record: dict[str, Any]) -> dict[str, Any]:
 def load_from_hub(
     hub_id: str, config: str | None, split: str, cache_dir: str | None, *, name: str = ""
 ) -> datasets.Dataset:
-    """A split of a hub data set, downloaded on first use.
+    """A split of a hub dataset, downloaded on first use.
 
     Args:
         hub_id: Its id.
         config: Its configuration; None for the only or default one.
         split: Name of the split on the hub.
         cache_dir: Cache folder of `datasets`; None for its default.
-        name: Our name of a built-in data set, for error messages.
+        name: Our name of a built-in dataset, for error messages.
 
     Raises:
         DataError: the hub cannot be reached or has no such split.
@@ -238,7 +238,7 @@ def _unreachable(
 
 
 def _other_configs(hub_id: str, config: str | None) -> list[str]:
-    """All configurations of a data set that lacks the requested one; [] if the configuration is
+    """All configurations of a dataset that lacks the requested one; [] if the configuration is
     not the cause of the failure."""
     try:
         configs = datasets.get_dataset_config_names(hub_id)

@@ -91,19 +91,19 @@ def generate_rows(
 def generate_sft_rows(
     split: str, *, num_rows: int | None = None, seed: int = 0, slip_rate: float = 0.35
 ) -> list[dict[str, Any]]:
-    """Careless demonstrations for the SFT stage.
+    """Demonstrations with wrong answer tokens, for instruction tuning of the embedded model.
 
     Args:
         split: "train" or "test"; no prompt occurs in the other one or in `planted`.
         num_rows: Number of rows, each with its own prompt; default 16384 (train), 256 (test).
         seed: The rows are a function of split, num_rows, seed and slip_rate.
         slip_rate: Probability that an answer token is wrong, independently of others, in [0, 1].
-            A model that imitates such rows has learned the tasks and the slips; which of the two
-            is wanted is left to preference learning.
+            A model that imitates such rows learns the tasks and the errors; preference learning
+            then has to remove the errors.
 
     Returns:
-        Rows with prompt, chosen (the response to imitate) and rejected (its answer tokens wrong
-        where they are right in `chosen`, and right where they are wrong).
+        Rows with prompt, chosen (the SFT target) and rejected (answer tokens are wrong where they
+        are right in `chosen`, and right where they are wrong).
 
     Raises:
         ValueError: As generate_rows; slip_rate is out of range.
@@ -128,7 +128,7 @@ def check_answer(prompt: str, response: str) -> bool:
     White space around the response does not count.
 
     Raises:
-        ValueError: The prompt is none of this module's.
+        ValueError: The prompt is not one of this module's.
     """
     correct, _ = _render(_solve(prompt), set())
     return response.strip() == correct.strip()

@@ -75,7 +75,7 @@ def _reads_alike(kind: Any, fields: dict[str, Any], more: dict[str, Any]) -> boo
     try:
         # copies: from_dict changes its argument
         alone, both = (kind.from_dict(copy.deepcopy(x)).to_dict() for x in (fields, more))
-    # from a model family's own code, which may refuse two names for one value
+    # raised by a model family's own code, which may refuse two names for one value
     except Exception:
         return False
     return _has_all(both, alone)

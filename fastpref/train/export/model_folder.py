@@ -57,7 +57,7 @@ def write_model(model: Any, weights: dict[str, Tensor], plan: ExportPlan, folder
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """`complete_folder`, with errors of safetensors raised as errors of the system."""
+    """`complete_folder`, which also raises errors of safetensors as OSError."""
     with complete_folder(folder) as partial:
         try:
             yield partial

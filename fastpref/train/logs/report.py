@@ -71,7 +71,7 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
     starts, ends, after = True, True, "after"
     if kind == "eval":
         lines = [record for record in records if record["split"] == "eval"]
-        # do_first_eval=false has none at the start, a run that was stopped perhaps no other
+        # with do_first_eval=false there is none at step 0; a stopped run may have only that one
         starts, ends = lines[0]["step"] == 0, lines[-1]["step"] > 0
         if ends and steps and lines[-1]["step"] < steps[-1]["step"]:
             after = f"after {lines[-1]['examples']:,} examples"

@@ -50,8 +50,8 @@ def take_digests(
 
 
 def today(tokenizer: Any, world: World) -> str:
-    """Today's date by rank 0's clock: with two dates in a chat template, ranks would read different
-    rows."""
+    """Today's date by rank 0's clock: if each rank used its own, chat templates might render
+    different rows."""
     return world.on_main(lambda: current_date(tokenizer))
 
 
