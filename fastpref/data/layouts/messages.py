@@ -54,7 +54,7 @@ def divide_conversations(fields: dict[str, Messages]) -> Conversations | None:
         fields: Checked messages of `chosen`, `rejected` and, if the row has it, `prompt`.
 
     Raises:
-        RowError: only one of chosen and rejected begins with `prompt`, or has nothing after it.
+        RowError: only one of chosen and rejected begins with `prompt`, or one ends with it.
     """
     chosen, rejected = fields["chosen"], fields["rejected"]
     if "prompt" in fields:
