@@ -152,7 +152,7 @@ class TISDPOConfig(LossConfig):
     """Add the weighted KL term. Token weights multiply the log-ratios either way."""
     kl_metrics_every: int = 10
     """Without token_level: optimizer steps between metrics lines with KL, >= 1. The loss does not
-    need it, and it costs half as many operations again in the head."""
+    need it, and it may take further passes over the vocabulary."""
 
     @property
     def needs(self) -> LossNeeds:

@@ -179,8 +179,8 @@ def made_whole(
         sums: The checksum list, read and written here.
         make: Returns the dataset from the cache, or writes it there.
         files: Glob of everything that `make` writes beside the list, matching nothing else.
-        read: Opens listed files without writing to the cache, where `make` would; `datasets` then
-            writes a metadata file, `DESCRIPTION`, too.
+        read: Opens the listed files instead of `make`, if that writes to the cache even when they
+            exist; such a `make` also writes a metadata file, `DESCRIPTION`.
     """
 
     def find() -> datasets.Dataset:

@@ -135,7 +135,7 @@ class AuditCounts:
     longest_tokens: int = 0
     """Longest prompt + response in tokens."""
     unknown_tokens: int = 0
-    """Of all tokens, see `Remark.UNKNOWN`."""
+    """Unknown tokens of kept rows, see `Remark.UNKNOWN`."""
     text_rows: int = 0
     """Kept rows of plain texts, not messages."""
     joined_rows: int = 0
@@ -337,7 +337,7 @@ def _why_equal(counts: AuditCounts) -> str:
 
 def _dropped_text(counts: AuditCounts) -> str:
     reasons = ", ".join(
-        # behind an option's name the number is not its value
+        # a colon after an option's name: the count must not be read as its value
         f"{reason}{':' * reason.endswith('_length')} {count:,} (first: "
         f"{counts.first_dropped[reason]})"
         for reason, count in counts.dropped.items()

@@ -178,13 +178,13 @@ def _checked_rows(
             files=folder.name,
             read=_open_files,
         )
-    # another one of the same rows, opened or made, has the same name
+    # a fingerprint of our own, equal whether the rows were opened or made
     named = {"info": dataset.info, "split": dataset.split, "fingerprint": folder.name}
     return datasets.Dataset(dataset.data, **named), state
 
 
 def _open_files(paths: Sequence[Path]) -> datasets.Dataset:
-    """The rows of a folder of `datasets`, in which nothing is written: others may share theirs."""
+    """Open the rows in a cache folder of `datasets` without writing to it: it may be read-only."""
     arrow = [str(path) for path in paths if path.suffix == ".arrow"]
     return datasets.concatenate_datasets(list(map(datasets.Dataset.from_file, arrow)))
 

@@ -24,7 +24,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def unknown_id(tokenizer: Any) -> int | None:
-    """The id that stands for text without tokens; None where that is a token with another use."""
+    """Id of the unknown token; None if there is none, or if it is also EOS, BOS or padding."""
     others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     return None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
 

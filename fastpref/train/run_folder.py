@@ -78,10 +78,10 @@ class RunPlace:
             raise ConfigError(f"run_dir: {folder} is not empty; name a new folder{advice}")
 
     def check_name(self) -> None:
-        """Refuse a name whose folder is not among those of runs.
+        """Refuse a `name` whose folder would be outside of `root`.
 
         Raises:
-            ConfigError: it leads out of there.
+            ConfigError: the name is an absolute path, or leads out of `root`.
         """
         if os.path.isabs(self.name) or os.path.normpath(self.name).split(os.sep)[0] == "..":
             raise ConfigError(
@@ -109,7 +109,7 @@ class RunPlace:
         return max(found)[2] if found else None
 
     def _made(self) -> list[tuple[str, int, Path]]:
-        """Time and number in the names of this name's run folders, and the folders."""
+        """Timestamp, number and path of each run folder of this run name."""
         named = self.root / self.name
         made = re.compile(rf"{re.escape(named.name)}_({TIME})(?:_(\d+))?")
         folders = named.parent.iterdir() if named.parent.is_dir() else ()
@@ -136,7 +136,7 @@ class RunPlace:
 
     def _timed_name(self) -> str:
         now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        # a clock that was set back, or of another time zone: names keep the order of the runs
+        # at least the newest timestamp: names keep the order of runs if the clock was set back
         return f"{self.name}_{max([now, *(time for time, _, _ in self._made())])}"
 
 

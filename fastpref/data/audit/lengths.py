@@ -34,8 +34,8 @@ class Histogram(NamedTuple):
     limit_name: str
     """The option, or expression of options, that sets `limit`."""
     num_over: int
-    """Rows that are longer than the limit, and too long as a whole: a prompt may fill what its
-    responses leave."""
+    """Rows that are longer than the limit and cut for it: a prompt over its own limit stays whole
+    if the sequence is within `max_length`."""
     num_rows: int
 
     @property
@@ -64,7 +64,7 @@ def measure_lengths(encoded: Sequence[datasets.Dataset], options: EncodeOptions)
         response_limit_name = "max_length - max_prompt_length"
     sequence = prompt + responses.max(axis=1)
     is_long = sequence > options.max_length
-    # once its prompt is cut
+    # too long even after the prompt is cut: only then are responses cut
     is_still_long = is_long
     if options.truncation == "seed":
         cut = np.minimum(prompt, options.max_prompt_length)

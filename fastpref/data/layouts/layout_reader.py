@@ -14,7 +14,7 @@ from fastpref.data.layouts.turns import read_written, transposed
 
 
 def find_written(record: Record) -> frozenset[str]:
-    """Columns whose value is the text of a list of messages."""
+    """Columns whose text decodes to a list of messages, see `read_written`."""
     found = set()
     for column, value in record.items():
         with suppress(RowError):
@@ -24,10 +24,10 @@ def find_written(record: Record) -> frozenset[str]:
 
 
 def with_messages(record: Record, written: Collection[str]) -> Record:
-    """The record with the messages that the texts of some columns are.
+    """The record with the texts of the columns `written` decoded to messages.
 
     Raises:
-        RowError: one begins as such a text and is none.
+        RowError: a text begins like a list of messages but does not decode to one.
     """
     texts = {column: record[column] for column in written if isinstance(record.get(column), str)}
     return record | {column: read_written(column, text) for column, text in texts.items()}
@@ -50,7 +50,7 @@ class LayoutReader:
         self._parse = partial(parse_row, weighted=weighted, allow_roles=allow_roles)
         self._layout: Layout | None = None
         self._written: frozenset[str] = frozenset()
-        """Columns in which the first row has messages as a text."""
+        """Columns whose text in the first row decodes to messages."""
 
     def parse(self, record: Any) -> tuple[Row, Layout]:
         """Check a record; returns the row and its layout.

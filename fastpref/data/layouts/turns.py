@@ -53,10 +53,10 @@ def are_messages(value: Any) -> bool:
 
 
 def read_written(column: str, text: str) -> Any:
-    """The messages that a text is, in JSON or as Python prints them; else the text.
+    """Decode text that is a list of messages, as JSON or Python's repr; return other text as it is.
 
     Raises:
-        RowError: it begins as a list of messages and is none.
+        RowError: the text begins like a list of messages but does not decode to one.
     """
     if not text.startswith("[{"):
         return text
@@ -74,7 +74,7 @@ def read_written(column: str, text: str) -> Any:
 
 
 def loaded(load: Callable[[str], Any], text: str) -> Any:
-    """What a text stands for; itself where that is nothing."""
+    """The value that a text decodes to, or the text itself if it does not decode."""
     try:
         return load(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

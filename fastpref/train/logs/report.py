@@ -95,13 +95,13 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
 
 
 def _tells_of_a_run(record: Record) -> bool:
-    """Whether a line has what every line of ours has."""
+    """Whether a record has what each of ours has: split, step and examples."""
     numbers = (record.get("step"), record.get("examples"))
     return record.get("split") in ("train", "eval") and all(map(is_finite, numbers))
 
 
 def kind_shown(records: Sequence[Record]) -> str:
-    """The split whose numbers tell of a run: the held-out one, where there are any."""
+    """The split whose metrics are shown: eval if there are any evaluations, else train."""
     return "eval" if any(record.get("split") == "eval" for record in records) else "train"
 
 
