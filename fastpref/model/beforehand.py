@@ -2,6 +2,7 @@
 supports a run's options, found out on its twin on the meta device.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,17 +14,12 @@ from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.lora import Adapters, insert_adapters
 from fastpref.model.adapters.quantize import check_quantizable
 from fastpref.model.attention.packing_probe import check_attention, check_layout
-from fastpref.model.files.full_weights import NO_FIT, check_fit, check_weights
-from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.files.paths import archived_model, named_model
+from fastpref.model.filling import check_files
 from fastpref.model.positions import check_company, check_positions
 from fastpref.model.replicate import fits_whole
 from fastpref.model.router import check_coefficient
-from fastpref.model.source import (
-    archived_shapes,
-    build_meta,
-    load_model_tokenizer,
-    read_vocab_size,
-)
+from fastpref.model.source import build_meta, load_model_tokenizer, read_vocab_size
 
 
 class Twin(NamedTuple):
@@ -72,8 +68,8 @@ def check_options(
     Raises:
         ConfigError: naming the option.
         CheckpointError: there is no such model, its family cannot be built, `model.archive` is
-            neither a file nor a model's folder, or the adapter to train on is of a kind that can
-            only be merged.
+            neither a file nor a model's folder, or the adapter to train on does not fit its base or
+            is of a kind that can only be merged.
     """
     if config.archive and not Path(config.archive).expanduser().is_file():
         archived_model(config)
@@ -96,31 +92,24 @@ def check_options(
     return Twin(twin, adapters)
 
 
-def check_files(model: ModelConfig) -> None:
-    """Refuse files of weights that are incomplete or do not fill their model; a hub model and a
-    `policy.pt` are not checked.
+def check_training(
+    config: ModelConfig, adapter: AdapterConfig, packing: PackingConfig, world: World
+) -> Twin:
+    """Refuse what a model that is trained here cannot do, and weights that do not fill it.
 
     Args:
-        model: Model options.
+        config, adapter, packing, world: See `check_options`.
+
+    Returns:
+        Its twin.
 
     Raises:
-        CheckpointError: naming what is missing or has another shape.
+        ConfigError, CheckpointError: see `check_options` and `check_files`.
     """
-    if not model.archive:
-        _check_folder(named_model(model))
-        return
-    if not Path(model.archive).expanduser().is_file():
-        _check_folder(archived_model(model))
-    filled = build_meta(named_model(model), dtype=torch.float32)
-    shapes = archived_shapes(model.archive, trust_remote_code=model.trust_remote_code)
-    check_fit(filled, shapes, f"model.archive: {model.archive}", opening=NO_FIT)
-
-
-def _check_folder(source: ModelSource) -> None:
-    if Path(source.base).is_dir():
-        # an adapter may bring a vocabulary of its own
-        own = source._replace(adapters=())
-        check_weights(build_meta(own, dtype=torch.float32), Path(source.base))
+    twin = check_options(config, adapter, packing, trainable=True, world=world)
+    beside = adapter.trained and not adapter.merge
+    world.on_main(partial(check_files, config, beside=beside))
+    return twin
 
 
 def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:

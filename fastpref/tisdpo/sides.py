@@ -8,10 +8,10 @@ from fastpref.config import AdapterConfig, ModelConfig, PackingConfig, WeightsCo
 from fastpref.data.weights_file import ModelOrigin
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.adapters.base import find_shared_base
-from fastpref.model.beforehand import check_files, check_options
+from fastpref.model.beforehand import check_options
 from fastpref.model.files.identity import model_identity, side_model
 from fastpref.model.files.paths import named_model
+from fastpref.model.filling import check_scoring_files
 from fastpref.model.precision import precision_here
 from fastpref.model.source import load_model_tokenizer
 from fastpref.scoring.side import Side
@@ -45,8 +45,8 @@ def build_sides(
     for label, own in models.items():
         named_model(own, key=f"weights.{label}")
         twins[label] = check_options(own, adapter, packing, trainable=False).model
-        world.on_main(partial(check_files, own))
-    if adapter.quantized and find_shared_base(list(models.values())) is None:
+    is_shared = world.on_main(lambda: check_scoring_files(list(models.values())))
+    if adapter.quantized and not is_shared:
         raise ConfigError(
             "adapter=qlora: weights.positive and weights.negative must be one model, or adapters "
             "of one that can stand beside it in 4 bits"

@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 from fastpref.batches.layouts import RowLayout
@@ -14,7 +13,7 @@ from fastpref.data.audit.account import describe_example
 from fastpref.data.encode import PreferenceSplit, load_split
 from fastpref.data.options import data_options
 from fastpref.distributed import World, main_first
-from fastpref.model.beforehand import Twin, check_files, check_options, load_vocabulary
+from fastpref.model.beforehand import Twin, check_training, load_vocabulary
 from fastpref.train.orders import build_eval_order, build_train_order, log_mix
 from fastpref.train.resume.fingerprints import take_digests, take_model_digest, today
 
@@ -81,10 +80,8 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
     splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
     main_first(world, lambda: read_splits(options, splits, quiet=quiet))
-    # the model is checked first: tokenizing many rows takes an hour
-    options_of_model = config.model, config.adapter, config.packing
-    twin = check_options(*options_of_model, trainable=True, world=world)
-    world.on_main(partial(check_files, config.model))
+    # to make tokens of many rows takes an hour
+    twin = check_training(config.model, config.adapter, config.packing, world)
     tokenizer, vocab_size = load_vocabulary(config.model)
     chat_date = chat_date or today(tokenizer, world)
     options = replace(options, encode=replace(options.encode, chat_date=chat_date))

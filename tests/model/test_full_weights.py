@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.beforehand import check_files
 from fastpref.model.files.paths import find_model
+from fastpref.model.filling import check_files
 from fastpref.model.source import load_model
 
 IDS = torch.arange(3, 15)[None]

@@ -12,14 +12,21 @@ from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, build_family, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
+from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, PackingConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.given import given_config
-from fastpref.model.adapters.lora import adapter_state, add_adapters, insert_adapters
+from fastpref.model.adapters.lora import (
+    adapter_state,
+    add_adapters,
+    add_given_adapters,
+    insert_adapters,
+)
 from fastpref.model.adapters.targets import choose_targets
 from fastpref.model.adapters.tied_head import adapted_head
+from fastpref.model.beforehand import check_options
+from fastpref.model.filling import check_files
 from fastpref.model.logit_path import measure_logit_path
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -242,8 +249,7 @@ def test_an_adapter_of_a_base_of_another_shape_is_refused(models, world, tmp_pat
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
 def test_an_adapter_that_moved_its_base_is_refused(models, world, tmp_path, init):
     start = save_adapter(models / "untied", tmp_path / "adapter")
-    config = json.loads((start / "adapter_config.json").read_text())
-    (start / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": init}))
+    edit_config(start, init_lora_weights=init)
     with pytest.raises(CheckpointError, match=f"init_lora_weights={init}, which moved its base"):
         adapt(load(models / "untied"), world, start)
 
@@ -292,6 +298,49 @@ def test_an_adapter_on_one_of_two_tied_tables_is_refused(models, world, tmp_path
     start = save_adapter(models / "tied", tmp_path / "adapter", target_modules=targets)
     with pytest.raises(CheckpointError, match="lm_head shares its weight with the embedding"):
         adapt(load(models / "tied"), world, start)
+
+
+def test_whether_tables_are_adapted_alike_is_each_adapter_s_own(models, world, tmp_path):
+    tables = {"target_modules": ["embed_tokens"]}
+    alike = save_adapter(models / "tied", tmp_path / "a", **tables, ensure_weight_tying=True)
+    one = save_adapter(models / "tied", tmp_path / "b", **tables)
+    folders = {"positive": str(alike), "negative": str(one)}
+    with pytest.raises(CheckpointError, match=r"b: .*embed_tokens shares its weight .* only one"):
+        add_given_adapters(load(models / "tied"), folders, world)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+MISFITS = {
+    # name: its options, what its config says instead, message
+    "rank": ({}, {"r": 8}, "size mismatch"),
+    "layer": ({}, {"layers_to_transform": [0]}, "without a place"),
+    "package": ({}, {"megatron_config": {"a": 1}}, "cannot load .* No module named 'megatron'"),
+    "table": ({"target_modules": ["embed_tokens"]}, {}, "shares its weight with the head"),
+}
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+@pytest.mark.parametrize("case", MISFITS)
+def test_adapters_that_do_not_fit_are_refused_before_weights_are_read(models, tmp_path, case, kind):
+    options, changes, message = MISFITS[case]
+    start = save_adapter(models / "tied", tmp_path / "adapter", **options)
+    edit_config(start, **changes)
+    model = ModelConfig(name_or_path=str(start))
+    with pytest.raises(CheckpointError, match=message):
+        check_options(model, AdapterConfig(kind=kind), PackingConfig(), trainable=True)
+        check_files(model)
+
+
+def test_what_cannot_be_merged_is_refused_before_it_is_trained(models, tmp_path):
+    start = save_adapter(models / "tied", tmp_path / "adapter", lora_bias=True)
+    model = ModelConfig(name_or_path=str(start))
+    check_files(model, beside=True)
+    with pytest.raises(CheckpointError, match=r"cannot be merged .* base layer has no bias"):
+        check_files(model)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -101,11 +101,16 @@ def test_weights_of_text_rows_equal_the_formula_in_float64(models, tmp_path, bat
     assert origin["positive"]["name_or_path"] == models[0]
 
 
-def save_adapter(base: str, folder: Path, seed: int, **options: Any) -> str:
+def save_adapter(
+    base: str, folder: Path, seed: int, *, rows: int | None = None, **options: Any
+) -> str:
     torch.manual_seed(seed)
     options = {"r": 4, "target_modules": "all-linear"} | options
     config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    adapted = peft.get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -184,6 +189,8 @@ def test_models_that_share_no_base_or_have_to_be_merged_are_loaded_one_by_one(mo
     config = json.loads((edited / "adapter_config.json").read_text())
     (edited / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
     assert not shared(str(edited), models[0])
+    # rows of its own for added tokens
+    assert not shared(save_adapter(models[0], tmp_path / "added", 0, rows=360), models[0])
 
 
 ORCA = [

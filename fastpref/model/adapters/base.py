@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.adapters.given import given_config
+from fastpref.model.adapters.lora import check_beside
 from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.source import build_meta
 
 
 class AdapterBase(NamedTuple):
@@ -61,8 +64,8 @@ def find_shared_base(models: Sequence[ModelConfig]) -> list[AdapterBase] | None:
     try:
         for base in bases:
             if base.start is not None:
-                given_config(base.start)
-    # the adapter is of a kind that has to be merged
+                check_beside(build_meta(base.source, dtype=torch.float32), base.start)
+    # one that has to be merged, if it can be used at all
     except CheckpointError:
         return None
     return bases

@@ -1,6 +1,7 @@
 """Adapter folders of peft: how they change the shape of their base, and merging them into it."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastpref.errors import CheckpointError
-from fastpref.model.adapters.tied_head import is_tied
+from fastpref.model.adapters.tied_head import is_tied, shared_table
 from fastpref.model.files.archives import load_pickle
 from fastpref.model.files.families import other_parts
 from fastpref.model.files.paths import ADAPTER_CONFIG, read_object
@@ -69,6 +70,35 @@ def adapt_config(config: Any, model: Any, folder: str) -> bool:
     return before != (text_config.vocab_size, config.tie_word_embeddings)
 
 
+def check_merging(model: Any, folder: str) -> None:
+    """Refuse, by the headers of its weights, low-rank matrices that cannot be merged.
+
+    Args:
+        model: The base on the meta device, with the adapter's vocabulary; not to be used any more.
+        folder: Of the adapter.
+
+    Raises:
+        CheckpointError: they do not fit the base, or peft cannot merge them.
+    """
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    with reading("the adapter", folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PeftConfig.from_pretrained(folder)
+        # what other kinds compute of their base's weights may need the weights
+        if type(config) is not LoraConfig or any(
+            getattr(config, name, None) for name in ("kasa_config", "arrow_config")
+        ):
+            return
+        # its values are given
+        config.init_lora_weights = True
+        adapted = PeftModel(model, config, low_cpu_mem_usage=True)
+    if not config.ensure_weight_tying and (shared := shared_table(model, "default")):
+        raise _not_mergeable(folder, shared)
+    _check_names(adapted, folder, load_headers(folder))
+    _merge(adapted, folder)
+
+
 @torch.no_grad()
 def merge_adapter(model: Any, folder: str) -> Any:
     """Merge an adapter's weights into a model.
@@ -91,16 +121,11 @@ def merge_adapter(model: Any, folder: str) -> Any:
         model.resize_token_embeddings(rows, mean_resizing=False)
     with reading("the adapter", folder):
         adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu").eval()
-    _check_names(adapted, folder)
+    _check_names(adapted, folder, load_adapter(folder))
     ids = torch.arange(4)[None] % rows
     with reading("the adapter", folder):
         expected = adapted(input_ids=ids).logits
-        _forget_tied_head(adapted)
-        try:
-            merged = adapted.merge_and_unload()
-        # each kind of adapter raises another error if it cannot be merged
-        except Exception as error:
-            raise _not_mergeable(folder, str(error).strip()) from error
+        merged = _merge(adapted, folder)
     if unties:
         untie(merged.config)
     # peft copies modules that it saves whole, which unties them
@@ -125,6 +150,15 @@ def load_adapter(folder: str) -> dict[str, Tensor]:
         return load_file(path) if path.is_file() else _pickled(folder)
 
 
+def _merge(adapted: Any, folder: str) -> Any:
+    _forget_tied_head(adapted)
+    try:
+        return adapted.merge_and_unload()
+    # each kind of adapter raises another error if it cannot be merged
+    except Exception as error:
+        raise _not_mergeable(folder, str(error).strip()) from error
+
+
 def _forget_tied_head(adapted: Any) -> None:
     """Remove a head's adapter that is a view of the embedding's: merged, it would count twice."""
     model = adapted.base_model.model
@@ -142,13 +176,14 @@ def _not_mergeable(folder: str, why: str) -> CheckpointError:
     )
 
 
-def _check_names(adapted: Any, folder: str) -> None:
+def _check_names(adapted: Any, folder: str, saved: dict[str, Tensor]) -> None:
     """Refuse missing weights, which peft leaves random, and ones that the base has no place for."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     # loaded once more, as only this call reports which names peft took: folders of older versions
     # of transformers have others than the model (one matrix per expert instead of a stack)
-    result: Any = set_peft_model_state_dict(adapted, load_adapter(folder))
+    with reading("the adapter", folder):
+        result: Any = set_peft_model_state_dict(adapted, saved)
     needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     missing = sorted({name.replace(".default", "") for name in result.missing_keys} & needed)
     own = {name for name, _ in adapted.base_model.model.named_parameters(remove_duplicate=False)}
@@ -188,15 +223,20 @@ def _has_place(name: str, own: set[str]) -> bool:
     return any(path.startswith(f"{stem}.") for path in own)
 
 
-def _shapes(folder: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of an adapter, by its name there."""
+def load_headers(folder: str) -> dict[str, Tensor]:
+    """All tensors of an adapter folder without their memory, by their names there.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     path = Path(folder) / SAFETENSORS
     with reading("the adapter", folder):
         if path.is_file():
             with safe_open(path, "pt") as file:
                 names = file.keys()
-                return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        return {name: tuple(tensor.shape) for name, tensor in _pickled(folder).items()}
+                shapes = {name: file.get_slice(name).get_shape() for name in names}
+                return {name: torch.empty(s, device="meta") for name, s in shapes.items()}
+        return {name: tensor.to("meta") for name, tensor in _pickled(folder).items()}
 
 
 def _pickled(folder: str) -> dict[str, Tensor]:
@@ -213,19 +253,19 @@ def _table_paths(model: Any) -> list[str]:
 def _vocabulary(folder: str, model: Any) -> int:
     """Number of rows of the embedding that an adapter belongs to: the base's, or that of a resized
     embedding, which peft saves with the adapter."""
-    for name, shape in _shapes(folder).items():
+    for name, tensor in load_headers(folder).items():
         if not name.startswith(tuple(_table_paths(model))):
             continue
         if name.endswith("lora_embedding_A"):
-            return shape[1]
+            return tensor.shape[1]
         if name.endswith(".weight") and not name.endswith("lora_A.weight"):
-            return shape[0]
+            return tensor.shape[0]
     return model.get_input_embeddings().weight.shape[0]
 
 
 def _unties(folder: str, model: Any) -> bool:
     """Whether an adapter has an embedding or a head of its own, so that they have to be untied."""
-    saved = _shapes(folder)
+    saved = load_headers(folder)
     copies = []
     for path in _table_paths(model):
         names = (f"{path}modules_to_save.weight", f"{path}weight")

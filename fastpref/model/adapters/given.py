@@ -1,5 +1,6 @@
 """Existing adapters used unmerged beside an unchanged base: checks, and loading their weights."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastpref.config import AdapterConfig
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.model.adapters.folders import PREFIX, check_adapter, load_adapter, no_fit
+from fastpref.model.adapters.folders import PREFIX, check_adapter, load_headers, no_fit
 from fastpref.model.adapters.targets import whole_names
 from fastpref.model.adapters.tied_head import TIED, head_names, is_tied, without_head
 from fastpref.model.files.reading import reading
@@ -104,12 +105,29 @@ def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) ->
             )
 
 
-def check_whole_matrices(model: Any, folder: str) -> None:
+def check_given(model: Any, folder: str, name: str) -> None:
+    """Refuse an adapter that does not fit its base by the headers of its weights alone.
+
+    Args:
+        model: On the meta device, with the adapter in place.
+        folder: Of the adapter.
+        name: peft's of it.
+
+    Raises:
+        CheckpointError: see `check_whole_matrices` and `fill_adapter`.
+    """
+    headers = load_headers(folder)
+    check_whole_matrices(model, folder, headers)
+    fill_adapter(model, folder, name, headers)
+
+
+def check_whole_matrices(model: Any, folder: str, saved: Mapping[str, Tensor]) -> None:
     """Refuse an adapter folder with whole matrices that differ from the model's own.
 
     Args:
-        model: With weights, and with adapters in place.
+        model: With adapters in place.
         folder: Of the adapter.
+        saved: Its tensors; of those on the meta device only the shapes are compared.
 
     Raises:
         CheckpointError: it has some.
@@ -117,7 +135,7 @@ def check_whole_matrices(model: Any, folder: str) -> None:
     own = {_bare(name): tensor for name, tensor in model.state_dict().items()}
     other = [
         name
-        for name, tensor in load_adapter(folder).items()
+        for name, tensor in saved.items()
         if not adapter_part(name) and not _is_same(tensor, own.get(_bare(name)))
     ]
     if other:
@@ -133,14 +151,23 @@ def _bare(name: str) -> str:
 
 def _is_same(tensor: Tensor, own: Tensor | None) -> bool:
     """Whether a saved matrix is a model's own, which may be stored in another dtype."""
-    return own is not None and own.shape == tensor.shape and torch.equal(tensor.to(own.dtype), own)
+    if own is None or own.shape != tensor.shape:
+        return False
+    return tensor.is_meta or torch.equal(tensor.to(own.dtype), own)
 
 
-def fill_adapter(model: Any, folder: str, name: str) -> None:
-    """Load the low-rank matrices of a folder into an adapter of a model."""
+def fill_adapter(model: Any, folder: str, name: str, saved: Mapping[str, Tensor]) -> None:
+    """Load the low-rank matrices of a folder into an adapter of a model.
+
+    Args:
+        model, folder, saved: See `check_whole_matrices`.
+        name: peft's of the adapter.
+
+    Raises:
+        CheckpointError: some are missing, have no place, or are of other shapes.
+    """
     from peft import set_peft_model_state_dict
 
-    saved = load_adapter(folder)
     weights = {key.removeprefix(PREFIX): x for key, x in saved.items() if adapter_part(key)}
     if hasattr(model.get_output_embeddings(), TIED):
         weights = {key: x for key, x in weights.items() if key not in head_names(model)}

@@ -4,9 +4,7 @@ Only layers are replaced, so the model keeps its class; peft's own wrapper aroun
 its body, and would compute logits.
 """
 
-import dataclasses
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -19,27 +17,24 @@ from torch.nn.functional import dropout
 
 from fastpref.config import AdapterConfig
 from fastpref.distributed import World
-from fastpref.errors import ConfigError, first_line
-from fastpref.model.adapters.folders import PREFIX
+from fastpref.errors import ConfigError
+from fastpref.model.adapters.folders import PREFIX, load_adapter
 from fastpref.model.adapters.given import (
     adapter_part,
     check_asked,
+    check_given,
     check_whole_matrices,
     fill_adapter,
     given_config,
     is_of,
-    not_beside,
 )
+from fastpref.model.adapters.inject import inject_adapter
 from fastpref.model.adapters.low_rank import share_input
 from fastpref.model.adapters.quantize import quantize_blocks
 from fastpref.model.adapters.targets import choose_targets
 from fastpref.model.adapters.tied_head import (
     TIED,
     head_state,
-    is_tied,
-    obstacle_of_head,
-    tie_head,
-    without_head,
 )
 
 logger = logging.getLogger("fastpref")
@@ -172,9 +167,10 @@ def add_adapters(
     if start is None:
         _draw(model, adapters.config, seed)
     else:
-        world.on_main(lambda: check_whole_matrices(model, start))
-        fill_adapter(model, start, TRAINED)
-        fill_adapter(model, start, GIVEN)
+        saved = load_adapter(start)
+        world.on_main(lambda: check_whole_matrices(model, start, saved))
+        for name in (TRAINED, GIVEN):
+            fill_adapter(model, start, name, saved)
     return adapters
 
 
@@ -196,11 +192,13 @@ def insert_adapters(
         check_asked(start, config, options, model)
         config.lora_dropout = options.dropout
     for name in (TRAINED,) if start is None else (TRAINED, GIVEN):
-        _inject(model, config, name, folder=start)
+        inject_adapter(model, config, name, folder=start)
     if options.dropout:
         _drop_in_training(model, options.dropout)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of(name, TRAINED))
+    if start is not None and next(model.parameters()).is_meta:
+        check_given(model, start, TRAINED)
     adapters = Adapters(model, config, reference=GIVEN if start is not None else None)
     adapters.activate(TRAINED)
     return adapters
@@ -230,13 +228,28 @@ def add_given_adapters(
         quantize_blocks(model, block_name, world)
     configs = {name: given_config(folder) for name, folder in folders.items()}
     for name, folder in folders.items():
-        _inject(model, configs[name], name, folder=folder)
-        world.on_main(partial(check_whole_matrices, model, folder))
-        fill_adapter(model, folder, name)
+        inject_adapter(model, configs[name], name, folder=folder)
+        saved = load_adapter(folder)
+        world.on_main(partial(check_whole_matrices, model, folder, saved))
+        fill_adapter(model, folder, name, saved)
     model.requires_grad_(False)
     adapters = Adapters(model, next(iter(configs.values()), None))
     adapters.activate(None)
     return adapters
+
+
+def check_beside(model: Any, folder: str) -> None:
+    """Refuse an adapter that cannot stand beside its base, before weights are read.
+
+    Args:
+        model: The base on the meta device; used up.
+        folder: Of the adapter.
+
+    Raises:
+        CheckpointError: see `add_given_adapters`; values of whole matrices are not compared.
+    """
+    inject_adapter(model, given_config(folder), GIVEN, folder=folder)
+    check_given(model, folder, GIVEN)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
@@ -267,45 +280,6 @@ def _new_config(model: Any, options: AdapterConfig, block_name: str | None) -> A
         "ensure_weight_tying": options.ensure_weight_tying,
     }
     return LoraConfig(**arguments)
-
-
-def _inject(model: Any, config: Any, name: str, *, folder: str | None) -> None:
-    """Insert an uninitialized adapter into a model; `folder` only matters to errors."""
-    from peft import inject_adapter_in_model
-
-    ties = config.ensure_weight_tying and is_tied(model)
-    if ties:
-        config.target_modules = without_head(model, config.target_modules)
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # that there is an adapter already, and other warnings that a user cannot act on
-            warnings.simplefilter("ignore")
-            # tied heads are handled here, not by peft
-            own = dataclasses.replace(config, ensure_weight_tying=False)
-            # peft's option for adapters on the meta device; DoRA's need their layers' weights
-            is_meta = next(model.parameters()).is_meta
-            inject_adapter_in_model(own, model, name, low_cpu_mem_usage=is_meta)
-    except (ValueError, NotImplementedError) as error:  # peft's words name what it cannot adapt
-        if "lora_dropout" in str(error):
-            raise ConfigError(
-                f"adapter.dropout={config.lora_dropout:g}: peft drops no input of a matrix that is "
-                "no layer by itself, such as a mixture's experts; set adapter.dropout=0, or name "
-                "layers alone in adapter.target_modules"
-            ) from error
-        if folder is not None:
-            raise not_beside(folder, f"does not fit its base model: {first_line(error)}") from error
-        raise ConfigError(f"adapter.target_modules: {first_line(error)}") from error
-    if ties:
-        tie_head(model)
-    obstacle = obstacle_of_head(model, name)
-    if obstacle and folder is not None:
-        raise not_beside(folder, obstacle)
-    if obstacle:
-        raise ConfigError(f"adapter.target_modules: {obstacle}")
-    for path, parameter in model.named_parameters():
-        if is_of(path, name):
-            # peft gives them the dtype of their layer
-            parameter.data = parameter.data.float()
 
 
 def _draw(model: nn.Module, config: Any, seed: int) -> None:

@@ -118,24 +118,36 @@ def _parts(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, (matrix.detach() - high.detach().float()).to(dtype)
 
 
+def shared_table(model: Any, name: str) -> str:
+    """What is wrong with an adapter that is on one of two tied tables, "" if it is on neither.
+
+    Args:
+        model: With the adapter in place.
+        name: peft's of the adapter, which does not adapt both alike.
+    """
+    if not is_tied(model):
+        return ""
+    names = {module: path for path, module in model.named_modules()}
+    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    for table, other in zip(tables, ("head", "embedding"), strict=True):
+        if name in getattr(table, "scaling", ()):
+            return (
+                f"{names[table]} shares its weight with the {other}, so an adapter merged into one "
+                "would change both"
+            )
+    return ""
+
+
 def obstacle_of_head(model: Any, name: str) -> str:
-    """Why an adapter on the embedding or the head cannot be trained or used here, "" if it can.
+    """Why an adapter on the head cannot be trained or used here, "" if it can.
 
     Args:
         model: With the adapter in place.
         name: The adapter's, in peft's layers.
     """
-    tables = model.get_input_embeddings(), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     names = {module: path for path, module in model.named_modules()}
-    embedding, head = (name in getattr(table, "scaling", ()) for table in tables)
-    shared = is_tied(model) and not hasattr(tables[1], TIED)
-    if shared and (embedding or head):
-        mine, other = (0, "the head") if embedding else (1, "the embedding")
-        return (
-            f"{names[tables[mine]]} shares its weight with {other}, so an adapter merged into one "
-            "would change both; adapter.ensure_weight_tying=true adapts both alike"
-        )
-    [computes] = getattr(tables[1], TIED, (tables[1],))
+    [computes] = getattr(head, TIED, (head,))
     if name not in getattr(computes, "scaling", ()):
         return ""
     matrix = dict(computes.lora_B.items()).get(name)
