@@ -101,8 +101,9 @@ def files_of(name: str) -> tuple[str, ...]:
 def test_rows_that_are_read_once_give_the_same_run_to_the_last_bit(base, tmp_path, name):
     train_both_ways(base, tmp_path, [name])
     folder = tmp_path / name
-    # a KL of held-out rows takes the reference itself
-    untold = [f"kl_eval/{side}" for side in ("chosen", "rejected", "margin")]
+    # a KL takes the reference itself
+    sides = ("chosen", "rejected", "margin")
+    untold = [f"kl_{split}/{side}" for split in ("train", "eval") for side in sides]
     assert_same_end(folder / "known", folder / "online", files=files_of(name), untold=untold)
     rows = scored_rows(folder)
     assert len(rows) == len(set(rows)) == sum(SPLITS.values())
