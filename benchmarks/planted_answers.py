@@ -23,6 +23,8 @@ def share_right(model_dir: str, *, do_sample: bool) -> float:
         attention_mask=batch["attention_mask"],
         max_new_tokens=40,
         do_sample=do_sample,
+        # transformers' default of 50 would leave out the rest of the model's distribution
+        top_k=0,
         pad_token_id=tokenizer.pad_token_id,
     )
     answers = tokenizer.batch_decode(
