@@ -95,13 +95,13 @@ def check_options(
 def check_training(
     config: ModelConfig, adapter: AdapterConfig, packing: PackingConfig, world: World
 ) -> Twin:
-    """Refuse what a model that is trained here cannot do, and weights that do not fill it.
+    """Refuse options that the model to train does not support, and weights that do not fit it.
 
     Args:
         config, adapter, packing, world: See `check_options`.
 
     Returns:
-        Its twin.
+        The model's twin.
 
     Raises:
         ConfigError, CheckpointError: see `check_options` and `check_files`.

@@ -1,4 +1,4 @@
-"""Whether files of weights fill their models, told by their headers before any weights are read."""
+"""Checks that weight files fit their models, by their headers, before any weights are read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,13 +45,13 @@ def _check_folder(source: ModelSource, *, beside: bool) -> None:
 
 
 def check_scoring_files(models: Sequence[ModelConfig]) -> bool:
-    """Refuse files of models that score, see `check_files`.
+    """Refuse the files of models that only score, see `check_files`.
 
     Args:
         models: Options of each.
 
     Returns:
-        Whether one base is in memory for all, with their adapters beside it.
+        Whether all share one base in memory, with their adapters beside it.
     """
     is_shared = find_shared_base(models) is not None
     for model in models:

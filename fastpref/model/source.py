@@ -103,7 +103,7 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
 
 
 def archived_shapes(archive: str, *, trust_remote_code: bool) -> Shapes:
-    """Shape of each weight that `model.archive` brings, by its name there; none is read.
+    """Shape of each weight in `model.archive`, by its name there, without reading the weights.
 
     Raises:
         CheckpointError: it is no archive.

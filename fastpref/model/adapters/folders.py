@@ -71,10 +71,10 @@ def adapt_config(config: Any, model: Any, folder: str) -> bool:
 
 
 def check_merging(model: Any, folder: str) -> None:
-    """Refuse, by the headers of its weights, low-rank matrices that cannot be merged.
+    """Refuse an adapter that cannot be merged, by the headers of its weights.
 
     Args:
-        model: The base on the meta device, with the adapter's vocabulary; not to be used any more.
+        model: The base on the meta device, with the adapter's vocabulary; modified.
         folder: Of the adapter.
 
     Raises:
@@ -85,12 +85,12 @@ def check_merging(model: Any, folder: str) -> None:
     with reading("the adapter", folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = PeftConfig.from_pretrained(folder)
-        # what other kinds compute of their base's weights may need the weights
+        # other kinds may need the values of their base's weights
         if type(config) is not LoraConfig or any(
             getattr(config, name, None) for name in ("kasa_config", "arrow_config")
         ):
             return
-        # its values are given
+        # the values come from the folder
         config.init_lora_weights = True
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)
     if not config.ensure_weight_tying and (shared := shared_table(model, "default")):
@@ -224,7 +224,7 @@ def _has_place(name: str, own: set[str]) -> bool:
 
 
 def load_headers(folder: str) -> dict[str, Tensor]:
-    """All tensors of an adapter folder without their memory, by their names there.
+    """The tensors of an adapter folder on the meta device, by their names there.
 
     Raises:
         CheckpointError: it cannot be read.

@@ -106,12 +106,12 @@ def check_asked(folder: str, config: Any, options: AdapterConfig, model: Any) ->
 
 
 def check_given(model: Any, folder: str, name: str) -> None:
-    """Refuse an adapter that does not fit its base by the headers of its weights alone.
+    """Refuse an adapter that does not fit its base, by the headers of its weights.
 
     Args:
         model: On the meta device, with the adapter in place.
         folder: Of the adapter.
-        name: peft's of it.
+        name: peft's name of the adapter.
 
     Raises:
         CheckpointError: see `check_whole_matrices` and `fill_adapter`.
@@ -127,7 +127,7 @@ def check_whole_matrices(model: Any, folder: str, saved: Mapping[str, Tensor]) -
     Args:
         model: With adapters in place.
         folder: Of the adapter.
-        saved: Its tensors; of those on the meta device only the shapes are compared.
+        saved: Tensors of the folder; on the meta device only their shapes are compared.
 
     Raises:
         CheckpointError: it has some.
@@ -161,10 +161,10 @@ def fill_adapter(model: Any, folder: str, name: str, saved: Mapping[str, Tensor]
 
     Args:
         model, folder, saved: See `check_whole_matrices`.
-        name: peft's of the adapter.
+        name: peft's name of the adapter.
 
     Raises:
-        CheckpointError: some are missing, have no place, or are of other shapes.
+        CheckpointError: tensors are missing, unexpected, or of other shapes.
     """
     from peft import set_peft_model_state_dict
 

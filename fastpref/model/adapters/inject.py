@@ -1,4 +1,4 @@
-"""peft's layers put into a model, without values; what cannot have them is refused."""
+"""Insert peft's layers into a model, uninitialized; refuses models that cannot take them."""
 
 import dataclasses
 import warnings
@@ -42,7 +42,7 @@ def inject_adapter(model: Any, config: Any, name: str, *, folder: str | None) ->
                 "layers alone in adapter.target_modules"
             ) from error
         if folder is not None:
-            # a wrong value in its config may end in an error of any class
+            # a wrong value in its config may raise an error of any class
             with reading("the adapter", folder):
                 raise
         # peft's words name what it cannot adapt
@@ -65,7 +65,7 @@ def inject_adapter(model: Any, config: Any, name: str, *, folder: str | None) ->
 
 
 def _one_table(shared: str, folder: str | None) -> FastprefError:
-    """That an adapter is on one of two tied tables; see `inject_adapter`."""
+    """Error for an adapter on only one of two tied tables, see `inject_adapter`."""
     if folder is None:
         return ConfigError(
             f"adapter.target_modules: {shared}; adapter.ensure_weight_tying=true adapts both alike"

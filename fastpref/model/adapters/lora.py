@@ -242,7 +242,7 @@ def check_beside(model: Any, folder: str) -> None:
     """Refuse an adapter that cannot stand beside its base, before weights are read.
 
     Args:
-        model: The base on the meta device; used up.
+        model: The base on the meta device; modified.
         folder: Of the adapter.
 
     Raises:

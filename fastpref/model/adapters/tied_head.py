@@ -119,11 +119,11 @@ def _parts(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def shared_table(model: Any, name: str) -> str:
-    """What is wrong with an adapter that is on one of two tied tables, "" if it is on neither.
+    """Why an adapter on only one of two tied tables is refused; "" if it is on neither.
 
     Args:
         model: With the adapter in place.
-        name: peft's of the adapter, which does not adapt both alike.
+        name: peft's name of an adapter that does not tie both tables.
     """
     if not is_tied(model):
         return ""

@@ -33,7 +33,7 @@ def load_pickle(path: Path) -> Any:
 
 
 def begins_as_zip(path: Path) -> bool:
-    """Whether a file is in the format that torch has written since 1.6, or was."""
+    """Whether a file begins as a zip archive, torch's format since 1.6; it may have been cut."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
@@ -61,7 +61,7 @@ def read_policy(path: Path) -> dict[str, Tensor]:
 
 @cache
 def _say_step(path: Path, step: Any) -> None:
-    """Say once what an archive is of."""
+    """Log once which training step an archive is from."""
     logger.info("model.archive: step %s of %s", step, path)
 
 

@@ -97,7 +97,7 @@ def check_weights(model: Any, folder: Path) -> None:
     _check_files(folder)
     with reading("the weights", str(folder)):
         shapes = shapes_in(folder, whole=False)
-    # of few bits there is more in the files than weights
+    # files of quantized weights hold more than weights
     if shapes and not quantization_options(str(folder), model.config):
         check_fit(model, shapes, str(folder), opening=UNFILLED)
 

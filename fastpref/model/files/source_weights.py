@@ -250,7 +250,7 @@ class _Pickled:
 
 
 def open_files(source: ModelSource) -> SourceWeights:
-    """The files of the model below a model's adapters.
+    """The weight files of a base model, without its adapters.
 
     Raises:
         CheckpointError: one cannot be read.

@@ -44,7 +44,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def pickle_files(folder: Path) -> list[Path]:
-    """What transformers loads of a folder without safetensors: the one file, or its parts."""
+    """Pickles that transformers loads from a folder without safetensors: one file or its shards."""
     whole = folder / PICKLE
     return [whole] if whole.is_file() else matching_files(folder, ("pytorch_model-*.bin",))
 
