@@ -30,7 +30,7 @@ from fastpref.data.cache import (
     without_remains,
 )
 from fastpref.data.chat import check_chat_template, current_date, prints_date
-from fastpref.data.counts import JOINED_ROWS, AuditCounts, Remark, check_counts, log_counts
+from fastpref.data.counts import JOINED_ROWS, AuditCounts, check_counts, log_counts
 from fastpref.data.encode_row import EncodedPair, EncodeOptions, encode_row, named_responses
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_RESPONSE, MALFORMED
@@ -248,10 +248,10 @@ def count_tokens(encoded: datasets.Dataset, counts: AuditCounts, tokenizer: Any)
     prompt, chosen, rejected = (
         pc.list_value_length(table[column]).to_numpy() for column in ID_COLUMNS
     )
-    num_unknown = 0
-    if Remark.UNKNOWN in counts.remarks:
+    num_unknown, unknown = 0, unknown_id(tokenizer)
+    if unknown is not None:
         ids = (pc.list_flatten(table[column]) for column in ID_COLUMNS)
-        num_unknown = sum(pc.sum(pc.equal(x, unknown_id(tokenizer))).as_py() or 0 for x in ids)
+        num_unknown = sum(pc.sum(pc.equal(x, unknown)).as_py() or 0 for x in ids)
     return replace(
         counts,
         unknown_tokens=num_unknown,

@@ -6,8 +6,8 @@ from itertools import compress
 from typing import Any, NamedTuple
 
 from fastpref.data.chat import ChatFormat
-from fastpref.data.counts import Remark
 from fastpref.data.layouts.row_values import RowError
+from fastpref.data.remarks import Remark
 from fastpref.data.row_tokens import RowTokens, Scored
 from fastpref.token_weights import align_weights, prepare_weights, token_digest
 

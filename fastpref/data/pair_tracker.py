@@ -4,9 +4,9 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from fastpref.data.counts import Remark
 from fastpref.data.layouts.rows import MALFORMED, Row, comparable, prompt_said
 from fastpref.data.layouts.turns import WRITTEN_MESSAGES
+from fastpref.data.remarks import Remark
 
 NO_MESSAGES = "[]"
 """The prompt of a chat row without prompt messages, as JSON."""

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastpref.data.chat import ChatFormat, RenderedChat, render_chat
-from fastpref.data.counts import JOINED_ROWS, Remark
+from fastpref.data.counts import JOINED_ROWS
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
+from fastpref.data.remarks import Remark
 from fastpref.data.speakers import Spans, written_tokens
 from fastpref.data.tokenizer_checks import unknown_id
 

@@ -18,9 +18,9 @@ from tokenizers import processors
 from transformers.utils import chat_template_utils
 
 from fastpref.config import SFTConfig
-from fastpref.data.counts import Remark
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
+from fastpref.data.remarks import Remark
 from fastpref.errors import ConfigError, DataError
 
 

@@ -24,9 +24,10 @@ from small_data import (
 from fastpref.complete_files import share
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data import cache
-from fastpref.data.counts import Remark, format_audit
+from fastpref.data.counts import format_audit
 from fastpref.data.encode import load_split, tokenizer_digest
 from fastpref.data.options import data_options
+from fastpref.data.remarks import Remark
 from fastpref.errors import ConfigError, DataError
 
 EOS = "</s>"

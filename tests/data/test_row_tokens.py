@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastpref.data.chat import ChatFormat
-from fastpref.data.counts import JOINED_ROWS, Remark
+from fastpref.data.counts import JOINED_ROWS
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_RESPONSE, parse_row
+from fastpref.data.remarks import Remark
 from fastpref.data.row_tokens import (
     RowTexts,
     divide_by_offsets,

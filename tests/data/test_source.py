@@ -14,9 +14,10 @@ from small_data import count_calls, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.data.cache import cache_errors
-from fastpref.data.counts import Remark, format_audit
+from fastpref.data.counts import format_audit
 from fastpref.data.options import data_options
 from fastpref.data.parts import check_sources
+from fastpref.data.remarks import Remark
 from fastpref.data.source import read_rows
 from fastpref.data.sources.built_in import SOURCES, BuiltIn
 from fastpref.errors import DataError

@@ -17,10 +17,10 @@ from fastpref.batch import IGNORED
 from fastpref.batches.columns import EncodedColumns
 from fastpref.config import SFTConfig, TISDPOConfig
 from fastpref.data.audit.account import describe_example
-from fastpref.data.counts import Remark
 from fastpref.data.encode import load_split
 from fastpref.data.encode_row import NOTHING_SCORED
 from fastpref.data.options import data_options
+from fastpref.data.remarks import Remark
 from fastpref.data.speakers import written_tokens
 from fastpref.errors import DataError
 from fastpref.scoring.row_cache import row_digests

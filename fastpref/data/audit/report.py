@@ -9,9 +9,10 @@ import pyarrow.compute as pc
 
 from fastpref.data.audit.lengths import Histogram, measure_lengths
 from fastpref.data.audit.shown_rows import RowView, ShownRow
-from fastpref.data.counts import AuditCounts, Remark, format_audit
+from fastpref.data.counts import AuditCounts, format_audit
 from fastpref.data.encode import PreferenceSplit, encode_source, options_of_source
 from fastpref.data.encode_row import EncodeOptions
+from fastpref.data.remarks import Remark
 from fastpref.data.selection import COPY
 from fastpref.data.source import Rows
 

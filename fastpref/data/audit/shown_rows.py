@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fastpref.data.audit.token_texts import TokenSpans, token_spans
-from fastpref.data.counts import REMARK_TEXTS
 from fastpref.data.encode_row import (
     EncodedPair,
     EncodeOptions,
@@ -15,6 +14,7 @@ from fastpref.data.encode_row import (
 )
 from fastpref.data.layouts.row_values import RowError, string_leaves
 from fastpref.data.places import place_of
+from fastpref.data.remarks import REMARK_TEXTS
 from fastpref.data.rendered_parts import text_leaves
 from fastpref.data.row_tokens import RowTexts, RowTokens, row_texts, tokenize_rows
 

@@ -45,8 +45,7 @@ def inject_adapter(model: Any, config: Any, name: str, *, folder: str | None) ->
             # a wrong value in its config may raise an error of any class
             with reading("the adapter", folder):
                 raise
-        # peft's words name what it cannot adapt
-        if isinstance(error, (ValueError, NotImplementedError)):
+        if isinstance(error, (ValueError, NotImplementedError)):  # peft names what it cannot adapt
             raise ConfigError(f"adapter.target_modules: {first_line(error)}") from error
         raise
     if ties:
