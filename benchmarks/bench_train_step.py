@@ -53,8 +53,11 @@ def main() -> None:
         run = run_trl if job["arm"].startswith("T") else run_fastpref
         print("RESULT " + json.dumps(run(job)))
         return
+    from fastpref.cli.command_line import set_allocators
     from fastpref.distributed import init_world
 
+    # as the command line does; the same for all arms, which inherit the environment
+    set_allocators()
     world = init_world()
     with tempfile.TemporaryDirectory() as folder:
         gate = check_equality(world, Path(folder), arguments.rank)
@@ -203,8 +206,6 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # as set by the command line; the same for all arms
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     }
     command = [sys.executable, __file__, "--child", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 import fastpref.cli.run
 import train
 from fastpref import __version__
-from fastpref.cli.command_line import ALLOCATOR_VARIABLES, main
+from fastpref.cli.command_line import ALLOCATOR_VARIABLES, HUGE_PAGES_VARIABLE, main
 from fastpref.cli.overrides import read_config
 from fastpref.config import LOSSES, Config, TDPOConfig
 
@@ -182,27 +182,36 @@ def test_a_width_that_is_none_counts_for_unset(monkeypatch, capsys, width):
     assert "COLUMNS" not in os.environ
 
 
+GROWS = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("given", "has_huge_pages", "expected"),
     [
-        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
-        (of_user := {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, of_user),
-        (of_user := {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, of_user),
+        ({}, True, GROWS | {"THP_MEM_ALLOC_ENABLE": "1"}),
+        ({}, False, GROWS),
+        (of_user := {"THP_MEM_ALLOC_ENABLE": "0"}, True, GROWS | of_user),
+        (of_user := {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}, False, of_user),
+        (of_user := {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, False, of_user),
     ],
 )
-def test_a_gpu_s_memory_is_in_segments_that_grow_unless_the_user_says_how(
-    monkeypatch, given, expected
+def test_allocators_are_set_unless_the_user_has(
+    monkeypatch, tmp_path, given, has_huge_pages, expected
 ):
-    for name in ALLOCATOR_VARIABLES:
+    names = (*ALLOCATOR_VARIABLES, HUGE_PAGES_VARIABLE)
+    for name in names:
         # known before, so that it is as it was afterwards
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        "fastpref.cli.command_line.HUGE_PAGES", tmp_path if has_huge_pages else tmp_path / "none"
+    )
     found = {}
 
     def run(*_):
-        found.update({name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ})
+        found.update({name: os.environ[name] for name in names if name in os.environ})
         return 0
 
     monkeypatch.setattr(fastpref.cli.run, "main", run)
