@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastpref.batch import KeyUses, Segment, SegmentLayout, send
+from fastpref.batch import KeyUses, Segment, SegmentLayout
 from fastpref.model.attention.groups import GroupedAttention, takes_flash_on_cpu
 from fastpref.model.attention.rules import ScoreRules, attend_to_all
 
@@ -181,60 +181,3 @@ def torch_varlen_kernel() -> VarlenKernel:
         return function(q, k, v, *offsets, layout.longest, layout.longest_keys, **options)
 
     return kernel
-
-
-def block_mask(layout: SegmentLayout, window: int | None) -> Any:
-    """FlexAttention's block mask: a token attends to its segment's prefix and earlier tokens."""
-    flex = import_module("torch.nn.attention.flex_attention")
-    device = layout.query_offsets.device
-    table = send(torch.tensor(layout.segments), device)
-    T = layout.segments[-1].stop
-    segment_of = torch.repeat_interleave(table[:, 1] - table[:, 0], output_size=T)
-    start, prefix_start, prefix_stop = (
-        table[segment_of, 0],
-        table[segment_of, 2],
-        table[segment_of, 3],
-    )
-    # position of each token in its own sequence, prefix included
-    position = torch.arange(T, device=device) - start + prefix_stop - prefix_start
-
-    def attends(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (segment_of[q] == segment_of[k]) & (k <= q)
-        of_prefix = (k >= prefix_start[q]) & (k < prefix_stop[q])
-        if window is not None:
-            # no in-place operations: the function is compiled for a single element
-            own = own & (q - k < window)
-            of_prefix = of_prefix & (position[q] - (k - prefix_start[q]) < window)
-        return own | of_prefix
-
-    return flex.create_block_mask(attends, None, None, T, T, device=device)
-
-
-def flex_attend() -> Attend:
-    """FlexAttention, compiled where it runs on a GPU."""
-    flex_attention = import_module("torch.nn.attention.flex_attention").flex_attention
-    compiled = torch.compile(flex_attention, dynamic=True)
-
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, masks: ByWindow, rules: ScoreRules
-    ) -> Tensor:
-        if rules.sinks is not None:
-            raise ValueError("FlexAttention has no sinks")
-
-        def cap(score: Tensor, *_: Tensor) -> Tensor:
-            assert rules.softcap is not None
-            return rules.softcap * torch.tanh(score / rules.softcap)
-
-        function = compiled if query.is_cuda else flex_attention
-        output = function(
-            query,
-            key,
-            value,
-            score_mod=None if rules.softcap is None else cap,
-            block_mask=masks.made(rules.window),
-            scale=rules.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return output.transpose(1, 2)
-
-    return attend

@@ -23,11 +23,10 @@ from fastpref.model.attention.backends import (
     attend_in_groups,
     attend_in_math,
     attend_varlen,
-    block_mask,
     flash_kernel,
-    flex_attend,
     torch_varlen_kernel,
 )
+from fastpref.model.attention.flex import block_mask, flex_attend
 from fastpref.model.attention.rules import ScoreRules, attend_to_all
 from fastpref.model.attention.segments import group_segments
 
