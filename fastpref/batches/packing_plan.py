@@ -74,16 +74,8 @@ class _Piece(NamedTuple):
 def find_shared(
     columns: EncodedColumns, *, share_prompt: bool, among_rows: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Find the prefixes that sequences share.
-
-    Args:
-        share_prompt: Whether responses share the computation of their prompt.
-        among_rows: Whether responses of different rows do as well.
-
-    Returns:
-        Each row's prompt number, equal for rows that share a prompt, and the length of the prefix
-        common to all responses to it. Both (rows,) int64.
-    """
+    """Each row's prompt number, equal for rows that share a prompt, and the length of the prefix
+    common to all responses to it. Both (rows,) int64; options as in `plan_step`."""
     prompts = np.arange(len(columns))
     if not share_prompt or not len(columns):
         return prompts, np.zeros_like(prompts)
