@@ -16,6 +16,8 @@ from fastpref.batches.plan import MicroBatch, StepPlan
 
 CPU_TOKENS = 8192
 """Default limit of tokens per micro-batch on a CPU."""
+PADDED_ROWS = 4
+"""Rows per batch of padded rows without a given batch size, as in the TIS-DPO code."""
 
 
 class RowLayout(Protocol):
@@ -181,8 +183,6 @@ class PaddedRows:
 
     max_tokens: int = CPU_TOKENS
     """Maximum tokens per micro-batch, padding included."""
-    batch_size: int = 4
-    """Rows per batch in `divide`, as in the TIS-DPO code."""
     name: ClassVar[str] = "padded"
     shares_prompts: ClassVar[bool] = False
     """Always False: every sequence is a row of its own."""
@@ -209,8 +209,8 @@ class PaddedRows:
         return plan
 
     def divide(self, columns: EncodedColumns, *, most_tokens: int | None) -> list[list[int]]:
-        """Divide by number of rows, `batch_size`; `most_tokens` is not used."""
-        return in_groups(len(columns), self.batch_size)
+        """Divide by number of rows, `PADDED_ROWS`; `most_tokens` is not used."""
+        return in_groups(len(columns), PADDED_ROWS)
 
     def split(
         self, columns: EncodedColumns, micro_batch: MicroBatch, max_tokens: int

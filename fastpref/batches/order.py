@@ -172,8 +172,8 @@ def rows_by_prompt(groups: np.ndarray) -> tuple[np.ndarray, PromptRows]:
     ranks[order] = np.arange(len(order))
     places = ranks[places]
     rows = np.argsort(places, kind="stable")
-    _, starts, counts = np.unique(places[rows], return_index=True, return_counts=True)
-    return ids[order], PromptRows(rows, Ranges(starts, counts))
+    counts = np.bincount(places)
+    return ids[order], PromptRows(rows, Ranges(np.cumsum(counts) - counts, counts))
 
 
 def shuffled(number: int, seed: int, *keys: int) -> np.ndarray:

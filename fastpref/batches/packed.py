@@ -13,7 +13,7 @@ import torch
 
 from fastpref.batch import Batch, EncodedRow, KeyUses, Segment, SegmentLayout
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate, concatenate, offsets_of
-from fastpref.batches.packing_plan import count_shared, number_prompts
+from fastpref.batches.packing_plan import find_shared
 from fastpref.batches.plan import MicroBatch
 
 
@@ -33,8 +33,7 @@ def pack_rows(
         among_rows: Also between different rows, not only within a pair.
     """
     columns = EncodedColumns.of_rows(rows)
-    prompts = number_prompts(columns, among_rows=share_prompt and among_rows)
-    num_shared = count_shared(columns, prompts, share_prompt=share_prompt)
+    prompts, num_shared = find_shared(columns, share_prompt=share_prompt, among_rows=among_rows)
     batch = MicroBatch(np.arange(len(rows)), prompts, num_shared, 0)
     return pack(columns, batch, pad_token_id=pad_token_id, share_prompt=share_prompt)
 

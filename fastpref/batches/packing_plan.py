@@ -35,8 +35,7 @@ def plan_step(
         share_prompt: Whether responses share the computation of their prompt.
         among_rows: Whether responses of different rows do as well.
     """
-    prompts = number_prompts(columns, among_rows=share_prompt and among_rows)
-    num_shared = count_shared(columns, prompts, share_prompt=share_prompt)
+    prompts, num_shared = find_shared(columns, share_prompt=share_prompt, among_rows=among_rows)
     trunk_tokens = columns.prompt.lengths + num_shared
     branch_tokens = columns.branch_tokens - columns.num_sides * num_shared
     if not share_prompt and columns.has_pairs:
@@ -72,9 +71,17 @@ class _Piece(NamedTuple):
     rows: list[int]
 
 
-def number_prompts(columns: EncodedColumns, *, among_rows: bool) -> np.ndarray:
-    """(rows,) int64 prompt numbers, equal for rows that share a prompt."""
-    return _equal_prompts(columns) if among_rows else np.arange(len(columns))
+def find_shared(
+    columns: EncodedColumns, *, share_prompt: bool, among_rows: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's prompt number, equal for rows that share a prompt, and the length of the prefix
+    common to all responses to it. Both (rows,) int64; options as in `plan_step`."""
+    prompts = np.arange(len(columns))
+    if not share_prompt or not len(columns):
+        return prompts, np.zeros_like(prompts)
+    if among_rows:
+        prompts = _equal_prompts(columns)
+    return prompts, _count_shared(columns, prompts)
 
 
 def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
@@ -91,14 +98,11 @@ def _equal_prompts(columns: EncodedColumns) -> np.ndarray:
     )
 
 
-def count_shared(columns: EncodedColumns, prompts: np.ndarray, *, share_prompt: bool) -> np.ndarray:
+def _count_shared(columns: EncodedColumns, prompts: np.ndarray) -> np.ndarray:
     """(rows,) int64 length of the prefix common to all responses to a row's prompt.
 
     It never includes the last token of a response, which is not an input of the model.
     """
-    num_shared = np.zeros(len(columns), np.int64)
-    if not share_prompt or not len(columns):
-        return num_shared
     responses = columns.responses(np.arange(len(columns)))
     _, leaders, groups = np.unique(
         np.tile(prompts, columns.num_sides), return_index=True, return_inverse=True

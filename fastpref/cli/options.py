@@ -27,17 +27,20 @@ class Option:
     key: str
     """Dotted name, `loss.beta`."""
     type: type
-    """int, float, bool or str; of an element if is_list; dict if is_mapping."""
+    """int, float, bool or str; of an element if is_list; dict for a mapping."""
     is_list: bool
     """The value is a list, [a,b,...]."""
-    is_mapping: bool
-    """The value is a mapping, {a: b, ...}."""
     is_optional: bool
     """null is allowed."""
     default: object
     """The dataclass default; dataclasses.MISSING if the option is required."""
     doc: str
     """Meaning, unit and range, on one line."""
+
+    @property
+    def is_mapping(self) -> bool:
+        """The value is a mapping, {a: b, ...}."""
+        return self.type is dict
 
     @property
     def kind(self) -> str:
@@ -94,20 +97,18 @@ def _walk(schema: type, prefix: str, loss: type[LossConfig]) -> typing.Iterator[
 
 
 def _option(key: str, declared: typing.Any, field: dataclasses.Field, doc: str) -> Option:
-    members = [declared]
-    if type(None) in typing.get_args(declared):
-        members = [kind for kind in typing.get_args(declared) if kind is not type(None)]
-    is_list = typing.get_origin(members[0]) is list
-    is_mapping = typing.get_origin(members[0]) is dict
+    is_optional = type(None) in typing.get_args(declared)
+    if is_optional:
+        declared = next(kind for kind in typing.get_args(declared) if kind is not type(None))
+    origin = typing.get_origin(declared)
     default = field.default
     if field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     return Option(
         key=key,
-        type=typing.get_args(members[0])[0] if is_list else dict if is_mapping else members[0],
-        is_list=is_list,
-        is_mapping=is_mapping,
-        is_optional=members[0] is not declared,
+        type=typing.get_args(declared)[0] if origin is list else origin or declared,
+        is_list=origin is list,
+        is_optional=is_optional,
         default=default,
         doc=doc,
     )

@@ -25,7 +25,7 @@ from fastpref.cli.options import (
     losses_with,
 )
 from fastpref.cli.other_names import NOT_HERE, OTHER_CHOICES, OTHER_NAMES, UNREAD
-from fastpref.config import Config, LossConfig
+from fastpref.config import METHODS, Config, LossConfig
 from fastpref.errors import ConfigError
 
 SHORT = {"resume": "resume.path"}
@@ -217,11 +217,8 @@ def explain_choice(group: str, choice: str, config_dir: Path) -> str:
     choices = list_choices(config_dir, group)
     other = OTHER_CHOICES.get(f"{group}={choice.lower()}")
     advice = f"; write {other}" if other else hint(choice, choices)
-    if group == "transform" and not other:
-        key = "transform.method"
-        methods = [option for option in all_options() if option.startswith("transform.")]
-        if any(method.startswith(f"transform.{choice}.") for method in methods):
-            advice = f"; write {key}={choice}"
+    if group == "transform" and choice in METHODS:
+        advice = f"; write transform.method={choice}"
     if group == "model" and "nearest" not in advice and not other:
         advice = f"; for any other model write model=blank_model model.name_or_path={choice}"
     return f"{group}={choice}: there is no such {group}, only {', '.join(choices)}{advice}"
@@ -235,14 +232,12 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
             f"{key}: loss={loss} has no {leaf}; it had no effect in the repository that listed "
             "it, leave it out"
         )
-    if losses_with(key):
-        return f"{key}: loss={loss} has no {leaf}; it belongs to loss={', '.join(losses_with(key))}"
+    if others := losses_with(key):
+        return f"{key}: loss={loss} has no {leaf}; it belongs to loss={', '.join(others)}"
     members = [name for name in options if name.startswith(key + ".")]
     if members and key not in OTHER_NAMES:
-        switch = f"{key}.enabled"
-        advice = (
-            f"; write {switch}={text.lower()}" if switch in options and _is_switch(text) else ""
-        )
+        is_switch = f"{key}.enabled" in members and text.lower() in ("true", "false")
+        advice = f"; write {key}.enabled={text.lower()}" if is_switch else ""
         return f"{key}={text}: {key} is a group of options: {', '.join(members)}{advice}"
     if instead := NOT_HERE.get(leaf.replace("-", "_")):
         return f"{key}: no such option; {instead}"
@@ -251,10 +246,6 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
     if group == "loss":
         return f"{key}: loss={loss} has no option {leaf}{advice}"
     return f"{key}: no such option{advice}"
-
-
-def _is_switch(text: str) -> bool:
-    return text.lower() in ("true", "false")
 
 
 def guess_option(key: str, options: dict[str, Option]) -> str | None:

@@ -217,7 +217,7 @@ class HeadConfig:
 
 
 def _same_folder(first: str | None, second: str | None) -> bool:
-    return bool(first and second) and Path(str(first)).resolve() == Path(str(second)).resolve()
+    return bool(first and second and Path(first).resolve() == Path(second).resolve())
 
 
 def _is_installed(package: str) -> bool:

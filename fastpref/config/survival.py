@@ -46,8 +46,7 @@ class CheckpointConfig:
                 "checkpoint.keep_best must name a held-out metric, such as loss/eval or "
                 f"rewards_eval/accuracies, got {self.keep_best!r}"
             )
-        if self.deadline is not None:
-            self.deadline_seconds()
+        self.deadline_seconds()
 
     def check_best(self, n_eval_examples: int, loss: str, metrics: Collection[str]) -> None:
         """Refuse a `keep_best` that no evaluation of the run computes.

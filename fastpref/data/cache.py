@@ -93,9 +93,9 @@ def tokenizing_in(num_proc: int) -> Iterator[None]:
         with forks_end_with_us():
             yield
     finally:
-        if num_proc > 1 and before is None:
-            del os.environ[THREADS]
-        elif num_proc > 1 and before is not None:
+        if before is None:
+            os.environ.pop(THREADS, None)
+        else:
             os.environ[THREADS] = before
 
 

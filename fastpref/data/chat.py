@@ -15,6 +15,7 @@ from fastpref.checks import hint
 from fastpref.data.chat_date import DATE_MACRO, DATE_VARIABLE, date_texts
 from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.turns import loaded
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out, spells_eos
 from fastpref.data.speakers import Spans, others_are_learned, written_spans
 from fastpref.errors import ConfigError, first_line
@@ -105,9 +106,9 @@ class ChatFormat:
             self.render(PLAIN_EXCHANGE[:1], generation_prompt=True)
             self.render(PLAIN_EXCHANGE)
         except RowError as error:
-            hint = "" if self.template is not None else "; data.chat_template=FILE replaces it"
+            advice = "" if self.template is not None else "; data.chat_template=FILE replaces it"
             raise ConfigError(
-                f"{self.name} cannot render one user and one assistant message: {error}{hint}"
+                f"{self.name} cannot render one user and one assistant message: {error}{advice}"
             ) from None
 
 
@@ -306,12 +307,7 @@ def _decode_arguments(messages: Messages) -> Messages:
 
 
 def _object_of(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        decoded = json.loads(arguments)
-    except ValueError:
-        return arguments
+    decoded = loaded(json.loads, arguments) if isinstance(arguments, str) else None
     return decoded if isinstance(decoded, dict) else arguments
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from fastpref.data.chat import ChatFormat
 from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.rows import WEIGHT_FIELDS
 from fastpref.data.remarks import Remark
 from fastpref.data.row_tokens import RowTokens, Scored
 from fastpref.token_weights import align_weights, prepare_weights, token_digest
@@ -169,32 +170,27 @@ class _Response(NamedTuple):
 def _responses(row: dict[str, Any], tokens: RowTokens, options: EncodeOptions) -> list[_Response]:
     weights: Sequence[list[float] | None] = [None] * len(tokens.responses)
     if options.weighted:
-        check_weights_digest(row, tokens.prompt, tokens.responses, options)
-        weights = response_weights(row, tokens, options)
+        _check_weights_digest(row, tokens, options)
+        weights = _response_weights(row, tokens, options)
     # `scored` of a text row has two entries, in SFT too
     scored = tokens.scored[: len(tokens.responses)]
     return list(map(_Response, tokens.responses, scored, weights))
 
 
-def check_weights_digest(
-    row: dict[str, Any], prompt: list[int], responses: Sequence[list[int]], options: EncodeOptions
-) -> None:
+def _check_weights_digest(row: dict[str, Any], tokens: RowTokens, options: EncodeOptions) -> None:
     """Refuse estimated weights that belong to other tokens.
 
-    Args:
-        row: A checked row; one without a digest passes, as the origin of its weights is unknown.
-        prompt: Prompt ids.
-        responses: Ids of chosen and rejected as in the file, without EOS.
+    A row without a digest passes, as the origin of its weights is unknown.
 
     Raises:
         RowError: the digest is not that of these tokens.
     """
     digest = row["weights_digest"]
-    if digest is not None and digest != token_digest(prompt, *responses):
+    if digest is not None and digest != token_digest(tokens.prompt, *tokens.responses):
         raise RowError(f"the weights belong to other tokens: {options.weights_mismatch}", "")
 
 
-def response_weights(
+def _response_weights(
     row: dict[str, Any], tokens: RowTokens, options: EncodeOptions
 ) -> list[list[float]]:
     """Transformed weights of chosen and rejected as in the file; ones if the row has no weights.
@@ -208,23 +204,18 @@ def response_weights(
     Raises:
         RowError: the number of weights is not that of the response's tokens.
     """
-    chosen, rejected = row["chosen_weights"], row["rejected_weights"]
-    lengths = [len(response) for response in tokens.responses]
-    num_eos = int(options.weights_have_eos)
-    if chosen is None:
-        return [[1.0] * length for length in lengths]
-    for side, weights, length in (
-        ("chosen", chosen, lengths[0] + num_eos),
-        ("rejected", rejected, lengths[1] + num_eos),
-    ):
-        if len(weights) != length:
+    sides = (row["chosen_weights"], row["rejected_weights"])
+    if sides[0] is None:
+        return [[1.0] * len(response) for response in tokens.responses]
+    has_eos = options.weights_have_eos
+    for name, weights, response in zip(WEIGHT_FIELDS, sides, tokens.responses, strict=True):
+        if len(weights) != len(response) + has_eos:
             raise RowError(
-                f"{side}_weight must have one weight per token of the response "
-                f"{'and one of EOS' if num_eos else 'without EOS'}: "
-                f"expected {length}, found {len(weights)}",
-                f"{side}_weight",
+                f"{name} must have one weight per token of the response "
+                f"{'and one of EOS' if has_eos else 'without EOS'}: "
+                f"expected {len(response) + has_eos}, found {len(weights)}",
+                name,
             )
-    sides = (chosen, rejected)
     marks = [
         [True] * len(weights) if of_side is None else of_side[: len(weights)]
         for weights, of_side in zip(sides, tokens.scored, strict=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import string_leaves
+from fastpref.data.layouts.turns import loaded
 
 UNSAID = ("role", "type", "id", "tool_call_id", "index")
 """Structural keys of messages and tool calls, which a template need not render."""
@@ -64,7 +65,9 @@ def text_leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for key, item in value.items():
             way = f"{path}.{key}" if path else key
             if key in ARGUMENTS:
-                yield from string_leaves(_decoded(item), way)
+                # decoded from JSON text: a template may reformat it
+                decoded = loaded(json.loads, item) if isinstance(item, str) else item
+                yield from string_leaves(decoded, way)
             elif key not in UNSAID:
                 yield from text_leaves(item, way)
 
@@ -75,16 +78,6 @@ def _holds(text: str, said: str) -> bool:
     squeezed = _squeezed(text)
     escaped = (json.dumps(said, ensure_ascii=False), json.dumps(said), repr(said))
     return any(_squeezed(form) in squeezed for form in (said, *(form[1:-1] for form in escaped)))
-
-
-def _decoded(arguments: Any) -> Any:
-    """Tool-call arguments, decoded from JSON text: a template may reformat them."""
-    if not isinstance(arguments, str):
-        return arguments
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
 
 
 def _squeezed(text: str) -> str:

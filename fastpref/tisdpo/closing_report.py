@@ -22,10 +22,12 @@ def describe_training(folder: Path) -> str:
     kind = kind_shown(records)
     where = "held-out " if kind == "eval" else ""
     last = {key: values[-1] for key, values in by_metric(records, kind).items()}
-    words = {"loss/X": f"{where}loss", "rewards_X/accuracies": "accuracy"}
-    words |= {"rewards_X/margins": "margin"}
-    named = {key.replace("X", kind): word for key, word in words.items()}
-    return ", ".join(f"{word} {last[key]:.3f}" for key, word in named.items() if key in last)
+    words = {
+        f"loss/{kind}": f"{where}loss",
+        f"rewards_{kind}/accuracies": "accuracy",
+        f"rewards_{kind}/margins": "margin",
+    }
+    return ", ".join(f"{word} {last[key]:.3f}" for key, word in words.items() if key in last)
 
 
 def describe_weights(reports: list[WeightsReport]) -> str:

@@ -354,6 +354,7 @@ def test_unknown_keys_are_refused_with_what_was_meant(arguments, message):
         ("model=Org/Name-7B", "model=blank_model model.name_or_path=Org/Name-7B"),
         ("transform=agressive", "nearest: aggressive"),
         ("transform=rank_based", "write transform.method=rank_based"),
+        ("transform=origin", "write transform.method=origin"),
     ],
 )
 def test_unknown_choices_are_refused_with_the_choices(argument, message):

@@ -126,6 +126,11 @@ def test_what_is_rendered_is_what_the_row_says_key_by_key():
     assert not (rendered.left_out or rendered.prompt_left_out or rendered.arguments_decoded)
 
 
+def test_arguments_nested_too_deeply_stay_text():
+    with pytest.raises(RowError, match="the chat template fails on the messages"):
+        render(MISTRAL, chosen=calling("[" * 100_000))
+
+
 def test_arguments_are_decoded_only_where_the_template_fails_on_their_text():
     text = '{"b": "x", "a": 2}'
     rendered = render(MISTRAL, chosen=calling(text))

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import partial
 
 import pytest
 from chat_templates import (
@@ -121,7 +122,7 @@ def test_texts_that_are_messages_written_out_are_counted(tmp_path, write):
     assert split.audit.remarks == {Remark.TEXT_OF_MESSAGES: 1}
 
 
-@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize("write", [json.dumps, str, partial(json.dumps, indent=1), "\n{}".format])
 def test_messages_written_as_text_are_messages_where_they_are_in_the_first_row(tmp_path, write):
     rows = [chat(answer, question=f"{answer}?") for answer in ("yes", "it's")]
     tokenizer = byte_level_tokenizer(CHATML_TOOLS)

@@ -28,6 +28,7 @@ def test_values_of_a_table_are_texts_as_they_stand(tmp_path):
     content = b'\xef\xbb\xbf,prompt,chosen\r\n0,"a ""b"",\r\nc",NA\r\n\r\n1, 5,\r\n'
     assert records(tmp_path, content) == [(2, ('a "b",\r\nc', "NA")), (5, (" 5", ""))]
     assert records(tmp_path, b'prompt\tchosen\n\'a,\t"b"\n', "train.tsv") == [(2, ("'a,", "b"))]
+    assert records(tmp_path, b"prompt\tchosen\na,\tb\n", "a.csv.tsv") == [(2, ("a,", "b"))]
     assert records(tmp_path, b"") == []
 
 

@@ -96,12 +96,6 @@ class RowView(NamedTuple):
         except RowError as error:
             return ShownRow(labels, place, str(error), (), _texts_as_they_came(row))
         parts = list(self._parts(row, list(responses), texts, tokens, encoded))
-        if options.reverse_dataset and not options.sft:
-            # name the parts as training does, with chosen and rejected swapped
-            parts[1:] = [
-                ShownPart(name, part.tokens)
-                for name, part in zip(responses, parts[:0:-1], strict=True)
-            ]
         remarks = [text for remark, text in REMARK_TEXTS.items() if remark & encoded.remarks]
         return ShownRow(labels, place, encoded.drop, remarks, parts)
 
@@ -113,7 +107,7 @@ class RowView(NamedTuple):
         tokens: RowTokens,
         encoded: EncodedPair,
     ) -> Iterator[ShownPart]:
-        """Prompt and responses, in the order of the file."""
+        """Prompt and responses, named as in training: `reverse_dataset` swaps the file's two."""
         spans = self._spans(texts, tokens)
         prompt_pieces, *response_pieces = map(_texts, spans)
         prompt_mask, *response_masks = _template_masks(row, names, texts, spans)
@@ -125,12 +119,11 @@ class RowView(NamedTuple):
         yield ShownPart(
             "prompt", _shown_tokens(tokens.prompt, prompt_pieces, prompt_mask, prompt_fates)
         )
-        # with reverse_dataset the file's first response is encoded second
-        order = [1, 0] if self.options.reverse_dataset and not self.options.sft else [0, 1]
+        in_order = list(zip(tokens.responses, response_pieces, response_masks, strict=True))
+        if self.options.reverse_dataset:
+            in_order.reverse()
         eos_id, eos = self.tokenizer.eos_token_id, self.tokenizer.eos_token
-        for name, place, response, pieces, mask in zip(
-            names, order, tokens.responses, response_pieces, response_masks, strict=False
-        ):
+        for place, (name, (response, pieces, mask)) in enumerate(zip(names, in_order, strict=True)):
             ids = [*response, eos_id]
             fates = _response_fates(encoded, place, len(ids))
             yield ShownPart(name, _shown_tokens(ids, [*pieces, eos], [*mask, True], fates))

@@ -24,7 +24,9 @@ SHAREGPT_ROLES = {
 """Value of `from` -> role."""
 SPEAKERS = ("role", "from")
 """Keys that name the speaker; a message has one of them."""
-WRITTEN_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(['"])(role|content|from)\1\s*:""")
+WRITTEN_LIST = re.compile(r"\s*\[\s*\{")
+"""Beginning of a list of objects as text."""
+WRITTEN_MESSAGES = re.compile(rf"""{WRITTEN_LIST.pattern}\s*(['"])(role|content|from)\1\s*:""")
 """Beginning of a list of messages as JSON text or Python's repr, as in CSV files."""
 
 
@@ -58,10 +60,11 @@ def read_written(column: str, text: str) -> Any:
     Raises:
         RowError: the text begins like a list of messages but does not decode to one.
     """
-    if not text.startswith("[{"):
+    if not WRITTEN_LIST.match(text):
         return text
     for load in (json.loads, ast.literal_eval):
-        value = loaded(load, text)
+        # Python's reader takes white space before an expression for indentation
+        value = loaded(load, text.strip())
         if are_messages(value):
             return value
     if WRITTEN_MESSAGES.match(text):
@@ -226,10 +229,7 @@ def _from_sharegpt(place: str, field: str, message: Any) -> dict[str, Any]:
 
 def _read_calls(place: str, field: str, value: str) -> list[dict[str, Any]]:
     """Tool calls of a `function_call` message: JSON text of `{"name", "arguments"}` or a list."""
-    try:
-        decoded = json.loads(value)
-    except (ValueError, RecursionError):
-        decoded = None
+    decoded = loaded(json.loads, value)
     calls = decoded if isinstance(decoded, list) else [decoded]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise RowError(

@@ -6,6 +6,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from io import BufferedReader, RawIOBase
 from itertools import chain
 from pathlib import Path
@@ -75,7 +76,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     form = Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.removeprefix(".")
     readers = {"parquet": _read_parquet, "arrow": _read_arrow, "json": _read_json}
-    readers |= dict.fromkeys(SEPARATORS, _read_delimited)
+    readers |= {table: partial(_read_delimited, mark) for table, mark in SEPARATORS.items()}
     reader = readers.get(form, _read_json_lines)
     try:
         _check_form(path)
@@ -133,8 +134,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(value, start=1)
 
 
-def _read_delimited(path: Path) -> Iterator[tuple[int, Any]]:
-    [separator] = (mark for suffix, mark in SEPARATORS.items() if f".{suffix}" in path.suffixes)
+def _read_delimited(separator: str, path: Path) -> Iterator[tuple[int, Any]]:
     with _open(path) as lines:
         first = lines.readline().removeprefix(BYTE_ORDER_MARK)
         yield from read_delimited(chain([first], lines), separator, str(path))
