@@ -12,7 +12,7 @@ from fastpref.data.cache import file_state
 from fastpref.data.sources.built_in import SOURCES
 from fastpref.data.sources.hub import hub_splits, hub_state
 from fastpref.data.sources.readers import SUFFIXES
-from fastpref.errors import DataError
+from fastpref.errors import DataError, is_shortage
 
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
 ANY_SUFFIX = (
@@ -82,6 +82,8 @@ class Location(NamedTuple):
         try:
             return "\n".join(file_state(Path(path)) for path in self.paths)
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
