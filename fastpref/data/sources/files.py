@@ -124,7 +124,7 @@ def find_source(
     if folder is None and path.exists():
         place = path.parent if path.is_file() else path
         raise DataError(
-            f"datasets: {name} is a path; data sets go by the names of their folders: datasets="
+            f"datasets: {name} is a path; datasets go by the names of their folders: datasets="
             f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
         )
     if folder is None:
