@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, WritingMemoryError, is_shortage
 
 LOCK = ".lock"
 """Name of the lock file in a folder that one process writes to, or several share."""
@@ -25,7 +25,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}") from error
+        kind = WritingMemoryError if is_shortage(error) else CheckpointError
+        raise kind(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

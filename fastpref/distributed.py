@@ -33,7 +33,7 @@ OWN_RUN_ID = "fastpref"
 # lower bound of the rendezvous timeout: ranks do not start at the same moment, however short a
 # timeout of collectives the user sets
 SHORTEST_MEETING = datetime.timedelta(minutes=1)
-# rank 0 may download a model or tokenize a large data set while the others wait
+# rank 0 may download a model or tokenize a large dataset while the others wait
 PREPARATION_TIMEOUT = datetime.timedelta(hours=12)
 # rank 0 may host the store that tells the others of its failure: it stays until they have read it
 FAREWELL_TIMEOUT = datetime.timedelta(seconds=30)

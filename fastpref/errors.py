@@ -1,5 +1,6 @@
 """The errors a user can cause, each with the exit code that a scheduler sees."""
 
+import errno
 import os
 import re
 import sys
@@ -43,6 +44,11 @@ class MemoryExhaustedError(FastprefError):
     exit_code = 6
 
 
+class WritingMemoryError(MemoryExhaustedError, CheckpointError):
+    """A file cannot be written for want of memory or file descriptors; where a run goes on without
+    a file that cannot be written, it does so then too."""
+
+
 class RankMemoryError(MemoryExhaustedError):
     """This rank ran out of memory."""
 
@@ -80,9 +86,12 @@ class InterruptionError(FastprefError):
 
 SIGNS_OF_EXHAUSTION = re.compile(
     r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    rf"|{os.strerror(errno.ENOMEM)} \((os error )?{errno.ENOMEM}\)"
 )
 """Messages of torch's CPU and GPU allocators, of the driver, which Triton and NCCL call directly,
-and of cuBLAS."""
+of cuBLAS, and of torch and safetensors when a file cannot be mapped into memory."""
+SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of a system that is out of processes, memory or file descriptors."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -91,6 +100,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return SIGNS_OF_EXHAUSTION.search(str(error)) is not None
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says what the process or the machine lacks, and so nothing of the file that
+    was being read or written."""
+    if isinstance(error, OSError) and error.errno in SHORTAGES:
+        return True
+    # torch gives the system's error in its text
+    no_file = isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error)
+    return no_file or is_out_of_memory(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,10 +1,26 @@
-"""Memory that runs out at a chosen operation, wherever that is."""
+"""Memory that runs out at a chosen operation, wherever that is; file descriptors that run out."""
 
-from collections.abc import Callable
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """While entered, this process can open nothing: EMFILE."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Exhaustion(TorchDispatchMode):

@@ -302,6 +302,7 @@ def test_of_a_rank_that_is_lost_the_first_that_knows_speaks(monkeypatch):
     [
         RuntimeError("[enforce fail at gloo/tcp/socket.cc:24] socket: Too many open files"),
         OSError(errno.EMFILE, "Too many open files", "train.jsonl"),
+        RuntimeError("unable to open file </w.bin> in read-only mode: Too many open files (24)"),
     ],
 )
 def test_where_no_file_can_be_opened_that_is_said(error):

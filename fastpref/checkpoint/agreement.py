@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fastpref.distributed import World
-from fastpref.errors import FastprefError, first_line
+from fastpref.errors import FastprefError, first_line, is_shortage
 
 Result = TypeVar("Result")
 
@@ -17,7 +17,16 @@ EXPECTED_ERRORS = (FastprefError, OSError, RuntimeError, MemoryError)
 
 
 class AgreedError(Exception):
-    """A task failed on at least one rank; the message is the same on all and names each."""
+    """A task failed on at least one rank; the message is the same on all and names each.
+
+    Args:
+        text: The message.
+        is_shortage: Whether some rank lacked memory or file descriptors; the same on all ranks.
+    """
+
+    def __init__(self, text: str, *, is_shortage: bool) -> None:
+        super().__init__(text)
+        self.is_shortage = is_shortage
 
 
 class Agreement:
@@ -70,20 +79,21 @@ class Agreement:
                 one of `EXPECTED_ERRORS` raises that error instead.
         """
         failure: Exception | None = None
-        mine: tuple[Any, str | None]
+        mine: tuple[Any, str | None, bool]
         try:
-            mine = (task(), None)
+            mine = (task(), None, False)
         except Exception as error:
             failure = error
-            mine = (None, describe(error))
+            mine = (None, describe(error), is_shortage(error))
         outcomes: list[Any] = [None] * self.size
         dist.all_gather_object(outcomes, mine, group=self.group)
         if failure is not None and not isinstance(failure, EXPECTED_ERRORS):
             raise failure
-        reasons = {rank: reason for rank, (_, reason) in enumerate(outcomes) if reason}
+        reasons = {rank: reason for rank, (_, reason, _) in enumerate(outcomes) if reason}
         if reasons:
-            raise AgreedError(name_ranks(reasons, self.size)) from failure
-        return [result for result, _ in outcomes]
+            text, lacks = name_ranks(reasons, self.size), any(lacks for *_, lacks in outcomes)
+            raise AgreedError(text, is_shortage=lacks) from failure
+        return [result for result, *_ in outcomes]
 
     def on_main(self, task: Callable[[], Result]) -> Result:
         """See `World.on_main`: rank 0 may read every byte of a checkpoint while the others wait."""

@@ -14,7 +14,7 @@ from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.checkpoint.random_states import set_random_states
 from fastpref.checkpoint.restore import restore_state
 from fastpref.checkpoint.writer import STATE, random_states_file
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, is_shortage
 
 logger = logging.getLogger("fastpref")
 
@@ -81,6 +81,8 @@ def _read_state(checkpoint: Checkpoint, agreement: Agreement) -> dict[str, Any]:
             state = json.loads(path.read_text(encoding="utf-8"))
             return {name: state[name] for name in ("record", "optimizer", "scheduler")}
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if is_shortage(error):
+                raise
             raise CheckpointError(f"{path} cannot be read: {describe(error)}") from error
 
     return agreement.on_main(read)

@@ -4,7 +4,6 @@ The manifest is written last. It lists every other file with its size and digest
 digest of itself, so a file that is missing, truncated or altered is found and named.
 """
 
-import errno
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 import xxhash
 
 from fastpref.complete_files import complete_file
-from fastpref.errors import CheckpointError, first_line
+from fastpref.errors import CheckpointError, first_line, is_shortage
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -118,6 +117,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{MANIFEST} is missing") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if is_shortage(error):
+            raise
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{MANIFEST} is unreadable: {reason}") from error
 
@@ -137,8 +138,11 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> No
     for name, entry in manifest.files.items():
         try:
             num_bytes = (folder / name).stat().st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is missing")
+            continue
+        except OSError as error:
+            problems.append(_unreadable(name, error))
             continue
         if num_bytes != entry.num_bytes:
             word = "truncated" if num_bytes < entry.num_bytes else "too long"
@@ -166,10 +170,15 @@ def _difference(path: Path, entry: FileEntry) -> str:
     try:
         return "" if _digest(path) == entry else f"{path.name} is altered: its digest differs"
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            # a limit of this process, not damage on the disk
-            raise
-        return f"{path.name} cannot be read: {error.strerror}"
+        return _unreadable(path.name, error)
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    """The problem with a file that the system does not give; lack of memory or file descriptors is
+    raised, as it is a limit of this process and no damage on the disk."""
+    if is_shortage(error):
+        raise error
+    return f"{name} cannot be read: {error.strerror}"
 
 
 def _digest(path: Path) -> FileEntry:

@@ -23,7 +23,7 @@ from fastpref.checkpoint.state import (
     policy_weights,
     trained_parameters,
 )
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, MemoryExhaustedError, is_shortage
 
 SavedTensors = dict[str, Any]
 """DCP's metadata of each tensor, its size and dtype, by name."""
@@ -50,6 +50,7 @@ def restore_state(
     Raises:
         CheckpointError: on every rank: names, shapes or the optimizer's class differ, or a file
             cannot be read.
+        MemoryExhaustedError: on every rank: one lacks memory or file descriptors.
     """
     targets: dict[str, Tensor] = {}
     state: dict[Tensor, dict[str, Any]] = {}
@@ -74,7 +75,8 @@ def restore_state(
         )
     except (AgreedError, CheckpointException) as error:
         reason = reasons_of(error, agreement.size)
-        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+        kind = MemoryExhaustedError if _is_of_shortage(error) else CheckpointError
+        raise kind(f"{folder} cannot be loaded: {reason}") from error
     optimizer.state.clear()
     optimizer.state.update(state)
     _restore_scheduler(scheduler, description["scheduler"])
@@ -87,6 +89,13 @@ def reasons_of(error: BaseException, world_size: int) -> str:
         return describe(error)
     reasons = {rank: describe(failure) for rank, (failure, _) in error.failures.items()}
     return name_ranks(reasons, world_size)
+
+
+def _is_of_shortage(error: AgreedError | CheckpointException) -> bool:
+    """Whether a rank lacked memory or file descriptors."""
+    if isinstance(error, AgreedError):
+        return error.is_shortage
+    return any(is_shortage(failure) for failure, _ in error.failures.values())
 
 
 def _read_metadata(folder: Path) -> SavedTensors:

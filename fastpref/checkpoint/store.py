@@ -249,7 +249,7 @@ class CheckpointStore:
         """Rank 0: add metrics to a checkpoint that was saved before they were measured."""
         try:
             add_metrics(self.folder / folder_name(step), metrics)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             logger.warning("the metrics of step %d are not beside its checkpoint: %s", step, error)
 
     def _write(self, snapshot: Snapshot, started: float, *, beside: bool) -> None:

@@ -1,6 +1,5 @@
 """The cache of `datasets`: keys, progress bars, errors, and checksums against damaged files."""
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -18,7 +17,7 @@ import xxhash
 from datasets.exceptions import DatasetGenerationError
 
 from fastpref.complete_files import complete_file, remove, share
-from fastpref.errors import CheckpointError, DataError, FastprefError
+from fastpref.errors import CheckpointError, DataError, FastprefError, is_shortage
 from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
 
@@ -30,8 +29,6 @@ ROWS_OF_A_PROCESS = 5000
 """Minimum rows per tokenizing process: about three seconds of HH."""
 LOST_PROCESS = "subprocesses has abruptly died"
 """Part of the message of `datasets` about a worker that died."""
-NOT_OF_FILES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""Errors of a system that is out of processes, memory or file descriptors."""
 TEMPORARY = "tmp????????"
 """Glob of files that `datasets` has not finished writing; each may be as large as its input."""
 THREADS = "TOKENIZERS_PARALLELISM"
@@ -153,7 +150,7 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
 
 def is_of_cache(error: OSError, folder: str) -> bool:
     """Whether a system error concerns the cache in `folder`."""
-    if error.errno in NOT_OF_FILES:
+    if is_shortage(error):
         return False
     if not isinstance(error.filename, str):
         return True

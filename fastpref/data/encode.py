@@ -319,7 +319,7 @@ def encode_batch(
     tokens_of_rows = tokenize_rows(texts, tokenizer, first=indices[0])
     for row, tokens in zip(rows, tokens_of_rows, strict=True):
         place = place_of(files, row["row"])
-        outcome = _encode_or_drop(row, tokens, tokenizer.eos_token_id, options, place)
+        outcome = _encode_or_drop(row, tokens, tokenizer, options, place)
         encoded.append(outcome.columns() | {"row": row["row"], "group": row["group"]})
     return {column: [row[column] for row in encoded] for column in encoded_features(options)}
 
@@ -327,14 +327,14 @@ def encode_batch(
 def _encode_or_drop(
     row: dict[str, Any],
     tokens: RowTokens | RowError,
-    eos_id: int,
+    tokenizer: Any,
     options: EncodeOptions,
     place: str,
 ) -> EncodedPair:
     try:
         if isinstance(tokens, RowError):
             raise tokens
-        outcome = encode_row(row, tokens, eos_id, options)
+        outcome = encode_row(row, tokens, tokenizer, options)
     except RowError as error:
         message = error.at(place)
         if options.on_error == "raise":

@@ -10,6 +10,7 @@ from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import WEIGHT_FIELDS
 from fastpref.data.remarks import Remark
 from fastpref.data.row_tokens import RowTokens, Scored
+from fastpref.data.tokenizer_checks import unknown_id
 from fastpref.token_weights import align_weights, prepare_weights, token_digest
 
 TOO_LONG = "longer than max_length"
@@ -108,13 +109,14 @@ def named_responses(row: dict[str, Any], options: EncodeOptions) -> dict[str, st
 
 
 def encode_row(
-    row: dict[str, Any], tokens: RowTokens, eos_id: int, options: EncodeOptions
+    row: dict[str, Any], tokens: RowTokens, tokenizer: Any, options: EncodeOptions
 ) -> EncodedPair:
     """Append EOS to the responses of one row, align token weights, reverse and truncate.
 
     Args:
         row: A checked row.
         tokens: Tokens of its prompt and of its `named_responses`.
+        tokenizer: That made them.
 
     Raises:
         RowError: the weights do not fit the tokens.
@@ -124,6 +126,7 @@ def encode_row(
     responses = _responses(row, tokens, options)
     if options.reverse_dataset and not options.sft:
         responses.reverse()
+    eos_id = tokenizer.eos_token_id
     full = (tokens.prompt, *([*response.ids, eos_id] for response in responses))
     lengths = [len(part) for part in full]
     cut = truncate(full[0], full[1:], options, keep_end=keeps_end(row["form"], options))
@@ -142,9 +145,11 @@ def encode_row(
         for response, ids in zip(responses, response_ids, strict=True)
         if response.weights is not None
     ]
-    remarks = (
-        Remark(row["remarks"]) | tokens.remarks | _cut_remarks(full, (prompt_ids, *response_ids))
-    )
+    kept = (prompt_ids, *response_ids)
+    remarks = Remark(row["remarks"]) | tokens.remarks | _cut_remarks(full, kept)
+    unknown = unknown_id(tokenizer)
+    if unknown is not None and any(unknown in part for part in kept):
+        remarks |= Remark.UNKNOWN
     if weights and row["chosen_weights"] is None:
         remarks |= Remark.NO_WEIGHTS
     return EncodedPair(

@@ -14,7 +14,6 @@ from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
 from fastpref.data.remarks import Remark
 from fastpref.data.speakers import Spans, written_tokens
-from fastpref.data.tokenizer_checks import unknown_id
 
 Ids = list[int]
 Scored = list[bool] | None
@@ -249,9 +248,6 @@ def _outcome(row: RowTexts, tokens: RowTokens, tokenizer: Any) -> RowTokens | Ro
     has_eos = not row.is_chat and any(eos_id in part for part in (prompt, *stripped))
     remarks |= Remark.EOS_INSIDE if has_eos else 0
     remarks |= Remark.TWO_BOS if prompt[:2] == [tokenizer.bos_token_id] * 2 else 0
-    unknown = unknown_id(tokenizer)
-    has_unknown = unknown is not None and any(unknown in part for part in (prompt, *stripped))
-    remarks |= Remark.UNKNOWN if has_unknown else 0
     scored = [
         # the last mark is that of the EOS to be appended
         marks and [*marks[: len(ids)], marks[-1]]

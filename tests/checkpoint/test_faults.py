@@ -20,8 +20,10 @@ from typing import Any
 
 import pytest
 import torch
+from exhaustion import no_more_files
 from ranks import run_on_ranks
 from small_training import SmallTraining, assert_same_state, find_checkpoint, raise_if_failed
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from fastpref.checkpoint import direct
 from fastpref.checkpoint.agreement import Agreement
@@ -29,7 +31,7 @@ from fastpref.checkpoint.folders import find_newest, folder_name
 from fastpref.checkpoint.load import load_checkpoint
 from fastpref.checkpoint.store import CheckpointStore
 from fastpref.distributed import init_world
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, FastprefError
 
 pytestmark = pytest.mark.filterwarnings("error", "ignore:torch.distributed is disabled")
 
@@ -207,6 +209,31 @@ def test_a_refusal_in_the_midst_of_a_file_is_told_as_the_system_tells_it(
     assert not refusals
     assert report.error == "step 1 was not saved: [Errno 122] Disk quota exceeded"
     assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("error", [errno.ENOMEM, errno.EIO])
+def test_memory_that_runs_out_while_a_checkpoint_is_loaded_is_told_as_that(
+    world, agreement, tmp_path, monkeypatch, error
+):
+    training = SmallTraining(world)
+    with store_in(tmp_path, agreement) as store:
+        store.save(1, *training.parts, record={})
+        raise_if_failed(store.wait()[0])
+    checkpoint = find_newest(tmp_path / "checkpoints")
+
+    def fail(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    load = lambda: load_checkpoint(checkpoint, *training.parts, device=CPU, agreement=agreement)  # noqa: E731
+    for method in ("read_metadata", "read_data"):
+        with monkeypatch.context() as patch:
+            patch.setattr(FileSystemReader, method, fail)
+            with pytest.raises(FastprefError, match=f"cannot be loaded: .*{error}") as raised:
+                load()
+        assert raised.value.exit_code == (6 if error == errno.ENOMEM else 4)
+    with pytest.raises(OSError) as lacking, no_more_files():
+        load()
+    assert lacking.value.errno == errno.EMFILE
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -1,5 +1,6 @@
 """The newest whole checkpoint is found whatever happened to the others; what is kept is kept."""
 
+import errno
 import logging
 import os
 import random
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from exhaustion import no_more_files
 
 from fastpref.checkpoint.folders import (
     Best,
@@ -23,6 +25,7 @@ from fastpref.checkpoint.manifest import (
     MANIFEST,
     FileEntry,
     Manifest,
+    check_files,
     digest_files,
     read_manifest,
     write_manifest,
@@ -121,6 +124,28 @@ def test_a_checkpoint_that_the_disk_does_not_give_up_is_passed_over(folder, capl
     with caplog.at_level(logging.WARNING):
         assert find_newest(folder).step == 10
     assert "lost cannot be read: Input/output error" in caplog.text
+
+
+def test_where_no_file_can_be_opened_no_checkpoint_is_passed_over(folder, caplog):
+    manifest = read_manifest(folder / "step-00000100")
+    for read in (
+        lambda: find_newest(folder),
+        lambda: open_checkpoint(folder / "step-00000100"),
+        lambda: check_files(folder / "step-00000100", manifest),
+    ):
+        with pytest.raises(OSError) as raised, no_more_files():
+            read()
+        assert raised.value.errno == errno.EMFILE
+    assert "passed over" not in caplog.text
+
+
+def test_a_file_that_the_system_does_not_find_a_way_to_is_not_called_missing(folder):
+    path = folder / "step-00000100" / "weights"
+    path.unlink()
+    path.symlink_to(path)
+    message = "weights cannot be read: Too many levels of symbolic links"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(path.parent)
 
 
 def test_sizes_alone_can_be_checked(folder):

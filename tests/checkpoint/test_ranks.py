@@ -101,8 +101,12 @@ def check_errors_are_shared(world: World, agreement: Agreement, base: Path) -> N
         agreement.on_main(lambda: fail(KeyError("bug")))
     with pytest.raises(AgreedError, match=r"^rank 1: \[Errno 28\] full$"):
         agreement.each(lambda: world.rank and fail(OSError(28, "full")))
-    with pytest.raises(AgreedError, match=r"^\[Errno 28\] full$"):
+    with pytest.raises(AgreedError, match=r"^\[Errno 28\] full$") as raised:
         agreement.each(lambda: fail(OSError(28, "full")))
+    assert not raised.value.is_shortage
+    with pytest.raises(AgreedError, match=r"^rank 1: ") as raised:
+        agreement.each(lambda: world.rank and fail(OSError(12, "Cannot allocate memory")))
+    assert raised.value.is_shortage
     assert agreement.each(lambda: world.rank) == [0, 1]
 
 

@@ -143,6 +143,12 @@ def test_text_without_tokens_is_counted(tmp_path, caplog):
     num_tokens = split.audit.prompt_tokens + split.audit.response_tokens
     assert f": 2 of 3 (66.7 %) rows, 3 of {num_tokens} (" in caplog.text
     assert split.audit.first_remarks[Remark.UNKNOWN].endswith("train.jsonl:2")
+    # cut, the last one has none left
+    cut = {"max_length": 12, "max_prompt_length": 6}
+    rows = [pair("a", "b", "c"), pair("é", "yes", "né"), pair("d", "e", "f" * 20 + "ü")]
+    audit = encode(tmp_path, rows, tokenizer, **cut).audit
+    assert audit.remarks[Remark.REJECTED_CUT] == audit.remarks[Remark.UNKNOWN] == 1
+    assert audit.unknown_tokens == 2
     # where that token has another use, as in GPT-2, it says nothing
     tokenizer.unk_token = tokenizer.eos_token
     assert Remark.UNKNOWN not in encode(tmp_path, rows, tokenizer).audit.remarks

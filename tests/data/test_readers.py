@@ -1,12 +1,14 @@
 """What a parquet file holds beside what JSON lines do."""
 
 import datetime
+import errno
 import json
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from exhaustion import no_more_files
 from small_data import make_config, write_jsonl
 
 from fastpref.data.layouts.row_values import RowError
@@ -25,6 +27,14 @@ def write_parquet(tmp_path, table):
     path.parent.mkdir(parents=True)
     pyarrow.parquet.write_table(table, path)
     return path
+
+
+def test_a_file_that_no_descriptor_is_left_for_is_not_called_unreadable(tmp_path):
+    write_jsonl(tmp_path / "data" / "set", "train", [{"prompt": "Q"}])
+    path = tmp_path / "data" / "set" / "train.jsonl"
+    with pytest.raises(OSError) as raised, no_more_files():
+        list(read_records(path))
+    assert raised.value.errno == errno.EMFILE
 
 
 def test_conversations_in_parquet_read_like_those_in_json(tmp_path):

@@ -220,6 +220,64 @@ def test_damaged_adapters_are_refused(adapter, tmp_path):
             load_model(find_model(str(folder)), dtype=torch.float32)
 
 
+def rename(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file({change(name): x for name, x in load_file(path).items()}, path)
+
+
+def raw(name):
+    """A tensor's name in the state dict of peft's model."""
+    for end in ("lora_A", "lora_B"):
+        name = name.replace(f".{end}.weight", f".{end}.default.weight")
+    return name.replace("lm_head.weight", "lm_head.modules_to_save.default.weight")
+
+
+SPELLINGS = {
+    "raw": raw,
+    "without prefix": lambda name: name.removeprefix("base_model.model."),
+    "both": lambda name: raw(name).removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["lm_head"]}])
+def test_names_of_any_state_dict_of_peft_are_those_of_its_folders(models, tmp_path, spelling, more):
+    save_adapter(models / "untied", tmp_path / "saved", peft.LoraConfig(**LORA, **more))
+    expected = load_model(find_model(str(tmp_path / "saved")), dtype=torch.float32)
+    rename(tmp_path / "saved", SPELLINGS[spelling])
+    model = load_model(find_model(str(tmp_path / "saved")), dtype=torch.float32)
+    assert torch.equal(*(x(input_ids=IDS).logits for x in (model, expected)))
+    # before weights are read
+    build_empty(find_model(str(tmp_path / "saved")), dtype=torch.float32)
+
+
+def test_a_tensor_under_two_names_is_refused(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "twice")
+    path = tmp_path / "twice" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(weights | {raw(name): x.clone() for name, x in weights.items()}, path)
+    with pytest.raises(CheckpointError, match=r"has base_model\.model\..* under two names"):
+        load_model(find_model(str(tmp_path / "twice")), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_an_adapter_that_is_not_finite_is_refused(adapter, tmp_path, number, pickled):
+    shutil.copytree(adapter, tmp_path / "broken")
+    path = tmp_path / "broken" / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = min(weights)
+    weights[name][-1, -1] = number
+    save_file(weights, path)
+    if pickled:
+        path.unlink()
+        path = path.with_suffix(".bin")
+        torch.save(weights, path)
+    message = f"broken is not finite: NaN or infinity in {name} of {path.name}$"
+    with pytest.raises(CheckpointError, match=message):
+        load_model(find_model(str(tmp_path / "broken")), dtype=torch.float32)
+
+
 def test_weights_in_a_pickle_are_read(adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "pickled")
     path = tmp_path / "pickled" / "adapter_model.safetensors"

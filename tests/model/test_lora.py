@@ -21,13 +21,16 @@ from fastpref.model.adapters.lora import (
     adapter_state,
     add_adapters,
     add_given_adapters,
+    check_beside,
     insert_adapters,
 )
 from fastpref.model.adapters.targets import choose_targets
 from fastpref.model.adapters.tied_head import adapted_head
 from fastpref.model.beforehand import check_options
+from fastpref.model.files.paths import find_model
 from fastpref.model.filling import check_files
 from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.source import build_meta
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
@@ -147,6 +150,35 @@ def test_given_adapters_are_trained_on_and_their_copy_is_the_reference(models, w
     assert not torch.allclose(expected, bare)
     adapters.activate(None)
     assert torch.equal(model(ids).logits, bare)
+
+
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_an_adapter_with_the_names_of_a_state_dict_is_trained_on(models, world, tmp_path, prefixed):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    ids = torch.arange(3, 30)[None]
+    expected = peft.PeftModel.from_pretrained(load(models / "tied"), start)(ids).logits
+    path = start / "adapter_model.safetensors"
+    weights = load_file(path)
+    renamed = {name.replace(".weight", ".default.weight"): x for name, x in weights.items()}
+    if not prefixed:
+        renamed = {name.removeprefix("base_model.model."): x for name, x in renamed.items()}
+    assert not renamed.keys() & weights.keys()
+    save_file(renamed, path)
+    model = load(models / "tied")
+    adapt(model, world, start)
+    assert torch.equal(model(ids).logits, expected)
+    # before weights are read
+    check_beside(build_meta(find_model(str(models / "tied")), dtype=torch.float32), str(start))
+
+
+def test_an_adapter_that_is_not_finite_is_not_trained_on(models, world, tmp_path):
+    start = save_adapter(models / "tied", tmp_path / "adapter")
+    weights = load_file(start / "adapter_model.safetensors")
+    name = min(weights)
+    weights[name][0, 0] = torch.inf
+    save_file(weights, start / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"NaN or infinity in {name} of adapter_model"):
+        adapt(load(models / "tied"), world, start)
 
 
 def test_a_seed_is_an_adapter_and_leaves_the_run_s_random_state_alone(models, world):

@@ -1,5 +1,6 @@
 """Estimated token weights are what the two models' own logits say, in every row form."""
 
+import errno
 import fcntl
 import json
 import logging
@@ -19,6 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from estimation import estimate, load, make_config, output_path, run, written_rows
+from exhaustion import no_more_files
 from ranks import run_on_ranks
 from tiny_models import save_tiny_model, text_rows, write_rows
 from tokenizers import pre_tokenizers
@@ -41,6 +43,7 @@ from fastpref.errors import (
 from fastpref.model.files.identity import side_model
 from fastpref.scoring import ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
+from fastpref.scoring.shards import Shards
 from fastpref.scoring.side import check_finite
 from fastpref.tisdpo import weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
@@ -456,6 +459,16 @@ def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models,
     assert f"positive model: {len(kept) - 2} of 20 shards are there already" in caplog.text
     for file in (damaged, flipped):
         assert f"{file} is damaged and scored again" in caplog.text
+
+
+def test_a_shard_that_no_descriptor_is_left_for_is_not_called_damaged(tmp_path, caplog):
+    row = EncodedRow([1], [2], [3])
+    shards = Shards.of(tmp_path, [row], 1)
+    shards.write(0, np.zeros(2, np.float32))
+    with pytest.raises(OSError) as raised, no_more_files():
+        shards.missing()
+    assert raised.value.errno == errno.EMFILE and not caplog.text
+    assert shards.missing() == []
 
 
 def test_an_estimation_ends_by_its_deadline_and_goes_on(models, tmp_path, monkeypatch):

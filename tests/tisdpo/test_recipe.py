@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from chat_templates import Tomorrow
+from exhaustion import no_more_files
 from ranks import run_on_ranks
 from stopped_runs import stopping_after
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
@@ -26,11 +27,12 @@ import train
 from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
 from fastpref.config import Config
-from fastpref.errors import ConfigError
+from fastpref.errors import CheckpointError, ConfigError, MemoryExhaustedError
 from fastpref.model import loading
 from fastpref.tisdpo.closing_report import link_model
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
+from fastpref.tisdpo.stage_record import is_done, mark_done
 from fastpref.train import data
 from fastpref.train.run import Run
 
@@ -338,6 +340,18 @@ def test_a_file_system_without_links_leaves_the_model_in_its_stage(tmp_path, mon
     link_model(tmp_path, SimpleNamespace(name="policy"))
     said = f"{tmp_path / 'LATEST'} is no link to {model}: Operation not permitted"
     assert [record.getMessage() for record in caplog.records] == [said]
+
+
+def test_a_record_that_cannot_be_written_for_want_of_files_is_told_as_that(tmp_path):
+    record = {"what": "", "result": "", "seconds": 0}
+    message = r"stage\.json: cannot be written: Too many open files"
+    with pytest.raises(MemoryExhaustedError, match=message) as raised, no_more_files():
+        mark_done(tmp_path, record, "")
+    # where a file is dispensable it is caught like any other
+    assert raised.value.exit_code == 6 and isinstance(raised.value, CheckpointError)
+    assert not is_done(tmp_path)
+    mark_done(tmp_path, record, "")
+    assert is_done(tmp_path)
 
 
 def test_two_ranks_share_every_stage(base, tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from exhaustion import Exhaustion
+from exhaustion import Exhaustion, no_more_files
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
 from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
@@ -291,6 +291,11 @@ def test_a_damaged_file_is_said_and_its_rows_scored_again(base, tmp_path, capsys
         assert lines_of(tmp_path / "second") == lines_of(tmp_path / "first")
         for newer in set(path.parent.glob("*.npz")) - {path}:
             newer.unlink()
+    # not damaged: it cannot be opened
+    capsys.readouterr()
+    with pytest.raises(OSError, match="Too many open files"), no_more_files():
+        RowCache(path.parent).read([path], [b""])
+    assert "damaged" not in capsys.readouterr().err
 
 
 def test_memory_that_runs_out_costs_nothing(base, tmp_path, capsys, monkeypatch):

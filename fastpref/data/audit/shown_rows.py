@@ -92,7 +92,7 @@ class RowView(NamedTuple):
         try:
             if isinstance(tokens, RowError):
                 raise tokens
-            encoded = encode_row(row, tokens, self.tokenizer.eos_token_id, options)
+            encoded = encode_row(row, tokens, self.tokenizer, options)
         except RowError as error:
             return ShownRow(labels, place, str(error), (), _texts_as_they_came(row))
         parts = list(self._parts(row, list(responses), texts, tokens, encoded))

@@ -12,7 +12,7 @@ from fastpref.data.cache import file_state
 from fastpref.data.sources.built_in import SOURCES
 from fastpref.data.sources.hub import hub_splits, hub_state
 from fastpref.data.sources.readers import SUFFIXES
-from fastpref.errors import DataError
+from fastpref.errors import DataError, is_shortage
 
 ENDINGS = "|".join(map(re.escape, SUFFIXES))
 ANY_SUFFIX = (
@@ -82,6 +82,8 @@ class Location(NamedTuple):
         try:
             return "\n".join(file_state(Path(path)) for path in self.paths)
         except OSError as error:
+            if is_shortage(error):
+                raise
             raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
@@ -122,7 +124,7 @@ def find_source(
     if folder is None and path.exists():
         place = path.parent if path.is_file() else path
         raise DataError(
-            f"datasets: {name} is a path; data sets go by the names of their folders: datasets="
+            f"datasets: {name} is a path; datasets go by the names of their folders: datasets="
             f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
         )
     if folder is None:

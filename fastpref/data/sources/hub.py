@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub: any by its id, and the built-in `hh`, `shp` and `se`.
+"""Datasets of the Hugging Face hub: any by its id, and the built-in `hh`, `shp` and `se`.
 
 Preference rows are derived from the records of these three as in the DPO repository.
 """

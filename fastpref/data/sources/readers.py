@@ -18,7 +18,7 @@ import pyarrow.parquet
 from fastpref.checks import listed
 from fastpref.data.layouts.row_values import RowError, kind
 from fastpref.data.sources.delimited import SEPARATORS, read_delimited
-from fastpref.errors import DataError
+from fastpref.errors import DataError, is_shortage
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes of compressed text files."""
@@ -82,6 +82,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         _check_form(path)
         yield from reader(path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException) as error:
+        if is_shortage(error):
+            raise
         # a damaged file of any format
         raise DataError(f"{path}: cannot be read: {error}") from error
 

@@ -1,6 +1,7 @@
 """Adapter folders of peft: how they change the shape of their base, and merging them into it."""
 
 import logging
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ SAFETENSORS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
 """Prefix that peft adds to the names of its base's modules."""
+IN_MEMORY = re.compile(r"(\.modules_to_save|(\.lora_\w+))\.default(?=\.|$)")
+"""The parts of a name in peft's layers, and not in its folders: the adapter's own name."""
 
 
 def check_adapter(folder: str) -> None:
@@ -95,7 +98,7 @@ def check_merging(model: Any, folder: str) -> None:
         adapted = PeftModel(model, config, low_cpu_mem_usage=True)
     if not config.ensure_weight_tying and (shared := shared_table(model, "default")):
         raise _not_mergeable(folder, shared)
-    _check_names(adapted, folder, load_headers(folder))
+    _fill(adapted, folder, load_headers(folder))
     _merge(adapted, folder)
 
 
@@ -113,15 +116,18 @@ def merge_adapter(model: Any, folder: str) -> Any:
     Raises:
         CheckpointError: it does not fit the base, or computes something else when merged.
     """
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
+    saved = load_adapter(folder)
     rows, unties = _vocabulary(folder, model), _unties(folder, model)
     if rows != model.get_input_embeddings().weight.shape[0]:
         # the adapter brings the new rows
         model.resize_token_embeddings(rows, mean_resizing=False)
     with reading("the adapter", folder):
-        adapted = PeftModel.from_pretrained(model, folder, torch_device="cpu").eval()
-    _check_names(adapted, folder, load_adapter(folder))
+        config = PeftConfig.from_pretrained(folder)
+        config.inference_mode = True
+        adapted = PeftModel(model, config).eval()
+    _fill(adapted, folder, saved)
     ids = torch.arange(4)[None] % rows
     with reading("the adapter", folder):
         expected = adapted(input_ids=ids).logits
@@ -140,14 +146,44 @@ def merge_adapter(model: Any, folder: str) -> Any:
 
 
 def load_adapter(folder: str) -> dict[str, Tensor]:
-    """All tensors of an adapter folder, by their names there.
+    """All tensors of an adapter folder, by the names that peft gives them in its folders.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: it cannot be read, or a number in it is not finite.
     """
+    path = Path(folder) / SAFETENSORS
     with reading("the adapter", folder):
-        path = Path(folder) / SAFETENSORS
-        return load_file(path) if path.is_file() else _pickled(folder)
+        saved = load_file(path) if path.is_file() else _pickled(folder)
+    for name, tensor in saved.items():
+        # 8-bit floats have no isfinite
+        values = tensor.float() if tensor.element_size() == 1 else tensor
+        if not torch.isfinite(values).all():
+            raise CheckpointError(
+                f"model: the adapter {folder} is not finite: NaN or infinity in {name} of "
+                f"{path.name if path.is_file() else PICKLED}"
+            )
+    return _by_folder_name(saved, folder)
+
+
+def _folder_name(name: str) -> str:
+    """The name that peft's folders have for a tensor; a state dict of the model with its adapter
+    has the adapter's name in it, one of a model without peft's wrapper lacks the prefix."""
+    return PREFIX + IN_MEMORY.sub(r"\2", name).removeprefix(PREFIX)
+
+
+def _by_folder_name(saved: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Tensors by `_folder_name`.
+
+    Raises:
+        CheckpointError: two have the same.
+    """
+    named: dict[str, Any] = {}
+    for key, tensor in saved.items():
+        name = _folder_name(key)
+        if name in named:
+            raise CheckpointError(f"model: the adapter {folder} has {name} under two names")
+        named[name] = tensor
+    return named
 
 
 def _merge(adapted: Any, folder: str) -> Any:
@@ -176,12 +212,13 @@ def _not_mergeable(folder: str, why: str) -> CheckpointError:
     )
 
 
-def _check_names(adapted: Any, folder: str, saved: dict[str, Tensor]) -> None:
-    """Refuse missing weights, which peft leaves random, and ones that the base has no place for."""
+def _fill(adapted: Any, folder: str, saved: dict[str, Tensor]) -> None:
+    """Load an adapter's tensors; missing ones, which peft leaves random, and ones that the base has
+    no place for are refused."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    # loaded once more, as only this call reports which names peft took: folders of older versions
-    # of transformers have others than the model (one matrix per expert instead of a stack)
+    # peft reports which names it took: folders of older versions of transformers have others than
+    # the model (one matrix per expert instead of a stack)
     with reading("the adapter", folder):
         result: Any = set_peft_model_state_dict(adapted, saved)
     needed = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -224,7 +261,7 @@ def _has_place(name: str, own: set[str]) -> bool:
 
 
 def load_headers(folder: str) -> dict[str, Tensor]:
-    """The tensors of an adapter folder on the meta device, by their names there.
+    """The tensors of an adapter folder on the meta device, by the names of `load_adapter`.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -235,8 +272,10 @@ def load_headers(folder: str) -> dict[str, Tensor]:
             with safe_open(path, "pt") as file:
                 names = file.keys()
                 shapes = {name: file.get_slice(name).get_shape() for name in names}
-                return {name: torch.empty(s, device="meta") for name, s in shapes.items()}
-        return {name: tensor.to("meta") for name, tensor in _pickled(folder).items()}
+            headers = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        else:
+            headers = {name: tensor.to("meta") for name, tensor in _pickled(folder).items()}
+    return _by_folder_name(headers, folder)
 
 
 def _pickled(folder: str) -> dict[str, Tensor]:
@@ -284,6 +323,7 @@ def untie(config: Any) -> None:
 def _tensor(folder: str, name: str) -> Tensor:
     path = Path(folder) / SAFETENSORS
     if not path.is_file():
-        return _pickled(folder)[name]
+        return _by_folder_name(_pickled(folder), folder)[name]
     with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
+        [key] = [key for key in file.keys() if _folder_name(key) == name]  # noqa: SIM118
+        return file.get_tensor(key)

@@ -14,7 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from fastpref.checkpoint.folders import CHECKPOINTS, step_folders, step_of
 from fastpref.checks import hint
 from fastpref.config import ModelConfig
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, is_shortage
 
 logger = logging.getLogger("fastpref")
 
@@ -238,6 +238,8 @@ def read_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     # UnicodeDecodeError and JSONDecodeError are ValueErrors
     except (OSError, ValueError) as error:
+        if is_shortage(error):
+            raise
         raise CheckpointError(f"model: {path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"model: {path} must hold a JSON object, got {type(value).__name__}")

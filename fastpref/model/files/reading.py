@@ -1,15 +1,20 @@
 """Turns a library's errors on reading a user's files into one sentence."""
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fastpref.errors import CheckpointError, FastprefError
+from fastpref.errors import CheckpointError, FastprefError, is_shortage
 
 DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
 """Errors of reading a file of weights that is truncated, or is not one."""
+OF_SYSTEM = re.compile(r"\(os error \d+\)")
+"""In a text of safetensors: the file may be whole, but the system does not give it."""
+MISSING = "No such file or directory: "
 PLAIN = (OSError, ValueError, RuntimeError)
 """Errors whose text is a sentence; others, such as KeyError, say little without their name."""
 
@@ -26,21 +31,38 @@ def reading(what: str, name: str) -> Iterator[None]:
         name: Folder or hub name.
 
     Raises:
-        CheckpointError: anything was raised, except for our own errors and running out of memory,
-            which pass through.
+        CheckpointError: anything was raised, except for our own errors and running out of memory or
+            file descriptors, which pass through.
     """
     try:
         yield
-    except (FastprefError, MemoryError):
+    except FastprefError:
         raise
-    except DAMAGED as error:
-        raise CheckpointError(
-            f"model: the weights in {name} are damaged: {reason(error)}"
-        ) from error
     except Exception as error:
-        if "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error):
-            raise
-        raise CheckpointError(f"model: cannot load {what} from {name}: {reason(error)}") from error
+        cause = _cause(error)
+        if is_shortage(cause):
+            if cause is error:
+                raise
+            raise cause from error
+        if isinstance(error, DAMAGED) and not OF_SYSTEM.search(str(error)):
+            raise CheckpointError(
+                f"model: the weights in {name} are damaged: {reason(error)}"
+            ) from error
+        raise CheckpointError(f"model: cannot load {what} from {name}: {reason(cause)}") from error
+
+
+def _cause(error: Exception) -> Exception:
+    """The system's error, where safetensors calls a file missing that it only cannot open."""
+    text = str(error)
+    path = text.removeprefix(MISSING)
+    if isinstance(error, FileNotFoundError) and error.errno is None and path != text:
+        try:
+            Path(path).open("rb").close()
+        except FileNotFoundError:
+            return error
+        except OSError as cause:
+            return cause
+    return error
 
 
 def reason(error: BaseException) -> str:
