@@ -325,5 +325,6 @@ def _tensor(folder: str, name: str) -> Tensor:
     if not path.is_file():
         return _by_folder_name(_pickled(folder), folder)[name]
     with safe_open(path, "pt") as file:
-        [key] = [key for key in file.keys() if _folder_name(key) == name]  # noqa: SIM118
+        names = file.keys()
+        [key] = [key for key in names if _folder_name(key) == name]
         return file.get_tensor(key)
