@@ -131,6 +131,9 @@ def test_the_table_names_the_files_that_are_there(tmp_path):
     table = summarize(SPARSE, run_dir, 1.0)
     assert table.splitlines()[0] == run_dir.name
     assert str(run_dir / "LATEST") in table and "curves.png" not in table
+    assert "merged" not in table
+    (run_dir / "LATEST-merged").mkdir()
+    assert f"merged  {run_dir / 'LATEST-merged'}" in summarize(SPARSE, run_dir, 1.0).splitlines()
 
 
 def test_lines_that_are_none_of_ours_do_not_end_a_run(tmp_path, caplog):

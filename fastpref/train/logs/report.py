@@ -91,7 +91,8 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
         table.add_row("tokens per second", "", f"{harmonic_mean(rates or [0]):,.0f}")
         table.add_row("peak memory", "", f"{peak if is_finite(peak) else math.nan:.2f} GiB")
     table.add_row("wall time", "", f"{seconds:.0f} s")
-    return render(table, {"model": run_dir / "LATEST", "curves": run_dir / "curves.png"})
+    paths = {"model": "LATEST", "merged": "LATEST-merged", "curves": "curves.png"}
+    return render(table, {label: run_dir / name for label, name in paths.items()})
 
 
 def figure(value: float) -> str:
@@ -186,7 +187,6 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     ]
     if not panels:
         return
-    # four in two rows of two: three and one would leave half of the second row empty
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     width, height = PANEL_WIDTH * columns, PANEL_HEIGHT * rows
