@@ -408,6 +408,19 @@ def test_a_path_is_answered_with_the_two_options_that_read_it(tmp_path):
             find_source(str(name), "train", None, {})
 
 
+@pytest.mark.parametrize("base", [None, "data"])
+@pytest.mark.parametrize("name", ["set/train.jsonl", "{}/data/set/train.jsonl"])
+def test_a_file_in_place_of_a_dataset_is_answered_with_the_options_that_read_it(
+    tmp_path, monkeypatch, base, name
+):
+    write(tmp_path, "train.jsonl")
+    # without base_data_dir a file is named from here
+    monkeypatch.chdir(tmp_path if base else tmp_path / "data")
+    said = rf"is a path; .* datasets=\[set\] base_data_dir={tmp_path}/data reads"
+    with pytest.raises(DataError, match=said):
+        find_source(name.format(tmp_path), "train", base and str(tmp_path / base), {})
+
+
 def test_options_of_files_are_refused_where_all_data_is_built_in(tmp_path):
     for data in ({"columns": {"prompt": "ask"}}, {"split_names": {"train": "a"}}):
         with pytest.raises(

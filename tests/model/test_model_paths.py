@@ -164,3 +164,15 @@ def test_an_adapter_on_the_hub_is_one_as_in_a_folder(model_dir, tmp_path, monkey
     assert layers.base == str(model_dir)
     assert layers.adapters == (str(cached / "snapshots" / ("0" * 40)),)
     assert resolve_tokenizer("someone/adapter") == str(model_dir)
+
+
+def test_an_unrelated_folder_does_not_hide_the_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    embedded = resolve_model("tiny")
+    own = tmp_path / "tiny"
+    own.mkdir()
+    (own / "notes.txt").write_text("")
+    assert resolve_model("tiny") == embedded
+    # one that holds a model is taken, as before
+    (own / "config.json").write_text("{}")
+    assert resolve_model("tiny") == "tiny"

@@ -45,6 +45,12 @@ def order(config: Config, num_rows: int, **limits: Any) -> GlobalOrder:
     return GlobalOrder(np.arange(num_rows), batch_size=batch_size, seed=0, **limits)
 
 
+def test_a_run_that_has_all_its_steps_says_that_it_trains_no_further():
+    advice = Advice(make_config())
+    assert_messages(advice.on_progress(step=99, num_steps=100), [])
+    assert_messages(advice.on_progress(step=100, num_steps=100), ["all 100 .* nothing is left"])
+
+
 @pytest.mark.parametrize(
     ("schedule", "min_lr_ratio", "warmup_steps", "messages"),
     [

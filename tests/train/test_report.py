@@ -86,6 +86,24 @@ def test_a_run_that_was_stopped_early_or_diverged_has_a_table_and_curves(tmp_pat
     assert (tmp_path / "curves.png").exists() == is_finite
 
 
+def test_a_small_metric_is_not_shown_as_zero_nor_zero_as_negative(tmp_path):
+    values = (-0.0, -8.77e-7), (-4.9e-5, 5.1e-5)
+    for (before, after), shown in zip(
+        values, (["0.0000", "-8.8e-07"], ["-4.9e-05", "0.0001"]), strict=True
+    ):
+        records = [line("eval", 0, loss=before), line("eval", 1, loss=after)]
+        assert row(summarize(records, tmp_path, 1.0), "loss/eval")[1:] == shown
+
+
+def test_four_panels_fill_the_picture(tmp_path, monkeypatch):
+    dpo = ("loss/eval", "rewards_eval/accuracies", "rewards_eval/margins", "logps_eval/chosen")
+    records = [line("eval", step) | dict.fromkeys(dpo, 0.5) for step in (0, 1)]
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    plot_curves(records, tmp_path / "curves.png")
+    assert [axes.get_visible() for axes in figures[0].axes] == [True] * 4
+
+
 @pytest.mark.parametrize("size", [1e-7, 2.5e-4, 0.7, 123.4, 98_765.4, 1e12])
 @pytest.mark.parametrize("metrics", [["loss"], ["loss", "kl"]])
 def test_no_label_leaves_its_panel(tmp_path, monkeypatch, size, metrics):
@@ -113,6 +131,9 @@ def test_the_table_names_the_files_that_are_there(tmp_path):
     table = summarize(SPARSE, run_dir, 1.0)
     assert table.splitlines()[0] == run_dir.name
     assert str(run_dir / "LATEST") in table and "curves.png" not in table
+    assert "merged" not in table
+    (run_dir / "LATEST-merged").mkdir()
+    assert f"merged  {run_dir / 'LATEST-merged'}" in summarize(SPARSE, run_dir, 1.0).splitlines()
 
 
 def test_lines_that_are_none_of_ours_do_not_end_a_run(tmp_path, caplog):

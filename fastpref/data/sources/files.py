@@ -115,18 +115,16 @@ def find_source(
         return Location(name, split, there, tuple(map(str, paths)), passed_over=passed_over)
     if name in SOURCES:
         return Location(name, split, split)
+    path = Path(name).expanduser().absolute()
+    if file := next((place for place in (folder, path) if place and place.is_file()), None):
+        raise _path_given(name, file)
     if folder is not None and not folder.parent.is_dir() and not HUB_ID.fullmatch(name):
         raise DataError(f"base_data_dir: no folder {folder.parent}; expected it to hold {name}/")
     if HUB_ID.fullmatch(name):
         return Location(name, split, there, is_hub=True)
     built_in = f"built in: {', '.join(SOURCES)}"
-    path = Path(name).expanduser().absolute()
     if folder is None and path.exists():
-        place = path.parent if path.is_file() else path
-        raise DataError(
-            f"datasets: {name} is a path; datasets go by the names of their folders: datasets="
-            f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
-        )
+        raise _path_given(name, path)
     if folder is None:
         raise DataError(
             f"datasets: no dataset {name!r}; {built_in}; a local folder DIR/{name} needs "
@@ -136,6 +134,20 @@ def find_source(
     raise DataError(
         f"datasets: no folder {folder}; expected {there}{ANY_SUFFIX} in it; folders there: "
         f"{listed(found) or 'none'}; {built_in}{hint(name, [*found, *SOURCES])}"
+    )
+
+
+def _path_given(name: str, path: Path) -> DataError:
+    """Error about a path that stands in `datasets` in place of a name.
+
+    Args:
+        name: What stands in `datasets`.
+        path: The file or folder that is there.
+    """
+    place = path.parent if path.is_file() else path
+    return DataError(
+        f"datasets: {name} is a path; datasets go by the names of their folders: datasets="
+        f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
     )
 
 

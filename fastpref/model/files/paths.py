@@ -255,7 +255,9 @@ def nearest_neighbour(path: Path) -> str:
 
 def _folders(name_or_path: str) -> list[Path]:
     """Folders that a name may mean, the likeliest first."""
-    if name_or_path == EMBEDDED and not Path(name_or_path).exists():
+    here = Path(name_or_path)
+    # a folder of that name may be about anything
+    if name_or_path == EMBEDDED and not any(map(_holds_model, (here, here / EXPORT_FOLDER))):
         return [Path(str(files("fastpref") / "assets" / EMBEDDED))]
     path = Path(name_or_path).expanduser()
     if path.name == ARCHIVE and not path.exists():

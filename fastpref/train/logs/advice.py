@@ -43,6 +43,7 @@ def advise(run: Run) -> list[str]:
     order, advice = run.train.order, Advice(replace(run.config, model=run.model))
     share = unmoved_share(run.policy.trained(), run.config.lr, run.world)
     return [
+        *advice.on_progress(run.state.step, order.num_steps),
         *advice.on_schedule(order.num_steps),
         *advice.on_examples(order),
         *(advice.on_held_out(run.eval.order) if run.eval else ()),
@@ -57,6 +58,14 @@ class Advice(NamedTuple):
     """Warnings about the options of a config, one method per subject."""
 
     config: Config
+
+    def on_progress(self, step: int, num_steps: int) -> Iterator[str]:
+        """A resumed run that has all its steps."""
+        if step >= num_steps:
+            yield (
+                f"all {num_steps} optimizer steps are done: nothing is left to train, the model is "
+                "written again; a larger n_epochs or n_examples goes on"
+            )
 
     def on_schedule(self, num_steps: int) -> Iterator[str]:
         """Warm-up that takes the whole run; decay that never begins."""

@@ -79,8 +79,8 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
     for column in ("", "before", after):
         table.add_column(column, justify="left" if not column else "right")
     for key, found in by_metric(records, kind).items():
-        before = f"{found[0]:.4f}" if starts and (len(found) > 1 or not ends) else ""
-        table.add_row(key, before, f"{found[-1]:.4f}" if ends else "")
+        before = short_number(found[0]) if starts and (len(found) > 1 or not ends) else ""
+        table.add_row(key, before, short_number(found[-1]) if ends else "")
     if steps:
         given = (record.get("tokens_per_second") for record in steps)
         rates = [rate for rate in given if is_finite(rate) and rate > 0]
@@ -91,7 +91,14 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
         table.add_row("tokens per second", "", f"{harmonic_mean(rates or [0]):,.0f}")
         table.add_row("peak memory", "", f"{peak if is_finite(peak) else math.nan:.2f} GiB")
     table.add_row("wall time", "", f"{seconds:.0f} s")
-    return render(table, {"model": run_dir / "LATEST", "curves": run_dir / "curves.png"})
+    paths = {"model": "LATEST", "merged": "LATEST-merged", "curves": "curves.png"}
+    return render(table, {label: run_dir / name for label, name in paths.items()})
+
+
+def short_number(value: float) -> str:
+    """A number with four decimals, or with two significant digits if all four would be zeros."""
+    # adding 0.0 drops the sign of a negative zero
+    return f"{value:.1e}" if 0 < abs(value) < 5e-5 else f"{value + 0.0:.4f}"
 
 
 def _tells_of_a_run(record: Record) -> bool:
@@ -180,7 +187,7 @@ def plot_curves(records: Sequence[Record], path: Path) -> None:
     ]
     if not panels:
         return
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     width, height = PANEL_WIDTH * columns, PANEL_HEIGHT * rows
     figure, grid = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
