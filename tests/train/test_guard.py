@@ -14,6 +14,7 @@ from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
 import train
 from fastpref.cli.command_line import main
+from fastpref.objectives.step_loss import StepLoss
 from fastpref.train import loop
 from fastpref.train.guard import FiniteGuard, GuardState
 from fastpref.train.optim import build_optimizer
@@ -206,6 +207,21 @@ def test_a_gradient_that_overflows_is_named_by_the_rows_of_its_micro_batch(
     assert run(arguments(base, tmp_path / "run", *options)) == 5
     said = capsys.readouterr().err
     assert "is not finite at step" in said and f"the gradient of {base}/words/train.jsonl:" in said
+
+
+def test_rows_are_named_in_the_micro_batches_that_memory_has_room_for(
+    base, tmp_path, capsys, monkeypatch
+):
+    compute = StepLoss.compute
+
+    def of_one_pair(self: StepLoss, batch: Any, step: int | None) -> Any:
+        if batch.num_sequences > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute(self, batch, step)
+
+    monkeypatch.setattr(StepLoss, "compute", of_one_pair)
+    assert run(arguments(base, tmp_path / "run", "loss.beta=1e38")) == 5
+    assert f"the gradient of {base}/words/train.jsonl:" in capsys.readouterr().err
 
 
 def train_on_rank(command: list[str], lines: list[int], out: Path) -> None:
