@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from fastpref.batches.columns import EncodedColumns, Ranges, alternate
 from fastpref.complete_files import complete_file, share, writing
+from fastpref.errors import is_out_of_memory
 
 logger = logging.getLogger("fastpref")
 
@@ -135,6 +136,8 @@ def _read(path: Path) -> list[ScoredRow]:
             raise ValueError(f"{digests.size} bytes of digests, {len(logps)} numbers")
     # a damaged archive may raise any exception
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         logger.warning("%s is damaged and passed over, it may be deleted: %s", path, error)
         return []
     named = digests.tobytes()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastpref.batch import EncodedRow
 from fastpref.complete_files import complete_file
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, is_out_of_memory
 from fastpref.token_weights import token_digest
 
 PairLogps = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -129,6 +129,8 @@ class Shards:
                 raise ValueError(f"{logps.shape} numbers, expected {expected}")
         # a damaged archive may raise any exception
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             logger.warning("%s is damaged and scored again: %s", path, error)
             return None
         return logps

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, is_out_of_memory
 from fastpref.model.files.reading import reason
 
 logger = logging.getLogger("fastpref")
@@ -48,6 +48,8 @@ def read_policy(path: Path) -> dict[str, Tensor]:
         saved = load_pickle(path)
     # zip, pickle and operating system each raise errors of their own
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(f"model.archive: {path} cannot be read: {reason(error)}") from error
     state = saved.get("state") if isinstance(saved, dict) else None
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
-from fastpref.errors import CheckpointError, FastprefError
+from fastpref.errors import CheckpointError, FastprefError, is_out_of_memory
 
 DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError)
 """Errors of reading a file of weights that is truncated, or is not one."""
@@ -31,15 +31,13 @@ def reading(what: str, name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (FastprefError, MemoryError):
-        raise
-    except DAMAGED as error:
-        raise CheckpointError(
-            f"model: the weights in {name} are damaged: {reason(error)}"
-        ) from error
     except Exception as error:
-        if "out of memory" in str(error).lower() or "DefaultCPUAllocator" in str(error):
+        if isinstance(error, FastprefError) or is_out_of_memory(error):
             raise
+        if isinstance(error, DAMAGED):
+            raise CheckpointError(
+                f"model: the weights in {name} are damaged: {reason(error)}"
+            ) from error
         raise CheckpointError(f"model: cannot load {what} from {name}: {reason(error)}") from error
 
 
