@@ -10,6 +10,7 @@ from fastpref.checkpoint.state import local_part
 from fastpref.checks import listed
 from fastpref.errors import NonFiniteError
 from fastpref.heartbeat import await_device
+from fastpref.signals import NON_FINITE, StopRequest
 from fastpref.train.guard import MOST_IN_A_ROW
 from fastpref.train.run import Run
 from fastpref.train.step import add_gradients, within_memory
@@ -23,6 +24,15 @@ class Finding(NamedTuple):
     gradients: list[str]
     """`file:row` of all rows of a micro-batch with finite losses but a non-finite gradient or
     gradient norm."""
+
+
+def stop_if_not_finite(run: Run, stop: StopRequest) -> None:
+    """If steps are no longer applied, drop them from the log and ask all ranks to stop. Waits for
+    the device."""
+    first_bad = run.updates.guard.first_bad_step()
+    if first_bad:
+        run.log.forget_from(first_bad)
+        stop.ask(NON_FINITE)
 
 
 def raise_if_not_finite(run: Run) -> None:

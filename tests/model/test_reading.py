@@ -70,9 +70,7 @@ class UnmergeableModel:
     """A model with an adapter that memory is too small to merge."""
 
     def __init__(self) -> None:
-        self.base_model = SimpleNamespace(
-            model=SimpleNamespace(get_output_embeddings=lambda: None)
-        )
+        self.base_model = SimpleNamespace(model=SimpleNamespace(get_output_embeddings=lambda: None))
         config = SimpleNamespace(to_dict=lambda: {})
         self.peft_config = {"default": config}
 
