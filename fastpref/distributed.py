@@ -132,7 +132,7 @@ class World:
         def gather() -> Result:
             values = [value]
             for rank in range(1, self.size):
-                self._wait([keys[rank]], PREPARATION_TIMEOUT, sender=rank)
+                self._wait(keys[rank], PREPARATION_TIMEOUT, sender=rank)
                 # safe to unpickle: written by a rank of this run
                 values.append(pickle.loads(self.store.get(keys[rank])))
             return compute(values)
@@ -152,7 +152,7 @@ class World:
         return kept[0] if kept else None
 
     def _receive(self, key: str) -> Any:
-        self._wait([key], PREPARATION_TIMEOUT, sender=0)
+        self._wait(key, PREPARATION_TIMEOUT, sender=0)
         # safe to unpickle: written by rank 0 of this run
         result, failure = pickle.loads(self.store.get(key))
         if failure is not None:
@@ -164,7 +164,7 @@ class World:
         """Wait until the others have read a failure: the store may end with rank 0."""
         for rank in range(1, self.size):
             try:
-                self._wait([f"{key} {rank}"], FAREWELL_TIMEOUT, sender=rank)
+                self._wait(f"{key} {rank}", FAREWELL_TIMEOUT, sender=rank)
             except DistributedError:
                 # that rank has already ended
                 continue
@@ -172,29 +172,27 @@ class World:
                 logger.error("not every rank heard of the failure: %s", first_line(error))
                 return
 
-    def _wait(
-        self, keys: list[str], timeout: datetime.timedelta, sender: int | None = None
-    ) -> None:
-        """Wait until the keys are in the store; signal handlers run meanwhile.
+    def _wait(self, key: str, timeout: datetime.timedelta, *, sender: int) -> None:
+        """Wait until a key is in the store; signal handlers run meanwhile.
 
         Raises:
-            DistributedError: `sender`, which is to set them, has ended or its heartbeat stopped.
-            DistStoreError: they were not set within `timeout`.
+            DistributedError: `sender`, which is to set it, has ended or its heartbeat stopped.
+            DistStoreError: it was not set within `timeout`.
         """
         started = asked = heard = time.monotonic()
         last, pause = "", SHORTEST_PAUSE
         # polled: the store's own wait prints warnings when it times out
-        while not self.store.check(keys):
+        while not self.store.check([key]):
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
             now = time.monotonic()
             if now - started > timeout.total_seconds():
                 raise dist.DistStoreError(f"no word after {timeout.total_seconds():.0f} s")
-            if sender is None or now - asked < 1:
+            if now - asked < 1:
                 continue
             asked = now
             reason = self.look_up(end_key(sender))
-            if reason and not self.store.check(keys):
+            if reason and not self.store.check([key]):
                 raise DistributedError(f"rank {sender} ended: {reason}")
             beat = self.look_up(beat_key(sender)) or last
             if beat != last:

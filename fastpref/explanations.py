@@ -46,7 +46,7 @@ def explain(error: BaseException) -> FastprefError | None:
     text = str(error).strip()
     if is_out_of_memory(error):
         return MemoryExhaustedError(
-            f"out of memory: {text.splitlines()[0] if text else 'no detail given'}; a smaller "
+            f"out of memory: {first_line(error) or 'no detail given'}; a smaller "
             "packing.max_tokens or max_length, or activation_checkpointing=true need less"
         )
     if isinstance(error, RuntimeError) and text in SIGNS_OF_NO_THREAD:

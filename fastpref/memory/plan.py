@@ -137,8 +137,8 @@ def plan_memory(
     Args:
         head: Workspace of the LM-head ops, without the gradient of the head's weight.
     """
-    trained = weights.adapters or -(-weights.total // device.num)
     share, D = -(-weights.total // device.num), weights.hidden_size
+    trained = weights.adapters or share
     compute, of_reference = sizes.compute, sizes.reference
     computing, in_transit = _computed_with(weights, sizes, device)
     # hidden states, their gradients in float32 and in their own dtype, a copy without padding

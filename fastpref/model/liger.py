@@ -96,8 +96,9 @@ def _difference(layer: Any, device: torch.device) -> float:
     """Largest relative difference of value and gradient between a layer and its replacement."""
     width = layer.weight.shape[0] if is_norm(layer) else layer.gate_proj.in_features
     plain = copy.deepcopy(layer).to(device=device, dtype=torch.float32).requires_grad_()
-    replaced = copy.deepcopy(plain)
-    replace_layers(replaced)
+    replaced: Any = copy.deepcopy(plain)
+    # the layer alone: `replace_layers` would exchange the rotation of the whole family
+    replaced.forward = _fused_forward(replaced)
     generator = torch.Generator().manual_seed(0)
     hidden_BLD = torch.randn(2, 5, width, generator=generator).to(device)
     return _largest_difference(

@@ -68,15 +68,6 @@ def load_frozen_base(config: ModelConfig, world: World) -> tuple[Any, str | None
     return _load(base.source, own, world, loaded=loaded, stored=stored), base.start
 
 
-def load_policy(
-    config: ModelConfig, world: World, *, with_adapters: bool
-) -> tuple[Any, str | None]:
-    """Load the model to train, or the frozen base of trained adapters, see `load_frozen_base`."""
-    if with_adapters:
-        return load_frozen_base(config, world)
-    return load_causal_lm(config, world, trainable=True), None
-
-
 def _load(
     source: ModelSource, config: ModelConfig, world: World, *, loaded: str, stored: str
 ) -> Any:

@@ -73,11 +73,15 @@ def last_hidden_states(model: Any, body: str, **inputs: Any) -> Tensor:
         # a placeholder for the logits, which are not used
         return hidden[..., :1]
 
+    # a head with an adapter, or tied to an embedding with one, has a forward of its own
+    own = vars(head).get("forward")
     head.forward = stop
     try:
         model(use_cache=False, **inputs)
     finally:
         del head.forward
+        if own is not None:
+            head.forward = own
     return seen[0]
 
 

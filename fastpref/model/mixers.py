@@ -190,8 +190,7 @@ def find_mixers(model: Any, blocks: Iterable[nn.Module]) -> tuple[list[nn.Module
 
 def describe_mixers(mixers: Iterable[nn.Module]) -> str:
     """Class names of mixers, for messages; "" for none."""
-    kinds = sorted({type(mixer).__name__ for mixer in mixers})
-    return listed(kinds) if kinds else ""
+    return listed(sorted({type(mixer).__name__ for mixer in mixers}))
 
 
 def _family_prefix(model: Any) -> str:

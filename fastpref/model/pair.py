@@ -11,7 +11,8 @@ from fastpref.model.build import build_scorer
 from fastpref.model.compilation import choose_compilation
 from fastpref.model.liger import choose_liger
 from fastpref.model.loading import (
-    load_policy,
+    load_causal_lm,
+    load_frozen_base,
     load_reference,
     starts_exactly_equal,
     try_model,
@@ -56,7 +57,10 @@ def build_pair(
         longest: Tokens in the longest sequence.
         num_tokens: Tokens of the whole run, approximately; 0 if there is no run.
     """
-    model, start = load_policy(options.model, world, with_adapters=options.adapter.trained)
+    if options.adapter.trained:
+        model, start = load_frozen_base(options.model, world)
+    else:
+        model, start = load_causal_lm(options.model, world, trainable=True), None
     findings = try_model(model, options.model, world, trainable=True)
     compiled = choose_compilation(options.compile, model, world, num_tokens=num_tokens)
     rows = choose_rows(

@@ -27,7 +27,7 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         FastprefError: the config, the data or the model is invalid, or does not match the
             checkpoint.
     """
-    start.check_options(asdict(config), allow=config.resume.allow)
+    start.check(asdict(config), {}, allow=config.resume.allow, quiet=True)
     world.on_main(partial(check_run_dir, start, config.to_yaml()))
     objective = build_objective(config.loss)
     model = precision_here(config.model, world)

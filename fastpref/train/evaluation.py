@@ -20,6 +20,7 @@ from fastpref.train.logs.metrics import (
     peak_memory_gib,
     sum_over_examples,
 )
+from fastpref.train.non_finite import stop_if_not_finite
 from fastpref.train.run import Run
 from fastpref.train.sampling import sample_responses, write_samples
 from fastpref.train.step import within_memory
@@ -37,6 +38,7 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     if run.eval is None:
         return None
     step, examples = run.state.step, run.state.examples
+    stop_if_not_finite(run, stop)
     with stop.if_unwritable():
         run.log.flush()
     started = time.perf_counter()

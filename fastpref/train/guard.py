@@ -72,7 +72,9 @@ class FiniteGuard:
             self._optimizer.found_inf = is_left_out.float()
             self._optimizer.grad_scale = None
             self._optimizer.step()
-        elif not is_left_out:
+            return
+        self._await_device()
+        if not is_left_out:
             self._optimizer.step()
 
     def first_bad_step(self) -> int:

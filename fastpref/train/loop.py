@@ -4,10 +4,11 @@ import logging
 
 from fastpref.batches.loader import StepBatches
 from fastpref.progress import Progress
-from fastpref.signals import NON_FINITE, StopRequest
+from fastpref.signals import StopRequest
 from fastpref.train.checkpoints import Checkpoints
 from fastpref.train.evaluation import evaluate
 from fastpref.train.logs.metrics import PendingStep, Record, format_metrics
+from fastpref.train.non_finite import stop_if_not_finite
 from fastpref.train.run import Run
 from fastpref.train.step import train_step
 
@@ -60,10 +61,7 @@ def step_and_log(run: Run, batches: StepBatches, progress: Progress, stop: StopR
     )
     if due or run.world.device.type == "cpu":
         # no extra wait: the metrics are fetched now anyway, or are in host memory already
-        first_bad = run.updates.guard.first_bad_step()
-        if first_bad:
-            run.log.forget_from(first_bad)
-            stop.ask(NON_FINITE)
+        stop_if_not_finite(run, stop)
     if due:
         with stop.if_unwritable():
             show_step(progress, run.log.flush())

@@ -5,11 +5,15 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from fastpref.batches.loader import StepBatches
 from fastpref.checkpoint.state import local_part
 from fastpref.checks import listed
 from fastpref.errors import NonFiniteError
+from fastpref.heartbeat import await_device
+from fastpref.signals import NON_FINITE, StopRequest
 from fastpref.train.guard import MOST_IN_A_ROW
 from fastpref.train.run import Run
+from fastpref.train.step import add_gradients, within_memory
 
 
 class Finding(NamedTuple):
@@ -20,6 +24,15 @@ class Finding(NamedTuple):
     gradients: list[str]
     """`file:row` of all rows of a micro-batch with finite losses but a non-finite gradient or
     gradient norm."""
+
+
+def stop_if_not_finite(run: Run, stop: StopRequest) -> None:
+    """If steps are no longer applied, drop them from the log and ask all ranks to stop. Waits for
+    the device."""
+    first_bad = run.updates.guard.first_bad_step()
+    if first_bad:
+        run.log.forget_from(first_bad)
+        stop.ask(NON_FINITE)
 
 
 def raise_if_not_finite(run: Run) -> None:
@@ -64,22 +77,32 @@ def describe(found: list[Finding]) -> str:
 
 def look_at(run: Run, index: int) -> Finding:
     """This rank's non-finite rows of step `index`, counted from 0."""
+    step = run.train.step(index, run.world)
+    # in the micro-batches that memory has turned out to have room for
+    finding, _ = within_memory(
+        run,
+        run.train,
+        step,
+        lambda batches: look_through(run, batches, index),
+        undo=run.policy.forget_gradients,
+    )
+    run.policy.forget_gradients()
+    return finding
+
+
+def look_through(run: Run, step: StepBatches, index: int) -> Finding:
+    """The non-finite rows among this rank's micro-batches of step `index`."""
     finding = Finding([], [])
     rows = run.train.order.batch(index)
-    columns, plan = run.train.plan(index, run.world.data_size)
-    for of_ranks in plan:
-        micro_batch = of_ranks[run.world.data_rank]
-        run.updates.optimizer.zero_grad()
-        batch = run.train.build(columns, micro_batch).to(run.world.device)
-        losses, _ = run.step_loss.compute(batch, index)
-        losses.sum().backward()
-        run.step_loss.done()
-        is_bad = (~torch.isfinite(losses.detach())).cpu().numpy()
+    for host_batch, micro_batch in zip(step.batches, step.micro_batches, strict=True):
+        run.policy.forget_gradients()
+        losses, _ = add_gradients(run, host_batch, index, step.num_examples)
+        await_device(run.world)
+        is_bad = (~torch.isfinite(losses)).cpu().numpy()
         places = [run.train.data.places.name(int(row)) for row in rows[micro_batch.rows]]
         finding.losses.extend(place for place, bad in zip(places, is_bad, strict=True) if bad)
         if not is_bad.any() and not has_finite_norm(run):
             finding.gradients.extend(places)
-    run.updates.optimizer.zero_grad()
     return finding
 
 

@@ -1,15 +1,19 @@
 """One optimizer step on a global batch."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from fastpref.batch import Batch
 from fastpref.batches.loader import Loader, StepBatches
 from fastpref.objectives.objective import Metrics
 from fastpref.train.logs.metrics import name_for_split, sum_over_examples
 from fastpref.train.run import Run
+
+Result = TypeVar("Result")
 
 LOSS = "loss/train"
 
@@ -50,24 +54,35 @@ def train_step(run: Run, step_batches: StepBatches, step: int) -> tuple[list[str
 
 def accumulate_gradients(run: Run, step_batches: StepBatches, step: int) -> list[Metrics]:
     """Forward and backward of every micro-batch of a step; returns the metrics of each."""
-    metrics = []
-    for host_batch in step_batches.batches:
-        batch = host_batch.to(run.world.device)
-        losses, of_examples = run.step_loss.compute(batch, step)
-        (losses.sum() / step_batches.num_examples).backward()
-        run.step_loss.done()
-        metrics.append(of_examples)
-    return metrics
+    num_examples = step_batches.num_examples
+    return [add_gradients(run, batch, step, num_examples)[1] for batch in step_batches.batches]
+
+
+def add_gradients(
+    run: Run, host_batch: Batch, step: int, num_examples: int
+) -> tuple[Tensor, Metrics]:
+    """Forward and backward of one micro-batch.
+
+    Args:
+        num_examples: Of the whole step.
+
+    Returns:
+        Losses (P,), detached, and metrics.
+    """
+    losses, metrics = run.step_loss.compute(host_batch.to(run.world.device), step)
+    (losses.sum() / num_examples).backward()
+    run.step_loss.done()
+    return losses.detach(), metrics
 
 
 def within_memory(
     run: Run,
     loader: Loader,
     step_batches: StepBatches,
-    compute: Callable[[StepBatches], list[Metrics]],
+    compute: Callable[[StepBatches], Result],
     *,
     undo: Callable[[], None] = lambda: None,
-) -> tuple[list[Metrics], StepBatches]:
+) -> tuple[Result, StepBatches]:
     """Apply `compute` to a step; if memory runs out, again with smaller micro-batches.
 
     A backward that fails halfway has added to some gradients and not to others. A separate buffer
@@ -75,11 +90,11 @@ def within_memory(
     the step are discarded and computed again, at most once for each halving.
 
     Args:
-        compute: Returns the metrics of each micro-batch.
+        compute: Computes every micro-batch of a step.
         undo: Discards what a failed `compute` has left behind.
 
     Returns:
-        The metrics, and the step as it was divided into micro-batches in the end.
+        The result, and the step as it was divided into micro-batches in the end.
     """
 
     def take_back() -> None:

@@ -1,6 +1,7 @@
 """Liger's kernels take the place of layers where they are asked for, fit, and compute the same."""
 
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -50,6 +51,16 @@ def test_a_layer_that_computes_something_else_is_found_out(monkeypatch):
     assert liger._difference(norm, torch.device("cpu")) == 0
     monkeypatch.setattr(liger, "_rms_norm", wrong)
     assert liger._difference(norm, torch.device("cpu")) > liger._TOLERANCE
+
+
+def test_trying_a_layer_leaves_the_familys_rotation_as_it_is(monkeypatch):
+    model = build_model("llama")
+    family = sys.modules[type(model).__module__]
+    plain = getattr(family, liger.ROTATION)
+    plain = getattr(plain, "plain", plain)
+    monkeypatch.setattr(family, liger.ROTATION, plain)
+    liger._difference(model.model.norm, torch.device("cpu"))
+    assert getattr(family, liger.ROTATION) is plain
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """What lies between a body and its logits is measured, in 16 bits as in 32, and the scores tell."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from fastpref.batches.padded import pad_rows
 from fastpref.errors import ConfigError, NonFiniteError
 from fastpref.model.exact_arithmetic import exact_arithmetic
-from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.logit_path import last_hidden_states, measure_logit_path
 from fastpref.model.scorer import TokenScorer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -142,6 +143,14 @@ def test_layers_between_body_and_head_belong_to_what_is_computed(dtype):
     assert_scores_are_its_own(model, dtype)
     # the head is the model's own again
     assert model(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, 97)
+
+
+def test_a_head_keeps_the_forward_that_an_adapter_gave_it():
+    model = build_family("bert", **SIZES, is_decoder=True)
+    head = model.get_output_embeddings()
+    head.forward = own = partial(type(head).forward, head)
+    last_hidden_states(model, "", input_ids=torch.tensor([[3, 4]]))
+    assert head.forward is own
 
 
 def test_a_body_that_goes_by_another_name_than_the_familys_is_found():

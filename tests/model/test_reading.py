@@ -2,16 +2,24 @@
 
 import errno
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from exhaustion import no_more_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastpref.batch import EncodedRow
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.explanations import explain
+from fastpref.model.adapters.folders import _merge
+from fastpref.model.files.archives import read_policy
 from fastpref.model.files.reading import reading, reason
+from fastpref.scoring.row_cache import RowCache
+from fastpref.scoring.shards import Shards
 
 RULE = "Validation error for field 'size':\n    TypeError: expected int, got str\nTraceback …"
 
@@ -85,6 +93,38 @@ def test_memory_that_ran_out_while_weights_were_read_is_told_as_that(error):
     assert str(known).startswith("out of memory: ")
 
 
+def test_files_are_not_to_blame_for_memory_that_runs_out(tmp_path, monkeypatch):
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", exhausted)
+    monkeypatch.setattr(np, "load", exhausted)
+    path = tmp_path / "000000.npz"
+    path.touch()
+    shards = Shards.of(tmp_path, [EncodedRow([1], [2], [3])], 1)
+    cache = RowCache(tmp_path)
+    for read in (
+        lambda: read_policy(path),
+        shards.missing,
+        lambda: cache.read(cache.files(), set()),
+        lambda: _merge(UnmergeableModel(), "adapter"),
+    ):
+        with pytest.raises(MemoryError):
+            read()
+
+
+class UnmergeableModel:
+    """A model with an adapter that memory is too small to merge."""
+
+    def __init__(self) -> None:
+        self.base_model = SimpleNamespace(model=SimpleNamespace(get_output_embeddings=lambda: None))
+        config = SimpleNamespace(to_dict=lambda: {})
+        self.peft_config = {"default": config}
+
+    def merge_and_unload(self) -> None:
+        raise MemoryError
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -93,6 +133,7 @@ def test_memory_that_ran_out_while_weights_were_read_is_told_as_that(error):
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
         OSError(errno.EMFILE, "Too many open files", "config.json"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         KeyboardInterrupt(),
     ],
 )

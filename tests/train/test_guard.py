@@ -8,15 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
 import train
+from fastpref.checkpoint.agreement import Agreement
 from fastpref.cli.command_line import main
+from fastpref.config import Config, DPOConfig, ModelConfig
+from fastpref.distributed import init_world
+from fastpref.objectives.step_loss import StepLoss
+from fastpref.signals import StopRequest
 from fastpref.train import loop
+from fastpref.train.build import build_run
+from fastpref.train.evaluation import evaluate
 from fastpref.train.guard import FiniteGuard, GuardState
+from fastpref.train.logs.metrics import PendingStep
 from fastpref.train.optim import build_optimizer
+from fastpref.train.resume.start import find_start
+from fastpref.train.run_folder import run_place
 
 DEVICES = [
     "cpu",
@@ -82,6 +93,21 @@ def test_steps_are_left_out_on_request_until_there_are_ten_in_a_row(optimizer, d
     other.load_state(GuardState(skipped=3, in_a_row=2))
     assert steps_of(other, parameter, [NAN] * 8 + [1.0]) == [False] * 9
     assert other.first_bad_step() == 8 - 10 + 1
+
+
+def test_a_flag_that_the_host_reads_is_awaited_first():
+    # a GPU that waits for a lost rank would block the host, which then hears no signal
+    parameter = torch.nn.Parameter(torch.ones(3))
+    awaited = []
+    for optimizer in ("RMSprop", "AdamW"):
+        guard = FiniteGuard(
+            build_optimizer(optimizer, [parameter], lr=0.1, options={}),
+            skip=False,
+            device=torch.device("cpu"),
+            await_device=lambda name=optimizer: awaited.append(name),
+        )
+        steps_of(guard, parameter, [1.0, 1.0])
+    assert awaited == ["RMSprop", "RMSprop"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -206,6 +232,56 @@ def test_a_gradient_that_overflows_is_named_by_the_rows_of_its_micro_batch(
     assert run(arguments(base, tmp_path / "run", *options)) == 5
     said = capsys.readouterr().err
     assert "is not finite at step" in said and f"the gradient of {base}/words/train.jsonl:" in said
+
+
+def test_rows_are_named_in_the_micro_batches_that_memory_has_room_for(
+    base, tmp_path, capsys, monkeypatch
+):
+    compute = StepLoss.compute
+
+    def of_one_pair(self: StepLoss, batch: Any, step: int | None) -> Any:
+        if batch.num_sequences > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return compute(self, batch, step)
+
+    monkeypatch.setattr(StepLoss, "compute", of_one_pair)
+    assert run(arguments(base, tmp_path / "run", "loss.beta=1e38")) == 5
+    assert f"the gradient of {base}/words/train.jsonl:" in capsys.readouterr().err
+
+
+def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_path):
+    """On a GPU an evaluation may be the first to look whether the steps before it were finite."""
+    config = Config(
+        model=ModelConfig(name_or_path=str(base / "model"), fsdp_policy_mp=None),
+        loss=DPOConfig(),
+        datasets=["words"],
+        base_data_dir=str(base),
+        run_dir=str(tmp_path / "run"),
+        max_length=64,
+        max_prompt_length=32,
+        batch_size=4,
+    )
+    world = init_world()
+    try:
+        with Agreement(world) as agreement:
+            run = build_run(config, world, find_start("never", run_place(config), agreement))
+            for step, loss in enumerate([0.5, NAN, 0.5], start=1):
+                run.log.add_step(step_of(step, loss))
+                run.updates.guard.apply(step, torch.tensor([loss, 1.0]))
+            with StopRequest() as stop:
+                assert evaluate(run, stop) is None
+                assert stop.requested
+    finally:
+        dist.destroy_process_group()
+    assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
+
+
+def step_of(number: int, loss: float) -> PendingStep:
+    counts = dict.fromkeys(("num_examples", "num_tokens", "num_computed", "num_scored"), 1)
+    values = torch.tensor([loss])
+    return PendingStep(
+        step=number, examples=number, lr=1e-3, names=["loss/train"], values=values, **counts
+    )
 
 
 def train_on_rank(command: list[str], lines: list[int], out: Path) -> None:

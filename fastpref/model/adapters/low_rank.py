@@ -245,13 +245,13 @@ def _times_pair(wide: Tensor, pair: Tensor) -> Tensor:
 
 def _left(matrix_NR: Tensor) -> Tensor:
     """Split a float32 matrix as the left factor of a product: parts high, low and high, (N, 3R)."""
-    high, low = _split(matrix_NR, torch.bfloat16)
+    high, low = split(matrix_NR, torch.bfloat16)
     return torch.cat([high, low, high], 1)
 
 
 def _right(matrix_RK: Tensor, dtype: torch.dtype) -> Tensor:
     """Split a float32 matrix as the right factor: parts high, high and low, (3R, K)."""
-    high, low = _split(matrix_RK, dtype)
+    high, low = split(matrix_RK, dtype)
     return torch.cat([high, high, low])
 
 
@@ -260,8 +260,9 @@ def _pair(right_3RK: Tensor) -> Tensor:
     return right_3RK[right_3RK.shape[0] // 3 :]
 
 
-def _split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Split a float32 matrix into a sum of two 16-bit matrices."""
+def split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Split a float32 matrix into a sum of two 16-bit matrices; a gradient flows through the first
+    one, which is multiplied by both parts of the other factor."""
     high = matrix.to(dtype)
     # subtracted in float32
-    return high, (matrix - high).to(dtype)
+    return high, (matrix.detach() - high.detach()).to(dtype)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastpref.model.adapters.low_rank import split
+
 TIED = "_fastpref_tied_to"
 
 
@@ -80,8 +82,8 @@ def adapted_head(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
             weight = weight.to(hidden.dtype) + scaling * (B @ A)
             continue
         low_rank = scaling * (hidden.float() @ A.T)
-        high_z, low_z = _parts(low_rank, hidden.dtype)
-        high_B, low_B = _parts(B, hidden.dtype)
+        high_z, low_z = split(low_rank, hidden.dtype)
+        high_B, low_B = split(B, hidden.dtype)
         hidden = torch.cat([hidden, high_z, low_z, high_z], dim=-1)
         weight = torch.cat([weight.to(hidden.dtype), high_B, high_B, low_B], dim=-1)
     return hidden, weight
@@ -109,13 +111,6 @@ def _matrices(layer: Any, name: str) -> tuple[Tensor, Tensor]:
     if name in getattr(layer, "lora_embedding_A", ()):
         return layer.lora_embedding_B[name].T, layer.lora_embedding_A[name].T
     return layer.lora_A[name].weight, layer.lora_B[name].weight
-
-
-def _parts(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Split a float32 matrix into a sum of two 16-bit matrices; the gradient flows through the
-    first one, which is multiplied by both parts of the other factor."""
-    high = matrix.to(dtype)
-    return high, (matrix.detach() - high.detach().float()).to(dtype)
 
 
 def shared_table(model: Any, name: str) -> str:

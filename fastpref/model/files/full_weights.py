@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,18 +118,7 @@ def check_fit(model: Any, shapes: Shapes, source: str, *, opening: str) -> None:
     headers = {
         name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()
     }
-
-    def load() -> Any:
-        return type(model).from_pretrained(
-            None,
-            config=model.config,
-            state_dict=headers,
-            dtype=model.dtype,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-
+    load = partial(_fill, model, headers, dtype=model.dtype, device_map="meta")
     with reading("the weights", source), _quiet_transformers():
         _load_filled(load, opening.format(source), lambda: model, lambda: shapes)
 
@@ -203,23 +193,24 @@ def load_weights(
     Raises:
         CheckpointError: they do not fill the model.
     """
-
-    def load() -> Any:
-        return type(like).from_pretrained(
-            None,
-            config=like.config,
-            state_dict=weights,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **attention,
-        )
-
+    load = partial(_fill, like, weights, dtype=dtype, **attention)
     opening = NO_FIT.format(source)
     with reading("the weights", source):
         return _load_full(
             load, opening, lambda: type(like)._from_config(like.config), lambda: shapes_of(weights)
         )
+
+
+def _fill(like: Any, weights: dict[str, Tensor], **options: Any) -> Any:
+    """A model like another one with these weights, and what transformers says about loading it."""
+    return type(like).from_pretrained(
+        None,
+        config=like.config,
+        state_dict=weights,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **options,
+    )
 
 
 def _load_full(

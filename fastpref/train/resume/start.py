@@ -60,16 +60,6 @@ class Start:
         """Lines of metrics that could not be written to their file when the run was saved."""
         return self.record.get("unwritten", [])
 
-    def check_options(self, options: dict[str, Any], *, allow: Sequence[str]) -> None:
-        """Refuse a checkpoint of a run with other options, before data or models are read.
-
-        Raises:
-            CheckpointError: the checkpoint, if there is one, is of such a run.
-        """
-        if self.checkpoint is not None:
-            folder = self.checkpoint.folder
-            check_same_run(folder, self.record, options, {}, allow=allow, quiet=True)
-
     def check_length(self, num_steps: int) -> None:
         """Refuse a checkpoint of a step beyond the end of this run.
 
@@ -83,7 +73,12 @@ class Start:
             )
 
     def check(
-        self, options: dict[str, Any], fingerprints: dict[str, str], *, allow: Sequence[str]
+        self,
+        options: dict[str, Any],
+        fingerprints: dict[str, str],
+        *,
+        allow: Sequence[str],
+        quiet: bool = False,
     ) -> None:
         """Refuse a checkpoint of another run, see `check_same_run`.
 
@@ -92,7 +87,7 @@ class Start:
         """
         if self.checkpoint is not None:
             folder = self.checkpoint.folder
-            check_same_run(folder, self.record, options, fingerprints, allow=allow)
+            check_same_run(folder, self.record, options, fingerprints, allow=allow, quiet=quiet)
 
     def load(self, policy: TokenScorer, updates: Updates, device: torch.device) -> RunState:
         """Load the checkpoint, if there is one, and return the run's state.
