@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -108,6 +109,13 @@ def test_a_merged_adapter_is_what_was_trained(models, tmp_path, case):
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_merging_warns_of_nothing_between_libraries(adapter):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load_model(find_model(str(adapter)), dtype=torch.float32)
+    assert not [entry.message for entry in said if entry.category is FutureWarning]
 
 
 def test_experts_adapters_of_transformers_4_are_merged(tmp_path):

@@ -123,7 +123,9 @@ def merge_adapter(model: Any, folder: str) -> Any:
     if rows != model.get_input_embeddings().weight.shape[0]:
         # the adapter brings the new rows
         model.resize_token_embeddings(rows, mean_resizing=False)
-    with reading("the adapter", folder):
+    with reading("the adapter", folder), warnings.catch_warnings():
+        # peft asks for an attribute by a name that transformers has deprecated
+        warnings.simplefilter("ignore", FutureWarning)
         config = PeftConfig.from_pretrained(folder)
         config.inference_mode = True
         adapted = PeftModel(model, config).eval()
