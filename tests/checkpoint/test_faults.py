@@ -224,7 +224,9 @@ def test_memory_that_runs_out_while_a_checkpoint_is_loaded_is_told_as_that(
     def fail(*_: Any) -> None:
         raise OSError(error, os.strerror(error))
 
-    load = lambda: load_checkpoint(checkpoint, *training.parts, device=CPU, agreement=agreement)  # noqa: E731
+    def load() -> None:
+        load_checkpoint(checkpoint, *training.parts, device=CPU, agreement=agreement)
+
     for method in ("read_metadata", "read_data"):
         with monkeypatch.context() as patch:
             patch.setattr(FileSystemReader, method, fail)

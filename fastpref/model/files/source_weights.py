@@ -269,7 +269,8 @@ def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
     for path in weight_files(folder):
         file: Any = _Held(path)
-        for name in file.keys():  # noqa: SIM118 its handles have keys and are no mappings
+        names = file.keys()
+        for name in names:
             part = file.get_slice(name)
             kind = part.get_dtype()
             # F8_E4M3, BF16, U8, BOOL
