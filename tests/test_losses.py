@@ -114,6 +114,11 @@ def test_simpo_compares_means_over_tokens_and_asks_for_a_margin():
     assert not any(reward.requires_grad for reward in rewards)
 
 
+def test_simpo_without_a_margin_is_ln_2_at_a_tie():
+    losses, *_ = simpo_loss(*[torch.ones(1)] * 4, beta=2.0, gamma=0.0)
+    assert losses.item() == pytest.approx(math.log(2.0))
+
+
 def test_a_tie_is_not_an_accuracy():
     accuracies = implicit_accuracies(torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3))
     assert accuracies.tolist() == [1.0, 0.0, 0.0]
