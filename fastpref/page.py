@@ -12,7 +12,8 @@ STYLE = """
   --card: #1f1c1a; --line: #35302c; --high: 249 115 22; --low: 96 145 250; --strength: .62; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 66rem; padding: 2.5rem 1.5rem 4rem; color: var(--ink);
-  background: var(--page); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
+  background: var(--page); font: 16px/1.55 system-ui, "Segoe UI", Roboto, sans-serif;
+  overflow-wrap: anywhere; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .35rem; letter-spacing: -.015em; }
 h2 { font-size: 1.05rem; margin: 2.4rem 0 .8rem; }
 p { margin: 0 0 .6rem; max-width: 46rem; }
@@ -33,7 +34,7 @@ svg .axis { stroke: var(--line); } svg .mark { fill: var(--ink); }
 svg .limit { stroke: var(--ink); stroke-dasharray: 4 3; }
 .pair { margin: 0 0 .75rem; }
 .response { font: .95rem/2 ui-monospace, "SF Mono", Menlo, Consolas, monospace; margin: 0;
-  white-space: pre-wrap; overflow-wrap: anywhere; }
+  white-space: pre-wrap; }
 .t { position: relative; padding: .2em .04em; border-radius: .22em; }
 .t:hover { outline: 2px solid var(--ink); z-index: 1; }
 .t:hover::after { content: attr(data-w); position: absolute; left: 0; top: 100%; margin-top: .3em;

@@ -25,8 +25,9 @@ svg .none { fill: var(--muted); opacity: .55; }
 .l { background: rgb(var(--low) / calc(var(--a) * var(--strength))); }
 .x { text-decoration: underline 2px; text-underline-offset: .28em; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-td, th { padding: .1rem .9rem .1rem 0; text-align: right; font-weight: 400; }
-td:first-child, th:first-child { text-align: left; white-space: pre; }
+td, th { padding: .1rem .9rem .1rem 0; text-align: right; font-weight: 400;
+  white-space: nowrap; }
+td:first-child, th:first-child { text-align: left; white-space: pre-wrap; }
 th { color: var(--muted); }
 """
 """CSS in addition to `page.STYLE`."""

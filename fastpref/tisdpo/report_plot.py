@@ -1,13 +1,15 @@
 """`weights.png`: histograms and a few pairs as a picture, for a README or a notebook."""
 
-import textwrap
+import unicodedata
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastpref.complete_files import complete_file
 from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogram
 
 COLUMNS = 104
@@ -16,8 +18,10 @@ GAP = 4
 """Width of the gap between two columns of pairs, in characters."""
 LABEL = 10
 """Width of the labels `chosen` and `rejected`, in characters."""
+FONT = "DejaVu Sans Mono"
+"""Comes with matplotlib."""
 GLYPH = 0.602
-"""Width of a character of DejaVu Sans Mono, in em."""
+"""Width of a character of the font, in em."""
 LINE = 1.6
 """Height of a text line, in em."""
 MAX_LINES = 3
@@ -49,12 +53,13 @@ def plot_weights(report: WeightsReport, path: Path) -> None:
     ) -> tuple[float, float, float, float]:
         return left / WIDTH, 1 - (top + tall) / height, width / WIDTH, tall / height
 
-    title = f"Token weights: {report.title}"
-    figure.text(MARGIN / WIDTH, 1 - 0.36 / height, title, size=13, weight="bold", color=INK)
+    top = 1 - 0.36 / height
+    title = figure.text(MARGIN / WIDTH, top, f"Token weights: {printable(report.title)}")
+    title.set(size=13, weight="bold", color=INK, parse_math=False)
     if report.auc is not None:
         figure.text(
             1 - MARGIN / WIDTH,
-            1 - 0.36 / height,
+            top,
             f"underlined: planted wrong tokens, ROC-AUC {report.auc:.3f}",
             size=9,
             color=MUTED,
@@ -71,7 +76,8 @@ def plot_weights(report: WeightsReport, path: Path) -> None:
     for i, column in enumerate(blocks):
         for row, line in enumerate(column):
             draw_line(axes, i * (COLUMNS + GAP) / 2, row, line, font_size, report.limit)
-    figure.savefig(path, dpi=150)
+    with complete_file(path, "wb") as file:
+        figure.savefig(file, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -113,8 +119,7 @@ def used(tokens: Sequence[WeighedToken]) -> int:
 
 def pair_lines(example: Example, width: int) -> list[Line]:
     """A pair as lines of at most `width` characters: prompt, chosen, rejected, a blank line."""
-    prompt = textwrap.shorten(example.prompt.replace("\n", " "), width, placeholder=" …")
-    lines: list[Line] = [("", prompt)]
+    lines: list[Line] = [("", shorten(printable(" ".join(example.prompt.split())), width))]
     for label, tokens in (("chosen", example.chosen), ("rejected", example.rejected)):
         for i, line in enumerate(wrap_tokens(tokens, width - LABEL)):
             lines.append(("" if i else label, line))
@@ -139,7 +144,7 @@ def draw_line(axes: Any, x: float, row: int, line: Line, font_size: float, limit
 
     label, content = line
     # parse_math off: dollar signs are text, not maths
-    font = {"size": font_size, "family": "DejaVu Sans Mono", "va": "center", "parse_math": False}
+    font = {"size": font_size, "family": FONT, "va": "center", "parse_math": False}
     if isinstance(content, str):
         axes.text(x, row + 0.5, content, color=MUTED, **font)
         return
@@ -157,8 +162,33 @@ def draw_line(axes: Any, x: float, row: int, line: Line, font_size: float, limit
 
 
 def drawn(text: str) -> str:
-    """A token's text on one line."""
-    return text.replace("\n", "↵").replace("\t", " ") or "·"
+    """A token's text on one line, at most as wide as the line of a column."""
+    text = text.replace("\n", "↵").replace("\t", " ")
+    return shorten(printable(text), (COLUMNS - GAP) // 2 - LABEL) or "·"
+
+
+def shorten(text: str, width: int) -> str:
+    """A text cut to `width` characters."""
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def printable(text: str) -> str:
+    """A text with a box for each character that the font lacks or that would not be seen."""
+    return "".join(
+        character
+        if ord(character) in glyphs() and unicodedata.category(character) not in ("Cc", "Cf")
+        else "□"
+        for character in text
+    )
+
+
+@cache
+def glyphs() -> frozenset[int]:
+    """Code points that the font has. Of others matplotlib warns one by one, and draws a box of
+    another width."""
+    from matplotlib.font_manager import findfont, get_font
+
+    return frozenset(get_font(findfont(FONT)).get_charmap())
 
 
 def blend(weight: float, limit: float) -> tuple[float, ...]:

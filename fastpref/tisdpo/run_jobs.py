@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from fastpref.data.counts import log_counts
@@ -13,6 +14,7 @@ from fastpref.tisdpo.report import WeightsReport, read_report
 from fastpref.tisdpo.report_html import write_html
 from fastpref.tisdpo.report_plot import plot_weights
 from fastpref.tisdpo.weight_rows import SourceJob, write_weights
+from fastpref.train.logs.report import try_to_draw
 
 logger = logging.getLogger("fastpref")
 
@@ -61,9 +63,11 @@ def run_jobs(
 
 
 def report_on(job: SourceJob, tokenizer: Any) -> WeightsReport:
-    """Read a weights file back, and write its `weights.html` and `weights.png`."""
+    """Read a weights file back, and write its `weights.html` and `weights.png`; without the picture
+    there is only a warning, as the weights are already written."""
     report = read_report(job.path, job.encoded, job.origin, tokenizer)
-    write_html(report, job.path.with_name("weights.html"))
-    plot_weights(report, job.path.with_name("weights.png"))
-    logger.info("wrote %s and weights.png", job.path.with_name("weights.html"))
+    page, picture = (job.path.with_name(f"weights.{kind}") for kind in ("html", "png"))
+    write_html(report, page)
+    is_drawn = try_to_draw(partial(plot_weights, report), picture)
+    logger.info("wrote %s%s", page, " and weights.png" if is_drawn else "")
     return report

@@ -2,6 +2,9 @@
 
 import json
 import re
+import warnings
+from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,7 +25,8 @@ from fastpref.tisdpo.report import (
     token_texts,
 )
 from fastpref.tisdpo.report_html import write_html
-from fastpref.tisdpo.report_plot import lay_out, plot_weights
+from fastpref.tisdpo.report_plot import drawn, lay_out, plot_weights
+from fastpref.train.logs.report import try_to_draw
 
 pytestmark = pytest.mark.looks_at_pictures
 
@@ -95,6 +99,51 @@ def test_short_pairs_stand_in_two_columns_and_nothing_leaves_the_picture(
             assert len(text) <= 104 / num_columns
     plot_weights(report, tmp_path / "weights.png")
     assert (tmp_path / "weights.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def strange_report() -> WeightsReport:
+    """Characters without a glyph, invisible ones, and a token wider than the picture."""
+
+    def tokens(*texts: str) -> list[WeighedToken]:
+        return [WeighedToken(text=text, weight=0.5, raw=0.5, is_planted=False) for text in texts]
+
+    example = Example(
+        prompt="\N{GRINNING FACE} $x_$ " + "p" * 300,
+        chosen=tokens("\N{CJK UNIFIED IDEOGRAPH-6F22}", "\N{RIGHT-TO-LEFT OVERRIDE}", "\0", "ok"),
+        rejected=tokens("-" * 300, "\r\n", ""),
+    )
+    return replace(make_report(), title="$a_$, train", examples=[example])
+
+
+def test_tokens_that_cannot_be_drawn_are_boxes_and_none_leaves_the_picture(tmp_path):
+    report = strange_report()
+    [[[_, prompt], *_], *_] = lay_out(report.examples)
+    assert prompt.startswith("□ $x_$ ppp") and prompt.endswith("p…") and len(prompt) <= 50
+    texts = [drawn(token.text) for token in report.examples[0].chosen]
+    assert texts == ["□", "□", "□", "ok"]
+    long, line_break, nothing = (drawn(token.text) for token in report.examples[0].rejected)
+    assert long == "-" * 39 + "…" and (line_break, nothing) == ("□↵", "·")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_weights(report, tmp_path / "weights.png")
+
+
+def test_a_picture_that_cannot_be_written_is_only_missed(tmp_path, caplog):
+    picture = tmp_path / "weights.png"
+    picture.mkdir()
+    assert not try_to_draw(partial(plot_weights, make_report()), picture)
+    assert f"no weights.png: CheckpointError: {picture}: cannot be written" in caplog.text
+
+
+def test_a_long_word_breaks_wherever_the_page_has_text(tmp_path):
+    report = replace(make_report(), examples=strange_report().examples)
+    write_html(report, tmp_path / "weights.html")
+    page = (tmp_path / "weights.html").read_text(encoding="utf-8")
+    body, cell = (
+        re.search(rf"^{re.escape(name)} {{([^}}]*)}}", page, re.M)[1]
+        for name in ("body", "td:first-child, th:first-child")
+    )
+    assert "overflow-wrap: anywhere" in body and "white-space: pre-wrap" in cell
 
 
 def test_a_bar_that_dwarfs_the_others_is_cut():

@@ -25,12 +25,12 @@ MOST_CHARACTERS = 4000
 
 STYLE = """
 :root { --loss: 13 148 136; } @media (prefers-color-scheme: dark) { :root { --loss: 45 190 170; } }
-ul { margin: 0 0 .6rem; padding-left: 1.2rem; max-width: 60rem; } li { overflow-wrap: anywhere; }
+ul { margin: 0 0 .6rem; padding-left: 1.2rem; max-width: 60rem; }
 .warn { border-left: 3px solid rgb(var(--high)); padding-left: .8rem; list-style: none; }
 .legend { display: flex; flex-wrap: wrap; gap: .4rem 1.2rem; font-size: .875rem; margin: 0 0 1rem; }
 .label { display: inline-block; border: 1px solid var(--line); border-radius: 1rem;
   font-size: .8rem; padding: .05rem .6rem; margin: 0 .3rem .3rem 0; }
-.left { border-color: rgb(var(--high)); } .place { overflow-wrap: anywhere; }
+.left { border-color: rgb(var(--high)); }
 .part { margin: .7rem 0 0; } .response { line-height: 1.75; max-width: none; }
 .charts { grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); }
 .response .t { border-left: 1px solid var(--line); }

@@ -3,7 +3,8 @@
 import io
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import harmonic_mean
 from typing import TypeGuard
@@ -43,13 +44,20 @@ def show_results(records: Sequence[Record], run_dir: Path, seconds: float) -> No
         run_dir: The run folder.
         seconds: Wall time of the training in seconds, evaluations included.
     """
+    drawn = [record for record in records if is_finite(record.get("examples"))]
+    try_to_draw(partial(plot_curves, drawn), run_dir / "curves.png")
+    print_text(summarize(records, run_dir, seconds))
+
+
+def try_to_draw(plot: Callable[[Path], None], path: Path) -> bool:
+    """Whether a picture could be drawn at `path`; if not, a warning says why."""
     try:
-        drawn = [record for record in records if is_finite(record.get("examples"))]
-        plot_curves(drawn, run_dir / "curves.png")
+        plot(path)
     # matplotlib may fail in many ways: it needs a font cache, disk space and more
     except Exception as error:
-        logger.warning("no curves.png: %s: %s", type(error).__name__, first_line(error))
-    print_text(summarize(records, run_dir, seconds))
+        logger.warning("no %s: %s: %s", path.name, type(error).__name__, first_line(error))
+        return False
+    return True
 
 
 def print_text(text: str) -> None:
