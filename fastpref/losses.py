@@ -248,7 +248,7 @@ def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Ten
 def _check_option(name: str, value: float, **bounds: float) -> None:
     """`check_number` for a required option: refuses None and other non-numbers."""
     # a tensor or array of several elements also has __float__, which fails
-    if not hasattr(value, "__float__") or getattr(value, "ndim", 0):
+    if not hasattr(value, "__float__") or getattr(value, "ndim", False):
         raise ValueError(f"{name} must be a number, got {value!r}")
     check_number(name, value, **bounds)
 
