@@ -1,7 +1,7 @@
 """The losses: pure functions of per-sequence scores, one value per pair, without reduction.
 
 Every log probability, log-ratio and KL is a sum over response tokens, in nats, shape (P,) for P
-preference pairs; float32 or float64, and 16-bit inputs are computed in float32. A log-ratio is
+preference pairs; float32 or float64, others are computed in float32. A log-ratio is
 log π(response | prompt) - log π_ref(response | prompt). Returned rewards are detached.
 
 Each function raises ValueError if an argument is not a tensor, shapes differ or an option is out of
@@ -247,7 +247,8 @@ def implicit_accuracies(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Ten
 
 def _check_option(name: str, value: float, **bounds: float) -> None:
     """`check_number` for a required option: refuses None and other non-numbers."""
-    if not hasattr(value, "__float__"):
+    # a tensor or array of several elements also has __float__, which fails
+    if not hasattr(value, "__float__") or getattr(value, "ndim", False):
         raise ValueError(f"{name} must be a number, got {value!r}")
     check_number(name, value, **bounds)
 
@@ -260,7 +261,7 @@ def _times(alpha: float, difference: Tensor) -> Tensor:
 
 
 def _numbers(**tensors: Tensor) -> list[Tensor]:
-    """The tensors, with 16-bit ones converted to float32.
+    """The tensors, converted to float32 unless they are float32 or float64.
 
     Raises:
         ValueError: one is not a tensor, or shapes differ (broadcasting would hide the mistake).
@@ -275,5 +276,5 @@ def _numbers(**tensors: Tensor) -> list[Tensor]:
                 f"{name} must have the shape of {first_name}, {tuple(first.shape)}, got "
                 f"{tuple(tensor.shape)}"
             )
-    in_16_bits = (torch.bfloat16, torch.float16)
-    return [x.float() if x.dtype in in_16_bits else x for x in tensors.values()]
+    kept = (torch.float32, torch.float64)
+    return [x if x.dtype in kept else x.float() for x in tensors.values()]

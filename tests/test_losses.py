@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -171,6 +172,8 @@ def test_a_beta_out_of_its_range_is_refused(loss, beta):
         (ipo_loss, "beta", None),
         (simpo_loss, "gamma", "1"),
         (tdpo_loss, "alpha", None),
+        (tisdpo_loss, "beta", torch.tensor([0.1, 0.2])),
+        (tdpo_loss, "alpha", np.array([0.1, 0.2])),
     ],
 )
 def test_other_options_too(loss, option, value):
@@ -213,3 +216,11 @@ def test_an_infinite_margin_is_a_loss_of_zero():
     inputs = [torch.tensor([x], requires_grad=i < 2) for i, x in enumerate((0.0, -math.inf, 0, 0))]
     losses, *_ = dpo_loss(*[x.float() for x in inputs], beta=0.1)
     assert losses.item() == 0
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_whole_numbers_are_computed_in_float32(loss):
+    whole = [torch.tensor([n, n + 1]) for n in (-3, -5, 1, 2)]
+    expected = loss(*[x.float() for x in whole], **options_of(loss))
+    for result, same in zip(loss(*whole, **options_of(loss)), expected, strict=True):
+        assert torch.equal(result, same) and result.dtype == torch.float32

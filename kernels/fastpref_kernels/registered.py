@@ -33,17 +33,24 @@ class HeadOp(NamedTuple):
     """Type of the forward's results."""
     differentiable: tuple[str, ...]
     """Fields of `stats` that gradients flow through."""
+    returned: tuple[str, ...]
+    """Fields of `stats` that the public function returns."""
     num_models: int
     """1, or 2 for policy and reference."""
     has_direction: bool = False
 
 
 OPS = {
-    "token_logps": HeadOp("token_logps", TokenStats, ("logps",), 1),
+    "token_logps": HeadOp("token_logps", TokenStats, ("logps",), ("logps",), 1),
     "token_logps_kl": HeadOp(
-        "token_logps_and_kl", JointStats, ("logps", "kl"), 2, has_direction=True
+        "token_logps_and_kl",
+        JointStats,
+        ("logps", "kl"),
+        ("logps", "reference_logps", "kl"),
+        2,
+        has_direction=True,
     ),
-    "tdpo1_token_values": HeadOp("tdpo1_token_values", ValueStats, ("values",), 2),
+    "tdpo1_token_values": HeadOp("tdpo1_token_values", ValueStats, ("values",), ("values",), 2),
 }
 
 
@@ -248,8 +255,10 @@ def _setup_context(
     call = _Call.of(policy, reference, **keyword_only_inputs)
     ctx.options = keyword_only_inputs | {"mode": call.mode}
     ctx.num_tensors = (len(policy), len(reference))
-    ctx.save_for_backward(*policy, *reference, target, *output)
     stats = OPS[call.op].stats(*output)
+    # a copy of what the caller gets and may change in place, as in `logps[~mask] = 0`
+    copies = {name: getattr(stats, name).clone() for name in OPS[call.op].returned}
+    ctx.save_for_backward(*policy, *reference, target, *stats._replace(**copies))
     flowing = [getattr(stats, name) for name in OPS[call.op].differentiable]
     ctx.mark_non_differentiable(*(x for x in stats if all(x is not y for y in flowing)))
     ctx.set_materialize_grads(False)

@@ -55,7 +55,7 @@ def sequence_log_ratios(
     )
 
 
-@custom_op("fastpref::sequence_log_ratios_v2", mutates_args=())
+@custom_op("fastpref::sequence_log_ratios_v3", mutates_args=())
 def fwd_op(
     logps: Tensor,
     reference_logps: Tensor,
@@ -85,35 +85,35 @@ def _(
     return logps.new_empty(num_sequences, dtype=torch.float32)
 
 
-@custom_op("fastpref::sequence_log_ratios_bwd_v1", mutates_args=())
-def bwd_op(grad: Tensor, weights: Tensor | None, ids: Tensor, logps: Tensor) -> Tensor:
-    """Gradient of `logps`: token weight times sequence gradient; values of `logps` are unused."""
-    if not logps.numel():
-        return torch.empty_like(logps)
-    impl = implementation("sequence_log_ratios", logps.device)
-    with inside_op(logps.device):
-        return impl.sequence_log_ratios_bwd(grad, weights, ids, logps.dtype)
+@custom_op("fastpref::sequence_log_ratios_bwd_v2", mutates_args=())
+def bwd_op(grad: Tensor, weights: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gradient of the log-probabilities, of `dtype`: token weight times sequence gradient."""
+    if not ids.numel():
+        return grad.new_empty(0, dtype=dtype)
+    impl = implementation("sequence_log_ratios", grad.device)
+    with inside_op(grad.device):
+        return impl.sequence_log_ratios_bwd(grad, weights, ids, dtype)
 
 
 @bwd_op.register_fake
-def _(grad: Tensor, weights: Tensor | None, ids: Tensor, logps: Tensor) -> Tensor:
-    return logps.new_empty(logps.shape)
+def _(grad: Tensor, weights: Tensor | None, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(ids.shape, dtype=dtype)
 
 
 def _setup_context(
     ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
 ) -> None:
     logps, _, weights, ids = inputs
-    ctx.save_for_backward(weights, ids, logps)
+    ctx.dtype = logps.dtype
+    ctx.save_for_backward(weights, ids)
 
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, ids, logps = ctx.saved_tensors
-    return bwd_op(grad, weights, ids, logps), None, None, None
+    return bwd_op(grad, *ctx.saved_tensors, ctx.dtype), None, None, None
 
 
-register_autograd("fastpref::sequence_log_ratios_v2", _differentiate, setup_context=_setup_context)
-differentiable_once("fastpref::sequence_log_ratios_bwd_v1", lambda _: "sequence_log_ratios")
+register_autograd("fastpref::sequence_log_ratios_v3", _differentiate, setup_context=_setup_context)
+differentiable_once("fastpref::sequence_log_ratios_bwd_v2", lambda _: "sequence_log_ratios")
 
 
 def _check(

@@ -99,6 +99,15 @@ def test_only_the_policys_log_probabilities_receive_a_gradient():
     assert reference_logps_N.grad is None and weights_N.grad is None
 
 
+def test_log_probabilities_may_be_changed_in_place_afterwards():
+    leaf_N = torch.randn(9, requires_grad=True)
+    logps_N = leaf_N * 1
+    ratios_S = sequence_log_ratios(logps_N, torch.zeros(9), torch.arange(9) // 3, 3)
+    logps_N.zero_()
+    ratios_S.mul_(2).sum().backward()
+    assert torch.equal(leaf_N.grad, torch.full((9,), 2.0))
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gradients_come_in_the_dtype_of_the_log_probabilities(dtype):
     logps_N = torch.randn(9).to(dtype).requires_grad_()

@@ -95,6 +95,15 @@ def test_only_what_wants_a_gradient_gets_one(wanted):
     assert all(torch.equal(grad, all_grads[i]) for i, grad in zip(wanted, grads, strict=True))
 
 
+def test_values_may_be_changed_in_place():
+    policy, target_N = random_head(60, 61, 17), random_target(60, 61)
+    reference = nearby(policy)
+    values_N = tdpo1_token_values(*policy[:2], target_N, *reference[:2])
+    (expected,) = torch.autograd.grad(2 * values_N.sum(), policy[0], retain_graph=True)
+    (grad,) = torch.autograd.grad(values_N.mul_(2).sum(), policy[0])
+    assert torch.equal(grad, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_models_that_share_a_head_and_are_equal_have_values_of_exactly_nothing(dtype):
     input, weight, bias = random_head(252, 507, 123, dtype)

@@ -415,6 +415,17 @@ def test_a_second_backward_over_a_retained_graph_repeats_the_first():
     assert all(map(torch.equal, first, torch.autograd.grad(loss, (input, weight))))
 
 
+def test_log_probabilities_may_be_changed_in_place():
+    input, weight, _ = random_head(60, 61, 17)
+    target_N, mask_N = random_target(60, 61), torch.arange(60) % 3 > 0
+    expected = torch.autograd.grad(
+        token_logps(input, weight, target_N).masked_fill(~mask_N, 0).sum(), (input, weight)
+    )
+    logps_N = token_logps(input, weight, target_N)
+    logps_N[~mask_N] = 0
+    assert all(map(torch.equal, torch.autograd.grad(logps_N.sum(), (input, weight)), expected))
+
+
 def test_gradients_of_gradients_are_refused():
     input, weight, _ = random_head(6, 61, 17)
     loss = token_logps(input, weight, random_target(6, 61)).square().sum()

@@ -353,6 +353,20 @@ def test_the_reference_never_receives_a_gradient(direction):
 
 
 @both_directions
+def test_scores_may_be_changed_in_place(direction):
+    input, weight, _ = random_head(60, 61, 17)
+    reference, target_N = random_head(60, 61, 17, seed=1)[:2], random_target(60, 61)
+
+    def scores():
+        return token_logps_and_kl(input, weight, target_N, *reference, direction=direction)
+
+    expected = torch.autograd.grad(sum(2 * score.sum() for score in scores()), (input, weight))
+    doubled = [score.mul_(2) for score in scores()]
+    grads = torch.autograd.grad(sum(score.sum() for score in doubled), (input, weight))
+    assert all(map(torch.equal, grads, expected))
+
+
+@both_directions
 def test_a_shared_head_receives_the_policys_gradient_only(direction):
     input, weight, _ = random_head(60, 61, 17)
     reference_ND = nearby((input,))[0]
