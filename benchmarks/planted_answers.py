@@ -1,9 +1,9 @@
-"""Share of correct answers on the embedded held-out prompts: planted_answers.py MODEL_DIR...
+"""Share of correct answers on the embedded held-out prompts:
 
 python benchmarks/planted_answers.py fastpref/assets/tiny output/<run>/LATEST
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,8 +34,8 @@ def share_right(model_dir: str, *, do_sample: bool) -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    for model_dir in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", help="folders of models")
+    for model_dir in parser.parse_args().models:
         sampled, greedy = (share_right(model_dir, do_sample=flag) for flag in (True, False))
         print(f"{model_dir}: sampled {sampled:.3f}, greedy {greedy:.3f}")

@@ -62,7 +62,7 @@ class TrainingOptions(NamedTuple):
 
 @dataclass(kw_only=True)
 class Config:
-    """One run. Sizes called `batch` count examples: pairs, or prompts for loss=sft."""
+    """One run. Sizes called `batch` count examples: pairs, or sequences for loss=sft."""
 
     task: str = "train"
     """train; audit: check the data and write a page that shows it; plan: the memory that training
