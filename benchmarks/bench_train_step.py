@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--pairs", type=int, default=8, help="per optimizer step")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a padded step")
-    parser.add_argument("--max-tokens", default="8192", help="of a packed micro-batch: N or auto")
+    parser.add_argument("--max-tokens", default="auto", help="of a packed micro-batch: N or auto")
     parser.add_argument("--steps", type=int, default=8, help="per arm and round, 2 not counted")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from fastpref.batches.layouts import CPU_TOKENS, PackedRows, PaddedRows
+from fastpref.batches.layouts import GPU_TOKENS, PackedRows, PaddedRows
 from fastpref.batches.loader import Loader, pad_token_id
 from fastpref.batches.order import GlobalOrder
 from fastpref.config import Config, DPOConfig, ModelConfig
@@ -36,7 +36,7 @@ def load(model: str, base_data_dir: str, name: str, batch_size: int) -> Loader:
     tokenizer = load_tokenizer(folder)
     vocab_size = read_vocab_size(find_model(folder))
     data = load_split(data_options(config), "train", tokenizer, vocab_size=vocab_size, quiet=True)
-    layout = PackedRows(share_prompt=True, max_tokens=config.packing.token_limit or CPU_TOKENS)
+    layout = PackedRows(share_prompt=True, max_tokens=GPU_TOKENS)
     order = GlobalOrder(data.groups, batch_size=batch_size, seed=0, n_epochs=1)
     filler = pad_token_id(tokenizer, vocab_size)
     return Loader(data=data, order=order, layout=layout, pad_token_id=filler)

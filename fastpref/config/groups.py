@@ -138,7 +138,7 @@ class PackingConfig:
     max_tokens: str = "auto"
     """Most tokens that a process computes at once: auto, or a number >= 1. A step with more tokens
     takes more micro-batches, to the same update; a pair with more tokens than this is computed
-    alone. auto: what memory holds, up to 32,768 on a GPU and 8,192 on a CPU."""
+    alone. auto: what memory holds, up to 32,768 on a GPU and 2,048 on a CPU."""
 
     @property
     def token_limit(self) -> int | None:
@@ -246,7 +246,7 @@ class WeightsConfig:
     """Appended to the dataset's name in output_dir."""
     batch_size: int | None = None
     """Rows scored at once by each process, >= 1; null: packed rows up to packing.max_tokens tokens
-    (2,048 on a CPU), padded ones 4 at a time."""
+    (auto: 8,192 on a GPU, 2,048 on a CPU), padded ones 4 at a time."""
     shard_rows: int = 256
     """Rows between two saves, >= 1: an interruption loses no more."""
     round: int | None = None

@@ -18,9 +18,6 @@ from fastpref.scoring.progress import ScoringProgress
 from fastpref.scoring.shards import PairLogps, num_tokens
 from fastpref.signals import StopRequest
 
-CPU_TOKENS = 2048
-"""Maximum tokens per batch on a CPU: larger batches take more memory and are no faster."""
-
 
 def repeat_scoring(world: World, batch_size: int | None) -> Repetition:
     """The out-of-memory retry policy; its message names the option that sets the batch size."""
@@ -88,8 +85,7 @@ class Ranks:
         """Row indices of each batch; the same for any number of ranks."""
         if self.batch_size is not None:
             return in_groups(len(rows), self.batch_size)
-        most_tokens = CPU_TOKENS if self.world.device.type == "cpu" else None
-        return self.layout.divide(EncodedColumns.of_rows(rows), most_tokens=most_tokens)
+        return self.layout.divide(EncodedColumns.of_rows(rows))
 
     def _score(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
         """Score one batch of rows."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpref.batch import SegmentLayout
-from fastpref.batches.layouts import CPU_TOKENS, PackedRows, PaddedRows, RowLayout
+from fastpref.batches.layouts import CPU_TOKENS, GPU_TOKENS, PackedRows, PaddedRows, RowLayout
 from fastpref.batches.packed import pack_rows
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
@@ -61,7 +61,8 @@ def choose_rows(
     Raises:
         ConfigError: the requested packing or attention is not possible.
     """
-    max_tokens = packing.token_limit or CPU_TOKENS
+    default = GPU_TOKENS if world.device.type == "cuda" else CPU_TOKENS
+    max_tokens = packing.token_limit or default
     found = None
     if packing.enabled:
         found = world.on_main(
