@@ -491,3 +491,18 @@ def test_changes_are_listed_by_their_dotted_names():
         "lr was 1, is 2",
         "new was None, is 0",
     ]
+
+
+def test_caches_may_be_moved_between_two_starts():
+    before = {
+        "data": {"cache_dir": "a", "num_proc": 1, "strict": False},
+        "reference": {"cache_dir": None, "mode": "auto"},
+    }
+    now = {
+        "data": {"cache_dir": "b", "num_proc": 2, "strict": True},
+        "reference": {"cache_dir": "c", "mode": "cache"},
+    }
+    assert list(map(str, list_changes(before, now))) == [
+        "data.strict was False, is True",
+        "reference.mode was auto, is cache",
+    ]
