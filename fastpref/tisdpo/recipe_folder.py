@@ -24,6 +24,7 @@ DATE_FILE = "chat-date"
 MAY_CHANGE = (
     *("run_dir", "output_dir", "local_dirs", "exp_name", "trainer", "fsdp_port", "debug"),
     *("minimum_log_interval_secs", "wandb", "tensorboard", "checkpoint", "resume", "parallel"),
+    *("data.cache_dir", "data.num_proc", "reference.cache_dir"),
 )
 """Options that may differ between two starts of a run, as no result depends on them."""
 

@@ -3,14 +3,16 @@
 import contextlib
 import io
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastpref.distributed import World
+from fastpref.errors import DataError
 from fastpref.memory.repetition import release_memory
 from fastpref.tisdpo.closing_report import describe_training, describe_weights
 from fastpref.tisdpo.estimate import estimate_weights
 from fastpref.tisdpo.report import WeightsReport
-from fastpref.tisdpo.stage_record import CHAT_DATE, mark_done
+from fastpref.tisdpo.stage_record import CHAT_DATE, MARKER, mark_done
 from fastpref.tisdpo.stages import Stage
 from fastpref.train.task import train
 
@@ -30,7 +32,7 @@ def run_stage(
     table = io.StringIO()
     reports: list[WeightsReport] = []
     try:
-        with contextlib.redirect_stdout(table):
+        with contextlib.redirect_stdout(table), _explaining_damage(folder.with_name("weights")):
             if is_training:
                 seconds = train(stage.config, world, command=command, chat_date=chat_date)
             else:
@@ -47,3 +49,19 @@ def run_stage(
 
     # on_main: no rank starts the next stage before rank 0 has finished this one
     world.on_main(close)
+
+
+@contextlib.contextmanager
+def _explaining_damage(weights: Path) -> Iterator[None]:
+    """Add to an error in the weights files of an earlier stage how to have them written again.
+
+    Args:
+        weights: Folder of the stage that has estimated the weights.
+    """
+    try:
+        yield
+    except DataError as error:
+        if str(weights) not in str(error) or not (weights / MARKER).is_file():
+            raise
+        again = f"to have the weights estimated again, delete {weights}"
+        raise DataError(f"{error}; {again}") from None

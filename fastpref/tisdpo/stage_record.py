@@ -67,13 +67,26 @@ def read_record(folder: Path) -> dict[str, Any]:
     path = folder / MARKER
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if all(name in record for name in IN_WORDS):
+        if _is_record(record):
             return record
-    except (ValueError, TypeError):
+    except ValueError:
         pass
     raise CheckpointError(
         f"{path} is not the record of a stage that is done: copy the folder anew, or delete it to "
         "have the stage done again"
+    )
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not all(name in record for name in IN_WORDS):
+        return False
+    fingerprints = record.get("fingerprints", {})
+    return (
+        isinstance(record["what"], str)
+        and isinstance(record["result"], str)
+        and isinstance(record["seconds"], int | float)
+        and isinstance(fingerprints, dict)
+        and all(isinstance(digest, str) for digest in fingerprints.values())
     )
 
 

@@ -354,6 +354,45 @@ def test_a_record_that_cannot_be_written_for_want_of_files_is_told_as_that(tmp_p
     assert is_done(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"what": 1},
+        {"result": ["loss"]},
+        {"seconds": None},
+        {"fingerprints": []},
+        {"fingerprints": {"chat date": 3}},
+    ],
+)
+def test_a_record_with_values_of_other_kinds_is_damaged(tmp_path, damage):
+    record: dict[str, Any] = {"what": "", "result": "", "seconds": 0.5}
+    mark_done(tmp_path, record | {"fingerprints": {"chat date": "2001-02-03"}}, "")
+    assert is_done(tmp_path)
+    mark_done(tmp_path, record | damage, "")
+    with pytest.raises(CheckpointError, match="is not the record of a stage that is done"):
+        is_done(tmp_path)
+
+
+def test_weights_damaged_after_their_stage_are_estimated_again_as_the_error_says(
+    base, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    arguments = job(base, "tisdpo_p", run_dir=run_dir, n_examples=4, n_eval_examples=0)
+    assert run(arguments) == 0
+    weights = run_dir / "weights" / "words" / "train.jsonl"
+    before = weights.read_bytes()
+    weights.write_bytes(before.replace(b'"chosen_weight": [', b'"chosen_weight": ["', 1))
+    shutil.rmtree(run_dir / "policy")
+    capsys.readouterr()
+    assert run(arguments) == 3
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{weights}:1" in error
+    assert error.endswith(f"; to have the weights estimated again, delete {run_dir / 'weights'}")
+    shutil.rmtree(run_dir / "weights")
+    assert run(arguments) == 0
+    assert weights.read_bytes() == before
+
+
 def test_two_ranks_share_every_stage(base, tmp_path):
     run_dir = tmp_path / "run"
     arguments = job(base, "tisdpo_p", run_dir=run_dir, n_examples=8, trainer="FSDPTrainer")
@@ -451,4 +490,19 @@ def test_changes_are_listed_by_their_dotted_names():
         "loss.run_dir was 2, is 3",
         "lr was 1, is 2",
         "new was None, is 0",
+    ]
+
+
+def test_caches_may_be_moved_between_two_starts():
+    before = {
+        "data": {"cache_dir": "a", "num_proc": 1, "strict": False},
+        "reference": {"cache_dir": None, "mode": "auto"},
+    }
+    now = {
+        "data": {"cache_dir": "b", "num_proc": 2, "strict": True},
+        "reference": {"cache_dir": "c", "mode": "cache"},
+    }
+    assert list(map(str, list_changes(before, now))) == [
+        "data.strict was False, is True",
+        "reference.mode was auto, is cache",
     ]
