@@ -13,8 +13,8 @@ from fastpref.tisdpo.report import Example, WeighedToken, WeightsReport, histogr
 
 STYLE = """
 .scale { display: flex; align-items: center; gap: .7rem; font-size: .875rem; margin: 1rem 0 0;
-  font-variant-numeric: tabular-nums; flex-wrap: wrap; }
-.scale i { width: 13rem; height: .8rem; border-radius: .4rem; background: linear-gradient(90deg,
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+.scale i { flex: 0 1 13rem; height: .8rem; border-radius: .4rem; background: linear-gradient(90deg,
   rgb(var(--low) / var(--strength)), transparent, rgb(var(--high) / var(--strength)));
   border: 1px solid var(--line); }
 svg .none { fill: var(--muted); opacity: .55; }
