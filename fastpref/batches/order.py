@@ -24,11 +24,11 @@ class GlobalOrder:
     without rows here have rows in the original code: they are shuffled, then skipped.
 
     Args:
-        groups: Prompt id of each row. Shape (rows,), int64.
+        groups: Prompt id of each row, of at least one. Shape (rows,), int64.
         batch_size: Rows of one optimizer step over all ranks, > 0.
         seed: Seed of the shuffle, >= 0.
-        n_epochs, n_examples: Training stops at whichever is reached first; None is no limit, but
-            one must be given. `n_examples` rounds up to whole batches.
+        n_epochs, n_examples: Training stops at whichever is reached first, > 0; None is no limit,
+            but one must be given. `n_examples` rounds up to whole batches.
         drop_last: Drop the incomplete last batch of an epoch.
         order: One of `ORDERS`.
         num_prompts: Number of prompts, including those without rows; ids are below it. None: only
@@ -67,9 +67,13 @@ class GlobalOrder:
         self._num_prompts = len(prompts) if num_prompts is None else num_prompts
         full_batches, remainder = divmod(self.num_rows, batch_size)
         self.steps_per_epoch = full_batches + (not drop_last and remainder > 0)
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"batch_size={self.batch_size} is more than the {self.num_rows} rows there are and "
+                "data.drop_last=true leaves out incomplete batches: not a single step; set "
+                f"data.drop_last=false or batch_size <= {self.num_rows}"
+            )
         self.num_steps = self._count_steps(n_epochs, n_examples, drop_last)
-        if self.num_steps == 0:
-            raise ConfigError(self._no_step_message(n_epochs, n_examples))
         self.warning = self._remainder_warning(remainder, drop_last)
         self._cached_epoch = -1
         self._cached_rows = np.empty(0, np.int64)
@@ -106,8 +110,6 @@ class GlobalOrder:
         return group_order[group_order >= 0]
 
     def _count_steps(self, n_epochs: int | None, n_examples: int | None, drop_last: bool) -> int:
-        if self.steps_per_epoch == 0:
-            return 0
         limits = []
         if n_epochs is not None:
             limits.append(n_epochs * self.steps_per_epoch)
@@ -119,19 +121,7 @@ class GlobalOrder:
             # next epoch reaches it
             epochs, index = divmod(n_examples - 1, examples_per_epoch)
             limits.append(epochs * self.steps_per_epoch + index // self.batch_size + 1)
-        return max(min(limits), 0)
-
-    def _no_step_message(self, n_epochs: int | None, n_examples: int | None) -> str:
-        if self.steps_per_epoch == 0 and self.num_rows > 0:
-            return (
-                f"batch_size={self.batch_size} is more than the {self.num_rows} rows there are and "
-                "data.drop_last=true leaves out incomplete batches: not a single step; set "
-                f"data.drop_last=false or batch_size <= {self.num_rows}"
-            )
-        return (
-            f"not a single step: n_epochs={n_epochs}, n_examples={n_examples}, "
-            f"{self.num_rows} rows, batch_size={self.batch_size}"
-        )
+        return min(limits)
 
     def _remainder_warning(self, remainder: int, drop_last: bool) -> str | None:
         if drop_last and remainder:

@@ -1,3 +1,4 @@
+import functools
 import random
 
 import numpy as np
@@ -61,11 +62,16 @@ def test_the_order_never_changes_between_versions():
     assert [order.batch(step).tolist() for step in range(4)] == expected
 
 
+@functools.cache
+def permutation_seeds_of(repository):
+    upper = {"dpo": 2**32, "tdpo": 2**31, "tisdpo": 2**31}[repository]
+    np.random.seed(0)
+    return np.random.randint(0, upper, size=1_000_000).tolist()
+
+
 def simulate(groups, repository, *, batch_size, n_epochs, n_examples):
     """What the batch iterators of the three repositories do, written down plainly."""
-    bounds = {"dpo": 2**32, "tdpo": 2**31, "tisdpo": 2**31}
-    np.random.seed(0)
-    permutation_seeds = iter(np.random.randint(0, bounds[repository], size=1_000_000).tolist())
+    permutation_seeds = iter(permutation_seeds_of(repository))
     prompts = {}
     for row, group in enumerate(groups):
         prompts.setdefault(group, []).append(row)

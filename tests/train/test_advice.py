@@ -7,8 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_data import byte_tokenizer, pairs, write_jsonl
+from small_data import make_config as data_config
 
 import train
+from fastpref.batches.layouts import PackedRows
+from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
 from fastpref.cli.command_line import main
 from fastpref.config import (
@@ -18,6 +22,7 @@ from fastpref.config import (
     DPOConfig,
     ModelConfig,
     OptimConfig,
+    PackingConfig,
     PlanConfig,
     ReferenceConfig,
     SimPOConfig,
@@ -25,6 +30,8 @@ from fastpref.config import (
     WeightsConfig,
 )
 from fastpref.config.stages import StagesConfig
+from fastpref.data.encode import PreferenceSplit, load_split
+from fastpref.data.options import data_options
 from fastpref.distributed import World
 from fastpref.train.logs.advice import (
     Advice,
@@ -97,6 +104,41 @@ def test_what_is_evaluated_is_said_if_it_is_not_what_was_asked_for(num_rows, wan
     config = make_config(n_eval_examples=wanted)
     limits = {"n_epochs": 1, "n_examples": wanted, "drop_last": False, "batch_size": 16}
     assert_messages(Advice(config).on_held_out(order(config, num_rows, **limits)), messages)
+
+
+@pytest.fixture(scope="module")
+def ten_pairs(tmp_path_factory) -> PreferenceSplit:
+    base = tmp_path_factory.mktemp("pairs")
+    write_jsonl(base / "data" / "set", "train", pairs(10))
+    options = data_options(data_config(base))
+    return load_split(options, "train", byte_tokenizer(), vocab_size=258, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "asked", "max_tokens", "num_ranks", "messages"),
+    [
+        (4, 1, "auto", 4, []),
+        (4, 1, "auto", 5, ["1 of 5 processes have nothing to compute; from batch_size=5 on"]),
+        (4, 2, "auto", 1, ["steps=2 has no effect with packing.max_tokens=auto"]),
+        (4, 4, "1000", 1, []),
+        (4, 5, "1000", 1, ["steps=5, but batch_size=4 in a world of 1 is enough for 4 micro-"]),
+        (4, 3, "1000", 2, ["steps=3, but batch_size=4 in a world of 2 is enough for 2 micro-"]),
+        (4, 3, "1", 1, ["steps=3 has no effect: packing.max_tokens=1 takes at least 4 micro-"]),
+    ],
+)
+def test_a_number_of_micro_batches_that_something_else_decides_is_said(
+    ten_pairs, batch_size, asked, max_tokens, num_ranks, messages
+):
+    packing = PackingConfig(max_tokens=max_tokens)
+    config = make_config(batch_size=batch_size, gradient_accumulation_steps=asked, packing=packing)
+    loader = Loader(
+        data=ten_pairs,
+        order=order(config, num_rows=10),
+        layout=PackedRows(share_prompt=True, max_tokens=packing.token_limit or 1000),
+        pad_token_id=0,
+        min_micro_batches=asked,
+    )
+    assert_messages(Advice(config).on_micro_batches(loader, num_ranks), messages)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -187,6 +229,16 @@ LORA = AdapterConfig(kind="lora")
                 "model": ModelConfig(name_or_path="tiny", reference_dtype="bfloat16"),
             },
             [r"model\.reference_dtype has no effect with adapters"],
+        ),
+        (
+            {
+                "lr": 2e-5,
+                "adapter": LORA,
+                "model": ModelConfig(
+                    name_or_path="tiny", policy_dtype="bfloat16", save_dtype="checkpoint"
+                ),
+            },
+            [r"model\.policy_dtype has no effect", r"model\.save_dtype has no effect"],
         ),
     ],
 )

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from fastpref.checkpoint.manifest import Checkpoint, Manifest
 from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.train.resume.comparison import FORMAT, check_record
 from fastpref.train.resume.differences import Difference, list_differences
+from fastpref.train.resume.start import Start
 from fastpref.train.state import RunState
 
 
@@ -34,6 +36,19 @@ def test_tokens_at_once_are_taken_over_only_where_they_were_found_out():
     assert state.tokens_found("1 x cuda, activations kept") == 4096
     assert state.tokens_found("2 x cuda, activations kept") is None
     assert RunState().tokens_found("") is None
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused():
+    manifest = Manifest(step=3, world_size=1, metrics={}, files={})
+    start = Start(
+        agreement=None,
+        place=None,
+        checkpoint=Checkpoint(Path("step-00000003"), manifest),
+        record={"state": RunState(step=3, examples=24).to_json()},
+    )
+    start.check_length(3)
+    with pytest.raises(CheckpointError, match="step-00000003 is of step 3, the run has 2 steps"):
+        start.check_length(2)
 
 
 def test_a_record_of_another_version_is_read_or_refused_by_what_it_lacks_or_has():
