@@ -50,7 +50,7 @@ FEATURES = datasets.Features(
     }
 )
 
-NO_VALUE = (None, "", [], {})
+NO_VALUE: tuple[Any, ...] = (None, "", [], {})
 """What columns hold that are of no use to a row, such as the images of a dataset of texts."""
 
 
