@@ -92,6 +92,8 @@ SIGNS_OF_EXHAUSTION = re.compile(
 of cuBLAS, and of torch and safetensors when a file cannot be mapped into memory."""
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a system that is out of processes, memory or file descriptors."""
+SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
+"""Messages of Python, and of the C++ library that torch uses, when no thread can be started."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -102,6 +104,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return SIGNS_OF_EXHAUSTION.search(str(error)) is not None
 
 
+def is_without_thread(error: BaseException) -> bool:
+    """Whether an error says that no thread can be started, for want of memory or by a limit."""
+    return isinstance(error, RuntimeError) and str(error).strip() in SIGNS_OF_NO_THREAD
+
+
 def is_shortage(error: BaseException) -> bool:
     """Whether an error says what the process or the machine lacks, and so nothing of the file that
     was being read or written."""
@@ -109,7 +116,7 @@ def is_shortage(error: BaseException) -> bool:
         return True
     # torch gives the system's error in its text
     no_file = isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error)
-    return no_file or is_out_of_memory(error)
+    return no_file or is_without_thread(error) or is_out_of_memory(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from fastpref.errors import (
     MemoryExhaustedError,
     first_line,
     is_out_of_memory,
+    is_without_thread,
 )
 
 # found in messages, as gloo raises plain RuntimeErrors
@@ -22,8 +23,6 @@ SIGNS_OF_A_LOST_RANK = (
     "Timed out waiting",
 )
 
-SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
-"""Messages of Python, and of the C++ library that torch uses, when no thread can be started."""
 NO_PROCESS = (
     "no other process or thread can be started, for want of memory or by a limit of it or of them "
     "(ulimit -u, ulimit -v, a container's)"
@@ -49,7 +48,7 @@ def explain(error: BaseException) -> FastprefError | None:
             f"out of memory: {first_line(error) or 'no detail given'}; a smaller "
             "packing.max_tokens or max_length, or activation_checkpointing=true need less"
         )
-    if isinstance(error, RuntimeError) and text in SIGNS_OF_NO_THREAD:
+    if is_without_thread(error):
         return MemoryExhaustedError(f"{NO_PROCESS}: {text}")
     if isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in text:
         return MemoryExhaustedError(f"{NO_FILE}: {first_line(error)}")

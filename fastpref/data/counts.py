@@ -63,7 +63,7 @@ class AuditCounts:
     joined_rows: int = 0
     """Text rows that were checked for `Remark.JOINED_DIFFERS`."""
     unread: dict[str, list[str]] = field(default_factory=dict)
-    """Source -> columns that are not read, in the file's order."""
+    """Source -> columns with values that are not read, in the order of their first values."""
 
     def then(self, later: "AuditCounts") -> "AuditCounts":
         """Combine this account of reading with the later account of encoding the kept rows."""

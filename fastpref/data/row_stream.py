@@ -45,10 +45,13 @@ FEATURES = datasets.Features(
         "drop": datasets.Value("string"),
         # error message of a malformed row
         "note": datasets.Value("string"),
-        # unread columns of the file, each listed only in the first row that has it
+        # unread columns of the file, each listed only in the first row with a value in it
         "unread": datasets.List(datasets.Value("string")),
     }
 )
+
+NO_VALUE: tuple[Any, ...] = (None, "", [], {})
+"""What columns hold that are of no use to a row, such as the images of a dataset of texts."""
 
 
 def generate_rows(
@@ -110,7 +113,8 @@ def generate_rows(
 
 
 class UnreadColumns:
-    """Finds columns of a source that no row reads, except those left out by `data.columns`."""
+    """Finds columns of a source that have values and that no row reads, except those left out by
+    `data.columns`."""
 
     def __init__(
         self, layouts: LayoutReader, *, weighted: bool, left_out: Sequence[str] = ()
@@ -120,9 +124,10 @@ class UnreadColumns:
         self._known = set(left_out)
 
     def add(self, record: dict[str, Any], layout: Layout) -> list[str]:
-        """Unread columns of a record that were not returned for an earlier one."""
+        """Unread columns with values in a record that were not returned for an earlier one."""
         read = {*self._layouts.columns_read(layout), *self._weights}
-        columns = [column.encode(errors="backslashreplace").decode() for column in record]
+        filled = [column for column, value in record.items() if value not in NO_VALUE]
+        columns = [column.encode(errors="backslashreplace").decode() for column in filled]
         unread = [column for column in columns if column not in self._known | read]
         self._known.update(unread)
         return unread

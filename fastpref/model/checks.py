@@ -18,7 +18,7 @@ from fastpref.errors import (
     ConfigError,
     NonFiniteError,
     first_line,
-    is_out_of_memory,
+    is_shortage,
 )
 from fastpref.model.exact_arithmetic import computing_in, exact_arithmetic
 from fastpref.model.files.full_weights import some
@@ -204,7 +204,7 @@ def check_backward(scorer: TokenScorer) -> None:
         return
     # raised by a family's own code; running out of memory is not the family's fault
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         obstacle = f"{type(error).__name__}: {first_line(error)}"
     else:
@@ -246,7 +246,7 @@ def check_arithmetic(
             return False, True
         # raised by a family's own code where float32 buffers meet narrower parameters
         except RuntimeError as mixed:
-            if is_out_of_memory(mixed):
+            if is_shortage(mixed):
                 raise
             error = mixed
         else:

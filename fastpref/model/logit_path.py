@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from fastpref.errors import ConfigError, NonFiniteError, first_line, is_out_of_memory
+from fastpref.errors import ConfigError, NonFiniteError, first_line, is_shortage
 from fastpref.model.exact_arithmetic import exact_arithmetic
 
 ROUNDING = 1e-4
@@ -170,7 +170,7 @@ def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
     try:
         return function(*args, **inputs)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         raise ConfigError(
             f"model.name_or_path: {title(model)} does not compute rows of text: "
@@ -219,7 +219,7 @@ def _try_body(model: Any, name: str, seen: Observation) -> tuple[Tensor, float |
         hidden = last_hidden_states(model, name, **_inputs(seen.ids)).float().flatten(0, -2)
     # the submodule may be a vision tower, among others
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         return seen.head_input, None
     if hidden.shape != seen.head_input.shape:

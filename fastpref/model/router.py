@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastpref.batch import Batch
-from fastpref.errors import ConfigError, first_line, is_out_of_memory
+from fastpref.errors import ConfigError, first_line, is_shortage
 from fastpref.model.logit_path import ROUNDING, probe_ids, title
 
 logger = logging.getLogger("fastpref")
@@ -256,7 +256,7 @@ def find_router(model: Any, body: str) -> Router | None:
         _, logits = states_and_router_logits(model, body, **inputs)
     # a family's own code may raise any exception
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         return Router(obstacle=f"{type(error).__name__}: {first_line(error)}")
     if not logits:
@@ -292,7 +292,7 @@ def _loss_of_transformers(model: Any, inputs: dict[str, Tensor]) -> float | None
     try:
         output = model(use_cache=False, output_router_logits=True, **inputs)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         return None
     loss = getattr(output, "aux_loss", None)

@@ -280,6 +280,16 @@ def test_columns_that_nobody_reads_are_told_of_once(tmp_path):
     assert not read(tmp_path).counts.unread
 
 
+@pytest.mark.parametrize("empty", [None, "", [], {}])
+def test_columns_without_any_value_are_not_told_of(tmp_path, empty):
+    rows = [pair(f"p{i}", images=empty, system=empty, id=0) for i in range(3)]
+    path = write_jsonl(folder(tmp_path), "train", rows)
+    assert read(tmp_path).counts.unread == {str(path): ["id"]}
+    # one value is enough
+    write_jsonl(folder(tmp_path), "train", [*rows, pair("p3", images=["a.png"])])
+    assert read(tmp_path).counts.unread == {str(path): ["id", "images"]}
+
+
 def test_responses_that_begin_with_the_prompt_are_counted(tmp_path):
     rows = [*pairs(2), pair("Q", "Q yes", "Q no"), pair("Q", "Q yes", "no"), pair(" ")]
     write_jsonl(folder(tmp_path), "train", rows)

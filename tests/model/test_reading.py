@@ -134,6 +134,9 @@ class UnmergeableModel:
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
         OSError(errno.EMFILE, "Too many open files", "config.json"),
         RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        # transformers loads weights in threads
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),
         KeyboardInterrupt(),
     ],
 )

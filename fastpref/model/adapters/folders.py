@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastpref.errors import CheckpointError, is_out_of_memory
+from fastpref.errors import CheckpointError, is_shortage
 from fastpref.model.adapters.tied_head import is_tied, shared_table
 from fastpref.model.files.archives import load_pickle
 from fastpref.model.files.families import other_parts
@@ -194,7 +194,7 @@ def _merge(adapted: Any, folder: str) -> Any:
         return adapted.merge_and_unload()
     # each kind of adapter raises another error if it cannot be merged
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         raise _not_mergeable(folder, str(error).strip()) from error
 

@@ -11,7 +11,7 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.config import PackingConfig
-from fastpref.errors import ConfigError, first_line, is_out_of_memory
+from fastpref.errors import ConfigError, first_line, is_shortage
 from fastpref.model.attention.calls import AttentionCall, recording
 from fastpref.model.attention.windows import limited_view, narrow_windows
 from fastpref.model.blocks import find_blocks
@@ -84,7 +84,7 @@ def probe_packing(
                 obstacle = _difference(scorer, padded_ND, share_prompt, longest)
     # any exception of a family's own code means that it cannot be packed
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_shortage(error):
             raise
         obstacle = f"{type(error).__name__}: {first_line(error)}"
     if obstacle is not None:
