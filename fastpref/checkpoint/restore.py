@@ -75,7 +75,7 @@ def restore_state(
         )
     except (AgreedError, CheckpointException) as error:
         reason = reasons_of(error, agreement.size)
-        kind = MemoryExhaustedError if _is_of_shortage(error) else CheckpointError
+        kind = MemoryExhaustedError if is_of_shortage(error) else CheckpointError
         raise kind(f"{folder} cannot be loaded: {reason}") from error
     optimizer.state.clear()
     optimizer.state.update(state)
@@ -91,11 +91,13 @@ def reasons_of(error: BaseException, world_size: int) -> str:
     return name_ranks(reasons, world_size)
 
 
-def _is_of_shortage(error: AgreedError | CheckpointException) -> bool:
-    """Whether a rank lacked memory or file descriptors."""
+def is_of_shortage(error: BaseException) -> bool:
+    """Whether a save or load failed because a rank lacked memory or file descriptors."""
     if isinstance(error, AgreedError):
         return error.is_shortage
-    return any(is_shortage(failure) for failure, _ in error.failures.values())
+    if isinstance(error, CheckpointException):
+        return any(is_shortage(failure) for failure, _ in error.failures.values())
+    return is_shortage(error)
 
 
 def _read_metadata(folder: Path) -> SavedTensors:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from fastpref.checkpoint.agreement import AgreedError, Agreement
 from fastpref.checkpoint.random_states import read_random_states
 from fastpref.checkpoint.state import TrainingState, collect_state, local_part
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, WritingMemoryError
 
 MAPPED_BYTES = 2**20
 """Copies of at least this size are mapped with mmap. malloc would place them in memory that a step
@@ -109,7 +109,8 @@ def take_snapshot(
     try:
         digests = agreement.each(take)
     except AgreedError as error:
-        raise CheckpointError(f"step {step} was not saved: {error}") from error
+        kind = WritingMemoryError if error.is_shortage else CheckpointError
+        raise kind(f"step {step} was not saved: {error}") from error
     if len(set(digests)) > 1:
         raise CheckpointError(
             f"step {step} was not saved: the ranks' optimizers differ in what they keep"

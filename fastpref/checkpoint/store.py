@@ -29,7 +29,7 @@ from fastpref.checkpoint.manifest import Checkpoint, add_metrics
 from fastpref.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot
 from fastpref.checkpoint.writer import write_checkpoint
 from fastpref.complete_files import writing
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, WritingMemoryError
 
 logger = logging.getLogger("fastpref")
 
@@ -54,6 +54,8 @@ class SaveReport:
     """Time to write it and delete old ones."""
     error: str | None = None
     """Why the save failed, the same on every rank; None if it succeeded."""
+    is_shortage: bool = False
+    """Whether it failed because a rank lacked memory or file descriptors."""
 
 
 class CheckpointStore:
@@ -159,9 +161,7 @@ class CheckpointStore:
             )
         except CheckpointError as error:
             now = time.perf_counter()
-            self._report(
-                step, standstill_seconds=now - started, write_started=now, error=str(error)
-            )
+            self._report(step, standstill_seconds=now - started, write_started=now, error=error)
             return
         if not beside:
             self._write(snapshot, started, beside=False)
@@ -265,7 +265,7 @@ class CheckpointStore:
             num_bytes = checkpoint.manifest.num_bytes
             self._retain()
         except CheckpointError as problem:
-            error = str(problem)
+            error = problem
         except BaseException as bug:
             self._bug = bug
             return
@@ -285,7 +285,7 @@ class CheckpointStore:
         standstill_seconds: float,
         write_started: float,
         num_bytes: int = 0,
-        error: str | None = None,
+        error: CheckpointError | None = None,
     ) -> None:
         self._reports.put(
             SaveReport(
@@ -294,7 +294,8 @@ class CheckpointStore:
                 num_bytes=num_bytes,
                 standstill_seconds=standstill_seconds,
                 write_seconds=time.perf_counter() - write_started,
-                error=error,
+                error=None if error is None else str(error),
+                is_shortage=isinstance(error, WritingMemoryError),
             )
         )
 

@@ -26,11 +26,11 @@ from fastpref.checkpoint.manifest import (
     digest_files,
     write_manifest,
 )
-from fastpref.checkpoint.restore import reasons_of
+from fastpref.checkpoint.restore import is_of_shortage, reasons_of
 from fastpref.checkpoint.size import free_bytes
 from fastpref.checkpoint.snapshot import Snapshot
 from fastpref.complete_files import complete_file, sync, writing
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, WritingMemoryError
 
 logger = logging.getLogger("fastpref")
 
@@ -84,7 +84,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, agreement: Agreement) -> 
             shutil.rmtree(partial, ignore_errors=True)
             if partial.exists():
                 logger.warning("%s could not be removed", partial)
-        raise CheckpointError(f"step {snapshot.step} was not saved: {reason}") from error
+        kind = WritingMemoryError if is_of_shortage(error) else CheckpointError
+        raise kind(f"step {snapshot.step} was not saved: {reason}") from error
     return Checkpoint(folder / folder_name(snapshot.step), manifest)
 
 

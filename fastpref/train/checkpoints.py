@@ -11,7 +11,7 @@ from fastpref.checkpoint.size import estimate_bytes, free_bytes
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
 from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline, clock_time
-from fastpref.errors import CheckpointError
+from fastpref.errors import CheckpointError, WritingMemoryError
 from fastpref.host import available_to_rank
 from fastpref.signals import StopRequest
 from fastpref.train.logs.metrics import Record
@@ -45,7 +45,7 @@ class Checkpoints:
         self._store = store
         self._options = options
         self._deadline = deadline
-        self._error: str | None = None
+        self._newest: SaveReport | None = None
         start = run.start.checkpoint
         self._metrics = dict(start.manifest.metrics) if start else {}
 
@@ -110,15 +110,17 @@ class Checkpoints:
         Raises:
             CheckpointError: the last save failed.
         """
-        if self._error is not None:
-            raise CheckpointError(
-                f"{self._error}; {self._run.run_dir / 'LATEST'} has the model, but nothing goes on "
-                "from this state"
+        newest = self._newest
+        if newest is not None and newest.error is not None:
+            kind = WritingMemoryError if newest.is_shortage else CheckpointError
+            raise kind(
+                f"{newest.error}; {self._run.run_dir / 'LATEST'} has the model, but nothing goes "
+                "on from this state"
             )
 
     def _hear(self, reports: list[SaveReport]) -> None:
         for report in reports:
-            self._error = report.error
+            self._newest = report
             seconds = report.standstill_seconds
             if self._store.asynchronous:
                 seconds += report.write_seconds

@@ -189,13 +189,14 @@ def test_a_save_that_the_disk_refuses_is_reported_and_training_goes_on(
     assert find_newest(tmp_path / "checkpoints").step == 3
 
 
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.ENOMEM])
 def test_a_refusal_in_the_midst_of_a_file_is_told_as_the_system_tells_it(
-    world, agreement, tmp_path, monkeypatch
+    world, agreement, tmp_path, monkeypatch, number
 ):
     training = SmallTraining(world, width=64)
-    # many writes while torch packs a tensor, the first of them over the quota
+    # many writes while torch packs a tensor, the first of them refused
     monkeypatch.setattr(direct, "BLOCK_BYTES", 4096)
-    real, refusals = os.write, [OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))]
+    real, refusals = os.write, [OSError(number, os.strerror(number))]
 
     def write(descriptor: int, data: memoryview) -> int:
         if refusals and len(data) == direct.BLOCK_BYTES:
@@ -207,7 +208,8 @@ def test_a_refusal_in_the_midst_of_a_file_is_told_as_the_system_tells_it(
         store.save(1, *training.parts, record={})
         [report] = store.wait()
     assert not refusals
-    assert report.error == "step 1 was not saved: [Errno 122] Disk quota exceeded"
+    assert report.error == f"step 1 was not saved: [Errno {number}] {os.strerror(number)}"
+    assert report.is_shortage == (number == errno.ENOMEM)
     assert os.listdir(tmp_path / "checkpoints") == []
 
 

@@ -12,6 +12,7 @@ import train
 from fastpref.checkpoint.folders import find_newest
 from fastpref.checkpoint.store import SaveReport
 from fastpref.cli.command_line import main
+from fastpref.errors import CheckpointError
 from fastpref.train import checkpoints, loop
 
 
@@ -92,3 +93,20 @@ def test_a_deadline_is_told_once_of_a_save_that_training_waits_for():
         saves._store.asynchronous = asynchronous
         checkpoints.Checkpoints._hear(saves, [report])
         deadline.expect.assert_called_once_with(seconds)
+
+
+@pytest.mark.parametrize("is_shortage", [False, True])
+def test_a_last_state_that_memory_could_not_save_ends_with_the_code_of_that(is_shortage):
+    report = SaveReport(
+        step=1,
+        folder=Path("step"),
+        num_bytes=0,
+        standstill_seconds=0.0,
+        write_seconds=0.0,
+        error="step 1 was not saved",
+        is_shortage=is_shortage,
+    )
+    saves = Mock(_newest=report, _run=Mock(run_dir=Path("run")))
+    with pytest.raises(CheckpointError, match="not saved; run/LATEST has the model") as caught:
+        checkpoints.Checkpoints.raise_if_unsaved(saves)
+    assert caught.value.exit_code == (6 if is_shortage else 4)
