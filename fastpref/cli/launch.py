@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from fastpref.distributed import OWN_RUN_ID, SHORTEST_MEETING, TIMEOUT, launched, read_ranks
-from fastpref.errors import ConfigError, DistributedError, first_line
+from fastpref.errors import ConfigError, DistributedError, first_line, say_error
 from fastpref.host import available_cores
 from fastpref.meeting import join_store
 from fastpref.signals import SIGNALS, die, heard
@@ -40,7 +40,8 @@ def launch_on_every_gpu(
         timeout: How long the machines wait for one another at the start.
 
     Returns:
-        The exit code of the first rank that failed on this machine, or 0.
+        The exit code of the first rank that failed on this machine, or 0. A rank that a signal
+        killed could not say so itself; a message names it.
 
     Raises:
         ConfigError: the port is in use.
@@ -69,8 +70,12 @@ def launch_on_every_gpu(
         with passing_on(SIGNALS), _all_machines(timeout):
             elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
-        _, failure = failed.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        killed = DistributedError(f"rank {rank} was killed by {failure.signal_name()}")
+        say_error(killed)
+        return killed.exit_code
     except SignalException:
         # SIGQUIT: nothing was saved
         return DistributedError.exit_code
