@@ -10,16 +10,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from fastpref.distributed import OWN_RUN_ID, SHORTEST_MEETING, TIMEOUT, launched, read_ranks
-from fastpref.errors import ConfigError, DistributedError, first_line
+from fastpref.errors import ConfigError, DistributedError, first_line, say_error
 from fastpref.host import available_cores
 from fastpref.meeting import join_store
 from fastpref.signals import SIGNALS, die, heard
+
+# slow to import, and needed only by the process that launches
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 logger = logging.getLogger("fastpref")
 
@@ -40,7 +44,7 @@ def launch_on_every_gpu(
         timeout: How long the machines wait for one another at the start.
 
     Returns:
-        The exit code of the first rank that failed on this machine, or 0.
+        The exit code of the first rank that failed on this machine, or 0; see `_exit_code`.
 
     Raises:
         ConfigError: the port is in use.
@@ -69,14 +73,32 @@ def launch_on_every_gpu(
         with passing_on(SIGNALS), _all_machines(timeout):
             elastic_launch(launch, sys.executable)("-u", *sys.argv)
     except ChildFailedError as failed:
-        _, failure = failed.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else DistributedError.exit_code
+        return _exit_code(failed)
     except SignalException:
         # SIGQUIT: nothing was saved
         return DistributedError.exit_code
     except RendezvousError as error:
         raise DistributedError(f"the processes do not meet: {first_line(error)}") from None
     return 0
+
+
+def _exit_code(failed: "ChildFailedError") -> int:
+    """The exit code of the rank whose failure ended the others.
+
+    A rank that a signal killed could not say so itself: a message names it. A rank that misses
+    another may end before the one it misses, which waits to hear whether rank 0 tells its error.
+    """
+    rank, first = failed.get_first_failure()
+    if first.exitcode < 0:
+        killed = DistributedError(f"rank {rank} was killed by {first.signal_name()}")
+        say_error(killed)
+        return killed.exit_code
+    if first.exitcode != DistributedError.exit_code:
+        return first.exitcode
+    codes = [failure.exitcode for failure in failed.failures.values()]
+    # not that of a signal, which torchrun sends to all once one has failed
+    causes = [code for code in codes if 0 < code < DistributedError.exit_code]
+    return causes[0] if causes else first.exitcode
 
 
 def _meeting(port: int | None) -> dict[str, Any]:

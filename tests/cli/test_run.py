@@ -217,6 +217,39 @@ def test_the_launcher_says_of_a_signal_what_became_of_the_ranks(tmp_path, monkey
     assert launch_on_every_gpu(1, None) == 4
 
 
+def test_the_launcher_names_a_rank_that_was_killed(tmp_path, monkeypatch, capfd):
+    rank = tmp_path / "rank.py"
+    # the other one ends as a rank does at the SIGTERM that follows
+    rank.write_text(
+        "import os, signal, sys, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    signal.raise_signal(signal.SIGKILL)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(sys, "argv", [str(rank)])
+    assert launch_on_every_gpu(2, None) == 7
+    assert capfd.readouterr().err.endswith("fastpref: rank 1 was killed by SIGKILL\n")
+
+
+def test_the_launcher_ends_with_the_code_of_the_cause(tmp_path, monkeypatch):
+    rank = tmp_path / "rank.py"
+    # rank 0 misses rank 1, and is gone before rank 1 has told its own error
+    rank.write_text(
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(4))\n"
+        f"ready = {str(tmp_path / 'ready')!r}\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    open(ready, 'w').close()\n"
+        "    time.sleep(60)\n"
+        "while not os.path.exists(ready):\n"
+        "    time.sleep(0.01)\n"
+        "sys.exit(7)\n"
+    )
+    monkeypatch.setattr(sys, "argv", [str(rank)])
+    assert launch_on_every_gpu(2, None) == 4
+
+
 def test_the_ranks_of_a_machine_share_its_cores(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr("fastpref.cli.launch.available_cores", lambda: 96)
