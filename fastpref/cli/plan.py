@@ -11,7 +11,7 @@ from rich.table import Table
 from fastpref.batches.layouts import PackedRows, PaddedRows
 from fastpref.config import PackingConfig, PlanConfig, TrainingOptions
 from fastpref.errors import ConfigError
-from fastpref.memory.plan import GIB, Device, communicated_bytes
+from fastpref.memory.plan import GIB, Device, MemoryPlan, communicated_bytes
 from fastpref.memory.planning import (
     AUTO_TOKENS,
     Counted,
@@ -25,7 +25,7 @@ from fastpref.model.adapters.lora import Adapters
 from fastpref.model.attention.choice import ON_GPU
 from fastpref.model.beforehand import check_options
 from fastpref.model.replicate import is_replicated
-from fastpref.train.optim import state_bytes
+from fastpref.train.optim import check_optimizer, state_bytes
 
 
 class Step(NamedTuple):
@@ -33,6 +33,8 @@ class Step(NamedTuple):
 
     num_rows: int
     num_tokens: int
+    of_row: int
+    """Tokens of one row, which is never split over micro-batches."""
 
 
 def show_plan(
@@ -46,9 +48,10 @@ def show_plan(
 
     Raises:
         FastprefError: the model does not exist.
-        ConfigError: the model does not support an option, or its family cannot run on the meta
-            device.
+        ConfigError: the model does not support an option, its family cannot run on the meta device,
+            or the optimizer cannot run on that many GPUs.
     """
+    check_optimizer(training.optimizer, training.optim.arguments(), options.num_gpus)
     twin = check_options(training.model, training.adapter, packing, trainable=True)
     columns = list(_columns(training, packing, options, longest, twin.adapters))
     table = Table(title=f"{training.model.name_or_path}, GiB of each GPU")
@@ -82,9 +85,11 @@ def _columns(
             title = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
             title += ",\nrecomputed" if recomputes else ""
             num_rows = math.ceil(training.batch_size / num_gpus)
-            of_step = Step(num_rows, most_step_tokens(training, num_gpus, longest=longest))
+            num_tokens = most_step_tokens(training, num_gpus, longest=longest)
+            of_step = Step(num_rows, num_tokens, num_tokens // num_rows)
             on = device._replace(num=num_gpus, replicated=replicated)
             yield title, _cells(counted, on, packing, of_step)
+            _warn_of_rows(title.replace("\n", " "), counted.plan(on), on, of_step)
 
 
 def _count(
@@ -109,6 +114,19 @@ def _count(
         raise ConfigError(
             f"model.name_or_path: {training.model.name_or_path} cannot be planned for: {error}"
         ) from error
+
+
+def _warn_of_rows(title: str, plan: MemoryPlan, device: Device, step: Step) -> None:
+    """Say that the model fits but the longest row that max_length allows does not."""
+    most = plan.most_tokens(device.memory)
+    if 0 < most < step.of_row:
+        print(
+            f"{title}: a row may have {step.of_row:,} tokens by max_length and is never divided; "
+            f"that many take {plan.peak(step.of_row) / GIB:.2f} of the "
+            f"{(device.memory - plan.reserve) / GIB:.2f} GiB beside the reserve. A smaller "
+            "max_length, activation_checkpointing=true or more GPUs need less",
+            file=sys.stderr,
+        )
 
 
 def _cells(

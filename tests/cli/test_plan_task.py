@@ -169,3 +169,27 @@ def test_a_model_that_is_nowhere_is_named(tmp_path, capsys):
     command = ["task=plan", "model=blank_model", f"model.name_or_path={tmp_path}/none", "loss=dpo"]
     assert run(command) == 4
     assert "no folder" in capsys.readouterr().err
+
+
+def test_a_row_that_max_length_allows_and_memory_does_not_is_told_of(tiny, capsys):
+    command = ["task=plan", "model=blank_model", f"model.name_or_path={tiny}", "loss=dpo"]
+    # 1 GiB of them is the head's
+    assert run([*command, "plan.memory_gib=1.04", "max_length=2048"]) == 0
+    # the other column, which recomputes, holds 6,000 tokens
+    said = [line for line in capsys.readouterr().err.splitlines() if "beside the reserve" in line]
+    assert [line.split(" tokens")[0] for line in said] == ["1 GPU: a row may have 4,096"]
+    assert run([*command, "plan.memory_gib=1.04", "max_length=512"]) == 0
+    assert "beside the reserve" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("optimizer=Adafactor",), "optimizer=Adafactor looks at whole matrices, which 8 ranks"),
+        (("plan.memory_gib=1e308",), "plan.memory_gib must be <= 1000000, got 1e+308"),
+    ],
+)
+def test_what_such_gpus_cannot_do_is_refused(tiny, capsys, options, error):
+    command = ["task=plan", "model=blank_model", f"model.name_or_path={tiny}", "loss=dpo"]
+    assert run([*command, "plan.num_gpus=8", *options]) == 2
+    assert error in capsys.readouterr().err
