@@ -110,7 +110,8 @@ def share(folder: Path, remains: str) -> IO[str]:
     Raises:
         OSError: the folder cannot be written to.
     """
-    lock = (folder / LOCK).open("a", encoding="utf-8")
+    # readable too: NFS, which turns flock into fcntl locks, refuses a shared one otherwise
+    lock = (folder / LOCK).open("a+", encoding="utf-8")
     # on a file system without locks no process is known to be alone, and nothing is deleted
     with suppress(OSError):
         with suppress(BlockingIOError):
