@@ -46,6 +46,8 @@ class Checkpoints:
         self._options = options
         self._deadline = deadline
         self._newest: SaveReport | None = None
+        # step of the best evaluation, and the best value before it
+        self._best_step, self._best_before = -1, (run.state.best, run.state.best_of)
         start = run.start.checkpoint
         self._metrics = dict(start.manifest.metrics) if start else {}
 
@@ -121,6 +123,9 @@ class Checkpoints:
     def _hear(self, reports: list[SaveReport]) -> None:
         for report in reports:
             self._newest = report
+            if report.error is not None and report.step == self._best_step:
+                # a best that is not on the disk must not keep a later one from being saved
+                self._run.state.best, self._run.state.best_of = self._best_before
             seconds = report.standstill_seconds
             if self._store.asynchronous:
                 seconds += report.write_seconds
@@ -137,6 +142,8 @@ class Checkpoints:
         best, run = self._store.best, self._run
         if best is None:
             return False
+        # ranks hear of a failed save at different times: here all have heard of it
+        self._hear(self._store.wait())
         state, value = run.state, self._metrics[best.metric]
         # an earlier best of another metric or other rows cannot be compared
         best_of = f"{best.metric} of {run.fingerprints[HELD_OUT]}"
@@ -144,6 +151,7 @@ class Checkpoints:
         sign = 1 if best.higher_is_better else -1
         if not math.isfinite(value) or (before is not None and not sign * value > sign * before):
             return False
+        self._best_step, self._best_before = state.step, (state.best, state.best_of)
         state.best, state.best_of = value, best_of
         return True
 
