@@ -110,7 +110,8 @@ def share(folder: Path, remains: str) -> IO[str]:
     Raises:
         OSError: the folder cannot be written to.
     """
-    lock = (folder / LOCK).open("a", encoding="utf-8")
+    # readable too: NFS, which turns flock into fcntl locks, refuses a shared one otherwise
+    lock = (folder / LOCK).open("a+", encoding="utf-8")
     # on a file system without locks no process is known to be alone, and nothing is deleted
     with suppress(OSError):
         with suppress(BlockingIOError):
@@ -137,7 +138,8 @@ def sync(path: Path) -> None:
 def replace_folder(complete: Path, folder: Path) -> None:
     """Rename `complete` to `folder`, then delete the folder that had this name before.
 
-    If the process is killed in between, the old folder remains beside it as `<name>.old`.
+    If the process is killed in between, the old folder remains beside it as `<name>.old`, as it
+    does where it cannot be deleted.
     """
     old = folder.with_name(f"{folder.name}.old")
     if folder.is_symlink() or folder.exists():
@@ -145,7 +147,9 @@ def replace_folder(complete: Path, folder: Path) -> None:
         folder.rename(old)
     complete.rename(folder)
     sync(folder.parent)
-    remove(old)
+    # the new one is in its place; NFS keeps a folder as long as a file in it is open elsewhere
+    with suppress(OSError):
+        remove(old)
 
 
 def remove(path: Path) -> None:

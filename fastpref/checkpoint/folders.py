@@ -34,11 +34,14 @@ class Best:
     metric: str
     """Name of one of the metrics given with each save."""
     higher_is_better: bool
+    since: int = 0
+    """The first step that counts: before it the metric was measured on other rows."""
 
     def value(self, checkpoint: Checkpoint) -> float:
-        """The score to maximize; minus infinity if the metric is missing or not finite."""
+        """The score to maximize; minus infinity if the metric is missing, not finite, or of other
+        rows."""
         value = checkpoint.manifest.metrics.get(self.metric, math.nan)
-        if not math.isfinite(value):
+        if checkpoint.step < self.since or not math.isfinite(value):
             return -math.inf
         return value if self.higher_is_better else -value
 

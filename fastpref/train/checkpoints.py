@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from fastpref.checkpoint.folders import CHECKPOINTS, Best
 from fastpref.checkpoint.size import estimate_bytes, free_bytes
@@ -46,6 +46,8 @@ class Checkpoints:
         self._options = options
         self._deadline = deadline
         self._newest: SaveReport | None = None
+        # step of the best evaluation, and the best value before it
+        self._best_step, self._best_before = -1, (run.state.best, run.state.best_of)
         start = run.start.checkpoint
         self._metrics = dict(start.manifest.metrics) if start else {}
 
@@ -121,6 +123,9 @@ class Checkpoints:
     def _hear(self, reports: list[SaveReport]) -> None:
         for report in reports:
             self._newest = report
+            if report.error is not None and report.step == self._best_step:
+                # a best that is not on the disk must not keep a later one from being saved
+                self._run.state.best, self._run.state.best_of = self._best_before
             seconds = report.standstill_seconds
             if self._store.asynchronous:
                 seconds += report.write_seconds
@@ -137,13 +142,20 @@ class Checkpoints:
         best, run = self._store.best, self._run
         if best is None:
             return False
+        # ranks hear of a failed save at different times: here all have heard of it
+        self._hear(self._store.wait())
         state, value = run.state, self._metrics[best.metric]
         # an earlier best of another metric or other rows cannot be compared
-        best_of = f"{best.metric} of {run.fingerprints[HELD_OUT]}"
+        rows = f" of {run.fingerprints[HELD_OUT]}"
+        best_of = best.metric + rows
         before = state.best if state.best_of == best_of else None
         sign = 1 if best.higher_is_better else -1
         if not math.isfinite(value) or (before is not None and not sign * value > sign * before):
             return False
+        self._best_step, self._best_before = state.step, (state.best, state.best_of)
+        if state.best_of and not state.best_of.endswith(rows):
+            state.best_since = state.step
+            self._store.best = replace(best, since=state.best_since)
         state.best, state.best_of = value, best_of
         return True
 
@@ -166,7 +178,7 @@ def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
         run.world.device,
         asynchronous=asynchronous,
         keep=options.keep,
-        best=best_by(options.keep_best),
+        best=best_by(options.keep_best, since=run.state.best_since),
         resumed_from=run.start.checkpoint,
     ) as store:
         yield Checkpoints(run, store, options, deadline)
@@ -186,11 +198,15 @@ def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
     return mode == "async" or (mode == "auto" and fits)
 
 
-def best_by(metric: str | None) -> Best | None:
-    """How the best checkpoint is chosen, by the name of a metric; None: no best one is kept."""
+def best_by(metric: str | None, *, since: int = 0) -> Best | None:
+    """How the best checkpoint is chosen, by the name of a metric; None: no best one is kept.
+
+    Args:
+        since: The first step that was evaluated on the present rows.
+    """
     if metric is None:
         return None
-    return Best(metric, higher_is_better=not metric.startswith(("loss", "kl")))
+    return Best(metric, higher_is_better=not metric.startswith(("loss", "kl")), since=since)
 
 
 def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:

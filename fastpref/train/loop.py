@@ -18,7 +18,9 @@ logger = logging.getLogger("fastpref")
 def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
     """Run the remaining optimizer steps; ends early if any rank is asked to stop."""
     order, state = run.train.order, run.state
-    eval_steps = steps_between_evals(run.config.eval_every, run.config.batch_size)
+    eval_steps = order.num_steps
+    if run.eval is not None:
+        eval_steps = steps_between_evals(run.config.eval_every, run.config.batch_size)
     if is_evaluation_due(run, eval_steps):
         checkpoints.after_evaluation(evaluate(run, stop), stop)
     progress = Progress(total=order.num_steps, visible=run.world.is_main)

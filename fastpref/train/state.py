@@ -23,6 +23,8 @@ class RunState:
     """Best value of `checkpoint.keep_best` so far."""
     best_of: str = ""
     """The metric and the held-out rows that `best` is of."""
+    best_since: int = 0
+    """The first step that was evaluated on these rows, if there were others before."""
     seconds: float = 0.0
     """Wall time of earlier starts, in seconds."""
     max_tokens: int | None = None

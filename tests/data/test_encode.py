@@ -431,6 +431,24 @@ def test_what_a_kill_has_left_of_an_encoding_goes_unless_somebody_writes_there(t
     assert not left.exists() and ours.exists()
 
 
+def test_a_folder_is_shared_where_locks_are_those_of_fcntl_as_on_nfs(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastpref.complete_files.fcntl.flock", fcntl.lockf)
+    code = (
+        "import fcntl, sys\n"
+        "with open(sys.argv[1], 'a+') as lock:\n"
+        "    for kind in (fcntl.LOCK_SH, fcntl.LOCK_EX):\n"
+        "        try:\n"
+        "            fcntl.lockf(lock, kind | fcntl.LOCK_NB)\n"
+        "            print('free', end=' ')\n"
+        "        except BlockingIOError:\n"
+        "            print('taken', end=' ')\n"
+    )
+    with share(tmp_path, "none"):
+        command = [sys.executable, "-c", code, str(tmp_path / ".lock")]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["free", "taken"]
+
+
 def test_what_a_disk_has_damaged_in_the_cache_is_made_again(tmp_path, caplog):
     expected = encode(tmp_path, pairs(3)).dataset[:]
     for name in ("cache-*.arrow", "generator-train.arrow", "dataset_info.json"):

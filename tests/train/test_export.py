@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -401,3 +402,23 @@ def test_a_file_system_that_brings_files_alone_to_the_disk_takes_a_model(tmp_pat
             (partial / "folder").mkdir(parents=True)
             (partial / name).write_text("new")
     assert synced == ["weights"] and (tmp_path / "LATEST" / "weights").is_file()
+
+
+def test_a_model_whose_predecessor_is_still_read_takes_its_place(tmp_path, monkeypatch):
+    folder = tmp_path / "LATEST"
+    for content in ("old", "new"):
+        with complete_folder(folder) as partial:
+            partial.mkdir()
+            (partial / "weights").write_text(content)
+        # of a file that is open elsewhere NFS keeps one by another name, which fills its folder
+        monkeypatch.setattr(shutil, "rmtree", in_use)
+    assert (folder / "weights").read_text() == "new"
+    monkeypatch.undo()
+    with complete_folder(folder) as partial:
+        partial.mkdir()
+    assert os.listdir(tmp_path) == ["LATEST"]
+
+
+def in_use(path: Path, ignore_errors: bool = False) -> None:
+    if not ignore_errors:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
 import train
+from fastpref.checkpoint import store
 from fastpref.checkpoint.folders import find_newest
 from fastpref.checkpoint.store import SaveReport
 from fastpref.cli.command_line import main
@@ -20,6 +21,7 @@ from fastpref.train import checkpoints, loop
 def base(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("disk")
     write_rows(base / "words", "train", text_rows(32, seed=1))
+    write_rows(base / "words", "test", text_rows(4, seed=2))
     save_tiny_model(base / "model")
     return base
 
@@ -69,6 +71,31 @@ def test_a_checkpoint_folder_that_is_a_file_meanwhile_costs_no_step(
     assert said.count("NO CHECKPOINT") >= 3 and "LATEST has the model" in said
     assert (run_dir / "LATEST" / "model.safetensors").is_file()
     assert len(read_metrics(run_dir, "train")) == 8
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_best_that_could_not_be_saved_leaves_its_place_to_the_next(
+    base, tmp_path, monkeypatch, mode
+):
+    losses = {2: 0.5, 4: 0.6, 6: 0.7, 8: 0.8}
+    evaluate, write = loop.evaluate, store.write_checkpoint
+
+    def evaluated(run, stop):
+        record = evaluate(run, stop)
+        return record | {"loss/eval": losses[record["step"]]}
+
+    def refused_once(folder, snapshot, agreement):
+        if snapshot.step == 2:
+            raise CheckpointError("step 2 was not saved: no space left")
+        return write(folder, snapshot, agreement)
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(store, "write_checkpoint", refused_once)
+    options = ["n_eval_examples=4", "eval_every=8", "do_first_eval=false", "checkpoint.every=0"]
+    options += ["sample_during_eval=false", "checkpoint.keep=1", "checkpoint.keep_best=loss/eval"]
+    assert run(base, tmp_path / "run", *options, f"checkpoint.mode={mode}") == 0
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
+    assert kept == {"step-00000004", "step-00000008"}
 
 
 def test_a_copy_that_the_host_may_not_hold_is_not_made(monkeypatch):

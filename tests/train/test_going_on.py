@@ -267,6 +267,29 @@ def test_other_held_out_rows_are_said_and_begin_another_best(base, stopped, tmp_
     assert [name for name, _ in bests] == ["loss/eval", "rewards_eval/margins"]
 
 
+def test_the_best_on_other_held_out_rows_stays(base, tmp_path, monkeypatch):
+    run_dir, moved, evaluate = tmp_path / "run", tmp_path / "moved", loop.evaluate
+    shutil.copytree(base, moved)
+    write_rows(moved / "words", "test", text_rows(10, seed=7))
+    losses = {1: 0.1, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.9}
+
+    def evaluated(run, stop):
+        record = evaluate(run, stop)
+        return record and record | {"loss/eval": losses[record["step"]]}
+
+    monkeypatch.setattr(loop, "evaluate", evaluated)
+    options = ["resume=auto", "checkpoint.keep=1", "checkpoint.keep_best=loss/eval", "eval_every=8"]
+    options += ["do_first_eval=false", "n_examples=48"]
+    with stopping_after(2):
+        assert run(arguments(base, run_dir, *options)) == 75
+    # in two starts: what is compared is not forgotten
+    with stopping_after(2):
+        assert run(arguments(moved, run_dir, *options)) == 75
+    assert run(arguments(moved, run_dir, *options)) == 0
+    kept = {path.name for path in (run_dir / "checkpoints").glob("step-*")}
+    assert kept == {"step-00000002", "step-00000004", "step-00000006"}
+
+
 def test_a_chat_template_that_prints_the_date_prints_that_of_the_first_start(
     base, tmp_path, monkeypatch
 ):

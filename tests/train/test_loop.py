@@ -309,6 +309,16 @@ def test_a_run_of_every_loss_learns_and_leaves_what_a_user_needs(base, tmp_path,
     assert model(input_ids=ids).logits.isfinite().all()
 
 
+def test_without_evaluations_nothing_is_said_of_their_interval(base, tmp_path, caplog):
+    options = {"eval_every": 20, "n_examples": 8, "n_epochs": 1, "do_first_eval": False}
+    for n_eval_examples in (4, 0):
+        caplog.clear()
+        run(make_config(base, tmp_path / "run", n_eval_examples=n_eval_examples, **options))
+        shutil.rmtree(tmp_path / "run")
+        said = [text for text in caplog.messages if text.startswith("eval_every=20 is no multiple")]
+        assert len(said) == bool(n_eval_examples)
+
+
 def test_a_loss_without_reference_loads_one_model(base, tmp_path):
     config = make_config(base, tmp_path / "run", loss=SimPOConfig())
     world = init_world()

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from ranks import ALONE
 
-from fastpref.errors import DistributedError
+from fastpref.errors import CheckpointError, DistributedError
 from fastpref.train.guard import FiniteGuard
 from fastpref.train.logs import metrics
 from fastpref.train.logs.metrics import MetricsLog, PendingStep, first_loss_tolerance
@@ -78,3 +79,43 @@ def test_numbers_that_a_lost_rank_keeps_from_coming_are_not_fetched(tmp_path, mo
     for fetch in (guard.first_bad_step, log.flush, log.close):
         with pytest.raises(DistributedError, match="rank 1 ended"):
             fetch()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_on_every_rank_steps_are_due_once_an_interval(tmp_path, monkeypatch, rank):
+    now = 100.0
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now)
+    log = MetricsLog(
+        path=tmp_path / "metrics.jsonl",
+        min_interval_seconds=1.0,
+        world=replace(ALONE, rank=rank, size=2),
+    )
+    log.restart_clock()
+    due = []
+    for number in range(1, 7):
+        now += 0.4
+        due.append(log.add_step(step_of(number, LOG_TWO)))
+        if due[-1]:
+            log.flush()
+    assert due == [False, False, True] * 2
+
+
+def test_trackers_are_closed_although_the_last_lines_cannot_be_written():
+    class Follower:
+        name = "follower"
+        is_closed = False
+
+        def log(self, record: dict[str, int]) -> None:
+            pass
+
+        def close(self) -> None:
+            self.is_closed = True
+
+    follower = Follower()
+    log = MetricsLog(
+        path=Path("/dev/full"), min_interval_seconds=9, world=ALONE, trackers=[follower]
+    )
+    log.add_step(step_of(2, LOG_TWO))
+    with pytest.raises(CheckpointError, match="/dev/full: cannot be written"):
+        log.close()
+    assert follower.is_closed

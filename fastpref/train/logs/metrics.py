@@ -101,8 +101,11 @@ class MetricsLog:
 
         Ranks other than 0 drop them and return None: the metrics are the same on every rank.
         """
-        if not self._pending or not self.world.is_main:
+        if not self._pending:
+            return None
+        if not self.world.is_main:
             self._pending.clear()
+            self.restart_clock()
             return None
         await_device(self.world)
         counts = [len(step.names) for step in self._pending]
@@ -193,10 +196,12 @@ class MetricsLog:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Write the pending steps and close the trackers."""
-        self.flush()
-        for tracker in list(self.trackers):
-            self._try(tracker, tracker.close)
+        """Write the pending steps and close the trackers, also if the steps cannot be written."""
+        try:
+            self.flush()
+        finally:
+            for tracker in list(self.trackers):
+                self._try(tracker, tracker.close)
 
     def _try(self, tracker: Tracker, act: Callable[[], None]) -> None:
         """Run a tracker's action; if it fails, drop the tracker with a warning, not the run."""
