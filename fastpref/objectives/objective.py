@@ -79,7 +79,8 @@ class Objective:
     losses_of_values: Callable[[Tensor, Batch], tuple[Tensor, Metrics]] | None = None
     """The same losses from `tdpo1_token_values` (N,), with the metrics that these allow."""
     detailed_every: int = 1
-    """Interval, in optimizer steps, of steps that compute all metrics, where some cost more."""
+    """Interval, in optimizer steps, of steps that compute all metrics, where the loss itself does
+    not need some of them."""
     starts_at_log_two: bool = False
     """Whether the loss is ln 2 while policy and reference are equal."""
 
@@ -122,7 +123,7 @@ def build_objective(config: LossConfig) -> Objective:
                     starts_at_log_two=True,
                 ),
                 losses_of_values=None if config.if_tdpo2 else _losses_of_values(tdpo),
-                detailed_every=1 if config.if_tdpo2 else config.kl_metrics_every,
+                detailed_every=config.kl_metrics_every,
             )
         case TISDPOConfig():
             tisdpo = partial(
@@ -131,7 +132,7 @@ def build_objective(config: LossConfig) -> Objective:
             sums = _log_ratios_and_kl if config.token_level else _log_ratios_alone
             return replace(
                 _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True),
-                detailed_every=1 if config.token_level else config.kl_metrics_every,
+                detailed_every=config.kl_metrics_every,
             )
     raise AssertionError(f"build_objective has no case for {type(config).__name__}")
 

@@ -161,7 +161,7 @@ def test_rows_left_out_and_small_datasets_are_warned_about():
     assert "2 of 10 rows are left out" in warning(10, True)
     assert "only 3 rows for batch_size=4" in warning(3, False)
     assert warning(8, True) is None
-    assert warning(10, False) is None
+    assert warning(10, False) is warning(4, False) is None
 
 
 def test_a_step_out_of_range_is_refused():

@@ -178,6 +178,12 @@ def test_equal_prompts_meet_in_one_micro_batch():
     assert sum(part.num_tokens for (part,) in plan) == 4 * 20 + 12 * 2
 
 
+def test_one_prompt_of_all_rows_keeps_every_rank_busy():
+    columns = EncodedColumns.of_rows([EncodedRow([3, 4], [7] * 9, [8] * 9)] * 8)
+    [of_ranks] = plan_step(columns, max_tokens=2048, num_ranks=4)
+    assert [len(part.rows) for part in of_ranks] == [2] * 4
+
+
 def test_ranks_get_equal_loads_of_unequal_rows():
     columns = EncodedColumns.of_rows(hh_like_rows(64))
     for of_ranks in plan_step(columns, max_tokens=2048, num_ranks=4):

@@ -130,6 +130,10 @@ def test_values_and_gradients_are_the_seed_formulas(name):
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
     assert not any(value.requires_grad for value in metrics.values())
     assert {len(value) for value in metrics.values()} == {len(losses)}
+    for kind, margin in (("rewards", "margins"), ("kl", "margin")):
+        if f"{kind}/{margin}" in metrics:
+            difference = metrics[f"{kind}/chosen"] - metrics[f"{kind}/rejected"]
+            assert torch.equal(metrics[f"{kind}/{margin}"], difference)
     weights = batch.token_weights.double() if objective.needs.weights else torch.ones(N)
     for side, first in (("chosen", 0), ("rejected", 2)):
         for key, of_tokens in (("", weights), ("_unweighted", torch.ones(N))):
@@ -138,6 +142,18 @@ def test_values_and_gradients_are_the_seed_formulas(name):
                 own = batch.sequence_ids == first + i
                 values = log_p.gather(1, batch.target[:, None])[:, 0].detach()
                 assert value == pytest.approx((of_tokens * values)[own].sum().item(), rel=1e-5)
+
+
+def test_a_difference_of_models_is_not_lost_in_long_responses():
+    batch = pad_rows([EncodedRow([3], [5] * 5, [6] * 5)], pad_token_id=0)
+    # five of these are 1.25 units in the last place of the sum, -1280
+    difference = 2.0**-15
+    reference_logps_N = torch.full((10,), -256.0)
+    scores = TokenScores(reference_logps_N + difference, reference_logps_N, None)
+    for name in ("dpo", "ipo", "tisdpo"):
+        _, metrics = build_objective(CONFIGS[name]).losses(scores, batch)
+        expected = CONFIGS[name].beta * 5 * difference
+        assert metrics["rewards/chosen"].item() == pytest.approx(expected, rel=1e-6), name
 
 
 def log_probabilities(model, rows) -> Tensor:

@@ -65,7 +65,7 @@ def test_options_reach_the_optimizer_and_null_is_torchs_default():
     parameter = torch.nn.Parameter(torch.ones(1))
     options = {"weight_decay": 0.5, "eps": None}
     group = build_optimizer("AdamW", [parameter], lr=0.1, options=options).param_groups[0]
-    assert group["weight_decay"] == 0.5
+    assert group["weight_decay"] == 0.5 and group["fused"]
     assert group["eps"] == torch.optim.AdamW([parameter]).param_groups[0]["eps"]
 
 
