@@ -12,9 +12,9 @@ from typing import Any
 from fastpref.config import ModelConfig, PackingConfig, WeightsConfig
 from fastpref.data.cache import code_digest
 from fastpref.data.chat import ChatFormat, check_chat_template, current_date, prints_date
-from fastpref.data.encode import tokenizer_digest
 from fastpref.data.options import DataOptions
 from fastpref.data.source import Rows
+from fastpref.data.tokenizer_checks import tokenizer_digest
 from fastpref.data.weights_file import WeightsOrigin, template_digest
 from fastpref.distributed import World
 from fastpref.scoring.shards import Shards, rows_digest

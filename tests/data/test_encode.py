@@ -25,7 +25,7 @@ from fastpref.complete_files import share
 from fastpref.config import DPOConfig, SFTConfig, TISDPOConfig, TransformConfig
 from fastpref.data import cache
 from fastpref.data.counts import format_audit
-from fastpref.data.encode import load_split, tokenizer_digest
+from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
 from fastpref.data.remarks import Remark
 from fastpref.errors import ConfigError, DataError
@@ -509,16 +509,6 @@ def test_another_process_finds_the_cache(tmp_path):
         encode(tmp_path, tokenizer=byte_tokenizer(TEMPLATE))
 
     assert count_calls(again, "parse_row") == count_calls(again, "encode_row") == 0
-
-
-def test_calling_a_tokenizer_leaves_no_trace_in_its_digest():
-    tokenizer = byte_tokenizer()
-    tokenizer.pad_token = EOS
-    before = tokenizer_digest(tokenizer)
-    tokenizer(["a", "abc"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_digest(tokenizer) == before
-    tokenizer.add_tokens(["new"])
-    assert tokenizer_digest(tokenizer) != before
 
 
 def test_what_became_of_the_rows_is_said_once_a_split(tmp_path, caplog):
