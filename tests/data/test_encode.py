@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import logging
 import os
@@ -472,6 +473,23 @@ def test_what_a_disk_has_damaged_in_the_cache_is_made_again(tmp_path, caplog):
     caplog.clear()
     assert encode(tmp_path).dataset[:] == expected
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["cache-*.arrow", "generator-train.arrow"])
+def test_what_is_damaged_and_cannot_be_removed_is_not_read(tmp_path, monkeypatch, name):
+    encode(tmp_path, pairs(50))
+    [path] = (tmp_path / "cache").rglob(name)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+
+    def refuse(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    # a folder of another user
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DataError, match=r"cannot be used: .*; delete what is damaged there"):
+        encode(tmp_path)
 
 
 def test_what_another_process_makes_again_is_left_to_it(tmp_path, caplog):
