@@ -178,6 +178,9 @@ def made_whole(
         files: Glob of everything that `make` writes beside the list, matching nothing else.
         read: Opens the listed files instead of `make`, if that writes to the cache even when they
             exist; such a `make` also writes a metadata file, `DESCRIPTION`.
+
+    Raises:
+        OSError: damaged files cannot be removed.
     """
 
     def find() -> datasets.Dataset:
@@ -192,8 +195,12 @@ def made_whole(
         damaged = _damaged(_read(sums))
         if damaged is not None:
             logger.warning("%s is damaged or gone, and is made again", damaged)
-        if damaged is not None or is_alone:
+        if damaged is not None:
+            # if they cannot be removed, `make` would take them for whole
             _remove(sums, files)
+        elif is_alone:
+            with suppress(OSError):
+                _remove(sums, files)
         dataset = make()
         paths = {Path(file["filename"]).absolute() for file in dataset.cache_files}
         if read is not None:
@@ -221,12 +228,11 @@ def _alone(sums: Path) -> Iterator[bool]:
 
 
 def _remove(sums: Path, files: str) -> None:
-    """Remove a checksum list and its files, as far as permitted."""
-    with suppress(OSError):
-        # the list first: files without a list are not trusted
-        sums.unlink(missing_ok=True)
-        for path in sums.parent.glob(files):
-            remove(path)
+    """Remove a checksum list and its files."""
+    # the list first: files without a list are not trusted
+    sums.unlink(missing_ok=True)
+    for path in sums.parent.glob(files):
+        remove(path)
 
 
 def _is_whole(sums: Path) -> bool:

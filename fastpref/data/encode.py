@@ -38,7 +38,13 @@ from fastpref.data.options import DataOptions
 from fastpref.data.places import Places, join_places, place_of, places_of
 from fastpref.data.row_tokens import RowTokens, row_texts, tokenize_rows
 from fastpref.data.source import Rows, count_dataset, read_rows, sft_targets
-from fastpref.data.tokenizer_checks import ID_COLUMNS, check_tokenizer, check_vocabulary, unknown_id
+from fastpref.data.tokenizer_checks import (
+    ID_COLUMNS,
+    check_tokenizer,
+    check_vocabulary,
+    tokenizer_digest,
+    unknown_id,
+)
 from fastpref.errors import DataError
 
 logger = logging.getLogger("fastpref")
@@ -288,18 +294,6 @@ def encoding_fingerprint(rows: Rows, tokenizer: Any, options: EncodeOptions) -> 
     ]
     # `datasets` allows 64 characters and appends a suffix for each process
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:40]
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of everything that a tokenizer's output depends on, unaffected by earlier calls."""
-    if tokenizer.is_fast:
-        # skip the settings before it: truncation and padding are those of the last call
-        _, _, model = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
-    else:
-        vocabulary = sorted(tokenizer.get_vocab().items())
-        model = json.dumps([type(tokenizer).__name__, tokenizer.name_or_path, vocabulary])
-    facts = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
-    return hashlib.sha256((model + facts).encode()).hexdigest()
 
 
 def encode_batch(

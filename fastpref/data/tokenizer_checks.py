@@ -1,5 +1,9 @@
-"""Checks of a tokenizer: it has an EOS token, and its ids fit the model's embedding."""
+"""Checks of a tokenizer: it has an EOS token, and its ids fit the model's embedding; its digest."""
 
+import hashlib
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import datasets
@@ -8,6 +12,8 @@ import pyarrow.compute as pc
 from fastpref.errors import ConfigError, DataError
 
 ID_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+PLACES = ("name_or_path", "is_local", "local_files_only", "tokenizer_file")
+"""Init arguments of a tokenizer that say where it was read from, beside those of its files."""
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -44,3 +50,34 @@ def check_vocabulary(encoded: datasets.Dataset, vocab_size: int, tokenizer: Any)
                 f"not in the model's embedding of {vocab_size} rows; the tokenizer belongs to "
                 "another model"
             )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of everything that a tokenizer's output depends on, unaffected by earlier calls."""
+    if tokenizer.is_fast:
+        # skip the settings before it: truncation and padding are those of the last call
+        _, _, model = tokenizer.backend_tokenizer.to_str().partition('"added_tokens"')
+        # not serialized with the rest
+        model += "split_special_tokens" if tokenizer.split_special_tokens else ""
+    else:
+        model = json.dumps(_slow_facts(tokenizer), default=str)
+    facts = json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map], default=str)
+    return hashlib.sha256((model + facts).encode()).hexdigest()
+
+
+def _slow_facts(tokenizer: Any) -> list[Any]:
+    """Class, options, vocabulary and files of a tokenizer that runs in Python. The vocabulary alone
+    does not determine its tokens: merges and scores are in the files only."""
+    left_out = {*PLACES, *tokenizer.vocab_files_names}
+    options = {key: x for key, x in sorted(tokenizer.init_kwargs.items()) if key not in left_out}
+    with TemporaryDirectory() as folder:
+        tokenizer.save_vocabulary(folder)
+        files = {
+            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(Path(folder).rglob("*"))
+            if path.is_file()
+        }
+    # of code that comes with a model, the module's name has a hash
+    kind = type(tokenizer)
+    code = f"{kind.__module__}.{kind.__qualname__}"
+    return [code, options, sorted(tokenizer.get_vocab().items()), files]

@@ -4,21 +4,20 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastpref.config import ModelConfig, PackingConfig, WeightsConfig
-from fastpref.data.cache import code_digest
+from fastpref.config import PackingConfig, WeightsConfig
 from fastpref.data.chat import ChatFormat, check_chat_template, current_date, prints_date
-from fastpref.data.encode import tokenizer_digest
 from fastpref.data.options import DataOptions
 from fastpref.data.source import Rows
 from fastpref.data.weights_file import WeightsOrigin, template_digest
 from fastpref.distributed import World
 from fastpref.scoring.shards import Shards, rows_digest
 from fastpref.scoring.side import Side, check_rows
+from fastpref.tisdpo.settings import scoring_settings
 from fastpref.tisdpo.source_tokens import encode_under_templates
 from fastpref.tisdpo.weight_rows import SourceJob, begun_date, shards_folder, written_date
 
@@ -96,7 +95,7 @@ def build_job(
         include_eos=weights.include_eos,
         max_dropped=data.read.max_dropped,
     )
-    settings = scoring_settings(options, sides[0].model, chat)
+    settings = scoring_settings(sides, chat, weights=weights, packing=options.packing)
     prints, shards = {}, {}
     for side in sides:
         template, identity = side.origin.template, side.origin.identity
@@ -123,27 +122,6 @@ def build_job(
     return SourceJob(
         rows=rows, path=path, encoded=encoded[""], counts=counts, shards=shards, origin=origin
     )
-
-
-def scoring_settings(options: JobOptions, model: ModelConfig, chat: ChatFormat) -> dict[str, Any]:
-    """Everything besides model and tokens that log-probabilities depend on; it goes into the names
-    of shard folders.
-
-    Batching is included: other padding rounds differently, and a file must have one rounding.
-    """
-    return {
-        "tokenizer": tokenizer_digest(chat.tokenizer),
-        "chat_template": chat.template,
-        "template_kwargs": dict(chat.arguments),
-        "chat_date": chat.date,
-        "include_eos": options.weights.include_eos,
-        "compute_dtype": model.compute_dtype,
-        "attention": model.attention,
-        "batch_size": options.weights.batch_size,
-        "packing": asdict(options.packing),
-        "shard_rows": options.weights.shard_rows,
-        "code": code_digest("data", "batches", "model", "scoring", "tisdpo", "kernels"),
-    }
 
 
 def fingerprint(value: Any) -> str:

@@ -15,6 +15,7 @@ from fastpref.data.layouts.row_values import RowError
 from fastpref.data.options import data_options
 from fastpref.data.source import read_rows
 from fastpref.data.sources.readers import read_records
+from fastpref.errors import DataError
 
 
 def read(tmp_path):
@@ -119,3 +120,20 @@ def test_a_value_declared_as_json_that_is_none_is_a_bad_row(tmp_path):
     assert (whole, number) == ({"tools": {}}, 2)
     assert isinstance(error, RowError)
     assert error.at("f:2").startswith("f:2:tools: tools is declared as JSON and is none: ")
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_is_an_error_of_its_row(tmp_path):
+    texts = pyarrow.array([b"fine", b"caf\xe9", b"fine"], pyarrow.binary()).view(pyarrow.string())
+    days = pyarrow.array([0, 0, 10**7], pyarrow.int32()).cast(pyarrow.date32())
+    path = write_parquet(tmp_path, pyarrow.table({"prompt": texts, "day": days}))
+    (_, first), (_, second), (number, third) = read_records(path)
+    assert first == {"prompt": "fine", "day": datetime.date(1970, 1, 1)}
+    assert str(second) == "prompt is no UTF-8: byte 0xe9"
+    assert isinstance(third, RowError) and third.field == "day" and number == 3
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    prompts = [pyarrow.array([text]) for text in ("one", "other")]
+    path = write_parquet(tmp_path, pyarrow.table(prompts, names=["prompt", "prompt"]))
+    with pytest.raises(DataError, match=r"train\.parquet: several columns of one name: prompt"):
+        list(read_records(path))

@@ -45,7 +45,7 @@ from fastpref.scoring import ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.shards import Shards
 from fastpref.scoring.side import check_finite
-from fastpref.tisdpo import weight_rows
+from fastpref.tisdpo import settings, weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
 ROWS = text_rows(7)
@@ -523,6 +523,20 @@ def test_a_finished_file_is_not_estimated_again_until_something_changes(
     before = estimate(config)
     config.weights.negative_template = "You lie a lot."
     assert estimate(config)[0]["chosen_weight"] != before[0]["chosen_weight"]
+
+
+def test_another_stored_dtype_or_library_makes_other_weights(models, tmp_path, monkeypatch):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    config.weights.round = None
+    before = estimate(config)
+    config.model.reference_dtype = "float16"
+    rounded = estimate(config)
+    assert rounded[0]["chosen_weight"] != before[0]["chosen_weight"]
+    written = output_path(config).stat().st_mtime_ns
+    monkeypatch.setattr(settings, "version", lambda name: f"newer {name}")
+    assert estimate(config) == rounded
+    assert output_path(config).stat().st_mtime_ns != written
 
 
 def test_one_process_at_a_time_writes_the_weights_of_a_dataset(models, tmp_path):

@@ -51,7 +51,7 @@ def hub_records(
         DataError: the hub cannot be reached or has no such split.
     """
     table = load_from_hub(hub_id, config, split, cache_dir).with_format("arrow")
-    yield from read_batches(table.iter(batch_size=1000))
+    yield from read_batches(table.iter(batch_size=1000), hub_id)
 
 
 def hub_state(hub_id: str, config: str | None, split: str, cache_dir: str | None) -> str:

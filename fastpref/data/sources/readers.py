@@ -197,7 +197,7 @@ def _parse_line(line: bytes, offset: int, number: int) -> Any:
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        yield from read_batches(file.iter_batches(batch_size=1000))
+        yield from read_batches(file.iter_batches(batch_size=1000), str(path))
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
@@ -206,22 +206,56 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
         file.seek(0)
         if has_index:
             table = pyarrow.ipc.open_file(file)
-            yield from read_batches(map(table.get_batch, range(table.num_record_batches)))
+            batches = map(table.get_batch, range(table.num_record_batches))
+            yield from read_batches(batches, str(path))
         else:
-            yield from read_batches(pyarrow.ipc.open_stream(file))
+            yield from read_batches(pyarrow.ipc.open_stream(file), str(path))
 
 
 def read_batches(
-    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table],
+    batches: Iterable[pyarrow.RecordBatch | pyarrow.Table], name: str
 ) -> Iterator[tuple[int, Any]]:
     """Records of tables, numbered from 1, without null keys of structs; a `RowError` for a record
-    with invalid JSON in a column declared as JSON."""
+    with a value that is no JSON though its column is declared as such, or that Python cannot hold.
+
+    Args:
+        name: Their source, for error messages.
+
+    Raises:
+        DataError: several columns have one name.
+    """
     number = 0
     for batch in batches:
         fields = {field.name: field.type for field in batch.schema}
-        for record in batch.to_pylist():
+        if len(fields) < len(batch.schema):
+            twice = sorted({x for x in batch.schema.names if batch.schema.names.count(x) > 1})
+            raise DataError(f"{name}: several columns of one name: {listed(twice)}")
+        for record in _rows_of(batch):
             number += 1
-            yield number, _given_fields(record, fields)
+            failed = isinstance(record, RowError)
+            yield number, record if failed else _given_fields(record, fields)
+
+
+def _rows_of(batch: pyarrow.RecordBatch | pyarrow.Table) -> list[Any]:
+    """The rows of a table as objects; a `RowError` for one with an invalid value."""
+    try:
+        return batch.to_pylist()
+    # text that is no UTF-8, or a date beyond the year 9999
+    except (ValueError, OverflowError):
+        return [_row_of(batch, i) for i in range(len(batch))]
+
+
+def _row_of(batch: pyarrow.RecordBatch | pyarrow.Table, i: int) -> Any:
+    row = {}
+    for name in batch.schema.names:
+        try:
+            row[name] = batch.column(name)[i].as_py()
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            return RowError(f"{name} is no UTF-8: byte 0x{byte:02x}", name)
+        except (ValueError, OverflowError) as error:
+            return RowError(f"{name} cannot be read: {error}", name)
+    return row
 
 
 def _given_fields(record: dict[str, Any], fields: dict[str, pyarrow.DataType]) -> Any:

@@ -8,7 +8,8 @@ import numpy as np
 
 from fastpref.config import ModelConfig
 from fastpref.data.chat import current_date
-from fastpref.data.encode import PreferenceSplit, tokenizer_digest
+from fastpref.data.encode import PreferenceSplit
+from fastpref.data.tokenizer_checks import tokenizer_digest
 from fastpref.data.weights_file import template_digest
 from fastpref.distributed import World
 from fastpref.errors import DataError
