@@ -36,7 +36,9 @@ class Weights(NamedTuple):
     hidden_size: int
     """Columns of the head."""
     adapters: int = 0
-    """Adapter parameters, not included in `total`; if > 0, all others are frozen."""
+    """Trained adapter parameters, not included in `total`; if > 0, all others are frozen."""
+    given: int = 0
+    """Parameters of the adapter that training started from, which the reference uses; frozen."""
     in_four_bits: int = 0
     """Parameters of `total` that are quantized to 4 bits."""
 

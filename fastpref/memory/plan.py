@@ -46,7 +46,7 @@ class MemoryPlan:
     """Memory of one device in training, in bytes."""
 
     masters: int
-    """Master weights: this device's shard, or all adapters."""
+    """Master weights: this device's shard, or all adapters, also the one of the reference."""
     weights: int
     """Weights in the compute dtype. One device: all, 0 if the masters have that dtype. Several: the
     gathered part of policy and reference. With adapters: the frozen model, or its shard and the
@@ -149,7 +149,7 @@ def plan_memory(
     gradient = 0 if weights.adapters else weights.vocab_size * D * compute
     lost = SMALL_PARTS + (SEVERAL_RANKS if device.num > 1 else 0)
     return MemoryPlan(
-        masters=trained * sizes.master,
+        masters=(trained + weights.given) * sizes.master,
         weights=computing,
         gradients=trained * sizes.master + in_transit,
         optimizer=trained * sizes.state,

@@ -54,7 +54,7 @@ class Counted(NamedTuple):
     @property
     def stored_bytes(self) -> int:
         """Bytes of a frozen model with its adapters."""
-        adapters = self.weights.adapters * self.sizes.master
+        adapters = (self.weights.adapters + self.weights.given) * self.sizes.master
         return self.weights.stored_bytes(self.sizes.compute) + adapters
 
     def plan(self, device: Device) -> MemoryPlan:
@@ -91,7 +91,11 @@ def count_training(training: TrainingOptions, measured: Measured, device: Device
     if adapter.trained:
         weights = count_weights(model, options.block_name, in_four_bits=adapter.quantized)
         adapters = insert_adapters(model, adapter, options.block_name, start)
-        weights = weights._replace(adapters=sum(p.numel() for p in adapters.parameters()))
+        trained, whole = (
+            sum(parameter.numel() for parameter in parameters)
+            for parameters in (adapters.trained(), adapters.parameters())
+        )
+        weights = weights._replace(adapters=trained, given=whole - trained)
     else:
         weights = count_weights(model, options.block_name)
     reference = None

@@ -4,38 +4,42 @@ transformers loads both and leaves them untied. A model built without weights mu
 and so must the config of an export: a reader that believes it tied would drop the head.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from fastpref.model.adapters.folders import untie
 from fastpref.model.adapters.tied_head import is_tied
-from fastpref.model.files.weight_files import weight_files
+from fastpref.model.files.archives import begins_as_zip, load_pickle
+from fastpref.model.files.reading import reading
+from fastpref.model.files.source_weights import place_finder
+from fastpref.model.files.weight_files import pickle_files, weight_files
 
 
 def holds_two_tables(name: str, model: Any) -> bool:
     """Whether a checkpoint's embedding and head differ although its config ties them.
 
     Args:
-        name: The checkpoint's folder; a hub name is not checked.
+        name: The checkpoint's folder; a hub name is not checked, nor are pickles in the format from
+            before torch 1.6, which have no headers.
         model: Built from its config; may be on the meta device.
     """
-    if model.get_output_embeddings() is None or not is_tied(model):
+    head = model.get_output_embeddings()
+    if head is None or not is_tied(model) or not Path(name).is_dir():
         return False
-    files = weight_files(Path(name)) if Path(name).is_dir() else []
-    names = {module: path for path, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    wanted = [f"{names[module]}.weight" for module in ends]
-    tables: dict[str, Path] = {}
-    for path in files:
-        with safe_open(path, "pt") as file:
-            tables |= dict.fromkeys(set(wanted).intersection(file.keys()), path)
-    if len(tables) < 2:
-        return False
-    embedding, head = (_tensor(tables[key], key) for key in wanted)
-    return not torch.equal(embedding, head)
+    find_place = place_finder(model)
+    [table] = [path for path, weight in model.named_parameters() if weight is head.weight]
+
+    def is_table(in_file: str, shape: Any) -> bool:
+        # by shape first: names are slow to compare where there are thousands of experts
+        return tuple(shape) == head.weight.shape and find_place(in_file)[0] == table
+
+    tables = list(_stored(Path(name), is_table))
+    return any(not torch.equal(tables[0], other) for other in tables[1:])
 
 
 def untie_two_tables(model: Any) -> None:
@@ -45,7 +49,20 @@ def untie_two_tables(model: Any) -> None:
         untie(model.config)
 
 
-def _tensor(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, "pt") as file:
-        tensor: torch.Tensor = file.get_tensor(name)
-    return tensor
+def _stored(folder: Path, is_wanted: Callable[[str, Any], bool]) -> Iterator[Tensor]:
+    """The wanted tensors of a folder's files, by name and shape."""
+    files = weight_files(folder)
+    for path in files:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            for name in names:
+                if is_wanted(name, file.get_slice(name).get_shape()):
+                    yield file.get_tensor(name)
+    if files:
+        return
+    for path in filter(begins_as_zip, pickle_files(folder)):
+        with reading("the weights", str(folder)):
+            saved = load_pickle(path)
+        for name, tensor in saved.items() if isinstance(saved, dict) else ():
+            if isinstance(tensor, Tensor) and is_wanted(name, tensor.shape):
+                yield tensor

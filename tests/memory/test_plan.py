@@ -10,6 +10,7 @@ import torch.distributed as dist
 from fastpref_kernels import get_workspace_mib, set_workspace_mib
 from fastpref_kernels.workspace import auto_workspace_mib
 from packed_pairs import skip_what_does_not_pack
+from peft import LoraConfig, get_peft_model
 from stopped_runs import run
 from tiny_models import FAMILIES, build_model, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,7 +28,7 @@ from fastpref.distributed import World, init_world
 from fastpref.memory.count import count_token_bytes, count_weights
 from fastpref.memory.here import bound_workspace
 from fastpref.memory.live_bytes import LiveBytes
-from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan
+from fastpref.memory.plan import GIB, Device, HeadBytes, MemoryPlan, communicated_bytes
 from fastpref.memory.planning import AUTO_TOKENS, Counted, Measured, auto_tokens, count_training
 from fastpref.memory.stack import find_stack
 from fastpref.memory.worst_rows import Rows
@@ -240,6 +241,23 @@ def test_adapters_take_what_they_are(models):
     assert list(lora.parts())[:2] == ["adapters", "base"] and "masters" in full.parts()
     # what is kept for the backward is no more than in full training
     assert lora.kept_per_token <= full.kept_per_token
+
+
+def test_the_adapter_that_training_started_from_has_no_gradient_and_no_optimizer(models, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(models / "llama")
+    options = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    start = get_peft_model(base, options)
+    start.save_pretrained(tmp_path / "start")
+    numbers = sum(p.numel() for name, p in start.named_parameters() if ".lora_" in name)
+    config = make_config(tmp_path / "start", adapter=AdapterConfig(kind="lora"))
+    device = Device("cuda", 2, 80 * GIB, replicated=True)
+    counted = counted_of(config, device)
+    plan = counted.plan(device)
+    # two adapters in memory, of which one is trained; its gradients are in the buffer they are
+    # reduced in, too
+    assert (plan.masters, plan.gradients, plan.optimizer) == (8 * numbers,) * 3
+    sent = communicated_bytes(counted.weights, counted.sizes, device, num_micro_batches=1)
+    assert sent == 4 * numbers
 
 
 def test_adapters_of_experts_make_matrices_as_large_as_they_stand_beside(models):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_dataset, save_tiny_model
+from tiny_wrappers import save_wrapper
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -99,6 +100,30 @@ def test_two_tables_that_a_config_calls_one_are_two_everywhere(tmp_path):
     for build in (load_model, build_empty):
         model = build(find_model(str(folder)), dtype=torch.float32)
         assert is_tied(model) and model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("files", ["of a body without its prefix", "pickles", "with old names"])
+def test_two_tables_are_found_under_any_name_and_in_pickles(tmp_path, files):
+    folder = tmp_path / "base"
+    if files == "with old names":
+        weights = save_wrapper(folder, "gemma3", old_names=True)
+        table = weights["language_model.model.embed_tokens.weight"]
+        weights["language_model.lm_head.weight"] = table + 1
+    else:
+        save_tiny_model(folder, tie_word_embeddings=False)
+        weights = load_file(folder / "model.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    if files == "of a body without its prefix":
+        weights = {name.removeprefix("model."): x for name, x in weights.items()}
+    if files == "pickles":
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+    else:
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for build in (load_model, build_empty):
+        model = build(find_model(str(folder)), dtype=torch.float32)
+        assert not is_tied(model) and not model.config.tie_word_embeddings
 
 
 def test_padding_has_a_row_in_the_embedding():

@@ -120,7 +120,7 @@ def arrange(model: Any, weights: Mapping[str, Tensor], source: SourceWeights) ->
         source: The model's source.
     """
     own = revert_weight_conversion(model, dict(weights))
-    find_place = _place_finder(model)
+    find_place = place_finder(model)
     places = {name: find_place(name) for name in source.weights}
     given = {
         name: place
@@ -177,7 +177,7 @@ def _first_names(model: Any) -> dict[str, str]:
     return {name: same.get(name, name) for name in model.state_dict()}
 
 
-def _place_finder(model: Any) -> Callable[[str], tuple[str | None, bool]]:
+def place_finder(model: Any) -> Callable[[str], tuple[str | None, bool]]:
     """A function that maps a name in a file to the model's tensor that transformers loads it into,
     None if none, and to whether the file's tensor is all of the model's."""
     first = _first_names(model)
