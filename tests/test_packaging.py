@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 from setuptools import find_packages
@@ -17,6 +18,7 @@ SOURCES = sorted(
 ) + sorted(ROOT.glob("*.py"))
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """Dotted names of every module a file imports, wherever in the file."""
     names = set()

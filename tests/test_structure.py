@@ -19,9 +19,14 @@ def measures_of(source: str) -> dict[str, structure.Measure]:
     return structure.measure([module])
 
 
+@pytest.fixture(scope="module")
+def measures() -> dict[str, structure.Measure]:
+    return structure.measure(structure.read_modules(ROOT))
+
+
 @pytest.mark.parametrize("name", structure.BOUNDS)
-def test_the_code_keeps_the_bounds(name):
-    value, where = structure.measure(structure.read_modules(ROOT))[name]
+def test_the_code_keeps_the_bounds(measures, name):
+    value, where = measures[name]
     assert 0 < value <= structure.BOUNDS[name], f"{name}: {value} in {where}"
 
 
