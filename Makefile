@@ -56,11 +56,11 @@ else ifeq ($(PART),kl)
 	  --jobs tdpo2 tdpo1 "tdpo2 frozen" "tdpo1 frozen" $(if $(REAL_HEAD),--real-head $(REAL_HEAD))
 else ifeq ($(PART),train)
 	$(BENCH_PYTHON) benchmarks/bench_train_step.py --shape $(SHAPE) --law $(LAW) --pairs 64 \
-	  --micro-batches 8 --steps 8 --rounds 1 --json --results $(RESULTS) \
-	  $(if $(COMPILE),--compile $(COMPILE))
+	  --micro-batches 8 --steps 8 --rounds 1 --seconds-budget 480 --json --results $(RESULTS) \
+	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile $(COMPILE))
 else ifeq ($(PART),profile)
 	$(BENCH_PYTHON) benchmarks/profile_step.py --shape $(SHAPE) --law $(LAW) --json --results $(RESULTS) \
-	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile) $(if $(REFERENCE),--reference $(REFERENCE))
+	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile $(COMPILE)) $(if $(REFERENCE),--reference $(REFERENCE))
 else ifeq ($(PART),sweep)
 	$(BENCH_PYTHON) benchmarks/sweep_tiles.py --results $(RESULTS)
 else

@@ -47,6 +47,9 @@ def main() -> None:
         ceilings.append({"case": case.name} | measure_ceilings(case))
         for job in arguments.jobs:
             results += measure_job(case, job, arguments)
+            if arguments.json:
+                # a peer's crash or the end of the machine's time must not take what is measured
+                write(arguments, ceilings, results)
         torch.cuda.empty_cache()
     report(arguments, ceilings, results)
     if any(row["contender"].startswith(OURS) and row.get("failure") for row in results):
@@ -110,14 +113,16 @@ def measure_job(case: Case, job: str, arguments: argparse.Namespace) -> list[dic
             row["absent"] = str(reason)
         except Exception as error:
             # a peer's crash is a result; ours fails the run
-            row["failure"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            row["failure"] = in_a_line(error)
             runs.pop(name, None)
             torch.cuda.empty_cache()
         if name.startswith(OURS) and (missed_bounds := oracle.missed(row)):
             row["failure"] = missed_bounds
-    seconds = interleave(runs, arguments)
+    seconds, failures = interleave(runs, arguments)
     for row in rows:
-        if row["contender"] in seconds:
+        if row["contender"] in failures:
+            row["failure"] = failures[row["contender"]]
+        elif row["contender"] in seconds:
             row |= summarize(seconds[row["contender"]])
     print(table(rows), flush=True)
     return rows
@@ -147,15 +152,35 @@ def measure_memory(run: Callable[[], Any], device: str) -> float:
     return (peak_bytes - kept_bytes) / MIB
 
 
-def interleave(runs: dict[str, Callable], arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each run, interleaved in rounds; the first round is a warm-up."""
+def interleave(
+    runs: dict[str, Callable], arguments: argparse.Namespace
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each run, interleaved in rounds, and the reasons of those that failed.
+
+    The first round is a warm-up; when time is up, the first timed round is the last.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    failures: dict[str, str] = {}
     for i_round in range(arguments.rounds + 1):
+        if i_round > 1 and time.monotonic() > arguments.end:
+            break
         for name, run in runs.items():
-            elapsed = time_once(run, arguments.device)
+            if name in failures:
+                continue
+            try:
+                elapsed = time_once(run, arguments.device)
+            except Exception as error:
+                failures[name] = in_a_line(error)
+                torch.cuda.empty_cache()
+                continue
             if i_round:
                 seconds[name].append(elapsed)
-    return seconds
+    return seconds, failures
+
+
+def in_a_line(error: Exception) -> str:
+    """Type of an error, and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def time_once(run: Callable[[], Any], device: str) -> float:
@@ -202,13 +227,21 @@ def best(run: Callable[[], Any], device: str) -> float:
 
 
 def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[dict]) -> None:
-    on_gpu = arguments.device == "cuda"
-    # goals exist for a GPU only
-    lines = missed(results) if on_gpu else []
-    if on_gpu:
+    if arguments.device == "cuda":
+        lines = missed(results)
         print("\ngoals missed:" if lines else "\nno goal missed", *lines, sep="\n  ")
     if not arguments.json:
         return
+    folder, record = write(arguments, ceilings, results)
+    name = arguments.name
+    write_plot(record, folder / f"{name}.png")
+    print(f"\nwritten to {folder}: {name}.json, {name}.md, {name}.png")
+
+
+def write(
+    arguments: argparse.Namespace, ceilings: list[dict], results: list[dict]
+) -> tuple[Path, dict[str, Any]]:
+    """Write the numbers and their table; returns their folder and the numbers."""
     folder, machine = (
         results_folder(arguments.results, arguments.device),
         describe_machine(arguments.device),
@@ -218,14 +251,14 @@ def report(arguments: argparse.Namespace, ceilings: list[dict], results: list[di
         "rounds": arguments.rounds,
         "ceilings": ceilings,
         "results": results,
-        "missed_goals": lines,
+        # goals exist for a GPU only
+        "missed_goals": missed(results) if arguments.device == "cuda" else [],
     }
     name = arguments.name
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     heading = f"# The head on {machine['device']}, {machine['date']}, torch {machine['torch']}\n\n"
     (folder / f"{name}.md").write_text(heading + table(results, markdown=True) + "\n")
-    write_plot(record, folder / f"{name}.png")
-    print(f"\nwritten to {folder}: {name}.json, {name}.md, {name}.png")
+    return folder, record
 
 
 if __name__ == "__main__":

@@ -18,40 +18,26 @@ regardless of how many tokens were computed.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from machine import describe_machine, results_folder
-from train_arms import config_of, run_fastpref, run_trl, write_start
+from train_arms import config_of, run_fastpref, run_trl
 from train_cases import LAWS, SHAPES, write_ids, write_random_model, write_random_rows
+from train_children import ARMS, WARM_UP_STEPS, Children, answer, is_peer
+from train_gate import check_equality
 
-ROOT = Path(__file__).resolve().parents[1]
-WARM_UP_STEPS = 2
-ARMS = {
-    "T1": "TRL, no activation checkpointing, reference online",
-    "T2": "TRL, reference precomputed",
-    "T6": "TRL, reference precomputed, batches of like length",
-    "F0": "fastpref, padded, reference online",
-    "F1": "fastpref, packed, reference online",
-    "F3": "fastpref, packed, prompts shared, reference online",
-    "F4": "fastpref, packed, prompts shared, reference beforehand",
-}
-GATE_TOLERANCE = {"losses": 1e-5, "grad_norms": 1e-5, "weights": 1e-5, "a_matrix": 5e-5}
-"""Relative tolerances; `weights` is for all weights together, `a_matrix` for the matrix with the
-largest error. AdamW normalizes gradients near zero, which amplifies rounding in the weights."""
+SWITCH = ("true", "false", "auto")
 
 
 def main() -> None:
     arguments = parse_arguments()
     if arguments.child:
         job = json.loads(Path(arguments.child).read_text())
-        run = run_trl if job["arm"].startswith("T") else run_fastpref
-        print("RESULT " + json.dumps(run(job)))
+        answer(job, run_trl if is_peer(job["arm"]) else run_fastpref)
         return
     from fastpref.cli.command_line import set_allocators
     from fastpref.distributed import init_world
@@ -59,20 +45,26 @@ def main() -> None:
     # as the command line does; the same for all arms, which inherit the environment
     set_allocators()
     world = init_world()
-    with tempfile.TemporaryDirectory() as folder:
-        gate = check_equality(world, Path(folder), arguments.rank)
-        case = prepare_case(arguments, world, Path(folder))
-        rounds = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        children = Children(folder, arguments.seconds_budget)
+        gate = check_equality(children, world, folder, arguments.rank)
+        case = prepare_case(arguments, world, folder)
+        rounds: list[dict[str, Any]] = []
         for i_round in range(arguments.rounds):
             # T F F T: neither system always runs second, on a warmer machine
-            arms = arguments.arms if i_round % 2 == 0 else arguments.arms[::-1]
-            rounds += [measure(case | {"arm": arm}, Path(folder)) for arm in arms]
+            for arm in arguments.arms if i_round % 2 == 0 else arguments.arms[::-1]:
+                rounds.append(children.outcome(case | {"arm": arm}))
+                # the end of the machine's time must not take what is measured
+                report(arguments, case, gate, rounds, [])
         profile = []
         if arguments.profile:
             # a separate run, as profiling slows steps down
             profiled = case | {"arm": "F3", "steps": WARM_UP_STEPS + 1, "profile": True}
-            profile = measure(profiled, Path(folder))["profile"]
-    report(arguments, case, gate, rounds, profile)
+            profile = children.outcome(profiled).get("profile", [])
+    print("\n".join(["", *report(arguments, case, gate, rounds, profile)]))
+    if any("failure" in run and not is_peer(run["arm"]) for run in rounds):
+        sys.exit("fastpref failed, see above")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,12 +81,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--rank", type=int, help="of adapters; all weights are trained without")
-    parser.add_argument("--compile", default="false", help="of fastpref: true, false or auto")
-    parser.add_argument("--liger", default="auto", help="of fastpref: true, false or auto")
+    parser.add_argument("--compile", choices=SWITCH, default="false", help="of fastpref")
+    parser.add_argument("--liger", choices=SWITCH, default="auto", help="of fastpref")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--json", action="store_true", help="write to the results folder")
     parser.add_argument("--profile", action="store_true", help="and where an F3 step's time goes")
-    parser.add_argument("--name", help="of the files written; the rows' name unless given")
+    parser.add_argument("--name", help="of the files written; from rows and options unless given")
+    parser.add_argument("--seconds-budget", type=float, help="end after; no end unless given")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -136,114 +129,24 @@ def prepare_case(arguments: argparse.Namespace, world: Any, folder: Path) -> dic
     return case
 
 
-def check_equality(world: Any, folder: Path, rank: int | None) -> dict[str, float]:
-    """Train a tiny model, or adapters of this rank, in float32 with both systems.
-
-    Returns:
-        Largest relative differences of loss, gradient norm and weights.
-
-    Raises:
-        SystemExit: one exceeds its tolerance: the systems do not compute the same.
-    """
-    write_random_model("tiny", folder / "tiny")
-    write_random_rows("UF", SHAPES["tiny"]["vocab_size"], 32, folder / "gate" / "words")
-    case = {
-        "model": str(folder / "tiny"),
-        "data": str(folder / "gate"),
-        "name": "words",
-        "pairs": 8,
-        "micro_batches": 1,
-        "max_tokens": 8192,
-        "steps": 3,
-        "max_length": 512,
-        "dtype": "float32",
-        "rank": rank,
-        "lr": 1e-3,
-        "ids": str(folder / "gate.jsonl"),
-    }
-    write_ids(config_of(case, folder / "unused"), world, case["steps"], Path(case["ids"]))
-    if rank:
-        case["start"] = str(folder / "start.safetensors")
-        write_start(case, world, Path(case["start"]))
-    runs = {
-        arm: measure(case | {"arm": arm, "weights": str(folder / f"{arm}.safetensors")}, folder)
-        for arm in ("T1", "F3")
-    }
-    import torch
-    from safetensors.torch import load_file
-
-    theirs, ours = (load_file(str(folder / f"{arm}.safetensors")) for arm in ("T1", "F3"))
-    gate = {
-        name: max(
-            abs(a - b) / abs(a) for a, b in zip(runs["T1"][name], runs["F3"][name], strict=True)
-        )
-        for name in ("losses", "grad_norms")
-    }
-    norms = torch.tensor(
-        [
-            [(ours[name].float() - weight.float()).norm(), weight.float().norm()]
-            for name, weight in theirs.items()
-            if name in ours
-        ]
-    )
-    differences, sizes = norms.unbind(1)
-    gate["weights"] = (differences.norm() / sizes.norm()).item()
-    gate["a_matrix"] = (differences / sizes).max().item()
-    print("equality gate, relative differences:", gate)
-    if any(gate[name] > bound for name, bound in GATE_TOLERANCE.items()):
-        sys.exit(f"the two systems do not compute the same: {gate}")
-    return gate
-
-
-def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run an arm in a fresh process."""
-    path = folder / "job.json"
-    path.write_text(json.dumps(job))
-    # keep the caller's PYTHONPATH, after ours: installed packages may depend on it
-    paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    command = [sys.executable, __file__, "--child", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        sys.exit(f"{job['arm']} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    result = json.loads(lines[-1].removeprefix("RESULT "))
-    result |= {"arm": job["arm"], "tokens_per_second": rate(result)}
-    print(
-        f"{job['arm']}: {result['tokens_per_second']:8.1f} tokens/s"
-        f"{result['peak_memory_gib']:8.2f} GiB   {ARMS[job['arm']]}",
-        *(f"\n    {line}" for line in result.get("memory", [])),
-        flush=True,
-    )
-    return result
-
-
-def rate(result: dict[str, Any]) -> float:
-    """Real policy tokens per second over the steps after the warm-up."""
-    seconds, tokens = (result[name][WARM_UP_STEPS:] for name in ("seconds", "tokens"))
-    return sum(tokens) / sum(seconds) if seconds else float("nan")
-
-
 def report(
     arguments: argparse.Namespace,
     case: dict[str, Any],
-    gate: dict[str, float],
+    gate: dict[str, Any],
     rounds: list[dict[str, Any]],
     profile: list[dict[str, Any]],
-) -> None:
-    """Table of medians over rounds with the ratios to T1 and T2, and the JSON."""
-    by_arm = {arm: [run for run in rounds if run["arm"] == arm] for arm in arguments.arms}
-    arms = {arm: medians(runs) for arm, runs in by_arm.items()}
+) -> list[str]:
+    """Lines of medians over rounds with the ratios to T1 and T2; with --json written too."""
+    by_arm: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arguments.arms}
+    for run in rounds:
+        if "tokens_per_second" in run:
+            by_arm[run["arm"]].append(run)
+    arms = {arm: medians(runs) for arm, runs in by_arm.items() if runs}
     lines = [*table(arms), *table_of_profile(profile)]
-    print("\n".join(["", *lines]))
     if arguments.json:
         record = {"gate": gate, "arms": arms, "runs": rounds, "profile": profile}
         write(arguments, case, record, lines)
+    return lines
 
 
 def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -290,8 +193,7 @@ def write(
 ) -> None:
     """Write the JSON and the tables to the results folder of this device."""
     folder, machine = results_folder(arguments.results), describe_machine()
-    what = f"{arguments.shape}-{arguments.law}" if arguments.shape else case["name"]
-    what = arguments.name or what
+    what = arguments.name or name_of(arguments, case["name"])
     keys = (
         *("pairs", "micro_batches", "max_tokens", "steps", "max_length", "lr"),
         *("dtype", "rank", "compile", "liger"),
@@ -306,7 +208,14 @@ def write(
     heading = f"# Training steps on {machine['device']}, {record['model']}, {what}, "
     text = f"{heading}{machine['date']}\n\n" + "\n".join(lines) + "\n"
     (folder / f"train-{what}.md").write_text(text)
-    print(f"\nwritten to {folder}: train-{what}.json, train-{what}.md")
+    print(f"written to {folder}: train-{what}.json, train-{what}.md", flush=True)
+
+
+def name_of(arguments: argparse.Namespace, rows: str) -> str:
+    """Name of the files of a run, distinct for runs to be compared."""
+    of_case = f"{arguments.shape}-{arguments.law}" if arguments.shape else rows
+    compiled = {"false": "", "true": "-compiled"}.get(arguments.compile, "-compile-auto")
+    return of_case + "-lora" * bool(arguments.rank) + compiled
 
 
 if __name__ == "__main__":

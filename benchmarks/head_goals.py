@@ -84,7 +84,7 @@ def missed(results: list[dict]) -> list[str]:
         lines += [
             f"{shape} N={rows} {job} {contender}, {name}: {row[name]:.1e}, goal {bound:.0e}"
             for name, bound in ERRORS.items()
-            if contender.startswith("fastpref") and row.get(name, 0.0) > bound
+            if contender.startswith("fastpref") and not row.get(name, 0.0) <= bound
         ]
     for table, field in [(TIME_RATIOS, "milliseconds"), (MEMORY_RATIOS, "extra_mib")]:
         for ours, peer, job, bound in table:

@@ -57,7 +57,8 @@ class Oracle:
         over = [
             f"{name} {row[name]:.1e} > {bound:.0e}"
             for name, bound in bounds.items()
-            if row.get(name, 0.0) > bound
+            # not >, which NaN is not either
+            if not row.get(name, 0.0) <= bound
         ]
         return ", ".join(over) or None
 

@@ -219,7 +219,7 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
 def file_name(arguments: argparse.Namespace) -> str:
     """Name of the results file, distinct for runs to be compared."""
     kind = "-lora" * bool(arguments.rank) + "-cache" * (arguments.reference == "cache")
-    kind += "-compiled" * arguments.compile
+    kind += {False: "", True: "-compiled"}.get(arguments.compile, "-compile-auto")
     return f"profile-{arguments.shape}-{arguments.law}{kind}.json"
 
 
@@ -233,7 +233,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="of adapters; all weights are trained without")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--reference", choices=("online", "cache"), default="online")
-    parser.add_argument("--compile", action="store_true")
+    switch = {"true": True, "false": False}
+    parser.add_argument(
+        "--compile",
+        nargs="?",
+        type=lambda text: switch.get(text, text),
+        choices=(True, False, "auto"),
+        const=True,
+        default=False,
+        help="true, false or auto",
+    )
     parser.add_argument("--liger", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--json", action="store_true", help="write to the results folder")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from bench_head import measure_ceilings, time_once
+from bench_head import in_a_line, interleave, measure_ceilings
 from fastpref_kernels import launch, token_logps_kl_triton, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile
 from fastpref_kernels.head import Head, Targets
@@ -107,8 +107,9 @@ def main() -> None:
             if shape in SMALL_SHAPES:
                 chosen = [candidate for candidate in chosen if candidate.small]
             found += measure(chosen, truth, ceilings, arguments)
+            # a tile may hang or end the process: what was found before stays
+            write({"ceilings": library, "results": found}, arguments)
         del case, truth
-    write({"ceilings": library, "results": found}, arguments)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -233,21 +234,25 @@ def measure(
             runnable.append((candidate, row))
         except Exception as error:
             # a tile that does not fit or does not compile is a result
-            row["failure"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            row["failure"] = in_a_line(error)
         row["check_seconds"] = time.perf_counter() - start
-    seconds: dict[str, list[float]] = {candidate.name: [] for candidate, _ in runnable}
-    for _ in range(arguments.rounds):
-        for candidate, _ in runnable:
-            with chosen_by_table(candidate):
-                run = partial(truth.run, candidate.job)
-                seconds[candidate.name].append(time_once(run, arguments.device))
+    runs = {candidate.name: partial(run_candidate, candidate, truth) for candidate, _ in runnable}
+    seconds, failures = interleave(runs, arguments)
     flops, library = truth.case.pass_flops / 1e12, ceilings["gemm_tflops_bf16_out"]
     for candidate, row in runnable:
+        if candidate.name in failures:
+            row["failure"] = failures[candidate.name]
+            continue
         row["milliseconds"] = statistics.median(seconds[candidate.name]) * 1e3
         row["tflops"] = PASSES[candidate.job] * flops / row["milliseconds"] * 1e3
         row["of_library"] = row["tflops"] / library
     print(table(rows), flush=True)
     return rows
+
+
+def run_candidate(candidate: Candidate, truth: Truth) -> None:
+    with chosen_by_table(candidate):
+        truth.run(candidate.job)
 
 
 def table(rows: list[dict]) -> str:
@@ -277,7 +282,7 @@ def write(found: dict[str, Any], arguments: argparse.Namespace) -> None:
     }
     record |= found
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+    print(f"written to {path}", flush=True)
 
 
 if __name__ == "__main__":

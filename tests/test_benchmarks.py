@@ -1,6 +1,8 @@
 """That the benchmarks compare equal work on fair inputs; how fast it is done is theirs to say."""
 
 import json
+import math
+import os
 import runpy
 import shutil
 import subprocess
@@ -9,13 +11,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import bench_head
+import bench_train_step
 import head_cases
+import head_contenders
 import head_goals
 import profile_step
 import pytest
 import torch
+import train_children
+import train_gate
 from head_contenders import CONTENDERS, JOBS, CannotRunError
 from kl_contenders import KL_CONTENDERS, KL_JOBS
+from safetensors.torch import save_file
 
 
 @pytest.fixture(scope="module", params=["tiny", "tiny-cap"])
@@ -92,6 +99,61 @@ def test_a_script_runs_as_its_docstring_says(name, monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
 
 
+def test_what_is_measured_stays_when_a_later_case_ends_the_run(tmp_path, monkeypatch):
+    rows = ["--rows", "32", "64", "--rounds", "1", "--contenders", "fastpref"]
+    script = [bench_head.__file__, "--shapes", "tiny", "--jobs", "forward", *rows]
+    monkeypatch.setattr(sys, "argv", [*script, "--json", "--results", str(tmp_path)])
+    make = bench_head.synthetic_case
+
+    def run_out_of_memory(name, rows, device):
+        if rows == 64:
+            raise MemoryError
+        return make(name, rows, device)
+
+    monkeypatch.setattr(bench_head, "synthetic_case", run_out_of_memory)
+    with pytest.raises(MemoryError):
+        bench_head.main()
+    (numbers,) = tmp_path.rglob("head.json")
+    assert [row["rows"] for row in json.loads(numbers.read_text())["results"]] == [32]
+
+
+@pytest.mark.parametrize("passing", [0, 2])
+def test_a_peer_that_fails_without_a_word_or_only_when_timed_is_a_result(
+    case, passing, monkeypatch
+):
+    calls = 0
+
+    def score(input, weight, target, softcap):
+        nonlocal calls
+        calls += 1
+        # once for the errors, once for the memory
+        assert calls <= passing
+        return head_contenders.eager(input, weight, target, softcap)
+
+    peer = head_contenders.Contender("peer", score)
+    contenders = {"peer": peer, "fastpref": CONTENDERS["fastpref"]}
+    monkeypatch.setattr(bench_head, "CONTENDERS", contenders)
+    arguments = SimpleNamespace(
+        contenders=list(contenders), device="cpu", end=math.inf, rounds=1, seconds_budget=9.0
+    )
+    theirs, ours = bench_head.measure_job(case, "forward", arguments)
+    assert theirs["failure"].startswith("AssertionError") and "milliseconds" not in theirs
+    assert ours["milliseconds"] > 0 and "failure" not in ours
+
+
+def test_further_rounds_end_with_the_time():
+    arguments = SimpleNamespace(device="cpu", end=-math.inf, rounds=5)
+    seconds, failures = bench_head.interleave({"ours": lambda: None}, arguments)
+    assert len(seconds["ours"]) == 1 and not failures
+
+
+def test_an_error_that_is_no_number_exceeds_every_bound(case):
+    row = {"shape": "S1", "rows": 4096, "job": "forward", "contender": "fastpref"}
+    row |= {"milliseconds": 1.0, "extra_mib": 1.0, "logp_error": math.nan}
+    assert "nan" in bench_head.Oracle(case, "forward").missed(row)
+    assert "nan" in "".join(head_goals.missed([row]))
+
+
 def test_missed_goals_are_listed_with_their_floor():
     row = {
         "shape": "S1",
@@ -137,6 +199,69 @@ def test_profiles_that_are_to_be_compared_leave_a_file_each():
         for compile in (False, True)
     }
     assert len(names) == 8
+
+
+def test_a_peer_that_cannot_be_imported_is_absent_from_the_steps(tmp_path, monkeypatch):
+    # the first of the libraries that TRL's arm imports
+    broken = tmp_path / "datasets" / "__init__.py"
+    broken.parent.mkdir()
+    broken.write_text("raise ImportError('needs a newer torch')")
+    paths = [str(tmp_path), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    theirs = train_children.Children(tmp_path, None).outcome({"arm": "T1"})
+    assert theirs == {"arm": "T1", "absent": "needs a newer torch"}
+    ours = {"arm": "F3", "tokens_per_second": 9.0, "peak_memory_gib": 1.0}
+    arguments = SimpleNamespace(arms=["T1", "F3"], json=False)
+    (line,) = bench_train_step.report(arguments, {}, {}, [theirs, ours], [])[2:]
+    assert line.startswith("| F3 | 9 ")
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_an_arm_ends_with_the_time(seconds, tmp_path):
+    children = train_children.Children(tmp_path, seconds)
+    assert children.outcome({"arm": "F3"})["absent"].startswith("the time is over")
+
+
+def test_a_gradient_norm_that_is_no_number_is_not_equal(tmp_path):
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "T1.safetensors")
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "F3.safetensors")
+    theirs, ours = ({"arm": arm, "losses": [0.7, 0.6]} for arm in ("T1", "F3"))
+    theirs["grad_norms"], ours["grad_norms"] = [1.0, 1.0], [1.0, math.nan]
+    gate = train_gate.differences(theirs, ours, tmp_path)
+    assert gate.pop("losses") == gate.pop("weights") == gate.pop("a_matrix") == 0
+    assert not train_gate.passes(gate | {"losses": 0, "weights": 0, "a_matrix": 0})
+
+
+def test_steps_that_are_to_be_compared_leave_a_file_each():
+    names = {
+        bench_train_step.name_of(
+            SimpleNamespace(shape=shape, law="UF", rank=rank, compile=compile), "UF"
+        )
+        for shape in (None, "tiny")
+        for rank in (None, 16)
+        for compile in ("false", "true", "auto")
+    }
+    assert len(names) == 12
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+@pytest.mark.parametrize("part", ["train", "profile"])
+def test_what_the_command_line_of_make_says_is_done(part):
+    options = [f"PART={part}", "RANK=16", "COMPILE=false"]
+    command = ["make", "bench-gpu", *options, "PYTHON=env; :"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
+    assert "--rank 16" in done.stdout and "--compile false" in done.stdout
+
+
+def test_a_profile_is_compiled_as_the_command_line_says(monkeypatch):
+    def compile_of(*options: str) -> bool | str:
+        monkeypatch.setattr(sys, "argv", ["profile_step.py", *options])
+        return profile_step.parse_arguments().compile
+
+    assert compile_of() is False and compile_of("--compile") is True
+    assert compile_of("--compile", "false") is False
+    assert compile_of("--compile", "auto") == "auto"
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")

@@ -45,8 +45,7 @@ class Head(NamedTuple):
         if not self.input.is_cuda or len(halves) != 1:
             return torch.float32
         (half,) = halves
-        # hardware support only: before Ampere bfloat16 is emulated, slowly
-        native = half == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+        native = half == torch.float16 or _multiplies_bfloat16(self.input.device)
         return half if native else torch.float32
 
     @property
@@ -121,6 +120,11 @@ class Head(NamedTuple):
         if self.softcap is None:
             return None
         return (logits_RC / self.softcap).square_().neg_().add_(1)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU, current or not, has bfloat16 matrix units: before Ampere it is emulated."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 Heads = tuple[Head, Head]

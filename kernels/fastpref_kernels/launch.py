@@ -47,7 +47,7 @@ class Operands(NamedTuple):
     head: Head
     """Contiguous tensors; input and weight in the GEMM dtype."""
     ids: Tensor
-    """(N,) int64 targets, -1 for ignored rows."""
+    """(N,) int64 targets, `IGNORED` for ignored rows."""
     exp_dtype: torch.dtype
     """Dtype of stored exponentials."""
     tile: GemmTile | None
@@ -61,7 +61,7 @@ class Operands(NamedTuple):
             weight=head.weight.to(dtype).contiguous(),
             bias=None if head.bias is None else head.bias.contiguous(),
         )
-        ids_N = targets.ids.masked_fill(targets.ignored, -1)
+        ids_N = targets.ids.masked_fill(targets.ignored, kernels.IGNORED.value)
         return cls(plain, ids_N, head.exp_dtype, _fused_tile(plain, joint=joint))
 
     def of_rows(self, rows: slice) -> "Operands":

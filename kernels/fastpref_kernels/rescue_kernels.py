@@ -65,7 +65,7 @@ def _rescue_row(
 @triton.jit(do_not_specialize=["N"])
 def _rescue_kernel(
     input_ptr, weight_ptr, bias_ptr,        # (N, D), (V, D), (V,) float
-    target_ptr, anchor_ptr,                 # (N,) int64, -1 where ignored; (N,) float32
+    target_ptr, anchor_ptr,                 # (N,) int64, < 0 where ignored; (N,) float32
     row_max_ptr, row_sum_ptr,               # (N,) float32
     stored_ptr, total_ptr,                  # (N, V) or None, (N, D) float32 or None
     stored_sum_ptr, gap_ptr,                # (N,) float32, the second or None
@@ -155,7 +155,7 @@ def _joint_rescue_row(
 def _joint_rescue_kernel(
     input_ptr, weight_ptr, bias_ptr,                                # (N, D), (V, D), (V,) float
     reference_input_ptr, reference_weight_ptr, reference_bias_ptr,  # of width D_REFERENCE
-    target_ptr, rescued_ptr,                     # (N,) int64, -1 where ignored; (N,) bool
+    target_ptr, rescued_ptr,                     # (N,) int64, < 0 where ignored; (N,) bool
     others_lse_ptr, reference_others_lse_ptr,    # (N,) float32, log-sum-exp without the target
     larger_ptr, log_ratio_ptr,                   # (N, V) float
     stride_n, stride_v, stride_reference_n, stride_reference_v, stride_stored, N, scale, softcap,

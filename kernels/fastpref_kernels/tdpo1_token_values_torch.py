@@ -72,7 +72,9 @@ def tdpo1_token_values_fwd(heads: Heads, targets: Targets, mode: str) -> ValueSt
         # float64: a value is a small difference of large terms
         slopes_RD = target_RD * others_R[:, None].double() - means.weights * share_R[:, None]
         slopes_RD *= policy.scale
-        stats.values[rows] = values_of(heads, rows, slopes_RD, share_R * means.logits).float()
+        values_R = values_of(heads, rows, slopes_RD, share_R * means.logits).float()
+        # ranges are not checked on a GPU, and a negative index would take another token's row
+        stats.values[rows] = values_R.masked_fill_(target_R < 0, torch.nan)
         stats.reference_logps[rows], stats.reference_lse[rows] = sums.logps, sums.lse
         if mode != "scores":
             stats.slopes[rows] = slopes_RD.masked_fill_(targets.ignored[rows, None], 0)

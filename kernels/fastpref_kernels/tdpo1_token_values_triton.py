@@ -129,7 +129,8 @@ def _score_rows(
     sums, stored_sum_R = sweep.finish()
     gap_R = sweep.finish_gap()
     sweep.rescue(sums, stored_sum_R, gap_R, stored_RV=kept_RV)
-    others_R = -sums.logps.expm1().masked_fill(ids_R < 0, 0)
+    # 0 for ignored rows; NaN for a negative id
+    others_R = -sums.logps.expm1()
     share_R = shared(others_R, stored_sum_R)
     step = _PRODUCT_COLUMNS if share_head(heads) else _PRODUCT_COLUMNS_APART
     slopes_RD = _product(kept_RV, head.weight, step).mul_(-share_R[:, None])

@@ -66,7 +66,7 @@ def _dlogits_tile(
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
 def _dlogits_kernel(
     input_desc, weight_desc, dlogits_desc,      # (N, D), (V, D), (N, stop_v - start_v) 16-bit float
-    bias_ptr, target_ptr,                       # (V,) float; (N,) int64, -1 where ignored
+    bias_ptr, target_ptr,                       # (V,) float; (N,) int64, < 0 where ignored
     lse_ptr, grad_ptr, target_grad_ptr,         # (N,) float64, float32, float32
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -93,7 +93,7 @@ def _dlogits_kernel(
 @triton.jit(do_not_specialize=["first_n", "R", "start_v", "stop_v"])
 def _dlogits_tile_kernel(
     logits_ptr, dlogits_ptr,             # (R, stop_v - start_v) float32 without bias, float
-    bias_ptr, target_ptr,                # (V,) float; (N,) int64, -1 where ignored
+    bias_ptr, target_ptr,                # (V,) float; (N,) int64, < 0 where ignored
     lse_ptr, grad_ptr, target_grad_ptr,  # (N,) float64, float32, float32
     stride_logits, stride_dlogits, first_n, R, start_v, stop_v, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,

@@ -34,6 +34,9 @@ from fastpref_kernels.tiles import (
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+IGNORED = tl.constexpr(-(2**63))
+"""Target of an ignored row. Not -1: that may be a caller's mistake, and must not score 0."""
+
 MAX_DRIFT = tl.constexpr(70.0)
 """Largest stored z - anchor, in nats: 70 · e^70 summed over 2^18 columns is finite in float32, and
 e^70 is finite in bfloat16."""
@@ -42,7 +45,7 @@ e^70 is finite in bfloat16."""
 @triton.jit(do_not_specialize=["V"])
 def _target_logits_kernel(
     input_ptr, weight_ptr, bias_ptr,  # (N, D), (V, D), (V,) float
-    target_ptr, logits_ptr,           # (N,) int64, -1 where ignored; (N,) float32
+    target_ptr, logits_ptr,           # (N,) int64, < 0 where ignored; (N,) float32
     stride_n, stride_v, V, scale, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -51,7 +54,7 @@ def _target_logits_kernel(
     # int64: 1M hidden states with D = 4,096 have 2^32 elements
     i_n = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + i_n)
-    scored = target != -1
+    scored = target != IGNORED
     is_column = (target >= 0) & (target < V)
     row = tl.where(is_column, target, 0)
     products = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -173,7 +176,7 @@ def _sweep_tile(
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v"])
 def _sweep_kernel(
     input_desc, weight_desc, stored_desc,  # (N, D), (V, D) 16-bit float; (N, stop_v - start_v) EXP
-    bias_ptr, target_ptr, anchor_ptr,      # (V,) float; (N,) int64, -1 where ignored; (N,) float32
+    bias_ptr, target_ptr, anchor_ptr,      # (V,) float; (N,) int64, < 0 where ignored; (N,) float32
     max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks of the whole V, N) float32
     N, start_v, stop_v, scale, softcap,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -209,7 +212,7 @@ def _sweep_kernel(
 @triton.jit(do_not_specialize=["N", "start_v", "stop_v", "first_n", "R"])
 def _sweep_tile_kernel(
     logits_ptr, stored_ptr,            # (R, stop_v - start_v) float32 without bias, EXP
-    bias_ptr, target_ptr, anchor_ptr,  # (V,) float; (N,) int64, -1 where ignored; (N,) float32
+    bias_ptr, target_ptr, anchor_ptr,  # (V,) float; (N,) int64, < 0 where ignored; (N,) float32
     max_ptr, sum_ptr, stored_sum_ptr, gap_ptr,  # (blocks of the whole V, N) float32
     stride_logits, stride_stored, N, first_n, R, start_v, stop_v, scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,

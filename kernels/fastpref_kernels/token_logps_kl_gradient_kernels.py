@@ -26,7 +26,7 @@ def _gradient(p, p_minus_q, log_ratio, grad_logps, grad_kl, kl, UNDER_REFERENCE:
 @triton.jit(do_not_specialize=["first_n", "R", "start_v", "C"])
 def _stored_gradient_kernel(
     larger_ptr, log_ratio_ptr, dlogits_ptr,  # (R, C) float
-    target_ptr,                              # (N,) int64, -1 where ignored
+    target_ptr,                              # (N,) int64, < 0 where ignored
     log_scale_ptr, reference_log_scale_ptr,  # (N,) float32, log p and log q of a stored 1
     grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
     stride_stored, stride_dlogits, first_n, R, start_v, C,
@@ -91,7 +91,7 @@ def _joint_dlogits_kernel(
     input_desc, weight_desc,                      # (N, D), (V, D) 16-bit float
     reference_input_desc, reference_weight_desc,  # (N, D_REFERENCE), (V, D_REFERENCE)
     dlogits_desc,                                 # (N, stop_v - start_v) 16-bit float
-    bias_ptr, reference_bias_ptr, target_ptr,     # (V,) float, twice; (N,) int64, -1 ignored
+    bias_ptr, reference_bias_ptr, target_ptr,     # (V,) float, twice; (N,) int64, < 0 ignored
     lse_ptr, reference_lse_ptr,                   # (N,) float64
     grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
     N, start_v, stop_v, scale, softcap,
@@ -144,7 +144,7 @@ def _joint_dlogits_kernel(
 @triton.jit(do_not_specialize=["first_n", "R", "start_v", "stop_v"])
 def _joint_dlogits_tile_kernel(
     logits_ptr, reference_logits_ptr, dlogits_ptr,  # (R, stop_v - start_v) float32, twice; float
-    bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, -1 ignored
+    bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, < 0 ignored
     lse_ptr, reference_lse_ptr,                     # (N,) float64
     grad_logps_ptr, grad_kl_ptr, kl_ptr, target_grad_ptr,  # (N,) float32
     stride_logits, stride_dlogits, first_n, R, start_v, stop_v, scale, softcap,

@@ -117,7 +117,7 @@ def _joint_sweep_kernel(
     input_desc, weight_desc,                        # (N, D), (V, D) 16-bit float
     reference_input_desc, reference_weight_desc,    # (N, D_REFERENCE), (V, D_REFERENCE)
     larger_desc, log_ratio_desc,                    # (N, stop_v - start_v) EXP and RATIO, or None
-    bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, -1 ignored
+    bias_ptr, reference_bias_ptr, target_ptr,       # (V,) float, twice; (N,) int64, < 0 ignored
     anchor_ptr, reference_anchor_ptr,               # (N,) float32
     max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,  # (blocks of V, N) float32
     N, start_v, stop_v, scale, softcap,
@@ -179,7 +179,7 @@ def _joint_sweep_kernel(
 def _joint_sweep_tile_kernel(
     logits_ptr, reference_logits_ptr,          # (R, stop_v - start_v) float32 without bias
     larger_ptr, log_ratio_ptr,                 # (R, stop_v - start_v) EXP and RATIO, or None
-    bias_ptr, reference_bias_ptr, target_ptr,  # (V,) float, twice; (N,) int64, -1 where ignored
+    bias_ptr, reference_bias_ptr, target_ptr,  # (V,) float, twice; (N,) int64, < 0 where ignored
     anchor_ptr, reference_anchor_ptr,          # (N,) float32
     max_ptr, sum_ptr, reference_max_ptr, reference_sum_ptr, gap_ptr,  # (blocks of V, N) float32
     stride_logits, stride_stored, N, first_n, R, start_v, stop_v, scale, softcap,

@@ -162,7 +162,7 @@ def weigh_target(stored_RV: Tensor, ids_R: Tensor, weight_R: Tensor) -> None:
 
     Args:
         stored_RV: Exponentials, without a value at the target; modified in place.
-        ids_R: Targets, -1 for ignored rows.
+        ids_R: Targets, < 0 for ignored rows.
         weight_R: Sum of the other columns, times the softcap's slope at the target.
     """
     ids_R1 = ids_R[:, None]

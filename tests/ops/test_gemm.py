@@ -1,10 +1,12 @@
-"""torch's setting for a CPU's bfloat16 units, which the whole process shares."""
+"""Dtypes of the GEMMs, and torch's setting for a CPU's bfloat16 units, which a process shares."""
 
 import threading
 
 import pytest
 import torch
 from fastpref_kernels.gemm import matrix_units
+from fastpref_kernels.head import Head
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def setting() -> str:
@@ -59,3 +61,24 @@ def test_the_last_of_two_threads_gives_back_what_the_first_one_found():
         thread.join()
         assert (within, setting()) == (["bf16"], "bf16")
     assert setting() == before
+
+
+def test_the_gemms_dtype_follows_from_the_gpu_of_the_tensors_and_not_from_the_current_one(
+    monkeypatch,
+):
+    monkeypatch.setattr(torch.version, "hip", None)
+    old, new = torch.device("cuda", 0), torch.device("cuda", 1)
+    capabilities = {old: (7, 5), new: (9, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    with FakeTensorMode():
+        dtypes = [
+            Head(
+                torch.empty(4, 8, dtype=torch.bfloat16, device=device),
+                torch.empty(16, 8, dtype=torch.bfloat16, device=device),
+                None,
+                1.0,
+                None,
+            ).gemm_dtype
+            for device in (old, new)
+        ]
+    assert dtypes == [torch.float32, torch.bfloat16]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from fastpref_kernels import naive, tdpo1_token_values
+from fastpref_kernels import naive, tdpo1_token_values, tdpo1_token_values_torch
 from fastpref_kernels.gemm import matmul
 from fastpref_kernels.head import Head, Targets
 from oracle import (
@@ -166,3 +166,18 @@ def test_values_from_16_bits_are_as_exact_as_their_rounding_allows(mib):
     gradient_bound = ROUNDED_TWICE if DEVICE == "cuda" else 5e-3
     for our, true in zip(ours[1:], truth[1:], strict=True):
         assert (our.double() - true).norm() / true.norm() <= gradient_bound
+
+
+@both_routes
+def test_a_negative_id_has_no_finite_value(route):
+    """A GPU does not check ids."""
+    N, V, D = SHAPES[route]
+    input, weight, _ = (leaf.detach().to(DEVICE) for leaf in random_head(N, V, D))
+    heads = (Head(input, weight, None, 1.0, None), Head(input.flip(0), weight, None, 1.0, None))
+    target_N = random_target(N, V).to(DEVICE)
+    target_N[1:3] = torch.tensor([-5, -1])
+    targets = Targets.of(target_N, -100)
+    for implementation in (tdpo1_token_values_triton, tdpo1_token_values_torch):
+        values_N = implementation.tdpo1_token_values_fwd(heads, targets, "scores").values
+        assert values_N[1:3].isnan().all()
+        assert values_N[3:].isfinite().all()
