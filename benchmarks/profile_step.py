@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from machine import describe_machine, results_folder
 from torch.autograd import DeviceType
-from train_arms import config_of, read_lines
+from train_arms import config_of, read_lines, without_saving
 from train_cases import LAWS, MAX_LENGTH, SHAPES, write_random_model, write_random_rows
 
 from fastpref.cli.run import configure_logging
@@ -193,7 +193,8 @@ def main() -> None:
         config.compile, config.model.liger = str(arguments.compile).lower(), arguments.liger
         profile = Profile(arguments.steps)
         loop.train_step = profile.around(loop.train_step)
-        train(config, init_world())
+        with without_saving():
+            train(config, init_world())
         found = summarize(profile, read_lines(folder / "run" / "metrics.jsonl"))
     report(arguments, found)
 

@@ -87,8 +87,7 @@ class Children:
             print(f"{job['arm']}, {kind}: {error}", flush=True)
             return {"arm": job["arm"], kind: str(error)}
 
-    @staticmethod
-    def _environment() -> dict[str, str]:
+    def _environment(self) -> dict[str, str]:
         # keep the caller's PYTHONPATH, after ours: installed packages may depend on it
         paths = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks")]
         paths += filter(None, [os.environ.get("PYTHONPATH")])
@@ -96,6 +95,8 @@ class Children:
             "PYTHONPATH": os.pathsep.join(paths),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            # what arms leave goes with the folder
+            "TMPDIR": str(self._folder),
         }
 
 
