@@ -27,8 +27,9 @@ class Ranges(NamedTuple):
     def flat(self) -> np.ndarray:
         """Indices of all ranges, concatenated: [5, 7), [0, 3) -> [5 6 0 1 2]."""
         ends = np.cumsum(self.lengths)
-        total = int(ends[-1]) if len(ends) else 0
-        return np.arange(total) + np.repeat(self.starts - ends + self.lengths, self.lengths)
+        return np.arange(self.lengths.sum()) + np.repeat(
+            self.starts - ends + self.lengths, self.lengths
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,9 +195,8 @@ def _join(
     """Concatenate the values of several columns; returns them and the ranges of each column."""
     ranges, offset = {}, 0
     for name, (_, lengths) in columns.items():
-        ends = offset + np.cumsum(lengths)
-        ranges[name] = Ranges(ends - lengths, lengths)
-        offset = int(ends[-1]) if len(ends) else offset
+        ranges[name] = Ranges(offset + np.cumsum(lengths) - lengths, lengths)
+        offset += int(lengths.sum())
     values = [np.zeros(0, dtype), *(values for values, _ in columns.values())]
     return np.concatenate(values, dtype=dtype, casting="unsafe"), ranges
 

@@ -79,17 +79,19 @@ def test_an_epoch_has_as_many_examples_as_there_are_rows():
     # the incomplete batch is no loss: what did not come is next
     assert order.warning is None
     order, _ = mixed([50, 7], [0.5, 0.5], n_epochs=None, n_examples=61)
-    assert order.num_steps == 16
+    assert (order.num_steps, order.num_examples) == (16, 64)
 
 
 def test_the_mix_says_how_often_each_source_is_passed():
     order, sources = mixed([50, 7], [0.25, 0.75])
     rows = visited(order)
-    for share, expected, size, source in zip(
-        order.mix(len(rows)), (0.25, 0.75), (50, 7), (0, 1), strict=True
-    ):
-        assert (share.num_rows, share.share) == (size, expected)
-        assert share.passes == np.count_nonzero(sources[rows] == source) / size
+    for num_examples in (len(rows), 2, 7):
+        for share, expected, size, source in zip(
+            order.mix(num_examples), (0.25, 0.75), (50, 7), (0, 1), strict=True
+        ):
+            assert (share.num_rows, share.share) == (size, expected)
+            own = sources[rows[:num_examples]] == source
+            assert share.passes == np.count_nonzero(own) / size
 
 
 @given(st.integers(0, 100))

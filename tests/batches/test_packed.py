@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from packed_pairs import PAIRS, assert_same, build, random_pairs, scores_and_gradients
 from tiny_models import FAMILIES, build_model
 
-from fastpref.batch import EncodedRow
+from fastpref.batch import IGNORED, EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.packed import pack, pack_rows
 from fastpref.batches.packing_plan import plan_step
@@ -60,6 +60,13 @@ def test_token_weights_stand_beside_their_targets():
     ]
     batch = pack_rows(rows, pad_token_id=0)
     torch.testing.assert_close(batch.token_weights, 0.1 * batch.target)
+
+
+def test_rows_without_a_mask_are_learned_whole_beside_rows_with_one():
+    masked = EncodedRow([3], [4, 5], [6, 7], chosen_scored=[False, True])
+    columns = EncodedColumns.of_rows([EncodedRow([3], [8, 9], [10]), masked])
+    assert columns.targets(np.arange(2)).tolist() == [8, 9, IGNORED, 5, 10, 6, 7]
+    assert columns.num_scored == 6
 
 
 def test_the_layout_computes_each_prompt_once_and_no_last_token():

@@ -548,6 +548,7 @@ def test_the_deadline_of_a_job_is_its_end_unless_it_was_given_more_time(monkeypa
     assert options.deadline_seconds() == pytest.approx(1050 - deadline.JOB_MARGIN, abs=2)
     assert CheckpointConfig(deadline=None).deadline_seconds() is None
     assert CheckpointConfig(deadline="01:00:00").deadline_seconds() == 3600
+    assert CheckpointConfig(deadline="02:03:04").deadline_seconds() == 2 * 3600 + 3 * 60 + 4
     for other in (f"{time.time() - 5:.0f}", "", "soon"):
         monkeypatch.setenv(deadline.JOB_END, other)
         assert options.deadline_seconds() is None

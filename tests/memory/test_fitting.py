@@ -42,7 +42,8 @@ def test_ranks_whose_models_take_different_memory_agree_on_a_number(tmp_path, lo
 def test_what_fits_is_taken_and_never_nothing():
     world = init_world()
     try:
-        assert agreed_tokens(world, 8192, 8192, room=ROOM, loaded=GIB, peak=ROOM) == 8192
+        for peak in (ROOM, ROOM // 2):
+            assert agreed_tokens(world, 8192, 8192, room=ROOM, loaded=GIB, peak=peak) == 8192
         assert agreed_tokens(world, 8192, 8192, room=GIB, loaded=2 * GIB, peak=ROOM) == 1
     finally:
         torch.distributed.destroy_process_group()
@@ -92,3 +93,26 @@ def test_a_trial_that_waits_for_a_rank_without_memory_hears_of_it(monkeypatch):
     with pytest.raises(LostRankError):
         Fitting._peak(trial, [], 256)
     trial.policy.forget_gradients.assert_not_called()
+
+
+@pytest.mark.parametrize(
+    ("planned", "peaks", "expected"),
+    [
+        # of the 10 GiB, what comes later leaves as much as the trial took, and half of that
+        ({"optimizer": 3 * GIB, "gradients": GIB, "reserve": GIB}, [5 * GIB], 8192),
+        ({"optimizer": 4 * GIB, "gradients": 2 * GIB, "reserve": GIB}, [5 * GIB], 2048),
+        ({"optimizer": 4 * GIB, "gradients": 2 * GIB, "reserve": GIB}, [None, 5 * GIB], 1024),
+        (None, [5 * GIB], 8192),
+        (None, [None, None, 5 * GIB], 1024),
+    ],
+)
+def test_what_fits_leaves_room_for_what_comes_later(monkeypatch, planned, peaks, expected):
+    """A step has 4096 tokens at most, and models of 1 GiB are loaded."""
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: GIB)
+    trial = Mock(_most_tokens=4096)
+    trial.world.agree_max.side_effect = lambda value: value
+    trial._peak.side_effect = peaks
+    plan = None if planned is None else Mock(**planned)
+    assert Fitting._confirm(trial, 8192, plan, ROOM) == expected
+    tried = [call.args[1] for call in trial._peak.call_args_list]
+    assert tried == [4096 // 2**i for i in range(len(peaks))]

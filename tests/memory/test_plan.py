@@ -347,6 +347,38 @@ def test_router_logits_are_kept_where_their_balance_is_part_of_the_loss():
     assert kept["llama", True] == kept["llama", False]
 
 
+def test_rows_that_a_model_cannot_pack_are_not_counted_as_packed():
+    kinds = {"layer_types": ["full_attention", "compressed_sparse_attention"]}
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"][1])
+    config.update(kinds)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"block_name": None, "fused_layers": False}
+    with pytest.raises(ValueError, match="no attention to all tokens of a row"):
+        count_token_bytes(model, body="model", rows=ROWS, activation_checkpointing=False, **options)
+
+
+def test_fused_layers_keep_what_their_kernels_do():
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"][1])
+    kept = []
+    for fused_layers in (False, True):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        counted = count_token_bytes(
+            model,
+            body="model",
+            rows=ROWS,
+            block_name=None,
+            activation_checkpointing=False,
+            fused_layers=fused_layers,
+        )
+        kept.append(counted.kept)
+    # silu(gate) of every block, and of every norm its normalized input in two bytes
+    norms = 2 * config.num_hidden_layers + 1
+    sizes = config.num_hidden_layers * config.intermediate_size + norms * config.hidden_size
+    assert kept[0] - kept[1] >= 2 * sizes
+
+
 def plan_of(**changes: Any) -> MemoryPlan:
     values = {
         "masters": 4 * GIB,

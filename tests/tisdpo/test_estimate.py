@@ -461,6 +461,24 @@ def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models,
         assert f"{file} is damaged and scored again" in caplog.text
 
 
+def test_shards_hold_the_longest_rows_first_and_give_them_back_in_file_order(tmp_path):
+    lengths = ((1, 2, 1), (4, 3, 2), (2, 1, 5))
+    rows = [EncodedRow([1] * p, [2] * chosen, [3] * rejected) for p, chosen, rejected in lengths]
+    shards = Shards.of(tmp_path, rows, 2)
+    assert (len(shards), shards.longest) == (2, 7)
+    assert [shards.rows_of(shard) for shard in range(2)] == [[1, 2], [0]]
+    # a prompt counts for both sequences
+    assert [shards.num_tokens([shard]) for shard in range(2)] == [13 + 10, 5]
+    shards.write(0, np.arange(11, dtype=np.float32))
+    assert shards.missing() == [1]
+    shards.write(1, np.zeros(2, np.float32))
+    with pytest.raises(CheckpointError, match="is scored anew"):
+        shards.read()
+    shards.write(1, np.arange(3, dtype=np.float32))
+    found = [[side.tolist() for side in pair] for pair in shards.read()]
+    assert found == [[[0, 1], [2]], [[0, 1, 2], [3, 4]], [[5], [6, 7, 8, 9, 10]]]
+
+
 def test_a_shard_that_no_descriptor_is_left_for_is_not_called_damaged(tmp_path, caplog):
     row = EncodedRow([1], [2], [3])
     shards = Shards.of(tmp_path, [row], 1)

@@ -86,7 +86,7 @@ def test_steps_are_left_out_on_request_until_there_are_ten_in_a_row(optimizer, d
         False,
         False,
     ]
-    assert guard.state() == GuardState(skipped=3, in_a_row=2)
+    assert guard.state() == GuardState(skipped=3, in_a_row=2) and guard.num_skipped == 3
     assert steps_of(guard, parameter, [NAN] * 9) == [False] * 9
     # nine of a start of its own: it counts on from the two before
     other = FiniteGuard(built, skip=True, device=torch.device(device))
@@ -108,6 +108,8 @@ def test_a_flag_that_the_host_reads_is_awaited_first():
         )
         steps_of(guard, parameter, [1.0, 1.0])
     assert awaited == ["RMSprop", "RMSprop"]
+    guard.first_bad_step()
+    assert awaited[2:] == ["AdamW"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

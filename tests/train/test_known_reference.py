@@ -240,6 +240,25 @@ def test_no_damage_raises_or_gives_other_numbers(tmp_path):
             assert np.array_equal(ours, expected), place
 
 
+def test_of_a_row_that_was_written_twice_the_older_numbers_count(tmp_path):
+    columns = EncodedColumns.of_rows(random_rows(3))
+    digests, numbers = row_digests(columns), np.arange(len(columns.ids), dtype=np.float32)
+    for shift in (0, 1):
+        writing = RowCache(tmp_path)
+        writing.add(columns.take(np.array([2, 0][shift:])), numbers - shift)
+        writing.write(writing.take_unsaved(), {})
+    cache = RowCache(tmp_path)
+    cache.read(cache.files(), set(digests[:2]))
+    assert [digest in cache for digest in digests] == [True, False, False]
+    cache.read(cache.files(), set(digests))
+    cache.add(columns, numbers + 1)
+    assert (len(cache), cache.num_unsaved) == (3, 1)
+    found = cache.beside(columns).reference_logps
+    for row, shift in enumerate((0, 1, 0)):
+        own = columns.responses(np.array([row])).flat()
+        assert np.array_equal(found[own], numbers[own] + shift)
+
+
 def test_what_kills_left_goes_once_nobody_else_writes(tmp_path):
     columns = EncodedColumns.of_rows(random_rows(3))
     cache = RowCache(tmp_path)
