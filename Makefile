@@ -57,10 +57,10 @@ else ifeq ($(PART),kl)
 else ifeq ($(PART),train)
 	$(BENCH_PYTHON) benchmarks/bench_train_step.py --shape $(SHAPE) --law $(LAW) --pairs 64 \
 	  --micro-batches 8 --steps 8 --rounds 1 --seconds-budget 480 --json --results $(RESULTS) \
-	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile $(COMPILE))
+	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile $(COMPILE:1=true))
 else ifeq ($(PART),profile)
 	$(BENCH_PYTHON) benchmarks/profile_step.py --shape $(SHAPE) --law $(LAW) --json --results $(RESULTS) \
-	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile $(COMPILE)) $(if $(REFERENCE),--reference $(REFERENCE))
+	  $(if $(RANK),--rank $(RANK)) $(if $(COMPILE),--compile $(COMPILE:1=true)) $(if $(REFERENCE),--reference $(REFERENCE))
 else ifeq ($(PART),sweep)
 	$(BENCH_PYTHON) benchmarks/sweep_tiles.py --results $(RESULTS)
 else

@@ -246,12 +246,13 @@ def test_steps_that_are_to_be_compared_leave_a_file_each():
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 @pytest.mark.parametrize("part", ["train", "profile"])
-def test_what_the_command_line_of_make_says_is_done(part):
-    options = [f"PART={part}", "RANK=16", "COMPILE=false"]
+@pytest.mark.parametrize(("given", "taken"), [("false", "false"), ("1", "true")])
+def test_what_the_command_line_of_make_says_is_done(part, given, taken):
+    options = [f"PART={part}", "RANK=16", f"COMPILE={given}"]
     command = ["make", "bench-gpu", *options, "PYTHON=env; :"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, check=True)
-    assert "--rank 16" in done.stdout and "--compile false" in done.stdout
+    assert "--rank 16" in done.stdout and f"--compile {taken}" in done.stdout
 
 
 def test_a_profile_is_compiled_as_the_command_line_says(monkeypatch):
