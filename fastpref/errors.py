@@ -97,7 +97,10 @@ SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the host or the device has no memory left."""
+    """Whether an error says that the host or the device has no memory left, on this rank."""
+    # it may quote what another rank ran out of
+    if isinstance(error, DistributedError):
+        return False
     # torch's error is recognised by name, so that this module need not import torch
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
