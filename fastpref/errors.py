@@ -85,11 +85,12 @@ class InterruptionError(FastprefError):
 
 
 SIGNS_OF_EXHAUSTION = re.compile(
-    r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory"
+    r"|(CUBLAS|HIPBLAS|CUDNN)_STATUS_ALLOC_FAILED"
     rf"|{os.strerror(errno.ENOMEM)} \((os error )?{errno.ENOMEM}\)"
 )
 """Messages of torch's CPU and GPU allocators, of the driver, which Triton and NCCL call directly,
-of cuBLAS, and of torch and safetensors when a file cannot be mapped into memory."""
+of cuBLAS and cuDNN, and of torch and safetensors when a file cannot be mapped into memory."""
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a system that is out of processes, memory or file descriptors."""
 SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))

@@ -257,6 +257,8 @@ def test_items_are_halved_until_memory_holds_them_and_stay_so():
         ("CUDA driver error: out of memory", True),
         ("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
         ("CUDA error: an illegal memory access was encountered", False),
         ("CUDA error: misaligned address\na script that is out of memory", False),
     ],
