@@ -40,6 +40,10 @@ FAREWELL_TIMEOUT = datetime.timedelta(seconds=30)
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.001, 0.1
 """Seconds between two polls of the store, doubled from the first value up to the second."""
 
+LOOK_SECONDS = 3.0
+"""Most that the time between two looks for a heartbeat counts as silence: a scheduler may have
+suspended this process in between, and the other one with it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
@@ -179,8 +183,8 @@ class World:
             DistributedError: `sender`, which is to set it, has ended or its heartbeat stopped.
             DistStoreError: it was not set within `timeout`.
         """
-        started = asked = heard = time.monotonic()
-        last, pause = "", SHORTEST_PAUSE
+        started = asked = time.monotonic()
+        silence, last, pause = 0.0, "", SHORTEST_PAUSE
         # polled: the store's own wait prints warnings when it times out
         while not self.store.check([key]):
             time.sleep(pause)
@@ -190,14 +194,15 @@ class World:
                 raise dist.DistStoreError(f"no word after {timeout.total_seconds():.0f} s")
             if now - asked < 1:
                 continue
+            silence += min(now - asked, LOOK_SECONDS)
             asked = now
             reason = self.look_up(end_key(sender))
             if reason and not self.store.check([key]):
                 raise DistributedError(f"rank {sender} ended: {reason}")
             beat = self.look_up(beat_key(sender)) or last
             if beat != last:
-                last, heard = beat, time.monotonic()
-            elif last and time.monotonic() - heard > self.timeout.total_seconds():
+                last, silence = beat, 0.0
+            elif last and silence > self.timeout.total_seconds():
                 raise DistributedError(
                     f"rank {sender} died or hangs: no sign of life for "
                     f"{self.timeout.total_seconds():.0f} s"

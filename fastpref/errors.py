@@ -85,11 +85,12 @@ class InterruptionError(FastprefError):
 
 
 SIGNS_OF_EXHAUSTION = re.compile(
-    r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+    r"DefaultCPUAllocator|(CUDA|HIP|Cuda failure)\b.*out of memory"
+    r"|(CUBLAS|HIPBLAS|CUDNN)_STATUS_ALLOC_FAILED"
     rf"|{os.strerror(errno.ENOMEM)} \((os error )?{errno.ENOMEM}\)"
 )
 """Messages of torch's CPU and GPU allocators, of the driver, which Triton and NCCL call directly,
-of cuBLAS, and of torch and safetensors when a file cannot be mapped into memory."""
+of cuBLAS and cuDNN, and of torch and safetensors when a file cannot be mapped into memory."""
 SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a system that is out of processes, memory or file descriptors."""
 SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
@@ -97,7 +98,10 @@ SIGNS_OF_NO_THREAD = ("can't start new thread", os.strerror(errno.EAGAIN))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the host or the device has no memory left."""
+    """Whether an error says that the host or the device has no memory left, on this rank."""
+    # it may quote what another rank ran out of
+    if isinstance(error, DistributedError):
+        return False
     # torch's error is recognised by name, so that this module need not import torch
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ _PARENT_DEATH_SIGNAL = 1
 """PR_SET_PDEATHSIG of linux/prctl.h."""
 _forks_work_for_us: list[bool] = []
 _collected_before_fork = [True]
+_forking = threading.Lock()
 
 
 def stop_without_launcher() -> None:
@@ -34,6 +36,9 @@ def forks_end_with_us() -> Iterator[None]:
 
 
 def _before_fork() -> None:
+    # held until the fork is made: a fork by another thread in between would take the collector for
+    # switched off, and leave it so
+    _forking.acquire()
     _collected_before_fork[0] = gc.isenabled()
     gc.disable()
 
@@ -41,6 +46,7 @@ def _before_fork() -> None:
 def _go_on_after_fork() -> None:
     if _collected_before_fork[0]:
         gc.enable()
+    _forking.release()
 
 
 def _begin_as_fork() -> None:

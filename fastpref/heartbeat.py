@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fastpref.checks import listed
-from fastpref.distributed import World, beat_key, end_key
+from fastpref.distributed import LOOK_SECONDS, World, beat_key, end_key
 from fastpref.errors import DistributedError, FastprefError, LostRankError, RankError, first_line
 from fastpref.explanations import explain
 from fastpref.signals import quit_saying
@@ -151,12 +151,15 @@ class Heartbeat:
 
     def _beat(self) -> None:
         count = 0
-        while not self._ended.wait(BEAT_SECONDS):
-            count += 1
-            try:
-                self._world.store.set(beat_key(self._world.rank), str(count))
-            except (dist.DistError, RuntimeError):
-                return
+        try:
+            # a connection of its own: on the shared one, `set` waits for another thread's `get`,
+            # such as NCCL's for a communicator whose first rank is late
+            store = self._world.store.clone()
+            while not self._ended.wait(BEAT_SECONDS):
+                count += 1
+                store.set(beat_key(self._world.rank), str(count))
+        except (dist.DistError, RuntimeError):
+            return
 
     def end_if_stuck(self) -> None:
         """End the process if a rank has ended, the GPU waits for it, and the host for the GPU.
@@ -208,18 +211,20 @@ class Watch:
         self._world = world
         # each rank watches one other, so that polling does not grow with the number of ranks
         self._watched, self._last = (world.rank + 1) % world.size, ""
-        self._heard = time.monotonic()
+        self._looked, self._silence = time.monotonic(), 0.0
 
     def look(self) -> DistributedError | None:
         """The error that names a rank that ended and why, or the next one as lost; else None."""
         world, now = self._world, time.monotonic()
+        self._silence += min(now - self._looked, LOOK_SECONDS)
+        self._looked = now
         first = world.look_up(ENDED)
         if first:
             return DistributedError(f"rank {first} ended: {world.look_up(end_key(int(first)))}")
         beat = world.look_up(beat_key(self._watched))
         if beat != self._last:
-            self._last, self._heard = beat, now
-        elif now - self._heard > LOST_SECONDS:
+            self._last, self._silence = beat, 0.0
+        elif self._silence > LOST_SECONDS:
             return LostRankError(f"a GPU waits, with no word of rank {self._watched}")
         return None
 

@@ -30,13 +30,20 @@ from tiny_models import (
 )
 
 import train
-from fastpref import heartbeat
+from fastpref import distributed, heartbeat
 from fastpref.cli import ranks as ranks_of_cli
 from fastpref.cli.command_line import main
 from fastpref.cli.run import run_on_this_rank
 from fastpref.cli.tasks import run_task
 from fastpref.config import Config, DPOConfig, ModelConfig, PackingConfig, WeightsConfig
-from fastpref.distributed import FAREWELL_TIMEOUT, World, index_of_gpu, init_world, read_ranks
+from fastpref.distributed import (
+    FAREWELL_TIMEOUT,
+    World,
+    beat_key,
+    index_of_gpu,
+    init_world,
+    read_ranks,
+)
 from fastpref.errors import (
     DataError,
     DistributedError,
@@ -373,6 +380,58 @@ def test_a_rank_does_not_wait_for_a_gpu_that_waits_for_one_that_has_ended(monkey
     Heartbeat(world_of(1, store)).say_why(RankMemoryError("out of memory in 256 tokens at once"))
     with pytest.raises(DistributedError, match=r"^rank 1 ended: out of memory in 256 tokens"):
         await_device(on_gpu(world_of(0, store)))
+
+
+class Suspended:
+    """A clock: between any two looks at it, a scheduler has suspended the job for an hour."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        self.now += 3600
+        return self.now
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class LateStore:
+    """Has a heartbeat of rank 1 that stays the same, and soon a value."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def check(self, keys: list[str]) -> bool:
+        self.looks += keys == ["value"]
+        return keys == [beat_key(1)] or (keys == ["value"] and self.looks > 5)
+
+    def get(self, key: str) -> bytes:
+        return b"5"
+
+
+def test_a_job_that_was_suspended_misses_no_rank(monkeypatch):
+    clock, store = Suspended(), LateStore()
+    monkeypatch.setattr(heartbeat, "time", clock)
+    monkeypatch.setattr(distributed, "time", clock)
+    watch = heartbeat.Watch(world_of(0, store))
+    assert [watch.look() for _ in range(3)] == [None] * 3
+    # one that stays silent is missed in the end
+    assert any(isinstance(watch.look(), LostRankError) for _ in range(20))
+    world_of(0, store)._wait("value", datetime.timedelta(days=1), sender=1)
+
+
+def test_a_heart_beats_while_its_rank_waits_for_the_store():
+    hosted = dist.TCPStore("localhost", 0, 1, is_master=True)
+    store = dist.TCPStore("localhost", hosted.port, 1)
+    with Heartbeat(world_of(1, store)):
+        # as NCCL does for a communicator whose first rank is late
+        wait = threading.Thread(target=store.get, args=("id",), daemon=True)
+        wait.start()
+        time.sleep(3 * heartbeat.BEAT_SECONDS)
+        beats = int(hosted.get(beat_key(1))) if hosted.check([beat_key(1)]) else 0
+        hosted.set("id", "")
+        wait.join()
+    assert beats
 
 
 @pytest.mark.parametrize("busy", [True, False])

@@ -229,6 +229,32 @@ def test_a_process_that_was_forked_off_dies_by_the_signal_itself():
     assert os.waitstatus_to_exitcode(status) == -signal.SIGTERM
 
 
+FORKING = """
+import gc, os, sys, threading
+import fastpref.forks
+
+def fork():
+    for _ in range(100):
+        child = os.fork()
+        if not child:
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+
+# threads take turns within the hooks of a fork
+sys.setswitchinterval(1e-6)
+threads = [threading.Thread(target=fork) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(not gc.isenabled())
+"""
+
+
+def test_threads_that_fork_at_once_leave_the_garbage_collector_on():
+    assert subprocess.run([sys.executable, "-c", FORKING], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_a_process_that_starts_others_passes_a_signal_on():
     # by itself: a process that runs tests has children that are not this test's
     done = subprocess.run([sys.executable, "-c", PASSING_ON], cwd=ROOT, timeout=60)

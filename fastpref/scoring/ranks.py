@@ -43,6 +43,11 @@ class Ranks:
     batch_size: int | None
     """Rows per batch; None: chosen by the layout."""
 
+    @property
+    def kept(self) -> str:
+        """What is kept of a scoring that is stopped, for the message."""
+        return f"{self.progress.done} are kept; the same command goes on there"
+
     def score_rows(self, rows: Sequence[EncodedRow]) -> list[PairLogps]:
         """Per-token log-probabilities of every row's responses, in nats.
 
@@ -59,9 +64,7 @@ class Ranks:
         mine: list[tuple[int, PairLogps]] = []
         for first in range(0, len(batches), world.size):
             if self.stop.agreed(world):
-                self.stop.raise_saying(
-                    f"{self.progress.done} are kept; the same command goes on there"
-                )
+                self.stop.raise_saying(self.kept)
             dealt = batches[first : first + world.size]
             # a rank without a batch still has to join the collectives of a sharded model
             places = dealt[world.rank] if world.rank < len(dealt) else []

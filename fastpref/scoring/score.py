@@ -117,3 +117,5 @@ def score_missing(
                 logps = np.concatenate([x for pair in parts for x in pair])
                 world.on_main(partial(shards.write, shard, logps))
                 progress.shard_is_done()
+        # a signal during the last shard would else be forgotten when its handler is removed
+        stop.raise_if_requested(ranks.kept, world)

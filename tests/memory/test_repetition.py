@@ -14,7 +14,12 @@ from safetensors.torch import load_file
 from stopped_runs import run
 from tiny_models import read_metrics, save_dataset, save_tiny_model
 
-from fastpref.errors import MemoryExhaustedError, RankMemoryError, is_out_of_memory
+from fastpref.errors import (
+    DistributedError,
+    MemoryExhaustedError,
+    RankMemoryError,
+    is_out_of_memory,
+)
 from fastpref.memory.repetition import Repetition
 from fastpref.train import evaluation, step
 
@@ -252,12 +257,22 @@ def test_items_are_halved_until_memory_holds_them_and_stay_so():
         ("CUDA driver error: out of memory", True),
         ("NCCL error: unhandled cuda error\nCuda failure 2 'out of memory'", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
         ("CUDA error: an illegal memory access was encountered", False),
         ("CUDA error: misaligned address\na script that is out of memory", False),
     ],
 )
 def test_memory_that_ran_out_is_known_whoever_says_it(message, is_memory):
     assert is_out_of_memory(RuntimeError(message)) == is_memory
+
+
+def test_memory_that_another_rank_ran_out_of_is_not_blamed_on_this_one():
+    def wait(_: Any) -> list[int]:
+        raise DistributedError("rank 1 ended: out of memory: CUDA out of memory. Tried to allocate")
+
+    with pytest.raises(DistributedError, match=r"^rank 1 ended"):
+        Repetition(num_ranks=2).compute_items([1, 2], wait, tokens=lambda _: 1)
 
 
 def test_other_errors_are_none_of_its_business():

@@ -461,6 +461,28 @@ def test_an_interrupted_estimation_goes_on_and_writes_the_identical_file(models,
         assert f"{file} is damaged and scored again" in caplog.text
 
 
+@pytest.mark.parametrize(("side", "num_written"), [("positive", 1), ("negative", 2)])
+def test_a_signal_during_the_last_shard_of_a_model_is_not_forgotten(
+    models, tmp_path, monkeypatch, side, num_written
+):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    real, written = Shards.write, []
+
+    def write(self: Shards, *shard: Any) -> None:
+        real(self, *shard)
+        written.append(shard)
+        if len(written) == num_written:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Shards, "write", write)
+    with pytest.raises(PreemptionError, match=f"1 of 1 shards of the {side} model are kept"):
+        run(config)
+    assert len(written) == num_written and not output_path(config).exists()
+    run(config)
+    assert len(written) == 2 and output_path(config).exists()
+
+
 def test_shards_hold_the_longest_rows_first_and_give_them_back_in_file_order(tmp_path):
     lengths = ((1, 2, 1), (4, 3, 2), (2, 1, 5))
     rows = [EncodedRow([1] * p, [2] * chosen, [3] * rejected) for p, chosen, rejected in lengths]
