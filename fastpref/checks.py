@@ -34,11 +34,13 @@ def check_number(
         return
     bounds = {">": gt, ">=": ge, "<": lt, "<=": le}
     rules = {sign: bound for sign, bound in bounds.items() if bound is not None}
-    if math.isfinite(value) and all(_COMPARE[sign](value, rules[sign]) for sign in rules):
+    # a whole number may be too large for a float, which isfinite converts to
+    is_finite = isinstance(value, int) or math.isfinite(value)
+    if is_finite and all(_COMPARE[sign](value, rules[sign]) for sign in rules):
         return
     words = [f"{sign} {_exact(bound)}" for sign, bound in rules.items()]
     # say "finite" if that is the rule broken: inf does satisfy > 0
-    words += [] if rules and math.isfinite(value) else ["finite"]
+    words += [] if rules and is_finite else ["finite"]
     rule = " and ".join(words)
     raise ValueError(f"{key} must be {rule}, got {value}")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from fastpref.cli.length_table import show_lengths
 from fastpref.complete_files import complete_file
 from fastpref.config import Config
-from fastpref.config.data import SPLITS
 from fastpref.data.announce import read_splits
 from fastpref.data.audit.account import run_audit
 from fastpref.data.audit.html import AuditPage
@@ -21,7 +20,7 @@ logger = logging.getLogger("fastpref")
 
 
 def audit(config: Config) -> None:
-    """Read, check and encode every split without loading model weights.
+    """Read, check and encode every split that training reads, without loading model weights.
 
     `audit.html` is written to `run_dir`, which may be the folder of a run, or else to a new folder
     next to the run folders.
@@ -35,9 +34,9 @@ def audit(config: Config) -> None:
     check_writable(key, folder)
     place.check_name()
     options = data_options(config)
-    read = read_splits(options, SPLITS, quiet=False)
+    read = read_splits(options, config.splits, quiet=False)
     tokenizer, vocab_size = load_vocabulary(config.model)
-    splits = run_audit(options, tokenizer, vocab_size=vocab_size)
+    splits = run_audit(options, tokenizer, vocab_size=vocab_size, splits=config.splits)
     facts = list(read.facts)
     if config.data.shares is not None:
         order = build_train_order(

@@ -143,13 +143,15 @@ def _cells(
         num_micro_batches=min(step.num_rows, math.ceil(step.num_tokens / tokens)),
     )
     fits = plan.most_tokens(device.memory) > 0
+    # a row above packing.max_tokens is computed whole
+    most = max(tokens, step.of_row) if packing.token_limit else tokens
     return [
         *((name, f"{size / GIB:.2f}") for name, size in plan.parts().items() if name != "process"),
-        ("head", f"{plan.head.of(tokens) / GIB:.2f}"),
+        ("head", f"{plan.head.of(most) / GIB:.2f}"),
         ("reserve", f"{plan.reserve / GIB:.2f}"),
         ("MiB a token", f"{plan.kept_per_token / 2**20:.3f}"),
         ("most tokens at once", f"{plan.most_tokens(device.memory):,}" if fits else "do not fit"),
         ("tokens taken at once", f"{tokens:,}" if fits else ""),
-        ("peak", f"{plan.peak(tokens) / GIB:.2f}"),
+        ("peak", f"{plan.peak(most) / GIB:.2f}"),
         ("sent in a step", f"{sent / GIB:.2f}" if fits else ""),
     ]

@@ -86,6 +86,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.name_or_path:
             raise ValueError("model.name_or_path must name a folder or hub id, got ''")
+        # as of an unset variable of a shell: the run would start from other weights
+        if self.archive == "":
+            raise ValueError("model.archive must name a folder or a file, or be null, got ''")
         expand_home(self, "name_or_path", "tokenizer_name_or_path", "archive")
         take_other_name(self, "block_name", "block", group="model.")
         for name in ("policy_dtype", "fsdp_policy_mp", "reference_dtype"):

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from fastpref.checks import check_choice, check_number, expand_home, take_other_name
 from fastpref.config.adapter import AdapterConfig
-from fastpref.config.data import DataConfig
+from fastpref.config.data import SPLITS, DataConfig
 from fastpref.config.groups import (
     HeadConfig,
     ModelConfig,
@@ -283,6 +283,11 @@ class Config:
             batch_size=self.batch_size,
             caches_reference=self.caches_reference,
         )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that training reads."""
+        return SPLITS if self.n_eval_examples else SPLITS[:1]
 
     @property
     def caches_reference(self) -> bool:

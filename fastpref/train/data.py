@@ -77,9 +77,8 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
         quiet: Log nothing about the data.
     """
     quiet = quiet or not world.is_main
-    splits = ["train", "test"] if config.n_eval_examples else ["train"]
     options = data_options(config)
-    main_first(world, lambda: read_splits(options, splits, quiet=quiet))
+    main_first(world, lambda: read_splits(options, config.splits, quiet=quiet))
     # to make tokens of many rows takes an hour
     twin = check_training(config.model, config.adapter, config.packing, world)
     tokenizer, vocab_size = load_vocabulary(config.model)
@@ -89,7 +88,7 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
     def encode() -> list[PreferenceSplit]:
         return [
             load_split(options, split, tokenizer, vocab_size=vocab_size, quiet=quiet)
-            for split in splits
+            for split in config.splits
         ]
 
     train, *others = main_first(world, encode)

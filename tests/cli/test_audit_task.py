@@ -112,6 +112,14 @@ def test_an_audit_has_a_folder_of_its_own_and_takes_none_from_a_run(base, tmp_pa
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_without_evaluations_no_test_split_is_needed(base, tmp_path, capsys):
+    options = ("data.test_fraction=0", "n_eval_examples=0", f"run_dir={tmp_path}")
+    assert run(arguments(base, *options)) == 0
+    page = (tmp_path / "audit.html").read_text(encoding="utf-8")
+    assert "<h2>train</h2>" in page and "<h2>test</h2>" not in page
+    assert "train: tokens before" in (out := capsys.readouterr().out) and "test:" not in out
+
+
 @pytest.mark.parametrize(
     ("option", "code", "message"),
     [

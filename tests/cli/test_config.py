@@ -199,6 +199,10 @@ def test_lists_and_null():
         ("warmup_steps=-1", "warmup_steps must be >= 0"),
         ("batch_size=0", "batch_size must be >= 1"),
         ("max_length=0", "max_length must be >= 1"),
+        # too large for a float
+        (f"seed={'9' * 400}", "seed must be >= 0 and < 4294967296, got 999"),
+        (f"packing.max_tokens=-{'9' * 400}", "packing.max_tokens must be >= 1, got -999"),
+        (f"checkpoint.deadline={'9' * 400}:00:00", "deadline in hours must be <= 8784"),
         ("max_prompt_length=9999", r"max_prompt_length must be < max_length \(\d+\), got 9999"),
         ("seed=-1", r"seed must be >= 0"),
         ("n_epochs=null", "n_epochs and n_examples are both null"),
@@ -208,6 +212,7 @@ def test_lists_and_null():
         ("trainer=TensorParallelTrainer", "trainer=FSDPTrainer shards"),
         ("optimizer=torch.optim.Adam", "optimizer must be the name of a class in torch.optim"),
         ("transform.method=rank", "transform.method must be one of .*nearest: rank_based"),
+        ("model.archive=", "model.archive must name a folder or a file, or be null, got ''"),
         ("model.policy_dtype=bf16", "one of float32, bfloat16, float16, got 'bf16'"),
         ("model.attention=flash_attention_2", "computes in bfloat16 .* model.attention=sdpa"),
         ("data.on_error=skp", "data.on_error must be one of raise, skip.*nearest: skip"),

@@ -142,6 +142,16 @@ def test_no_more_is_computed_at_once_than_was_asked_for_and_a_step_has(short, ca
     assert float(rows["peak"][0]) < float(whole["peak"][0])
 
 
+def test_a_row_above_the_limit_counts_whole_in_the_peak(short, capsys):
+    # rows are pairs of 2 x 2,048 tokens
+    options = ("adapter=lora", "batch_size=8")
+    below, whole, above = (
+        float(table(capsys, short, *options, f"packing.max_tokens={limit}")["peak"][0])
+        for limit in (16, 4096, 8192)
+    )
+    assert below == whole < above
+
+
 def test_weights_are_sent_for_each_micro_batch_and_gradients_of_adapters_once(short, capsys):
     lora = ("adapter=lora", "adapter.base=sharded", "batch_size=32")
     limits = (16_384, 4096, 1024)

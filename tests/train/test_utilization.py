@@ -61,6 +61,8 @@ def test_devices_are_known_by_their_names():
     assert peak_of("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_of("NVIDIA L4") == 121e12 and peak_of("NVIDIA L40") == 181e12
     assert peak_of("NVIDIA GeForce GTX 1080") is None
+    # a laptop's GPU of a few TFLOP/s
+    assert peak_of("NVIDIA RTX A1000 Laptop GPU") is None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Log the account of each split and one example row, before training."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastpref.checks import both_ends
@@ -11,21 +12,23 @@ from fastpref.data.options import DataOptions
 logger = logging.getLogger("fastpref")
 
 
-def run_audit(options: DataOptions, tokenizer: Any, *, vocab_size: int) -> list[PreferenceSplit]:
-    """Read, check and encode every split, and log its account and an example row.
+def run_audit(
+    options: DataOptions, tokenizer: Any, *, vocab_size: int, splits: Sequence[str] = SPLITS
+) -> list[PreferenceSplit]:
+    """Read, check and encode splits, train first, and log its account and an example row.
 
     Returns:
-        The encoded splits, train first.
+        The encoded splits, in their order.
 
     Raises:
         FastprefError: training on this data would fail.
     """
-    splits = []
-    for split in SPLITS:
+    read = []
+    for split in splits:
         encoded = load_split(options, split, tokenizer, vocab_size=vocab_size, quiet=False)
         logger.info("%s, first row:\n%s", split, describe_example(encoded, tokenizer))
-        splits.append(encoded)
-    return splits
+        read.append(encoded)
+    return read
 
 
 def describe_example(split: PreferenceSplit, tokenizer: Any) -> str:

@@ -1,5 +1,6 @@
 """Model FLOPs utilization (MFU): the share of the devices' peak that the updates need."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ PEAKS = {
     "RTX 3090": 71e12,
 }
 """Peak 16-bit matrix throughput in FLOP/s, without sparsity, from the vendors' data sheets. The
-first name contained in a device's name applies."""
+first name contained in a device's name, not followed by another digit, applies."""
 
 
 class UsefulWork(NamedTuple):
@@ -94,4 +95,5 @@ def count_work(pair: Pair, block_name: str | None, *, peak: float) -> UsefulWork
 
 def peak_of(device: str) -> float | None:
     """Peak FLOP/s of a device by its name; None if unknown."""
-    return next((peak for name, peak in PEAKS.items() if name in device), None)
+    # "RTX A1000" is no A100
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"{name}(?!\d)", device)), None)
