@@ -15,7 +15,7 @@ logger = logging.getLogger("fastpref")
 def run_audit(
     options: DataOptions, tokenizer: Any, *, vocab_size: int, splits: Sequence[str] = SPLITS
 ) -> list[PreferenceSplit]:
-    """Read, check and encode splits, train first, and log its account and an example row.
+    """Read, check and encode splits, and log the account and an example row of each.
 
     Returns:
         The encoded splits, in their order.
