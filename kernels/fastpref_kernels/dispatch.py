@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from fastpref_kernels.gemm import gpu_multiplies_bfloat16
+
 logger = logging.getLogger(__name__)
 
 
@@ -43,6 +45,6 @@ def _obstacle(device: torch.device) -> str | None:
     """Reason why the Triton kernels cannot run on this GPU; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+    if not gpu_multiplies_bfloat16(device):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere"
     return None

@@ -57,6 +57,12 @@ def matrix_units(enabled: bool) -> Iterator[None]:
         _units.leave()
 
 
+def gpu_multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU, current or not, has bfloat16 matrix units: NVIDIA's from Ampere on, and AMD's;
+    older ones emulate it."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @functools.cache
 def cpu_multiplies_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions: AMX or AVX-512."""

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastpref_kernels.gemm import add_matmul, cpu_multiplies_bfloat16, matmul, matrix_units
+from fastpref_kernels.gemm import (
+    add_matmul,
+    cpu_multiplies_bfloat16,
+    gpu_multiplies_bfloat16,
+    matmul,
+    matrix_units,
+)
 from fastpref_kernels.row_sums import JointStats
 from fastpref_kernels.workspace import LEAST_COLUMNS, ROW_MULTIPLE, slices
 
@@ -45,7 +51,7 @@ class Head(NamedTuple):
         if not self.input.is_cuda or len(halves) != 1:
             return torch.float32
         (half,) = halves
-        native = half == torch.float16 or _multiplies_bfloat16(self.input.device)
+        native = half == torch.float16 or gpu_multiplies_bfloat16(self.input.device)
         return half if native else torch.float32
 
     @property
@@ -120,11 +126,6 @@ class Head(NamedTuple):
         if self.softcap is None:
             return None
         return (logits_RC / self.softcap).square_().neg_().add_(1)
-
-
-def _multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether a GPU, current or not, has bfloat16 matrix units: before Ampere it is emulated."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 Heads = tuple[Head, Head]
