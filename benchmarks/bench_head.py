@@ -34,6 +34,8 @@ from kl_contenders import (
 )
 from machine import describe_machine, results_folder
 
+from fastpref.errors import first_line
+
 MIB = 2**20
 OURS = "fastpref"
 
@@ -180,7 +182,7 @@ def interleave(
 
 def in_a_line(error: Exception) -> str:
     """Type of an error, and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def time_once(run: Callable[[], Any], device: str) -> float:
