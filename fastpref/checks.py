@@ -1,5 +1,6 @@
 """Value checks shared by the config dataclasses, and formatting of their messages."""
 
+import dataclasses
 import difflib
 import math
 import operator
@@ -82,6 +83,26 @@ def expand_home(options: Any, *names: str) -> None:
             setattr(options, name, os.path.expanduser(value))
         elif value is not None:
             setattr(options, name, [os.path.expanduser(path) for path in value])
+
+
+def check_not_empty(options: Any, group: str = "") -> None:
+    """Refuse empty texts, as of an unset variable of a shell, in options and their groups.
+
+    Args:
+        options: A config dataclass.
+        group: Prefix of its options, "model.".
+
+    Raises:
+        ValueError: "run_dir must be a non-empty text or null, got ''".
+    """
+    for field in dataclasses.fields(options):
+        value, key = getattr(options, field.name), group + field.name
+        if dataclasses.is_dataclass(value):
+            check_not_empty(value, f"{key}.")
+        elif field.default != "" and (value == "" or (isinstance(value, list) and "" in value)):
+            rule = "a list of non-empty texts" if isinstance(value, list) else "a non-empty text"
+            or_null = " or null" if field.default is None else ""
+            raise ValueError(f"{key} must be {rule}{or_null}, got {value!r}")
 
 
 def take_other_name(options: Any, name: str, other: str, *, group: str = "") -> None:

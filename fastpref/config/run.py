@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
-from fastpref.checks import check_choice, check_number, expand_home, take_other_name
+from fastpref.checks import (
+    check_choice,
+    check_not_empty,
+    check_number,
+    expand_home,
+    take_other_name,
+)
 from fastpref.config.adapter import AdapterConfig
 from fastpref.config.data import SPLITS, DataConfig
 from fastpref.config.groups import (
@@ -25,12 +31,7 @@ from fastpref.config.loss import LossConfig, TransformConfig
 from fastpref.config.plan import PlanConfig
 from fastpref.config.reference import ReferenceConfig
 from fastpref.config.stages import StagesConfig
-from fastpref.config.survival import (
-    RESUME_WORDS,
-    CheckpointConfig,
-    ParallelConfig,
-    ResumeConfig,
-)
+from fastpref.config.survival import CheckpointConfig, ParallelConfig, ResumeConfig
 from fastpref.config.trackers import TensorboardConfig, TrackerOptions, WandbConfig
 from fastpref.errors import ConfigError
 
@@ -223,12 +224,7 @@ class Config:
             raise ValueError(
                 f"optimizer must be the name of a class in torch.optim, got {self.optimizer!r}"
             )
-        if self.task != "train" and self.resume.path not in RESUME_WORDS:
-            key = "run_dir" if self.task == "tisdpo" else "weights.output_dir"
-            raise ValueError(
-                f"resume.path: task={self.task} goes on by itself with what is in its own folder, "
-                f"got {self.resume.path!r}; name that with {key}"
-            )
+        self.resume.check_task(self.task)
         if self.task in ("estimate_weights", "tisdpo"):
             self.weights.check_names(self.datasets)
         if self.task == "estimate_weights":
@@ -237,6 +233,7 @@ class Config:
             self.stages.check_task(
                 self.loss.name, self.weights.positive_template, self.weights.negative_template
             )
+        check_not_empty(self)
 
     def _check_trainer(self) -> None:
         if self.trainer == "TensorParallelTrainer":

@@ -101,6 +101,15 @@ class ResumeConfig:
             raise ValueError("resume.path must be never, auto or a path, got ''")
         expand_home(self, "path")
 
+    def check_task(self, task: str) -> None:
+        """Refuse a path for a task that finds its own place."""
+        if task != "train" and self.path not in RESUME_WORDS:
+            key = "run_dir" if task == "tisdpo" else "weights.output_dir"
+            raise ValueError(
+                f"resume.path: task={task} goes on by itself with what is in its own folder, "
+                f"got {self.path!r}; name that with {key}"
+            )
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
