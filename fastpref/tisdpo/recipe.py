@@ -31,6 +31,8 @@ def run_tisdpo(config: Config, world: World) -> None:
         FastprefError: raised by a stage; earlier stages stay done.
     """
     place = world.on_main(lambda: find_place(run_place(config), config.resume.path, config.stages))
+    # an option that only a stage refuses leaves no folder behind
+    build_stages(config, place.run_dir or place.root)
     run_dir = open_run_dir(place, config.to_yaml(), world)
     stages = build_stages(config, run_dir)
     command = f"the same command with run_dir={run_dir}"

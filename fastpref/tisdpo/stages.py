@@ -80,6 +80,7 @@ class _Recipe(NamedTuple):
             model=replace(model, save_dtype=config.model.save_dtype),
             base_data_dir=str(self.run_dir / "weights"),
             sample_during_eval=config.sample_during_eval,
+            checkpoint=config.checkpoint,
             adapter=config.adapter,
             reverse_dataset=config.reverse_dataset,
         )
@@ -93,8 +94,9 @@ class _Recipe(NamedTuple):
             # a stopped stage resumes from its own checkpoint
             "resume": replace(config.resume, path="auto"),
             "exp_name": f"{config.exp_name or config.computed_exp_name()}_{name}",
-            # only samples of the last policy are of interest
+            # only samples and the best checkpoint of the last policy are of interest
             "sample_during_eval": False,
+            "checkpoint": replace(config.checkpoint, keep_best=None),
             "adapter": replace(config.adapter, merge=False),
             "reverse_dataset": False,
         }

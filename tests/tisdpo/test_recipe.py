@@ -448,6 +448,21 @@ def test_where_nothing_was_computed_yet_other_options_are_taken(base, tmp_path, 
     assert "loss.beta was 0.1, is 0.3" in capsys.readouterr().err
 
 
+def test_a_best_checkpoint_is_one_of_the_policy_by_a_metric_that_it_has(base, tmp_path, capsys):
+    options = {"run_dir": tmp_path / "run", "stages.sft_first": "true"}
+    metric = "checkpoint.keep_best"
+    assert run(job(base, "tisdpo_p", **options, **{metric: "loss/evil"})) == 2
+    assert "must name a held-out metric" in capsys.readouterr().err
+    assert run(job(base, "tisdpo_p", **options, **{metric: "loss/eval_of_another"})) == 2
+    assert "checkpoint.keep_best with loss=tisdpo must be one of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    config = read(job(base, "tisdpo_d", **options, **{metric: "rewards_eval/margins"}))
+    best = {s.name: s.config.checkpoint.keep_best for s in build_stages(config, tmp_path / "run")}
+    assert best.pop("policy") == "rewards_eval/margins"
+    assert set(best) == {"sft", "positive", "negative", "weights"}
+    assert [best[name] for name in ("sft", "positive", "negative")] == [None] * 3
+
+
 def test_rows_that_cannot_be_scored_whole_are_told_before_anything_is_trained(
     base, tmp_path, capsys
 ):
