@@ -146,7 +146,9 @@ class Checkpoints:
         self._hear(self._store.wait())
         state, value = run.state, self._metrics[best.metric]
         # an earlier best of another metric or other rows cannot be compared
-        rows = f" of {run.fingerprints[HELD_OUT]}"
+        assert run.eval is not None
+        count = min(run.config.n_eval_examples, len(run.eval.data.dataset))
+        rows = f" of {count} of {run.fingerprints[HELD_OUT]}"
         best_of = best.metric + rows
         before = state.best if state.best_of == best_of else None
         sign = 1 if best.higher_is_better else -1

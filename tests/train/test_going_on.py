@@ -267,10 +267,12 @@ def test_other_held_out_rows_are_said_and_begin_another_best(base, stopped, tmp_
     assert [name for name, _ in bests] == ["loss/eval", "rewards_eval/margins"]
 
 
-def test_the_best_on_other_held_out_rows_stays(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("others", ["rows", "fewer"])
+def test_the_best_on_other_held_out_rows_stays(base, tmp_path, monkeypatch, others):
     run_dir, moved, evaluate = tmp_path / "run", tmp_path / "moved", loop.evaluate
     shutil.copytree(base, moved)
-    write_rows(moved / "words", "test", text_rows(10, seed=7))
+    if others == "rows":
+        write_rows(moved / "words", "test", text_rows(10, seed=7))
     losses = {1: 0.1, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.8, 6: 0.9}
 
     def evaluated(run, stop):
@@ -282,6 +284,7 @@ def test_the_best_on_other_held_out_rows_stays(base, tmp_path, monkeypatch):
     options += ["do_first_eval=false", "n_examples=48"]
     with stopping_after(2):
         assert run(arguments(base, run_dir, *options)) == 75
+    options += ["n_eval_examples=2"] if others == "fewer" else []
     # in two starts: what is compared is not forgotten
     with stopping_after(2):
         assert run(arguments(moved, run_dir, *options)) == 75
