@@ -37,6 +37,7 @@ def said(*arguments):
         ("fsdp_port=1234", "fsdp_port has no effect: trainer=BasicTrainer"),
         ("local_dirs=[/a] output_dir=b", "output_dir has no effect: local_dirs"),
         ("run_dir=a output_dir=b", "output_dir has no effect: run_dir is"),
+        ("run_dir=a exp_name=b", "exp_name has no effect: run_dir is"),
         ("n_eval_examples=0 eval_every=32", "eval_every has no effect: n_eval_examples=0"),
         ("n_eval_examples=0 eval_batch_size=8", "eval_batch_size has no effect: n_eval_examples=0"),
         ("n_eval_examples=0 do_first_eval=true", "do_first_eval has no effect: n_eval_examples=0"),

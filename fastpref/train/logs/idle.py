@@ -141,6 +141,7 @@ RULES = (
         lambda c: bool(c.run_dir) and not c.caches_reference,
         "run_dir is the run folder",
     ),
+    Rule("exp_name", lambda c: bool(c.run_dir), "run_dir is the run folder"),
     Rule(
         "n_eval_model_samples",
         lambda c: not c.sample_during_eval,
