@@ -24,6 +24,8 @@ from fastpref.model.files.full_weights import (
 )
 from fastpref.model.files.paths import (
     ModelSource,
+    archive_file,
+    archived_model,
     find_archive,
     resolve_tokenizer,
 )
@@ -102,17 +104,15 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
     return model
 
 
-def archived_shapes(archive: str, *, trust_remote_code: bool) -> Shapes:
+def archived_shapes(model: ModelConfig) -> Shapes:
     """Shape of each weight in `model.archive`, by its name there, without reading the weights.
 
     Raises:
         CheckpointError: it is no archive.
     """
-    path = Path(archive).expanduser()
-    if path.is_file():
+    if path := archive_file(model):
         return shapes_of(read_policy(path))
-    folder = find_archive(archive, trust_remote_code=trust_remote_code)
-    return shapes_of(named_weights(build_meta(folder, dtype=torch.float32)))
+    return shapes_of(named_weights(build_meta(archived_model(model), dtype=torch.float32)))
 
 
 def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:

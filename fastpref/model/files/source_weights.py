@@ -31,6 +31,7 @@ from fastpref.model.files.configs import load_base_config, quantization_options
 from fastpref.model.files.paths import (
     ModelSource,
     archived_model,
+    archive_file,
     named_model,
 )
 from fastpref.model.files.reading import reading
@@ -92,7 +93,7 @@ def open_weights(model: ModelConfig, *, wrapper: bool) -> SourceWeights:
     """
     own = named_model(model)
     sources = [own]
-    if model.archive and Path(model.archive).expanduser().is_file():
+    if archive_file(model):
         # the archive has all weights of the model; its own files add only a wrapper's other parts
         sources = [own] if wrapper else []
     elif model.archive:
