@@ -57,8 +57,7 @@ def read_files(options: DataOptions, *, quiet: bool) -> list[Rows]:
     Raises:
         DataError: a dataset has no split; see `read_rows`.
     """
-    whole = options.of_files()
-    rows = [load_rows(part, whole, earlier=None, quiet=quiet) for part in own_parts(whole)]
+    rows = [load_rows(part, options, earlier=None, quiet=quiet) for part in own_parts(options)]
     if not quiet:
         log_layouts(rows)
     return rows

@@ -195,7 +195,6 @@ def made_whole(
         damaged = _damaged(_read(sums))
         if damaged is not None:
             logger.warning("%s is damaged or gone, and is made again", damaged)
-        if damaged is not None:
             # if they cannot be removed, `make` would take them for whole
             _remove(sums, files)
         elif is_alone:

@@ -5,7 +5,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError
 from fastpref.data.layouts.turns import loaded
 from fastpref.data.rendered_parts import field_left_out, prompt_is_left_out, spells_eos
-from fastpref.data.speakers import Spans, others_are_learned, written_spans
+from fastpref.data.speakers import Spans, num_equal, others_are_learned, written_spans
 from fastpref.errors import ConfigError, first_line
 
 PLAIN_EXCHANGE = [
@@ -229,7 +228,7 @@ def render_chat(
         except RowError:
             raise error from None
         arguments_decoded = True
-    shared = _shared_start(prompt_text, full_texts)
+    shared = prompt_text[: min(num_equal(prompt_text, text) for text in full_texts)]
     left_out = (
         field_left_out(field, answer, text, len(shared))
         for field, answer, text in zip(fields, answers, full_texts, strict=False)
@@ -309,11 +308,3 @@ def _decode_arguments(messages: Messages) -> Messages:
 def _object_of(arguments: Any) -> Any:
     decoded = loaded(json.loads, arguments) if isinstance(arguments, str) else None
     return decoded if isinstance(decoded, dict) else arguments
-
-
-def _shared_start(prompt: str, texts: list[str]) -> str:
-    """The longest common prefix of `prompt` and all texts."""
-    if all(text.startswith(prompt) for text in texts):
-        return prompt
-    columns = zip(prompt, *texts, strict=False)
-    return "".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))

@@ -1,6 +1,6 @@
 """Options that determine which rows a run has, how they are read and how they are encoded."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from fastpref.config import Config
 from fastpref.data.chat import read_chat_template
@@ -50,11 +50,6 @@ class DataOptions:
     """Leave out copies of earlier rows."""
     read: ReadOptions
     encode: EncodeOptions
-
-    def of_files(self) -> "DataOptions":
-        """These options with all rows of the files: nothing held out, no copy left out."""
-        held_out = replace(self.held_out, fraction=0.0)
-        return replace(self, held_out=held_out, deduplicate=False)
 
 
 def data_options(config: Config) -> DataOptions:

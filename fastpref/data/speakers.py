@@ -65,7 +65,9 @@ def _written_spans(
                 # text before the border belongs to the prompt
                 start = border if start is None else max(border, start)
             is_last = i == len(answer) - 1
-            end = len(text) if is_last else _turn_end([*prompt, *answer[: i + 1]], text, render)
+            until = [*prompt, *answer[: i + 1]]
+            # without the white space that the template puts behind the turn
+            end = len(text) if is_last else _end_in(render(until).rstrip(), text)
         except RowError:
             # some templates reject a prefix of a conversation
             return None
@@ -107,11 +109,6 @@ def _turn_start(messages: Messages, text: str, render: Render) -> int | None:
     # the generation prompt may contain text that the whole conversation lacks, such as an empty
     # reasoning block
     return end + num_equal(prompted[len(before) :], text[end:])
-
-
-def _turn_end(messages: Messages, text: str, render: Render) -> int | None:
-    """End in `text` of the last of some messages, without trailing white space."""
-    return _end_in(render(messages).rstrip(), text)
 
 
 def _end_in(beginning: str, text: str) -> int | None:

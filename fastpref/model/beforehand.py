@@ -3,7 +3,6 @@ supports a run's options, found out on its twin on the meta device.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from fastpref.model.adapters.base import find_adapter_base
 from fastpref.model.adapters.lora import Adapters, insert_adapters
 from fastpref.model.adapters.quantize import check_quantizable
 from fastpref.model.attention.packing_probe import check_attention, check_layout
-from fastpref.model.files.paths import archived_model, named_model
+from fastpref.model.files.paths import archive_file, archived_model, named_model
 from fastpref.model.filling import check_files
 from fastpref.model.positions import check_company, check_positions
 from fastpref.model.replicate import fits_whole
@@ -71,7 +70,7 @@ def check_options(
             neither a file nor a model's folder, or the adapter to train on does not fit its base or
             is of a kind that can only be merged.
     """
-    if config.archive and not Path(config.archive).expanduser().is_file():
+    if config.archive and not archive_file(config):
         archived_model(config)
     source, start = named_model(config), None
     if trainable and adapter.trained:

@@ -9,7 +9,7 @@ from fastpref.config import ModelConfig
 from fastpref.model.adapters.base import find_shared_base
 from fastpref.model.adapters.folders import check_merging
 from fastpref.model.files.full_weights import NO_FIT, check_fit, check_weights
-from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.files.paths import ModelSource, archive_file, archived_model, named_model
 from fastpref.model.source import archived_shapes, build_meta
 
 
@@ -27,10 +27,10 @@ def check_files(model: ModelConfig, *, beside: bool = False) -> None:
     if not model.archive:
         _check_folder(named_model(model), beside=beside)
         return
-    if not Path(model.archive).expanduser().is_file():
+    if not archive_file(model):
         _check_folder(archived_model(model), beside=beside)
     filled = build_meta(named_model(model), dtype=torch.float32)
-    shapes = archived_shapes(model.archive, trust_remote_code=model.trust_remote_code)
+    shapes = archived_shapes(model)
     check_fit(filled, shapes, f"model.archive: {model.archive}", opening=NO_FIT)
 
 

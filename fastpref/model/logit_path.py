@@ -105,12 +105,12 @@ def measure_logit_path(model: Any, block_name: str | None = None) -> LogitPath:
     weight, bias = head.weight.float(), getattr(head, "bias", None)
     bias = None if bias is None else bias.float()
     linear = F.linear(seen.head_input, weight, bias)
-    if not _are_close(linear, seen.head_output):
+    if not (linear - seen.head_output).abs().max().item() <= _tolerance(seen.head_output):
         raise _unfit(model, f"(its LM head, {type(head).__name__}, is more than a linear layer)")
     ours = path.logits(hidden, weight, bias)
     theirs = seen.logits.flatten(0, 1)[:, : path.vocab_size]
     worst = (ours.log_softmax(-1) - theirs.log_softmax(-1)).abs().max().item()
-    if not _are_close(ours.log_softmax(-1), theirs.log_softmax(-1), of=theirs):
+    if not worst <= _tolerance(theirs):
         raise _unfit(model, f"(log-probabilities differ by {worst:.3g} nats)")
     return path
 
@@ -257,21 +257,16 @@ def _measure_transform(
         softcap=_round(highest, model.config) if capped else None,
     )
     expected = path.transform(given)
-    if not torch.allclose(got, expected, rtol=ROUNDING, atol=1e-8):
-        raise _unfit(model, f"({_first_difference(got, expected, given)})")
+    wrong = ~torch.isclose(got, expected, rtol=ROUNDING, atol=1e-8)
+    if wrong.any():
+        n, v = wrong.nonzero()[0].tolist()
+        raise _unfit(model, f"(it makes {got[n, v]:.3g} of {given[n, v]:.3g}, for token {v})")
     return path
 
 
-def _first_difference(got: Tensor, expected: Tensor, given: Tensor) -> str:
-    wrong = ~torch.isclose(got, expected, rtol=ROUNDING, atol=1e-8)
-    n, v = wrong.nonzero()[0].tolist()
-    return f"it makes {got[n, v]:.3g} of {given[n, v]:.3g}, for token {v}"
-
-
-def _are_close(ours: Tensor, theirs: Tensor, of: Tensor | None = None) -> bool:
-    # the rounding error of a sum scales with its largest terms
-    size = (theirs if of is None else of).abs().max().item()
-    return (ours - theirs).abs().max().item() <= ROUNDING * max(1.0, size)
+def _tolerance(values: Tensor) -> float:
+    """Rounding error of sums, which scales with their largest terms."""
+    return ROUNDING * max(1.0, values.abs().max().item())
 
 
 def _ratio(a: Tensor, b: Tensor) -> float:

@@ -1,12 +1,12 @@
 """Loads models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, initialization
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.initialization import meta_device_safe_creation_ops
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from fastpref.config import ModelConfig
@@ -24,6 +24,8 @@ from fastpref.model.files.full_weights import (
 )
 from fastpref.model.files.paths import (
     ModelSource,
+    archive_file,
+    archived_model,
     find_archive,
     resolve_tokenizer,
 )
@@ -32,9 +34,6 @@ from fastpref.model.two_tables import holds_two_tables, untie_two_tables
 
 logger = logging.getLogger("fastpref")
 
-numbers_on_the_cpu = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)
-"""Context in which `torch.linspace` creates CPU tensors, so that code which reads their values can
-build a model on the meta device; versions of transformers without it cannot load such a model."""
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Tokenizer classes that are defined by their tokenizer.json alone."""
 
@@ -102,17 +101,15 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
     return model
 
 
-def archived_shapes(archive: str, *, trust_remote_code: bool) -> Shapes:
+def archived_shapes(model: ModelConfig) -> Shapes:
     """Shape of each weight in `model.archive`, by its name there, without reading the weights.
 
     Raises:
         CheckpointError: it is no archive.
     """
-    path = Path(archive).expanduser()
-    if path.is_file():
+    if path := archive_file(model):
         return shapes_of(read_policy(path))
-    folder = find_archive(archive, trust_remote_code=trust_remote_code)
-    return shapes_of(named_weights(build_meta(folder, dtype=torch.float32)))
+    return shapes_of(named_weights(build_meta(archived_model(model), dtype=torch.float32)))
 
 
 def build_empty(source: ModelSource, *, dtype: torch.dtype, attention: str = "auto") -> Any:
@@ -134,7 +131,8 @@ def build_meta(source: ModelSource, *, dtype: torch.dtype, attention: str = "aut
         with (
             reading("ModelForCausalLM", source.base),
             torch.device("meta"),
-            numbers_on_the_cpu(),
+            # `torch.linspace` creates CPU tensors: some families read their values
+            meta_device_safe_creation_ops(),
         ):
             return family.from_config(
                 config, dtype=dtype, **code_options(config, source), **options

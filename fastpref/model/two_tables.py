@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fastpref.model.adapters.folders import untie
@@ -17,7 +16,7 @@ from fastpref.model.adapters.tied_head import is_tied
 from fastpref.model.files.archives import begins_as_zip, load_pickle
 from fastpref.model.files.reading import reading
 from fastpref.model.files.source_weights import place_finder
-from fastpref.model.files.weight_files import pickle_files, weight_files
+from fastpref.model.files.weight_files import pickle_files, stored_weights, weight_files
 
 
 def holds_two_tables(name: str, model: Any) -> bool:
@@ -51,14 +50,10 @@ def untie_two_tables(model: Any) -> None:
 
 def _stored(folder: Path, is_wanted: Callable[[str, Any], bool]) -> Iterator[Tensor]:
     """The wanted tensors of a folder's files, by name and shape."""
-    files = weight_files(folder)
-    for path in files:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            for name in names:
-                if is_wanted(name, file.get_slice(name).get_shape()):
-                    yield file.get_tensor(name)
-    if files:
+    for name, part in stored_weights(folder):
+        if is_wanted(name, part.get_shape()):
+            yield part[:]
+    if weight_files(folder):
         return
     for path in filter(begins_as_zip, pickle_files(folder)):
         with reading("the weights", str(folder)):

@@ -176,9 +176,9 @@ def test_a_fraction_that_leaves_a_side_without_prompts_is_refused(tmp_path, frac
 
 def test_weights_are_estimated_for_the_rows_as_the_files_have_them(tmp_path):
     write(tmp_path, [*pairs(20), *pairs(20)])
-    options = options_of(tmp_path, deduplicate=True).of_files()
+    options = options_of(tmp_path, deduplicate=True)
     assert [part.split for part in own_parts(options)] == ["train"]
-    [rows] = read_rows(options, "train", quiet=True)
+    [rows] = read_files(options, quiet=True)
     assert len(rows.dataset) == 40
     assert len(list(rows.records())) == 40
 

@@ -68,10 +68,13 @@ class LayoutReader:
         if not isinstance(record, dict):
             return self._parse(record), TEXTS
         written = self._written if self._layout else find_written(record)
-        record = self._transposed(self._renamed(with_messages(record, written)))
-        layout = self._recognised(record)
+        record, layout = self._renamed(with_messages(record, written)), TEXTS
         try:
+            record = transposed(record)
+            layout = self._recognised(record)
             row = self._parse(layout.read(record), single=layout.single)
+        except AmbiguousRowError:
+            raise
         except RowError as error:
             raise self._as_named(error, layout) from None
         if self._layout is not None and not layout.is_beside(self._layout):
@@ -105,19 +108,8 @@ class LayoutReader:
             renamed[field] = record[column]
         return renamed
 
-    def _transposed(self, record: Record) -> Record:
-        try:
-            return transposed(record)
-        except RowError as error:
-            raise self._as_named(error, TEXTS) from None
-
     def _recognised(self, record: Record) -> Layout:
-        try:
-            layout = recognise(record, self._named, single=self._single)
-        except AmbiguousRowError:
-            raise
-        except RowError as error:
-            raise self._as_named(error, TEXTS) from None
+        layout = recognise(record, self._named, single=self._single)
         unused = [field for field in self._named if field not in layout.columns]
         if unused:
             raise AmbiguousRowError(

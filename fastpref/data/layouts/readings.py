@@ -6,9 +6,9 @@ from fastpref.data.layouts.messages import Messages
 from fastpref.data.layouts.row_values import RowError, kind
 from fastpref.data.layouts.rows import SIDES, TEXT_FIELDS
 from fastpref.data.layouts.turns import (
-    begins_with_response,
     divide_at_response,
     is_messages,
+    is_response,
     is_sharegpt,
     read_response,
     read_text,
@@ -43,7 +43,7 @@ def with_text_prompt(record: Record) -> Record:
     """A text prompt with responses as messages, or with whole conversations that contain it."""
     prompt = read_text("prompt", record["prompt"])
     sides = {side: read_turns(side, record[side]) for side in SIDES}
-    whole = [side for side in SIDES if sides[side] and not begins_with_response(sides[side])]
+    whole = [side for side in SIDES if sides[side] and not is_response(sides[side][0])]
     if not whole:
         return record | sides | {"prompt": user(prompt)}
     for side in SIDES:

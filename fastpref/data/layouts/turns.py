@@ -100,7 +100,7 @@ def transposed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_response(message: Any) -> bool:
-    """Whether an unchecked message has a role of responses, assistant or tool."""
+    """Whether a message, checked or not, has a role of responses, assistant or tool."""
     role = message.get("role", SHAREGPT_ROLES.get(str(message.get("from"))))
     return role in RESPONSE_ROLES
 
@@ -152,11 +152,6 @@ def read_text(field: str, value: Any) -> str:
     if not value.strip():
         raise RowError(f"{field} is empty: at least one token must come before the response", field)
     return value
-
-
-def begins_with_response(messages: Messages) -> bool:
-    """Whether the first message has a role of responses, assistant or tool."""
-    return bool(messages) and messages[0]["role"] in RESPONSE_ROLES
 
 
 def divide_at_response(field: str, messages: Messages) -> tuple[Messages, Messages]:

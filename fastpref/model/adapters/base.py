@@ -9,7 +9,7 @@ import torch
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError, ConfigError
 from fastpref.model.adapters.lora import check_beside
-from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.files.paths import ModelSource, archive_file, archived_model, named_model
 from fastpref.model.source import build_meta
 
 
@@ -41,8 +41,7 @@ def find_adapter_base(model: ModelConfig) -> AdapterBase:
     """
     source = named_model(model)
     if model.archive:
-        path = Path(model.archive).expanduser()
-        if path.is_file():
+        if path := archive_file(model):
             raise ConfigError(
                 f"model.archive: an adapter names the folder of the model that it belongs to, and "
                 f"{path} is a file; train with adapter=none, or name a folder"
@@ -55,7 +54,7 @@ def find_adapter_base(model: ModelConfig) -> AdapterBase:
 
 def find_shared_base(models: Sequence[ModelConfig]) -> list[AdapterBase] | None:
     """Base and adapter of each model, if all can share one base in memory; else None."""
-    if any(model.archive and Path(model.archive).expanduser().is_file() for model in models):
+    if any(map(archive_file, models)):
         return None
     bases = [find_adapter_base(model) for model in models]
     first = bases[0].source

@@ -47,7 +47,7 @@ def check_adapter(folder: str) -> None:
         )
     with reading("the adapter", folder):
         config = PeftConfig.from_pretrained(folder)
-    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+    if config.is_prompt_learning or config.is_adaption_prompt:
         raise _not_mergeable(folder, "it adds tokens to the input instead of changing weights")
     if getattr(config, "layer_replication", None):
         layers = f"layer_replication={config.layer_replication}"

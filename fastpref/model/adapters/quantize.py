@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from fastpref.distributed import World
 from fastpref.errors import ConfigError
@@ -76,15 +76,12 @@ def round_blocks(model: Any, block_name: str | None, device: torch.device) -> No
         block_name: Class of the transformer blocks, None: found from the model.
         device: Device to quantize on; gives the same bits as in training, if the dtype is the same.
     """
-    for _, _, layer in quantizable_layers(model, block_name):
-        layer.weight.copy_(_rounded(layer.weight, device))
-
-
-def _rounded(weight: Tensor, device: torch.device) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight.to(device), compress_statistics=True, quant_type="nf4")
-    return dequantize_4bit(packed, state)
+    for _, _, layer in quantizable_layers(model, block_name):
+        weight = layer.weight.to(device)
+        packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+        layer.weight.copy_(dequantize_4bit(packed, state))
 
 
 def quantizable_layers(model: Any, block_name: str | None) -> Iterator[tuple[nn.Module, str, Any]]:

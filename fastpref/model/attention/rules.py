@@ -40,16 +40,13 @@ def attend_to_all(
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     if mask is None:
-        mask = causal_mask(*scores.shape[2:], window=rules.window, device=scores.device)
+        R, K = scores.shape[2:]
+        mask = torch.ones(R, K, dtype=torch.bool, device=scores.device).tril(K - R)
+        if rules.window is not None:
+            mask = mask.triu(K - R - rules.window + 1)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if rules.sinks is not None:
         sinks = rules.sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     probabilities = scores.softmax(-1)[..., : key.shape[2]]
     return (probabilities.to(value.dtype) @ value).transpose(1, 2)
-
-
-def causal_mask(R: int, K: int, *, window: int | None, device: torch.device) -> Tensor:
-    """(R, K), true where a query may attend; the last query is aligned with the last key."""
-    mask = torch.ones(R, K, dtype=torch.bool, device=device).tril(K - R)
-    return mask if window is None else mask.triu(K - R - window + 1)

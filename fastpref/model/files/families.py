@@ -104,7 +104,10 @@ def text_part(family: Any) -> Any:
             super().__init__(config, *args, **kwargs)
             self._other_parts = _drop_other_parts(self)
             # weights of these in the files are expected
-            ignored = {rf"(^|\.){re.escape(_stem(name, self))}(\.|$)" for name in self._other_parts}
+            # in some files without the prefix of the base model
+            prefix = f"{self.base_model_prefix}."
+            stems = [re.escape(name.removeprefix(prefix)) for name in self._other_parts]
+            ignored = {rf"(^|\.){stem}(\.|$)" for stem in stems}
             self._keys_to_ignore_on_load_unexpected |= ignored
             inner = _inner_language_model(self)
             if inner is not None:
@@ -175,11 +178,6 @@ def _drop_other_parts(model: Any) -> tuple[str, ...]:
             # the initialization of weights accesses it
             setattr(module, name, torch.empty_like(own, device="meta", requires_grad=False))
     return tuple(dropped)
-
-
-def _stem(name: str, model: Any) -> str:
-    """A part's name without the prefix of the base model, as some files have it."""
-    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _inner_language_model(model: Any) -> nn.Module | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fastpref.config import ModelConfig
 from fastpref.model.files.configs import load_base_config
-from fastpref.model.files.paths import ModelSource, archived_model, named_model
+from fastpref.model.files.paths import ModelSource, archive_file, archived_model, named_model
 from fastpref.model.files.reading import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -30,12 +30,10 @@ def model_identity(model: ModelConfig) -> str:
     """
     digest = hashlib.sha256()
     _add_model(digest, named_model(model))
-    if model.archive:
-        path = Path(model.archive).expanduser()
-        if path.is_file():
-            _add_files(digest, [path])
-        else:
-            _add_model(digest, archived_model(model))
+    if path := archive_file(model):
+        _add_files(digest, [path])
+    elif model.archive:
+        _add_model(digest, archived_model(model))
     return digest.hexdigest()
 
 

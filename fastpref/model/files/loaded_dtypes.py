@@ -3,14 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fastpref.config import ModelConfig
 from fastpref.model.files.archives import read_policy
 from fastpref.model.files.configs import load_base_config
-from fastpref.model.files.paths import archived_model, named_model
+from fastpref.model.files.paths import archive_file, archived_model, named_model
 from fastpref.model.files.source_weights import DTYPES, open_files
 
 
@@ -33,9 +32,8 @@ def loaded_dtypes(model: ModelConfig) -> LoadedDtypes:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    if model.archive and Path(model.archive).expanduser().is_file():
-        saved = read_policy(Path(model.archive).expanduser())
-        weights = {name: (x.dtype, x.numel()) for name, x in saved.items()}
+    if path := archive_file(model):
+        weights = {name: (x.dtype, x.numel()) for name, x in read_policy(path).items()}
         return _summary({k: v for k, v in weights.items() if v[0] in DTYPES.values()})
     source = archived_model(model) if model.archive else named_model(model)
     files = open_files(source).weights.items()

@@ -133,6 +133,12 @@ def named_model(model: ModelConfig, *, key: str = "model.name_or_path") -> Model
     )
 
 
+def archive_file(model: ModelConfig) -> Path | None:
+    """The file that `model.archive` names; None if it names a folder, or is not set."""
+    path = Path(model.archive or "").expanduser()
+    return path if path.is_file() else None
+
+
 def archived_model(model: ModelConfig) -> ModelSource:
     """The model in the folder that `model.archive` names, see `find_archive`; not for a file."""
     assert model.archive is not None

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from fastpref.model.files.archives import load_pickle
 from fastpref.model.files.configs import load_base_config, quantization_options
 from fastpref.model.files.paths import (
     ModelSource,
+    archive_file,
     archived_model,
     named_model,
 )
@@ -47,16 +49,11 @@ DTYPES = {
 class FileWeight(NamedTuple):
     """A tensor of a file that is held open, to be read on demand even if the file was deleted."""
 
-    file: Any
-    """Open file, with `get_tensor`."""
-    name: str
+    read: Callable[[], Tensor]
+    """Returns the tensor, on the CPU."""
     num_bytes: int
     dtype: torch.dtype | None
     """None if weights cannot be trained from its dtype."""
-
-    def read(self) -> Tensor:
-        """The tensor, on the CPU."""
-        return self.file.get_tensor(self.name)
 
 
 class SourceWeights(NamedTuple):
@@ -92,7 +89,7 @@ def open_weights(model: ModelConfig, *, wrapper: bool) -> SourceWeights:
     """
     own = named_model(model)
     sources = [own]
-    if model.archive and Path(model.archive).expanduser().is_file():
+    if archive_file(model):
         # the archive has all weights of the model; its own files add only a wrapper's other parts
         sources = [own] if wrapper else []
     elif model.archive:
@@ -199,35 +196,27 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-class _Held:
-    """A safetensors file that is held open, so that replacing or deleting it has no effect."""
+def _read_held(file: Any, name: str, path: Path, state: tuple[int, ...]) -> Tensor:
+    """Read a tensor of a safetensors file that is held open: it may have been replaced or deleted.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: Any = safe_open(path, "pt")
-        self._state = _state(path)
+    Args:
+        file: The open file.
+        name: Of the tensor.
+        path: Where the file was opened.
+        state: Its `_state` then.
 
-    def keys(self) -> list[str]:
-        return list(self._file.keys())
-
-    def get_slice(self, name: str) -> Any:
-        return self._file.get_slice(name)
-
-    def get_tensor(self, name: str) -> Tensor:
-        """Read a tensor.
-
-        Raises:
-            CheckpointError: the file was overwritten in place, so that reading it is unsafe.
-        """
-        now = _state(self._path)
-        # another file under that name has another inode
-        if now and now[0] == self._state[0] and now != self._state:
-            raise CheckpointError(
-                f"model: {self._path} was written to while a run used it, so what is not trained "
-                "of it cannot be exported; the trained weights are in the last checkpoint: put the "
-                "file back and go on with resume=auto"
-            )
-        return self._file.get_tensor(name)
+    Raises:
+        CheckpointError: the file was overwritten in place, so that reading it is unsafe.
+    """
+    now = _state(path)
+    # another file under that name has another inode
+    if now and now[0] == state[0] and now != state:
+        raise CheckpointError(
+            f"model: {path} was written to while a run used it, so what is not trained "
+            "of it cannot be exported; the trained weights are in the last checkpoint: put the "
+            "file back and go on with resume=auto"
+        )
+    return file.get_tensor(name)
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -237,16 +226,6 @@ def _state(path: Path) -> tuple[int, ...]:
     except OSError:
         return ()
     return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-class _Pickled:
-    """A file that `torch.save` wrote, with the interface of a safetensors handle."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self._weights = weights
-
-    def get_tensor(self, name: str) -> Tensor:
-        return self._weights[name]
 
 
 def open_files(source: ModelSource) -> SourceWeights:
@@ -268,7 +247,8 @@ def open_files(source: ModelSource) -> SourceWeights:
 def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
     for path in weight_files(folder):
-        file: Any = _Held(path)
+        file: Any = safe_open(path, "pt")
+        state = _state(path)
         names = file.keys()
         for name in names:
             part = file.get_slice(name)
@@ -276,16 +256,15 @@ def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
             # F8_E4M3, BF16, U8, BOOL
             bits = int(next(iter(re.findall(r"\d+", kind)), "8"))
             num_bytes = math.prod(part.get_shape()) * bits // 8
-            found[name] = FileWeight(file, name, num_bytes, DTYPES.get(kind))
+            read = partial(_read_held, file, name, path, state)
+            found[name] = FileWeight(read, num_bytes, DTYPES.get(kind))
     return found
 
 
 def _in_pickles(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
     for path in pickle_files(folder):
-        weights = load_pickle(path)
-        file = _Pickled(weights)
-        for name, weight in weights.items():
+        for name, weight in load_pickle(path).items():
             dtype = weight.dtype if weight.dtype in DTYPES.values() else None
-            found[name] = FileWeight(file, name, weight.nbytes, dtype)
+            found[name] = FileWeight(weight.cpu, weight.nbytes, dtype)
     return found
