@@ -41,7 +41,7 @@ from fastpref.errors import (
     PreemptionError,
 )
 from fastpref.model.files.identity import side_model
-from fastpref.scoring import ranks
+from fastpref.scoring import progress, ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.shards import Shards
 from fastpref.scoring.side import check_finite
@@ -509,6 +509,18 @@ def test_a_shard_that_no_descriptor_is_left_for_is_not_called_damaged(tmp_path, 
         shards.missing()
     assert raised.value.errno == errno.EMFILE and not caplog.text
     assert shards.missing() == []
+
+
+def test_without_a_terminal_the_log_says_how_far_scoring_is(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="fastpref")
+    seconds = iter([0.0, 8.0, 20.0, 25.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    with progress.ScoringProgress("bad model", 1000, num_shards=3, visible=True) as scoring:
+        for tokens in (100, 300, 100):
+            scoring.advance(tokens)
+        scoring.shard_is_done()
+    assert caplog.messages == ["bad model: 40 % of 1,000 tokens, 20 tokens/s, 30 s left"]
+    assert scoring.done == "1 of 3 shards of the bad model"
 
 
 def test_an_estimation_ends_by_its_deadline_and_goes_on(models, tmp_path, monkeypatch):
