@@ -6,14 +6,13 @@ import torch
 import torch.distributed as dist
 
 from fastpref.batches.loader import StepBatches
-from fastpref.checkpoint.state import local_part
 from fastpref.checks import listed
 from fastpref.errors import NonFiniteError
 from fastpref.heartbeat import await_device
 from fastpref.signals import NON_FINITE, StopRequest
 from fastpref.train.guard import MOST_IN_A_ROW
 from fastpref.train.run import Run
-from fastpref.train.step import add_gradients, within_memory
+from fastpref.train.step import add_gradients, clip_gradients, within_memory
 
 
 class Finding(NamedTuple):
@@ -23,7 +22,7 @@ class Finding(NamedTuple):
     """`file:row` of the rows whose loss is not finite."""
     gradients: list[str]
     """`file:row` of all rows of a micro-batch with finite losses but a non-finite gradient or
-    gradient norm."""
+    gradient norm. Sharded gradients are summed over the ranks, so every rank names its rows."""
 
 
 def stop_if_not_finite(run: Run, stop: StopRequest) -> None:
@@ -97,17 +96,12 @@ def look_through(run: Run, step: StepBatches, index: int) -> Finding:
     for host_batch, micro_batch in zip(step.batches, step.micro_batches, strict=True):
         run.policy.forget_gradients()
         losses, _ = add_gradients(run, host_batch, index, step.num_examples)
+        # as the step computes it, over all shards: one rank's own may be finite all the same
+        norm = clip_gradients(run)
         await_device(run.world)
         is_bad = (~torch.isfinite(losses)).cpu().numpy()
         places = [run.train.data.places.name(int(row)) for row in rows[micro_batch.rows]]
         finding.losses.extend(place for place, bad in zip(places, is_bad, strict=True) if bad)
-        if not is_bad.any() and not has_finite_norm(run):
+        if not is_bad.any() and not torch.isfinite(norm):
             finding.gradients.extend(places)
     return finding
-
-
-def has_finite_norm(run: Run) -> bool:
-    """Whether the norm of this rank's gradient shards is finite in float32: the squares may
-    overflow where the gradients do not."""
-    gradients = [local_part(p.grad) for p in run.policy.parameters() if p.grad is not None]
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients)))

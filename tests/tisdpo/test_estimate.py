@@ -41,10 +41,10 @@ from fastpref.errors import (
     PreemptionError,
 )
 from fastpref.model.files.identity import side_model
-from fastpref.scoring import ranks
+from fastpref.scoring import progress, ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.shards import Shards
-from fastpref.scoring.side import check_finite
+from fastpref.scoring.side import check_finite, check_rows
 from fastpref.tisdpo import settings, weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
@@ -511,6 +511,18 @@ def test_a_shard_that_no_descriptor_is_left_for_is_not_called_damaged(tmp_path, 
     assert shards.missing() == []
 
 
+def test_without_a_terminal_the_log_says_how_far_scoring_is(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="fastpref")
+    seconds = iter([0.0, 8.0, 20.0, 25.0])
+    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    with progress.ScoringProgress("bad model", 1000, num_shards=3, visible=True) as scoring:
+        for tokens in (100, 300, 100):
+            scoring.advance(tokens)
+        scoring.shard_is_done()
+    assert caplog.messages == ["bad model: 40 % of 1,000 tokens, 20 tokens/s, 30 s left"]
+    assert scoring.done == "1 of 3 shards of the bad model"
+
+
 def test_an_estimation_ends_by_its_deadline_and_goes_on(models, tmp_path, monkeypatch):
     write_rows(tmp_path / "data" / "rows", "train", text_rows(12))
     config = make_config(models, tmp_path, shard_rows=3)
@@ -721,6 +733,25 @@ def test_a_log_probability_of_nan_is_named_with_its_row_and_token():
         CheckpointError, match=r"broken gives .* nan at .*train.jsonl:2:rejected.* 2"
     ):
         check_finite([(sound, sound), (sound, broken)], [0, 1], rows, side)
+
+
+def test_rows_that_a_model_has_no_embedding_or_positions_for_are_refused_by_file_and_row():
+    embedding = torch.nn.Embedding(10, 4)
+    body = torch.nn.ModuleList([embedding, torch.nn.Embedding(6, 4)])
+    config = SimpleNamespace(max_position_embeddings=6)
+    config.get_text_config = lambda: config
+    twin = SimpleNamespace(
+        config=config, get_input_embeddings=lambda: embedding, get_decoder=lambda: body
+    )
+    rows = SimpleNamespace(place=lambda i: f"train.jsonl:{i + 1}")
+    origin = SimpleNamespace(name_or_path="small")
+    side = SimpleNamespace(label="positive", twin=twin, origin=origin)
+    fits = EncodedRow([1, 2, 3], [9], [4, 5, 6])
+    check_rows(rows, [fits], side)
+    with pytest.raises(CheckpointError, match=r"positive: train.jsonl:2 has token id 10, "):
+        check_rows(rows, [fits, EncodedRow([1], [2], [10])], side)
+    with pytest.raises(DataError, match=r"train.jsonl:2: 7 tokens, small has positions for 6"):
+        check_rows(rows, [fits, EncodedRow([1, 2, 3], [4], [4, 5, 6, 7])], side)
 
 
 @pytest.mark.parametrize("key", ["positive", "negative"])

@@ -20,7 +20,7 @@ from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.signals import StopRequest
-from fastpref.train import loop
+from fastpref.train import loop, non_finite
 from fastpref.train.build import build_run
 from fastpref.train.evaluation import evaluate
 from fastpref.train.guard import FiniteGuard, GuardState
@@ -251,18 +251,22 @@ def test_rows_are_named_in_the_micro_batches_that_memory_has_room_for(
     assert f"the gradient of {base}/words/train.jsonl:" in capsys.readouterr().err
 
 
-def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_path):
-    """On a GPU an evaluation may be the first to look whether the steps before it were finite."""
-    config = Config(
+def small_config(base: Path, run_dir: Path) -> Config:
+    return Config(
         model=ModelConfig(name_or_path=str(base / "model"), fsdp_policy_mp=None),
         loss=DPOConfig(),
         datasets=["words"],
         base_data_dir=str(base),
-        run_dir=str(tmp_path / "run"),
+        run_dir=str(run_dir),
         max_length=64,
         max_prompt_length=32,
         batch_size=4,
     )
+
+
+def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_path):
+    """On a GPU an evaluation may be the first to look whether the steps before it were finite."""
+    config = small_config(base, tmp_path / "run")
     world = init_world()
     try:
         with Agreement(world) as agreement:
@@ -298,3 +302,31 @@ def test_what_is_not_finite_on_one_of_two_ranks_ends_both(base, tmp_path, capfd)
     results = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
     assert [code for code, _ in results] == [5, 5]
     assert f"train.jsonl:{NAN_ROW} on rank " in capfd.readouterr().err
+
+
+def look_with_a_bad_shard(base: Path, out: Path) -> None:
+    """Look through a step whose gradient is infinite in one number, which rank 0 holds."""
+    config, world = small_config(base, out / "run"), init_world()
+    add_gradients = non_finite.add_gradients
+
+    def add(run: Any, *arguments: Any) -> Any:
+        result = add_gradients(run, *arguments)
+        if world.is_main:
+            run.policy.trained()[0].grad.to_local()[0] = INF
+        return result
+
+    non_finite.add_gradients = add
+    try:
+        with Agreement(world) as agreement:
+            run = build_run(config, world, find_start("never", run_place(config), agreement))
+            finding = non_finite.look_at(run, 0)
+    finally:
+        dist.destroy_process_group()
+    out.joinpath(str(world.rank)).write_text(json.dumps(finding))
+
+
+def test_every_rank_names_its_rows_where_one_has_the_shard_that_is_not_finite(base, tmp_path):
+    run_on_ranks(look_with_a_bad_shard, 2, base, tmp_path)
+    for rank in "01":
+        losses, gradients = json.loads((tmp_path / rank).read_text())
+        assert not losses and len(gradients) == 2

@@ -14,9 +14,9 @@ from fastpref.memory.repetition import Repetition
 from fastpref.model.files.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_tokenizer
-from fastpref.signals import StopRequest
+from fastpref.signals import NON_FINITE, StopRequest
 from fastpref.train import sampling
-from fastpref.train.sampling import sample_responses
+from fastpref.train.sampling import sample_responses, write_samples
 
 GENERATIONS = {
     "longer": {"max_new_tokens": 100_000, "min_p": 0.5, "repetition_penalty": 3.0},
@@ -91,3 +91,39 @@ def test_ranks_hear_of_a_lost_one_while_they_sample(folder, monkeypatch):
             )
     finally:
         dist.destroy_process_group()
+
+
+def test_a_single_process_stops_in_the_middle_of_a_response(folder, monkeypatch):
+    stop, lengths = StopRequest(), []
+    call = sampling.StopOnSignal.__call__
+
+    def ask(self: sampling.StopOnSignal, input_ids: torch.Tensor, *arguments: object) -> object:
+        lengths.append(input_ids.shape[1])
+        stop.ask(NON_FINITE)
+        return call(self, input_ids, *arguments)
+
+    monkeypatch.setattr(sampling.StopOnSignal, "__call__", ask)
+    world = init_world()
+    try:
+        responses = sample_responses(
+            TokenScorer(load_model(find_model(str(folder)), dtype=torch.float32)),
+            PROMPTS,
+            load_tokenizer(str(folder), None),
+            max_length=MAX_LENGTH,
+            batch_size=2,
+            seed=3,
+            world=world,
+            stop=stop,
+            repetition=Repetition(num_ranks=1),
+        )
+    finally:
+        dist.destroy_process_group()
+    # one token after the prompts; half a response is none
+    assert (responses, lengths) == (None, [len(PROMPTS[0]) + 1])
+
+
+def test_samples_are_kept_as_readable_text(tmp_path):
+    write_samples(tmp_path / "samples.jsonl", 1, 4, [{"prompt": "grün"}, {"prompt": "\n"}])
+    text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
+    assert "grün" in text
+    assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["grün", "\n"]
