@@ -32,7 +32,7 @@ from kl_contenders import (
     KL_JOBS,
     KLContender,
 )
-from machine import describe_machine, results_folder
+from machine import RESULTS, describe_machine, results_folder
 
 from fastpref.errors import first_line
 
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="write table, plot and JSON")
     parser.add_argument("--name", default="head", help="of the files written")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
