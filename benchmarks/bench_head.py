@@ -34,7 +34,7 @@ from kl_contenders import (
 )
 from machine import RESULTS, describe_machine, results_folder
 
-from fastpref.errors import first_line
+from fastpref.errors import in_a_line
 
 MIB = 2**20
 OURS = "fastpref"
@@ -178,11 +178,6 @@ def interleave(
             if i_round:
                 seconds[name].append(elapsed)
     return seconds, failures
-
-
-def in_a_line(error: Exception) -> str:
-    """Type of an error, and the first line of its message."""
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def time_once(run: Callable[[], Any], device: str) -> float:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from bench_head import in_a_line, interleave, measure_ceilings
+from bench_head import interleave, measure_ceilings
 from fastpref_kernels import launch, token_logps_kl_triton, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile
 from fastpref_kernels.head import Head, Targets
@@ -26,6 +26,8 @@ from fastpref_kernels.row_sums import JointStats, TokenStats
 from head_cases import SHAPES, SMALL_SHAPES, Case, synthetic_case
 from machine import write_results
 from torch import Tensor
+
+from fastpref.errors import in_a_line
 
 ORACLE_ROWS = 64
 WRONG = 1e-3
