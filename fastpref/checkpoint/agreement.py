@@ -62,9 +62,6 @@ class Agreement:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Destroy the process group; no operation may be in flight."""
         dist.destroy_process_group(self.group)
 
