@@ -10,7 +10,6 @@ MFU is as in metrics.jsonl: see `fastpref.train.logs.utilization`.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from machine import RESULTS, write_results
 from torch.autograd import DeviceType
-from train_arms import config_of, without_saving
+from train_arms import config_of, now, without_saving
 from train_cases import LAWS, MAX_LENGTH, SHAPES, read_rows, write_random_model, write_random_rows
 
 from fastpref.cli.run import configure_logging
@@ -66,12 +65,9 @@ class Profile:
 
 def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """A function's result, and its seconds, device work included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
+    start = now()
     result = function(*arguments)
-    wait()
-    return result, time.perf_counter() - start
+    return result, now() - start
 
 
 @contextmanager

@@ -272,6 +272,7 @@ def tokens_of_steps(job: dict[str, Any], lengths: list[int]) -> list[float]:
 
 
 def now() -> float:
+    """Seconds on a clock that is read once all work on the GPU is done."""
     import torch
 
     if torch.cuda.is_available():
