@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe_machine, results_folder
-from train_arms import config_of, read_lines
+from machine import write_results
+from train_arms import config_of
+from train_cases import read_rows
 
 WARM_UP_STEPS = 2
 SAVE_EVERY, DURING = 5, 3
@@ -40,7 +41,7 @@ def main() -> None:
     result = measure(arguments)
     print(json.dumps(result, indent=1))
     if arguments.json:
-        write(result)
+        write_results("checkpoint", result)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -112,14 +113,8 @@ def config_for(arguments: argparse.Namespace, run_dir: Path, every: int) -> Any:
 
 def seconds_of_steps(run_dir: Path, pairs: int) -> np.ndarray:
     """Wall time of each step, including the time since the step before."""
-    records = read_lines(run_dir / "metrics.jsonl")
+    records = read_rows(run_dir / "metrics.jsonl")
     return np.array([pairs / record["examples_per_second"] for record in records])
-
-
-def write(result: dict[str, Any]) -> None:
-    """Write `results/<device>/checkpoint.json`."""
-    path = results_folder(Path(__file__).parent / "results") / "checkpoint.json"
-    path.write_text(json.dumps(describe_machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ from kl_contenders import (
     KL_JOBS,
     KLContender,
 )
-from machine import describe_machine, results_folder
+from machine import RESULTS, describe_machine, results_folder
 
-from fastpref.errors import first_line
+from fastpref.errors import in_a_line
 
 MIB = 2**20
 OURS = "fastpref"
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="write table, plot and JSON")
     parser.add_argument("--name", default="head", help="of the files written")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -178,11 +178,6 @@ def interleave(
             if i_round:
                 seconds[name].append(elapsed)
     return seconds, failures
-
-
-def in_a_line(error: Exception) -> str:
-    """Type of an error, and the first line of its message."""
-    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def time_once(run: Callable[[], Any], device: str) -> float:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from fastpref_kernels import get_workspace_mib, token_logps, token_logps_and_kl
-from machine import describe_machine, results_folder
+from machine import write_results
 from torch import Tensor
 
 MIB = 2**20
@@ -51,7 +51,17 @@ def main() -> None:
                     f"{figure['share_of_logits']:>11.1%}{figure['seconds']:>9.1f}"
                 )
     if arguments.json:
-        write_results(arguments, logits_mib, figures)
+        found = {
+            "rows": arguments.rows,
+            "hidden": arguments.hidden,
+            "vocab": arguments.vocab,
+            "dtype": arguments.dtype,
+            "workspace_mib": get_workspace_mib(),
+            "float32_logits_mib": logits_mib,
+            "goal_share_of_logits": GOAL,
+            "figures": figures,
+        }
+        write_results("head_memory", found, device=arguments.device)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,23 +168,6 @@ def peak_allocated(run: Callable[[], int], device: str) -> tuple[int, int]:
             held += event.nbytes()
             peak = max(peak, held)
     return peak, kept
-
-
-def write_results(arguments: argparse.Namespace, logits_mib: float, figures: list[dict]) -> None:
-    path = results_folder(Path(__file__).parent / "results", arguments.device) / "head_memory.json"
-    results = {
-        **describe_machine(arguments.device),
-        "rows": arguments.rows,
-        "hidden": arguments.hidden,
-        "vocab": arguments.vocab,
-        "dtype": arguments.dtype,
-        "workspace_mib": get_workspace_mib(),
-        "float32_logits_mib": logits_mib,
-        "goal_share_of_logits": GOAL,
-        "figures": figures,
-    }
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

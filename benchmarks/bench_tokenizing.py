@@ -9,7 +9,6 @@ with it.
 """
 
 import argparse
-import gzip
 import itertools
 import json
 import subprocess
@@ -17,9 +16,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from machine import describe_machine, results_folder
+from machine import write_results
+from train_cases import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,17 +40,14 @@ def main() -> None:
     for num_proc, (first, second) in found.items():
         print(f"data.num_proc={num_proc}: {first:.1f} s, again {second:.1f} s")
     if arguments.json:
-        record: dict[str, Any] = {**describe_machine("cpu"), "rows": arguments.rows}
-        record |= {"seconds_first_and_second": found}
-        folder = results_folder(Path(__file__).parent / "results", "cpu")
-        (folder / "tokenizing.json").write_text(json.dumps(record, indent=1) + "\n")
+        record = {"rows": arguments.rows, "seconds_first_and_second": found}
+        write_results("tokenizing", record, device="cpu")
 
 
 def write_rows(source: Path, folder: Path, num_rows: int) -> None:
     """Write `num_rows` training rows with distinct prompts, cycling the source; 64 test rows."""
     [path] = source.glob("train.jsonl*")
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        rows = [json.loads(line) for line in file]
+    rows = read_rows(path)
     folder.mkdir(parents=True)
     for split, length in (("train", num_rows), ("test", 64)):
         with (folder / f"{split}.jsonl").open("w") as file:

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine, results_folder
+from machine import RESULTS, describe_machine, results_folder
 from train_arms import config_of, run_fastpref, run_trl
 from train_cases import LAWS, SHAPES, write_ids, write_random_model, write_random_rows
 from train_children import ARMS, WARM_UP_STEPS, Children, answer, is_peer
@@ -88,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="and where an F3 step's time goes")
     parser.add_argument("--name", help="of the files written; from rows and options unless given")
     parser.add_argument("--seconds-budget", type=float, help="end after; no end unless given")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not arguments.child and bool(arguments.shape) == bool(arguments.model):

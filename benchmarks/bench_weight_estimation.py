@@ -17,7 +17,6 @@ repository's method uses the checkpoint's dtype.
 """
 
 import argparse
-import datetime
 import json
 import statistics
 import subprocess
@@ -28,8 +27,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from machine import peak_resident_gib
-from train_command import read_rows, run_train
+from machine import RESULTS, peak_resident_gib, write_results
+from train_cases import read_rows
+from train_command import run_train
 
 BATCH_SIZE = 4
 PERTURB = """
@@ -157,16 +157,11 @@ def differences(a: list[list[list[float]]], b: list[list[list[float]]]) -> list[
 
 def prepare(folder: Path, model: Path, source: Path, num_rows: int) -> tuple[list[str], Path]:
     """Prepare the model, a slightly perturbed copy, and groups of rows spread over the data."""
-    import gzip
-
     models = [str(folder / "positive"), str(folder / "negative")]
     (folder / "positive").symlink_to(model.resolve())
     subprocess.run([sys.executable, "-c", PERTURB, *models], check=True)
-    opener = gzip.open if source.suffix == ".gz" else open
-    with opener(source, "rt", encoding="utf-8") as lines:
-        found = [json.loads(line) for line in lines]
     # training and `task=estimate_weights` drop rows with an empty response
-    found = [row for row in found if all(part.strip() for part in split_row(row))]
+    found = [row for row in read_rows(source) if all(part.strip() for part in split_row(row))]
     groups = [found[i : i + BATCH_SIZE] for i in range(0, len(found), BATCH_SIZE)]
     wanted = -(-num_rows // BATCH_SIZE)
     rows = [row for k in range(wanted) for row in groups[k * len(groups) // wanted]]
@@ -184,7 +179,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repository-dtype", choices=("float32", "auto"), default="float32")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--method", choices=METHODS, help=argparse.SUPPRESS)
     parser.add_argument("--models", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
@@ -211,15 +206,8 @@ def main() -> None:
 
 def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     """Print the medians and their ratios, and write them to the results file."""
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     by_token = differences(*(runs[0].pop("weights") for runs in found.values()))
     record: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "model": options.model.name,
         "rows": options.rows,
         "dtype": options.dtype,
@@ -238,12 +226,9 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     record["speedup"] = ours["rows_per_second"] / theirs["rows_per_second"]
     record["memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
     as_loaded = "-as-loaded" if options.repository_dtype == "auto" else ""
-    name = f"weight_estimation-{options.model.name}-{options.dtype}{as_loaded}.json"
-    path = options.results / device.replace(" ", "_") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    name = f"weight_estimation-{options.model.name}-{options.dtype}{as_loaded}"
     print(json.dumps(record, indent=2))
-    print(path)
+    write_results(name, record, results=options.results)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,13 @@ difference between both layouts' log-probabilities is reported too.
 """
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import describe_machine, results_folder
+from machine import write_results
 from train_cases import LAWS
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -144,9 +142,7 @@ def main() -> None:
             f"{row['seconds_padded']:.2f} s), {row['largest_difference_nats']:.1e} nats apart"
         )
     if arguments.json:
-        folder = results_folder(Path(__file__).parent / "results", "cpu")
-        record = {**describe_machine("cpu"), "rounds": arguments.rounds, "runs": found}
-        (folder / "windows.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_results("windows", {"rounds": arguments.rounds, "runs": found}, device="cpu")
 
 
 if __name__ == "__main__":

@@ -68,14 +68,14 @@ class Case:
         return 2 * self.input.numel() * self.weight.shape[0]
 
 
-def synthetic_case(name: str, rows: int, device: str, *, seed: int = 0) -> Case:
+def synthetic_case(name: str, rows: int, device: str) -> Case:
     """Hidden states and a head with z = log π + r · s · (g·x), x and g normal.
 
     π is Zipf's law over the token ids, r in [0.5, 1.5] varies the entropy from token to token, and
     s is found by bisection for a mean entropy of 2.6 nats. Targets are sampled from the model.
     """
     shape = (SHAPES | SMALL_SHAPES)[name]
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(0)
     options = {"device": device, "generator": generator}
     V, D = shape.vocab, shape.hidden
     weight_VD = torch.randn(V, D, dtype=torch.bfloat16, **options)
@@ -94,28 +94,28 @@ def synthetic_case(name: str, rows: int, device: str, *, seed: int = 0) -> Case:
     return _case(f"{name} N={rows}", input_ND, weight_VD, target_N, shape.softcap, generator)
 
 
-def real_case(path: Path, rows: int, device: str, *, seed: int = 0) -> Case:
+def real_case(path: Path, rows: int, device: str) -> Case:
     """Hidden states of real responses and the head of a real model.
 
     Args:
         path: A torch file with "head_int8" (V, D), "head_scale" (V, 1), "hidden" (N, D) and
             "target" (N,).
         rows: Maximum number of hidden states to use.
-        device, seed: Device of the tensors, and seed of gradients and drift.
+        device: Device of the tensors.
     """
     stored = torch.load(path, map_location=device, weights_only=True)
     weight_VD = (stored["head_int8"].float() * stored["head_scale"]).bfloat16()
     input_ND, target_N = stored["hidden"][:rows].bfloat16(), stored["target"][:rows]
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(0)
     name = f"real N={len(target_N)}"
     return _case(name, input_ND.contiguous(), weight_VD, target_N, None, generator)
 
 
-def statistics(case: Case, *, rows: int = _PROBE_ROWS) -> dict[str, float]:
+def statistics(case: Case) -> dict[str, float]:
     """Characteristic statistics of the logits, over the first rows."""
-    logits_RV = _logits(case.input[:rows], case.weight, case.softcap)
+    logits_RV = _logits(case.input[:_PROBE_ROWS], case.weight, case.softcap)
     p_RV = logits_RV.softmax(-1)
-    logps_R = logits_RV.log_softmax(-1).gather(1, case.target[:rows, None])
+    logps_R = logits_RV.log_softmax(-1).gather(1, case.target[:_PROBE_ROWS, None])
     return {
         "mean_entropy": _entropy(logits_RV).mean().item(),
         "mean_target_logp": logps_R.mean().item(),

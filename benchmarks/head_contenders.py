@@ -7,6 +7,7 @@ It imports its library when called: one that is not installed is reported, and t
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,11 +94,7 @@ def eager(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) 
     return -F.cross_entropy(logits_NV.float(), target, reduction="none")
 
 
-_compiled_eager = torch.compile(eager, dynamic=False)
-
-
-def compiled(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-    return _compiled_eager(input, weight, target, softcap)
+compiled = torch.compile(eager, dynamic=False)
 
 
 def torch_linear_cross_entropy(
@@ -126,12 +123,19 @@ def liger_dpo(input: Tensor, weight: Tensor, target: Tensor, softcap: float | No
     return loss(weight, input.unflatten(0, (-1, length)), target.unflatten(0, (-1, length)))[0]
 
 
-def cce_exact(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-    return _cce(input, weight, target, softcap, None)
+def cce(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    softcap: float | None,
+    *,
+    filter_eps: str | None,
+) -> Tensor:
+    needs_gpu(input)
+    from cut_cross_entropy import linear_cross_entropy
 
-
-def cce_filtered(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
-    return _cce(input, weight, target, softcap, "high")
+    options = {"softcap": softcap, "reduction": "none", "filter_eps": filter_eps}
+    return -linear_cross_entropy(input, weight, target, **options)
 
 
 def quack(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) -> Tensor:
@@ -147,16 +151,6 @@ def trl(input: Tensor, weight: Tensor, target: Tensor, softcap: float | None) ->
     # temperature 1, the tile width of TRL's DPO trainer, no extra outputs
     arguments = (input, weight, None, target, 1.0, 32_768, softcap, 1.0, ())
     return ChunkedLogProbFunction.apply(*arguments)[0]
-
-
-def _cce(
-    input: Tensor, weight: Tensor, target: Tensor, softcap: float | None, eps: str | None
-) -> Tensor:
-    needs_gpu(input)
-    from cut_cross_entropy import linear_cross_entropy
-
-    options = {"softcap": softcap, "reduction": "none", "filter_eps": eps}
-    return -linear_cross_entropy(input, weight, target, **options)
 
 
 def needs_gpu(input: Tensor) -> None:
@@ -197,8 +191,12 @@ CONTENDERS = {
             jobs=("train",),
             note="the whole loss without reference, pairs of 512 tokens",
         ),
-        Contender("CCE", cce_exact, note="gradient filter off"),
-        Contender("CCE filtered", cce_filtered, note="its default: drops gradients below 2^-12"),
+        Contender("CCE", partial(cce, filter_eps=None), note="gradient filter off"),
+        Contender(
+            "CCE filtered",
+            partial(cce, filter_eps="high"),
+            note="its default: drops gradients below 2^-12",
+        ),
         Contender("QuACK", quack, per_token=False, takes_softcap=False, note="returns the mean"),
         Contender("TRL", trl, note="the chunked log-probability of its DPO trainer"),
     ]

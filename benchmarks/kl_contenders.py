@@ -158,11 +158,7 @@ def _eager(models: Models, kappa: float) -> tuple[Tensor, Tensor]:
     return models.values(log_ratios_N, kl_N, kappa), kl_N
 
 
-_compiled_eager = torch.compile(_eager, dynamic=False)
-
-
-def compiled(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:
-    return _compiled_eager(models, kappa)
+compiled = torch.compile(_eager, dynamic=False)
 
 
 def fla_kl(models: Models, kappa: float) -> tuple[Tensor, Tensor | None]:

@@ -7,14 +7,14 @@ after warm-up over a tenth of the steps; held-out loss, reward accuracy and marg
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine, results_folder
+from machine import write_results
+from train_cases import read_rows
+from train_command import run_train
 
-ROOT = Path(__file__).resolve().parents[1]
 RATES = (5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4)
 FULL_RATE = 5e-7
 """Learning rate for training all weights: the trainer's default."""
@@ -31,9 +31,7 @@ def main() -> None:
         numbers = " | ".join(f"{row['after'][name]:.4f}" for name in NUMBERS)
         print(f"| {row['adapter']} | {row['lr']:g} | {numbers} |")
     if arguments.json:
-        folder = results_folder(Path(__file__).parent / "results")
         record = {
-            **describe_machine(),
             "model": arguments.model.name,
             "data": arguments.data.name,
             "pairs": arguments.pairs,
@@ -41,7 +39,7 @@ def main() -> None:
             "max_length": arguments.max_length,
             "runs": rows,
         }
-        (folder / "lora_learning_rates.json").write_text(json.dumps(record, indent=1) + "\n")
+        write_results("lora_learning_rates", record)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -60,9 +58,6 @@ def parse_arguments() -> argparse.Namespace:
 
 def learn(arguments: argparse.Namespace, rate: float, *, adapter: str) -> dict[str, Any]:
     """Train once; returns held-out metrics before and after."""
-    import train
-    from fastpref.cli.command_line import main as run_command
-
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         options = {
@@ -86,13 +81,9 @@ def learn(arguments: argparse.Namespace, rate: float, *, adapter: str) -> dict[s
             "max_length": arguments.max_length,
             "max_prompt_length": arguments.max_length // 2,
         }
-        command = [f"{key}={value}" for key, value in options.items()]
-        code = run_command(command, train.compose_choices, train.CONFIG_DIR)
-        if code:
-            raise SystemExit(code)
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    held_out = [r for r in map(json.loads, lines) if r["split"] == "eval"]
-    before, *_, after = held_out
+        run_train(*(f"{key}={value}" for key, value in options.items()))
+        records = read_rows(run_dir / "metrics.jsonl")
+    before, *_, after = [record for record in records if record["split"] == "eval"]
     return {
         "adapter": adapter,
         "lr": rate,

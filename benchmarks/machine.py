@@ -1,14 +1,17 @@
-"""Description of the machine for benchmark results, and the results folder of a device.
+"""Benchmark results: where they are written, and the description of the machine in them.
 
 torch is imported lazily: imports count towards the memory that the step benchmark measures.
 """
 
 import datetime
+import json
 import platform
 import resource
 import sys
 from pathlib import Path
 from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def describe_machine(device: str | None = None) -> dict[str, Any]:
@@ -25,6 +28,15 @@ def describe_machine(device: str | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def write_results(
+    name: str, found: dict[str, Any], *, results: Path = RESULTS, device: str | None = None
+) -> None:
+    """Write `<results>/<device>/<name>.json`: a description of the machine, and what was found."""
+    path = results_folder(results, device) / f"{name}.json"
+    path.write_text(json.dumps({**describe_machine(device), **found}, indent=1) + "\n")
+    print(f"written to {path}", flush=True)
 
 
 def results_folder(results: Path, device: str | None = None) -> Path:

@@ -15,10 +15,8 @@ several seeds per estimator, and prints a summary.
 """
 
 import argparse
-import datetime
 import json
 import math
-import platform
 import statistics
 import sys
 import tempfile
@@ -26,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from train_command import read_rows, run_train
+from machine import RESULTS, write_results
+from train_cases import read_rows
+from train_command import run_train
 
 from fastpref.token_weights import transform_weights
 
@@ -144,7 +143,7 @@ def summarise(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--estimators-only", action="store_true", help="the first part, all seeds")
     options = parser.parse_args()
@@ -161,11 +160,10 @@ def auc_of_seeds(folder: Path, results: Path, num_seeds: int) -> None:
         name: [estimate(name, seed, folder / f"{name}_{seed}") for seed in range(num_seeds)]
         for name in ESTIMATORS
     }
-    path = write_record(results, "planted_auc", {"roc_auc": auc})
     for name, values in auc.items():
         each = " ".join(f"{value:.3f}" for value in values)
         print(f"{name:12} ROC-AUC {statistics.mean(values):.3f} ({each})")
-    print(path)
+    write_results("planted_auc", {"roc_auc": auc}, results=results)
 
 
 def auc_and_training(folder: Path, results: Path, num_seeds: int) -> None:
@@ -173,9 +171,6 @@ def auc_and_training(folder: Path, results: Path, num_seeds: int) -> None:
     auc = {name: estimate(name, 0, folder / name) for name in ESTIMATORS}
     runs = compare(folder / "D" / "weights", folder, num_seeds)
     summary = summarise(runs)
-    path = write_record(
-        results, "planted_weights", {"roc_auc": auc, "summary": summary, "runs": runs}
-    )
     print("\nROC-AUC of a rejected token's weight for the planted tokens:", auc)
     for line in summary:
         print(
@@ -183,22 +178,8 @@ def auc_and_training(folder: Path, results: Path, num_seeds: int) -> None:
             f"accuracy {line['accuracy_mean']:.3f} ± {line['accuracy_sd']:.3f}, "
             f"margin {line['margin_nats_mean']:.2f} ± {line['margin_nats_sd']:.2f} nats"
         )
-    print(path)
-
-
-def write_record(results: Path, name: str, found: dict[str, Any]) -> Path:
-    """Write results together with a description of the machine."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "device": device,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-    }
-    path = results / device.replace(" ", "_") / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record | found, indent=2) + "\n", encoding="utf-8")
-    return path
+    found = {"roc_auc": auc, "summary": summary, "runs": runs}
+    write_results("planted_weights", found, results=results)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,17 @@ MFU is as in metrics.jsonl: see `fastpref.train.logs.utilization`.
 """
 
 import argparse
-import json
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine, results_folder
+from machine import RESULTS, write_results
 from torch.autograd import DeviceType
-from train_arms import config_of, read_lines, without_saving
-from train_cases import LAWS, MAX_LENGTH, SHAPES, write_random_model, write_random_rows
+from train_arms import config_of, now, without_saving
+from train_cases import LAWS, MAX_LENGTH, SHAPES, read_rows, write_random_model, write_random_rows
 
 from fastpref.cli.run import configure_logging
 from fastpref.distributed import init_world
@@ -67,12 +65,9 @@ class Profile:
 
 def clocked(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
     """A function's result, and its seconds, device work included."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    wait()
-    start = time.perf_counter()
+    start = now()
     result = function(*arguments)
-    wait()
-    return result, time.perf_counter() - start
+    return result, now() - start
 
 
 @contextmanager
@@ -195,7 +190,7 @@ def main() -> None:
         loop.train_step = profile.around(loop.train_step)
         with without_saving():
             train(config, init_world())
-        found = summarize(profile, read_lines(folder / "run" / "metrics.jsonl"))
+        found = summarize(profile, read_rows(folder / "run" / "metrics.jsonl"))
     report(arguments, found)
 
 
@@ -211,17 +206,15 @@ def report(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         print(f"{row['seconds'] * 1e3:10.1f} ms {row['calls']:7} {row['operation'][:90]}")
     if arguments.json:
         options = {key: value for key, value in vars(arguments).items() if key != "results"}
-        record = {**describe_machine(), "options": options, **found}
-        path = results_folder(arguments.results) / file_name(arguments)
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(path)
+        record = {"options": options, **found}
+        write_results(file_name(arguments), record, results=arguments.results)
 
 
 def file_name(arguments: argparse.Namespace) -> str:
-    """Name of the results file, distinct for runs to be compared."""
+    """Name of the results, distinct for runs to be compared."""
     kind = "-lora" * bool(arguments.rank) + "-cache" * (arguments.reference == "cache")
     kind += {False: "", True: "-compiled"}.get(arguments.compile, "-compile-auto")
-    return f"profile-{arguments.shape}-{arguments.law}{kind}.json"
+    return f"profile-{arguments.shape}-{arguments.law}{kind}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -246,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--liger", choices=("auto", "true", "false"), default="auto")
     parser.add_argument("--json", action="store_true", help="write to the results folder")
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.steps < WARM_UP_STEPS + 2:
         parser.error(f"--steps must be >= {WARM_UP_STEPS + 2}, got {arguments.steps}")

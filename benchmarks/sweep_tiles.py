@@ -8,25 +8,26 @@ does not compile or whose results are wrong is listed with the reason, and the o
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
-from bench_head import in_a_line, interleave, measure_ceilings
+from bench_head import interleave, measure_ceilings
 from fastpref_kernels import launch, token_logps_kl_triton, token_logps_triton
 from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES, GemmTile
 from fastpref_kernels.head import Head, Targets
 from fastpref_kernels.row_sums import JointStats, TokenStats
 from head_cases import SHAPES, SMALL_SHAPES, Case, synthetic_case
-from machine import describe_machine, results_folder
+from machine import write_results
 from torch import Tensor
+
+from fastpref.errors import in_a_line
 
 ORACLE_ROWS = 64
 WRONG = 1e-3
@@ -108,7 +109,12 @@ def main() -> None:
                 chosen = [candidate for candidate in chosen if candidate.small]
             found += measure(chosen, truth, ceilings, arguments)
             # a tile may hang or end the process: what was found before stays
-            write({"ceilings": library, "results": found}, arguments)
+            if arguments.results:
+                record = {"triton": triton.__version__, "rounds": arguments.rounds}
+                record |= {"ceilings": library, "results": found}
+                write_results(
+                    "sweep_tiles", record, results=arguments.results, device=arguments.device
+                )
         del case, truth
 
 
@@ -270,19 +276,6 @@ def table(rows: list[dict]) -> str:
             )
         lines.append(f"{row['job']:<10} {row['name']:<30} {figures}")
     return "\n".join(lines)
-
-
-def write(found: dict[str, Any], arguments: argparse.Namespace) -> None:
-    if arguments.results is None:
-        return
-    path = results_folder(arguments.results, arguments.device) / "sweep_tiles.json"
-    record = describe_machine(arguments.device) | {
-        "triton": triton.__version__,
-        "rounds": arguments.rounds,
-    }
-    record |= found
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"written to {path}", flush=True)
 
 
 if __name__ == "__main__":

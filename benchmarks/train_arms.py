@@ -1,6 +1,5 @@
 """Child process of `bench_train_step`: trains steps with one system and measures them."""
 
-import json
 import logging
 import tempfile
 import time
@@ -11,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from machine import peak_resident_gib
+from train_cases import read_rows
 
 
 def config_of(case: dict[str, Any], run_dir: Path) -> Any:
@@ -65,7 +65,7 @@ def run_fastpref(job: dict[str, Any]) -> dict[str, Any]:
     saving = nullcontext() if "weights" in job else without_saving()
     with profiling(job.get("profile", False)) as profile, saying_memory() as memory, saving:
         train(config, init_world())
-    records = read_lines(run_dir / "metrics.jsonl")
+    records = read_rows(run_dir / "metrics.jsonl")
     seconds = [job["pairs"] / record["examples_per_second"] for record in records]
     if "weights" in job:
         name = "adapter_model.safetensors" if job.get("rank") else "model.safetensors"
@@ -169,7 +169,7 @@ def run_trl(job: dict[str, Any]) -> dict[str, Any]:
             if "loss" in logs:
                 self.logs.append(logs)
 
-    rows = read_lines(Path(job["ids"]))
+    rows = read_rows(Path(job["ids"]))
     lengths = [2 * len(r["prompt_ids"]) + len(r["chosen_ids"] + r["rejected_ids"]) for r in rows]
     if job["arm"] == "T6":
         rows = [row | {"length": length} for row, length in zip(rows, lengths, strict=True)]
@@ -271,11 +271,8 @@ def tokens_of_steps(job: dict[str, Any], lengths: list[int]) -> list[float]:
     return [sum(lengths[start : start + pairs]) for start in starts]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def now() -> float:
+    """Seconds on a clock that is read once all work on the GPU is done."""
     import torch
 
     if torch.cuda.is_available():

@@ -4,6 +4,7 @@ fastpref reads the rows as text; TRL gets the ids and the order that fastpref ma
 train on the same pairs in the same steps.
 """
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,13 @@ def write_random_rows(law: str, vocab: int, num_rows: int, folder: Path) -> None
             texts = [" ".join(f"w{i}" for i in random.integers(2, vocab, n)) for n in lengths]
             row = dict(zip(("prompt", "chosen", "rejected"), texts, strict=True))
             lines.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON Lines file, compressed if its name ends in .gz."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write_ids(config: Any, world: Any, num_steps: int, path: Path) -> None:

@@ -1,9 +1,7 @@
 """`python train.py …` inside a benchmark's own process."""
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from fastpref.cli.command_line import main
 from fastpref.cli.overrides import read_config
@@ -35,9 +33,3 @@ def read_train_config(*arguments: str) -> Config:
     import train
 
     return read_config(list(arguments), train.compose_choices, train.CONFIG_DIR)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file."""
-    with path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]

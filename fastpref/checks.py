@@ -9,6 +9,10 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+TIES = ("seed", "equal")
+"""How the transforms `binary` and `rank_based` treat equal values, see `transform_weights`: checked
+both in the config and in the function."""
+
 _COMPARE = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
 
 

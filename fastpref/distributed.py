@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fastpref.errors import DistributedError, FastprefError, RankError, first_line
+from fastpref.errors import DistributedError, FastprefError, RankError, first_line, in_a_line
 from fastpref.explanations import explain
 from fastpref.meeting import join_store, stores
 
@@ -227,7 +227,7 @@ def _failure(error: BaseException) -> FastprefError:
     """The error that the other ranks raise when rank 0 raised `error`."""
     known = explain(error)
     if known is None:
-        known = DistributedError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}")
+        known = DistributedError(f"rank 0 failed: {in_a_line(error)}")
         # a launcher may see any rank end first: all of them exit with the code of the cause
         known.exit_code = FastprefError.exit_code
     return known

@@ -128,6 +128,11 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
+def in_a_line(error: BaseException) -> str:
+    """The class of an error and the first line of its message."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def error_text(error: FastprefError) -> str:
     """A failed run's message as one line; "" on a rank that leaves it to local rank 0."""
     # all ranks raise the same user error, so one per machine prints it: each machine may have its

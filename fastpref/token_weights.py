@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastpref.checks import check_choice, check_number, hint
-from fastpref.choices import TIES
+from fastpref.checks import TIES, check_choice, check_number, hint
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,6 @@ were doing when killed; exits with 1 if any result differs.
 
 import argparse
 import importlib
-import json
 import multiprocessing
 import os
 import random
@@ -23,9 +22,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from same_numbers import read_numbers
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
-OF_THE_MACHINE = ("examples_per_second", "tokens_per_second", "peak_memory_gib")
 LOADED_FIRST = ("torch", "transformers", "datasets", "fastpref.tisdpo.recipe", "torch._dynamo")
 """Modules imported before forking, so that the runs need not import them."""
 DEADLINE_SECONDS = 120
@@ -166,12 +166,9 @@ def came_from(log: Path) -> str:
 
 def end_of(run_dir: Path) -> Any:
     """Metrics, samples and weights of a run, without metrics that depend on the machine."""
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    for record in records:
-        for name in OF_THE_MACHINE:
-            record.pop(name, None)
     files = ("samples.jsonl", "LATEST/model.safetensors")
-    return records, [(run_dir / name).read_bytes() for name in files]
+    numbers = read_numbers(run_dir / "metrics.jsonl")
+    return numbers, [(run_dir / name).read_bytes() for name in files]
 
 
 if __name__ == "__main__":

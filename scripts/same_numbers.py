@@ -48,13 +48,15 @@ def train(root: Path, options: tuple[str, ...], folder: Path) -> dict[str, list[
             f"{root}: {' '.join(options)} ended with {done.returncode}:\n{done.stderr[-2000:]}"
         )
     found = [*folder.rglob("metrics.jsonl"), *folder.glob("weights/*/*.jsonl")]
-    return {
-        str(path.relative_to(folder)): [
-            {key: value for key, value in json.loads(line).items() if key not in LEFT_OUT}
-            for line in path.read_text(encoding="utf-8").splitlines()
-        ]
-        for path in sorted(found)
-    }
+    return {str(path.relative_to(folder)): read_numbers(path) for path in sorted(found)}
+
+
+def read_numbers(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON Lines file, without what depends on the machine."""
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in LEFT_OUT}
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def main(one: str, other: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from fastpref.distributed import World
-from fastpref.errors import FastprefError, first_line, is_shortage
+from fastpref.errors import FastprefError, in_a_line, is_shortage
 
 Result = TypeVar("Result")
 
@@ -62,9 +62,6 @@ class Agreement:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Destroy the process group; no operation may be in flight."""
         dist.destroy_process_group(self.group)
 
@@ -112,4 +109,4 @@ def describe(error: BaseException) -> str:
     """An error in one line, with its class if the message was not written for users."""
     if isinstance(error, FastprefError | OSError | AgreedError):
         return str(error)
-    return f"{type(error).__name__}: {first_line(error)}"
+    return in_a_line(error)

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from fastpref.complete_files import complete_file
-from fastpref.errors import CheckpointError, first_line, is_shortage
+from fastpref.errors import CheckpointError, in_a_line, is_shortage
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -119,8 +119,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if is_shortage(error):
             raise
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"{MANIFEST} is unreadable: {reason}") from error
+        raise CheckpointError(f"{MANIFEST} is unreadable: {in_a_line(error)}") from error
 
 
 def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> None:

@@ -66,7 +66,7 @@ class CheckpointStore:
 
     Args:
         run_dir: The run's folder; checkpoints go to `<run_dir>/checkpoints`.
-        agreement: Connects the ranks; `close` does not close it.
+        agreement: Connects the ranks; it stays open.
         device: This rank's device.
         asynchronous: Copy the state to host memory and write it from a thread while training
             continues; False: write it before `save` returns, without a copy.
@@ -116,7 +116,9 @@ class CheckpointStore:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        """Wait for the save in flight and free the host copies."""
+        self._join()
+        self._copies = HostCopies()
 
     def save(
         self,
@@ -190,11 +192,6 @@ class CheckpointStore:
         """Wait for the save in flight, if any, then return `poll`."""
         self._join()
         return self.poll()
-
-    def close(self) -> None:
-        """Wait for the save in flight and free the host copies."""
-        self._join()
-        self._copies = HostCopies()
 
     def _open(self) -> None:
         """Rank 0: create the folder, and set aside checkpoints that are not of this run's

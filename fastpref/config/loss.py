@@ -3,8 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from fastpref.checks import check_choice, check_number
-from fastpref.choices import TIES
+from fastpref.checks import TIES, check_choice, check_number
 
 
 class LossNeeds(NamedTuple):

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from fastpref.errors import first_line
+from fastpref.errors import in_a_line
 from fastpref.memory.passes import Passes
 from fastpref.memory.stack import find_stack
 from fastpref.memory.stand_ins import (
@@ -137,7 +137,7 @@ def count_token_bytes(
         ][-2:]
     # raised by the family's own code: data-dependent control flow, operators without meta kernel
     except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(in_a_line(error)) from error
     if packed and not (attention.was_asked or mixers):
         raise ValueError("its attention is one of its own")
     few, many = (batch.input_ids.numel() for batch in batches[-2:])

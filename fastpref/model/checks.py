@@ -18,6 +18,7 @@ from fastpref.errors import (
     ConfigError,
     NonFiniteError,
     first_line,
+    in_a_line,
     is_shortage,
 )
 from fastpref.model.exact_arithmetic import computing_in, exact_arithmetic
@@ -206,7 +207,7 @@ def check_backward(scorer: TokenScorer) -> None:
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         if is_shortage(error):
             raise
-        obstacle = f"{type(error).__name__}: {first_line(error)}"
+        obstacle = in_a_line(error)
     else:
         if any(grad is not None for grad in found):
             return

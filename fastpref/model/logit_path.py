@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from fastpref.errors import ConfigError, NonFiniteError, first_line, is_shortage
+from fastpref.errors import ConfigError, NonFiniteError, in_a_line, is_shortage
 from fastpref.model.exact_arithmetic import exact_arithmetic
 
 ROUNDING = 1e-4
@@ -173,8 +173,7 @@ def call_family(model: Any, function: Any, *args: Any, **inputs: Any) -> Any:
         if is_shortage(error):
             raise
         raise ConfigError(
-            f"model.name_or_path: {title(model)} does not compute rows of text: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"model.name_or_path: {title(model)} does not compute rows of text: {in_a_line(error)}"
         ) from error
 
 

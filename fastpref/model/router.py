@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from fastpref.batch import Batch
-from fastpref.errors import ConfigError, first_line, is_shortage
+from fastpref.errors import ConfigError, in_a_line, is_shortage
 from fastpref.model.logit_path import ROUNDING, probe_ids, title
 
 logger = logging.getLogger("fastpref")
@@ -258,7 +258,7 @@ def find_router(model: Any, body: str) -> Router | None:
     except Exception as error:
         if is_shortage(error):
             raise
-        return Router(obstacle=f"{type(error).__name__}: {first_line(error)}")
+        return Router(obstacle=in_a_line(error))
     if not logits:
         return None
     num_experts = logits[0].shape[-1]

@@ -11,7 +11,7 @@ from fastpref.batch import Batch, EncodedRow
 from fastpref.batches.packed import pack_rows
 from fastpref.batches.padded import pad_rows
 from fastpref.config import PackingConfig
-from fastpref.errors import ConfigError, first_line, is_shortage
+from fastpref.errors import ConfigError, in_a_line, is_shortage
 from fastpref.model.attention.calls import AttentionCall, recording
 from fastpref.model.attention.windows import limited_view, narrow_windows
 from fastpref.model.blocks import find_blocks
@@ -86,7 +86,7 @@ def probe_packing(
     except Exception as error:
         if is_shortage(error):
             raise
-        obstacle = f"{type(error).__name__}: {first_line(error)}"
+        obstacle = in_a_line(error)
     if obstacle is not None:
         model.set_attn_implementation(before)
     return PackingProbe(calls, describe_mixers(mixers), obstacle)

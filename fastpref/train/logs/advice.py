@@ -9,12 +9,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from fastpref.batches.loader import Loader
 from fastpref.batches.order import GlobalOrder
+from fastpref.checkpoint.state import local_part
 from fastpref.config import (
     AdapterConfig,
     Config,
@@ -314,7 +313,7 @@ def unmoved_share(parameters: Iterable[Parameter], lr: float, world: World) -> f
     """
     counts = torch.zeros(2, dtype=torch.float64, device=world.device)
     for parameter in parameters:
-        weights: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        weights = local_part(parameter)
         still = (weights + lr == weights) & (weights - lr == weights)
         counts[0] += still.sum()
         counts[1] += still.numel()

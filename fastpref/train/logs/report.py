@@ -12,7 +12,7 @@ from typing import TypeGuard
 from rich.console import Console
 from rich.table import Table
 
-from fastpref.errors import first_line
+from fastpref.errors import in_a_line
 from fastpref.train.logs.metrics import Record, name_for_split
 
 logger = logging.getLogger("fastpref")
@@ -55,7 +55,7 @@ def try_to_draw(plot: Callable[[Path], None], path: Path) -> bool:
         plot(path)
     # matplotlib may fail in many ways: it needs a font cache, disk space and more
     except Exception as error:
-        logger.warning("no %s: %s: %s", path.name, type(error).__name__, first_line(error))
+        logger.warning("no %s: %s", path.name, in_a_line(error))
         return False
     return True
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastpref.complete_files import complete_file
 from fastpref.config import TrackerOptions, WandbConfig
-from fastpref.errors import ConfigError, first_line
+from fastpref.errors import ConfigError, first_line, in_a_line
 from fastpref.train.logs.metrics import Record, Tracker
 
 logger = logging.getLogger("fastpref")
@@ -40,9 +40,7 @@ def _check_import(key: str, module: str) -> None:
         importlib.import_module(module)
     # incompatible packages may raise anything on import
     except Exception as error:
-        raise ConfigError(
-            f"{key}=true: {module} cannot be imported: {type(error).__name__}: {first_line(error)}"
-        ) from None
+        raise ConfigError(f"{key}=true: {module} cannot be imported: {in_a_line(error)}") from None
 
 
 def _check_login() -> None:
