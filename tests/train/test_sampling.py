@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,23 +49,27 @@ def draw(model, tokenizer, seed: int) -> list[str]:
     return tokenizer.batch_decode(ids[:, len(PROMPTS[0]) :], skip_special_tokens=True)
 
 
+def sample(folder: Path, world: World, stop: StopRequest) -> list[str] | None:
+    return sample_responses(
+        TokenScorer(load_model(find_model(str(folder)), dtype=torch.float32)),
+        PROMPTS,
+        load_tokenizer(str(folder), None),
+        max_length=MAX_LENGTH,
+        batch_size=2,
+        seed=3,
+        world=world,
+        stop=stop,
+        repetition=Repetition(num_ranks=world.size),
+    )
+
+
 @pytest.mark.parametrize("kind", GENERATIONS)
 def test_a_generation_config_has_no_part_in_samples(folder, kind):
     (folder / "generation_config.json").write_text(json.dumps(GENERATIONS[kind]))
     model = load_model(find_model(str(folder)), dtype=torch.float32).eval()
     tokenizer = load_tokenizer(str(folder), None)
     world = init_world()
-    samples = sample_responses(
-        TokenScorer(model),
-        PROMPTS,
-        tokenizer,
-        max_length=MAX_LENGTH,
-        batch_size=2,
-        seed=3,
-        world=world,
-        stop=StopRequest(),
-        repetition=Repetition(num_ranks=1),
-    )
+    samples = sample(folder, world, StopRequest())
     dist.destroy_process_group()
     assert samples == draw(model, tokenizer, seed=3)
 
@@ -78,17 +83,7 @@ def test_ranks_hear_of_a_lost_one_while_they_sample(folder, monkeypatch):
     world = init_world()
     try:
         with pytest.raises(LostRankError):
-            sample_responses(
-                TokenScorer(load_model(find_model(str(folder)), dtype=torch.float32)),
-                PROMPTS,
-                load_tokenizer(str(folder), None),
-                max_length=MAX_LENGTH,
-                batch_size=2,
-                seed=3,
-                world=replace(world, size=2),
-                stop=StopRequest(),
-                repetition=Repetition(num_ranks=2),
-            )
+            sample(folder, replace(world, size=2), StopRequest())
     finally:
         dist.destroy_process_group()
 
@@ -105,17 +100,7 @@ def test_a_single_process_stops_in_the_middle_of_a_response(folder, monkeypatch)
     monkeypatch.setattr(sampling.StopOnSignal, "__call__", ask)
     world = init_world()
     try:
-        responses = sample_responses(
-            TokenScorer(load_model(find_model(str(folder)), dtype=torch.float32)),
-            PROMPTS,
-            load_tokenizer(str(folder), None),
-            max_length=MAX_LENGTH,
-            batch_size=2,
-            seed=3,
-            world=world,
-            stop=stop,
-            repetition=Repetition(num_ranks=1),
-        )
+        responses = sample(folder, world, stop)
     finally:
         dist.destroy_process_group()
     # one token after the prompts; half a response is none
