@@ -99,6 +99,7 @@ class Checkpoints:
         metrics = self._metrics if state.evaluated == state.step else {}
         parts = (run.policy, run.updates.optimizer, run.updates.scheduler)
         self._store.save(state.step, *parts, record=record, metrics=metrics, last=last)
+        run.log.restart_clock()
         self._hear(self._store.poll())
 
     def finish(self, stop: StopRequest) -> None:
@@ -144,6 +145,7 @@ class Checkpoints:
             return False
         # ranks hear of a failed save at different times: here all have heard of it
         self._hear(self._store.wait())
+        run.log.restart_clock()
         state, value = run.state, self._metrics[best.metric]
         # an earlier best of another metric or other rows cannot be compared
         assert run.eval is not None

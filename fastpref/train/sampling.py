@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from fastpref.batches.loader import pad_token_id
-from fastpref.complete_files import append_whole
+from fastpref.complete_files import append_whole, sync, writing
 from fastpref.distributed import World
 from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
@@ -113,8 +113,13 @@ class AwaitDevice(StoppingCriteria):
 def write_samples(path: Path, step: int, examples: int, samples: Sequence[dict[str, str]]) -> None:
     """Append samples to `samples.jsonl`: step, examples, prompt, policy, reference, chosen.
 
+    The file is synced: a checkpoint after this evaluation counts it as done.
+
     Raises:
         CheckpointError: it cannot be written.
     """
     records = ({"step": step, "examples": examples, **sample} for sample in samples)
     append_whole(path, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in records))
+    if path.is_file():
+        with writing(path):
+            sync(path)

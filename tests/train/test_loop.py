@@ -7,6 +7,7 @@ import math
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from tiny_models import DISTANCES, read_metrics, save_dataset, save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.checkpoint.agreement import Agreement
+from fastpref.checkpoint.store import CheckpointStore
 from fastpref.config import (
+    CheckpointConfig,
     Config,
     DPOConfig,
     IPOConfig,
@@ -33,6 +36,7 @@ from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
 from fastpref.train import loop
 from fastpref.train.build import build_run
+from fastpref.train.logs import metrics
 from fastpref.train.resume.start import find_start
 from fastpref.train.run_folder import run_place
 from fastpref.train.task import train
@@ -476,3 +480,25 @@ def test_a_padding_token_of_the_tokenizer_alone_is_not_looked_up(base, tmp_path)
     ]
     assert_same_run(*runs)
     assert all((run_dir / "samples.jsonl").is_file() for run_dir in runs)
+
+
+def test_the_time_of_a_checkpoint_does_not_count_in_the_rates(base, tmp_path, monkeypatch):
+    now = 0.0
+
+    def takes(seconds: float, call: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(loop, "train_step", takes(2.0, loop.train_step))
+    monkeypatch.setattr(CheckpointStore, "save", takes(100.0, CheckpointStore.save))
+    monkeypatch.setattr(CheckpointStore, "wait", takes(100.0, CheckpointStore.wait))
+    keep = CheckpointConfig(every=1, keep_best="rewards_eval/margins", keep=1)
+    run_dir = run(make_config(base, tmp_path / "run", checkpoint=keep))
+    rates = [line["examples_per_second"] for line in read_metrics(run_dir, "train")]
+    # batches of 8 rows, 2 s a step
+    assert rates == [4.0] * len(rates)

@@ -1,6 +1,7 @@
 """Samples are draws of the model itself, whatever its checkpoint says of generating."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,3 +113,12 @@ def test_samples_are_kept_as_readable_text(tmp_path):
     text = (tmp_path / "samples.jsonl").read_text(encoding="utf-8")
     assert "grün" in text
     assert [json.loads(line)["prompt"] for line in text.splitlines()] == ["grün", "\n"]
+
+
+def test_samples_are_on_the_disk_before_their_evaluation_counts_as_done(tmp_path, monkeypatch):
+    path, synced = tmp_path / "samples.jsonl", []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    write_samples(path, 1, 4, [{"prompt": "a"}])
+    assert synced == [path.stat().st_size]
+    # a device has nothing to sync
+    write_samples(Path(os.devnull), 1, 4, [{"prompt": "a"}])

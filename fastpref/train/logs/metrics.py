@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastpref.complete_files import append_whole, writing
+from fastpref.complete_files import append_whole, sync, writing
 from fastpref.distributed import World
 from fastpref.errors import first_line
 from fastpref.heartbeat import await_device
@@ -145,7 +144,7 @@ class MetricsLog:
         return {"mfu": self.work.share(useful / seconds, scored / seconds)}
 
     def restart_clock(self) -> None:
-        """Exclude the time until now, such as that of an evaluation, from the step rates."""
+        """Exclude the time until now, an evaluation's or a checkpoint's, from the step rates."""
         self._last_flush = time.perf_counter()
 
     def write(self, record: Record) -> None:
@@ -192,8 +191,8 @@ class MetricsLog:
         if self.unwritten:
             self._write_lines()
         if self.world.is_main and self.path.is_file():
-            with writing(self.path), self.path.open("rb") as file:
-                os.fsync(file.fileno())
+            with writing(self.path):
+                sync(self.path)
 
     def close(self) -> None:
         """Write the pending steps and close the trackers, also if the steps cannot be written."""
