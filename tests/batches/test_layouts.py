@@ -50,6 +50,27 @@ def test_padded_parts_have_no_more_tokens_than_they_may_where_rows_can_be_divide
     assert [part.num_tokens for part in parts] == [200 * size for size in sizes]
 
 
+@pytest.mark.parametrize(
+    ("lengths", "num_ranks", "sizes"),
+    [
+        ([50] * 8, 2, [[2, 2], [2, 2]]),
+        # three would hold the tokens, but not with the padding of a short row to a long one
+        ([10] * 4 + [50] * 4, 1, [[2]] * 4),
+    ],
+)
+def test_padded_rows_take_as_few_micro_batches_as_hold_them(lengths, num_ranks, sizes):
+    columns = EncodedColumns.of_rows([EncodedRow([1] * n, [2] * n, [3] * n) for n in lengths])
+    plan = PaddedRows(max_tokens=400).plan(columns, num_ranks=num_ranks, min_micro_batches=1)
+    assert [[len(part.rows) for part in of_ranks] for of_ranks in plan] == sizes
+
+
+def test_a_padded_batch_has_a_row_for_each_sequence_and_is_one_token_without_any():
+    for rows, shape in (([], (1, 1)), ([EncodedRow([1, 2], [3, 4], [])], (1, 4))):
+        batch = PaddedRows().build_rows(rows, pad_token_id=0)
+        assert batch.input_ids.shape == batch.attention_mask.shape == shape
+        assert batch.attention_mask.all()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_ranks_share_the_rows_of_a_step_in_no_more_micro_batches_than_have_rows(layout):
     loader, ranks = loader_of(LENGTHS, layout, min_micro_batches=4), worlds(2)
