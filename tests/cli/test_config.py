@@ -272,6 +272,29 @@ def test_values_out_of_range_are_refused_with_the_rule(argument, message):
         read(argument)
 
 
+def test_the_bounds_themselves_are_in_range():
+    arguments = [
+        *("batch_size=1", "eval_batch_size=1", "n_epochs=1", "n_examples=1", "eval_every=1"),
+        *("gradient_accumulation_steps=1", "n_eval_examples=0", "warmup_steps=0", "fsdp_port=1"),
+        *("minimum_log_interval_secs=0", "seed=4294967295", "checkpoint.every=0"),
+        *("checkpoint.keep=1", "checkpoint.deadline=8784:00:00", "parallel.timeout=1"),
+        *("packing.max_tokens=1", "head.workspace_mib=1", "model.router_aux_loss=0"),
+        *("optim.min_lr_ratio=1", "optim.weight_decay=0", "optim.momentum=0"),
+        *("optim.betas=[0,0]", "optim.eps=1.1754943508222875e-38", "weights.batch_size=1"),
+        *("weights.shard_rows=1", "weights.round=0", "data.max_dropped=1", "data.num_proc=1"),
+        *("data.test_fraction=0", "plan.num_gpus=1", "plan.memory_gib=1000000"),
+        *("stages.sft_n_epochs=1", "stages.contrast_n_epochs=1", "adapter=lora", "adapter.r=1"),
+        *("adapter.dropout=0", "transform.binary.top_percent=100", "loss.alpha=0"),
+    ]
+    config = read(*arguments)
+    assert (config.seed, config.adapter.r, config.optim.min_lr_ratio) == (2**32 - 1, 1, 1.0)
+    highest = read(
+        "fsdp_port=65535", "parallel.timeout=31622400", "head.workspace_mib=4398046511104"
+    )
+    assert (highest.fsdp_port, highest.parallel.timeout) == (65535, 31622400)
+    assert read("data.max_dropped=0", "optim.min_lr_ratio=0", "adapter=lora", "adapter.r=1048576")
+
+
 def test_a_best_checkpoint_needs_evaluations():
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=loss/eval needs evaluations"):
         read("checkpoint.keep_best=loss/eval", "n_eval_examples=0")
