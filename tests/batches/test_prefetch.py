@@ -22,6 +22,12 @@ def test_results_come_in_order_and_no_more_are_made_than_are_to_be_ahead():
     assert not feeding()
 
 
+def test_results_are_made_one_at_a_time():
+    # what makes them keeps the epoch that it is in
+    with prefetch(lambda _: threading.get_ident(), range(20)) as results:
+        assert len(set(results)) == 1
+
+
 def test_an_error_is_raised_where_its_result_was_due():
     def make(index: int) -> int:
         if index == 2:

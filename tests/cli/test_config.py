@@ -250,6 +250,11 @@ def test_lists_and_null():
         ("checkpoint.keep_best=margins", "must name a held-out metric, such as loss/eval"),
         ("parallel.timeout=0", "parallel.timeout must be >= 1"),
         ("parallel.timeout=99999999999", "parallel.timeout must be >= 1 and <= 31622400"),
+        ("plan.num_gpus=0", "plan.num_gpus must be >= 1, got 0"),
+        ("plan.memory_gib=0", "plan.memory_gib must be > 0"),
+        ("plan.memory_gib=1000001", "plan.memory_gib must be <= "),
+        ("stages.sft_n_epochs=0", "stages.sft_n_epochs must be >= 1, got 0"),
+        ("stages.contrast_beta=0", "stages.contrast_beta must be > 0"),
         ("on_nonfinite=ignore", "on_nonfinite must be one of stop, skip"),
         ("resume=", "resume.path must be never, auto or a path"),
         ("data.columns={promt: q}", "data.columns: there is no field promt, .*nearest: prompt"),
@@ -270,6 +275,29 @@ def test_lists_and_null():
 def test_values_out_of_range_are_refused_with_the_rule(argument, message):
     with pytest.raises(ConfigError, match=message):
         read(argument)
+
+
+def test_the_bounds_themselves_are_in_range():
+    arguments = [
+        *("batch_size=1", "eval_batch_size=1", "n_epochs=1", "n_examples=1", "eval_every=1"),
+        *("gradient_accumulation_steps=1", "n_eval_examples=0", "warmup_steps=0", "fsdp_port=1"),
+        *("minimum_log_interval_secs=0", "seed=4294967295", "checkpoint.every=0"),
+        *("checkpoint.keep=1", "checkpoint.deadline=8784:00:00", "parallel.timeout=1"),
+        *("packing.max_tokens=1", "head.workspace_mib=1", "model.router_aux_loss=0"),
+        *("optim.min_lr_ratio=1", "optim.weight_decay=0", "optim.momentum=0"),
+        *("optim.betas=[0,0]", "optim.eps=1.1754943508222875e-38", "weights.batch_size=1"),
+        *("weights.shard_rows=1", "weights.round=0", "data.max_dropped=1", "data.num_proc=1"),
+        *("data.test_fraction=0", "plan.num_gpus=1", "plan.memory_gib=1000000"),
+        *("stages.sft_n_epochs=1", "stages.contrast_n_epochs=1", "adapter=lora", "adapter.r=1"),
+        *("adapter.dropout=0", "transform.binary.top_percent=100", "loss.alpha=0"),
+    ]
+    config = read(*arguments)
+    assert (config.seed, config.adapter.r, config.optim.min_lr_ratio) == (2**32 - 1, 1, 1.0)
+    highest = read(
+        "fsdp_port=65535", "parallel.timeout=31622400", "head.workspace_mib=4398046511104"
+    )
+    assert (highest.fsdp_port, highest.parallel.timeout) == (65535, 31622400)
+    assert read("data.max_dropped=0", "optim.min_lr_ratio=0", "adapter=lora", "adapter.r=1048576")
 
 
 def test_a_best_checkpoint_needs_evaluations():

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,14 +10,16 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from stopped_runs import run, small_command
-from tiny_models import read_metrics, save_dataset, save_tiny_model
+from tiny_models import random_rows, read_metrics, save_dataset, save_tiny_model
 
+from fastpref.batch import Batch
+from fastpref.batches.layouts import PaddedRows
 from fastpref.distributed import World, init_world
-from fastpref.errors import LostRankError
+from fastpref.errors import LostRankError, MemoryExhaustedError, RankMemoryError
 from fastpref.memory import fitting
 from fastpref.memory.fitting import Fitting, agreed_tokens
-from fastpref.memory.here import available_bytes, resident_bytes
-from fastpref.memory.plan import GIB, Device
+from fastpref.memory.here import available_bytes, resident_bytes, with_loaded_models
+from fastpref.memory.plan import GIB, Device, MemoryPlan
 
 ROOM = 10 * GIB
 
@@ -93,6 +96,56 @@ def test_a_trial_that_waits_for_a_rank_without_memory_hears_of_it(monkeypatch):
     with pytest.raises(LostRankError):
         Fitting._peak(trial, [], 256)
     trial.policy.forget_gradients.assert_not_called()
+
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("error", "num_ranks", "num_rows", "raised", "message"),
+    [
+        (None, 1, 2, None, ""),
+        (NO_MEMORY, 1, 2, None, ""),
+        (NO_MEMORY, 1, 1, MemoryExhaustedError, "a single row, before the first step"),
+        (NO_MEMORY, 2, 2, RankMemoryError, "set packing.max_tokens=128"),
+        (ValueError("of a model"), 1, 2, ValueError, "of a model"),
+    ],
+)
+def test_of_a_trial_that_memory_does_not_hold_nothing_is_left(
+    monkeypatch, error, num_ranks, num_rows, raised, message
+):
+    for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", GIB)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(fitting, "await_device", lambda world: None)
+    known = []
+
+    def compute(batch: Batch, step: int) -> tuple[torch.Tensor, dict]:
+        known.append(batch.reference_logps)
+        if error is not None:
+            raise error
+        return torch.zeros(num_rows, requires_grad=True), {}
+
+    world = Mock(size=num_ranks, device=torch.device("cpu"))
+    trial = Mock(training=Mock(caches_reference=True), world=world)
+    trial.measured.rows.layout.limited_to.side_effect = lambda most: PaddedRows(max_tokens=most)
+    trial.step_loss.compute.side_effect = compute
+    rows = random_rows(num_rows)
+    if raised is not None:
+        with pytest.raises(raised, match=message):
+            Fitting._peak(trial, rows, 256)
+    else:
+        assert Fitting._peak(trial, rows, 256) == (GIB if error is None else None)
+        trial.step_loss.done.assert_called_once()
+        trial.policy.forget_gradients.assert_called_once()
+    [reference_logps] = known
+    assert len(reference_logps) == sum(len(row[1]) + len(row[2]) for row in rows)
+
+
+def test_models_that_are_loaded_are_not_counted_twice():
+    nothing = dict.fromkeys((field.name for field in fields(MemoryPlan)), 0)
+    models = nothing | {"masters": 4, "weights": 2, "reference": 1}
+    for process, left in ((10, 3), (6, 0)):
+        assert with_loaded_models(MemoryPlan(**models | {"process": process})).process == left
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,7 @@ def test_items_are_halved_until_memory_holds_them_and_stay_so():
     assert repeat(8, 8) == [list(range(8))]
     assert repeat(8, 5) == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [len(part) for part in repeat(9, 2)] == [2, 2, 2, 1, 2]
+    assert repeat(4, 1) == [[0], [1], [2], [3]]
     with pytest.raises(MemoryExhaustedError, match="single row"):
         repeat(2, 0)
     with pytest.raises(RankMemoryError, match=r"8 tokens at once; set packing\.max_tokens=4"):
@@ -265,6 +266,14 @@ def test_items_are_halved_until_memory_holds_them_and_stay_so():
 )
 def test_memory_that_ran_out_is_known_whoever_says_it(message, is_memory):
     assert is_out_of_memory(RuntimeError(message)) == is_memory
+
+
+def test_one_item_of_many_tokens_is_not_divided():
+    def fail(_: Any) -> list[int]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(MemoryExhaustedError, match="single row"):
+        Repetition(num_ranks=1).compute_items([1], fail, tokens=lambda _: 100)
 
 
 def test_memory_that_another_rank_ran_out_of_is_not_blamed_on_this_one():

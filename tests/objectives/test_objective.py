@@ -246,3 +246,25 @@ def test_a_micro_batch_without_pairs_gives_no_losses_and_all_metric_names():
     losses, metrics = objective.losses(TokenScores(zeros_N, zeros_N, zeros_N), batch)
     assert losses.shape == (0,) and losses.requires_grad
     assert len(metrics) == 10
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "without_kl"),
+    [
+        ("llama", TDPOConfig(if_tdpo2=False), True),
+        # the mean of logits that a softcap bends is not that of hidden states
+        ("gemma2", TDPOConfig(if_tdpo2=False), False),
+        ("llama", TISDPOConfig(), True),
+    ],
+    ids=["tdpo1", "tdpo1 softcap", "tisdpo"],
+)
+def test_a_step_whose_metrics_need_no_kl_has_the_losses_of_one_whose_do(family, config, without_kl):
+    policy, reference = (TokenScorer(build_model(family)) for _ in range(2))
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(1.05)
+    step_loss = StepLoss(build_objective(config), policy, reference)
+    batch = pad_rows(ROWS, pad_token_id=0)
+    (losses, metrics), (expected, detailed) = (step_loss.compute(batch, step) for step in (11, 10))
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    assert "kl/chosen" in detailed and ("kl/chosen" not in metrics) == without_kl

@@ -43,7 +43,7 @@ from fastpref.errors import (
 from fastpref.model.files.identity import side_model
 from fastpref.scoring import progress, ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
-from fastpref.scoring.shards import Shards
+from fastpref.scoring.shards import Shards, rows_digest
 from fastpref.scoring.side import check_finite, check_rows
 from fastpref.tisdpo import settings, weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
@@ -501,6 +501,26 @@ def test_shards_hold_the_longest_rows_first_and_give_them_back_in_file_order(tmp
     assert found == [[[0, 1], [2]], [[0, 1, 2], [3, 4]], [[5], [6, 7, 8, 9, 10]]]
 
 
+def test_rows_of_other_tokens_or_masks_are_not_those_that_were_scored():
+    row = EncodedRow([1, 2], [3, 4], [5])
+    others = [
+        row._replace(prompt_ids=[1, 3]),
+        row._replace(prompt_ids=[1], chosen_ids=[2, 3, 4]),
+        row._replace(rejected_ids=[6]),
+        row._replace(chosen_scored=[True, False]),
+        row._replace(chosen_scored=[False, True]),
+        row._replace(rejected_scored=[False]),
+    ]
+    digests = {rows_digest(rows) for rows in ([row], [row, row], *([other] for other in others))}
+    assert len(digests) == 2 + len(others)
+
+
+def test_a_shard_of_pickled_objects_is_not_loaded(tmp_path):
+    shards = Shards.of(tmp_path, [EncodedRow([1], [2], [3])], 1)
+    np.savez(tmp_path / "000000.npz", logps=np.array([-1.0, None]))
+    assert shards.missing() == [0]
+
+
 def test_a_shard_that_no_descriptor_is_left_for_is_not_called_damaged(tmp_path, caplog):
     row = EncodedRow([1], [2], [3])
     shards = Shards.of(tmp_path, [row], 1)
@@ -513,7 +533,7 @@ def test_a_shard_that_no_descriptor_is_left_for_is_not_called_damaged(tmp_path, 
 
 def test_without_a_terminal_the_log_says_how_far_scoring_is(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="fastpref")
-    seconds = iter([0.0, 8.0, 20.0, 25.0])
+    seconds = iter([50.0, 58.0, 70.0, 75.0])
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
     with progress.ScoringProgress("bad model", 1000, num_shards=3, visible=True) as scoring:
         for tokens in (100, 300, 100):

@@ -24,6 +24,7 @@ from tiny_models import (
 )
 
 from fastpref import deadline
+from fastpref.batch import EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
 from fastpref.distributed import World
@@ -238,6 +239,37 @@ def test_no_damage_raises_or_gives_other_numbers(tmp_path):
         if len(damaged) == len(digests):
             ours, expected = (x.beside(columns).reference_logps for x in (damaged, cache))
             assert np.array_equal(ours, expected), place
+
+
+def test_rows_of_other_tokens_or_masks_have_other_keys():
+    row = EncodedRow([1, 2], [3, 4], [5])
+    others = [
+        row._replace(prompt_ids=[1, 3]),
+        row._replace(prompt_ids=[1], chosen_ids=[2, 3, 4]),
+        row._replace(rejected_ids=[6]),
+        row._replace(chosen_scored=[True, False]),
+        row._replace(chosen_scored=[False, True]),
+        row._replace(rejected_scored=[False]),
+    ]
+    digests = row_digests(EncodedColumns.of_rows([row, *others]))
+    assert len(set(digests)) == len(digests)
+    whole = row._replace(chosen_scored=[True, True], rejected_scored=[True])
+    assert row_digests(EncodedColumns.of_rows([whole])) == digests[:1]
+
+
+@pytest.mark.parametrize("less", ["digests", "logps"])
+def test_a_file_whose_parts_do_not_fit_together_is_passed_over(tmp_path, caplog, less):
+    columns = EncodedColumns.of_rows(random_rows(3))
+    cache = RowCache(tmp_path)
+    cache.add(columns, np.zeros(len(columns.ids), np.float32))
+    cache.write(cache.take_unsaved(), {})
+    [path] = tmp_path.glob("*.npz")
+    with np.load(path) as file:
+        parts = dict(file)
+    np.savez(path, **parts | {less: parts[less][:-1]})
+    damaged = RowCache(tmp_path)
+    damaged.read(damaged.files(), set(row_digests(columns)))
+    assert len(damaged) == 0 and "is damaged and passed over" in caplog.text
 
 
 def test_of_a_row_that_was_written_twice_the_older_numbers_count(tmp_path):

@@ -1,10 +1,17 @@
-"""Optimizers by name and the schedules' shapes."""
+"""Optimizers by name, the schedules' shapes, and the steps that they make."""
 
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
-from torch import nn
+from ranks import ALONE, run_on_ranks
+from tiny_models import build_model, random_rows
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -12,9 +19,20 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
+from fastpref.batch import EncodedRow
+from fastpref.batches.layouts import PaddedRows
+from fastpref.batches.loader import Loader
+from fastpref.batches.order import GlobalOrder
+from fastpref.config import DPOConfig, OptimConfig
 from fastpref.distributed import World, init_world
 from fastpref.errors import ConfigError
+from fastpref.memory.repetition import Repetition
+from fastpref.model.scorer import TokenScorer
+from fastpref.objectives.objective import build_objective
+from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.optim import build_optimizer, build_scheduler, check_optimizer
+from fastpref.train.step import train_step
+from fastpref.train.updates import build_updates
 
 
 def learning_rates(schedule: str, *, warmup_steps: int, num_steps: int, **options) -> list[float]:
@@ -41,11 +59,12 @@ def test_warm_up_is_the_seeds_and_then_constant():
     assert rates[150:] == [1.0] * 50
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_decay_starts_at_the_peak_and_heads_for_the_floor(schedule):
+@pytest.mark.parametrize(("schedule", "after_a_quarter"), [("linear", 0.775), ("cosine", 0.8682)])
+def test_decay_starts_at_the_peak_and_heads_for_the_floor(schedule, after_a_quarter):
     rates = learning_rates(schedule, warmup_steps=10, num_steps=111, min_lr_ratio=0.1)
     assert rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[35] == pytest.approx(after_a_quarter, abs=1e-5)
     assert rates[60] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
 
@@ -155,3 +174,78 @@ def test_an_optimizer_of_whole_matrices_is_refused_on_several_ranks():
     assert check_optimizer("Adafactor", {}, world_size=1) is torch.optim.Adafactor
     with pytest.raises(ConfigError, match="whole matrices"):
         check_optimizer("Adafactor", {}, world_size=2)
+
+
+def plain_dpo_loss(model: Any, reference: Any, row: EncodedRow, beta: float) -> Tensor:
+    """Of a pair, from the models' own logits."""
+    margins = []
+    for ids in (row.chosen_ids, row.rejected_ids):
+        tokens, start = torch.tensor([[*row.prompt_ids, *ids]]), len(row.prompt_ids)
+        policy_logps, reference_logps = (
+            model(input_ids=tokens).logits[0, start - 1 : -1].log_softmax(-1)
+            for model in (model, reference)
+        )
+        ratios = (policy_logps - reference_logps.detach()).gather(1, tokens[0, start:, None])
+        margins.append(ratios.sum())
+    return -nn.functional.logsigmoid(beta * (margins[0] - margins[1]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=["32 bits", "16 bits"]
+)
+def test_steps_are_those_of_torch_on_the_models_own_logits(dtype, error):
+    rows, model = random_rows(3) + random_rows(2), build_model("llama").eval()
+    plain, reference, twin = (copy.deepcopy(model) for _ in range(3))
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    table = {name: [getattr(row, name) for row in rows] for name in names}
+    loader = Loader(
+        data=SimpleNamespace(dataset=datasets.Dataset.from_dict(table)),
+        order=GlobalOrder(np.arange(5), batch_size=3, seed=0, n_epochs=2, drop_last=False),
+        layout=PaddedRows(),
+        pad_token_id=0,
+        min_micro_batches=2,
+    )
+    policy, frozen = TokenScorer(model), TokenScorer(twin)
+    for scorer in (policy, frozen):
+        scorer.keep_masters(dtype)
+    updates = build_updates(
+        policy,
+        ALONE,
+        optimizer="AdamW",
+        lr=0.01,
+        options=OptimConfig(schedule="linear"),
+        warmup_steps=2,
+        num_steps=4,
+        max_grad_norm=0.5,
+        skip_nonfinite=False,
+    )
+    run: Any = SimpleNamespace(
+        updates=updates,
+        policy=policy,
+        train=loader,
+        world=ALONE,
+        config=SimpleNamespace(on_nonfinite="stop"),
+        repetition=Repetition(num_ranks=1),
+        step_loss=StepLoss(build_objective(DPOConfig(beta=0.3)), policy, frozen),
+    )
+    world: Any = SimpleNamespace(data_rank=0, data_size=1, device=ALONE.device)
+    optimizer = torch.optim.AdamW(plain.parameters())
+    for index, share in enumerate((1 / 3, 2 / 3, 1.0, 0.0)):
+        batches = loader.step(index, world)
+        names, values, num_computed = train_step(run, batches, index)
+        losses = [
+            plain_dpo_loss(plain, reference, rows[row], 0.3) for row in loader.order.batch(index)
+        ]
+        optimizer.zero_grad()
+        loss = torch.stack(losses).mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.param_groups[0]["lr"] = share * 0.01
+        optimizer.step()
+        found = dict(zip(names, values.tolist(), strict=True))
+        assert norm > 0.5 and len(batches.batches) == 2
+        assert found["loss/train"] == pytest.approx(loss.item(), rel=error)
+        assert found["grad_norm"] == pytest.approx(norm.item(), rel=error)
+        assert num_computed == batches.num_computed
+    for ours, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
+        assert (ours - theirs).norm() <= error * theirs.norm()

@@ -4,10 +4,12 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import ALONE
 from tiny_models import save_tiny_model
 
 from fastpref.distributed import World, init_world
@@ -73,6 +75,33 @@ def test_a_generation_config_has_no_part_in_samples(folder, kind):
     samples = sample(folder, world, StopRequest())
     dist.destroy_process_group()
     assert samples == draw(model, tokenizer, seed=3)
+
+
+def test_a_response_is_what_follows_its_prompt_without_special_tokens(folder):
+    tokenizer, stop, limits = load_tokenizer(str(folder), None), StopRequest(), []
+
+    def generate(ids: torch.Tensor, mask: torch.Tensor, *, max_length: int, **_: object):
+        limits.append(max_length)
+        new = torch.tensor([[20, tokenizer.eos_token_id]] * len(ids))
+        return torch.cat([ids, new], dim=1)
+
+    def respond() -> list[str] | None:
+        return sample_responses(
+            SimpleNamespace(num_embeddings=len(tokenizer), generate=generate),
+            PROMPTS,
+            tokenizer,
+            max_length=4,
+            batch_size=2,
+            seed=3,
+            world=ALONE,
+            stop=stop,
+            repetition=Repetition(num_ranks=1),
+        )
+
+    assert respond() == [tokenizer.decode([20])] * 2
+    stop.ask(NON_FINITE)
+    # nothing is sampled any more; one token where the prompt already takes what there is
+    assert respond() is None and limits == [5]
 
 
 def test_ranks_hear_of_a_lost_one_while_they_sample(folder, monkeypatch):
