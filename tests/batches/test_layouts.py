@@ -119,9 +119,8 @@ def test_known_log_probabilities_stand_beside_their_targets(layout):
         return replace(columns, reference_logps=-columns.ids.astype(np.float32))
 
     [world] = worlds(1)
-    for batch in (
-        loader_of(LENGTHS, layout, known=known, min_micro_batches=2).step(0, world).batches
-    ):
+    loader = loader_of(LENGTHS, layout, known=known, min_micro_batches=2)
+    for batch in loader.step(0, world).batches:
         assert torch.equal(batch.reference_logps, -batch.target.float())
     for batch in loader_of(LENGTHS, layout).step(0, world).batches:
         assert batch.reference_logps is None
