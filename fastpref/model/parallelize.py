@@ -71,11 +71,11 @@ def parallelize(
         mesh: One dimension, every rank.
         compute_dtype: What parameters are cast to for forward and backward; gradients are
             reduced in float32.
-        trainable: False for a reference, which has no gradients. With adapters it is ignored: they
-            have set what is trained.
+        trainable: False for a reference, which has no gradients. Otherwise families and adapters
+            have set what is trained, as on a single rank.
     """
-    if scorer.adapters is None:
-        scorer.requires_grad_(trainable)
+    if scorer.adapters is None and not trainable:
+        scorer.requires_grad_(False)
     # adapters are small and in float32: every rank has all of them, and they are not cast
     apart = set(scorer.adapters.parameters()) if scorer.adapters else set()
     for parameter in apart:

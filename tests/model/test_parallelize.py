@@ -90,3 +90,13 @@ def test_parameters_shared_by_two_layers_are_trained_once(mesh):
     assert set(grads) == set(expected)
     for key, grad in expected.items():
         torch.testing.assert_close(grads[key], grad, rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_a_parameter_that_its_family_freezes_is_not_trained(mesh):
+    # HRM's initial state
+    scorer = TokenScorer(build_model("llama"))
+    frozen = "model.model.norm.weight"
+    scorer.get_parameter(frozen).requires_grad_(False)
+    parallelize(scorer, mesh, compute_dtype=torch.float32)
+    _, grads, _ = scored(scorer, pad_rows(random_rows(), pad_token_id=0))
+    assert {name for name, _ in scorer.named_parameters()} - grads.keys() == {frozen}
