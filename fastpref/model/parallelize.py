@@ -95,6 +95,10 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             # plain sums, which gloo and NCCL both have; else torch asks for a pre-multiplied sum
             module.set_force_sum_reduction_for_comms(True)
+            # experts held in a list are called only where a token chooses them: without zeros for
+            # the others, ranks would sum gradients of different parameters. Torch < 2.13 cannot
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True, recurse=False)
     for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
     return scorer
