@@ -19,7 +19,7 @@ from fastpref.model.frozen import (
     rounds_more_than_parameters,
     store_parameters,
 )
-from fastpref.model.source import build_empty, load_model
+from fastpref.model.source import build_empty, build_meta, load_model
 
 logger = logging.getLogger("fastpref")
 
@@ -44,7 +44,10 @@ def load_causal_lm(
         stored = world.on_main(lambda: frozen_dtype(config, beside_policy=beside_policy))
         if not (beside_policy and rounds_more_than_parameters(source, stored)):
             loaded = stored
-    return _load(source, config, world, loaded=loaded, stored=stored)
+    model = _load(source, config, world, loaded=loaded, stored=stored)
+    if trainable:
+        world.only_on_main(lambda: freeze_as_built(model, source))
+    return model
 
 
 def load_frozen_base(config: ModelConfig, world: World) -> tuple[Any, str | None]:
@@ -81,6 +84,17 @@ def _load(
     store_parameters(model, getattr(torch, stored))
     keep_weights(model)
     return model
+
+
+def freeze_as_built(model: Any, source: ModelSource) -> None:
+    """Freeze the parameters that the family's own code freezes, such as an expert's bias in AFMoE.
+
+    Transformers forgets it when it loads them, and ranks without weights have built the model.
+    """
+    built = build_meta(source, dtype=model.dtype)
+    for name, parameter in built.named_parameters():
+        if not parameter.requires_grad:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def keep_weights(model: Any) -> None:

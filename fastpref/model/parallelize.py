@@ -71,11 +71,11 @@ def parallelize(
         mesh: One dimension, every rank.
         compute_dtype: What parameters are cast to for forward and backward; gradients are
             reduced in float32.
-        trainable: False for a reference, which has no gradients. With adapters it is ignored: they
-            have set what is trained.
+        trainable: False for a reference, which has no gradients. Otherwise families and adapters
+            have set what is trained, as on a single rank.
     """
-    if scorer.adapters is None:
-        scorer.requires_grad_(trainable)
+    if scorer.adapters is None and not trainable:
+        scorer.requires_grad_(False)
     # adapters are small and in float32: every rank has all of them, and they are not cast
     apart = set(scorer.adapters.parameters()) if scorer.adapters else set()
     for parameter in apart:
@@ -95,6 +95,10 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             # plain sums, which gloo and NCCL both have; else torch asks for a pre-multiplied sum
             module.set_force_sum_reduction_for_comms(True)
+            # experts held in a list are called only where a token chooses them: without zeros for
+            # the others, ranks would sum gradients of different parameters. Torch < 2.13 cannot
+            if hasattr(module, "set_reduce_scatter_unused_params"):
+                module.set_reduce_scatter_unused_params(True, recurse=False)
     for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
     return scorer

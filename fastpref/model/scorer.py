@@ -110,8 +110,16 @@ class TokenScorer(nn.Module):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def sum_gradients(self) -> None:
-        """All-reduce the gradients of unsharded parameters (adapters); to be called by every rank
-        after the backward of a step's last micro-batch."""
+        """Complete a step's gradients; to be called by every rank after the backward of its last
+        micro-batch.
+
+        A parameter that took part in no forward, such as one of an expert that no token chose, has
+        zeros, whichever ranks computed: optimizers treat no gradient differently. Gradients of
+        unsharded parameters (adapters) are all-reduced.
+        """
+        for parameter in self.trained():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self.adapters is not None and dist.get_world_size() > 1:
             self.adapters.sum_gradients()
 

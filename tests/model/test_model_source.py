@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import ALONE
 from safetensors.torch import load_file, save_file
 from tiny_models import save_dataset, save_tiny_model
 from tiny_wrappers import save_wrapper
@@ -18,6 +19,7 @@ from fastpref.config import AdapterConfig, Config, ModelConfig, SFTConfig, Weigh
 from fastpref.errors import CheckpointError
 from fastpref.model.adapters.tied_head import is_tied
 from fastpref.model.files.paths import find_model, resolve_model
+from fastpref.model.loading import load_causal_lm
 from fastpref.model.source import build_empty, load_model, load_tokenizer
 
 
@@ -78,6 +80,14 @@ def test_an_empty_model_has_the_shape_and_the_ties_of_the_full_one(model_dir):
     shapes = [{name: p.shape for name, p in m.named_parameters()} for m in (full, empty)]
     assert shapes[0] == shapes[1]
     assert empty.get_input_embeddings().weight is empty.get_output_embeddings().weight
+
+
+def test_what_a_family_freezes_is_frozen_where_its_weights_are_loaded(tmp_path):
+    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, "num_dense_layers": 1}
+    folder = save_tiny_model(tmp_path / "afmoe", model_type="afmoe", **sizes)
+    model = load_causal_lm(ModelConfig(name_or_path=str(folder)), ALONE, trainable=True)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.layers.1.mlp.expert_bias"}
 
 
 def test_two_tables_that_a_config_calls_one_are_two_everywhere(tmp_path):

@@ -1,9 +1,15 @@
 """Sharding, recomputation and compilation leave the numbers as they are."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import run_on_ranks
 from tiny_models import build_family, build_model, random_rows
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastpref.batches.padded import pad_rows
 from fastpref.distributed import init_world
@@ -90,3 +96,72 @@ def test_parameters_shared_by_two_layers_are_trained_once(mesh):
     assert set(grads) == set(expected)
     for key, grad in expected.items():
         torch.testing.assert_close(grads[key], grad, rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_a_parameter_that_its_family_freezes_is_not_trained(mesh):
+    # HRM's initial state
+    scorer = TokenScorer(build_model("llama"))
+    frozen = "model.model.norm.weight"
+    scorer.get_parameter(frozen).requires_grad_(False)
+    parallelize(scorer, mesh, compute_dtype=torch.float32)
+    _, grads, _ = scored(scorer, pad_rows(random_rows(), pad_token_id=0))
+    assert {name for name, _ in scorer.named_parameters()} - grads.keys() == {frozen}
+
+
+class ListedExperts(nn.Module):
+    """A mixture of experts as models with code of their own have it: an expert is called only where
+    a token chose it."""
+
+    def __init__(self, mlp: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(copy.deepcopy(mlp) for _ in range(num_experts))
+        self.router = nn.Linear(32, num_experts)
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        hidden_TD = hidden_BLD.flatten(0, 1)
+        weights_T, chosen_T = self.router(hidden_TD).softmax(-1).max(-1)
+        output_TD = torch.zeros_like(hidden_TD)
+        for index in chosen_T.unique().tolist():
+            tokens = chosen_T == index
+            output_TD[tokens] = self.experts[index](hidden_TD[tokens]) * weights_T[tokens, None]
+        return output_TD.view_as(hidden_BLD)
+
+
+def build_with_listed_experts() -> TokenScorer:
+    model = build_model("llama", num_hidden_layers=1)
+    [layer] = model.model.layers
+    layer.mlp = ListedExperts(layer.mlp, num_experts=16)
+    return TokenScorer(model)
+
+
+def save_gradients_of_two_ranks(path: Path) -> None:
+    world = init_world()
+    scorer = parallelize(build_with_listed_experts(), world.mesh, compute_dtype=torch.float32)
+    batch = pad_rows([random_rows()[world.rank]], pad_token_id=0)
+    for _ in range(2):
+        scorer(batch).sum().backward()
+    scorer.sum_gradients()
+    grads = {name: p.grad.full_tensor() for name, p in scorer.named_parameters()}
+    if world.is_main:
+        torch.save(grads, path)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="needs torch 2.13"
+)
+def test_ranks_whose_tokens_choose_other_experts_sum_the_gradients_of_one_rank(tmp_path):
+    scorer = build_with_listed_experts()
+    called = [0] * 16
+    [layer] = scorer.model.model.layers
+    for index, expert in enumerate(layer.mlp.experts):
+        expert.register_forward_hook(lambda *_, i=index: called.__setitem__(i, called[i] + 1))
+    for row in random_rows()[:2]:
+        scorer(pad_rows([row], pad_token_id=0)).sum().backward()
+    # by no row, by one of them and by both
+    assert set(called) == {0, 1, 2}
+    scorer.sum_gradients()
+    run_on_ranks(save_gradients_of_two_ranks, 2, tmp_path / "grads.pt")
+    grads = torch.load(tmp_path / "grads.pt")
+    for name, parameter in scorer.named_parameters():
+        torch.testing.assert_close(grads[name], 2 * parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
