@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from fastpref.model.blocks import find_blocks
+from fastpref.model.blocks import find_blocks, module_lists
 from fastpref.model.compilation import compile_block
 from fastpref.model.mixers import computing, current_sequences, find_mixers, isolate_mixers
 from fastpref.model.scorer import TokenScorer
@@ -84,7 +84,11 @@ def parallelize(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in find_blocks(scorer.model, block_name):
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
+        sharded: Any = fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
+        # experts in a list are called where a token chooses them: without zeros for the others,
+        # ranks would sum gradients of different parameters. Torch before 2.13 cannot
+        if module_lists(block) and hasattr(sharded, "set_reduce_scatter_unused_params"):
+            sharded.set_reduce_scatter_unused_params(True, recurse=False)
     # the root group: embedding, final norm and head, as a tied parameter cannot be in two groups
     fully_shard(
         scorer, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart
@@ -95,10 +99,6 @@ def parallelize(
             module.set_gradient_divide_factor(1.0)
             # plain sums, which gloo and NCCL both have; else torch asks for a pre-multiplied sum
             module.set_force_sum_reduction_for_comms(True)
-            # experts held in a list are called only where a token chooses them: without zeros for
-            # the others, ranks would sum gradients of different parameters. Torch < 2.13 cannot
-            if hasattr(module, "set_reduce_scatter_unused_params"):
-                module.set_reduce_scatter_unused_params(True, recurse=False)
     for method in ("states", "tdpo1_values", "generate"):
         register_fsdp_forward_method(scorer, method)
     return scorer

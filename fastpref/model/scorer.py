@@ -26,6 +26,7 @@ from fastpref.model.adapters.lora import Adapters
 from fastpref.model.adapters.tied_head import adapted_head
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
+from fastpref.model.blocks import module_lists
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
 from fastpref.model.masters import MasterWeights
 from fastpref.model.mixers import Sequences, computing
@@ -81,6 +82,13 @@ class TokenScorer(nn.Module):
             model.set_attn_implementation(IMPLEMENTATION)
         self.path = measure_logit_path(model) if path is None else path
         self._masters: MasterWeights | None = None
+        # lists of modules in a model's list of blocks
+        self._experts = {
+            experts
+            for blocks in module_lists(model)
+            for block in blocks.children()
+            for experts in module_lists(block)
+        }
         keep_steady(model)
         # `generate` takes options that it is not given from here: limits, penalties, decoding
         model.generation_config = GenerationConfig()
@@ -113,13 +121,14 @@ class TokenScorer(nn.Module):
         """Complete a step's gradients; to be called by every rank after the backward of its last
         micro-batch.
 
-        A parameter that took part in no forward, such as one of an expert that no token chose, has
-        zeros, whichever ranks computed: optimizers treat no gradient differently. Gradients of
-        unsharded parameters (adapters) are all-reduced.
+        An expert that no token chose has a gradient of zeros, as a sharded one does: optimizers
+        leave a parameter without one as it is. Gradients of unsharded parameters (adapters) are
+        all-reduced.
         """
-        for parameter in self.trained():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        for experts in self._experts:
+            for parameter in experts.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         if self.adapters is not None and dist.get_world_size() > 1:
             self.adapters.sum_gradients()
 

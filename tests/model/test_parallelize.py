@@ -134,6 +134,20 @@ def build_with_listed_experts() -> TokenScorer:
     return TokenScorer(model)
 
 
+def test_a_parameter_that_no_token_can_reach_is_left_as_it_is():
+    scorer = build_with_listed_experts()
+    [layer] = scorer.model.model.layers
+    # a layer that chooses tokens, such as DeepSeek V3.2's indexer, gets no gradient
+    layer.indexer = nn.Linear(32, 4, bias=False)
+    scorer(pad_rows(random_rows()[:1], pad_token_id=0)).sum().backward()
+    scorer.sum_gradients()
+    grads = {name: parameter.grad for name, parameter in scorer.named_parameters()}
+    unreached = {name for name, grad in grads.items() if grad is None}
+    assert unreached == {"model.model.layers.0.indexer.weight"}
+    zero = {name for name in grads.keys() - unreached if not grads[name].any()}
+    assert zero and all(".experts." in name for name in zero)
+
+
 def save_gradients_of_two_ranks(path: Path) -> None:
     world = init_world()
     scorer = parallelize(build_with_listed_experts(), world.mesh, compute_dtype=torch.float32)

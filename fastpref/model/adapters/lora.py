@@ -116,8 +116,13 @@ class Adapters:
             self.activate(TRAINED)
 
     def sum_gradients(self) -> None:
-        """All-reduce (sum) the gradients of the adapters, which every rank holds whole and has."""
-        gradients = [p.grad for p in self.trained() if p.grad is not None]
+        """All-reduce (sum) the gradients of the adapters, which every rank holds whole."""
+        gradients = []
+        for parameter in self.trained():
+            if parameter.grad is None:
+                # this rank had no rows
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         for gradient, summed in zip(
