@@ -2,6 +2,7 @@
 4, and what was saved before stays usable. Nothing is copied into memory that may not hold it."""
 
 import subprocess
+from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -51,6 +52,17 @@ def test_a_disk_without_room_for_a_second_checkpoint_costs_no_step(base, small_d
     assert len(read_metrics(run_dir, "train")) == 8
 
 
+def put_file(folder: Path) -> None:
+    """Put a file in a folder's place, also if a writer makes the folder anew meanwhile."""
+    for number in count():
+        folder.rename(folder.parent.with_name(f"away-{number}"))
+        try:
+            folder.write_text("")
+            return
+        except IsADirectoryError:
+            pass
+
+
 @pytest.mark.parametrize("asynchronous", ["sync", "async"])
 def test_a_checkpoint_folder_that_is_a_file_meanwhile_costs_no_step(
     base, tmp_path, asynchronous, capsys, monkeypatch
@@ -60,9 +72,7 @@ def test_a_checkpoint_folder_that_is_a_file_meanwhile_costs_no_step(
 
     def train_step(run, batches, step):
         if step == 3:
-            # at once, whatever a writer does there meanwhile
-            (run_dir / "checkpoints").rename(tmp_path / "away")
-            (run_dir / "checkpoints").write_text("")
+            put_file(run_dir / "checkpoints")
         return real(run, batches, step)
 
     monkeypatch.setattr(loop, "train_step", train_step)
