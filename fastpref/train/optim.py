@@ -16,9 +16,10 @@ from fastpref.checks import hint
 from fastpref.config import TrainingOptions
 from fastpref.errors import ConfigError
 
-ON_LOCAL_SHARDS = ("Adafactor", "Rprop")
-"""Classes that step on local shards. Rprop is elementwise, so sharding changes nothing; Adafactor
-is refused on more than one rank."""
+ON_LOCAL_SHARDS = ("Adafactor", "Adam", "AdamW", "Rprop")
+"""Classes that step on local shards: DTensor lacks operations of Adafactor and Rprop, and for fused
+Adam and AdamW it takes time that grows with the square of the number of parameters. All but
+Adafactor are elementwise, so sharding changes nothing; Adafactor is refused on several ranks."""
 
 
 def build_optimizer(
@@ -45,9 +46,10 @@ def build_optimizer(
         # Adafactor takes a pair: eps of the denominator, and the least weight RMS that scales steps
         _, least = inspect.signature(optimizer_class).parameters["eps"].default
         given["eps"] = (given["eps"], least)
+    optimizer: Optimizer = optimizer_class(list(parameters), lr=lr, **given)
     if name in ON_LOCAL_SHARDS:
-        return _on_local_shards(optimizer_class, list(parameters), lr=lr, **given)
-    return optimizer_class(list(parameters), lr=lr, **given)
+        _step_on_local_shards(optimizer)
+    return optimizer
 
 
 def state_bytes(options: TrainingOptions) -> int:
@@ -63,25 +65,25 @@ def state_bytes(options: TrainingOptions) -> int:
     return sum(x.dtype.itemsize for x in states if x.shape == parameter.shape)
 
 
-def _on_local_shards(
-    optimizer_class: Any, parameters: list[Parameter], **options: Any
-) -> Optimizer:
-    """An optimizer that steps on each rank's local shards, for classes with operations that DTensor
-    lacks. Outside of its step it holds the model's parameters, and its state is sharded like them.
-    """
-    optimizer: Optimizer = optimizer_class(parameters, **options)
+def _step_on_local_shards(optimizer: Optimizer) -> None:
+    """Let an optimizer's steps see each rank's local shards. Outside of them it holds the model's
+    parameters, and its state is sharded like them."""
     lent: list[tuple[Parameter, Tensor]] = []
+    states: dict[Tensor, Tensor] = {}
 
+    @torch.no_grad()
     def lend(*_: Any) -> None:
         for group in optimizer.param_groups:
             owners = group["params"]
-            group["params"] = [_shard_of(parameter) for parameter in owners]
+            group["params"] = [local_shard(parameter) for parameter in owners]
             lent.extend(zip(owners, group["params"], strict=True))
         for parameter, shard in lent:
             if parameter in optimizer.state:
                 state = optimizer.state.pop(parameter)
                 optimizer.state[shard] = {name: _local(value) for name, value in state.items()}
+                states.update(zip(optimizer.state[shard].values(), state.values(), strict=True))
 
+    @torch.no_grad()
     def give_back(*_: Any) -> None:
         owners = {shard: parameter for parameter, shard in lent}
         for group in optimizer.param_groups:
@@ -90,21 +92,23 @@ def _on_local_shards(
             if shard in optimizer.state:
                 state = optimizer.state.pop(shard)
                 optimizer.state[parameter] = {
-                    name: _sharded_like(parameter, value) for name, value in state.items()
+                    name: states[value] if value in states else _sharded_like(parameter, value)
+                    for name, value in state.items()
                 }
         lent.clear()
+        states.clear()
 
     optimizer.register_step_pre_hook(lend)
     optimizer.register_step_post_hook(give_back)
-    return optimizer
 
 
 def _local(value: Any) -> Any:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def _shard_of(parameter: Parameter) -> Tensor:
-    """This rank's shard of a parameter, sharing its memory, with the gradient's shard."""
+def local_shard(parameter: Parameter) -> Tensor:
+    """This rank's shard of a parameter, sharing its memory, with the gradient's shard; the whole
+    parameter if it is not sharded."""
     shard = _local(parameter).detach()
     if parameter.grad is not None:
         shard.grad = _local(parameter.grad)

@@ -6,11 +6,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fastpref.batch import Batch
 from fastpref.batches.loader import Loader, StepBatches
 from fastpref.objectives.objective import Metrics
 from fastpref.train.logs.metrics import name_for_split, sum_over_examples
+from fastpref.train.optim import local_shard
 from fastpref.train.run import Run
 
 Result = TypeVar("Result")
@@ -110,13 +112,20 @@ def within_memory(
     )
 
 
+@torch.no_grad()
 def clip_gradients(run: Run) -> Tensor:
     """Clip the global gradient norm.
+
+    The local shards are clipped: for lists of DTensors torch takes time that grows with the square
+    of their length.
 
     Returns:
         The norm before clipping, a float32 scalar on the device.
     """
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.trained(), run.updates.max_grad_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    trained = run.policy.trained()
+    shards = [local_shard(parameter) for parameter in trained]
+    norm = get_total_norm([shard.grad for shard in shards if shard.grad is not None])
+    if any(isinstance(parameter, DTensor) for parameter in trained):
+        norm = run.world.sum(norm.double().square()).sqrt().to(norm.dtype)
+    clip_grads_with_norm_(shards, run.updates.max_grad_norm, norm)
     return norm.float()

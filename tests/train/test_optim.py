@@ -18,6 +18,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastpref.batch import EncodedRow
 from fastpref.batches.layouts import PaddedRows
@@ -31,7 +33,7 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.objectives.objective import build_objective
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.train.optim import build_optimizer, build_scheduler, check_optimizer
-from fastpref.train.step import train_step
+from fastpref.train.step import clip_gradients, train_step
 from fastpref.train.updates import build_updates
 
 
@@ -166,8 +168,46 @@ def go_on_from_saved_state(names: list[str]) -> None:
 
 
 def test_optimizers_of_local_shards_have_the_models_parameters_and_a_state_to_save():
-    go_on_from_saved_state(["Adafactor", "Rprop"])
-    run_on_ranks(go_on_from_saved_state, 2, ["Rprop"])
+    go_on_from_saved_state(["Adafactor", "AdamW", "Rprop"])
+    run_on_ranks(go_on_from_saved_state, 2, ["AdamW", "Rprop"])
+
+
+class _Sharded(TorchDispatchMode):
+    """Collects the operations on sharded tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen += [func] if DTensor in types else []
+        return func(*args, **kwargs or {})
+
+
+def test_clipping_and_fused_steps_see_local_shards():
+    # for lists of sharded tensors torch takes time that grows with the square of their length
+    world = init_world()
+    model = build_sharded(world)
+    optimizer = build_optimizer("AdamW", model.parameters(), lr=0.05, options={})
+    policy = SimpleNamespace(trained=lambda: list(model.parameters()))
+    run: Any = SimpleNamespace(
+        policy=policy, world=world, updates=SimpleNamespace(max_grad_norm=0.5)
+    )
+    states = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(7, 5)).square().sum().backward()
+        expected = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]).norm()
+        with _Sharded() as sharded:
+            torch.testing.assert_close(clip_gradients(run), expected)
+            optimizer.step()
+        clipped = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()]).norm()
+        assert expected > 0.5 and clipped == pytest.approx(0.5)
+        assert sharded.seen == []
+        states.append([id(x) for state in optimizer.state.values() for x in state.values()])
+    # the tensors of its state stay the same ones: step and two means of each parameter
+    assert states[0] == states[1] and len(states[0]) == 9
+    dist.destroy_process_group()
 
 
 def test_an_optimizer_of_whole_matrices_is_refused_on_several_ranks():
