@@ -82,12 +82,11 @@ class TokenScorer(nn.Module):
             model.set_attn_implementation(IMPLEMENTATION)
         self.path = measure_logit_path(model) if path is None else path
         self._masters: MasterWeights | None = None
-        # lists of modules in a model's list of blocks
-        self._experts = {
-            experts
+        self._with_lists = {
+            block
             for blocks in module_lists(model)
             for block in blocks.children()
-            for experts in module_lists(block)
+            if module_lists(block)
         }
         keep_steady(model)
         # `generate` takes options that it is not given from here: limits, penalties, decoding
@@ -121,12 +120,12 @@ class TokenScorer(nn.Module):
         """Complete a step's gradients; to be called by every rank after the backward of its last
         micro-batch.
 
-        An expert that no token chose has a gradient of zeros, as a sharded one does: optimizers
-        leave a parameter without one as it is. Gradients of unsharded parameters (adapters) are
-        all-reduced.
+        In a block that holds modules in lists, an expert that no token chose has a gradient of
+        zeros, as it has on several ranks; optimizers leave a parameter without a gradient as it is.
+        Gradients of unsharded parameters (adapters) are all-reduced.
         """
-        for experts in self._experts:
-            for parameter in experts.parameters():
+        for block in self._with_lists:
+            for parameter in block.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
         if self.adapters is not None and dist.get_world_size() > 1:

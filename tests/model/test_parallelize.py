@@ -127,23 +127,23 @@ class ListedExperts(nn.Module):
         return output_TD.view_as(hidden_BLD)
 
 
-def build_with_listed_experts() -> TokenScorer:
-    model = build_model("llama", num_hidden_layers=1)
-    [layer] = model.model.layers
+def build_with_listed_experts(num_layers: int = 1) -> TokenScorer:
+    """The experts are in the first layer."""
+    model = build_model("llama", num_hidden_layers=num_layers)
+    layer = model.model.layers[0]
     layer.mlp = ListedExperts(layer.mlp, num_experts=16)
     return TokenScorer(model)
 
 
 def test_a_parameter_that_no_token_can_reach_is_left_as_it_is():
-    scorer = build_with_listed_experts()
-    [layer] = scorer.model.model.layers
+    scorer = build_with_listed_experts(num_layers=2)
     # a layer that chooses tokens, such as DeepSeek V3.2's indexer, gets no gradient
-    layer.indexer = nn.Linear(32, 4, bias=False)
+    scorer.model.model.layers[1].indexer = nn.Linear(32, 4, bias=False)
     scorer(pad_rows(random_rows()[:1], pad_token_id=0)).sum().backward()
     scorer.sum_gradients()
     grads = {name: parameter.grad for name, parameter in scorer.named_parameters()}
     unreached = {name for name, grad in grads.items() if grad is None}
-    assert unreached == {"model.model.layers.0.indexer.weight"}
+    assert unreached == {"model.model.layers.1.indexer.weight"}
     zero = {name for name in grads.keys() - unreached if not grads[name].any()}
     assert zero and all(".experts." in name for name in zero)
 
