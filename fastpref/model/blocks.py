@@ -45,12 +45,6 @@ def find_blocks(model: Any, block_name: str | None) -> list[nn.Module]:
     )
 
 
-def module_lists(module: nn.Module) -> list[nn.Module]:
-    """The lists and dicts of modules in a module; of those in a block, such as experts, a token may
-    use only some."""
-    return [inner for inner in module.modules() if isinstance(inner, nn.ModuleList | nn.ModuleDict)]
-
-
 def _places(model: nn.Module) -> dict[nn.Parameter, list[str]]:
     """All names under which a model has each parameter."""
     places = defaultdict(list)

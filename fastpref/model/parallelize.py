@@ -20,7 +20,7 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from fastpref.model.blocks import find_blocks, module_lists
+from fastpref.model.blocks import find_blocks
 from fastpref.model.compilation import compile_block
 from fastpref.model.mixers import computing, current_sequences, find_mixers, isolate_mixers
 from fastpref.model.scorer import TokenScorer
@@ -87,7 +87,7 @@ def parallelize(
         sharded: Any = fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=apart)
         # experts in a list are called where a token chooses them: without zeros for the others,
         # ranks would sum gradients of different parameters. Torch before 2.13 cannot
-        if module_lists(block) and hasattr(sharded, "set_reduce_scatter_unused_params"):
+        if block in scorer.with_lists and hasattr(sharded, "set_reduce_scatter_unused_params"):
             sharded.set_reduce_scatter_unused_params(True, recurse=False)
     # the root group: embedding, final norm and head, as a tied parameter cannot be in two groups
     fully_shard(

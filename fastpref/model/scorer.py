@@ -26,7 +26,6 @@ from fastpref.model.adapters.lora import Adapters
 from fastpref.model.adapters.tied_head import adapted_head
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.interface import IMPLEMENTATION, packed_row
-from fastpref.model.blocks import module_lists
 from fastpref.model.logit_path import LogitPath, last_hidden_states, measure_logit_path
 from fastpref.model.masters import MasterWeights
 from fastpref.model.mixers import Sequences, computing
@@ -82,12 +81,8 @@ class TokenScorer(nn.Module):
             model.set_attn_implementation(IMPLEMENTATION)
         self.path = measure_logit_path(model) if path is None else path
         self._masters: MasterWeights | None = None
-        self._with_lists = {
-            block
-            for blocks in module_lists(model)
-            for block in blocks.children()
-            if module_lists(block)
-        }
+        self.with_lists = _blocks_with_lists(model)
+        """Blocks whose parameters all have gradients in every step, see `sum_gradients`."""
         keep_steady(model)
         # `generate` takes options that it is not given from here: limits, penalties, decoding
         model.generation_config = GenerationConfig()
@@ -124,7 +119,7 @@ class TokenScorer(nn.Module):
         zeros, as it has on several ranks; optimizers leave a parameter without a gradient as it is.
         Gradients of unsharded parameters (adapters) are all-reduced.
         """
-        for block in self._with_lists:
+        for block in self.with_lists:
             for parameter in block.parameters():
                 if parameter.requires_grad and parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
@@ -300,3 +295,15 @@ class TokenScorer(nn.Module):
                 )
         finally:
             self.release()
+
+
+def _blocks_with_lists(model: nn.Module) -> set[nn.Module]:
+    """Blocks that hold modules in a list or dict, such as experts: a token may use only some."""
+    kinds = (nn.ModuleList, nn.ModuleDict)
+    return {
+        block
+        for blocks in model.modules()
+        if isinstance(blocks, kinds)
+        for block in blocks.children()
+        if any(isinstance(module, kinds) for module in block.modules())
+    }

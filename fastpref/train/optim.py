@@ -46,8 +46,9 @@ def build_optimizer(
         # Adafactor takes a pair: eps of the denominator, and the least weight RMS that scales steps
         _, least = inspect.signature(optimizer_class).parameters["eps"].default
         given["eps"] = (given["eps"], least)
-    optimizer: Optimizer = optimizer_class(list(parameters), lr=lr, **given)
-    if name in ON_LOCAL_SHARDS:
+    trained = list(parameters)
+    optimizer: Optimizer = optimizer_class(trained, lr=lr, **given)
+    if name in ON_LOCAL_SHARDS and any(isinstance(parameter, DTensor) for parameter in trained):
         _step_on_local_shards(optimizer)
     return optimizer
 
@@ -107,9 +108,11 @@ def _local(value: Any) -> Any:
 
 
 def local_shard(parameter: Parameter) -> Tensor:
-    """This rank's shard of a parameter, sharing its memory, with the gradient's shard; the whole
-    parameter if it is not sharded."""
-    shard = _local(parameter).detach()
+    """This rank's shard of a parameter, sharing its memory, with the gradient's shard; one that is
+    not sharded as it is."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    shard = parameter.to_local().detach()
     if parameter.grad is not None:
         shard.grad = _local(parameter.grad)
     return shard
