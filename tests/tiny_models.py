@@ -84,6 +84,20 @@ def random_rows(num_rows: int = 3, vocab_size: int = 97) -> list[EncodedRow]:
     return [EncodedRow(ids(2 + i), ids(4 + 2 * i), ids(9 - 3 * i)) for i in range(num_rows)]
 
 
+def rows_of_other_numbers() -> list[EncodedRow]:
+    """A row, and rows that differ from it in one token, one border or one mask."""
+    row = EncodedRow([1, 2], [3, 4], [5])
+    return [
+        row,
+        row._replace(prompt_ids=[1, 3]),
+        row._replace(prompt_ids=[1], chosen_ids=[2, 3, 4]),
+        row._replace(rejected_ids=[6]),
+        row._replace(chosen_scored=[True, False]),
+        row._replace(chosen_scored=[False, True]),
+        row._replace(rejected_scored=[False]),
+    ]
+
+
 def save_tiny_model(
     folder: Path, *, model_type: str = "llama", seed: int = 0, **config: Any
 ) -> Path:

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from estimation import estimate, load, make_config, output_path, run, written_rows
 from exhaustion import no_more_files
 from ranks import run_on_ranks
-from tiny_models import save_tiny_model, text_rows, write_rows
+from tiny_models import rows_of_other_numbers, save_tiny_model, text_rows, write_rows
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -502,17 +502,9 @@ def test_shards_hold_the_longest_rows_first_and_give_them_back_in_file_order(tmp
 
 
 def test_rows_of_other_tokens_or_masks_are_not_those_that_were_scored():
-    row = EncodedRow([1, 2], [3, 4], [5])
-    others = [
-        row._replace(prompt_ids=[1, 3]),
-        row._replace(prompt_ids=[1], chosen_ids=[2, 3, 4]),
-        row._replace(rejected_ids=[6]),
-        row._replace(chosen_scored=[True, False]),
-        row._replace(chosen_scored=[False, True]),
-        row._replace(rejected_scored=[False]),
-    ]
-    digests = {rows_digest(rows) for rows in ([row], [row, row], *([other] for other in others))}
-    assert len(digests) == 2 + len(others)
+    rows = rows_of_other_numbers()
+    digests = {rows_digest(some) for some in (*([row] for row in rows), rows[:1] * 2)}
+    assert len(digests) == 1 + len(rows)
 
 
 def test_a_shard_of_pickled_objects_is_not_loaded(tmp_path):

@@ -17,6 +17,7 @@ from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping
 from tiny_models import (
     random_rows,
     read_metrics,
+    rows_of_other_numbers,
     save_dataset,
     save_tiny_model,
     text_rows,
@@ -24,7 +25,6 @@ from tiny_models import (
 )
 
 from fastpref import deadline
-from fastpref.batch import EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
 from fastpref.distributed import World
@@ -242,18 +242,10 @@ def test_no_damage_raises_or_gives_other_numbers(tmp_path):
 
 
 def test_rows_of_other_tokens_or_masks_have_other_keys():
-    row = EncodedRow([1, 2], [3, 4], [5])
-    others = [
-        row._replace(prompt_ids=[1, 3]),
-        row._replace(prompt_ids=[1], chosen_ids=[2, 3, 4]),
-        row._replace(rejected_ids=[6]),
-        row._replace(chosen_scored=[True, False]),
-        row._replace(chosen_scored=[False, True]),
-        row._replace(rejected_scored=[False]),
-    ]
-    digests = row_digests(EncodedColumns.of_rows([row, *others]))
+    rows = rows_of_other_numbers()
+    digests = row_digests(EncodedColumns.of_rows(rows))
     assert len(set(digests)) == len(digests)
-    whole = row._replace(chosen_scored=[True, True], rejected_scored=[True])
+    whole = rows[0]._replace(chosen_scored=[True, True], rejected_scored=[True])
     assert row_digests(EncodedColumns.of_rows([whole])) == digests[:1]
 
 
