@@ -20,13 +20,11 @@ from fastpref.train.updates import Updates, build_updates
 from fastpref.train.workload import Workload
 
 
-def place_of(world: World, *, recomputes: bool) -> str:
-    """Describes what decides how many tokens fit in memory: another start with the same text can
-    reuse the number."""
+def place_of(world: World) -> str:
+    """Describes the devices of a run."""
     device = world.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    keeps = "block inputs" if recomputes else "activations"
-    return f"{world.size} x {name}, {keeps} kept"
+    return f"{world.size} x {name}"
 
 
 def export_of(
@@ -86,7 +84,7 @@ class Parts(NamedTuple):
         if limit is None:
             state.max_tokens = self.work.layout.max_tokens
         state.chat_date = self.data.chat_date
-        state.place = place_of(world, recomputes=config.activation_checkpointing)
+        state.place = place_of(world)
         run_dir = open_run_dir(self.start, config.to_yaml(), world)
         log = open_log(
             run_dir,

@@ -57,13 +57,12 @@ def build_run(config: Config, world: World, start: Start, chat_date: str = "") -
         num_tokens=data.num_tokens,
     )
     fingerprints = fingerprints or data.fingerprints(config.model, world)
-    place = place_of(world, recomputes=config.activation_checkpointing)
     work = build_workload(
         objective,
         pair,
         training,
         world,
-        limit=config.packing.token_limit or start.state.tokens_found(place),
+        limit=config.packing.token_limit or start.tokens_found(place_of(world), asdict(config)),
         longest=data.longest,
     )
     return Parts(config, model, world, start, data, export, pair, work).assemble(fingerprints)

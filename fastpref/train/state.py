@@ -28,17 +28,17 @@ class RunState:
     seconds: float = 0.0
     """Wall time of earlier starts, in seconds."""
     max_tokens: int | None = None
-    """Tokens that a rank computes at once, if that was measured."""
+    """Tokens that a rank computes at once, if fastpref chose them."""
     place: str = ""
-    """The devices that it was measured on, see `place_of`."""
+    """The devices that it chose them for, see `place_of`."""
     chat_date: str = ""
     """Date of the first start, given to a chat template that prints it in all later ones."""
     guard: GuardState = field(default_factory=GuardState)
     """Counts of skipped steps."""
 
     def tokens_found(self, place: str) -> int | None:
-        """Tokens to compute at once, if measured on the same devices, where a resumed run then
-        divides its steps as before; else None."""
+        """Tokens to compute at once, if found on the same devices; else None. A resumed run then
+        divides its steps as before."""
         return self.max_tokens if self.place == place else None
 
     def to_json(self) -> dict[str, Any]:

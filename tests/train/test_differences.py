@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastpref.checkpoint.manifest import Checkpoint, Manifest
-from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig
+from fastpref.config import AdapterConfig, Config, DPOConfig, HeadConfig, ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.train.resume.comparison import FORMAT, check_record
 from fastpref.train.resume.differences import Difference, list_differences
@@ -36,6 +36,25 @@ def test_tokens_at_once_are_taken_over_only_where_they_were_found_out():
     assert state.tokens_found("1 x cuda, activations kept") == 4096
     assert state.tokens_found("2 x cuda, activations kept") is None
     assert RunState().tokens_found("") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"eval_every": 99, "n_examples": 99, "base_data_dir": "elsewhere"}, True),
+        ({"activation_checkpointing": True}, False),
+        ({"head": HeadConfig(workspace_mib=64)}, False),
+        ({"optimizer": "RMSprop"}, False),
+    ],
+)
+def test_tokens_at_once_are_taken_over_only_by_a_step_of_the_same_memory(change, fits):
+    state = RunState(step=1, examples=8, max_tokens=4096, place="2 x cuda")
+    record = {"state": state.to_json(), "options": options()}
+    start = Start(agreement=None, place=None, record=record)
+    assert start.tokens_found("2 x cuda", options(**change)) == (4096 if fits else None)
+    assert start.tokens_found("4 x cuda", options(**change)) is None
+    assert Start(agreement=None, place=None).tokens_found("2 x cuda", options()) is None
 
 
 def test_a_checkpoint_beyond_the_end_of_the_run_is_refused():

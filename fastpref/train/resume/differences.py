@@ -129,6 +129,11 @@ def effect_of(difference: Difference, schedule: str) -> str:
     return ""
 
 
+def may_change_memory(difference: Difference) -> bool:
+    """Whether a step may take more or less memory because of a difference."""
+    return not is_among(difference.key, (*WITHOUT_EFFECT, *BY_CONTENT, *LENGTH))
+
+
 def is_of_state(difference: Difference, *, adapted: bool) -> bool:
     """Whether the saved state does not fit a run with the new value, even if that is allowed.
 

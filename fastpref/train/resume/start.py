@@ -24,6 +24,7 @@ from fastpref.checkpoint.manifest import Checkpoint
 from fastpref.errors import CheckpointError
 from fastpref.model.scorer import TokenScorer
 from fastpref.train.resume.comparison import check_record, check_same_run
+from fastpref.train.resume.differences import list_differences, may_change_memory
 from fastpref.train.resume.origin import is_branch_of, origin_of, run_of, run_to_go_on_with
 from fastpref.train.run_folder import RunPlace, lock, names_in, took_no_step
 from fastpref.train.state import RunState
@@ -59,6 +60,18 @@ class Start:
     def unwritten(self) -> list[str]:
         """Lines of metrics that could not be written to their file when the run was saved."""
         return self.record.get("unwritten", [])
+
+    def tokens_found(self, place: str, options: dict[str, Any]) -> int | None:
+        """Tokens to compute at once, if the run that is resumed found this number on the same
+        devices and with the same options, as far as they change a step's memory; else None.
+
+        Args:
+            place: See `place_of`.
+            options: All options of this start.
+        """
+        differences = list_differences(self.record["options"], options) if self.record else []
+        changed = any(may_change_memory(difference) for difference in differences)
+        return None if changed else self.state.tokens_found(place)
 
     def check_length(self, num_steps: int) -> None:
         """Refuse a checkpoint of a step beyond the end of this run.
