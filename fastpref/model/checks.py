@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from fastpref.batch import Batch
 from fastpref.errors import (
@@ -216,6 +217,34 @@ def check_backward(scorer: TokenScorer) -> None:
         f"model.name_or_path: {title(model)} cannot be trained as it computes in "
         f"evaluation mode: {obstacle}"
     )
+
+
+@torch.no_grad()
+def check_lists(model: Any, path: LogitPath, block_name: str | None) -> None:
+    """Refuse to shard a trained model whose tokens call different modules of a list, such as
+    experts, with a torch that reduces the gradients of the called ones alone.
+
+    Raises:
+        ConfigError: ranks would sum gradients of different parameters.
+    """
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        return
+    with exact_arithmetic(model, block_name):
+        scorer = TokenScorer(model, path=path)
+        if not scorer.with_lists:
+            return
+        calls: list[set[str]] = []
+        for token in probe_ids(model, 16, 1).split(1):
+            with _outputs(model) as outputs:
+                _hidden_states(scorer, token, torch.ones_like(token))
+            calls.append({name for name, _ in outputs})
+    some_tokens = sorted(calls[0].union(*calls) - calls[0].intersection(*calls))
+    if some_tokens:
+        raise ConfigError(
+            f"model.name_or_path: only some tokens of {title(model)} pass through "
+            f"{some_tokens[0]}: sharding it over several ranks needs torch 2.13 or later, this is "
+            f"{torch.__version__}; train it on one rank, or with adapter=lora"
+        )
 
 
 def check_arithmetic(

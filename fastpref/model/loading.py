@@ -10,7 +10,7 @@ import torch
 from fastpref.config import ModelConfig
 from fastpref.distributed import World
 from fastpref.model.adapters.base import find_adapter_base
-from fastpref.model.checks import Findings, check_model
+from fastpref.model.checks import Findings, check_lists, check_model
 from fastpref.model.files.families import other_parts
 from fastpref.model.files.paths import ModelSource, named_model
 from fastpref.model.frozen import (
@@ -132,16 +132,24 @@ def starts_exactly_equal(
     return findings.repeats_exactly and stored_equal and rounds_alike
 
 
-def try_model(model: Any, config: ModelConfig, world: World, *, trainable: bool) -> Findings:
+def try_model(
+    model: Any, config: ModelConfig, world: World, *, trainable: bool, frozen: bool = False
+) -> Findings:
     """Check a model on rank 0 by computing a few tokens; the findings go to every rank.
 
+    Args:
+        trainable: False if it only scores.
+        frozen: Only adapters in it are trained.
+
     Raises:
-        FastprefError: it cannot be trained, see `check_model`.
+        FastprefError: it cannot be trained, see `check_model` and `check_lists`.
     """
     dtype = getattr(torch, config.compute_dtype)
     findings = world.on_main(
         lambda: check_model(model, dtype, config.block_name, trainable=trainable)
     )
+    if world.size > 1 and trainable and not frozen:
+        world.on_main(lambda: check_lists(model, findings.path, config.block_name))
     if findings.rounds_buffers:
         round_buffers(model, getattr(torch, config.compute_dtype))
     parts = other_parts(model)

@@ -61,7 +61,8 @@ def build_pair(
         model, start = load_frozen_base(options.model, world)
     else:
         model, start = load_causal_lm(options.model, world, trainable=True), None
-    findings = try_model(model, options.model, world, trainable=True)
+    frozen = options.adapter.trained
+    findings = try_model(model, options.model, world, trainable=True, frozen=frozen)
     compiled = choose_compilation(options.compile, model, world, num_tokens=num_tokens)
     rows = choose_rows(
         model,

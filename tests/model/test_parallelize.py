@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,15 @@ from ranks import run_on_ranks
 from tiny_models import build_family, build_model, random_rows
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.models.llama import modeling_llama
 
 from fastpref.batches.padded import pad_rows
+from fastpref.config import AdapterConfig, Config, DPOConfig, ModelConfig, PackingConfig
 from fastpref.distributed import init_world
+from fastpref.errors import ConfigError
+from fastpref.model.checks import check_lists
+from fastpref.model.logit_path import measure_logit_path
+from fastpref.model.pair import build_pair
 from fastpref.model.parallelize import parallelize, wrap_blocks
 from fastpref.model.scorer import TokenScorer
 
@@ -43,6 +50,7 @@ def scored(scorer, batch):
     return scores_N.detach(), grads, sum(kept.values())
 
 
+LLAMA_MLP = modeling_llama.LlamaMLP
 MAMBA = {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
 MODELS = {
     "llama": lambda: build_model("llama tied", num_hidden_layers=4, attention_dropout=0.5),
@@ -179,3 +187,59 @@ def test_ranks_whose_tokens_choose_other_experts_sum_the_gradients_of_one_rank(t
     grads = torch.load(tmp_path / "grads.pt")
     for name, parameter in scorer.named_parameters():
         torch.testing.assert_close(grads[name], 2 * parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+class TwoInARow(nn.Module):
+    """Modules in a list through which every token passes, as LongCat has them."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlps = nn.ModuleList([mlp, copy.deepcopy(mlp)])
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        return self.mlps[1](self.mlps[0](hidden_BLD))
+
+
+def test_lists_through_which_every_token_passes_are_sharded_by_any_torch(monkeypatch):
+    monkeypatch.delattr(FSDPModule, "set_reduce_scatter_unused_params", raising=False)
+    model = build_model("llama").eval()
+    model.model.layers[0].mlp = TwoInARow(model.model.layers[0].mlp)
+    check_lists(model, measure_logit_path(model), None)
+
+
+class ListedFamily(ListedExperts):
+    """The same in place of Llama's own."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(LLAMA_MLP(config), num_experts=16)
+
+
+def build_with_a_torch_that_sums_called_parameters(folder: Path) -> None:
+    if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        del FSDPModule.set_reduce_scatter_unused_params
+    modeling_llama.LlamaMLP = ListedFamily
+    world = init_world()
+
+    def build(kind: str) -> TokenScorer:
+        config = Config(
+            model=ModelConfig(name_or_path=str(folder), fsdp_policy_mp=None),
+            loss=DPOConfig(),
+            datasets=["planted"],
+            adapter=AdapterConfig(kind=kind, r=2, base="sharded"),
+        )
+        return build_pair(config.training, PackingConfig(), world, longest=32).policy
+
+    policy = build("lora")
+    policy(pad_rows([random_rows()[world.rank]], pad_token_id=0)).sum().backward()
+    policy.sum_gradients()
+    assert any(parameter.grad.any() for parameter in policy.trained())
+    with pytest.raises(
+        ConfigError, match=r"only some tokens of .*experts\.\d+.* needs torch 2\.13"
+    ):
+        build("none")
+    dist.destroy_process_group()
+
+
+def test_listed_experts_that_ranks_cannot_sum_are_refused_before_training(tmp_path):
+    build_with_listed_experts().model.save_pretrained(tmp_path)
+    run_on_ranks(build_with_a_torch_that_sums_called_parameters, 2, tmp_path)
