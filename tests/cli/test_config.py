@@ -262,6 +262,7 @@ def test_lists_and_null():
         ("transform.threshold_and_scale.max_val=-1.5", "scale.min_val must be < transform.thres"),
         ("transform.threshold_and_scale.min_scale=2", "min_scale must be < transform.threshold_"),
         ("transform.rank_based.max_scale=0.7", "rank_based.min_scale must be < transform.rank_"),
+        ("transform.paper.U=inf", "transform.paper.U must be finite, got inf"),
         ("transform.paper.k=0", "transform.paper.k must be > 0, got 0.0"),
         ("transform.paper.U=-0.5", "transform.paper.L must be < transform.paper.U"),
         ("transform.random.max_val=0.1", "random.min_val must be < transform.random.max_val"),

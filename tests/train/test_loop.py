@@ -457,6 +457,21 @@ def test_samples_of_policy_and_reference_are_written(base, tmp_path):
     assert_same_run(run_dir, plain)
 
 
+def test_samples_end_where_the_position_table_does(base, tmp_path):
+    save_tiny_model(base / "table", model_type="gpt2", max_position_embeddings=128)
+    config = make_config(
+        *(base, tmp_path / "run", "table", SFTConfig()),
+        sample_during_eval=True,
+        n_eval_model_samples=2,
+        n_examples=8,
+        do_first_eval=False,
+        # more than any row has, and than there are positions
+        max_length=160,
+    )
+    samples = (run(config) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(samples) == 2
+
+
 @pytest.mark.parametrize("loss", [DPOConfig, TDPOConfig])
 def test_a_reference_in_its_checkpoints_16_bits_changes_no_number(base, tmp_path, loss):
     model = AutoModelForCausalLM.from_pretrained(base / "tied", dtype=torch.bfloat16)
