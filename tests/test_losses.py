@@ -168,6 +168,7 @@ def test_a_beta_out_of_its_range_is_refused(loss, beta):
         (simpo_loss, "gamma", -1.0),
         (tdpo_loss, "alpha", -1.0),
         (tisdpo_loss, "alpha", math.nan),
+        (tisdpo_loss, "alpha", -1.0),
         (dpo_loss, "label_smoothing", None),
         (ipo_loss, "beta", None),
         (simpo_loss, "gamma", "1"),
@@ -210,6 +211,15 @@ def test_a_kl_without_weight_may_be_infinite(loss):
     expected = dpo_loss(*[torch.tensor([x]) for x in LOGPS], beta=0.1)[0]
     torch.testing.assert_close(losses, expected)
     assert leaves[0].grad.isfinite() and leaves[3].grad == 0
+
+
+@pytest.mark.parametrize("loss", [tdpo_loss, tisdpo_loss])
+def test_an_infinite_kl_with_a_weight_is_not_hidden(loss):
+    # the KL that each loss pushes down: of the rejected response, of the chosen one
+    kl = (0.3, math.inf) if loss is tdpo_loss else (math.inf, 0.3)
+    options = {"token_level": True} if loss is tisdpo_loss else {}
+    losses, *_ = loss(*[torch.tensor([x]) for x in (1.2, -0.8, *kl)], beta=0.1, **options)
+    assert losses.item() == math.inf
 
 
 def test_an_infinite_margin_is_a_loss_of_zero():

@@ -68,7 +68,7 @@ def test_a_padded_batch_has_a_row_for_each_sequence_and_is_one_token_without_any
     for rows, shape in (([], (1, 1)), ([EncodedRow([1, 2], [3, 4], [])], (1, 4))):
         batch = PaddedRows().build_rows(rows, pad_token_id=0)
         assert batch.input_ids.shape == batch.attention_mask.shape == shape
-        assert batch.attention_mask.all()
+        assert (batch.attention_mask == 1).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -1,5 +1,7 @@
 import functools
 import random
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpref.batches.order import GlobalOrder, compatible_shuffle_seeds
+from fastpref.config import DataConfig
 from fastpref.errors import ConfigError
+from fastpref.train.orders import build_eval_order, build_train_order
 
 GROUPS = np.array([0, 1, 0, 2, 3, 3, 3, 4, 5, 1, 6])
 SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=25)
@@ -179,6 +183,34 @@ def test_a_prompt_without_rows_keeps_its_place_in_a_compatible_order(repository)
     order = GlobalOrder(kept, seed=0, order=repository, num_prompts=12, **limits)
     visited = [kept[row] for step in range(order.num_steps) for row in order.batch(step)]
     assert visited == [row for [row] in expected if row not in left_out]
+
+
+@pytest.mark.parametrize("repository", ["dpo", "tdpo", "tisdpo"])
+def test_rows_of_a_run_and_held_out_ones_come_in_the_order_that_was_asked_for(repository):
+    split: Any = SimpleNamespace(groups=np.delete(np.arange(12), [0, 5]), num_prompts=12)
+    options, limits = DataConfig(order=repository), {"seed": 0, "batch_size": 3}
+    orders = [
+        build_train_order(split, options, n_epochs=1, n_examples=None, **limits),
+        build_eval_order(split, options, n_examples=10, **limits),
+    ]
+    expected = GlobalOrder(split.groups, order=repository, num_prompts=12, n_epochs=1, **limits)
+    for order in orders:
+        assert order.epoch_rows(0).tolist() == expected.epoch_rows(0).tolist()
+
+
+@pytest.mark.parametrize("shares", [None, [0.5, 0.5]], ids=["together", "mixed"])
+def test_a_run_ends_with_its_epochs_and_an_evaluation_with_the_held_out_rows(shares):
+    split: Any = SimpleNamespace(groups=np.arange(10), num_prompts=10, sizes=(6, 4))
+    limits = {"seed": 0, "batch_size": 3}
+    for drop_last, num_steps in ((True, 6), (False, 8)):
+        options = DataConfig(shares=shares, drop_last=drop_last)
+        for n_examples in (None, 99):
+            order = build_train_order(split, options, n_epochs=2, n_examples=n_examples, **limits)
+            assert order.num_steps == num_steps
+        # no row twice, and the last ones too
+        for n_examples, of_eval in ((99, 4), (4, 2)):
+            held_out = build_eval_order(split, options, n_examples=n_examples, **limits)
+            assert held_out.num_steps == of_eval
 
 
 def test_the_order_by_seed_does_not_know_of_prompts_without_rows():

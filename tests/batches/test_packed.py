@@ -177,12 +177,22 @@ def test_a_plan_holds_every_row_once_and_keeps_the_budget(
         assert part.rows.tolist() == same.rows.tolist()
 
 
-def test_equal_prompts_meet_in_one_micro_batch():
-    rows = [EncodedRow([i % 4 + 3] * 20, [7, 2], [8, 2]) for i in range(12)]
+# without regard to prompts, rows would be dealt in turn
+@pytest.mark.parametrize(("number", "in_a_row"), [(4, 1), (3, 2)])
+def test_equal_prompts_meet_in_one_micro_batch(number, in_a_row):
+    prompts = [i // in_a_row % number for i in range(12)]
+    rows = [EncodedRow([prompt + 3] * 20, [7, 2], [8, 2]) for prompt in prompts]
     plan = plan_step(EncodedColumns.of_rows(rows), max_tokens=60)
     for (part,) in plan:
-        assert len(part.rows) == 3 * len(set(part.prompts))
-    assert sum(part.num_tokens for (part,) in plan) == 4 * 20 + 12 * 2
+        assert len(part.rows) == 12 // number * len(set(part.prompts))
+    assert sum(part.num_tokens for (part,) in plan) == number * 20 + 12 * 2
+
+
+def test_a_prompt_is_counted_once_where_its_rows_meet_again():
+    # all three rows together are too large a piece for two ranks, so each is dealt by itself
+    columns = EncodedColumns.of_rows([EncodedRow([3] * 30, [7] * 5, [8] * 5)] * 3)
+    [of_ranks] = plan_step(columns, max_tokens=46, num_ranks=2)
+    assert [part.num_tokens for part in of_ranks] == [30 + 2 * 8, 30 + 8]
 
 
 def test_one_prompt_of_all_rows_keeps_every_rank_busy():

@@ -109,6 +109,16 @@ def test_every_transform_takes_the_parameters_of_its_block(method):
     assert len(transform_weights([0.3, -1.0, 2.0], method, **params)) == 3
 
 
+@pytest.mark.parametrize(("method", "label"), [("binary", "binary50"), ("rank_based", "")])
+def test_ties_reach_the_transform_and_the_name_of_the_run(method, label):
+    options = ["loss=tisdpo", f"transform.method={method}", "transform.binary.top_percent=50"]
+    plain, equal = read(*options), read(*options, f"transform.{method}.ties=equal")
+    assert "ties" not in plain.transform.params()
+    assert equal.transform.params() == plain.transform.params() | {"ties": "equal"}
+    assert plain.computed_exp_name().endswith(label)
+    assert equal.computed_exp_name() == f"{plain.computed_exp_name()}_ties"
+
+
 def test_printed_options_compose_to_the_same_config():
     config = read("loss=tisdpo", "optim.betas=[0.9,0.95]", "transform.binary.top_percent=50")
     printed = OmegaConf.create(config.to_yaml())
@@ -191,10 +201,17 @@ def test_lists_and_null():
     ("argument", "message"),
     [
         ("loss.beta=-1", "loss.beta must be > 0, got -1.0"),
+        ("lr=0", "lr must be > 0, got 0.0"),
         ("lr=-1e-6", "lr must be > 0"),
         ("lr=nan", "lr must be > 0 and finite, got nan"),
         ("lr=inf", "lr must be > 0 and finite, got inf"),
         ("max_grad_norm=-1", "max_grad_norm must be > 0"),
+        ("max_grad_norm=0", "max_grad_norm must be > 0"),
+        ("fsdp_port=0", "fsdp_port must be >= 1 and <= 65535, got 0"),
+        ("fsdp_port=65536", "fsdp_port must be >= 1 and <= 65535, got 65536"),
+        ("minimum_log_interval_secs=-1", "minimum_log_interval_secs must be >= 0"),
+        ("n_eval_examples=-1", "n_eval_examples must be >= 0"),
+        ("compile=yes", "compile must be one of auto, true, false, got 'yes'"),
         ("loss.alpha=-0.1", "loss.alpha must be >= 0"),
         ("warmup_steps=-1", "warmup_steps must be >= 0"),
         ("batch_size=0", "batch_size must be >= 1"),
@@ -205,6 +222,8 @@ def test_lists_and_null():
         (f"checkpoint.deadline={'9' * 400}:00:00", "deadline in hours must be <= 8784"),
         ("max_prompt_length=9999", r"max_prompt_length must be < max_length \(\d+\), got 9999"),
         ("seed=-1", r"seed must be >= 0"),
+        ("seed=4294967296", r"seed must be >= 0 and < 4294967296, got 4294967296"),
+        ("max_prompt_length=128", r"max_prompt_length must be < max_length \(128\), got 128"),
         ("n_epochs=null", "n_epochs and n_examples are both null"),
         ("datasets=[]", "datasets must name at least one"),
         ("task=trian", "task must be one of .*nearest: train"),
@@ -237,6 +256,14 @@ def test_lists_and_null():
             "workspace_mib must be >= 1 and <= 4398046511104",
         ),
         ("transform.binary.top_percent=0", "top_percent must be > 0 and <= 100"),
+        ("transform.binary.ties=equl", "binary.ties must be one of .*nearest: equal"),
+        ("transform.rank_based.ties=sed", "rank_based.ties must be one of .*nearest: seed"),
+        ("transform.threshold.upper_threshold=-1", "lower_threshold must be < transform.thresh"),
+        ("transform.threshold_and_scale.max_val=-1.5", "scale.min_val must be < transform.thres"),
+        ("transform.threshold_and_scale.min_scale=2", "min_scale must be < transform.threshold_"),
+        ("transform.rank_based.max_scale=0.7", "rank_based.min_scale must be < transform.rank_"),
+        ("transform.paper.U=inf", "transform.paper.U must be finite, got inf"),
+        ("transform.paper.k=0", "transform.paper.k must be > 0, got 0.0"),
         ("transform.paper.U=-0.5", "transform.paper.L must be < transform.paper.U"),
         ("transform.random.max_val=0.1", "random.min_val must be < transform.random.max_val"),
         ("task=estimate_weights", "weights.positive is required by task=estimate_weights"),
@@ -275,6 +302,14 @@ def test_lists_and_null():
 def test_values_out_of_range_are_refused_with_the_rule(argument, message):
     with pytest.raises(ConfigError, match=message):
         read(argument)
+
+
+def test_what_is_counted_from_one_is_refused_at_zero():
+    names = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "n_epochs")
+    names += ("n_examples", "n_eval_model_samples", "eval_every", "max_prompt_length", "max_length")
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name} must be >= 1, got 0"):
+            tiny_config(**{name: 0})
 
 
 def test_the_bounds_themselves_are_in_range():

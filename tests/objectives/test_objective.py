@@ -156,6 +156,32 @@ def test_a_difference_of_models_is_not_lost_in_long_responses():
         assert metrics["rewards/chosen"].item() == pytest.approx(expected, rel=1e-6), name
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "sft"])
+def test_a_loss_that_starts_at_log_two_is_that_of_equal_models(name):
+    objective = build_objective(CONFIGS[name])
+    batch = pad_rows(ROWS, pad_token_id=0)
+    logps_N = -torch.arange(1.0, 1 + len(batch.target))
+    zeros_N = torch.zeros_like(logps_N)
+    losses, _ = objective.losses(TokenScores(logps_N, logps_N, zeros_N), batch)
+    log_two = torch.full_like(losses, 2.0).log()
+    assert objective.starts_at_log_two == torch.allclose(losses, log_two)
+
+
+def test_rewards_compare_with_the_reference_also_where_the_loss_does_not():
+    batch = pad_rows(ROWS, pad_token_id=0)
+    generator = torch.Generator().manual_seed(0)
+    N = len(batch.target)
+    scores = TokenScores(
+        *(torch.randn(N, generator=generator) for _ in ("policy", "reference")), None
+    )
+    free, with_reference = (
+        build_objective(CONFIGS[name]).losses(scores, batch)[1]
+        for name in ("dpo reference_free", "dpo")
+    )
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        torch.testing.assert_close(free[name], with_reference[name], rtol=1e-5, atol=1e-6)
+
+
 def log_probabilities(model, rows) -> Tensor:
     """Of the scored tokens' positions (N, V), by transformers, one sequence after the other."""
     parts = []

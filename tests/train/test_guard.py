@@ -290,6 +290,34 @@ def step_of(number: int, loss: float) -> PendingStep:
     )
 
 
+def test_no_rows_are_named_but_those_of_the_micro_batch_whose_gradient_is_not_finite(
+    base, tmp_path, monkeypatch
+):
+    config = small_config(base, tmp_path / "run")
+    config.packing.max_tokens = "1"
+    add_gradients, calls = non_finite.add_gradients, []
+
+    def add(run: Any, *arguments: Any) -> Any:
+        result = add_gradients(run, *arguments)
+        calls.append(run)
+        if len(calls) == 2:
+            run.policy.trained()[0].grad[0] = INF
+        return result
+
+    monkeypatch.setattr(non_finite, "add_gradients", add)
+    world = init_world()
+    try:
+        with Agreement(world) as agreement:
+            run = build_run(config, world, find_start("never", run_place(config), agreement))
+            finding = non_finite.look_at(run, 0)
+            micro_batch = run.train.step(0, world).micro_batches[1]
+    finally:
+        dist.destroy_process_group()
+    [row] = run.train.order.batch(0)[micro_batch.rows]
+    assert len(calls) == 4
+    assert finding == ([], [run.train.data.places.name(int(row))])
+
+
 def train_on_rank(command: list[str], lines: list[int], out: Path) -> None:
     spoil(lines)
     started = time.monotonic()

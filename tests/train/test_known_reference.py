@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -30,6 +31,7 @@ from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, T
 from fastpref.distributed import World
 from fastpref.errors import LostRankError
 from fastpref.model.scorer import TokenScorer
+from fastpref.scoring import reference
 from fastpref.scoring.reference import ReferenceScoring
 from fastpref.scoring.row_cache import RowCache, row_digests
 from fastpref.train import known_reference
@@ -215,6 +217,24 @@ def test_a_signal_while_rows_are_scored_costs_none_that_are(
     assert len(scored_rows(tmp_path)) == len(set(scored_rows(tmp_path))) == SPLITS["train"]
 
 
+def test_a_kill_while_rows_are_scored_costs_no_more_than_a_file_of_them(
+    base, tmp_path, monkeypatch
+):
+    real, calls = ReferenceScoring._logps, []
+
+    def killed(self: ReferenceScoring, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise SystemExit(9)
+        return real(self, *args)
+
+    monkeypatch.setattr(ReferenceScoring, "_logps", killed)
+    monkeypatch.setattr(reference, "ROWS_OF_A_FILE", 16)
+    with pytest.raises(SystemExit):
+        run(cached(base, tmp_path, "run", "loss=dpo", "n_eval_examples=0"))
+    assert len(scored_rows(tmp_path)) == 16
+
+
 def test_a_deadline_is_kept_while_rows_are_scored(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(deadline, "seconds_since_start", lambda: 100.0)
     command = cached(base, tmp_path, "run", "loss=dpo", "n_eval_examples=0")
@@ -247,6 +267,8 @@ def test_rows_of_other_tokens_or_masks_have_other_keys():
     assert len(set(digests)) == len(digests)
     whole = rows[0]._replace(chosen_scored=[True, True], rejected_scored=[True])
     assert row_digests(EncodedColumns.of_rows([whole])) == digests[:1]
+    # nor does a mask of another row beside it matter
+    assert row_digests(EncodedColumns.of_rows(rows[:1])) == digests[:1]
 
 
 @pytest.mark.parametrize("less", ["digests", "logps"])
@@ -262,6 +284,18 @@ def test_a_file_whose_parts_do_not_fit_together_is_passed_over(tmp_path, caplog,
     damaged = RowCache(tmp_path)
     damaged.read(damaged.files(), set(row_digests(columns)))
     assert len(damaged) == 0 and "is damaged and passed over" in caplog.text
+
+
+def test_a_file_of_pickled_objects_is_passed_over(tmp_path, caplog):
+    np.savez(
+        tmp_path / "1.npz",
+        digests=np.zeros(16, np.uint8),
+        lengths=np.array([2]),
+        logps=np.array([-1.0, None]),
+    )
+    cache = RowCache(tmp_path)
+    cache.read(cache.files(), {bytes(16)})
+    assert len(cache) == 0 and "is damaged and passed over" in caplog.text
 
 
 def test_of_a_row_that_was_written_twice_the_older_numbers_count(tmp_path):
@@ -385,6 +419,23 @@ def test_a_reference_that_is_not_finite_is_named_with_its_row(base, tmp_path, ca
     assert "log-probability of nan at" in error and "train.jsonl:" in error
     assert ":chosen, token 1" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_before_one_that_is_not_finite_are_kept(base, tmp_path, capsys, monkeypatch):
+    real, calls = ReferenceScoring._logps, []
+
+    def broken(self: ReferenceScoring, *args: Any) -> Any:
+        parts = real(self, *args)
+        calls.append(parts)
+        if len(calls) == 2:
+            parts[-1][-1] = float("-inf")
+        return parts
+
+    monkeypatch.setattr(ReferenceScoring, "_logps", broken)
+    assert run(cached(base, tmp_path, "run", "loss=dpo", "n_eval_examples=0")) == 4
+    assert re.search(r"log-probability of -inf at \S+:rejected, token", capsys.readouterr().err)
+    # of the first of three steps
+    assert len(scored_rows(tmp_path)) == 8
 
 
 def test_what_cannot_be_kept_is_refused_and_auto_keeps_it_not(base, tmp_path, capsys):

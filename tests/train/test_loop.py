@@ -34,8 +34,10 @@ from fastpref.config import (
 )
 from fastpref.distributed import init_world
 from fastpref.errors import ConfigError
+from fastpref.signals import StopRequest
 from fastpref.train import loop
 from fastpref.train.build import build_run
+from fastpref.train.evaluation import evaluate
 from fastpref.train.logs import metrics
 from fastpref.train.resume.start import find_start
 from fastpref.train.run_folder import run_place
@@ -323,6 +325,33 @@ def test_without_evaluations_nothing_is_said_of_their_interval(base, tmp_path, c
         assert len(said) == bool(n_eval_examples)
 
 
+def test_an_evaluation_is_the_mean_over_every_held_out_row(base, tmp_path):
+    config = make_config(base, tmp_path / "run", loss=SFTConfig(), eval_batch_size=4)
+    world = init_world()
+    try:
+        parts = build_run(config, world, find_start("never", run_place(config), Agreement(world)))
+        with StopRequest() as stop:
+            record = evaluate(parts, stop)
+    finally:
+        dist.destroy_process_group()
+    assert parts.eval is not None and record is not None
+    model, losses, num_tokens = AutoModelForCausalLM.from_pretrained(base / "tied"), [], 0
+    rows = parts.eval.data.dataset
+    for prompt, chosen in zip(rows["prompt_ids"], rows["chosen_ids"], strict=True):
+        ids = torch.tensor([[*prompt, *chosen]])
+        with torch.no_grad():
+            logps = model(ids).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
+        losses.append(-logps.gather(1, torch.tensor(chosen)[:, None]).sum().item())
+        num_tokens += ids.numel()
+    # the last batch has fewer rows than the others
+    assert len(rows) % 4
+    assert record["loss/eval"] == pytest.approx(sum(losses) / len(rows), rel=1e-5)
+    assert record["logps_eval/chosen"] == pytest.approx(-record["loss/eval"], rel=1e-6)
+    tokens_of_row = record["tokens_per_second"] / record["examples_per_second"]
+    assert tokens_of_row == pytest.approx(num_tokens / len(rows))
+    assert read_metrics(parts.run_dir, "eval") == [record]
+
+
 def test_a_loss_without_reference_loads_one_model(base, tmp_path):
     config = make_config(base, tmp_path / "run", loss=SimPOConfig())
     world = init_world()
@@ -426,6 +455,21 @@ def test_samples_of_policy_and_reference_are_written(base, tmp_path):
     # untrained, the policy is the reference: one seed, one sample
     assert all(sample["policy"] == sample["reference"] for sample in samples[:3])
     assert_same_run(run_dir, plain)
+
+
+def test_samples_end_where_the_position_table_does(base, tmp_path):
+    save_tiny_model(base / "table", model_type="gpt2", max_position_embeddings=128)
+    config = make_config(
+        *(base, tmp_path / "run", "table", SFTConfig()),
+        sample_during_eval=True,
+        n_eval_model_samples=2,
+        n_examples=8,
+        do_first_eval=False,
+        # more than any row has, and than there are positions
+        max_length=160,
+    )
+    samples = (run(config) / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(samples) == 2
 
 
 @pytest.mark.parametrize("loss", [DPOConfig, TDPOConfig])
