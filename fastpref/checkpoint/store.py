@@ -29,7 +29,7 @@ from fastpref.checkpoint.manifest import Checkpoint, add_metrics
 from fastpref.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot
 from fastpref.checkpoint.writer import write_checkpoint
 from fastpref.complete_files import writing
-from fastpref.errors import CheckpointError, WritingMemoryError
+from fastpref.errors import CheckpointError, WritingMemoryError, is_shortage
 
 logger = logging.getLogger("fastpref")
 
@@ -205,9 +205,8 @@ class CheckpointStore:
                     aside = set_aside(path)
                     logger.warning("%s is not what this run goes on from: now %s", path, aside.name)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be used for checkpoints: {error}"
-            ) from error
+            kind = WritingMemoryError if is_shortage(error) else CheckpointError
+            raise kind(f"{self.folder} cannot be used for checkpoints: {error}") from error
 
     def _check_is_shared(self) -> None:
         """Refuse a folder that is not the same one on all ranks: each writes its shards there."""
