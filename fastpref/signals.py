@@ -134,7 +134,7 @@ def quit_saying(error: FastprefError) -> None:
     os._exit(error.exit_code)
 
 
-def die(number: int, _: FrameType | None = None) -> None:
+def die(number: int) -> None:
     """Apply a signal's default action, which ends the process."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
