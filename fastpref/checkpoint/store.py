@@ -280,8 +280,8 @@ class CheckpointStore:
         *,
         standstill_seconds: float,
         write_started: float,
+        error: CheckpointError | None,
         num_bytes: int = 0,
-        error: CheckpointError | None = None,
     ) -> None:
         self._reports.put(
             SaveReport(

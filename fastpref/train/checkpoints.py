@@ -197,7 +197,7 @@ def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
     return mode == "async" or (mode == "auto" and fits)
 
 
-def best_by(metric: str | None, *, since: int = 0) -> Best | None:
+def best_by(metric: str | None, *, since: int) -> Best | None:
     """How the best checkpoint is chosen, by the name of a metric; None: no best one is kept.
 
     Args:
