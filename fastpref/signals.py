@@ -22,6 +22,7 @@ from fastpref.errors import (
     FastprefError,
     InterruptionError,
     PreemptionError,
+    WritingMemoryError,
     error_text,
 )
 
@@ -33,9 +34,10 @@ logger = logging.getLogger("fastpref")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Ctrl-C; a scheduler that takes the machine away; its advance warning; a terminal that is closed
 or loses its connection."""
-DEADLINE, NON_FINITE, FAILURE = 253, 254, 255
+DEADLINE, NON_FINITE, FAILURE, SHORTAGE = 253, 254, 255, 256
 """Reasons to stop besides signals, above their numbers: `checkpoint.deadline` is near, steps are
-no longer applied because one was not finite, a rank cannot write a file."""
+no longer applied because one was not finite, a rank cannot write a file, a rank cannot for want of
+memory or file descriptors."""
 REPEATED = (signal.SIGHUP,)
 """Signals that come twice for one event: from the system, and from the shell that it ends."""
 SAME_REQUEST_SECONDS = 2.0
@@ -132,7 +134,7 @@ def quit_saying(error: FastprefError) -> None:
     os._exit(error.exit_code)
 
 
-def die(number: int, _: FrameType | None = None) -> None:
+def die(number: int) -> None:
     """Apply a signal's default action, which ends the process."""
     signal.signal(number, signal.SIG_DFL)
     signal.raise_signal(number)
@@ -199,7 +201,7 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether this process was asked to stop; other ranks may not know of it yet."""
         self._look_at_the_clock()
-        return bool(self._received or self._asked or self._agreed or self._failure)
+        return bool(self._own_reason or self._agreed)
 
     def ask(self, reason: int) -> None:
         """Ask all ranks to stop for a reason other than a signal, such as `NON_FINITE`."""
@@ -223,8 +225,14 @@ class StopRequest:
 
     def _agree(self, world: "World") -> None:
         # kept apart from `_received`: this rank's signal may come after another rank's
-        own = FAILURE if self._failure else max(self._asked, self._received)
-        self._agreed = world.agree_max(own)
+        self._agreed = world.agree_max(self._own_reason)
+
+    @property
+    def _own_reason(self) -> int:
+        """Why this rank asks all ranks to stop; 0: it does not."""
+        if self._failure is None:
+            return max(self._asked, self._received)
+        return SHORTAGE if isinstance(self._failure, WritingMemoryError) else FAILURE
 
     @contextmanager
     def if_unwritable(self) -> Iterator[None]:
@@ -243,13 +251,15 @@ class StopRequest:
         """Raise the error of the stop that the ranks agreed on, if any; it says what was saved.
 
         Raises:
-            CheckpointError: a file could not be written.
+            CheckpointError: a file could not be written; WritingMemoryError for want of memory or
+                file descriptors.
             InterruptionError: it was SIGINT.
             PreemptionError: it was another signal, or the deadline.
         """
-        if self._failure or self._agreed == FAILURE:
+        if self._agreed >= FAILURE:
             cause = self._failure or "rank 0 cannot write to the run folder"
-            raise CheckpointError(f"{cause}; {what_is_saved}")
+            kind = WritingMemoryError if self._agreed == SHORTAGE else CheckpointError
+            raise kind(f"{cause}; {what_is_saved}")
         if self._agreed:
             raise stop_error(self._agreed, what_is_saved)
 

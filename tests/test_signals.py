@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from exhaustion import no_more_files
 
+from fastpref.complete_files import append_whole
 from fastpref.deadline import Deadline
-from fastpref.errors import CheckpointError, InterruptionError, PreemptionError
+from fastpref.errors import (
+    CheckpointError,
+    InterruptionError,
+    PreemptionError,
+    WritingMemoryError,
+)
 from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
 from fastpref.train.sampling import StopOnSignal
 
@@ -201,6 +208,20 @@ def test_what_cannot_be_written_asks_to_stop_before_any_signal():
     with StopRequest() as stop, pytest.raises(CheckpointError, match="rank 0 cannot write"):
         assert stop.agreed(World(other=255))
         stop.raise_saying("saved")
+
+
+def test_a_file_that_memory_could_not_write_ends_all_ranks_with_the_code_of_that(tmp_path):
+    with StopRequest() as stop:
+        with stop.if_unwritable(), no_more_files():
+            append_whole(tmp_path / "metrics.jsonl", "{}\n")
+        said = []
+        other = World()
+        other.agree_max = lambda value: said.append(value) or value
+        with pytest.raises(WritingMemoryError, match="Too many open files; saved") as own:
+            stop.raise_if_requested("saved", other)
+    with StopRequest() as stop, pytest.raises(WritingMemoryError, match="rank 0 cannot") as others:
+        stop.raise_if_requested("saved", World(other=said[0]))
+    assert own.value.exit_code == others.value.exit_code == 6
 
 
 def test_handlers_are_put_back_even_those_that_python_does_not_know():

@@ -5,7 +5,7 @@ digest of itself, so a file that is missing, truncated or altered is found and n
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,9 +155,8 @@ def check_files(folder: Path, manifest: Manifest, *, digests: bool = True) -> No
         raise CheckpointError("; ".join(problems))
 
 
-def digest_files(paths: Iterable[Path]) -> dict[str, FileEntry]:
+def digest_files(paths: Collection[Path]) -> dict[str, FileEntry]:
     """Sizes and digests of existing files, by file name."""
-    paths = list(paths)
     with ThreadPoolExecutor(READERS) as threads:
         return {
             path.name: entry for path, entry in zip(paths, threads.map(_digest, paths), strict=True)

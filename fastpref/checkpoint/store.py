@@ -29,7 +29,7 @@ from fastpref.checkpoint.manifest import Checkpoint, add_metrics
 from fastpref.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot
 from fastpref.checkpoint.writer import write_checkpoint
 from fastpref.complete_files import writing
-from fastpref.errors import CheckpointError, WritingMemoryError
+from fastpref.errors import CheckpointError, WritingMemoryError, is_shortage
 
 logger = logging.getLogger("fastpref")
 
@@ -103,12 +103,12 @@ class CheckpointStore:
         self._bug: BaseException | None = None
         # steps whose checkpoints are in the folder already
         self._saved: set[int] = set()
-        self._newest = -1
+        newest = -1
         if resumed_from and self._is_here(resumed_from.folder):
-            self._newest = resumed_from.step
+            newest = resumed_from.step
             if step_of(resumed_from.folder) is not None:
-                self._saved.add(resumed_from.step)
-        agreement.on_main(self._open)
+                self._saved.add(newest)
+        agreement.on_main(lambda: self._open(newest))
         if agreement.size > 1:
             self._check_is_shared()
 
@@ -193,21 +193,20 @@ class CheckpointStore:
         self._join()
         return self.poll()
 
-    def _open(self) -> None:
-        """Rank 0: create the folder, and set aside checkpoints that are not of this run's
-        history."""
+    def _open(self, newest: int) -> None:
+        """Rank 0: create the folder, and set aside checkpoints that are not of this run's history,
+        which ends with step `newest`; -1: it has none here."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             clear_leftovers(self.folder)
             for path in step_folders(self.folder):
                 step = step_of(path) or 0
-                if step >= self._newest and step not in self._saved:
+                if step >= newest and step not in self._saved:
                     aside = set_aside(path)
                     logger.warning("%s is not what this run goes on from: now %s", path, aside.name)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.folder} cannot be used for checkpoints: {error}"
-            ) from error
+            kind = WritingMemoryError if is_shortage(error) else CheckpointError
+            raise kind(f"{self.folder} cannot be used for checkpoints: {error}") from error
 
     def _check_is_shared(self) -> None:
         """Refuse a folder that is not the same one on all ranks: each writes its shards there."""
@@ -281,8 +280,8 @@ class CheckpointStore:
         *,
         standstill_seconds: float,
         write_started: float,
+        error: CheckpointError | None,
         num_bytes: int = 0,
-        error: CheckpointError | None = None,
     ) -> None:
         self._reports.put(
             SaveReport(

@@ -108,7 +108,7 @@ class Repetition:
         return results
 
     def _lower(self, size: int, error: Exception) -> None:
-        half = min(size // 2, self.limit or size)
+        half = size // 2
         if not half:
             raise MemoryExhaustedError(
                 "out of memory in a single row; a smaller max_length, "

@@ -6,7 +6,7 @@ No second model is held in memory, and no training step runs a reference forward
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,12 +16,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastpref.batches.columns import EncodedColumns
 from fastpref.batches.loader import Loader, StepBatches
 from fastpref.batches.prefetch import prefetch
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
+from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
 from fastpref.model.own_reference import beginning_of
 from fastpref.model.scorer import TokenScorer
@@ -77,8 +77,6 @@ class ReferenceScoring:
     about: dict[str, Any]
     """Description, for people, of the model and settings that the cache belongs to."""
     deadline: Deadline
-    await_device: Callable[[], None] = lambda: None
-    """Called before results are copied from the device."""
 
     def complete(self, visits: Sequence[tuple[Loader, Sequence[Visit]]]) -> None:
         """Score and save every row that is missing.
@@ -174,9 +172,9 @@ class ReferenceScoring:
             scored = torch.from_numpy(columns.responses(micro_batch.rows).flat())
             logps[scored.to(world.device)] = part_N
         world.sum(logps)
-        self.await_device()
+        await_device(world)
         values = logps.cpu().numpy()
-        self._check(loader, visit, columns, values)
+        self._check(loader, visit, step, values)
         self.cache.add(columns, values)
 
     def _logps(self, step: StepBatches) -> list[Tensor]:
@@ -190,7 +188,7 @@ class ReferenceScoring:
         return parts
 
     def _check(
-        self, loader: Loader, visit: Visit, columns: EncodedColumns, logps: NDArray[np.float32]
+        self, loader: Loader, visit: Visit, step: StepBatches, logps: NDArray[np.float32]
     ) -> None:
         """Refuse NaN and infinity, with the same outcome on every rank."""
         if np.isfinite(logps).all():
@@ -198,7 +196,7 @@ class ReferenceScoring:
         self._save()
         for i, row in enumerate(visit.rows.tolist()):
             for side in ("chosen", "rejected"):
-                of_side = getattr(columns, side).take(np.array([i])).flat()
+                of_side = getattr(step.columns, side).take(np.array([i])).flat()
                 wrong = np.flatnonzero(~np.isfinite(logps[of_side]))
                 if len(wrong):
                     raise CheckpointError(

@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from fastpref.checkpoint.folders import CHECKPOINTS, Best
 from fastpref.checkpoint.size import estimate_bytes, free_bytes
 from fastpref.checkpoint.store import CheckpointStore, SaveReport
-from fastpref.config import CheckpointConfig
 from fastpref.deadline import Deadline, clock_time
 from fastpref.errors import CheckpointError, WritingMemoryError
 from fastpref.host import available_to_rank
@@ -34,16 +33,12 @@ class Checkpoints:
     Args:
         run: The run whose state is saved.
         store: Where checkpoints are written.
-        options: When to save.
         deadline: Is told how long a save takes.
     """
 
-    def __init__(
-        self, run: Run, store: CheckpointStore, options: CheckpointConfig, deadline: Deadline
-    ) -> None:
+    def __init__(self, run: Run, store: CheckpointStore, deadline: Deadline) -> None:
         self._run = run
         self._store = store
-        self._options = options
         self._deadline = deadline
         self._newest: SaveReport | None = None
         # step of the best evaluation, and the best value before it
@@ -65,7 +60,7 @@ class Checkpoints:
             evaluation: Metrics of an evaluation after this step; None if there was none.
             stop: Is told of a file that cannot be written.
         """
-        state, every = self._run.state, self._options.every
+        state, every = self._run.state, self._run.config.checkpoint.every
         self._hear(self._store.poll())
         is_best = evaluation is not None and self._is_best(evaluation)
         if state.step == self._run.train.order.num_steps:
@@ -185,7 +180,7 @@ def open_checkpoints(run: Run, deadline: Deadline) -> Iterator[Checkpoints]:
         best=best_by(options.keep_best, since=run.state.best_since),
         resumed_from=run.start.checkpoint,
     ) as store:
-        yield Checkpoints(run, store, options, deadline)
+        yield Checkpoints(run, store, deadline)
 
 
 def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
@@ -202,7 +197,7 @@ def writes_beside(mode: str, num_bytes: int, *, pinned: bool) -> bool:
     return mode == "async" or (mode == "auto" and fits)
 
 
-def best_by(metric: str | None, *, since: int = 0) -> Best | None:
+def best_by(metric: str | None, *, since: int) -> Best | None:
     """How the best checkpoint is chosen, by the name of a metric; None: no best one is kept.
 
     Args:

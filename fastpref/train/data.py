@@ -103,8 +103,8 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
         log_mix(train_order, config.datasets)
         if train_order.warning:
             logger.warning(train_order.warning)
-    template = options.encode.chat_template
-    digests = take_digests((train, held_out), (tokenizer, template), world)
+    texts = tokenizer, options.encode.chat_template
+    digests = take_digests((train, held_out), texts, world)
     eval_order = None
     if held_out is not None:
         eval_order = build_eval_order(
@@ -114,7 +114,6 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
             batch_size=config.eval_batch_size,
             n_examples=config.n_eval_examples,
         )
-    texts = tokenizer, template
     return Data(train, train_order, held_out, eval_order, *texts, digests, chat_date, twin)
 
 

@@ -4,7 +4,6 @@ them to the rows."""
 import hashlib
 import json
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,6 @@ from fastpref.data.cache import code_digest
 from fastpref.deadline import Deadline
 from fastpref.distributed import World
 from fastpref.errors import CheckpointError
-from fastpref.heartbeat import await_device
 from fastpref.memory.repetition import Repetition
 from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring, first_visits
@@ -96,7 +94,6 @@ def know_reference(
         about={"model": origin.model.name_or_path, **facts},
         # no time is reserved for the save: writing the rows is quick
         deadline=Deadline(deadline_seconds),
-        await_device=partial(await_device, world),
     )
     scoring.complete(visits)
     train, held_out = loaders

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from fastpref.checkpoint.state import local_part
 from fastpref.checks import hint
 from fastpref.config import TrainingOptions
 from fastpref.errors import ConfigError
@@ -81,7 +82,7 @@ def _step_on_local_shards(optimizer: Optimizer) -> None:
         for parameter, shard in lent:
             if parameter in optimizer.state:
                 state = optimizer.state.pop(parameter)
-                optimizer.state[shard] = {name: _local(value) for name, value in state.items()}
+                optimizer.state[shard] = {name: local_part(value) for name, value in state.items()}
                 states.update(zip(optimizer.state[shard].values(), state.values(), strict=True))
 
     @torch.no_grad()
@@ -103,18 +104,14 @@ def _step_on_local_shards(optimizer: Optimizer) -> None:
     optimizer.register_step_post_hook(give_back)
 
 
-def _local(value: Any) -> Any:
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def local_shard(parameter: Parameter) -> Tensor:
     """This rank's shard of a parameter, sharing its memory, with the gradient's shard; one that is
     not sharded as it is."""
     if not isinstance(parameter, DTensor):
         return parameter
-    shard = parameter.to_local().detach()
+    shard = local_part(parameter)
     if parameter.grad is not None:
-        shard.grad = _local(parameter.grad)
+        shard.grad = local_part(parameter.grad)
     return shard
 
 

@@ -42,7 +42,7 @@ class RunState:
         return self.max_tokens if self.place == place else None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"guard": list(self.guard)}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunState":

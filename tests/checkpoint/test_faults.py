@@ -285,8 +285,16 @@ def test_a_file_where_the_folder_should_be_is_reported(world, agreement, tmp_pat
         (tmp_path / "checkpoints").write_text("")
         store.save(1, *training.parts, record={})
         assert "File exists" in store.wait()[0].error
-    with pytest.raises(CheckpointError, match="cannot be used for checkpoints"):
+    with pytest.raises(CheckpointError, match="cannot be used for checkpoints") as raised:
         store_in(tmp_path, agreement)
+    assert raised.value.exit_code == 4
+
+
+def test_a_folder_that_no_descriptor_is_left_for_ends_with_the_code_of_memory(agreement, tmp_path):
+    message = "cannot be used for checkpoints: .*Too many open files"
+    with pytest.raises(CheckpointError, match=message) as raised, no_more_files():
+        store_in(tmp_path, agreement)
+    assert raised.value.exit_code == 6
 
 
 def test_a_disk_without_room_is_found_out_before_anything_is_written(world, agreement, small_disk):

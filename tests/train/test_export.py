@@ -206,6 +206,14 @@ def test_a_float32_export_holds_every_bit_and_a_checkpoint_s_is_rounded_once(bas
         assert torch.equal(weight, exact[name]), name
 
 
+def test_a_damaged_file_that_may_hold_the_template_is_refused_before_training(tmp_path):
+    source = save_tiny_model(tmp_path / "source")
+    (source / "processor_config.json").write_text('{"chat_template": "old')
+    message = r"model: processor_config\.json cannot be read as JSON: Unterminated"
+    with pytest.raises(CheckpointError, match=message):
+        export(source, tmp_path / "run", chat_template=TEMPLATE)
+
+
 def export(name, run_dir, *, chat_template=None, **options) -> Path:
     """A model as a folder, untrained."""
     model = ModelConfig(name_or_path=str(name), **options)

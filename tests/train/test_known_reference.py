@@ -34,7 +34,6 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.scoring import reference
 from fastpref.scoring.reference import ReferenceScoring
 from fastpref.scoring.row_cache import RowCache, row_digests
-from fastpref.train import known_reference
 
 SPLITS = {"train": 24, "test": 10}
 LOSSES = {
@@ -400,7 +399,7 @@ def test_no_number_is_fetched_from_a_gpu_that_waits_for_a_lost_rank(
     def lost(world: World) -> None:
         raise LostRankError("a GPU waits, with no word of rank 1")
 
-    monkeypatch.setattr(known_reference, "await_device", lost)
+    monkeypatch.setattr(reference, "await_device", lost)
     assert run(cached(base, tmp_path, "run", "loss=dpo")) == 7
     assert "no word of rank 1" in capsys.readouterr().err
 

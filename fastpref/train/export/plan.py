@@ -152,10 +152,17 @@ def _save_tokenizer(tokenizer: Any, chat_template: str | None) -> dict[str, byte
 
 
 def _with_template(files: Mapping[str, bytes], chat_template: str | None) -> dict[str, bytes]:
-    """The files, with the chat template replaced in those that hold one, such as a processor's."""
+    """The files, with the chat template replaced in those that hold one, such as a processor's.
+
+    Raises:
+        CheckpointError: it cannot be told whether a file holds one.
+    """
     replaced = dict(files)
     for name, data in files.items() if chat_template is not None else ():
-        fields = json.loads(data) if name.endswith(".json") else None
+        try:
+            fields = json.loads(data) if name.endswith(".json") else None
+        except ValueError as error:
+            raise CheckpointError(f"model: {name} cannot be read as JSON: {error}") from None
         if isinstance(fields, dict) and "chat_template" in fields:
             replaced[name] = json_bytes(fields | {"chat_template": chat_template})
     return replaced

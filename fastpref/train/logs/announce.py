@@ -19,7 +19,7 @@ def announce(
     datasets: Sequence[str],
     transform: TransformConfig,
     *,
-    adapters: bool = False,
+    adapters: bool,
 ) -> None:
     """Log what the run will do, and warn of what a user may not expect."""
     logger.info(

@@ -83,7 +83,7 @@ def summarize(records: Sequence[Record], run_dir: Path, seconds: float) -> str:
         starts, ends = lines[0]["step"] == 0, lines[-1]["step"] > 0
         if ends and steps and lines[-1]["step"] < steps[-1]["step"]:
             after = f"after {lines[-1]['examples']:,} examples"
-    table = Table(title=f"{run_dir.name}", title_justify="left")
+    table = Table(title=run_dir.name, title_justify="left")
     for column in ("", "before", after):
         table.add_column(column, justify="left" if not column else "right")
     for key, found in by_metric(records, kind).items():

@@ -64,7 +64,7 @@ def _check_login() -> None:
 
 
 def build_trackers(
-    options: TrackerOptions, run_dir: Path, run_options: dict[str, Any], examples: int = 0
+    options: TrackerOptions, run_dir: Path, run_options: dict[str, Any], examples: int
 ) -> list[Tracker]:
     """Start the trackers that are enabled.
 

@@ -14,16 +14,8 @@ WITHOUT_EFFECT = (
     *("eval_every", "eval_batch_size", "n_eval_examples", "do_first_eval"),
     *("sample_during_eval", "n_eval_model_samples", "minimum_log_interval_secs"),
     *("fsdp_port", "checkpoint", "resume", "parallel", "on_nonfinite", "wandb", "tensorboard"),
-    *(
-        "weights",
-        "stages",
-        "plan",
-        "data.cache_dir",
-        "data.num_proc",
-        "reference.cache_dir",
-        "model.save_dtype",
-        "adapter.merge",
-    ),
+    *("weights", "stages", "plan", "data.cache_dir", "data.num_proc", "reference.cache_dir"),
+    *("model.save_dtype", "adapter.merge"),
 )
 """Options and groups of options that no update depends on."""
 ROUNDING = (

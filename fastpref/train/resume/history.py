@@ -14,9 +14,7 @@ logger = logging.getLogger("fastpref")
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
-def bring_history(
-    source: Path, run_dir: Path, state: RunState, unwritten: Sequence[str] = ()
-) -> None:
+def bring_history(source: Path, run_dir: Path, state: RunState, unwritten: Sequence[str]) -> None:
     """Write the metrics and samples up to the checkpoint to the folder of the resumed run.
 
     Lines that a failed start wrote after its last checkpoint are dropped, and computed again.
