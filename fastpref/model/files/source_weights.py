@@ -167,9 +167,7 @@ def group_names(names: Iterable[str], others: Iterable[str]) -> dict[str, list[s
 
 def _first_names(model: Any) -> dict[str, str]:
     """Map every name of a model's tensors to the first name of the same tensor, if it is tied."""
-    firsts: dict[Any, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        firsts.setdefault(parameter, name)
+    firsts = {parameter: name for name, parameter in model.named_parameters()}
     same = {name: firsts[x] for name, x in model.named_parameters(remove_duplicate=False)}
     return {name: same.get(name, name) for name in model.state_dict()}
 
