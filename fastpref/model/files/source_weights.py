@@ -239,7 +239,8 @@ def open_files(source: ModelSource) -> SourceWeights:
         return SourceWeights(found, ())
     modules = {_module(name) for name, weight in found.items() if weight.dtype is None}
     packed = tuple(name for name in found if _module(name) in modules)
-    return SourceWeights({name: x for name, x in found.items() if name not in packed}, packed)
+    rest = {name: x for name, x in found.items() if _module(name) not in modules}
+    return SourceWeights(rest, packed)
 
 
 def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
