@@ -50,6 +50,8 @@ def given_config(folder: str) -> Any:
             folder, f"has init_lora_weights={config.init_lora_weights}, which moved its base"
         )
     config.inference_mode = False
+    # the run's own option decides what is dropped, and where nothing is trained, nothing is
+    config.lora_dropout = 0.0
     # its values are loaded
     config.init_lora_weights = True
     return config
