@@ -264,6 +264,8 @@ def _in_pickles(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
     for path in pickle_files(folder):
         for name, weight in load_pickle(path).items():
+            if not isinstance(weight, Tensor):
+                continue
             dtype = weight.dtype if weight.dtype in DTYPES.values() else None
             found[name] = FileWeight(weight.cpu, weight.nbytes, dtype)
     return found
