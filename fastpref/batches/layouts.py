@@ -34,7 +34,7 @@ class RowLayout(Protocol):
         """Maximum tokens per micro-batch; exceeded only by rows that cannot be divided."""
 
     @property
-    def shares_prompts(self) -> bool:
+    def share_prompt(self) -> bool:
         """Whether both responses of a pair attend to one copy of its prompt."""
 
     @property
@@ -95,10 +95,6 @@ class PackedRows:
     @property
     def name(self) -> str:
         return "packed, prompts shared" if self.share_prompt else "packed"
-
-    @property
-    def shares_prompts(self) -> bool:
-        return self.share_prompt
 
     @property
     def repeats_prompts(self) -> bool:
@@ -181,7 +177,7 @@ class PaddedRows:
     max_tokens: int = CPU_TOKENS
     """Maximum tokens per micro-batch, padding included."""
     name: ClassVar[str] = "padded"
-    shares_prompts: ClassVar[bool] = False
+    share_prompt: ClassVar[bool] = False
     """Always False: every sequence is a row of its own."""
     repeats_prompts: ClassVar[bool] = False
 

@@ -63,7 +63,6 @@ class MixedOrder(GlobalOrder):
         assert all(len(rows) for rows in self._members), "a source without rows"
         self._prompt_rows = [rows_by_prompt(groups[rows])[1] for rows in self._members]
         weights = whole_weights(shares)
-        self._shares = np.array(weights) / sum(weights)
         self._pattern = interleave(weights)
         self._weights = np.array(weights)
         # rank of each place of the pattern among the places of its source
@@ -89,9 +88,10 @@ class MixedOrder(GlobalOrder):
         rounds, rest = divmod(num_examples, len(self._pattern))
         counts = rounds * self._weights
         counts += np.bincount(self._pattern[:rest], minlength=len(counts))
+        shares = self._weights / self._weights.sum()
         return [
             SourceShare(len(rows), float(share), float(count / len(rows)))
-            for rows, share, count in zip(self._members, self._shares, counts, strict=True)
+            for rows, share, count in zip(self._members, shares, counts, strict=True)
         ]
 
     @property

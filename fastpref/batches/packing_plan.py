@@ -108,7 +108,6 @@ def _count_shared(columns: EncodedColumns, prompts: np.ndarray) -> np.ndarray:
         np.tile(prompts, columns.num_sides), return_index=True, return_inverse=True
     )
     first = responses.take(leaders).take(groups)
-    # the last token of a response is not an input
     lengths = np.minimum(responses.lengths, first.lengths) - 1
     ids = columns.ids
     differs = (

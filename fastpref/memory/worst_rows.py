@@ -30,7 +30,7 @@ class Rows(NamedTuple):
 
     def batch(self, num_rows: int, *, long_prompts: bool) -> Batch:
         """A batch of `num_rows` rows of maximum length, on the meta device."""
-        of_prompt = LONG_PROMPT if self.layout.shares_prompts and long_prompts else 1
+        of_prompt = LONG_PROMPT if self.layout.share_prompt and long_prompts else 1
         parts = of_prompt + self._num_responses
         length = self._response_tokens(of_prompt)
         ids = torch.arange(num_rows * parts * length).view(num_rows, parts, length)
@@ -48,7 +48,7 @@ class Rows(NamedTuple):
             weighted: Whether tokens have weights.
         """
         of_prompt = LONG_PROMPT if self.layout.repeats_prompts else 1
-        prompts = 1 if self.layout.shares_prompts else self._num_responses
+        prompts = 1 if self.layout.share_prompt else self._num_responses
         computed = prompts * of_prompt + self._num_responses
         length = self._response_tokens(of_prompt)
         num_rows = max(1, math.ceil(num_tokens / (computed * length)))

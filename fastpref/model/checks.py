@@ -273,7 +273,7 @@ def check_arithmetic(
                 with torch.enable_grad():
                     states = _hidden_states(scorer, *rows).detach()
         except NotImplementedError:  # that a CPU lacks it in 16 bits tells nothing of a GPU
-            return False, True
+            return rounded, True
         # raised by a family's own code where float32 buffers meet narrower parameters
         except RuntimeError as mixed:
             if is_shortage(mixed):

@@ -96,16 +96,9 @@ def store_parameters(
     Some families keep parameters in float32 when the others are loaded in 16 bits.
     """
     as_they_are = set(kept)
-    others = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point()
-        and parameter.dtype != dtype
-        and parameter not in as_they_are
-    ]
-    for name in others:
-        parameter = model.get_parameter(name)
-        parameter.data = parameter.data.to(dtype)
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter not in as_they_are:
+            parameter.data = parameter.data.to(dtype)
 
 
 def round_buffers(model: Any, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastpref.distributed import World
-from fastpref.errors import ConfigError, first_line
+from fastpref.errors import ConfigError, first_line, is_shortage
 
 logger = logging.getLogger("fastpref")
 
@@ -86,6 +86,8 @@ def _obstacle(model: Any, device: torch.device) -> str:
         try:
             difference = measure()
         except Exception as error:
+            if is_shortage(error):
+                raise
             return f"{name} failed: {first_line(error)}"
         if not difference <= _TOLERANCE:
             return f"{name} is off by {difference:.1e}"

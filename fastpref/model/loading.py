@@ -151,7 +151,7 @@ def try_model(
     if world.size > 1 and trainable and not frozen:
         world.on_main(lambda: check_lists(model, findings.path, config.block_name))
     if findings.rounds_buffers:
-        round_buffers(model, getattr(torch, config.compute_dtype))
+        round_buffers(model, dtype)
     parts = other_parts(model)
     if parts and trainable:
         logger.info(

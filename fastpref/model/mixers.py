@@ -62,12 +62,12 @@ class Sequences:
     def __init__(self, layout: SegmentLayout) -> None:
         self._layout = layout
 
-    @cached_property
-    def groups(self) -> tuple[SequenceGroup, ...]:
+    @property
+    def groups(self) -> list[SequenceGroup]:
         """All sequences in groups of similar length; computed on first use."""
-        return tuple(self._groups_and_places[0])
+        return self._groups_and_places[0]
 
-    @cached_property
+    @property
     def places(self) -> Tensor:
         """(T,) int64: index of each token of the row into the own tokens of all groups."""
         return self._groups_and_places[1]

@@ -57,11 +57,11 @@ def build_pair(
         longest: Tokens in the longest sequence.
         num_tokens: Tokens of the whole run, approximately; 0 if there is no run.
     """
-    if options.adapter.trained:
+    frozen = options.adapter.trained
+    if frozen:
         model, start = load_frozen_base(options.model, world)
     else:
         model, start = load_causal_lm(options.model, world, trainable=True), None
-    frozen = options.adapter.trained
     findings = try_model(model, options.model, world, trainable=True, frozen=frozen)
     compiled = choose_compilation(options.compile, model, world, num_tokens=num_tokens)
     rows = choose_rows(

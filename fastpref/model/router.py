@@ -265,18 +265,18 @@ def find_router(model: Any, body: str) -> Router | None:
     if any(x.shape[-1] != num_experts or x.numel() != ids.numel() * num_experts for x in logits):
         shapes = ", ".join(sorted({str(tuple(x.shape)) for x in logits}))
         return Router(obstacle=f"its layers give router logits {shapes} for {ids.numel()} tokens")
-    top_k = next(_numbers(model.config, EXPERTS_OF_A_TOKEN), 0)
+    top_k = int(next(_numbers(model.config, EXPERTS_OF_A_TOKEN), 0))
     if not 0 < top_k <= num_experts:
         return Router(obstacle="its config does not say how many experts a token has")
-    ours = measure_balance(logits, torch.ones(1, ids.numel()), int(top_k)).losses.item()
+    ours = measure_balance(logits, torch.ones(1, ids.numel()), top_k).losses.item()
     theirs = _loss_of_transformers(model, inputs)
     if theirs is None:
-        return Router(top_k=int(top_k), difference="transformers computes none for this family")
+        return Router(top_k=top_k, difference="transformers computes none for this family")
     if not abs(ours - theirs) <= ROUNDING * theirs:
         return Router(
             obstacle=f"its own auxiliary loss is another one ({theirs:.4g}, not {ours:.4g})"
         )
-    return Router(top_k=int(top_k), coefficient=next(_numbers(model.config, COEFFICIENT), 0.0))
+    return Router(top_k=top_k, coefficient=next(_numbers(model.config, COEFFICIENT), 0.0))
 
 
 def has_router(model: Any) -> bool:

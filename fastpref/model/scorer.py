@@ -152,10 +152,11 @@ class TokenScorer(nn.Module):
             longest: Assumed length of the longest sequence, if greater than the batch's own.
         """
         rows: dict[str, Any] = {"attention_mask": batch.attention_mask}
-        sequences = None if batch.layout is None else Sequences(batch.layout)
+        sequences = None
         if batch.layout is not None:
             assert self.attention is not None, "a packed batch needs a packed attention"
             rows = packed_row(batch, self.attention, longest)
+            sequences = Sequences(batch.layout)
         compute = last_hidden_states
         if self.balance is not None and torch.is_grad_enabled():
             compute = self.balance.last_hidden_states

@@ -58,26 +58,21 @@ def load_model(
     Raises:
         CheckpointError: it cannot be found, or its weights do not fill the model.
     """
-    model: Any
-    options = _attention_option(attention)
     if archive:
-        model = _load_archive(source, archive, dtype=dtype, attention=attention)
-        untie_two_tables(model)
-    else:
-        for adapter in source.adapters:
-            check_adapter(adapter)
-        # merged in float32 and rounded once, so that policy and reference are the same model,
-        # whatever dtype each is stored in
-        exact = torch.float32 if source.adapters else dtype
-        model = load_checkpoint(source, dtype=exact, attention=options)
-        untie_two_tables(model)
-        for adapter in source.adapters:
-            model = merge_adapter(model, adapter)
-        if exact != dtype:
-            model = load_weights(
-                model, named_weights(model), source.name, dtype=dtype, attention=options
-            )
-    return model
+        return _load_archive(source, archive, dtype=dtype, attention=attention)
+    options = _attention_option(attention)
+    for adapter in source.adapters:
+        check_adapter(adapter)
+    # merged in float32 and rounded once, so that policy and reference are the same model,
+    # whatever dtype each is stored in
+    exact = torch.float32 if source.adapters else dtype
+    model = load_checkpoint(source, dtype=exact, attention=options)
+    untie_two_tables(model)
+    for adapter in source.adapters:
+        model = merge_adapter(model, adapter)
+    if exact == dtype:
+        return model
+    return load_weights(model, named_weights(model), source.name, dtype=dtype, attention=options)
 
 
 def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, attention: str) -> Any:
@@ -98,6 +93,7 @@ def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, atte
         # weights that needed no cast are still memory-mapped from the file
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
+    untie_two_tables(model)
     return model
 
 

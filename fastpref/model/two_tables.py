@@ -43,7 +43,9 @@ def holds_two_tables(name: str, model: Any) -> bool:
 
 def untie_two_tables(model: Any) -> None:
     """Mark embedding and head as untied in a loaded model's config, if they are untied."""
-    says_one = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    # a wrapper's config and its text part's may say different things
+    configs = (model.config, model.config.get_text_config())
+    says_one = any(getattr(config, "tie_word_embeddings", False) for config in configs)
     if says_one and model.get_output_embeddings() is not None and not is_tied(model):
         untie(model.config)
 

@@ -4,9 +4,10 @@ An `Objective` is chosen before the training loop starts; the loop does not depe
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from fastpref_kernels import TokenScores, sequence_log_ratios
@@ -114,14 +115,12 @@ def build_objective(config: LossConfig) -> Objective:
             tdpo = partial(
                 tdpo_loss, beta=config.beta, alpha=config.alpha, if_tdpo2=config.if_tdpo2
             )
-            return replace(
-                _pair_objective(
-                    "TDPO2" if config.if_tdpo2 else "TDPO1",
-                    config,
-                    tdpo,
-                    _log_ratios_and_kl,
-                    starts_at_log_two=True,
-                ),
+            return _pair_objective(
+                "TDPO2" if config.if_tdpo2 else "TDPO1",
+                config,
+                tdpo,
+                _log_ratios_and_kl,
+                starts_at_log_two=True,
                 losses_of_values=None if config.if_tdpo2 else _losses_of_values(tdpo),
                 detailed_every=config.kl_metrics_every,
             )
@@ -130,8 +129,12 @@ def build_objective(config: LossConfig) -> Objective:
                 tisdpo_loss, beta=config.beta, alpha=config.alpha, token_level=config.token_level
             )
             sums = _log_ratios_and_kl if config.token_level else _log_ratios_alone
-            return replace(
-                _pair_objective("TIS-DPO", config, tisdpo, sums, starts_at_log_two=True),
+            return _pair_objective(
+                "TIS-DPO",
+                config,
+                tisdpo,
+                sums,
+                starts_at_log_two=True,
                 detailed_every=config.kl_metrics_every,
             )
     raise AssertionError(f"build_objective has no case for {type(config).__name__}")
@@ -157,13 +160,10 @@ def _logps_and_reference(scores: SequenceScores) -> tuple[Tensor, Tensor]:
 
 
 def _pair_objective(
-    title: str,
-    config: LossConfig,
-    loss: LossOfSums,
-    sums: Sums,
-    *,
-    starts_at_log_two: bool = False,
+    title: str, config: LossConfig, loss: LossOfSums, sums: Sums, **more: Any
 ) -> Objective:
+    """The objective of a loss of pairs; `more` are further fields of it."""
+
     def losses(scores: TokenScores, batch: Batch) -> tuple[Tensor, Metrics]:
         chosen, rejected = _sum_sequences(scores, batch, weighted=config.needs.weights)
         of_both_sides = zip(sums(chosen), sums(rejected), strict=True)
@@ -180,9 +180,7 @@ def _pair_objective(
         metrics["loss"] = losses_P
         return losses_P, {name: value.detach() for name, value in metrics.items()}
 
-    return Objective(
-        title=title, needs=config.needs, losses=losses, starts_at_log_two=starts_at_log_two
-    )
+    return Objective(title=title, needs=config.needs, losses=losses, **more)
 
 
 def _losses_of_values(loss: LossOfSums) -> Callable[[Tensor, Batch], tuple[Tensor, Metrics]]:

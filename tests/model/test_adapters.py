@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
+from fastpref.model.adapters.folders import adapt_config
 from fastpref.model.files.identity import model_identity
 from fastpref.model.files.paths import find_model
 from fastpref.model.frozen import frozen_dtype
-from fastpref.model.source import build_empty, load_model, read_vocab_size
+from fastpref.model.source import build_empty, build_meta, load_model, read_vocab_size
 
 peft = pytest.importorskip("peft")
 
@@ -109,6 +110,25 @@ def test_a_merged_adapter_is_what_was_trained(models, tmp_path, case):
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_a_model_s_modules_are_not_walked_for_every_matrix_of_an_adapter(
+    models, tmp_path, monkeypatch
+):
+    # in a mixture of experts both are tens of thousands
+    model = build_meta(find_model(str(models / "tied")), dtype=torch.float32)
+    walk, walks = type(model).named_modules, []
+    monkeypatch.setattr(
+        type(model), "named_modules", lambda *x, **y: walks.append(None) or walk(*x, **y)
+    )
+    numbers = set()
+    for layers in (["q_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]):
+        folder = tmp_path / str(len(layers))
+        save_adapter(models / "tied", folder, peft.LoraConfig(r=4, target_modules=layers))
+        walks.clear()
+        adapt_config(model.config, model, str(folder))
+        numbers.add(len(walks))
+    assert len(numbers) == 1, numbers
 
 
 def test_merging_warns_of_nothing_between_libraries(adapter):

@@ -159,6 +159,15 @@ def test_auto_without_an_attention_falls_back_to_padded_rows_and_says_why(caplog
             choose(model, path, attention=name)
 
 
+def test_an_attention_that_fails_for_want_of_memory_is_not_exchanged_for_a_slower_one(monkeypatch):
+    def fail(attention, device, dtype, calls):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr("fastpref.model.attention.choice.attention_problem", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        choose_attention("auto", CPU, torch.float32, {PLAIN})
+
+
 def test_a_shared_prompt_that_was_asked_for_is_refused_where_it_cannot_be():
     model = build_family("bloom", hidden_size=32, n_layer=2, n_head=4)
     path = measure_logit_path(model)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
 from fastpref.model.files.paths import find_model
+from fastpref.model.files.source_weights import open_weights
 from fastpref.model.filling import check_files
 from fastpref.model.source import load_model
 
@@ -299,6 +300,17 @@ def test_a_pickle_of_something_else_is_one_sentence(folder, content):
     with pytest.raises(CheckpointError, match=message) as raised:
         load_model(find_model(str(folder)), dtype=torch.float32)
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_weight_in_a_pickle_is_passed_over_as_transformers_does(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights | {"version": 1}, folder / "pytorch_model.bin")
+    options = ModelConfig(name_or_path=str(folder))
+    check_files(options)
+    load_model(find_model(str(folder)), dtype=torch.float32)
+    assert open_weights(options, wrapper=False).weights.keys() == weights.keys()
 
 
 def test_weights_that_the_config_leaves_out_are_named(folder, caplog):

@@ -126,7 +126,7 @@ def test_an_adapted_layer_launches_little_beside_its_products():
         input = torch.empty(1, 64, 128, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.empty(256, 128, dtype=torch.bfloat16)
         A, B = torch.empty(16, 128, requires_grad=True), torch.empty(256, 16, requires_grad=True)
-    parts = take_apart(A, B, torch.bfloat16)
+    parts = take_apart(A, B)
     with Launches() as forward:
         output = adapted_linear(input, weight, None, A, B, 2.0, parts=parts)
     with Launches() as backward:

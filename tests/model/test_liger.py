@@ -63,6 +63,16 @@ def test_trying_a_layer_leaves_the_familys_rotation_as_it_is(monkeypatch):
     assert getattr(family, liger.ROTATION) is plain
 
 
+def test_a_layer_that_fails_for_want_of_memory_is_no_obstacle(monkeypatch):
+    def fail(layer, device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(liger, "find_spec", lambda name: name)
+    monkeypatch.setattr(liger, "_difference", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        liger._obstacle(build_model("llama"), torch.device("cuda"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -341,6 +341,21 @@ def test_whether_tables_are_adapted_alike_is_each_adapter_s_own(models, world, t
         add_given_adapters(load(models / "tied"), folders, world)
 
 
+def test_the_dropout_an_adapter_was_trained_with_is_nothing_to_a_model_that_only_scores(
+    models, world, tmp_path
+):
+    base, targets = models / "untied", ["q_proj", "lm_head"]
+    start = save_adapter(base, tmp_path / "adapter", target_modules=targets)
+    outputs = []
+    for dropout in (0.0, 0.1):
+        edit_config(start, lora_dropout=dropout)
+        model = load(base)
+        add_given_adapters(model, {"side": str(start)}, world).activate("side")
+        with torch.no_grad():
+            outputs.append(model(input_ids=torch.arange(3, 15)[None]).logits)
+    assert torch.equal(*outputs)
+
+
 def edit_config(folder: Path, **changes: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

@@ -164,3 +164,17 @@ def test_a_float32_buffer_in_the_way_of_16_bits_is_rounded_with_the_parameters()
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
         assert model(input_ids=torch.tensor([[3, 4, 5]])).logits.dtype == torch.bfloat16
+
+
+def test_buffers_that_were_rounded_before_this_cpu_lacks_an_operation_are_said_to_be():
+    # a GPU has the operation, and the reference's buffers have to be rounded there as well
+    model = build_family("xglm", d_model=32, ffn_dim=48, num_layers=2, attention_heads=4)
+    table = model.model.embed_positions
+
+    def lack(*_: object) -> None:
+        if table.weights.dtype == torch.float16:
+            raise NotImplementedError("not implemented for 'Half'")
+
+    table.register_forward_pre_hook(lack)
+    assert check_model(model, torch.float16).rounds_buffers
+    assert table.weights.dtype == torch.float16

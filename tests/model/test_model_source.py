@@ -136,6 +136,20 @@ def test_two_tables_are_found_under_any_name_and_in_pickles(tmp_path, files):
         assert not is_tied(model) and not model.config.tie_word_embeddings
 
 
+def test_two_tables_of_a_wrapper_that_calls_them_one_in_its_outer_config_are_two(tmp_path):
+    # Mistral 3's says so where it says nothing, and its text part's says the opposite
+    weights = save_wrapper(tmp_path, "mistral3")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("tie_word_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights["lm_head.weight"] = weights["model.language_model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for build in (load_model, build_empty):
+        model = build(find_model(str(tmp_path)), dtype=torch.float32)
+        assert not is_tied(model) and not model.config.tie_word_embeddings
+
+
 def test_padding_has_a_row_in_the_embedding():
     def tokenizer(pad, eos):
         return SimpleNamespace(pad_token_id=pad, eos_token_id=eos)

@@ -296,8 +296,9 @@ def _table_paths(model: Any) -> list[str]:
 def _vocabulary(folder: str, model: Any) -> int:
     """Number of rows of the embedding that an adapter belongs to: the base's, or that of a resized
     embedding, which peft saves with the adapter."""
+    tables = tuple(_table_paths(model))
     for name, tensor in load_headers(folder).items():
-        if not name.startswith(tuple(_table_paths(model))):
+        if not name.startswith(tables):
             continue
         if name.endswith("lora_embedding_A"):
             return tensor.shape[1]

@@ -50,6 +50,8 @@ def given_config(folder: str) -> Any:
             folder, f"has init_lora_weights={config.init_lora_weights}, which moved its base"
         )
     config.inference_mode = False
+    # the run's own option decides what is dropped, and where nothing is trained, nothing is
+    config.lora_dropout = 0.0
     # its values are loaded
     config.init_lora_weights = True
     return config
@@ -170,7 +172,8 @@ def fill_adapter(model: Any, folder: str, name: str, saved: Mapping[str, Tensor]
 
     weights = {key.removeprefix(PREFIX): x for key, x in saved.items() if adapter_part(key)}
     if hasattr(model.get_output_embeddings(), TIED):
-        weights = {key: x for key, x in weights.items() if key not in head_names(model)}
+        of_head = head_names(model)
+        weights = {key: x for key, x in weights.items() if key not in of_head}
     with reading("the adapter", folder):
         result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
     missing = [key for key in result.missing_keys if is_of(key, name)]

@@ -50,18 +50,13 @@ def adapted_linear(
     if not has_units(input):
         return _InFloat32.apply(input, weight, bias, A, B, scaling)
     if parts is None:
-        parts = take_apart(A, B, input.dtype)
+        parts = take_apart(A, B)
     return _InParts.apply(input, weight, bias, A, B, scaling, *parts)
 
 
-def take_apart(A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
-    """Split both matrices of an adapter into 16-bit parts.
-
-    Args:
-        A, B: (R, I) and (O, R) float32.
-        dtype: Of the parts.
-    """
-    return _right(A.detach(), dtype), _right(B.detach().T, dtype)
+def take_apart(A: Tensor, B: Tensor) -> Parts:
+    """Split both matrices of an adapter, (R, I) and (O, R) float32, into bfloat16 parts."""
+    return _right(A.detach()), _right(B.detach().T)
 
 
 def has_units(tensor: Tensor) -> bool:
@@ -84,10 +79,10 @@ class PartsOf:
         """Clear the cache, because the adapters have changed."""
         self._found.clear()
 
-    def get(self, name: str, A: Tensor, B: Tensor, dtype: torch.dtype) -> Parts:
-        """The parts of an adapter; `dtype` has to be the same in all calls."""
+    def get(self, name: str, A: Tensor, B: Tensor) -> Parts:
+        """The parts of an adapter."""
         if name not in self._found:
-            self._found[name] = take_apart(A, B, dtype)
+            self._found[name] = take_apart(A, B)
         return self._found[name]
 
 
@@ -121,7 +116,7 @@ def _forward(layer: Any, parts_of: PartsOf, input: Tensor) -> Tensor:
         return type(layer).forward(layer, input)
     parts = None
     if has_units(input) and not torch.compiler.is_compiling():
-        parts = parts_of.get(name, A.weight, B.weight, input.dtype)
+        parts = parts_of.get(name, A.weight, B.weight)
     return adapted_linear(
         input, base.weight, base.bias, A.weight, B.weight, layer.scaling[name], parts=parts
     )
@@ -249,9 +244,9 @@ def _left(matrix_NR: Tensor) -> Tensor:
     return torch.cat([high, low, high], 1)
 
 
-def _right(matrix_RK: Tensor, dtype: torch.dtype) -> Tensor:
+def _right(matrix_RK: Tensor) -> Tensor:
     """Split a float32 matrix as the right factor: parts high, high and low, (3R, K)."""
-    high, low = split(matrix_RK, dtype)
+    high, low = split(matrix_RK, torch.bfloat16)
     return torch.cat([high, high, low])
 
 

@@ -87,7 +87,7 @@ def round_blocks(model: Any, block_name: str | None, device: torch.device) -> No
 def quantizable_layers(model: Any, block_name: str | None) -> Iterator[tuple[nn.Module, str, Any]]:
     """(parent module, name in it, layer) of each linear layer of the blocks."""
     for block in find_blocks(model, block_name):
-        for path, module in list(block.named_modules()):
+        for path, module in block.named_modules():
             if isinstance(module, nn.Linear) and is_linear(module):
                 parent, _, name = path.rpartition(".")
                 yield block.get_submodule(parent), name, module

@@ -12,7 +12,7 @@ from fastpref.batches.layouts import CPU_TOKENS, GPU_TOKENS, PackedRows, PaddedR
 from fastpref.batches.packed import pack_rows
 from fastpref.config import ModelConfig, PackingConfig
 from fastpref.distributed import World
-from fastpref.errors import ConfigError, in_a_line
+from fastpref.errors import ConfigError, in_a_line, is_shortage
 from fastpref.model.attention.backends import PackedAttention
 from fastpref.model.attention.calls import AttentionCall
 from fastpref.model.attention.interface import build_attention
@@ -162,6 +162,8 @@ def choose_attention(
             problem = attention_problem(attention, device, dtype, calls)
         # a library may raise any exception: the next one is tried
         except Exception as error:
+            if is_shortage(error):
+                raise
             problem = in_a_line(error)
         if not problem:
             return attention

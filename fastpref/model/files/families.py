@@ -103,8 +103,7 @@ def text_part(family: Any) -> Any:
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             self._other_parts = _drop_other_parts(self)
-            # weights of these in the files are expected
-            # in some files without the prefix of the base model
+            # the files have weights of these, some without the prefix of the base model
             prefix = f"{self.base_model_prefix}."
             stems = [re.escape(name.removeprefix(prefix)) for name in self._other_parts]
             ignored = {rf"(^|\.){stem}(\.|$)" for stem in stems}

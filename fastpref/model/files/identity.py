@@ -1,6 +1,7 @@
 """Identity of a model's weights: a digest of its files, or its hub commit."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from fastpref.config import ModelConfig
@@ -61,10 +62,8 @@ def side_model(model: ModelConfig, reference: str) -> ModelConfig:
         model: The run's model options: precision, attention, and the architecture of a `policy.pt`.
         reference: A name or folder, or a seed-format `policy.pt`.
     """
-    changes: dict[str, str | None] = {"name_or_path": reference, "archive": None}
     if Path(reference).expanduser().is_file():
-        changes = {"archive": reference}
-    elif reference != model.name_or_path:
-        # the revision is a commit of the run's own model
-        changes["revision"] = None
-    return ModelConfig(**{**vars(model), **changes})
+        return replace(model, archive=reference)
+    # the revision is a commit of the run's own model
+    revision = model.revision if reference == model.name_or_path else None
+    return replace(model, name_or_path=reference, archive=None, revision=revision)

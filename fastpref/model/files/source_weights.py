@@ -167,9 +167,7 @@ def group_names(names: Iterable[str], others: Iterable[str]) -> dict[str, list[s
 
 def _first_names(model: Any) -> dict[str, str]:
     """Map every name of a model's tensors to the first name of the same tensor, if it is tied."""
-    firsts: dict[Any, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        firsts.setdefault(parameter, name)
+    firsts = {parameter: name for name, parameter in model.named_parameters()}
     same = {name: firsts[x] for name, x in model.named_parameters(remove_duplicate=False)}
     return {name: same.get(name, name) for name in model.state_dict()}
 
@@ -241,7 +239,8 @@ def open_files(source: ModelSource) -> SourceWeights:
         return SourceWeights(found, ())
     modules = {_module(name) for name, weight in found.items() if weight.dtype is None}
     packed = tuple(name for name in found if _module(name) in modules)
-    return SourceWeights({name: x for name, x in found.items() if name not in packed}, packed)
+    rest = {name: x for name, x in found.items() if _module(name) not in modules}
+    return SourceWeights(rest, packed)
 
 
 def _in_safetensors(folder: Path) -> dict[str, FileWeight]:
@@ -265,6 +264,8 @@ def _in_pickles(folder: Path) -> dict[str, FileWeight]:
     found: dict[str, FileWeight] = {}
     for path in pickle_files(folder):
         for name, weight in load_pickle(path).items():
+            if not isinstance(weight, Tensor):
+                continue
             dtype = weight.dtype if weight.dtype in DTYPES.values() else None
             found[name] = FileWeight(weight.cpu, weight.nbytes, dtype)
     return found
