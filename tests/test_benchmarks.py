@@ -99,6 +99,13 @@ def test_a_script_runs_as_its_docstring_says(name, monkeypatch):
         runpy.run_path(str(script), run_name="__main__")
 
 
+def test_both_routes_of_tdpo1_compute_the_same_steps():
+    script = Path(bench_head.__file__).with_name("bench_tdpo1_routes.py")
+    command = [sys.executable, script, "--steps", "3", "n_examples=96", "n_eval_examples=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "joint: " in done.stdout and "values: " in done.stdout and "ratio: " in done.stdout
+
+
 def test_what_is_measured_stays_when_a_later_case_ends_the_run(tmp_path, monkeypatch):
     rows = ["--rows", "32", "64", "--rounds", "1", "--contenders", "fastpref"]
     script = [bench_head.__file__, "--shapes", "tiny", "--jobs", "forward", *rows]
