@@ -229,6 +229,18 @@ def test_an_arm_ends_with_the_time(seconds, tmp_path):
     assert children.outcome({"arm": "F3"})["absent"].startswith("the time is over")
 
 
+@pytest.mark.parametrize("missing", ["--model", "--data"])
+def test_a_folder_that_is_missing_ends_the_steps_before_they_cost_time(
+    missing, tmp_path, monkeypatch, capsys
+):
+    folders = {"--model": tmp_path, "--data": tmp_path} | {missing: tmp_path / "nowhere"}
+    options = [part for name, path in folders.items() for part in (name, str(path))]
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", *options])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        bench_train_step.parse_arguments()
+    assert f"no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
 def test_a_gradient_norm_that_is_no_number_is_not_equal(tmp_path):
     save_file({"w": torch.ones(2, 2)}, tmp_path / "T1.safetensors")
     save_file({"w": torch.ones(2, 2)}, tmp_path / "F3.safetensors")
