@@ -1,5 +1,6 @@
 """That the benchmarks compare equal work on fair inputs; how fast it is done is theirs to say."""
 
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 import train_children
 import train_gate
+from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES
 from head_contenders import CONTENDERS, JOBS, CannotRunError
 from kl_contenders import KL_CONTENDERS, KL_JOBS
 from safetensors.torch import save_file
@@ -193,6 +195,15 @@ def test_a_backward_in_a_thread_of_its_own_counts_for_the_backward():
     forward = SimpleNamespace(name="aten::mm", cpu_parent=None, device_time_total=4e6)
     calls = [outer, inner, forward, outer]
     assert profile_step.backward_apart(calls, "device_time_total") == 4
+
+
+def test_the_tile_that_a_sweep_calls_present_is_that_of_the_table():
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    sweep_tiles = importlib.import_module("sweep_tiles")
+    present = {c.job: c.tile for c in sweep_tiles.CANDIDATES if c.name.endswith("now")}
+    tables = {"joint": JOINT_TILES, "joint kept": JOINT_TILES}
+    jobs = ("forward", "joint", "joint kept", "kept", "lean")
+    assert present == {job: tables.get(job, FUSED_TILES)["sm_90"] for job in jobs}
 
 
 def test_profiles_that_are_to_be_compared_leave_a_file_each():
