@@ -12,9 +12,12 @@ import time
 
 from train_command import read_train_config
 
+from fastpref.checkpoint.agreement import Agreement
 from fastpref.distributed import World, init_world
 from fastpref.train.build import build_run
+from fastpref.train.resume.start import find_start
 from fastpref.train.run import Run
+from fastpref.train.run_folder import run_place
 from fastpref.train.step import train_step
 
 
@@ -53,7 +56,7 @@ def build(world: World, folder: str, name: str, kl_metrics_every: int, overrides
         f"run_dir={folder}/{name}",
         *overrides,
     )
-    return build_run(config, world)
+    return build_run(config, world, find_start("never", run_place(config), Agreement(world)))
 
 
 if __name__ == "__main__":

@@ -95,6 +95,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give --model and --data, or --shape")
     if arguments.model and not arguments.data:
         parser.error("--model needs --data")
+    for folder in filter(None, (arguments.model, arguments.data)):
+        # here, not after the minutes of the equality gate
+        if not folder.is_dir():
+            parser.error(f"no folder {folder}")
     if arguments.steps <= WARM_UP_STEPS:
         parser.error(f"--steps must be > {WARM_UP_STEPS}, which are not counted")
     return arguments

@@ -48,8 +48,8 @@ class Candidate(NamedTuple):
 
 
 FORWARD = [
-    Candidate("forward", "128x256 now", ONE, True),
-    Candidate("forward", "128x256 looping", LOOP, True),
+    Candidate("forward", "128x256", ONE, True),
+    Candidate("forward", "128x256 looping, now", LOOP, True),
     Candidate("forward", "looping, 3 stages", LOOP._replace(num_stages=3), True),
     Candidate("forward", "looping, group 8", LOOP._replace(group_n=8)),
     Candidate("forward", "looping, group 32", LOOP._replace(group_n=32)),
@@ -75,7 +75,7 @@ JOINT = [
 TRAINING = [
     Candidate(job, name, tile)
     for job in ("kept", "lean")
-    for name, tile in [("128x256 now", ONE), ("128x256 looping", LOOP)]
+    for name, tile in [("128x256", ONE), ("128x256 looping, now", LOOP)]
 ]
 FROZEN = [
     Candidate("frozen", f"{rows} x {columns}{' looping' * bool(tile.programs)}", tile, small, shape)

@@ -1,5 +1,6 @@
 """That the benchmarks compare equal work on fair inputs; how fast it is done is theirs to say."""
 
+import importlib
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import pytest
 import torch
 import train_children
 import train_gate
+from fastpref_kernels.gemm_tiles import FUSED_TILES, JOINT_TILES
 from head_contenders import CONTENDERS, JOBS, CannotRunError
 from kl_contenders import KL_CONTENDERS, KL_JOBS
 from safetensors.torch import save_file
@@ -97,6 +99,13 @@ def test_a_script_runs_as_its_docstring_says(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_path(str(script), run_name="__main__")
+
+
+def test_both_routes_of_tdpo1_compute_the_same_steps():
+    script = Path(bench_head.__file__).with_name("bench_tdpo1_routes.py")
+    command = [sys.executable, script, "--steps", "3", "n_examples=96", "n_eval_examples=0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "joint: " in done.stdout and "values: " in done.stdout and "ratio: " in done.stdout
 
 
 def test_what_is_measured_stays_when_a_later_case_ends_the_run(tmp_path, monkeypatch):
@@ -188,6 +197,15 @@ def test_a_backward_in_a_thread_of_its_own_counts_for_the_backward():
     assert profile_step.backward_apart(calls, "device_time_total") == 4
 
 
+def test_the_tile_that_a_sweep_calls_present_is_that_of_the_table():
+    pytest.importorskip("triton", reason="Triton is for Linux")
+    sweep_tiles = importlib.import_module("sweep_tiles")
+    present = {c.job: c.tile for c in sweep_tiles.CANDIDATES if c.name.endswith("now")}
+    tables = {"joint": JOINT_TILES, "joint kept": JOINT_TILES}
+    jobs = ("forward", "joint", "joint kept", "kept", "lean")
+    assert present == {job: tables.get(job, FUSED_TILES)["sm_90"] for job in jobs}
+
+
 def test_profiles_that_are_to_be_compared_leave_a_file_each():
     options = {"shape": "tiny", "law": "UF"}
     names = {
@@ -220,6 +238,18 @@ def test_a_peer_that_cannot_be_imported_is_absent_from_the_steps(tmp_path, monke
 def test_an_arm_ends_with_the_time(seconds, tmp_path):
     children = train_children.Children(tmp_path, seconds)
     assert children.outcome({"arm": "F3"})["absent"].startswith("the time is over")
+
+
+@pytest.mark.parametrize("missing", ["--model", "--data"])
+def test_a_folder_that_is_missing_ends_the_steps_before_they_cost_time(
+    missing, tmp_path, monkeypatch, capsys
+):
+    folders = {"--model": tmp_path, "--data": tmp_path} | {missing: tmp_path / "nowhere"}
+    options = [part for name, path in folders.items() for part in (name, str(path))]
+    monkeypatch.setattr(sys, "argv", ["bench_train_step.py", *options])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        bench_train_step.parse_arguments()
+    assert f"no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
 def test_a_gradient_norm_that_is_no_number_is_not_equal(tmp_path):

@@ -105,6 +105,9 @@ def tdpo1_token_values_bwd(
     if not any(of_head):
         return input_ND, None, None
     operands, scored = (Operands.of(head, targets) for head in heads)
+    if operands.head.input.itemsize > scored.head.input.itemsize:
+        # a tile of float32 gradients beside a fused GEMM's operands exceeds the shared memory
+        scored = scored._replace(tile=None)
     # dz is that of `token_logps` with the reference's softmax in place of the policy's
     call = Call(grad, policy, operands, targets, TokenStats(*stats[2:]))
     if mode == "store":

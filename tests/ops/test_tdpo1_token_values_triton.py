@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="Triton is for Linux")
 if not (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET")):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 
-from fastpref_kernels import launch, tdpo1_token_values_triton
+from fastpref_kernels import launch, tdpo1_token_values_triton, token_logps_backward
 from fastpref_kernels.gemm_tiles import FUSED_TILES
 
 # the whole file on a GPU, where it is what the kernels are
@@ -100,6 +100,36 @@ def test_a_reference_of_16_bits_rounds_nothing_of_a_policy_in_float32(mode, monk
     truth = values_and_gradients(
         naive.tdpo1_token_values, double(policy), double(tuple(reference)), target_N
     )
+    for our, true in zip(ours, truth, strict=True):
+        assert (our - true).norm() / true.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("mode", ["partial", "lean"])
+def test_gradients_in_float32_come_from_no_fused_gemm_of_16_bits(mode, monkeypatch):
+    """On Hopper a tile of them beside the GEMM's operands takes more shared memory than there is:
+    262,176 of 232,448 bytes."""
+    N, V, D = SHAPES["fused"]
+    stored = []
+    descriptor_of = token_logps_backward.result_descriptor
+
+    def spy(tile, result_RC, **options):
+        stored.append(result_RC.dtype)
+        return descriptor_of(tile, result_RC, **options)
+
+    monkeypatch.setattr(token_logps_backward, "result_descriptor", spy)
+    if DEVICE == "cpu":
+        # as on a Hopper GPU; the interpreter multiplies float16 right, and bfloat16 not
+        monkeypatch.setattr(launch, "fused_tile", lambda device, joint: FUSED_TILES["sm_90"])
+        monkeypatch.setattr(Head, "gemm_dtype", property(lambda head: head.input.dtype))
+    monkeypatch.setattr(tdpo1_token_values_triton, "choose_mode", lambda heads, needs_grad: mode)
+    policy = tuple(leaf.detach().to(DEVICE).requires_grad_() for leaf in random_head(N, V, D))
+    reference = [leaf.detach().to(DEVICE) for leaf in random_head(N, V, D, torch.float16, seed=1)]
+    target_N = random_target(N, V).to(DEVICE)
+    ours = values_and_gradients(tdpo1_token_values, policy, reference, target_N)
+    truth = values_and_gradients(
+        naive.tdpo1_token_values, double(policy), double(tuple(reference)), target_N
+    )
+    assert torch.float32 not in stored
     for our, true in zip(ours, truth, strict=True):
         assert (our - true).norm() / true.norm() <= 1e-5
 
