@@ -248,6 +248,16 @@ def fused_grid(tile: GemmTile, R: int, C: int, device: torch.device) -> tuple[in
 
 def fused_blocks(tile: GemmTile) -> dict[str, int | bool]:
     """Launch arguments of a fused kernel with one program per tile."""
+    assert not tile.programs, "this kernel has no persistent form"
+    return _blocks(tile)
+
+
+def looping_blocks(tile: GemmTile, device: torch.device) -> dict[str, int | bool]:
+    """Launch arguments of a fused kernel that may be persistent: several tiles per program."""
+    return _blocks(tile) | {"PROGRAMS": _programs(tile, device)}
+
+
+def _blocks(tile: GemmTile) -> dict[str, int | bool]:
     return {
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
@@ -258,11 +268,6 @@ def fused_blocks(tile: GemmTile) -> dict[str, int | bool]:
         "num_stages": tile.num_stages,
         **COMPILE,
     }
-
-
-def looping_blocks(tile: GemmTile, device: torch.device) -> dict[str, int | bool]:
-    """Launch arguments of a fused kernel that may be persistent: several tiles per program."""
-    return fused_blocks(tile) | {"PROGRAMS": _programs(tile, device)}
 
 
 def _programs(tile: GemmTile, device: torch.device) -> int:
