@@ -347,6 +347,15 @@ def test_what_is_no_fault_of_the_cache_is_not_blamed_on_it(tmp_path):
         with pytest.raises(OSError) as raised, cache_errors(cache):
             raise DatasetGenerationError from error
         assert raised.value is error
+    for shortage in (
+        MemoryError(),
+        pyarrow.lib.ArrowMemoryError("malloc of size 64 failed"),
+        RuntimeError("can't start new thread"),
+    ):
+        with pytest.raises(type(shortage)), cache_errors(cache):
+            raise DatasetGenerationError from shortage
+        with pytest.raises(type(shortage)), cache_errors(cache):
+            raise shortage
     with pytest.raises(DataError, match=r"^data\.num_proc: a process that"), cache_errors(cache):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     # the folder that it would be made in, and what names no file
