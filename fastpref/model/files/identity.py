@@ -1,6 +1,7 @@
 """Identity of a model's weights: a digest of its files, or its hub commit."""
 
 import hashlib
+import os
 from pathlib import Path
 
 from fastpref.config import ModelConfig
@@ -62,7 +63,7 @@ def side_model(model: ModelConfig, reference: str) -> ModelConfig:
         reference: A name or folder, or a seed-format `policy.pt`.
     """
     changes: dict[str, str | None] = {"name_or_path": reference, "archive": None}
-    if Path(reference).expanduser().is_file():
+    if Path(os.path.expanduser(reference)).is_file():
         changes = {"archive": reference}
     elif reference != model.name_or_path:
         # the revision is a commit of the run's own model
