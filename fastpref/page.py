@@ -68,7 +68,7 @@ def render_page(title: str, body: str, *, style: str = "") -> str:
         body: HTML; all text that comes from data must be escaped.
         style: CSS in addition to `STYLE`.
     """
-    return f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang=en>
 <meta charset=utf-8>
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'">
@@ -79,6 +79,8 @@ def render_page(title: str, body: str, *, style: str = "") -> str:
 {body}
 </html>
 """
+    # names of files may have bytes that are no UTF-8
+    return page.encode(errors="backslashreplace").decode()
 
 
 def render_tiles(tiles: list[tuple[str, str]]) -> str:

@@ -80,7 +80,7 @@ def build_config(composed: DictConfig) -> Config:
     """
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
-        _raise_problems([f"{key} is required: {all_options()[key].doc}" for key in missing])
+        _raise_problems([_explain_missing(key) for key in missing])
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
@@ -88,6 +88,12 @@ def build_config(composed: DictConfig) -> Config:
         raise ConfigError(str(error)) from None
     assert isinstance(config, Config)
     return config
+
+
+def _explain_missing(key: str) -> str:
+    option = all_options().get(key)
+    # OmegaConf's sign of a missing value, as an item of a list or a value of a mapping
+    return f"{key} is required: {option.doc}" if option else f"{key} must not be ???"
 
 
 def _raise_problems(problems: list[str]) -> None:
@@ -150,7 +156,8 @@ def set_option(composed: DictConfig, options: dict[str, Option], key: str, text:
         value = _parse_mapping(text) if option.is_mapping else _parse(option, text)
         # keys of a mapping are not in the schema
         OmegaConf.update(composed, key, value, force_add=option.is_mapping)
-    except (ValidationError, YAMLError):
+    # a ValueError too: YAML's own, of a number such as 0x_
+    except (ValidationError, YAMLError, ValueError):
         quote = "; a shell leaves it whole in quotes" if option.is_mapping else ""
         return f"{key} must be {option.kind}, got {text}{quote}"
     except OmegaConfBaseException as error:

@@ -116,6 +116,7 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
     Raises:
         DataError: the cache cannot be written or is damaged, or a tokenizing process died.
         OSError: the cause is not the cache.
+        Exception: no memory, file descriptor, process or thread is left, see `is_shortage`.
     """
     try:
         yield
@@ -129,7 +130,7 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
             cause = error.__context__
         while cause.__cause__ is not None and not isinstance(cause, FastprefError):
             cause = cause.__cause__
-        if isinstance(cause, FastprefError):
+        if isinstance(cause, FastprefError) or is_shortage(cause):
             raise cause from None
         # a pipe to a worker: broken standard streams raise nothing
         if LOST_PROCESS in str(cause) or isinstance(cause, BrokenPipeError | ConnectionResetError):
@@ -150,8 +151,6 @@ def cache_errors(cache_dir: str | None) -> Iterator[None]:
 
 def is_of_cache(error: OSError, folder: str) -> bool:
     """Whether a system error concerns the cache in `folder`."""
-    if is_shortage(error):
-        return False
     if not isinstance(error.filename, str):
         return True
     # parents count too: the folder is created in them

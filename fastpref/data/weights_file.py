@@ -1,5 +1,6 @@
 """Sidecar file of estimated token weights, `{split}.weights.json`, that records their origin."""
 
+import datetime
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -110,8 +111,14 @@ def read_origin(path: Path) -> WeightsOrigin | None:
     try:
         fields: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
         positive, negative = (ModelOrigin(**fields.pop(side)) for side in ("positive", "negative"))
-        return WeightsOrigin(**fields, positive=positive, negative=negative)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        origin = WeightsOrigin(**fields, positive=positive, negative=negative)
+        # only these are used as more than texts and numbers to compare
+        if origin.chat_date is not None:
+            datetime.date.fromisoformat(origin.chat_date)
+        if not isinstance(origin.tokenizer, str):
+            raise TypeError("tokenizer is no text")
+        return origin
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{sidecar}: not a record of estimated weights ({error}); delete it if {path.name} "
             "holds weights from elsewhere"

@@ -1,6 +1,7 @@
 """Loads models and tokenizers by name: from folders, runs, adapters, archives and the hub."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def load_model(
 
 def _load_archive(source: ModelSource, archive: str, *, dtype: torch.dtype, attention: str) -> Any:
     """Load a model with the weights of an archive; its own are not read."""
-    path = Path(archive).expanduser()
+    path = Path(os.path.expanduser(archive))
     if path.is_file():
         weights = read_policy(path)
     else:

@@ -10,7 +10,7 @@ from stopped_runs import run
 from tiny_models import save_tiny_model, text_rows, write_rows
 
 from fastpref.data.audit.html import MOST_CHARACTERS, _text
-from fastpref.page import visible
+from fastpref.page import render_page, visible
 
 EVIL = "</span></p><script>alert(1)</script><img src=x onerror=alert(2)>&\"'"
 
@@ -160,3 +160,8 @@ def test_the_middle_of_a_long_text_is_left_out(extra):
     page = _text("a" * half + "b" * extra + "c" * half)
     assert (page.count("a" * half), page.count("c" * half), "b" in page) == (1, 1, False)
     assert (f"… {extra:,} characters …" in page) == bool(extra)
+
+
+def test_a_page_may_name_a_file_whose_name_is_no_utf8():
+    name = b"caf\xe9.jsonl".decode(errors="surrogateescape")
+    assert r"<p>caf\udce9.jsonl" in render_page("Data", f"<p>{name}").encode().decode()

@@ -408,6 +408,12 @@ def test_a_path_is_answered_with_the_two_options_that_read_it(tmp_path):
             find_source(str(name), "train", None, {})
 
 
+@pytest.mark.parametrize("base", [None, "."])
+def test_the_home_of_nobody_is_no_dataset(base):
+    with pytest.raises(DataError, match=r"^datasets: no (dataset '|folder )~nobody-of-this-name"):
+        find_source("~nobody-of-this-name", "train", base, {})
+
+
 @pytest.mark.parametrize("base", [None, "data"])
 @pytest.mark.parametrize("name", ["set/train.jsonl", "{}/data/set/train.jsonl"])
 def test_a_file_in_place_of_a_dataset_is_answered_with_the_options_that_read_it(

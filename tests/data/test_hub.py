@@ -1,9 +1,20 @@
+import errno
+
 import datasets
 import huggingface_hub
 import pytest
+from datasets.exceptions import DatasetGenerationError
 
 from fastpref.data.layouts.rows import parse_row
-from fastpref.data.sources.hub import hh_rows, hub_rows, se_rows, shp_rows, strip_html
+from fastpref.data.sources.hub import (
+    hh_rows,
+    hub_rows,
+    hub_splits,
+    hub_state,
+    se_rows,
+    shp_rows,
+    strip_html,
+)
 from fastpref.errors import DataError
 
 
@@ -93,3 +104,21 @@ def test_a_hub_that_cannot_be_reached_is_a_data_error_that_offers_a_folder(monke
     ):
         with pytest.raises(DataError, match=message.format(path, rows, name)):
             list(hub_rows(name, "train", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "shortage", [MemoryError(), OSError(errno.EMFILE, "Too many open files", "lock")]
+)
+def test_a_shortage_is_not_taken_for_a_hub_that_cannot_be_reached(monkeypatch, shortage):
+    def fail(*_, **__):
+        raise DatasetGenerationError from shortage
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    for ask in (
+        lambda: hub_state("org/name", None, "train", None),
+        lambda: hub_splits("a/b", None, None),
+    ):
+        with pytest.raises(type(shortage)) as raised:
+            ask()
+        assert raised.value is shortage

@@ -3,6 +3,7 @@
 import datetime
 import errno
 import json
+import struct
 
 import datasets
 import pyarrow
@@ -136,4 +137,20 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     prompts = [pyarrow.array([text]) for text in ("one", "other")]
     path = write_parquet(tmp_path, pyarrow.table(prompts, names=["prompt", "prompt"]))
     with pytest.raises(DataError, match=r"train\.parquet: several columns of one name: prompt"):
+        list(read_records(path))
+
+
+def test_damaged_offsets_of_an_arrow_file_are_refused_and_bad_text_is_an_error_of_its_row(tmp_path):
+    texts = pyarrow.array([b"one", b"caf\xe9", b"three"], pyarrow.binary()).view(pyarrow.string())
+    path = tmp_path / "train.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file:
+        table = pyarrow.table({"prompt": texts})
+        with pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    errors = [isinstance(record, RowError) for _, record in read_records(path)]
+    assert errors == [False, True, False]
+    offsets = struct.pack("<4i", 0, 3, 7, 12)
+    far = struct.pack("<4i", 0, 2**30, 7, 12)
+    path.write_bytes(path.read_bytes().replace(offsets, far))
+    with pytest.raises(DataError, match=r"train\.arrow: cannot be read: .*[Oo]ffset"):
         list(read_records(path))

@@ -159,6 +159,15 @@ def test_a_row_that_is_too_long_is_shown_whole(tmp_path):
     assert {token.fate for part in row.parts for token in part.tokens} == {CUT}
 
 
+def test_a_conversation_whose_response_the_template_renders_empty_is_shown(tmp_path):
+    call = {"function": {"name": "f", "arguments": "{}"}}
+    silent = CHAT | {"rejected": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    _, shown = report(tmp_path, [CHAT, CHAT, silent], template=TEMPLATE)
+    row = next(row for row in shown.rows if row.drop)
+    assert (row.drop, row.place.rpartition(":")[2]) == ("empty response", "3")
+    assert texts(row.parts[2], CUT) == "</s>" and len(row.parts[2].tokens) == 1
+
+
 def test_every_character_belongs_to_one_token():
     tokenizer, text = byte_tokenizer(), "naïve 😀 \n\t漢"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

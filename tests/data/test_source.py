@@ -20,6 +20,7 @@ from fastpref.data.parts import check_sources
 from fastpref.data.remarks import Remark
 from fastpref.data.source import read_rows
 from fastpref.data.sources.built_in import SOURCES, BuiltIn
+from fastpref.data.weights_file import read_origin
 from fastpref.errors import DataError
 
 SIDES = ("chosen", "rejected")
@@ -347,6 +348,15 @@ def test_what_is_no_fault_of_the_cache_is_not_blamed_on_it(tmp_path):
         with pytest.raises(OSError) as raised, cache_errors(cache):
             raise DatasetGenerationError from error
         assert raised.value is error
+    for shortage in (
+        MemoryError(),
+        pyarrow.lib.ArrowMemoryError("malloc of size 64 failed"),
+        RuntimeError("can't start new thread"),
+    ):
+        with pytest.raises(type(shortage)), cache_errors(cache):
+            raise DatasetGenerationError from shortage
+        with pytest.raises(type(shortage)), cache_errors(cache):
+            raise shortage
     with pytest.raises(DataError, match=r"^data\.num_proc: a process that"), cache_errors(cache):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
     # the folder that it would be made in, and what names no file
@@ -405,3 +415,22 @@ def test_a_data_set_is_one_entry(tmp_path, monkeypatch):
     wrong = replace(options, names=("answer",), base_data_dir=None)
     with pytest.raises(DataError, match=r"no dataset 'answer'; built in: .*nearest: answers"):
         check_sources(wrong)
+
+
+@pytest.mark.parametrize(
+    "change", [{"chat_date": "yesterday"}, {"chat_date": 5}, {"tokenizer": None}, "[" * 100_000]
+)
+def test_a_damaged_record_of_estimated_weights_is_refused(tmp_path, change):
+    model = {"name_or_path": "a", "identity": "b", "template": ""}
+    record = {
+        **{"source": "s", "rows": 1, "tokens": 2, "includes_eos": False, "round": None},
+        **{"compute_dtype": "float32", "tokenizer": "t", "fingerprint": "f"},
+        **{"positive": model, "negative": model},
+    }
+    sidecar = tmp_path / "train.weights.json"
+    sidecar.write_text(json.dumps(record | {"chat_date": "2026-11-30"}))
+    origin = read_origin(tmp_path / "train.jsonl")
+    assert origin is not None and origin.chat_date == "2026-11-30"
+    sidecar.write_text(change if isinstance(change, str) else json.dumps(record | change))
+    with pytest.raises(DataError, match=r"train\.weights\.json: not a record of estimated weights"):
+        read_origin(tmp_path / "train.jsonl")

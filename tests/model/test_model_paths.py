@@ -9,7 +9,7 @@ from tiny_models import save_tiny_model
 
 from fastpref.config import ModelConfig
 from fastpref.errors import CheckpointError
-from fastpref.model.files.paths import find_model, resolve_model, resolve_tokenizer
+from fastpref.model.files.paths import find_archive, find_model, resolve_model, resolve_tokenizer
 from fastpref.model.source import load_model_tokenizer
 
 
@@ -43,6 +43,12 @@ def test_folders_runs_and_archives_of_runs_are_found(model_dir, tmp_path):
         assert resolve(str(model_dir)) == str(model_dir)
         assert resolve(str(run_dir)) == latest
         assert resolve(f"{latest}/policy.pt") == latest
+
+
+def test_the_home_of_nobody_is_a_missing_folder():
+    for find in (resolve_model, lambda path: find_archive(path, trust_remote_code=False)):
+        with pytest.raises(CheckpointError, match="no folder ~nobody-of-this-name/model"):
+            find("~nobody-of-this-name/model")
 
 
 def test_the_readmes_organisation_in_a_path_is_left_out_and_that_said_once(model_dir, caplog):

@@ -202,8 +202,8 @@ def _template_masks(
     tools = json.loads(row["tools"]) if row["tools"] else []
     said = [[text for _, text in string_leaves(tools)] + _said(row["prompt"])]
     said += [_said(row[name]) for name in names]
-    # a response begins at its first token in the whole conversation
-    starts = [0, *(part.spans[0][0] for part in parts[1:])]
+    # a response begins at its first token in the whole conversation; an empty one has none
+    starts = [0, *(part.spans[0][0] if part.spans else 0 for part in parts[1:])]
     masks = []
     for part, leaves, start in zip(parts, said, starts, strict=True):
         is_said = said_characters(part.text, leaves, start)

@@ -1,5 +1,6 @@
 """Locate the rows of a dataset: files of a folder, whole or in shards, or the hub."""
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -115,7 +116,8 @@ def find_source(
         return Location(name, split, there, tuple(map(str, paths)), passed_over=passed_over)
     if name in SOURCES:
         return Location(name, split, split)
-    path = Path(name).expanduser().absolute()
+    # unlike `Path.expanduser`, this leaves the ~ of an unknown user
+    path = Path(os.path.expanduser(name)).absolute()
     if file := next((place for place in (folder, path) if place and place.is_file()), None):
         raise _path_given(name, file)
     if folder is not None and not folder.parent.is_dir() and not HUB_ID.fullmatch(name):

@@ -13,7 +13,7 @@ import datasets
 from fastpref.checks import listed
 from fastpref.data.layouts.rows import ASSISTANT_TURN
 from fastpref.data.sources.readers import read_batches
-from fastpref.errors import DataError
+from fastpref.errors import DataError, is_shortage
 from fastpref.forks import forks_end_with_us
 from fastpref.host import available_cores
 
@@ -214,6 +214,12 @@ def load_from_hub(
 def _unreachable(
     hub_id: str, config: str | None, split: str, error: Exception, *, name: str = ""
 ) -> DataError:
+    cause = error
+    while isinstance(cause.__cause__, Exception):
+        cause = cause.__cause__
+    # says nothing of the hub
+    if is_shortage(cause):
+        raise cause from None
     # `datasets` raises a ValueError for a wrong configuration: only then ask the hub again
     configs = _other_configs(hub_id, config) if isinstance(error, ValueError) else []
     if configs:

@@ -207,9 +207,21 @@ def _read_arrow(path: Path) -> Iterator[tuple[int, Any]]:
         if has_index:
             table = pyarrow.ipc.open_file(file)
             batches = map(table.get_batch, range(table.num_record_batches))
-            yield from read_batches(batches, str(path))
         else:
-            yield from read_batches(pyarrow.ipc.open_stream(file), str(path))
+            batches = iter(pyarrow.ipc.open_stream(file))
+        yield from read_batches(map(_validated, batches), str(path))
+
+
+def _validated(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Raise ArrowInvalid for damaged offsets, which would be followed out of the file's memory."""
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            # reported with its row
+            if "Invalid UTF8" not in str(error):
+                raise
+    return batch
 
 
 def read_batches(

@@ -1,6 +1,7 @@
 """Identity of a model's weights: a digest of its files, or its hub commit."""
 
 import hashlib
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def side_model(model: ModelConfig, reference: str) -> ModelConfig:
         model: The run's model options: precision, attention, and the architecture of a `policy.pt`.
         reference: A name or folder, or a seed-format `policy.pt`.
     """
-    if Path(reference).expanduser().is_file():
+    if Path(os.path.expanduser(reference)).is_file():
         return replace(model, archive=reference)
     # the revision is a commit of the run's own model
     revision = model.revision if reference == model.name_or_path else None

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -135,7 +136,7 @@ def named_model(model: ModelConfig, *, key: str = "model.name_or_path") -> Model
 
 def archive_file(model: ModelConfig) -> Path | None:
     """The file that `model.archive` names; None if it names a folder, or is not set."""
-    path = Path(model.archive or "").expanduser()
+    path = Path(os.path.expanduser(model.archive or ""))
     return path if path.is_file() else None
 
 
@@ -153,7 +154,7 @@ def find_archive(archive: str, *, trust_remote_code: bool) -> ModelSource:
     """
     source = find_model(archive, key="model.archive", trust_remote_code=trust_remote_code)
     if not Path(source.name).is_dir():
-        path = Path(archive).expanduser()
+        path = Path(os.path.expanduser(archive))
         raise CheckpointError(f"model.archive: no file or folder {path}{nearest_neighbour(path)}")
     return source
 
@@ -212,7 +213,7 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
             f"model: {adapter / ADAPTER_CONFIG} must name the model that the adapter belongs to in "
             f"{BASE_FIELD}, got {name!r}"
         )
-    if not Path(name).expanduser().is_dir() and (adapter / name).is_dir():
+    if not Path(os.path.expanduser(name)).is_dir() and (adapter / name).is_dir():
         name = str(adapter / name)
     key = f"{BASE_FIELD} of {adapter / ADAPTER_CONFIG}"
     try:
@@ -265,7 +266,7 @@ def _folders(name_or_path: str) -> list[Path]:
     # a folder of that name may be about anything
     if name_or_path == EMBEDDED and not any(map(_holds_model, (here, here / EXPORT_FOLDER))):
         return [Path(str(files("fastpref") / "assets" / EMBEDDED))]
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))
     if path.name == ARCHIVE and not path.exists():
         path = path.parent
     if path.exists():
