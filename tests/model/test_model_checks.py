@@ -173,7 +173,7 @@ def test_buffers_that_were_rounded_before_this_cpu_lacks_an_operation_are_said_t
 
     def lack(*_: object) -> None:
         if table.weights.dtype == torch.float16:
-            raise NotImplementedError("not implemented for 'Half'")
+            raise NotImplementedError("not implemented for 'Half'")  # as torch does on such a CPU
 
     table.register_forward_pre_hook(lack)
     assert check_model(model, torch.float16).rounds_buffers
