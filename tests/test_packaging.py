@@ -104,6 +104,18 @@ def test_an_installation_brings_and_offers_what_the_design_says():
     assert project["requires-python"] == ">=3.11"
 
 
+def test_every_library_that_is_imported_is_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    asked = {re.split("[>;]", line)[0].replace("-", "_") for lines in groups for line in lines}
+    packages = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in {"fastpref", "kernels"}]
+    imported = top_level(set().union(*map(imported_modules, packages)))
+    # of `Buffer`, for mypy alone, which brings it
+    imported -= sys.stdlib_module_names | {"fastpref", "fastpref_kernels", "typing_extensions"}
+    named_otherwise = {"bs4": "beautifulsoup4", "hydra": "hydra_core", "yaml": "pyyaml"}
+    assert {named_otherwise.get(name, name) for name in imported} <= asked
+
+
 def test_the_ops_import_without_triton_and_alone():
     run_python(
         """
