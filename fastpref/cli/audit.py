@@ -35,7 +35,7 @@ def audit(config: Config) -> None:
     place.check_name()
     options = data_options(config)
     read = read_splits(options, config.splits, quiet=False)
-    tokenizer, vocab_size = load_vocabulary(config.model)
+    tokenizer, vocab_size = load_vocabulary(config.model, config.adapter)
     splits = run_audit(options, tokenizer, vocab_size=vocab_size, splits=config.splits)
     facts = list(read.facts)
     if config.data.shares is not None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from fastpref import __version__
-from fastpref.cli.streams import fill_standard_streams, outlive_readers
+from fastpref.cli.streams import fill_standard_streams, outlive_readers, printing_results
 from fastpref.errors import ConfigError, FastprefError, say_error
 from fastpref.forks import stop_without_launcher
 from fastpref.signals import (
@@ -46,7 +46,8 @@ def main(
         config_dir: The folder configs/.
 
     Returns:
-        The exit code; 2 for a wrong option, reported in one message on stderr.
+        The exit code; 2 for a wrong option, 4 for an answer that stdout does not take, reported in
+        one message on stderr.
     """
     fill_standard_streams()
     outlive_readers()
@@ -56,8 +57,8 @@ def main(
         try:
             check_current_folder()
             return _run(arguments, compose_choices, config_dir)
-        except ConfigError as wrong:
-            error: FastprefError = wrong
+        except FastprefError as known:
+            error = known
         except KeyboardInterrupt:
             # raised by a library, or no handlers are installed outside the main thread
             error = stop_error(signal.SIGINT, "nothing to save yet")
@@ -72,10 +73,12 @@ def _run(
     from fastpref.cli.overrides import read_config, split_arguments
 
     if {"--help", "-h"} & set(arguments):
-        print(format_help(config_dir, shutil.get_terminal_size((WIDEST, 24)).columns))
+        with printing_results():
+            print(format_help(config_dir, shutil.get_terminal_size((WIDEST, 24)).columns))
         return 0
     if "--version" in arguments:
-        print(f"fastpref {__version__}")
+        with printing_results():
+            print(f"fastpref {__version__}")
         return 0
     only_print = "--cfg" in arguments
     if only_print:
@@ -83,7 +86,8 @@ def _run(
         arguments = [argument for argument in arguments if argument not in ("--cfg", "job")]
     config = read_config(arguments, compose_choices, config_dir)
     if only_print:
-        print(config.to_yaml().rstrip())
+        with printing_results():
+            print(config.to_yaml().rstrip())
         return 0
     set_allocators()
     # imports torch and transformers, which takes a second or more

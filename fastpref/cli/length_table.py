@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from fastpref.cli.streams import printing_results
 from fastpref.data.audit.lengths import Histogram
 
 LEVELS = " ▁▂▃▄▅▆▇█"
@@ -29,7 +30,8 @@ def show_lengths(split: str, lengths: Sequence[Histogram]) -> None:
             f"{histogram.limit:,}",
             f"{100 * histogram.num_over / max(1, histogram.num_rows):.3g} %",
         )
-    Console(file=sys.stdout, width=100).print(table)
+    with printing_results():
+        Console(file=sys.stdout, width=100).print(table)
 
 
 def draw(histogram: Histogram) -> str:

@@ -104,7 +104,8 @@ def _raise_problems(problems: list[str]) -> None:
 
 
 def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    """KEY=VALUE arguments as {key: text}, and one message for each other argument."""
+    """KEY=VALUE arguments as {key: text}, in the order of their last occurrences, and one message
+    for each other argument."""
     pairs: dict[str, str] = {}
     problems = []
     rest = list(arguments)
@@ -126,6 +127,8 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
         elif not equals or not key:
             problems.append(f"{argument}: options are written KEY=VALUE")
         else:
+            # to the end: of a repeated key the last one counts, also against other forms of it
+            pairs.pop(key, None)
             pairs[key] = text
     return pairs, problems
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastpref.batches.layouts import PackedRows, PaddedRows
+from fastpref.cli.streams import printing_results
 from fastpref.config import PackingConfig, PlanConfig, TrainingOptions
 from fastpref.errors import ConfigError
 from fastpref.memory.plan import GIB, Device, MemoryPlan, communicated_bytes
@@ -60,7 +61,8 @@ def show_plan(
     for rows in zip(*(cells for _, cells in columns), strict=True):
         names = {name for name, _ in rows}
         table.add_row(names.pop(), *(text for _, text in rows))
-    Console(file=sys.stdout, width=100).print(table)
+    with printing_results():
+        Console(file=sys.stdout, width=100).print(table)
 
 
 def _columns(

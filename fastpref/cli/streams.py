@@ -5,7 +5,12 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fastpref.complete_files import writing
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -61,6 +66,18 @@ def outlive_readers() -> None:
             line_buffering=stream.line_buffering or stream.write_through,
         )
         setattr(sys, name, lasting)
+
+
+@contextmanager
+def printing_results() -> Iterator[None]:
+    """While entered, stdout takes what the command was run for; on leaving, all of it is written.
+
+    Raises:
+        CheckpointError: stdout is redirected to a file that cannot be written, as on a full disk.
+    """
+    with writing(Path("standard output")):
+        yield
+        sys.stdout.flush()
 
 
 def fill_standard_streams() -> None:

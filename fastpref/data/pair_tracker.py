@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import NamedTuple
 
-from fastpref.data.layouts.rows import MALFORMED, Row, comparable, prompt_said
+from fastpref.data.layouts.rows import Row, comparable, prompt_said
 from fastpref.data.layouts.turns import WRITTEN_MESSAGES
 from fastpref.data.remarks import Remark
 
@@ -56,13 +56,14 @@ class PairTracker:
         The prompt of a dropped row is numbered too, which keeps its place in the data order.
         """
         texts = comparable(row)
-        if row["drop"] == MALFORMED or (row["drop"] and texts[0] == NO_MESSAGES):
+        if row["drop"] and texts[0] == NO_MESSAGES:
             return Noted(-1)
+        # first, as it may exceed the depth of recursion
+        said = _digest(prompt_said(row))
         prompt, chosen, rejected = map(_digest, texts)
         group = self.groups.setdefault(prompt, len(self.groups))
         pair = prompt + chosen + rejected
-        said, whole = _digest(prompt_said(row)), _digest(pair)
-        noted = Noted(group, Remark(0), _as_integer(said), _as_integer(whole))
+        noted = Noted(group, Remark(0), _as_integer(said), _as_integer(_digest(pair)))
         if row["drop"] or not paired:
             return noted
         if row["chosen"] == row["rejected"]:

@@ -8,10 +8,10 @@ import datasets
 
 from fastpref.data.layouts.layout_reader import LayoutReader
 from fastpref.data.layouts.recognition import AmbiguousRowError, Layout
-from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.row_values import RowError, refusing_depth
 from fastpref.data.layouts.rows import DIGEST_FIELD, MALFORMED, WEIGHT_FIELDS, make_row
 from fastpref.data.options import ReadOptions
-from fastpref.data.pair_tracker import PairTracker, row_remarks
+from fastpref.data.pair_tracker import Noted, PairTracker, row_remarks
 from fastpref.data.places import LINES, place_of
 from fastpref.data.sources.built_in import SOURCES
 from fastpref.data.sources.files import Location
@@ -82,19 +82,20 @@ def generate_rows(
             if isinstance(record, RowError):
                 raise record
             row, layout = layouts.parse(record)
+            with refusing_depth():
+                noted = tracker.add(row, paired=options.paired)
         except AmbiguousRowError as error:
             raise DataError(error.at(place)) from None
         except RowError as error:
             message = error.at(place)
             if options.on_error == "raise":
                 raise DataError(message) from None
-            row = make_row(drop=MALFORMED)
+            row, noted = make_row(drop=MALFORMED), Noted(-1)
         else:
             what = layout.what
             unread = [] if location.is_built_in else unread_of.add(record, layout)
         if options.strict and row["drop"] not in ("", MALFORMED):
             raise DataError(f"{place}: {row['drop']} (data.strict=true)")
-        noted = tracker.add(row, paired=options.paired)
         yield {
             **row,
             "layout": what,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from fastpref.data.chat import ChatFormat, RenderedChat, render_chat
 from fastpref.data.counts import JOINED_ROWS
-from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.row_values import RowError, refusing_depth
 from fastpref.data.layouts.rows import EMPTY_PROMPT, EMPTY_RESPONSE, in_source
 from fastpref.data.remarks import Remark
 from fastpref.data.speakers import Spans, written_tokens
@@ -73,13 +73,14 @@ def row_texts(
     if row["form"] != "chat":
         return RowTexts(row["prompt"], list(responses.values()))
     try:
-        rendered = render_chat(
-            row["prompt"],
-            list(responses.values()),
-            chat,
-            tools=row["tools"],
-            fields=tuple(responses),
-        )
+        with refusing_depth():
+            rendered = render_chat(
+                row["prompt"],
+                list(responses.values()),
+                chat,
+                tools=row["tools"],
+                fields=tuple(responses),
+            )
     except RowError as error:
         # raises if the fault is the template's, not the row's
         chat.check()

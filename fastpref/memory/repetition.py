@@ -110,9 +110,11 @@ class Repetition:
     def _lower(self, size: int, error: Exception) -> None:
         half = size // 2
         if not half:
+            # without gradients no activations are kept
+            or_recomputed = ", activation_checkpointing=true" if torch.is_grad_enabled() else ""
             raise MemoryExhaustedError(
-                "out of memory in a single row; a smaller max_length, "
-                "activation_checkpointing=true or more GPUs need less"
+                f"out of memory in a single row; a smaller max_length{or_recomputed} or more GPUs "
+                "need less"
             ) from error
         remedy = self._remedy.format(most=half)
         if self._num_ranks > 1:

@@ -111,12 +111,14 @@ def check_training(
     return twin
 
 
-def load_vocabulary(config: ModelConfig) -> tuple[Any, int]:
-    """The tokenizer that model options name, and the number of rows of the model's embedding; no
-    weights are loaded.
+def load_vocabulary(config: ModelConfig, adapter: AdapterConfig) -> tuple[Any, int]:
+    """The tokenizer that model options name, and the number of rows of the embedding of the model
+    to train; no weights are loaded.
 
     Raises:
         CheckpointError: there is no such model.
+        ConfigError: see `find_adapter_base`.
     """
-    num_embeddings = read_vocab_size(named_model(config))
-    return load_model_tokenizer(config), num_embeddings
+    # an archive fills the model that `name_or_path` names, or is itself the base of adapters
+    source = find_adapter_base(config).source if adapter.trained else named_model(config)
+    return load_model_tokenizer(config), read_vocab_size(source)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastpref.distributed import World
-from fastpref.errors import DataError
+from fastpref.errors import CheckpointError, DataError
 from fastpref.memory.repetition import release_memory
 from fastpref.tisdpo.closing_report import describe_training, describe_weights
 from fastpref.tisdpo.estimate import estimate_weights
@@ -32,7 +32,7 @@ def run_stage(
     table = io.StringIO()
     reports: list[WeightsReport] = []
     try:
-        with contextlib.redirect_stdout(table), _explaining_damage(folder.with_name("weights")):
+        with contextlib.redirect_stdout(table), _explaining_damage(folder.parent):
             if is_training:
                 seconds = train(stage.config, world, command=command, chat_date=chat_date)
             else:
@@ -52,16 +52,20 @@ def run_stage(
 
 
 @contextlib.contextmanager
-def _explaining_damage(weights: Path) -> Iterator[None]:
-    """Add to an error in the weights files of an earlier stage how to have them written again.
+def _explaining_damage(run_dir: Path) -> Iterator[None]:
+    """Add to an error in the weights files or the model of an earlier stage how to have them made
+    again.
 
     Args:
-        weights: Folder of the stage that has estimated the weights.
+        run_dir: The recipe's folder.
     """
     try:
         yield
-    except DataError as error:
-        if str(weights) not in str(error) or not (weights / MARKER).is_file():
-            raise
-        again = f"to have the weights estimated again, delete {weights}"
-        raise DataError(f"{error}; {again}") from None
+    except (DataError, CheckpointError) as error:
+        for marker in run_dir.glob(f"*/{MARKER}"):
+            stage = marker.parent
+            if str(stage) in str(error):
+                made = "weights estimated" if stage.name == "weights" else "model trained"
+                again = f"to have the {made} again, delete {stage}"
+                raise type(error)(f"{error}; {again}") from None
+        raise

@@ -81,7 +81,7 @@ def load_data(config: Config, world: World, *, chat_date: str = "", quiet: bool 
     main_first(world, lambda: read_splits(options, config.splits, quiet=quiet))
     # to make tokens of many rows takes an hour
     twin = check_training(config.model, config.adapter, config.packing, world)
-    tokenizer, vocab_size = load_vocabulary(config.model)
+    tokenizer, vocab_size = load_vocabulary(config.model, config.adapter)
     chat_date = chat_date or today(tokenizer, world)
     options = replace(options, encode=replace(options.encode, chat_date=chat_date))
 

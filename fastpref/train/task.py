@@ -2,7 +2,6 @@
 
 import logging
 import random
-from contextlib import closing
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ def train(
         # export of the model
         with (
             say_if_stopped(f"what there is lies in {run.run_dir}"),
-            closing(run.log),
+            run.log,
             StopRequest(deadline) as stop,
             open_checkpoints(run, deadline) as checkpoints,
         ):

@@ -157,13 +157,18 @@ def aligned_columns(V: int) -> int:
     return -(-V // 64) * 64
 
 
-def gradient_tile(operands: Operands) -> tuple[int, int]:
+def gradient_tile(operands: Operands, gradient: torch.dtype) -> tuple[int, int]:
     """Rows and columns of a slice of logit gradients, at most half of the workspace; the other half
-    is for the GEMM results that the slice is computed from."""
+    is for the GEMM results that the slice is computed from.
+
+    Args:
+        operands: Those that the logits are computed from.
+        gradient: Dtype of the gradients.
+    """
     rows, cols = _GRADIENT_TILE
     budget = min(_GRADIENT_BYTES, limit() / 2)
     block_v = (operands.tile or ROW_TILE).block_v
-    itemsize = operands.head.input.itemsize
+    itemsize = gradient.itemsize
     N = max(1, len(operands.ids))
     while rows > 32 and min(rows, N) * block_v * itemsize > budget:
         rows //= 2

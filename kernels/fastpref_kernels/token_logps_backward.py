@@ -194,7 +194,7 @@ def lean_bwd(
     return head_gradients(
         head,
         needs_grad,
-        gradient_tile(scored),
+        gradient_tile(scored, clean_ND.dtype),
         lambda rows: clean_ND[rows],
         dlogits,
         unit=unit,

@@ -149,7 +149,7 @@ def token_logps_kl_bwd(
             fill(operands, stats, part, cols, part_RC, arguments)
         return dlogits_RC
 
-    tile = gradient_tile(operands[0])
+    tile = gradient_tile(operands[0], clean_ND.dtype)
     return head_gradients(policy, needs_grad, tile, lambda rows: clean_ND[rows], dlogits, unit=unit)
 
 

@@ -131,6 +131,14 @@ def test_last_value_of_a_key_wins_and_plus_signs_change_nothing():
     assert (config.lr, config.batch_size, config.loss.name) == (2.0, 16, "dpo")
 
 
+def test_the_last_value_wins_whatever_forms_its_option_was_given_in():
+    config = read("resume=/a", "resume.path=never", "resume=/b")
+    assert config.resume.path == "/b"
+    forms = ("data.columns={prompt: a}", "data.columns.prompt=b", "data.columns={prompt: c}")
+    config = read("datasets=[x]", *forms)
+    assert config.data.columns == {"prompt": "c"}
+
+
 def test_text_options_take_text_as_it_stands():
     config = read("run_dir=/tmp/a=b (1), c", "exp_name=2024_01", "model.archive='x y'")
     assert config.run_dir == "/tmp/a=b (1), c"

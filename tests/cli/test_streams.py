@@ -1,5 +1,6 @@
 """Whoever reads what a run prints may leave: the run goes on, and nothing is lost."""
 
+import contextlib
 import os
 import pty
 import subprocess
@@ -11,6 +12,8 @@ from ranks import run_on_ranks
 from stopped_runs import run
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
+import train
+from fastpref.cli.command_line import main
 from fastpref.train import loop
 
 PRINTING = """
@@ -60,6 +63,21 @@ def test_a_reader_may_leave_before_the_end_of_a_long_answer(option):
     root = Path(__file__).resolve().parents[2]
     result = subprocess.run(answer, cwd=root, capture_output=True, text=True, timeout=60)
     assert result.stderr == "0\n"
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version", "--cfg", "task=plan"])
+def test_a_full_disk_under_an_answer_is_one_line_and_the_code_of_an_unwritable_file(
+    argument, monkeypatch, capsys
+):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code = main([argument], train.compose_choices, train.CONFIG_DIR)
+        monkeypatch.undo()
+        # what is still buffered cannot be written on closing either
+        with contextlib.suppress(OSError):
+            full.close()
+    told = "fastpref: standard output: cannot be written: No space left on device\n"
+    assert (code, capsys.readouterr().err) == (4, told)
 
 
 def train_unheard(arguments: list[str], closed_in_step: int | None) -> None:

@@ -183,6 +183,23 @@ def test_a_row_that_the_template_fails_on_is_named_or_skipped(tmp_path):
     assert texts(split, tokenizer, 1)[1] == '[CALL]trip to="Rom"</s>'
 
 
+@pytest.mark.parametrize("depth", [300, 600, 900])
+@pytest.mark.parametrize("column", ["tools", "chosen"])
+def test_a_row_of_any_depth_is_encoded_or_named(tmp_path, column, depth):
+    tokenizer = byte_level_tokenizer(CHATML_TOOLS)
+    nested = json.loads(depth * "[" + depth * "]")
+    tool = {"type": "function", "function": {"name": "trip", "parameters": nested}}
+    deep = {"tools": [tool], "chosen": say("assistant", "yes", tool_calls=nested)}
+    rows = [chat(question="R"), chat(**{column: deep[column]})]
+    # how deep a row may be depends on Python's version
+    try:
+        encode(tmp_path, rows, tokenizer)
+    except DataError as error:
+        assert "train.jsonl:2" in str(error)
+        split = encode(tmp_path, rows, tokenizer, data={"on_error": "skip"})
+        assert split.audit.dropped == {"malformed row": 1}
+
+
 def test_what_a_template_refuses_or_leaves_out_is_named_as_the_file_names_it(tmp_path, caplog):
     question, bad, no = say("user", "R"), calling("no JSON"), say("assistant", "no")
     sft, columns = {"loss": SFTConfig()}, {"prompt": "ask", "chosen": "good"}

@@ -414,6 +414,13 @@ def test_the_home_of_nobody_is_no_dataset(base):
         find_source("~nobody-of-this-name", "train", base, {})
 
 
+@pytest.mark.parametrize("base", [None, "."])
+def test_a_name_too_long_for_a_folder_is_no_dataset(base):
+    name = 300 * "a"
+    with pytest.raises(DataError, match=name):
+        find_source(name, "train", base, {})
+
+
 @pytest.mark.parametrize("base", [None, "data"])
 @pytest.mark.parametrize("name", ["set/train.jsonl", "{}/data/set/train.jsonl"])
 def test_a_file_in_place_of_a_dataset_is_answered_with_the_options_that_read_it(

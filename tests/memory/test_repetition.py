@@ -276,6 +276,13 @@ def test_one_item_of_many_tokens_is_not_divided():
         Repetition(num_ranks=1).compute_items([1], fail, tokens=lambda _: 100)
 
 
+def test_a_row_that_is_only_scored_is_not_told_to_keep_fewer_activations():
+    with torch.no_grad(), pytest.raises(MemoryExhaustedError) as raised:
+        repeat(1, 0)
+    told = "out of memory in a single row; a smaller max_length or more GPUs need less"
+    assert str(raised.value) == told
+
+
 def test_memory_that_another_rank_ran_out_of_is_not_blamed_on_this_one():
     def wait(_: Any) -> list[int]:
         raise DistributedError("rank 1 ended: out of memory: CUDA out of memory. Tried to allocate")

@@ -26,7 +26,7 @@ from fastpref.model.adapters.lora import (
 )
 from fastpref.model.adapters.targets import choose_targets
 from fastpref.model.adapters.tied_head import adapted_head
-from fastpref.model.beforehand import check_options
+from fastpref.model.beforehand import check_options, load_vocabulary
 from fastpref.model.files.paths import find_model
 from fastpref.model.filling import check_files
 from fastpref.model.logit_path import measure_logit_path
@@ -284,6 +284,14 @@ def test_an_adapter_that_moved_its_base_is_refused(models, world, tmp_path, init
     edit_config(start, init_lora_weights=init)
     with pytest.raises(CheckpointError, match=f"init_lora_weights={init}, which moved its base"):
         adapt(load(models / "untied"), world, start)
+
+
+def test_token_ids_are_those_of_the_base_that_an_archive_is(models, tmp_path):
+    longer = save_tiny_model(tmp_path / "longer", vocab_size=512)
+    config = ModelConfig(name_or_path=str(models / "tied"), archive=str(longer))
+    kinds = ("none", "lora")
+    num_rows = {kind: load_vocabulary(config, AdapterConfig(kind=kind))[1] for kind in kinds}
+    assert num_rows["none"] < num_rows["lora"] == 512
 
 
 @pytest.mark.parametrize(

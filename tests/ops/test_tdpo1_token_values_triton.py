@@ -134,6 +134,27 @@ def test_gradients_in_float32_come_from_no_fused_gemm_of_16_bits(mode, monkeypat
         assert (our - true).norm() / true.norm() <= 1e-5
 
 
+def test_gradients_in_float32_beside_a_reference_of_16_bits_keep_to_the_workspace(monkeypatch):
+    N, V, D = SHAPES["products"]
+    tiles = []
+    head_gradients = token_logps_backward.head_gradients
+
+    def spy(head, needs_grad, tile, *arguments, **options):
+        tiles.append(tile)
+        return head_gradients(head, needs_grad, tile, *arguments, **options)
+
+    monkeypatch.setattr(token_logps_backward, "head_gradients", spy)
+    # as on a GPU; the interpreter multiplies float16 right
+    monkeypatch.setattr(Head, "gemm_dtype", property(lambda head: head.input.dtype))
+    monkeypatch.setattr(tdpo1_token_values_triton, "choose_mode", lambda *_: "lean")
+    policy = tuple(leaf.detach().to(DEVICE).requires_grad_() for leaf in random_head(N, V, D))
+    reference = [leaf.detach().to(DEVICE) for leaf in random_head(N, V, D, torch.float16)]
+    with workspace(1):
+        values_and_gradients(tdpo1_token_values, policy, reference, random_target(N, V).to(DEVICE))
+    ((_, columns),) = tiles
+    assert N * columns * 4 <= 2**20 / 2
+
+
 @both_routes
 @pytest.mark.parametrize("heads", ["one", "two"])
 def test_a_row_has_the_same_bits_in_every_mode(route, heads):

@@ -337,6 +337,12 @@ def test_the_sft_recipe_runs_to_the_end(base, tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"{weights}:1" in error
     assert error.endswith(f"; to have the weights estimated again, delete {run_dir / 'weights'}")
+    # and so with a model
+    shutil.rmtree(run_dir / "weights")
+    os.truncate(run_dir / "positive" / "LATEST" / "model.safetensors", 1000)
+    assert run(command) == 4
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith(f"; to have the model trained again, delete {run_dir / 'positive'}")
 
 
 def _run_on_rank(arguments: list[str]) -> None:

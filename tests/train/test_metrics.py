@@ -8,7 +8,7 @@ import pytest
 import torch
 from ranks import ALONE
 
-from fastpref.errors import CheckpointError, DistributedError
+from fastpref.errors import CheckpointError, DistributedError, NonFiniteError
 from fastpref.train.guard import FiniteGuard
 from fastpref.train.logs import metrics
 from fastpref.train.logs.metrics import MetricsLog, PendingStep, first_loss_tolerance
@@ -119,3 +119,14 @@ def test_trackers_are_closed_although_the_last_lines_cannot_be_written():
     with pytest.raises(CheckpointError, match="/dev/full: cannot be written"):
         log.close()
     assert follower.is_closed
+
+
+def test_the_error_that_ended_a_run_is_told_although_its_last_lines_cannot_be_written(caplog):
+    for error in (NonFiniteError("the loss of step 3"), None):
+        log = MetricsLog(path=Path("/dev/full"), min_interval_seconds=9, world=ALONE)
+        with pytest.raises(NonFiniteError if error else CheckpointError), log:
+            log.add_step(step_of(2, LOG_TWO))
+            if error:
+                raise error
+    (told,) = caplog.messages
+    assert told.startswith("full lacks the last lines: /dev/full: cannot be written: No space")

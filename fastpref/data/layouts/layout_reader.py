@@ -8,7 +8,7 @@ from typing import Any
 from fastpref.checks import listed
 from fastpref.data.layouts.readings import Record
 from fastpref.data.layouts.recognition import TEXTS, AmbiguousRowError, Layout, recognise
-from fastpref.data.layouts.row_values import RowError
+from fastpref.data.layouts.row_values import RowError, refusing_depth
 from fastpref.data.layouts.rows import SIDES, Row, parse_row
 from fastpref.data.layouts.turns import read_written, transposed
 
@@ -59,10 +59,8 @@ class LayoutReader:
             RowError: the row breaks a rule, or has another layout than the rows before it.
             AmbiguousRowError: the record can be read in two ways.
         """
-        try:
+        with refusing_depth():
             return self._parsed(record)
-        except RecursionError:
-            raise RowError("the row is nested too deeply") from None
 
     def _parsed(self, record: Any) -> tuple[Row, Layout]:
         if not isinstance(record, dict):

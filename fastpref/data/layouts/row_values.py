@@ -5,6 +5,7 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -25,6 +26,19 @@ class RowError(ValueError):
         place = f"{place}:{self.field}" if self.field else place
         # a message may quote a lone surrogate, which cannot be printed
         return f"{place}: {self}".encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def refusing_depth() -> Iterator[None]:
+    """Refuse a row on which a function in the block exceeds Python's depth of recursion.
+
+    Raises:
+        RowError: the row is nested too deeply.
+    """
+    try:
+        yield
+    except RecursionError:
+        raise RowError("the row is nested too deeply") from None
 
 
 def kind(value: Any) -> str:

@@ -4,6 +4,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 class MissingSplitError(DataError):
     """A dataset exists, but not the requested split."""
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn an OSError into a `DataError`, unless it says nothing of the files."""
+    try:
+        yield
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
 class Location(NamedTuple):
@@ -80,14 +92,11 @@ class Location(NamedTuple):
         """
         if self.is_hub:
             return hub_state(self.name, self.hub_config, self.split_there, cache_dir)
-        try:
+        with _reading():
             return "\n".join(file_state(Path(path)) for path in self.paths)
-        except OSError as error:
-            if is_shortage(error):
-                raise
-            raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
 
+@_reading()
 def find_source(
     name: str, split: str, base_data_dir: str | None, split_names: Mapping[str, str]
 ) -> Location:
@@ -103,8 +112,8 @@ def find_source(
         split_names: train or test -> name of that split in folders and on the hub.
 
     Raises:
-        DataError: there is no such dataset; names what was found instead. A `MissingSplitError`
-            if only the split is missing in its folder.
+        DataError: there is no such dataset, or its folder cannot be read; names what was found
+            instead. A `MissingSplitError` if only the split is missing in its folder.
     """
     there = split_names.get(split, split)
     folder = Path(base_data_dir) / name if base_data_dir is not None else None

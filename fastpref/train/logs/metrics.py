@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -193,6 +193,18 @@ class MetricsLog:
         if self.world.is_main and self.path.is_file():
             with writing(self.path):
                 sync(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: object, first: BaseException | None, __: object) -> None:
+        """Close the log; an error of that does not replace the one that ended the run."""
+        try:
+            self.close()
+        except Exception as error:
+            if first is None:
+                raise
+            logger.warning("%s lacks the last lines: %s", self.path.name, first_line(error))
 
     def close(self) -> None:
         """Write the pending steps and close the trackers, also if the steps cannot be written."""
