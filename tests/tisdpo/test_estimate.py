@@ -44,7 +44,7 @@ from fastpref.model.files.identity import side_model
 from fastpref.scoring import progress, ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.shards import Shards, rows_digest
-from fastpref.scoring.side import check_finite, check_rows
+from fastpref.scoring.side import Side, check_finite, check_rows
 from fastpref.tisdpo import settings, weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
@@ -161,6 +161,24 @@ def test_adapters_stay_in_float32_whatever_the_model_computes_in(models, tmp_pat
     tolerance = 1e-5 if dtype == "float32" else 0.025
     torch.testing.assert_close(adapted, expected, rtol=0, atol=tolerance)
     assert (bare - expected).abs().max() > 4 * tolerance
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_sides_of_one_base_are_one_loaded_model(models, tmp_path, world, quantized):
+    names = [save_adapter(models[0], tmp_path / f"adapter-{i}", i) for i in range(2)]
+    model = ModelConfig(name_or_path=models[0], fsdp_policy_mp=None)
+    sides = [
+        Side(label, side_model(model, name), None, None, quantized)
+        for label, name in zip(("positive", "negative"), names, strict=True)
+    ]
+    loads = SideModels(sides, PackingConfig(enabled=False), world, longest=40)
+    scorers = []
+    for side in sides:
+        scorers.append(loads.load(side)[0])
+        loads.release(side)
+    assert scorers[0] is scorers[1]
+    in_four_bits = [m for m in scorers[0].modules() if type(m).__name__ == "Linear4bit"]
+    assert bool(in_four_bits) == quantized
 
 
 def test_tied_adapters_stand_on_one_base(models, tmp_path):
