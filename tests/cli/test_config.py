@@ -347,6 +347,12 @@ def test_the_bounds_themselves_are_in_range():
 def test_a_best_checkpoint_needs_evaluations():
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=loss/eval needs evaluations"):
         read("checkpoint.keep_best=loss/eval", "n_eval_examples=0")
+    # what trains nothing has no checkpoints
+    assert read("task=audit", "checkpoint.keep_best=loss/eval", "n_eval_examples=0")
+
+
+def test_a_recipe_goes_on_by_itself_where_it_is_asked_to():
+    assert read("recipe=tisdpo_p", "resume=auto").resume.path == "auto"
 
 
 @pytest.mark.parametrize(

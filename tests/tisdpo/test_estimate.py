@@ -763,6 +763,8 @@ def test_a_log_probability_of_nan_is_named_with_its_row_and_token():
         CheckpointError, match=r"broken gives .* nan at .*train.jsonl:2:rejected.* 2"
     ):
         check_finite([(sound, sound), (sound, broken)], [0, 1], rows, side)
+    with pytest.raises(CheckpointError, match=r"of -inf at train.jsonl:1:chosen, token 1"):
+        check_finite([(np.array([-np.inf, -1.0]), sound)], [0], rows, side)
 
 
 def test_rows_that_a_model_has_no_embedding_or_positions_for_are_refused_by_file_and_row():

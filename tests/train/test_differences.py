@@ -16,7 +16,7 @@ from fastpref.config import (
     ResumeConfig,
 )
 from fastpref.errors import CheckpointError, ConfigError
-from fastpref.train.resume.comparison import FORMAT, check_record
+from fastpref.train.resume.comparison import FORMAT, check_record, check_same_run
 from fastpref.train.resume.differences import (
     Difference,
     effect_of,
@@ -61,6 +61,15 @@ def test_a_state_of_adapters_fits_other_adapters_and_no_other_weights():
 def test_what_is_done_about_a_step_that_is_not_finite_changes_no_other_step():
     said = effect_of(Difference("on_nonfinite", "stop", "skip"), "cosine")
     assert said == "no effect on the updates"
+
+
+def test_a_state_that_does_not_fit_is_not_accepted_by_allowing_it():
+    record = {"options": options(optimizer="RMSprop"), "fingerprints": {}}
+    message = (
+        r"RMSprop, is AdamW: allowed\nset them back or name a new run_dir .* another optimizer$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        check_same_run(Path("step-3"), record, options(), {}, allow=["optimizer"])
 
 
 def test_groups_and_options_of_earlier_starts_may_be_allowed(tmp_path):
