@@ -285,6 +285,7 @@ STORED = ModelConfig(name_or_path="tiny", reference_dtype="bfloat16")
     [
         ({}, []),
         ({"reference": CACHE}, []),
+        ({"model": STORED}, []),
         ({"reference": CACHE, "loss": SimPOConfig()}, [r"reference\.\* .* with loss=simpo"]),
         ({"reference": CACHE, "model": STORED}, [r"model\.reference_dtype has no effect"]),
         ({"reference": AUTO}, ["auto is online here", r"reference\.cache_dir has no effect"]),

@@ -136,6 +136,12 @@ def test_weights_that_fill_a_file_to_the_last_byte_are_one_file_of_torch(tmp_pat
         assert file.metadata() == {"format": "pt"}
 
 
+def test_a_weight_larger_than_a_file_and_not_in_order_is_a_whole_one(tmp_path):
+    weight = torch.arange(6.0).reshape(2, 3).t()
+    write_weights(tmp_path, {"a": weight}, most_bytes=8)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], weight)
+
+
 def test_the_template_that_was_trained_on_is_that_of_every_file(base, tmp_path):
     template = str(base / "template.jinja")
     latest = run(make_config(base, tmp_path / "run", data=DataConfig(chat_template=template)))

@@ -80,6 +80,7 @@ def test_torchrun_says_by_itself_where_processes_meet(monkeypatch):
         "loss=dpo run_dir=a output_dir=b reference.mode=cache",
         "resume=auto resume.allow=[lr]",
         "packing.share_prompt=true",
+        "recipe=tisdpo_d resume.allow=[lr] stages.sft_first=true stages.sft_lr=1",
         "n_eval_examples=0 do_first_eval=false",
         "recipe=tisdpo_d stages.contrast_beta=1 stages.contrast_lr=1 weights.round=2",
     ],
