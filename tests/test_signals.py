@@ -20,7 +20,12 @@ from fastpref.errors import (
     PreemptionError,
     WritingMemoryError,
 )
-from fastpref.signals import StopRequest, say_if_stopped, signals_end_the_process
+from fastpref.signals import (
+    StopRequest,
+    say_if_stopped,
+    signals_change_nothing,
+    signals_end_the_process,
+)
 from fastpref.train.sampling import StopOnSignal
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,6 +172,31 @@ def test_in_training_the_first_is_remembered_and_the_second_acts_at_once():
         assert "Traceback" not in stderr and "Error" not in stderr
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGTERM, -signal.SIGTERM),
+        (signal.SIGINT, signal.SIGUSR1, -signal.SIGUSR1),
+        (signal.SIGTERM, signal.SIGHUP, 0),
+    ],
+)
+def test_a_second_signal_of_a_training_ends_it_before_its_next_instruction(first, second, code):
+    program = f"""
+with say_if_stopped("what there is lies in run"), StopRequest():
+    signal.raise_signal({int(first)})
+    signal.raise_signal({int(second)})
+    print("went on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", BUSY + program], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (code, "" if code else "went on\n")
+    interrupted = "fastpref: interrupted; asked for twice, so at once; what there is lies in run\n"
+    assert done.stderr == (interrupted if code == 130 else "")
+
+
 class World:
     """One process, or one of two whose other rank is asked to stop as well."""
 
@@ -193,8 +223,41 @@ def test_a_ranks_own_signal_after_another_ranks_is_its_first():
     with StopRequest() as stop:
         assert stop.agreed(World(other=signal.SIGTERM))
         # a second one would end this process
+        assert stop.requested
         signal.raise_signal(signal.SIGTERM)
         assert stop.agreed(World(other=signal.SIGTERM))
+
+
+def test_a_signal_is_said_once_however_often_the_ranks_agree(caplog):
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        assert stop.agreed(World()) and stop.agreed(World())
+    assert caplog.messages == ["SIGUSR1: stopping here; once more ends the process at once"]
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(60.0, 0), (0.0, 130)])
+def test_what_torchrun_forwards_at_once_is_the_same_request(monkeypatch, seconds, code):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    program = f"""
+from fastpref import signals
+signals.SAME_REQUEST_SECONDS = {seconds}
+with StopRequest():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+"""
+    done = subprocess.run([sys.executable, "-c", BUSY + program], capture_output=True, cwd=ROOT)
+    assert done.returncode == code
+
+
+def test_signals_are_ignored_while_another_error_is_being_reported():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda n, _: seen.append(n))
+    try:
+        with signals_change_nothing():
+            signal.raise_signal(signal.SIGUSR1)
+        assert not seen
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_what_cannot_be_written_asks_to_stop_before_any_signal():

@@ -113,4 +113,4 @@ def load_frozen_scorer(
 def on_base(model: ModelConfig, base: AdapterBase) -> ModelConfig:
     """A model's options, changed to load the base that its adapter belongs to."""
     revision = None if base.source.adapters else base.source.revision
-    return replace(model, name_or_path=base.name, archive=None, revision=revision)
+    return replace(model, name_or_path=base.name, revision=revision)

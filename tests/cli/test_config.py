@@ -234,6 +234,8 @@ def test_lists_and_null():
         ("max_prompt_length=128", r"max_prompt_length must be < max_length \(128\), got 128"),
         ("n_epochs=null", "n_epochs and n_examples are both null"),
         ("datasets=[]", "datasets must name at least one"),
+        ("datasets=[a,'']", "datasets must name at least one"),
+        ("reference.mode=cache", "KL of loss=tdpo needs those of every word"),
         ("task=trian", "task must be one of .*nearest: train"),
         ("trainer=FSDP", "trainer must be one of .*nearest: FSDPTrainer"),
         ("trainer=TensorParallelTrainer", "trainer=FSDPTrainer shards"),
@@ -281,10 +283,11 @@ def test_lists_and_null():
         ("checkpoint.mode=asyn", "checkpoint.mode must be one of .*nearest: async"),
         ("checkpoint.deadline=90", "checkpoint.deadline must be HH:MM:SS, got '90'"),
         ("checkpoint.deadline=1:60:00", "checkpoint.deadline must be HH:MM:SS"),
-        ("checkpoint.deadline=9999999999:00:00", "checkpoint.deadline in hours must be <= 8784"),
+        ("checkpoint.deadline=1:00:00h", "checkpoint.deadline must be HH:MM:SS"),
+        ("checkpoint.deadline=9999999999:00:00", "checkpoint.deadline in hours must be <= 8784,"),
         ("checkpoint.keep_best=margins", "must name a held-out metric, such as loss/eval"),
         ("parallel.timeout=0", "parallel.timeout must be >= 1"),
-        ("parallel.timeout=99999999999", "parallel.timeout must be >= 1 and <= 31622400"),
+        ("parallel.timeout=99999999999", "parallel.timeout must be >= 1 and <= 31622400,"),
         ("plan.num_gpus=0", "plan.num_gpus must be >= 1, got 0"),
         ("plan.memory_gib=0", "plan.memory_gib must be > 0"),
         ("plan.memory_gib=1000001", "plan.memory_gib must be <= "),
@@ -312,6 +315,11 @@ def test_values_out_of_range_are_refused_with_the_rule(argument, message):
         read(argument)
 
 
+def test_labels_that_are_wrong_as_often_as_right_are_refused():
+    with pytest.raises(ConfigError, match=r"label_smoothing must be >= 0 and < 0\.5, got 0\.5"):
+        read("loss=dpo", "loss.label_smoothing=0.5")
+
+
 def test_what_is_counted_from_one_is_refused_at_zero():
     names = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "n_epochs")
     names += ("n_examples", "n_eval_model_samples", "eval_every", "max_prompt_length", "max_length")
@@ -334,6 +342,7 @@ def test_the_bounds_themselves_are_in_range():
         *("stages.sft_n_epochs=1", "stages.contrast_n_epochs=1", "adapter=lora", "adapter.r=1"),
         *("adapter.dropout=0", "transform.binary.top_percent=100", "loss.alpha=0"),
     ]
+    assert read("loss=simpo", "loss.gamma=0").loss.name == "simpo"
     config = read(*arguments)
     assert (config.seed, config.adapter.r, config.optim.min_lr_ratio) == (2**32 - 1, 1, 1.0)
     highest = read(
@@ -346,6 +355,12 @@ def test_the_bounds_themselves_are_in_range():
 def test_a_best_checkpoint_needs_evaluations():
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_best=loss/eval needs evaluations"):
         read("checkpoint.keep_best=loss/eval", "n_eval_examples=0")
+    # what trains nothing has no checkpoints
+    assert read("task=audit", "checkpoint.keep_best=loss/eval", "n_eval_examples=0")
+
+
+def test_a_recipe_goes_on_by_itself_where_it_is_asked_to():
+    assert read("recipe=tisdpo_p", "resume=auto").resume.path == "auto"
 
 
 @pytest.mark.parametrize(
@@ -594,6 +609,8 @@ def test_run_names_follow_model_folder_and_reversal():
         for loss in (DPOConfig(), TDPOConfig())
     ]
     assert names == ["dpo_Qwen2.5-3B-sft_hh_reverse", "tdpo_Qwen2.5-3B-sft_hh"]
+    of_hub = tiny_config(loss=DPOConfig(), datasets=["org/name", "b"])
+    assert of_hub.computed_exp_name() == "dpo_tiny_org-name_b"
 
 
 def test_help_names_and_explains_every_option():

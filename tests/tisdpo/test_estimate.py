@@ -44,7 +44,7 @@ from fastpref.model.files.identity import side_model
 from fastpref.scoring import progress, ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
 from fastpref.scoring.shards import Shards, rows_digest
-from fastpref.scoring.side import check_finite, check_rows
+from fastpref.scoring.side import Side, check_finite, check_rows
 from fastpref.tisdpo import settings, weight_rows
 from fastpref.tisdpo.templates import ROLE_SENTENCES, apply_to_messages, apply_to_text
 
@@ -161,6 +161,24 @@ def test_adapters_stay_in_float32_whatever_the_model_computes_in(models, tmp_pat
     tolerance = 1e-5 if dtype == "float32" else 0.025
     torch.testing.assert_close(adapted, expected, rtol=0, atol=tolerance)
     assert (bare - expected).abs().max() > 4 * tolerance
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_sides_of_one_base_are_one_loaded_model(models, tmp_path, world, quantized):
+    names = [save_adapter(models[0], tmp_path / f"adapter-{i}", i) for i in range(2)]
+    model = ModelConfig(name_or_path=models[0], fsdp_policy_mp=None)
+    sides = [
+        Side(label, side_model(model, name), None, None, quantized)
+        for label, name in zip(("positive", "negative"), names, strict=True)
+    ]
+    loads = SideModels(sides, PackingConfig(enabled=False), world, longest=40)
+    scorers = []
+    for side in sides:
+        scorers.append(loads.load(side)[0])
+        loads.release(side)
+    assert scorers[0] is scorers[1]
+    in_four_bits = [m for m in scorers[0].modules() if type(m).__name__ == "Linear4bit"]
+    assert bool(in_four_bits) == quantized
 
 
 def test_tied_adapters_stand_on_one_base(models, tmp_path):
@@ -745,6 +763,8 @@ def test_a_log_probability_of_nan_is_named_with_its_row_and_token():
         CheckpointError, match=r"broken gives .* nan at .*train.jsonl:2:rejected.* 2"
     ):
         check_finite([(sound, sound), (sound, broken)], [0, 1], rows, side)
+    with pytest.raises(CheckpointError, match=r"of -inf at train.jsonl:1:chosen, token 1"):
+        check_finite([(np.array([-np.inf, -1.0]), sound)], [0], rows, side)
 
 
 def test_rows_that_a_model_has_no_embedding_or_positions_for_are_refused_by_file_and_row():

@@ -240,6 +240,16 @@ LORA = AdapterConfig(kind="lora")
             },
             [r"model\.policy_dtype has no effect", r"model\.save_dtype has no effect"],
         ),
+        (
+            {
+                "lr": 2e-5,
+                "adapter": LORA,
+                "model": ModelConfig(
+                    name_or_path="tiny", policy_dtype="bfloat16", fsdp_policy_mp=None
+                ),
+            },
+            [],
+        ),
     ],
 )
 def test_options_that_adapters_are_not_trained_well_with_are_said(options, messages):
@@ -254,6 +264,10 @@ def test_options_that_adapters_are_not_trained_well_with_are_said(options, messa
         (
             {"adapter": LORA, "task": "audit"},
             ["adapter=lora has no effect with task=audit"],
+        ),
+        (
+            {"adapter": AdapterConfig(kind="qlora"), "task": "audit"},
+            ["adapter=qlora has no effect with task=audit"],
         ),
     ],
 )
@@ -271,6 +285,7 @@ STORED = ModelConfig(name_or_path="tiny", reference_dtype="bfloat16")
     [
         ({}, []),
         ({"reference": CACHE}, []),
+        ({"model": STORED}, []),
         ({"reference": CACHE, "loss": SimPOConfig()}, [r"reference\.\* .* with loss=simpo"]),
         ({"reference": CACHE, "model": STORED}, [r"model\.reference_dtype has no effect"]),
         ({"reference": AUTO}, ["auto is online here", r"reference\.cache_dir has no effect"]),

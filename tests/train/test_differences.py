@@ -6,10 +6,24 @@ from pathlib import Path
 import pytest
 
 from fastpref.checkpoint.manifest import Checkpoint, Manifest
-from fastpref.config import AdapterConfig, Config, DPOConfig, HeadConfig, ModelConfig
-from fastpref.errors import CheckpointError
-from fastpref.train.resume.comparison import FORMAT, check_record
-from fastpref.train.resume.differences import Difference, list_differences
+from fastpref.cli.resume_names import check_resume
+from fastpref.config import (
+    AdapterConfig,
+    Config,
+    DPOConfig,
+    HeadConfig,
+    ModelConfig,
+    ResumeConfig,
+)
+from fastpref.errors import CheckpointError, ConfigError
+from fastpref.train.resume.comparison import FORMAT, check_record, check_same_run
+from fastpref.train.resume.differences import (
+    Difference,
+    effect_of,
+    is_among,
+    is_of_state,
+    list_differences,
+)
 from fastpref.train.resume.start import Start
 from fastpref.train.state import RunState
 
@@ -29,6 +43,41 @@ def test_what_an_earlier_version_did_not_have_was_what_it_is_by_default():
         Difference("adapter.kind", "none", "lora"),
         Difference("adapter.r", None, 4),
     ]
+
+
+def test_a_group_is_not_every_option_whose_name_begins_with_its_own():
+    assert is_among("optim.schedule", ["optim"]) and is_among("data", ["data"])
+    assert not is_among("optimizer", ["optim"]) and not is_among("datasets", ["data"])
+
+
+def test_a_state_of_adapters_fits_other_adapters_and_no_other_weights():
+    def of_state(before: str, now: str) -> bool:
+        return is_of_state(Difference("adapter.kind", before, now), adapted=True)
+
+    assert of_state("none", "lora") and of_state("qlora", "none")
+    assert not of_state("lora", "qlora")
+
+
+def test_what_is_done_about_a_step_that_is_not_finite_changes_no_other_step():
+    said = effect_of(Difference("on_nonfinite", "stop", "skip"), "cosine")
+    assert said == "no effect on the updates"
+
+
+def test_a_state_that_does_not_fit_is_not_accepted_by_allowing_it():
+    record = {"options": options(optimizer="RMSprop"), "fingerprints": {}}
+    message = (
+        r"RMSprop, is AdamW: allowed\nset them back or name a new run_dir .* another optimizer$"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        check_same_run(Path("step-3"), record, options(), {}, allow=["optimizer"])
+
+
+def test_groups_and_options_of_earlier_starts_may_be_allowed(tmp_path):
+    (tmp_path / "config.yaml").write_text("curriculum:\n  kind: none\n")
+    names = ["optim", "lr", "data", "curriculum", "curriculum.kind"]
+    check_resume(ResumeConfig(allow=names), tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no option curriculum, curriculum\.kind$"):
+        check_resume(ResumeConfig(allow=names), None)
 
 
 def test_tokens_at_once_are_taken_over_only_where_they_were_found_out():

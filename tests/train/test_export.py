@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stopped_runs import run as run_command
 from tiny_models import build_model, save_dataset, save_tiny_model
@@ -125,6 +126,20 @@ def test_weights_may_be_read_by_whom_the_umask_lets(tmp_path):
         path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "LATEST").iterdir()
     }
     assert len(modes) == 3 and set(modes.values()) == {"0o640"}, modes
+
+
+def test_weights_that_fill_a_file_to_the_last_byte_are_one_file_of_torch(tmp_path):
+    write_weights(tmp_path, {"a": torch.ones(2), "b": torch.ones(2)}, most_bytes=16)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        # earlier versions of transformers refuse files that do not say so
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_a_weight_larger_than_a_file_and_not_in_order_is_a_whole_one(tmp_path):
+    weight = torch.arange(6.0).reshape(2, 3).t()
+    write_weights(tmp_path, {"a": weight}, most_bytes=8)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], weight)
 
 
 def test_the_template_that_was_trained_on_is_that_of_every_file(base, tmp_path):

@@ -33,6 +33,18 @@ def test_an_evaluation_that_is_done_again_stands_there_once(tmp_path):
     assert brought(tmp_path, [*steps, line(2, "eval"), cut], [], **stopped) == expected
 
 
+def test_a_line_that_lacks_its_end_is_not_joined_to_the_next(tmp_path):
+    cut = line(2, "train")[:-1]
+    assert brought(tmp_path, [line(1, "train"), cut], [], step=2) == [(1, "train")]
+    assert (tmp_path / "metrics.jsonl").read_text() == line(1, "train")
+
+
+def test_lines_that_are_all_later_than_the_checkpoint_are_gone(tmp_path):
+    (tmp_path / "samples.jsonl").write_text(line(3, "eval"))
+    assert brought(tmp_path, [line(1, "train")], [], step=0) == []
+    assert (tmp_path / "samples.jsonl").read_text() == ""
+
+
 def test_lines_that_somebody_took_away_are_missed(tmp_path, caplog):
     caplog.set_level(logging.WARNING, "fastpref")
     whole = [line(1, "train"), line(1, "eval"), line(2, "train"), line(3, "train")]

@@ -34,6 +34,7 @@ def said(*arguments):
         ("wandb.entity=me", "wandb.entity has no effect: wandb.enabled=false"),
         ("debug=true wandb.enabled=true", "wandb.enabled has no effect: debug=true"),
         ("base_data_dir=/tmp", r"base_data_dir .*: none of datasets=.*planted.* is a folder in"),
+        ("datasets=[org/name] base_data_dir=/tmp", r"base_data_dir .*: none of .*org/name.* is a"),
         ("fsdp_port=1234", "fsdp_port has no effect: trainer=BasicTrainer"),
         ("local_dirs=[/a] output_dir=b", "output_dir has no effect: local_dirs"),
         ("run_dir=a output_dir=b", "output_dir has no effect: run_dir is"),
@@ -78,11 +79,18 @@ def test_torchrun_says_by_itself_where_processes_meet(monkeypatch):
         "loss=tisdpo transform.method=paper transform.paper.k=2",
         "loss=dpo run_dir=a output_dir=b reference.mode=cache",
         "resume=auto resume.allow=[lr]",
+        "packing.share_prompt=true",
+        "recipe=tisdpo_d resume.allow=[lr] stages.sft_first=true stages.sft_lr=1",
+        "n_eval_examples=0 do_first_eval=false",
         "recipe=tisdpo_d stages.contrast_beta=1 stages.contrast_lr=1 weights.round=2",
     ],
 )
 def test_nothing_is_said_of_options_that_are_read(arguments):
     assert said(*arguments.split()) == []
+
+
+def test_a_group_that_the_task_does_not_read_is_not_said_option_by_option():
+    assert said("stages.contrast=sft", "stages.contrast_beta=1") == []
 
 
 def test_rules_are_of_options_that_there_are():

@@ -26,6 +26,7 @@ from tiny_models import (
 )
 
 from fastpref import deadline
+from fastpref.batch import EncodedRow
 from fastpref.batches.columns import EncodedColumns
 from fastpref.config import DPOConfig, ReferenceConfig, SFTConfig, TDPOConfig, TISDPOConfig
 from fastpref.distributed import World
@@ -109,6 +110,17 @@ def test_rows_that_are_read_once_give_the_same_run_to_the_last_bit(base, tmp_pat
     assert_same_end(folder / "known", folder / "online", files=files_of(name), untold=untold)
     rows = scored_rows(folder)
     assert len(rows) == len(set(rows)) == sum(SPLITS.values())
+
+
+def test_of_a_row_that_two_runs_wrote_the_older_numbers_count(tmp_path):
+    columns = EncodedColumns.of_rows([EncodedRow([1, 2], [3], [4])])
+    for value in (-1.0, -2.0):
+        cache = RowCache(tmp_path)
+        cache.add(columns, np.full(len(columns.ids), value, np.float32))
+        cache.write(cache.take_unsaved(), {})
+    cache = RowCache(tmp_path)
+    cache.read(cache.files(), set(row_digests(columns)))
+    assert set(cache.beside(columns).reference_logps[-2:]) == {-1.0}
 
 
 def test_on_two_ranks_too(base, tmp_path):

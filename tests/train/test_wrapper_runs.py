@@ -177,7 +177,14 @@ def test_files_of_a_size_hold_together_what_one_would(tmp_path):
     write_weights(tmp_path / "several", {**arranged.own, **arranged.untouched}, most_bytes=50_000)
     paths = sorted((tmp_path / "several").glob("model-*-of-*.safetensors"))
     assert len(paths) > 2
-    index = json.loads((tmp_path / "several" / INDEX).read_text())["weight_map"]
+    count = f"{len(paths):05}"
+    assert [path.name[6:] for path in paths] == [
+        f"{i:05}-of-{count}.safetensors" for i in range(1, len(paths) + 1)
+    ]
+    described = json.loads((tmp_path / "several" / INDEX).read_text())
+    size = sum(weight.nbytes for weight in weights.values())
+    assert described["metadata"] == {"total_size": size}
+    index = described["weight_map"]
     found = {name: (path.name, x) for path in paths for name, x in load_file(path).items()}
     assert {name: file for name, (file, _) in found.items()} == index
     assert_same_bits({name: x for name, (_, x) in found.items()}, weights)
