@@ -115,8 +115,16 @@ def check_fit(model: Any, shapes: Shapes, source: str, *, opening: str) -> None:
     Raises:
         CheckpointError: as loading them would.
     """
+    # transformers 5.12 compares tied weights, which tensors on the meta device do not allow
+    twice = {
+        name
+        for name, tied_to in model.all_tied_weights_keys.items()
+        if name in shapes and shapes[name] == shapes.get(tied_to)
+    }
     headers = {
-        name: torch.empty(shape, dtype=model.dtype, device="meta") for name, shape in shapes.items()
+        name: torch.empty(shape, dtype=model.dtype, device="meta")
+        for name, shape in shapes.items()
+        if name not in twice
     }
     load = partial(_fill, model, headers, dtype=model.dtype, device_map="meta")
     with reading("the weights", source), _quiet_transformers():
