@@ -194,6 +194,8 @@ NOT_HERE = {
         ("neftune_noise_alpha", "use_dora", "lora_task_type", "early_stopping", "tf32"),
         "there is nothing like it here",
     ),
+    "config": "options stand in the command; a file of them is configs/recipe/NAME.yaml, for "
+    "recipe=NAME",
     "disable_dropout": "no model drops anything while it is trained; adapter.dropout is one of "
     "adapters",
     "load_in_8bit": "a frozen model is in 16 or, with adapter=qlora, in 4 bits",

@@ -431,6 +431,7 @@ def test_values_of_the_wrong_type_are_refused_with_the_type(argument, message):
         (["--eval_steps", "9"], "write eval_every=9; it counts examples, not steps"),
         (["max_steps=9"], "nearest: n_examples; it counts examples, not steps"),
         (["--per_device_train_batch_size", "4"], "write batch_size=4; it counts .* of the whole"),
+        (["--config", "dpo.yaml"], "--config: .*; a file of them is configs/recipe/NAME.yaml"),
         (["--multirun"], "no flags but --help and --cfg"),
         (["--config-name", "mine"], "--config-name: there are no flags but --help and --cfg"),
         (["~loss"], "~loss: an option cannot be removed"),
