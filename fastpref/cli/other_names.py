@@ -12,7 +12,7 @@ OTHER_NAMES = {
     "cutoff_len": "max_length",
     "data_seed": "seed",
     "dataset": "datasets",
-    "dataset_config": "datasets",
+    "dataset_config": "data.config_names",
     "dataset_dir": "base_data_dir",
     "dataset_name": "datasets",
     "dataset_test_split": "data.split_names",
@@ -90,8 +90,31 @@ OTHER_NAMES = {
     "val_size": "data.test_fraction",
     "warmup_ratio": "warmup_steps",
 }
+# other trainers' option -> what ours counts in its place
+OTHER_UNITS = {
+    "eval_steps": "examples, not steps",
+    "logging_steps": "seconds, not steps",
+    "max_steps": "examples, not steps",
+    "per_device_eval_batch_size": "examples over all processes",
+    "per_device_train_batch_size": "examples of the whole step, over all processes",
+    "train_batch_size": "examples of the whole step, over all processes",
+    "warmup_ratio": "optimizer steps",
+}
 # other trainers' choice -> ours
 OTHER_CHOICES = {
+    "bf16=true": "model.fsdp_policy_mp=bfloat16",
+    "fp16=true": "model.fsdp_policy_mp=float16",
+    "load_best_model_at_end=true": "checkpoint.keep_best=loss/eval",
+    "load_in_4bit=true": "adapter=qlora",
+    "loss_type=sigmoid": "loss=dpo",
+    "optim=adamw_torch": "optimizer=AdamW",
+    "optim=adamw_torch_fused": "optimizer=AdamW",
+    "precompute_ref_log_probs=true": "reference.mode=cache",
+    "report_to=none": "wandb.enabled=false",
+    "report_to=tensorboard": "tensorboard.enabled=true",
+    "report_to=wandb": "wandb.enabled=true",
+    "use_lora=true": "adapter=lora",
+    "use_peft=true": "adapter=lora",
     "loss=cdpo": "loss=dpo loss.label_smoothing=0.1",
     "loss=tdpo1": "loss=tdpo loss.if_tdpo2=false",
     "loss=tdpo2": "loss=tdpo",
@@ -171,6 +194,8 @@ NOT_HERE = {
         ("neftune_noise_alpha", "use_dora", "lora_task_type", "early_stopping", "tf32"),
         "there is nothing like it here",
     ),
+    "config": "options stand in the command; a file of them is configs/recipe/NAME.yaml, for "
+    "recipe=NAME",
     "disable_dropout": "no model drops anything while it is trained; adapter.dropout is one of "
     "adapters",
     "load_in_8bit": "a frozen model is in 16 or, with adapter=qlora, in 4 bits",

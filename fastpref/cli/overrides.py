@@ -7,6 +7,7 @@ by one, so that every wrong one is reported, with the nearest valid name, before
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from fastpref.checks import hint, nearest
 from fastpref.cli.options import (
     CHOICE_GROUPS,
     Option,
@@ -22,10 +22,10 @@ from fastpref.cli.options import (
     format_value,
     list_choices,
     list_options,
-    losses_with,
 )
-from fastpref.cli.other_names import NOT_HERE, OTHER_CHOICES, OTHER_NAMES, UNREAD
-from fastpref.config import METHODS, Config, LossConfig
+from fastpref.cli.other_names import NOT_HERE, OTHER_CHOICES, OTHER_NAMES
+from fastpref.cli.wrong_names import explain_choice, explain_key, guess_option, what_counts
+from fastpref.config import LOSSES, Config, LossConfig, ModelConfig
 from fastpref.errors import ConfigError
 
 SHORT = {"resume": "resume.path"}
@@ -119,9 +119,9 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
                 "that encoding, or set PYTHONUTF8=1 for one that has all characters"
             )
         elif argument.startswith("-"):
-            if not equals and rest and "=" not in rest[0] and not rest[0].startswith("-"):
-                text = rest.pop(0)
-            problems.append(explain_flag(key, text))
+            words = [text] if equals else list(takewhile(_is_word, rest))
+            rest = rest if equals else rest[len(words) :]
+            problems.append(explain_flag(key, ",".join(words)))
         elif argument.startswith("~"):
             problems.append(f"{argument}: an option cannot be removed; give it a value")
         elif not equals or not key:
@@ -131,6 +131,11 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             pairs.pop(key, None)
             pairs[key] = text
     return pairs, problems
+
+
+def _is_word(argument: str) -> bool:
+    """Whether an argument may be a value of the flag before it."""
+    return "=" not in argument and not argument.startswith("-")
 
 
 def _is_text(argument: str) -> bool:
@@ -222,81 +227,61 @@ def _unquote(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def explain_choice(group: str, choice: str, config_dir: Path) -> str:
-    """Error message for an unknown choice such as `loss=tdpoo`: all choices, and the nearest."""
-    choices = list_choices(config_dir, group)
-    other = OTHER_CHOICES.get(f"{group}={choice.lower()}")
-    advice = f"; write {other}" if other else hint(choice, choices)
-    if group == "transform" and choice in METHODS:
-        advice = f"; write transform.method={choice}"
-    if group == "model" and "nearest" not in advice and not other:
-        advice = f"; for any other model write model=blank_model model.name_or_path={choice}"
-    return f"{group}={choice}: there is no such {group}, only {', '.join(choices)}{advice}"
-
-
-def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> str:
-    """Error message for an option `key` that a run with `loss` lacks, with a suggestion."""
-    group, _, leaf = key.rpartition(".")
-    if (loss, key) in UNREAD:
-        return (
-            f"{key}: loss={loss} has no {leaf}; it had no effect in the repository that listed "
-            "it, leave it out"
-        )
-    if others := losses_with(key):
-        return f"{key}: loss={loss} has no {leaf}; it belongs to loss={', '.join(others)}"
-    members = [name for name in options if name.startswith(key + ".")]
-    if members and key not in OTHER_NAMES:
-        is_switch = f"{key}.enabled" in members and text.lower() in ("true", "false")
-        advice = f"; write {key}.enabled={text.lower()}" if is_switch else ""
-        return f"{key}={text}: {key} is a group of options: {', '.join(members)}{advice}"
-    if instead := NOT_HERE.get(leaf.replace("-", "_")):
-        return f"{key}: no such option; {instead}"
-    meant = guess_option(key, options)
-    advice = f"; nearest: {meant}" if meant else "; `python train.py --help` lists the options"
-    if group == "loss":
-        return f"{key}: loss={loss} has no option {leaf}{advice}"
-    return f"{key}: no such option{advice}"
-
-
-def guess_option(key: str, options: dict[str, Option]) -> str | None:
-    """The option that `key` may have meant, or None.
-
-    Tried in turn: another trainer's name, the last part of the key, the nearest spelling within
-    its group, the nearest spelling of any option.
-    """
-    key = key.replace("-", "_")
-    group, _, leaf = key.rpartition(".")
-    siblings = [name for name in options if group and name.rpartition(".")[0] == group]
-    # options of other losses are included: explain_key explains them if given in full
-    by_leaf = {name.rpartition(".")[2]: name for name in [*all_options(), *options]}
-    del by_leaf["name"]
-    names = by_leaf | OTHER_NAMES | {name: name for name in options}
-    spelt = nearest(key, names)
-    return (
-        OTHER_NAMES.get(key)
-        or OTHER_NAMES.get(leaf)
-        or by_leaf.get(leaf)
-        or nearest(key, siblings)
-        or (names[spelt] if spelt else None)
-    )
-
-
 def explain_flag(flag: str, text: str) -> str:
-    """Error message for a flag such as `--learning_rate 0.1`: how to write it as KEY=VALUE."""
+    """Error message for a flag such as `--learning_rate 0.1`: how to write it as KEY=VALUE.
+
+    Args:
+        flag: The flag with its dashes.
+        text: Its value; "" for none, which other trainers take for true.
+    """
     name = flag.lstrip("-").replace("-", "_")
     if instead := NOT_HERE.get(name):
         return f"{flag}: no such option; {instead}"
+    written = f"{flag}: options are written KEY=VALUE"
+    if other := OTHER_CHOICES.get(f"{name}={text or 'true'}".lower()):
+        return f"{written}; write {other}"
     options = all_options()
     meant = name if name in options else guess_option(name, options)
     option = options.get(meant or "")
-    # a mapping option without a mapping as its text is a wrong guess
-    if meant is None or (option is not None and option.is_mapping and not text.startswith("{")):
+    # a mapping option without a mapping as its text is a wrong guess, unless the name is known
+    is_guess = option is not None and option.is_mapping and name not in OTHER_NAMES
+    if meant is None or (is_guess and not text.startswith("{")):
         return (
             f"{flag}: there are no flags but --help and --cfg (and --version); options are written "
             "KEY=VALUE"
         )
-    value = text or (format_value(option.default) if option else "VALUE")
-    return f"{flag}: options are written KEY=VALUE; write {meant}={value}"
+    if option is None:
+        return f"{written}; write {meant}={text or 'VALUE'}"
+    value = _value_of(option, name, text)
+    is_ours = name in (meant, meant.rpartition(".")[2])
+    if not is_ours and (problem := _problem_with(option, value)):
+        return f"{written}; nearest: {meant}{what_counts(name)}; {problem}"
+    return f"{written}; write {meant}={value}{what_counts(name)}"
+
+
+def _value_of(option: Option, name: str, text: str) -> str:
+    """The value of the flag `name` as an option's text."""
+    if option.is_list and text and not text.startswith("["):
+        return f"[{text}]"
+    if option.type is bool and not text:
+        return format_value(not name.startswith("no_"))
+    return text or format_value(option.default)
+
+
+def _problem_with(option: Option, text: str) -> str | None:
+    """Error message for an option's value when all others have their defaults; None for none."""
+    loss_name, loss = next(
+        (name, loss) for name, loss in LOSSES.items() if option.key in list_options(loss)
+    )
+    model = ModelConfig(name_or_path="tiny")
+    composed = OmegaConf.structured(Config(model=model, loss=loss(name=loss_name)))
+    if problem := set_option(composed, list_options(loss), option.key, text):
+        return problem
+    try:
+        build_config(composed)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def explain_composition(message: str) -> str:

@@ -68,12 +68,18 @@ def print_report(run_dir: Path, stages: list[Stage]) -> None:
         table.add_row(stage.name, record["what"], record["result"], f"{record['seconds']:.0f}")
     table.add_section()
     table.add_row("all", "", "", f"{total:.0f}")
-    models = (run_dir / EXPORT_FOLDER, run_dir / stages[-1].name / EXPORT_FOLDER)
     paths = {
-        "model": next((path for path in models if path.is_dir()), models[0]),
+        "model": _linked(run_dir, stages[-1], EXPORT_FOLDER),
+        "merged": _linked(run_dir, stages[-1], MERGED_FOLDER),
         "curves": run_dir / stages[-1].name / "curves.png",
         "weights": run_dir / "weights" / stages[-1].config.datasets[0] / "weights.html",
     }
     with writing(run_dir / "summary.txt"):
         (run_dir / "summary.txt").write_text(render(table, paths, width=120), encoding="utf-8")
     print_text(render(table, paths))
+
+
+def _linked(run_dir: Path, last: Stage, name: str) -> Path:
+    """A folder of the last stage, by its link in the run folder if there is one."""
+    link = run_dir / name
+    return link if link.is_dir() else run_dir / last.name / name

@@ -16,7 +16,13 @@ from fastpref.errors import ConfigError
 from fastpref.train.logs.metrics import MetricsLog, first_loss_tolerance
 from fastpref.train.logs.trackers import build_trackers
 from fastpref.train.logs.utilization import UsefulWork
-from fastpref.train.resume.differences import dotted, effect_of, list_differences
+from fastpref.train.resume.differences import (
+    Difference,
+    dotted,
+    effect_of,
+    is_among,
+    list_differences,
+)
 from fastpref.train.resume.history import METRICS, bring_history, read_records
 from fastpref.train.resume.origin import keep_origin
 from fastpref.train.resume.start import Start
@@ -64,7 +70,8 @@ def check_run_dir(start: Start, options: str) -> None:
     if changed:
         raise ConfigError(
             f"run_dir: {run_dir} holds another run, without a checkpoint to go on from: "
-            f"{'; '.join(changed)}; name a new folder"
+            f"{'; '.join(map(str, changed))}; name a new folder, or begin anew in this one with "
+            f"resume.allow=[{','.join(change.key for change in changed)}]"
         )
 
 
@@ -92,13 +99,15 @@ def _open_new(start: Start, options: str) -> Path:
     return run_dir
 
 
-def changes_of_numbers(run_dir: Path, options: str) -> list[str]:
-    """Options that differ from those of the run in a folder and change its results."""
+def changes_of_numbers(run_dir: Path, options: str) -> list[Difference]:
+    """Options that differ from those of the run in a folder and change its results, without those
+    in `resume.allow`."""
     now: Any = OmegaConf.to_container(OmegaConf.create(options))
     return [
-        str(difference)
+        difference
         for difference in list_differences(read_options(run_dir / OPTIONS), now)
         if not effect_of(difference, now["optim"]["schedule"])
+        and not is_among(difference.key, now["resume"]["allow"])
     ]
 
 

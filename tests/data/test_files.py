@@ -434,6 +434,14 @@ def test_a_file_in_place_of_a_dataset_is_answered_with_the_options_that_read_it(
         find_source(name.format(tmp_path), "train", base and str(tmp_path / base), {})
 
 
+def test_a_file_of_another_name_is_answered_with_its_split(tmp_path):
+    write(tmp_path, "pairs.jsonl")
+    with pytest.raises(DataError, match=r"; for pairs.jsonl add data.split_names={train: pairs}$"):
+        find_source("set/pairs.jsonl", "train", str(tmp_path / "data"), {})
+    location = find_source("set", "train", str(tmp_path / "data"), {"train": "pairs"})
+    assert location.source.endswith("pairs.jsonl")
+
+
 def test_options_of_files_are_refused_where_all_data_is_built_in(tmp_path):
     for data in ({"columns": {"prompt": "ask"}}, {"split_names": {"train": "a"}}):
         with pytest.raises(

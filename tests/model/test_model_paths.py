@@ -1,7 +1,9 @@
 """What the names of models and tokenizers mean, and what is said of those that mean nothing."""
 
+import itertools
 import json
 import shutil
+from functools import partial
 
 import huggingface_hub
 import pytest
@@ -43,6 +45,14 @@ def test_folders_runs_and_archives_of_runs_are_found(model_dir, tmp_path):
         assert resolve(str(model_dir)) == str(model_dir)
         assert resolve(str(run_dir)) == latest
         assert resolve(f"{latest}/policy.pt") == latest
+
+
+def test_a_link_that_was_copied_without_what_it_names_is_said(tmp_path):
+    (tmp_path / "LATEST").symlink_to("policy/LATEST")
+    finders = resolve_model, resolve_tokenizer, partial(find_archive, trust_remote_code=False)
+    for resolve, name in itertools.product(finders, ("", "LATEST")):
+        with pytest.raises(CheckpointError, match="LATEST is a link to policy/LATEST, which is"):
+            resolve(str(tmp_path / name))
 
 
 def test_the_home_of_nobody_is_a_missing_folder():

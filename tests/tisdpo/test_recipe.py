@@ -291,7 +291,8 @@ def test_with_adapters_every_stage_stands_on_one_base(base, tmp_path, monkeypatc
     monkeypatch.setattr(loading, "load_model", load_model)
     run_dir = tmp_path / "run"
     options = {"adapter": "lora", "stages.sft_first": "true", "run_dir": run_dir}
-    assert run(job(base, "tisdpo_d", **options)) == 0
+    assert run(job(base, "tisdpo_d", **options, **{"adapter.merge": "true"})) == 0
+    assert f"merged   {run_dir / 'LATEST-merged'}" in (run_dir / "summary.txt").read_text()
     stages = ["sft", "positive", "negative", "policy"]
     # once a training stage, and once for both sides of the estimation
     assert loads == [str(base / "model")] * (len(stages) + 1)

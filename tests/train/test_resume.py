@@ -222,7 +222,12 @@ def test_a_folder_of_another_run_without_a_checkpoint_is_refused_before_rows_are
     assert run(arguments(base, run_dir, "loss=dpo", "resume=auto", "lr=2e-3")) == 2
     said = capsys.readouterr().err
     assert "holds another run, without a checkpoint to go on from: lr was" in said
+    assert "begin anew in this one with resume.allow=[lr]" in said
     assert "train: " not in said
+    allowed = arguments(base, run_dir, "loss=dpo", "resume=auto", "lr=2e-3", "resume.allow=[lr]")
+    assert run(allowed) == 0
+    assert "ended before its first checkpoint and begins anew" in capsys.readouterr().err
+    assert read_metrics(run_dir, "train")[0]["step"] == 1
 
 
 def test_what_does_not_change_the_numbers_goes_on_and_is_said(

@@ -128,14 +128,14 @@ def find_source(
     # unlike `Path.expanduser`, this leaves the ~ of an unknown user
     path = Path(os.path.expanduser(name)).absolute()
     if file := next((place for place in (folder, path) if place and place.is_file()), None):
-        raise _path_given(name, file)
+        raise _path_given(name, file, split_names)
     if folder is not None and not folder.parent.is_dir() and not HUB_ID.fullmatch(name):
         raise DataError(f"base_data_dir: no folder {folder.parent}; expected it to hold {name}/")
     if HUB_ID.fullmatch(name):
         return Location(name, split, there, is_hub=True)
     built_in = f"built in: {', '.join(SOURCES)}"
     if folder is None and path.exists():
-        raise _path_given(name, path)
+        raise _path_given(name, path, split_names)
     if folder is None:
         raise DataError(
             f"datasets: no dataset {name!r}; {built_in}; a local folder DIR/{name} needs "
@@ -148,17 +148,20 @@ def find_source(
     )
 
 
-def _path_given(name: str, path: Path) -> DataError:
+def _path_given(name: str, path: Path, split_names: Mapping[str, str]) -> DataError:
     """Error about a path that stands in `datasets` in place of a name.
 
     Args:
         name: What stands in `datasets`.
         path: The file or folder that is there.
+        split_names: See `find_source`.
     """
-    place = path.parent if path.is_file() else path
+    place, called = (path.parent, split_of(path)) if path.is_file() else (path, "")
+    is_other = called not in ("", *SPLITS, *split_names.values())
+    advice = f"; for {path.name} add data.split_names={{train: {called}}}" if is_other else ""
     return DataError(
         f"datasets: {name} is a path; datasets go by the names of their folders: datasets="
-        f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}"
+        f"[{place.name}] base_data_dir={place.parent} reads the splits in {place}{advice}"
     )
 
 

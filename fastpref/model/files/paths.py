@@ -91,6 +91,7 @@ def resolve_tokenizer(
             f"{key}: {path} holds no tokenizer; expected tokenizer.json or tokenizer_config.json "
             f"in it or in its {EXPORT_FOLDER}/, found {_listing(path)}; "
             "model.tokenizer_name_or_path names one that lies elsewhere"
+            f"{_link_to_nothing(path / EXPORT_FOLDER)}"
         )
     if adapter is None:
         _refuse_a_path(name_or_path, path, key)
@@ -297,7 +298,15 @@ def _refuse_a_path(name: str, path: Path, key: str) -> None:
     # a hub name is NAME or ORGANISATION/NAME; if its first part is a local folder, a path is meant
     starts_like_one = name.startswith(("/", ".", "~")) or name.count("/") > 1
     if starts_like_one or ("/" in name and Path(name).parent.is_dir()):
-        raise CheckpointError(f"{key}: no folder {path}{nearest_neighbour(path)}")
+        why = _link_to_nothing(path) or nearest_neighbour(path)
+        raise CheckpointError(f"{key}: no folder {path}{why}")
+
+
+def _link_to_nothing(path: Path) -> str:
+    """A hint at a link whose target is missing, as of a recipe's run copied in part; else ""."""
+    if not path.is_symlink() or path.exists():
+        return ""
+    return f"; {path} is a link to {path.readlink()}, which is not there"
 
 
 def _listing(folder: Path) -> list[str]:
@@ -306,6 +315,8 @@ def _listing(folder: Path) -> list[str]:
 
 def _what_it_is(path: Path) -> str:
     """A hint at what a folder or file is that is not a model, "" if nothing is known."""
+    if link := _link_to_nothing(path / EXPORT_FOLDER):
+        return link
     if path.suffix == ".gguf" or (path.is_dir() and any(path.glob("*.gguf"))):
         return "; GGUF files are quantized and cannot be trained, name the model they were made of"
     if path.suffix == ".pt":

@@ -5,7 +5,7 @@ nothing, or a run of no step    new run       new run                branches of
 a run with checkpoints          refused       resumes                resumes if PATH belongs to it,
                                                                      or it branched off from PATH
 a run without a checkpoint      refused       restarts, if options   refused
-                                              are the same
+                                              are the same or allowed
 anything else                   refused       refused                refused
 """
 
