@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -317,6 +318,43 @@ def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base,
     # the files' pairs decide what is positive; the loader turns weights and texts together
     assert [s.config.reverse_dataset for s in (positive, negative, policy)] == [False, True, True]
     assert weights.config.weights.positive == str(tmp_path / "positive")
+
+
+def test_the_last_stage_has_the_options_of_the_run_and_the_others_those_of_stages(base, tmp_path):
+    options = {"stages.sft_first": "true", "stages.sft_n_epochs": 2, "stages.contrast_n_epochs": 3}
+    options |= {"n_epochs": 4, "stages.contrast_beta": 0.7, "loss.beta": 0.2, "exp_name": "mine"}
+    options |= {"model.save_dtype": "checkpoint", "sample_during_eval": "true"}
+    options |= {"adapter": "lora", "adapter.merge": "true", "resume": "auto"}
+    stages = build_stages(read(job(base, "tisdpo_d", **options)), tmp_path)
+    configs = {stage.name: stage.config for stage in stages}
+    weights = configs.pop("weights")
+    assert [c.n_epochs for c in configs.values()] == [2, 3, 3, 4]
+    assert [c.loss.beta for c in list(configs.values())[1:]] == [0.7, 0.7, 0.2]
+    assert [c.exp_name for c in configs.values()] == [f"mine_{name}" for name in configs]
+    # rounded, merged and sampled is the last model alone
+    saved = [None, None, None, "checkpoint"]
+    assert [c.model.save_dtype for c in (*configs.values(), weights)] == [*saved, None]
+    for last in ("sample_during_eval", "adapter.merge"):
+        values = [attrgetter(last)(c) for c in configs.values()]
+        assert values == [False, False, False, True]
+    # the policy is trained on files of the names that the run's datasets have
+    assert weights.weights.suffix == ""
+    assert weights.model.name_or_path == str(tmp_path / "sft")
+
+
+def test_stages_after_the_first_read_what_it_exported_and_go_on_by_themselves(base, tmp_path):
+    archive = {"model.archive": tmp_path / "policy.pt"}
+    weights, policy = build_stages(read(job(base, "tisdpo_p", **archive)), tmp_path)
+    # without a first stage both start from the archive, and without a contrast it has both roles
+    assert weights.config.weights.positive == weights.config.weights.negative
+    assert weights.config.weights.positive == str(tmp_path / "policy.pt")
+    assert policy.config.model.archive == str(tmp_path / "policy.pt")
+    assert policy.config.resume.path == "auto"
+    more = {"stages.sft_first": "true", "model.revision": "main"}
+    sft, weights, policy = build_stages(read(job(base, "tisdpo_p", **archive, **more)), tmp_path)
+    assert (sft.config.model.revision, policy.config.model.revision) == ("main", None)
+    assert [c.config.model.archive for c in (sft, policy)] == [str(tmp_path / "policy.pt"), None]
+    assert weights.config.weights.positive == str(tmp_path / "sft")
 
 
 @pytest.mark.looks_at_pictures
