@@ -428,6 +428,15 @@ def test_a_record_with_values_of_other_kinds_is_damaged(tmp_path, damage):
         is_done(tmp_path)
 
 
+@pytest.mark.parametrize("missing", ["what", "result", "seconds"])
+def test_a_record_without_one_of_its_values_is_damaged(tmp_path, missing):
+    record: dict[str, Any] = {"what": "", "result": "", "seconds": 0.5}
+    del record[missing]
+    mark_done(tmp_path, record, "")
+    with pytest.raises(CheckpointError, match="is not the record of a stage that is done"):
+        is_done(tmp_path)
+
+
 def test_two_ranks_share_every_stage(base, tmp_path):
     run_dir = tmp_path / "run"
     arguments = job(base, "tisdpo_p", run_dir=run_dir, n_examples=8, trainer="FSDPTrainer")
