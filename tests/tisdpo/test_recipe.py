@@ -34,6 +34,7 @@ from fastpref.tisdpo.closing_report import link_model
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
 from fastpref.tisdpo.stage_record import is_done, mark_done
+from fastpref.tisdpo.stages import first_stage
 from fastpref.train import data
 from fastpref.train.run import Run
 
@@ -258,6 +259,7 @@ def test_the_three_estimators_train_what_they_are_named_for(base, tmp_path):
         config = read(job(base, f"tisdpo_{recipe}"))
         stages = build_stages(config, tmp_path)
         assert [s.name for s in stages] == (STAGES if trained else STAGES[2:])
+        assert first_stage(config.stages) == stages[0].name
         losses[recipe] = [s.config.loss.name for s in stages if s.config.task == "train"]
         *contrast, weights, policy = stages
         assert [s.config.reverse_dataset for s in contrast] == ([False, True] if trained else [])
@@ -311,6 +313,7 @@ def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base,
     options = {"stages.sft_first": "true", "stages.sft_lr": 0.5, "stages.contrast_lr": 0.25}
     config = read(job(base, "tisdpo_d", reverse_dataset="true", **options))
     sft, positive, negative, weights, policy = build_stages(config, tmp_path)
+    assert first_stage(config.stages) == sft.name
     assert (sft.config.loss.name, sft.config.model.name_or_path) == ("sft", str(base / "model"))
     assert [s.config.lr for s in (sft, positive, negative, policy)] == [0.5, 0.25, 0.25, 1e-3]
     for stage in (positive, negative, policy):
