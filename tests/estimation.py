@@ -37,10 +37,10 @@ def make_config(models, tmp_path, **weights) -> Config:
     )
 
 
-def run(config) -> None:
+def run(config, *, chat_date: str = "") -> None:
     world = init_world()
     try:
-        estimate_weights(config, world)
+        estimate_weights(config, world, chat_date=chat_date)
     finally:
         dist.destroy_process_group()
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_on_ranks
+from ranks import free_port, run_on_ranks
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     DISTANCES,
@@ -539,7 +539,9 @@ def torchruns_store(monkeypatch) -> dist.TCPStore:
     return store
 
 
-def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(torchruns_store):
+def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(torchruns_store, monkeypatch):
+    # torchrun holds the port, so no rank can open a store there
+    monkeypatch.setattr(dist, "TCPStore", None)
     seconds = datetime.timedelta(seconds=30)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(join_store, 0, 2, seconds)
@@ -551,6 +553,24 @@ def test_ranks_meet_in_torchruns_own_store_however_late_one_comes(torchruns_stor
         join_store(0, 3, datetime.timedelta(seconds=0.1))
     with pytest.raises(RankError, match="rank 0 did not come in 0 s"):
         join_store(1, 3, datetime.timedelta(seconds=0.1))
+    # those that met name the one that is missing
+    with ThreadPoolExecutor() as threads:
+        part = datetime.timedelta(seconds=0.3)
+        for joining in [threads.submit(join_store, rank, 3, part) for rank in range(2)]:
+            with pytest.raises(RankError, match=": rank 2 did not come in 0 s"):
+                joining.result(30)
+
+
+def test_without_torchrun_rank_0_holds_the_store_and_says_who_is_missing(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(RankError, match=": rank 1, rank 2 did not come in 0 s"):
+        join_store(0, 3, datetime.timedelta(seconds=0.1))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    nobody = f"rank 1 of 2 cannot meet the others at localhost:{os.environ['MASTER_PORT']}: "
+    with pytest.raises(RankError, match=nobody):
+        join_store(1, 2, datetime.timedelta(seconds=0.1))
 
 
 def test_ranks_that_torchrun_starts_again_hear_nothing_of_the_ones_before(torchruns_store):

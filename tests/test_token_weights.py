@@ -26,6 +26,7 @@ LISTS = st.lists(st.floats(-50, 50), max_size=40)
         ([2, 1, 1, 0], "binary", {"top_percent": 50}, [1, 0, 0, 0]),
         ([1, 1, 0, 0], "binary", {"top_percent": 50}, [1, 1, 0, 0]),
         ([1, 1, 1, 0], "binary", {"top_percent": 50, "ties": "equal"}, [1, 1, 1, 0]),
+        ([3, 2, 1, 0], "binary", {"top_percent": 50, "ties": "equal"}, [1, 1, 0, 0]),
         ([2, 1, 1, 0], "binary", {"top_percent": 50, "ties": "equal"}, [1, 1, 1, 0]),
         ([2, 1, 1, 0], "binary", {"top_percent": 20, "ties": "equal"}, [0, 0, 0, 0]),
         ([-5, 0.5, 7], "threshold", {}, [-1, 0.5, 1]),
@@ -115,6 +116,11 @@ def test_an_unknown_method_or_reversed_bounds_are_refused_by_name(method, params
 def test_weights_that_are_no_list_of_finite_numbers_are_refused(method, weights, named):
     with pytest.raises(ValueError, match=named):
         transform_weights(weights, method)
+
+
+def test_a_weight_that_a_transform_makes_infinite_is_named_with_its_place():
+    with pytest.raises(ValueError, match=r"makes inf of the weight 800\.0 at place 2 with"):
+        transform_weights([1.0, 2.0, 800.0, 3.0], "paper", U=1000.0)
 
 
 def test_random_follows_the_global_generator_unless_given_one():

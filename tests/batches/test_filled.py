@@ -83,6 +83,8 @@ def test_every_score_of_a_filled_batch_is_as_long_as_its_targets():
     model, batch = build_model("llama"), pack_rows(PAIRS, pad_token_id=0)
     filled = fill_up(batch, 200, pad_token_id=0)
     assert (filled.target[batch.num_scored :] == IGNORED).all()
+    padding = filled.score_index[batch.num_scored :]
+    assert len(padding.unique()) == len(padding) == SCORED_MULTIPLE - batch.num_scored
     scorer = TokenScorer(model, build_attention("sdpa"))
     for call in (
         lambda b: scorer(b, scorer.states(b)).kl,

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import fields
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -148,6 +148,28 @@ def test_models_that_are_loaded_are_not_counted_twice():
         assert with_loaded_models(MemoryPlan(**models | {"process": process})).process == left
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(None, 64), (512, 512)])
+def test_a_limit_that_is_given_is_kept_and_the_poorest_rank_decides(monkeypatch, limit, expected):
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: ROOM)
+    monkeypatch.setattr(fitting, "auto_tokens", lambda plan, available: 1024)
+    trial = Mock(_most_tokens=300)
+    trial.world.device.type = "cuda"
+    trial.world.agree_max.side_effect = lambda value: max(value, -GIB)
+    trial._confirm.return_value = 64
+    plan = trial.world.on_main.return_value
+    assert Fitting.fit(trial, limit) == expected
+    # of a step that has fewer tokens it is told what these take
+    trial._say.assert_called_once_with(plan, 300, GIB)
+    assert trial._confirm.call_args_list == [call(1024, plan, GIB)] * (limit is None)
+
+
+def test_a_plan_that_takes_more_than_there_is_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(fitting, "describe_plan", lambda *_: "memory, planned")
+    for peak, warned in ((ROOM, 0), (ROOM + 1, 1)):
+        Fitting._say(Mock(), Mock(**{"peak.return_value": peak}), 256, ROOM)
+        assert len([x for x in caplog.messages if "more than there is" in x]) == warned
+
+
 @pytest.mark.parametrize(
     ("planned", "peaks", "expected"),
     [
@@ -167,5 +189,5 @@ def test_what_fits_leaves_room_for_what_comes_later(monkeypatch, planned, peaks,
     trial._peak.side_effect = peaks
     plan = None if planned is None else Mock(**planned)
     assert Fitting._confirm(trial, 8192, plan, ROOM) == expected
-    tried = [call.args[1] for call in trial._peak.call_args_list]
+    tried = [trial_of.args[1] for trial_of in trial._peak.call_args_list]
     assert tried == [4096 // 2**i for i in range(len(peaks))]

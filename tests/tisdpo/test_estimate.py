@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import peft
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from estimation import estimate, load, make_config, output_path, run, written_rows
 from exhaustion import no_more_files
-from ranks import run_on_ranks
+from ranks import ALONE, run_on_ranks
 from tiny_models import rows_of_other_numbers, save_tiny_model, text_rows, write_rows
 from tokenizers import pre_tokenizers
 from torch.nn import functional as F
@@ -38,11 +39,13 @@ from fastpref.errors import (
     DataError,
     InterruptionError,
     LostRankError,
+    MemoryExhaustedError,
     PreemptionError,
 )
 from fastpref.model.files.identity import side_model
 from fastpref.scoring import progress, ranks
 from fastpref.scoring.models import SideModels, find_shared_base, load_frozen_scorer
+from fastpref.scoring.ranks import repeat_scoring
 from fastpref.scoring.shards import Shards, rows_digest
 from fastpref.scoring.side import Side, check_finite, check_rows
 from fastpref.tisdpo import settings, weight_rows
@@ -765,6 +768,57 @@ def test_a_log_probability_of_nan_is_named_with_its_row_and_token():
         check_finite([(sound, sound), (sound, broken)], [0, 1], rows, side)
     with pytest.raises(CheckpointError, match=r"of -inf at train.jsonl:1:chosen, token 1"):
         check_finite([(np.array([-np.inf, -1.0]), sound)], [0], rows, side)
+
+
+def test_a_log_probability_that_is_not_finite_is_not_stored(models, tmp_path, monkeypatch):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    config = make_config(models, tmp_path)
+    real = ranks.split_sequences
+    infinite = [np.array([-np.inf], np.float32)]
+    monkeypatch.setattr(
+        ranks,
+        "split_sequences",
+        lambda logps_N, batch: real(np.concatenate([*infinite, logps_N[1:]]), batch),
+    )
+    with pytest.raises(CheckpointError, match=r"-inf at .*train\.jsonl:\d:chosen, token 1"):
+        run(config)
+    assert not list(output_path(config).parent.glob("train.shards/*/*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "remedy"), [(None, "packing.max_tokens=3"), (4, "a smaller weights.batch_size")]
+)
+def test_memory_that_runs_out_names_the_option_that_sets_the_batch(batch_size, remedy, caplog):
+    results = iter([torch.OutOfMemoryError("Tried to allocate 2.00 GiB"), [1], [2]])
+
+    def score(rows: list[int]) -> list[int]:
+        result = next(results)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    scored = repeat_scoring(ALONE, batch_size).compute_items([3, 4], score, tokens=int)
+    assert scored == [1, 2] and f"{remedy} starts with that" in caplog.text
+
+
+def test_a_row_that_scoring_has_no_memory_for_is_not_told_of_activations(
+    models, tmp_path, monkeypatch
+):
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    no_memory = Mock(side_effect=torch.OutOfMemoryError("Tried to allocate 2.00 GiB"))
+    monkeypatch.setattr(ranks.Ranks, "_score", no_memory)
+    with pytest.raises(MemoryExhaustedError, match="single row; a smaller max_length or more GPUs"):
+        run(make_config(models, tmp_path))
+
+
+def test_rows_longer_than_a_model_was_made_for_are_told(tmp_path, caplog):
+    short = [str(save_tiny_model(tmp_path / "model", max_position_embeddings=8))] * 2
+    write_rows(tmp_path / "data" / "rows", "train", ROWS)
+    run(make_config(short, tmp_path, negative_template="You lie."))
+    [told, *_] = [x for x in caplog.messages if "LlamaForCausalLM was made for 8 by" in x]
+    tokenizer = AutoTokenizer.from_pretrained(short[0])
+    lengths = [len(tokenizer(row["prompt"] + row[x])["input_ids"]) for row in ROWS for x in SIDES]
+    assert f"the longest sequence has {max(lengths)} tokens" in told
 
 
 def test_rows_that_a_model_has_no_embedding_or_positions_for_are_refused_by_file_and_row():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from fastpref.tisdpo.closing_report import link_model
 from fastpref.tisdpo.recipe import build_stages
 from fastpref.tisdpo.recipe_folder import list_changes
 from fastpref.tisdpo.stage_record import is_done, mark_done
+from fastpref.tisdpo.stages import first_stage
 from fastpref.train import data
 from fastpref.train.run import Run
 
@@ -257,6 +259,7 @@ def test_the_three_estimators_train_what_they_are_named_for(base, tmp_path):
         config = read(job(base, f"tisdpo_{recipe}"))
         stages = build_stages(config, tmp_path)
         assert [s.name for s in stages] == (STAGES if trained else STAGES[2:])
+        assert first_stage(config.stages) == stages[0].name
         losses[recipe] = [s.config.loss.name for s in stages if s.config.task == "train"]
         *contrast, weights, policy = stages
         assert [s.config.reverse_dataset for s in contrast] == ([False, True] if trained else [])
@@ -311,6 +314,7 @@ def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base,
     options = {"stages.sft_first": "true", "stages.sft_lr": 0.5, "stages.contrast_lr": 0.25}
     config = read(job(base, "tisdpo_d", reverse_dataset="true", **options))
     sft, positive, negative, weights, policy = build_stages(config, tmp_path)
+    assert first_stage(config.stages) == sft.name
     assert (sft.config.loss.name, sft.config.model.name_or_path) == ("sft", str(base / "model"))
     assert [s.config.lr for s in (sft, positive, negative, policy)] == [0.5, 0.25, 0.25, 1e-3]
     for stage in (positive, negative, policy):
@@ -318,6 +322,43 @@ def test_an_sft_stage_comes_first_on_request_and_everything_starts_from_it(base,
     # the files' pairs decide what is positive; the loader turns weights and texts together
     assert [s.config.reverse_dataset for s in (positive, negative, policy)] == [False, True, True]
     assert weights.config.weights.positive == str(tmp_path / "positive")
+
+
+def test_the_last_stage_has_the_options_of_the_run_and_the_others_those_of_stages(base, tmp_path):
+    options = {"stages.sft_first": "true", "stages.sft_n_epochs": 2, "stages.contrast_n_epochs": 3}
+    options |= {"n_epochs": 4, "stages.contrast_beta": 0.7, "loss.beta": 0.2, "exp_name": "mine"}
+    options |= {"model.save_dtype": "checkpoint", "sample_during_eval": "true"}
+    options |= {"adapter": "lora", "adapter.merge": "true", "resume": "auto"}
+    stages = build_stages(read(job(base, "tisdpo_d", **options)), tmp_path)
+    configs = {stage.name: stage.config for stage in stages}
+    weights = configs.pop("weights")
+    assert [c.n_epochs for c in configs.values()] == [2, 3, 3, 4]
+    assert [c.loss.beta for c in list(configs.values())[1:]] == [0.7, 0.7, 0.2]
+    assert [c.exp_name for c in configs.values()] == [f"mine_{name}" for name in configs]
+    # rounded, merged and sampled is the last model alone
+    saved = [None, None, None, "checkpoint"]
+    assert [c.model.save_dtype for c in (*configs.values(), weights)] == [*saved, None]
+    for last in ("sample_during_eval", "adapter.merge"):
+        values = [attrgetter(last)(c) for c in configs.values()]
+        assert values == [False, False, False, True]
+    # the policy is trained on files of the names that the run's datasets have
+    assert weights.weights.suffix == ""
+    assert weights.model.name_or_path == str(tmp_path / "sft")
+
+
+def test_stages_after_the_first_read_what_it_exported_and_go_on_by_themselves(base, tmp_path):
+    archive = {"model.archive": tmp_path / "policy.pt"}
+    weights, policy = build_stages(read(job(base, "tisdpo_p", **archive)), tmp_path)
+    # without a first stage both start from the archive, and without a contrast it has both roles
+    assert weights.config.weights.positive == weights.config.weights.negative
+    assert weights.config.weights.positive == str(tmp_path / "policy.pt")
+    assert policy.config.model.archive == str(tmp_path / "policy.pt")
+    assert policy.config.resume.path == "auto"
+    more = {"stages.sft_first": "true", "model.revision": "main"}
+    sft, weights, policy = build_stages(read(job(base, "tisdpo_p", **archive, **more)), tmp_path)
+    assert (sft.config.model.revision, policy.config.model.revision) == ("main", None)
+    assert [c.config.model.archive for c in (sft, policy)] == [str(tmp_path / "policy.pt"), None]
+    assert weights.config.weights.positive == str(tmp_path / "sft")
 
 
 @pytest.mark.looks_at_pictures
@@ -387,6 +428,15 @@ def test_a_record_with_values_of_other_kinds_is_damaged(tmp_path, damage):
     mark_done(tmp_path, record | {"fingerprints": {"chat date": "2001-02-03"}}, "")
     assert is_done(tmp_path)
     mark_done(tmp_path, record | damage, "")
+    with pytest.raises(CheckpointError, match="is not the record of a stage that is done"):
+        is_done(tmp_path)
+
+
+@pytest.mark.parametrize("missing", ["what", "result", "seconds"])
+def test_a_record_without_one_of_its_values_is_damaged(tmp_path, missing):
+    record: dict[str, Any] = {"what": "", "result": "", "seconds": 0.5}
+    del record[missing]
+    mark_done(tmp_path, record, "")
     with pytest.raises(CheckpointError, match="is not the record of a stage that is done"):
         is_done(tmp_path)
 

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import logging
+from unittest.mock import Mock
 
 import pyarrow
 import pyarrow.parquet
@@ -24,7 +25,8 @@ from transformers.utils import chat_template_utils
 
 from fastpref.data.chat_date import read_date
 from fastpref.data.weights_file import sidecar_path
-from fastpref.errors import CheckpointError, DataError
+from fastpref.errors import CheckpointError, ConfigError, DataError
+from fastpref.scoring.shards import Shards
 from fastpref.tisdpo.weight_rows import record_line
 
 CALL = {"type": "function", "function": {"name": "trip", "arguments": {"to": "Rom", "by": None}}}
@@ -166,12 +168,24 @@ def test_a_stopped_estimation_goes_on_with_the_date_it_began_with(
     write_rows(tmp_path / "data" / "rows", "train", plain_chats())
     config = make_config(llama_models, tmp_path)
     noted = output_path(config).parent / "train.shards" / "date"
-    noted.parent.mkdir(parents=True)
-    noted.write_text("2026-01-05", encoding="utf-8")
-    estimate(config)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Shards, "write", Mock(side_effect=KeyboardInterrupt))
+        run(config, chat_date="2026-01-05")
+    assert noted.read_text(encoding="utf-8") == "2026-01-05"
+    run(config, chat_date="2026-01-06")
     sidecar = output_path(config).with_name("train.weights.json")
     assert json.loads(sidecar.read_text())["chat_date"] == "2026-01-05"
     assert not noted.exists()
+
+
+def test_a_chat_template_argument_without_effect_is_refused(chatml_models, tmp_path):
+    write_rows(tmp_path / "data" / "rows", "train", plain_chats())
+    config = make_config(chatml_models, tmp_path)
+    config.data.template_kwargs = {"enable_thinking": False}
+    with pytest.raises(
+        ConfigError, match=r"data\.template_kwargs\.enable_thinking: .* not mention"
+    ):
+        run(config)
 
 
 @pytest.mark.parametrize("damaged", [b"", b"2026-01-\xff5", b"2026-01-45"])

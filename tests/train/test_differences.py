@@ -2,8 +2,12 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
+from ranks import ALONE
+from small_data import byte_tokenizer
 
 from fastpref.checkpoint.manifest import Checkpoint, Manifest
 from fastpref.cli.resume_names import check_resume
@@ -24,6 +28,7 @@ from fastpref.train.resume.differences import (
     is_of_state,
     list_differences,
 )
+from fastpref.train.resume.fingerprints import split_digest, take_digests
 from fastpref.train.resume.start import Start
 from fastpref.train.state import RunState
 
@@ -31,6 +36,25 @@ from fastpref.train.state import RunState
 def options(**changes) -> dict:
     model = ModelConfig(name_or_path="tiny")
     return asdict(Config(model=model, loss=DPOConfig(beta=0.1), **changes))
+
+
+def test_another_vocabulary_or_chat_template_is_another_tokenizer():
+    tokenizers = byte_tokenizer(), byte_tokenizer()
+    tokenizers[1].add_tokens(["new"])
+    texts = [(tokenizer, template) for tokenizer in tokenizers for template in (None, "a", "b")]
+    digests = [take_digests([None, None], of_texts, ALONE) for of_texts in texts]
+    assert len({of_run.pop("tokenizer") for of_run in digests}) == len(texts)
+    assert digests == [{"data": "none", "held-out data": "none"}] * len(texts)
+
+
+def test_other_borders_of_rows_or_of_prompts_are_other_data():
+    borders = ([[1, 2], [3]], [[1], [2, 3]])
+    splits = [
+        SimpleNamespace(groups=groups, dataset=Dataset.from_dict({"prompt_ids": rows}))
+        for rows in borders
+        for groups in ([0, 0], [0, 1])
+    ]
+    assert len({split_digest(split) for split in splits}) == 4
 
 
 def test_what_an_earlier_version_did_not_have_was_what_it_is_by_default():

@@ -8,6 +8,7 @@ import resource
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
 from fastpref.train.export.config import write_config
 from fastpref.train.export.latest import export_model
-from fastpref.train.export.plan import plan_export
+from fastpref.train.export.plan import ExportPlan, plan_export
 from fastpref.train.export.weight_files import write_weights
 from fastpref.train.task import train
 
@@ -445,3 +446,19 @@ def test_a_model_whose_predecessor_is_still_read_takes_its_place(tmp_path, monke
 def in_use(path: Path, ignore_errors: bool = False) -> None:
     if not ignore_errors:
         raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+
+def test_integers_keep_their_dtype_and_a_weight_without_a_loaded_one_takes_the_commonest():
+    half, loaded = torch.bfloat16, {"a": torch.float16}
+    weight, count = torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    for save_dtype, expected in (
+        (None, [torch.float32] * 2),
+        ("float32", [torch.float32] * 2),
+        ("checkpoint", [torch.float16, half]),
+    ):
+        plan = SimpleNamespace(
+            model=SimpleNamespace(save_dtype=save_dtype),
+            loaded=SimpleNamespace(by_name=loaded, commonest=half),
+        )
+        assert [ExportPlan.dtype_of(plan, name, weight) for name in "ab"] == expected
+        assert ExportPlan.dtype_of(plan, "a", count) == torch.int64

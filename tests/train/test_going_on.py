@@ -22,6 +22,7 @@ from fastpref.errors import CheckpointError
 from fastpref.train import assembly, evaluation, loop
 from fastpref.train.logs import metrics
 from fastpref.train.resume import start
+from fastpref.train.resume.origin import run_to_go_on_with
 from fastpref.train.run_folder import RunPlace
 
 
@@ -169,6 +170,8 @@ def test_the_newest_run_of_a_name_is_of_that_name(tmp_path):
     run = RunPlace(run_dir=None, root=tmp_path, name="late").create("")
     (run / "checkpoints").mkdir()
     assert newest("late") == run
+    place = RunPlace(run_dir=None, root=tmp_path, name="late")
+    assert run_to_go_on_with("auto", place) == run
 
 
 def test_a_line_that_the_disk_did_not_take_is_written_with_the_checkpoint(

@@ -14,6 +14,7 @@ import torch
 from exhaustion import Exhaustion, no_more_files
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
+from small_data import count_calls
 from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
 from tiny_models import (
     random_rows,
@@ -171,6 +172,23 @@ def test_only_rows_that_are_new_are_scored(base, tmp_path):
     write_rows(tmp_path / "words", "train", [*rows, *text_rows(8, seed=7)])
     assert run(cached(base, tmp_path, "second", *options)) == 0
     assert len(set(scored_rows(tmp_path)) - set(before)) == 9
+
+
+def test_rows_that_an_epoch_leaves_out_are_scored_for_the_next_and_no_row_twice(base, tmp_path):
+    rows = text_rows(10, seed=1)
+    for split in ("train", "test"):
+        write_rows(tmp_path / "words", split, rows)
+    # an epoch is two of ten rows short; held out are all of them, or none
+    for num_held_out in (0, 10):
+        out, options = (
+            tmp_path / str(num_held_out),
+            (f"n_eval_examples={num_held_out}", "n_epochs=3"),
+        )
+        command = cached(base, out, "run", "loss=dpo", f"base_data_dir={tmp_path}", *options)
+        assert count_calls(lambda command=command: run(command), "_score") == 2
+        digests, losses = scored_rows(out), losses_of(out / "run")
+        assert len(digests) == len(set(digests)) == 10
+        assert len(losses) == 3 and losses[0] == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_another_model_or_arithmetic_is_another_reference(base, tmp_path):

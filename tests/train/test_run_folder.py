@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_dataset, save_tiny_model
 
 import train
+from fastpref.checkpoint.folders import CHECKPOINTS
 from fastpref.cli.command_line import main
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.errors import ConfigError
 from fastpref.train.opening import keep_options, read_options
-from fastpref.train.resume.origin import keep_origin, origin_of
-from fastpref.train.run_folder import clear_start, keeping_locks, run_place, took_no_step
+from fastpref.train.resume.origin import keep_origin, origin_of, run_of
+from fastpref.train.run_folder import OPTIONS, clear_start, keeping_locks, run_place, took_no_step
 
 EVAL, TRAIN = ({"step": 0, "examples": 0, "split": split} for split in ("eval", "train"))
 
@@ -180,3 +181,17 @@ def test_a_run_that_fails_at_its_first_step_does_not_block_the_same_command(tmp_
     capsys.readouterr()
     assert run(1.0) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_checkpoint_belongs_to_its_run_by_the_path_as_given_or_by_where_it_leads(tmp_path):
+    run, disk, link = (tmp_path / name for name in ("run", "disk", "link"))
+    run.mkdir()
+    (run / OPTIONS).touch()
+    (disk / "step-00000001").mkdir(parents=True)
+    (run / CHECKPOINTS).symlink_to(disk)
+    assert run_of(run / CHECKPOINTS / "step-00000001") == run
+    (run / CHECKPOINTS).unlink()
+    (run / CHECKPOINTS / "step-00000001").mkdir(parents=True)
+    link.symlink_to(run / CHECKPOINTS / "step-00000001")
+    assert run_of(link) == run.resolve()
+    assert run_of(disk) is None
