@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -325,6 +326,22 @@ def test_a_tokenizer_from_elsewhere_brings_its_own_files_alone(base, tmp_path):
     assert (latest / "tokenizer.model").read_text() == "another vocabulary"
     assert not (latest / "special_tokens_map.json").exists()
     assert (latest / "preprocessor_config.json").read_text() == '{"size": 3}'
+
+
+def test_an_adapter_s_own_files_stand_before_those_of_its_base(base, tmp_path):
+    model = shutil.copytree(base / "source", tmp_path / "model")
+    (model / "NOTICE").write_text("of the base")
+    config = AutoConfig.from_pretrained(model)
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), peft.LoraConfig(task_type="CAUSAL_LM")
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "LICENSE").write_text("of the adapter")
+    (tmp_path / "adapter" / "NOTICE").write_text("of the adapter")
+    options = ModelConfig(name_or_path=str(tmp_path / "adapter"))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    others = plan_export(options, config, tokenizer, None).others
+    assert others["LICENSE"] == others["NOTICE"] == b"of the adapter"
 
 
 def test_a_part_of_a_model_that_nothing_could_load_is_refused_before_training(base):
