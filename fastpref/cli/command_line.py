@@ -73,28 +73,29 @@ def _run(
     from fastpref.cli.overrides import read_config, split_arguments
 
     if {"--help", "-h"} & set(arguments):
-        with printing_results():
-            print(format_help(config_dir, shutil.get_terminal_size((WIDEST, 24)).columns))
-        return 0
+        return _answer(format_help(config_dir, shutil.get_terminal_size((WIDEST, 24)).columns))
     if "--version" in arguments:
-        with printing_results():
-            print(f"fastpref {__version__}")
-        return 0
+        return _answer(f"fastpref {__version__}")
     only_print = "--cfg" in arguments
     if only_print:
         # Hydra's own form is `--cfg job`
         arguments = [argument for argument in arguments if argument not in ("--cfg", "job")]
     config = read_config(arguments, compose_choices, config_dir)
     if only_print:
-        with printing_results():
-            print(config.to_yaml().rstrip())
-        return 0
+        return _answer(config.to_yaml().rstrip())
     set_allocators()
     # imports torch and transformers, which takes a second or more
     from fastpref.cli.run import main as run
 
     given, _ = split_arguments(arguments)
     return run(config, given)
+
+
+def _answer(text: str) -> int:
+    """Print what the command was run for; returns the exit code."""
+    with printing_results():
+        print(text)
+    return 0
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -110,6 +110,8 @@ OTHER_CHOICES = {
     "optim=adamw_torch": "optimizer=AdamW",
     "optim=adamw_torch_fused": "optimizer=AdamW",
     "precompute_ref_log_probs=true": "reference.mode=cache",
+    "resume=true": "resume=auto",
+    "resume_from_checkpoint=true": "resume=auto",
     "report_to=none": "wandb.enabled=false",
     "report_to=tensorboard": "tensorboard.enabled=true",
     "report_to=wandb": "wandb.enabled=true",

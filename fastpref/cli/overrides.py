@@ -26,10 +26,14 @@ from fastpref.cli.options import (
 from fastpref.cli.other_names import NOT_HERE, OTHER_CHOICES, OTHER_NAMES
 from fastpref.cli.wrong_names import explain_choice, explain_key, guess_option, what_counts
 from fastpref.config import LOSSES, Config, LossConfig, ModelConfig
+from fastpref.config.adapter import ADAPTERS
 from fastpref.errors import ConfigError
 
 SHORT = {"resume": "resume.path"}
 """Group names that are shorthands for one of the group's options."""
+
+OWN_CHOICES = ("adapter", "loss", "recipe")
+"""Groups that a flag of the same name means; --model names another trainer's model."""
 
 ITEM = re.compile(r"""\s*("[^"]*"|'[^']*'|[^,]*?)\s*(?:,|$)""")
 """A list item: in quotes, or up to the next comma; taken literally, without YAML's syntax."""
@@ -119,9 +123,9 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
                 "that encoding, or set PYTHONUTF8=1 for one that has all characters"
             )
         elif argument.startswith("-"):
-            words = [text] if equals else list(takewhile(_is_word, rest))
+            words = [text] * bool(text) if equals else list(takewhile(_is_word, rest))
             rest = rest if equals else rest[len(words) :]
-            problems.append(explain_flag(key, ",".join(words)))
+            problems.append(explain_flag(key, words))
         elif argument.startswith("~"):
             problems.append(f"{argument}: an option cannot be removed; give it a value")
         elif not equals or not key:
@@ -134,8 +138,8 @@ def split_arguments(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _is_word(argument: str) -> bool:
-    """Whether an argument may be a value of the flag before it."""
-    return "=" not in argument and not argument.startswith("-")
+    """Whether an argument may be a value of the flag before it; negative numbers may."""
+    return "=" not in argument and not re.match(r"-(?![\d.])", argument)
 
 
 def _is_text(argument: str) -> bool:
@@ -227,21 +231,21 @@ def _unquote(text: str) -> str:
     return text[1:-1] if quoted else text
 
 
-def explain_flag(flag: str, text: str) -> str:
+def explain_flag(flag: str, words: list[str]) -> str:
     """Error message for a flag such as `--learning_rate 0.1`: how to write it as KEY=VALUE.
 
     Args:
         flag: The flag with its dashes.
-        text: Its value; "" for none, which other trainers take for true.
+        words: Its values; none is what other trainers take for true.
     """
-    name = flag.lstrip("-").replace("-", "_")
+    name, text = flag.lstrip("-").replace("-", "_"), " ".join(words)
     if instead := NOT_HERE.get(name):
         return f"{flag}: no such option; {instead}"
     written = f"{flag}: options are written KEY=VALUE"
     if other := OTHER_CHOICES.get(f"{name}={text or 'true'}".lower()):
         return f"{written}; write {other}"
     options = all_options()
-    meant = name if name in options else guess_option(name, options)
+    meant = name if name in (*options, *OWN_CHOICES) else guess_option(name, options)
     option = options.get(meant or "")
     # a mapping option without a mapping as its text is a wrong guess, unless the name is known
     is_guess = option is not None and option.is_mapping and name not in OTHER_NAMES
@@ -250,22 +254,36 @@ def explain_flag(flag: str, text: str) -> str:
             f"{flag}: there are no flags but --help and --cfg (and --version); options are written "
             "KEY=VALUE"
         )
-    if option is None:
-        return f"{written}; write {meant}={text or 'VALUE'}"
-    value = _value_of(option, name, text)
     is_ours = name in (meant, meant.rpartition(".")[2])
-    if not is_ours and (problem := _problem_with(option, value)):
-        return f"{written}; nearest: {meant}{what_counts(name)}; {problem}"
-    return f"{written}; write {meant}={value}{what_counts(name)}"
+    value = _value_of(option, name, words, is_known=is_ours or name in OTHER_NAMES)
+    if option is None and not is_ours and value not in ("VALUE", *LOSSES, *ADAPTERS):
+        value = None
+    counts = "" if is_ours else what_counts(name, meant)
+    if value is None:
+        return f"{written}; nearest: {meant}{counts}"
+    if option and not is_ours and (problem := _problem_with(option, value)):
+        return f"{written}; nearest: {meant}{counts}; {problem}"
+    return f"{written}; write {meant}={value}{counts}"
 
 
-def _value_of(option: Option, name: str, text: str) -> str:
-    """The value of the flag `name` as an option's text."""
-    if option.is_list and text and not text.startswith("["):
-        return f"[{text}]"
-    if option.type is bool and not text:
-        return format_value(not name.startswith("no_"))
-    return text or format_value(option.default)
+def _value_of(option: Option | None, name: str, words: list[str], *, is_known: bool) -> str | None:
+    """What follows KEY= for the flag `name`; None if that cannot be said.
+
+    Args:
+        option: The option that the flag means; None for a choice such as `loss`.
+        words: The values of the flag.
+        is_known: Whether the flag has the name of an option, ours or another trainer's.
+    """
+    is_negated = name.startswith("no_")
+    if option and option.type is bool and not words:
+        return format_value(not is_negated)
+    if is_negated or not (words or is_known):
+        return None
+    if not words:
+        return format_value(option.default) if option else "VALUE"
+    if option and option.is_list and not words[0].startswith("["):
+        return f"[{','.join(words)}]"
+    return " ".join(words)
 
 
 def _problem_with(option: Option, text: str) -> str | None:

@@ -40,7 +40,7 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
     meant = guess_option(key, options)
     advice = "; `python train.py --help` lists the options"
     if meant:
-        advice = f"; nearest: {meant}{what_counts(leaf)}"
+        advice = f"; nearest: {meant}{what_counts(leaf, meant)}"
     if group == "loss":
         return f"{key}: loss={loss} has no option {leaf}{advice}"
     return f"{key}: no such option{advice}"
@@ -69,8 +69,9 @@ def guess_option(key: str, options: dict[str, Option]) -> str | None:
     )
 
 
-def what_counts(name: str) -> str:
-    """What our option counts where another trainer's of this name counts something else, as the end
-    of an error message; "" if they count the same."""
-    unit = OTHER_UNITS.get(name.replace("-", "_"))
-    return f"; it counts {unit}" if unit else ""
+def what_counts(name: str, meant: str) -> str:
+    """What the option `meant` counts where another trainer's of about this name counts something
+    else, as the end of an error message; "" if they count the same."""
+    others = [other for other in OTHER_UNITS if OTHER_NAMES[other] == meant]
+    spelt = nearest(name.replace("-", "_"), others)
+    return f"; it counts {OTHER_UNITS[spelt]}" if spelt else ""

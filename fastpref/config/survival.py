@@ -94,7 +94,8 @@ class ResumeConfig:
     never."""
     allow: list[str] = field(default_factory=list)
     """Options, groups of options, or data, model or tokenizer, that may differ from the
-    checkpoint's although the results depend on them."""
+    checkpoint's although the results depend on them; a run without a checkpoint begins anew with
+    such options."""
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -28,6 +28,7 @@ from fastpref.train.step import within_memory
 logger = logging.getLogger("fastpref")
 
 
+@torch.no_grad()
 def evaluate(run: Run, stop: StopRequest) -> Record | None:
     """Evaluate the current policy on the held-out rows: one line of metrics.jsonl, and samples.
 
@@ -44,7 +45,7 @@ def evaluate(run: Run, stop: StopRequest) -> Record | None:
     started = time.perf_counter()
     metrics = list[Metrics]()
     count, num_tokens = 0, 0
-    with torch.no_grad(), run.eval.steps(run.world) as steps:
+    with run.eval.steps(run.world) as steps:
         for step_batches in steps:
             if stop.agreed(run.world):
                 # a mean over part of the split would look like one over all of it

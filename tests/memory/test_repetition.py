@@ -154,14 +154,14 @@ def test_held_out_rows_and_samples_are_computed_again_as_well(base, tmp_path, ca
 
 
 @contextmanager
-def failing_samples() -> Iterator[None]:
+def failing_samples(*, times: float = 1) -> Iterator[None]:
     from fastpref.model.scorer import TokenScorer
 
     real, calls = TokenScorer.generate, []
 
     def generate(self: TokenScorer, *args: Any, **options: Any) -> Any:
         calls.append(None)
-        if len(calls) == 1:
+        if len(calls) <= times:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return real(self, *args, **options)
 
@@ -170,6 +170,14 @@ def failing_samples() -> Iterator[None]:
         yield
     finally:
         TokenScorer.generate = real
+
+
+def test_a_sample_that_memory_does_not_hold_is_not_told_to_keep_fewer_activations(
+    base, tmp_path, capsys
+):
+    with failing_samples(times=float("inf")):
+        assert run(arguments(base, tmp_path, "loss=dpo")) == 6
+    assert "single row; a smaller max_length or more GPUs need less" in capsys.readouterr().err
 
 
 def test_a_row_that_memory_does_not_hold_ends_the_run_with_what_would(base, tmp_path, capsys):

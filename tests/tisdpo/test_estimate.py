@@ -168,6 +168,8 @@ def test_adapters_stay_in_float32_whatever_the_model_computes_in(models, tmp_pat
 
 @pytest.mark.parametrize("quantized", [False, True])
 def test_sides_of_one_base_are_one_loaded_model(models, tmp_path, world, quantized):
+    if quantized:
+        pytest.importorskip("bitsandbytes")
     names = [save_adapter(models[0], tmp_path / f"adapter-{i}", i) for i in range(2)]
     model = ModelConfig(name_or_path=models[0], fsdp_policy_mp=None)
     sides = [
