@@ -186,7 +186,7 @@ class StopRequest:
         self._received_at = 0.0
         self._asked = 0
         self._agreed = 0
-        self._failure: CheckpointError | None = None
+        self.failure: CheckpointError | None = None
         self._was_told = False
         self._installed = _handlers(self._handle)
 
@@ -230,9 +230,9 @@ class StopRequest:
     @property
     def _own_reason(self) -> int:
         """Why this rank asks all ranks to stop; 0: it does not."""
-        if self._failure is None:
+        if self.failure is None:
             return max(self._asked, self._received)
-        return SHORTAGE if isinstance(self._failure, WritingMemoryError) else FAILURE
+        return SHORTAGE if isinstance(self.failure, WritingMemoryError) else FAILURE
 
     @contextmanager
     def if_unwritable(self) -> Iterator[None]:
@@ -240,7 +240,7 @@ class StopRequest:
         try:
             yield
         except CheckpointError as error:
-            self._failure = self._failure or error
+            self.failure = self.failure or error
 
     def raise_if_requested(self, what_is_saved: str, world: "World") -> None:
         """`raise_saying` after everything is saved; either every rank raises, or none."""
@@ -257,7 +257,7 @@ class StopRequest:
             PreemptionError: it was another signal, or the deadline.
         """
         if self._agreed >= FAILURE:
-            cause = self._failure or "rank 0 cannot write to the run folder"
+            cause = self.failure or "rank 0 cannot write to the run folder"
             kind = WritingMemoryError if self._agreed == SHORTAGE else CheckpointError
             raise kind(f"{cause}; {what_is_saved}")
         if self._agreed:

@@ -6,6 +6,7 @@ repeated: the same command with the same `run_dir` resumes with the first one th
 """
 
 import logging
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ def run_tisdpo(config: Config, world: World) -> None:
     build_stages(config, place.run_dir or place.root)
     run_dir = open_run_dir(place, config.to_yaml(), world)
     stages = build_stages(config, run_dir)
-    command = f"the same command with run_dir={run_dir}"
+    command = "the same command with " + shlex.quote(f"run_dir={run_dir}")
     go_on = f"stages that are done stay done, {command} goes on with the next one"
     try:
         with say_if_stopped(go_on), locked(run_dir, world):

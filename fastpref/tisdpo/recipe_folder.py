@@ -1,6 +1,7 @@
 """The run folder of `task=tisdpo`: a new one, or that of an earlier start, which is resumed."""
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -106,7 +107,8 @@ def open_run_dir(place: RunPlace, options: str, world: World) -> Path:
         logger.info("run folder: %s, gone on with", named)
         return named
     run_dir = world.on_main(lambda: place.create(options))
-    logger.info("run folder: %s; after an interruption add run_dir=%s", run_dir, run_dir)
+    option = shlex.quote(f"run_dir={run_dir}")
+    logger.info("run folder: %s; after an interruption add %s", run_dir, option)
     return run_dir
 
 

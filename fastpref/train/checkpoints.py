@@ -41,6 +41,7 @@ class Checkpoints:
         self._store = store
         self._deadline = deadline
         self._newest: SaveReport | None = None
+        self._trains = True
         # step of the best evaluation, and the best value before it
         self._best_step, self._best_before = -1, (run.state.best, run.state.best_of)
         start = run.start.checkpoint
@@ -99,8 +100,14 @@ class Checkpoints:
 
     def finish(self, stop: StopRequest) -> None:
         """Save the last state, and wait until it is written."""
+        self._trains = False
         self.save(stop, last=True)
         self._hear(self._store.wait())
+
+    @property
+    def unsaved(self) -> str | None:
+        """Why the newest state could not be saved; None if it was, or there was nothing to save."""
+        return self._newest.error if self._newest else None
 
     def raise_if_unsaved(self) -> None:
         """Fail a run whose last state could not be saved, after its model was exported.
@@ -128,7 +135,7 @@ class Checkpoints:
             # twice: exporting the model takes about as long again
             self._deadline.expect(2 * seconds)
             if self._run.world.is_main:
-                say(report)
+                say(report, trains=self._trains)
 
     def _is_best(self, evaluation: Record) -> bool:
         """Whether an evaluation is the best so far by `checkpoint.keep_best`; keeps its metrics."""
@@ -236,10 +243,14 @@ def announce(run: Run, num_bytes: int, *, asynchronous: bool) -> None:
         )
 
 
-def say(report: SaveReport) -> None:
-    """Log the outcome of a save in one line."""
+def say(report: SaveReport, *, trains: bool) -> None:
+    """Log the outcome of a save in one line.
+
+    Args:
+        trains: Whether training goes on.
+    """
     if report.error is not None:
-        logger.error("NO CHECKPOINT: %s; training goes on", report.error)
+        logger.error("NO CHECKPOINT: %s%s", report.error, "; training goes on" if trains else "")
         return
     logger.info(
         "checkpoint %s: %.2f GiB in %.1f s, training stood still for %.2f s",

@@ -2,6 +2,7 @@
 
 import torch.distributed as dist
 
+from fastpref.errors import CheckpointError
 from fastpref.signals import StopRequest
 from fastpref.train.checkpoints import Checkpoints
 from fastpref.train.export.latest import export_model
@@ -40,6 +41,8 @@ def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: st
     except dist.DistError as error:
         # the ranks' store is lost: it was in a torchrun that was killed
         what_is_saved, lost = f"the state is saved in {run.run_dir}", error
+    except CheckpointError as error:
+        raise type(error)(explain_export(error, run, checkpoints, stop, command)) from error
     checkpoints.raise_if_unsaved()
     stop.raise_if_requested(
         f"{what_is_saved}, {command} goes on after step {run.state.step}", run.world
@@ -47,3 +50,13 @@ def finish(run: Run, checkpoints: Checkpoints, stop: StopRequest, *, command: st
     if lost is not None:
         raise lost
     return seconds
+
+
+def explain_export(
+    error: CheckpointError, run: Run, checkpoints: Checkpoints, stop: StopRequest, command: str
+) -> str:
+    """The message of a model that cannot be written: also what ended the training before its last
+    step, if that was a file too, and what became of the state."""
+    state = f"the state is saved, {command} goes on after step {run.state.step}"
+    parts = [stop.failure, error, checkpoints.unsaved or state]
+    return "; ".join(str(part) for part in parts if part is not None)

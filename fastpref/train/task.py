@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shlex
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ def train(
             open_checkpoints(run, deadline) as checkpoints,
         ):
             run_loop(run, checkpoints, stop)
-            command = command or f"resume=auto run_dir={run.run_dir}"
+            in_folder = shlex.quote(f"run_dir={run.run_dir}")
+            command = command or f"resume=auto {in_folder}"
             return finish(run, checkpoints, stop, command=command)
 
 

@@ -1,7 +1,9 @@
 """A disk that is full, a folder that is gone or read-only: the run goes on, says so, and ends with
 4, and what was saved before stays usable. Nothing is copied into memory that may not hold it."""
 
+import shlex
 import subprocess
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -15,7 +17,7 @@ from fastpref.checkpoint.folders import find_newest
 from fastpref.checkpoint.store import SaveReport
 from fastpref.cli.command_line import main
 from fastpref.errors import CheckpointError
-from fastpref.train import checkpoints, loop
+from fastpref.train import checkpoints, ending, loop
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,53 @@ def test_a_disk_without_room_for_a_second_checkpoint_costs_no_step(base, small_d
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     assert run(base, run_dir, "checkpoint.keep=3", "resume=auto") == 0
     assert len(read_metrics(run_dir, "train")) == 8
+
+
+def fill(disk: Path) -> None:
+    with suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_what_ended_the_training_is_said_beside_the_model_that_cannot_be_written(
+    base, small_disk, capsys, monkeypatch
+):
+    real = loop.train_step
+
+    def train_step(run, batches, step):
+        if step == 3:
+            fill(small_disk)
+        return real(run, batches, step)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    assert run(base, small_disk / "run", "checkpoint.every=4", "n_epochs=8") == 4
+    *before, last = capsys.readouterr().err.splitlines()
+    saves = [line for line in before if "NO CHECKPOINT" in line]
+    assert [line.endswith("; training goes on") for line in saves[-2:]] == [True, False]
+    parts = "metrics.jsonl: cannot be written", "LATEST: cannot be written", "was not saved"
+    places = [last.find(part) for part in parts]
+    assert -1 < places[0] < places[1] < places[2], last
+
+
+def test_a_model_that_cannot_be_written_takes_no_state_along(base, small_disk, capsys, monkeypatch):
+    real = ending.export_model
+
+    def export_model(*args):
+        fill(small_disk)
+        return real(*args)
+
+    monkeypatch.setattr(ending, "export_model", export_model)
+    run_dir = small_disk / "it's my run"
+    assert run(base, run_dir, "checkpoint.every=0") == 4
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "LATEST: cannot be written" in last
+    # as a shell takes it
+    said = last.partition("the state is saved, ")[2].partition(" goes on after step 8")[0]
+    assert shlex.split(said) == ["resume=auto", f"run_dir={run_dir}"]
+    monkeypatch.undo()
+    (small_disk / "others").unlink()
+    assert run(base, run_dir, "checkpoint.every=0", "resume=auto") == 0
+    assert (run_dir / "LATEST" / "model.safetensors").is_file()
 
 
 def put_file(folder: Path) -> None:

@@ -5,6 +5,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from fastpref.complete_files import writing
+from fastpref.errors import CheckpointError
 from fastpref.train.resume.history import bring_history, read_records
 from fastpref.train.state import RunState
 
@@ -68,3 +72,15 @@ def test_a_line_that_is_damaged_is_said_and_one_that_a_kill_cut_short_is_not(tmp
     lines = [line(1, "train"), '{"step": "1"}\n', "[1]\n"]
     assert brought(tmp_path, lines, [], step=1, evaluated=1) == [(1, "train")]
     assert caplog.text.count("a line without a step is left out") == 2
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_folder_that_cannot_be_written(tmp_path):
+    memory = Path("/proc/self/mem")
+    if not memory.is_file():
+        pytest.skip("needs a file whose reading fails, also for root")
+    (tmp_path / "metrics.jsonl").symlink_to(memory)
+    with (
+        pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be read: Input/output error"),
+        writing(tmp_path),
+    ):
+        bring_history(tmp_path, tmp_path, RunState(step=1), [])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpref.complete_files import complete_file
+from fastpref.errors import CheckpointError, is_shortage
 from fastpref.train.state import RunState
 
 logger = logging.getLogger("fastpref")
@@ -26,7 +27,7 @@ def bring_history(source: Path, run_dir: Path, state: RunState, unwritten: Seque
         unwritten: Lines of metrics that could not be written to the file and are in the checkpoint.
 
     Raises:
-        CheckpointError: they cannot be written.
+        CheckpointError: they cannot be read or written.
     """
     for name, waiting in ((METRICS, unwritten), (SAMPLES, ())):
         kept = [line for line, record in _lines(source / name) if is_before(record, state)]
@@ -67,19 +68,27 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Lines with their records; damaged ones, such as a killed process leaves at the end, are left
     out. Yields nothing if there is no file."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                if line.endswith("\n"):
-                    logger.warning("%s: a damaged line is left out: %.60r", path, line)
-                continue
-            if not line.endswith("\n"):
-                continue
-            if isinstance(record, dict) and type(record.get("step")) is int:
-                yield line, record
-            else:
-                logger.warning("%s: a line without a step is left out: %.60r", path, line)
+    for line in _read_lines(path) if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if line.endswith("\n"):
+                logger.warning("%s: a damaged line is left out: %.60r", path, line)
+            continue
+        if not line.endswith("\n"):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            yield line, record
+        else:
+            logger.warning("%s: a line without a step is left out: %.60r", path, line)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            return list(lines)
+    except OSError as error:
+        if is_shortage(error):
+            raise
+        reason = error.strerror or error
+        raise CheckpointError(f"{path}: cannot be read: {reason}") from error
