@@ -57,6 +57,7 @@ def explain_export(
 ) -> str:
     """The message of a model that cannot be written: also what ended the training before its last
     step, if that was a file too, and what became of the state."""
-    state = f"the state is saved, {command} goes on after step {run.state.step}"
+    saved = "the state is saved, " if run.state.step else ""
+    state = f"{saved}{command} goes on after step {run.state.step}"
     parts = [stop.failure, error, checkpoints.unsaved or state]
     return "; ".join(str(part) for part in parts if part is not None)
