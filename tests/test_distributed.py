@@ -420,6 +420,13 @@ def test_a_job_that_was_suspended_misses_no_rank(monkeypatch):
     world_of(0, store)._wait("value", datetime.timedelta(days=1), sender=1)
 
 
+def test_of_two_ranks_that_end_the_first_is_named():
+    store = dist.HashStore()
+    for rank, reason in enumerate(["no folder words", "no folder others"]):
+        Heartbeat(world_of(rank, store)).say_why(DataError(reason))
+    assert str(heartbeat.Watch(world_of(1, store)).look()) == "rank 0 ended: no folder words"
+
+
 def test_a_heart_beats_while_its_rank_waits_for_the_store():
     hosted = dist.TCPStore("localhost", 0, 1, is_master=True)
     store = dist.TCPStore("localhost", hosted.port, 1)

@@ -475,7 +475,9 @@ def test_unknown_keys_are_refused_with_what_was_meant(arguments, message):
     [
         ("loss=tdpoo", f"no such loss, only {', '.join(sorted(LOSSES))}; nearest: tdpo"),
         ("loss=tdpo1", "write loss=tdpo loss.if_tdpo2=false"),
+        ("loss=TDPO1", "write loss=tdpo loss.if_tdpo2=false"),
         ("model=pythia", "only blank_model, .*; nearest: pythia28"),
+        ("model=mistral", "; write model=mistra$"),
         ("model=Org/Name-7B", "model=blank_model model.name_or_path=Org/Name-7B"),
         ("transform=agressive", "nearest: aggressive"),
         ("transform=rank_based", "write transform.method=rank_based"),
