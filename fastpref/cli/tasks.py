@@ -19,7 +19,7 @@ def check_task(config: Config, num_ranks: int) -> None:
     from fastpref.cli.resume_names import check_resume
     from fastpref.train.optim import check_optimizer
     from fastpref.train.resume.origin import run_to_go_on_with
-    from fastpref.train.run_folder import check_writable, run_place
+    from fastpref.train.run_folder import check_cache, check_writable, run_place
 
     if config.task == "estimate_weights":
         assert config.weights.output_dir
@@ -30,8 +30,7 @@ def check_task(config: Config, num_ranks: int) -> None:
         check_resume(config.resume, run_to_go_on_with(config.resume.path, place))
         place.check(may_go_on=config.resume.path != "never")
         if config.caches_reference:
-            folder = place.references(config.reference.cache_dir)
-            check_writable("reference.cache_dir", folder)
+            check_cache(place.references(config.reference.cache_dir))
     else:
         from fastpref.tisdpo.recipe_folder import check_run_folder, find_place
 

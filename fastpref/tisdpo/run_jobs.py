@@ -39,6 +39,11 @@ def run_jobs(
                 logger.info("%s is there already, with these models and settings", job.path)
                 job.drop_remains()
             else:
+                if job.path.is_file():
+                    logger.info(
+                        "%s holds weights of other models, settings or rows; it will be replaced",
+                        job.path,
+                    )
                 job.keep_date()
 
     def write() -> list[WeightsReport]:

@@ -18,6 +18,7 @@ from fastpref.model.scorer import TokenScorer
 from fastpref.scoring.reference import ReferenceScoring, first_visits
 from fastpref.scoring.row_cache import RowCache
 from fastpref.train.data import Loaders
+from fastpref.train.run_folder import check_writable
 
 
 class Origin(NamedTuple):
@@ -72,6 +73,7 @@ def know_reference(
 
     Raises:
         CheckpointError: ranks see different contents of the folder.
+        ConfigError: rows are missing, and the folder cannot be written to.
         CheckpointError, InterruptionError, PreemptionError: see `ReferenceScoring.complete`.
     """
     facts = origin.facts(policy)
@@ -86,6 +88,8 @@ def know_reference(
             f"{cache.folder}: processes find other rows in it than others do; name a folder that "
             "all machines share: reference.cache_dir"
         )
+    if any(digest not in cache for digest in wanted):
+        world.on_main(lambda: check_writable("reference.cache_dir", cache.folder))
     scoring = ReferenceScoring(
         policy=policy,
         cache=cache,

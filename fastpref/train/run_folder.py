@@ -196,6 +196,20 @@ def check_writable(key: str, folder: Path) -> None:
         raise ConfigError(f"{key}: {existing} is not writable: {error.strerror}") from None
 
 
+def check_cache(folder: Path) -> None:
+    """Refuse a cache folder of reference log-probabilities that is neither writable nor filled.
+
+    Raises:
+        ConfigError: see `check_writable`.
+    """
+    try:
+        check_writable("reference.cache_dir", folder)
+    except ConfigError:
+        # a shared, read-only cache may hold every row; only the loaded data and model tell
+        if not any(folder.glob("*/*.npz")):
+            raise
+
+
 _locks: dict[Path, IO[str]] = {}
 """Open lock files of the run folders that this process has locked, by folder."""
 

@@ -612,13 +612,16 @@ def test_a_finished_file_is_not_estimated_again_until_something_changes(
     assert estimate(config)[0]["chosen_weight"] != before[0]["chosen_weight"]
 
 
-def test_another_stored_dtype_or_library_makes_other_weights(models, tmp_path, monkeypatch):
+def test_another_stored_dtype_or_library_makes_other_weights(models, tmp_path, monkeypatch, caplog):
     write_rows(tmp_path / "data" / "rows", "train", ROWS)
     config = make_config(models, tmp_path)
     config.weights.round = None
+    caplog.set_level("INFO", "fastpref")
     before = estimate(config)
+    assert "will be replaced" not in caplog.text
     config.model.reference_dtype = "float16"
     rounded = estimate(config)
+    assert f"{output_path(config)} holds weights of other models, settings or rows" in caplog.text
     assert rounded[0]["chosen_weight"] != before[0]["chosen_weight"]
     written = output_path(config).stat().st_mtime_ns
     monkeypatch.setattr(settings, "version", lambda name: f"newer {name}")

@@ -1,10 +1,12 @@
 """A reference scored before the first step: the numbers of one that computes in every step."""
 
+import errno
 import fcntl
 import json
 import re
 import shutil
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +371,26 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(
     assert run(cached(base, tmp_path, "run", "loss=dpo")) == 2
     error = capsys.readouterr().err
     assert "reference.cache_dir" in error and "is a file" in error and "train:" not in error
+
+
+def test_a_read_only_cache_is_used_if_it_holds_every_row(base, tmp_path, capsys, monkeypatch):
+    assert run(cached(base, tmp_path, "first", "loss=dpo", "n_examples=16")) == 0
+    create = tempfile.TemporaryFile
+
+    def refuse_cache(*, prefix: str, dir: Path) -> Any:
+        if dir.is_relative_to(tmp_path / "reference"):
+            raise OSError(errno.EROFS, "Read-only file system", str(dir))
+        return create(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse_cache)
+    before = sorted((tmp_path / "reference").rglob("*"))
+    assert run(cached(base, tmp_path, "again", "loss=dpo", "n_examples=16")) == 0
+    assert_same_end(tmp_path / "again", tmp_path / "first")
+    capsys.readouterr()
+    assert run(cached(base, tmp_path, "more", "loss=dpo", "n_examples=24")) == 2
+    error = capsys.readouterr().err
+    assert "reference.cache_dir" in error and "is not writable" in error and "scoring" not in error
+    assert sorted((tmp_path / "reference").rglob("*")) == before
 
 
 def test_a_model_whose_rows_depend_on_longer_ones_beside_them_is_refused(base, tmp_path, capsys):
