@@ -41,6 +41,8 @@ def explain_key(key: str, text: str, options: dict[str, Option], loss: str) -> s
     advice = "; `python train.py --help` lists the options"
     if meant:
         advice = f"; nearest: {meant}{what_counts(leaf, meant)}"
+    if other := OTHER_CHOICES.get(f"{leaf.replace('-', '_')}={text}".lower()):
+        advice += f"; write {other}"
     if group == "loss":
         return f"{key}: loss={loss} has no option {leaf}{advice}"
     return f"{key}: no such option{advice}"
