@@ -76,6 +76,20 @@ def with_two_answers(prompt: str, record: Record) -> Record:
     return record | sides | {"prompt": _prompt_turns(prompt, record)}
 
 
+def with_rejected(field: str, record: Record) -> Record:
+    """A conversation that ends with the chosen response, with a rejected one: a text in place of
+    the last message, messages in place of all that follow the user, or the whole conversation."""
+    turns = read_turns("messages", record["messages"])
+    rejected = read_response(field, record[field])
+    prompt, chosen = divide_at_response("messages", turns)
+    if isinstance(record[field], str):
+        prompt, chosen = turns[:-1], turns[-1:]
+    elif rejected and not is_response(rejected[0]):
+        read = record | {"chosen": turns, "rejected": rejected}
+        return {name: value for name, value in read.items() if name != "prompt"}
+    return record | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 def with_completion(prompt: str, response: str, record: Record) -> Record:
     return {"prompt": record[prompt], "chosen": record[response]}
 
@@ -92,7 +106,7 @@ def divided(field: str, record: Record) -> Record:
 
 def _prompt_turns(field: str, record: Record) -> Messages:
     """The prompt's messages, read from a column such as question, instruction or conversations."""
-    if field == "conversations":
+    if field in ("conversations", "messages"):
         turns = read_turns(field, record[field])
         if not turns or turns[-1]["role"] == "assistant":
             end = "ends with a message of the assistant" if turns else "has no messages"

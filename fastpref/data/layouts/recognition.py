@@ -20,6 +20,7 @@ from fastpref.data.layouts.readings import (
     of_openai,
     with_answer,
     with_completion,
+    with_rejected,
     with_text_prompt,
     with_two_answers,
 )
@@ -35,6 +36,8 @@ from fastpref.data.layouts.turns import is_messages, is_response, is_sharegpt
 
 PROMPTS = ("question", "instruction", "conversations")
 """Columns that replace a missing `prompt`."""
+REJECTED = ("rejected_response", "rejected_messages")
+"""Columns of the rejected response where `messages` ends with the chosen one, as in ms-swift."""
 NUMBERED = ("response_0", "response_1")
 NUMBERS = ("better_response_id", "safer_response_id", "winner")
 """Columns that name the better response by its number."""
@@ -54,6 +57,7 @@ PROMPT_WORDS = {
     "question": "question as a turn of the user",
     "instruction": "instruction and input as a turn of the user",
     "conversations": "conversations as the prompt",
+    "messages": "messages as the prompt",
 }
 """Descriptions of prompt columns for the log."""
 
@@ -106,6 +110,10 @@ def recognise(record: Record, named: Sequence[str] = (), *, single: bool) -> Lay
         return _recognise_numbered(record, named)
     if all(field in record for field in OPENAI):
         return PREFERRED_OUTPUTS
+    rejected = [field for field in REJECTED if field in record]
+    if not single and "messages" in record and rejected:
+        # the one that is not null, as in the union of two sources' columns
+        return _recognise_rejected(max(rejected, key=lambda field: record[field] is not None))
     if any(field in record for field in RESPONSES):
         if single:
             return _recognise_single(record, named)
@@ -141,6 +149,9 @@ def _recognise_pair(record: Record, named: Sequence[str]) -> Layout:
             return TEXT_PROMPT
         return TEXTS
     prompts = _present(PROMPTS, record, named)
+    # beside another prompt, messages may repeat it with a response
+    if "messages" in named or (not prompts and is_messages(record.get("messages"))):
+        prompts = ["messages"]
     if not prompts or (_is_whole(record) and not set(prompts) & set(named)):
         if is_messages(record["chosen"]):
             return SHAREGPT_CONVERSATIONS if _has_sharegpt(record) else CONVERSATIONS
@@ -185,6 +196,16 @@ def _recognise_numbered(record: Record, named: Sequence[str]) -> Layout:
         (*(field for field in pair.columns if field not in SIDES), *NUMBERED, label),
         lambda record: pair.read(record | sides),
         names={**pair.names, **names},
+    )
+
+
+def _recognise_rejected(rejected: str) -> Layout:
+    """The layout of `messages`, which ends with the chosen response, and the rejected one."""
+    return Layout(
+        f"messages, ending with the chosen response, and {rejected}",
+        ("messages", rejected, *CHAT_FIELDS),
+        partial(with_rejected, rejected),
+        names={"prompt": "messages", "chosen": "messages", "rejected": rejected},
     )
 
 
