@@ -19,7 +19,7 @@ from transformers.utils import chat_template_utils
 from fastpref.checkpoint.manifest import digest_files, read_manifest, write_manifest
 from fastpref.complete_files import append_whole
 from fastpref.errors import CheckpointError
-from fastpref.train import assembly, evaluation, loop
+from fastpref.train import assembly, evaluation, loop, opening
 from fastpref.train.logs import metrics
 from fastpref.train.resume import start
 from fastpref.train.resume.origin import run_to_go_on_with
@@ -62,7 +62,7 @@ def stopped(base, tmp_path_factory) -> Path:
 
 
 def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
-    base, stopped, whole, tmp_path, monkeypatch
+    base, stopped, whole, tmp_path, monkeypatch, capsys
 ):
     branch, before = tmp_path / "branch", lines_of(stopped)
     command = arguments(base, branch, f"resume={stopped}")
@@ -76,8 +76,12 @@ def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
     def gone(*_: Any, **__: Any) -> Any:
         raise MachineIsGone
 
-    # before its first step, then before its first checkpoint
-    for module, name, dies in ((assembly, "open_log", gone), (loop, "train_step", killed)):
+    # without the history, then before its first step, then before its first checkpoint
+    for module, name, dies in (
+        (opening, "bring_history", gone),
+        (assembly, "open_log", gone),
+        (loop, "train_step", killed),
+    ):
         monkeypatch.setattr(module, name, dies)
         with pytest.raises(MachineIsGone):
             run(command)
@@ -90,8 +94,10 @@ def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
     assert run(command) == 0
     assert_same_end(branch, whole, files=FILES)
     assert lines_of(stopped) == before
-    # another checkpoint's branch is not this one
+    capsys.readouterr()
+    # another checkpoint's branch is not this one, which is known before rows are read
     assert run(arguments(base, branch, f"resume={whole}")) == 2
+    assert "train: " not in capsys.readouterr().err
 
 
 def test_checkpoints_that_were_there_are_missed(base, stopped, tmp_path, capsys):
@@ -109,6 +115,16 @@ def test_checkpoints_that_were_there_are_missed(base, stopped, tmp_path, capsys)
     assert run(arguments(base, run_dir, "resume=auto")) == 4
     assert f"{run_dir / 'checkpoints'} is empty, and" in capsys.readouterr().err
     assert lines_of(run_dir) == before
+
+
+@pytest.mark.parametrize("left", [[], ["config.yaml"]])
+def test_a_folder_of_no_step_has_lost_no_checkpoints(base, stopped, whole, tmp_path, left):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in left:
+        shutil.copy(stopped / name, run_dir)
+    assert run(arguments(base, run_dir, "resume=auto")) == 0
+    assert_same_end(run_dir, whole, files=FILES)
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step-00000001"])
