@@ -96,6 +96,16 @@ def test_a_state_that_does_not_fit_is_not_accepted_by_allowing_it():
         check_same_run(Path("step-3"), record, options(), {}, allow=["optimizer"])
 
 
+def test_what_only_another_version_has_cannot_be_set_back():
+    record = {"options": options() | {"curriculum": "none"}, "fingerprints": {}}
+    for changes, advice in {
+        (): r"\ngo on with the version that has them, name .* resume\.allow=\[curriculum\]$",
+        (("lr", 1.0),): r"\nset them back, name .* resume\.allow=\[curriculum,lr\]$",
+    }.items():
+        with pytest.raises(CheckpointError, match=advice):
+            check_same_run(Path("step-3"), record, options(**dict(changes)), {}, allow=[])
+
+
 def test_groups_and_options_of_earlier_starts_may_be_allowed(tmp_path):
     (tmp_path / "config.yaml").write_text("curriculum:\n  kind: none\n")
     names = ["optim", "lr", "data", "curriculum", "curriculum.kind"]
