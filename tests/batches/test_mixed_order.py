@@ -126,6 +126,8 @@ def test_the_seed_changes_the_rows_and_not_whose_they_are():
 def test_the_order_never_changes_between_versions():
     order, _ = mixed([3, 5], [0.5, 0.5], n_epochs=1)
     assert visited(order).tolist() == [2, 7, 1, 6, 0, 4, 2, 3]
+    assert interleave([3, 2, 2]).tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert interleave([5, 3, 1]).tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 2]
 
 
 def test_shares_are_taken_to_a_millionth():

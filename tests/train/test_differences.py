@@ -69,6 +69,14 @@ def test_what_an_earlier_version_did_not_have_was_what_it_is_by_default():
     ]
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_digest_of_held_out_rows():
+    record = {"options": options(), "fingerprints": {"data": "a"}}
+    now = {"data": "a", "held-out data": "b"}
+    check_same_run(Path("step-3"), record, options(), now, allow=[])
+    with pytest.raises(CheckpointError, match=r"data was a, is c: CHANGES THE NUMBERS"):
+        check_same_run(Path("step-3"), record, options(), now | {"data": "c"}, allow=[])
+
+
 def test_a_group_is_not_every_option_whose_name_begins_with_its_own():
     assert is_among("optim.schedule", ["optim"]) and is_among("data", ["data"])
     assert not is_among("optimizer", ["optim"]) and not is_among("datasets", ["data"])
