@@ -278,6 +278,44 @@ def test_what_rank_0_ended_of_is_said_by_it_alone(monkeypatch):
     assert error_text(lost) == ""
 
 
+def test_an_error_without_words_is_said_by_its_name():
+    for error in (ZeroDivisionError("of a row"), DataError("")):
+        store = dist.HashStore()
+        Heartbeat(world_of(0, store)).say_why(error)
+        said = str(heartbeat.Watch(world_of(1, store)).look())
+        assert said == f"rank 0 ended: {type(error).__name__}"
+
+
+class GoneStore:
+    """Ended with the rank that hosted it."""
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*args: Any) -> Any:
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        return fail
+
+
+def test_a_store_that_is_gone_has_ended_with_rank_0():
+    second = Heartbeat(world_of(1, GoneStore()))
+    error = DataError("no folder words")
+    assert second.close(error) is error and not error.is_own
+    lost = second.close(LostRankError("Connection closed by peer"))
+    assert isinstance(lost, RankError) and lost.is_own
+    assert str(lost) == "rank 0, or what else had the ranks' store, died: Connection reset by peer"
+
+
+def test_of_three_ranks_the_one_without_a_heartbeat_is_named(monkeypatch):
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat, "SILENCE_SECONDS", 0.3)
+    store = dist.HashStore()
+    first, second = (replace(world_of(rank, store), size=3) for rank in range(2))
+    error = LostRankError("Connection closed by peer")
+    with Heartbeat(second):
+        said = str(Heartbeat(first).close(error))
+    assert said.startswith("rank 2 died or hangs, there is no sign of life")
+
+
 def test_a_rank_that_ends_while_others_listen_for_it_is_not_taken_for_lost(monkeypatch):
     store = dist.HashStore()
     first, second = (Heartbeat(world_of(rank, store)) for rank in range(2))
@@ -418,6 +456,17 @@ def test_a_job_that_was_suspended_misses_no_rank(monkeypatch):
     # one that stays silent is missed in the end
     assert any(isinstance(watch.look(), LostRankError) for _ in range(20))
     world_of(0, store)._wait("value", datetime.timedelta(days=1), sender=1)
+
+
+def test_a_beat_ends_the_silence_before_it(monkeypatch):
+    monkeypatch.setattr(heartbeat, "time", Suspended())
+    store = dist.HashStore()
+    # the last rank watches the first one
+    watch = heartbeat.Watch(world_of(1, store))
+    for beat in range(20):
+        store.set(beat_key(0), str(beat))
+        assert watch.look() is None
+    assert watch.look() is None
 
 
 def test_of_two_ranks_that_end_the_first_is_named():

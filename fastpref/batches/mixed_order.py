@@ -98,8 +98,7 @@ class MixedOrder(GlobalOrder):
     def num_examples(self) -> int:
         """Total examples over all steps."""
         epochs, steps = divmod(self.num_steps, self.steps_per_epoch)
-        in_last = min(steps * self.batch_size, self.examples_per_epoch)
-        return epochs * self.examples_per_epoch + in_last
+        return epochs * self.examples_per_epoch + steps * self.batch_size
 
     def _visit(self, epoch: int) -> np.ndarray:
         start = epoch * self.examples_per_epoch

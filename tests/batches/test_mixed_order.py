@@ -58,13 +58,14 @@ def test_any_number_of_examples_is_in_the_shares_to_within_one(
     assert len(rows) == order.num_examples == 3 * order.examples_per_epoch
 
 
-def test_no_row_comes_again_before_all_others_of_its_source():
-    order, sources = mixed([50, 6], [0.5, 0.5], n_epochs=5)
+@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.6, 0.4]])
+def test_no_row_comes_again_before_all_others_of_its_source(shares):
+    order, sources = mixed([50, 6], shares, n_epochs=5)
     rows = visited(order)
     for source, size in ((0, 50), (1, 6)):
         own = rows[sources[rows] == source]
         passes = [own[start : start + size] for start in range(0, len(own) - size + 1, size)]
-        assert len(passes) == 140 // size
+        assert len(passes) == round(280 * shares[source]) // size
         for one in passes:
             assert len(set(one.tolist())) == size
         # every pass in an order of its own
@@ -125,6 +126,8 @@ def test_the_seed_changes_the_rows_and_not_whose_they_are():
 def test_the_order_never_changes_between_versions():
     order, _ = mixed([3, 5], [0.5, 0.5], n_epochs=1)
     assert visited(order).tolist() == [2, 7, 1, 6, 0, 4, 2, 3]
+    assert interleave([3, 2, 2]).tolist() == [0, 1, 2, 0, 0, 1, 2]
+    assert interleave([5, 3, 1]).tolist() == [0, 1, 0, 0, 1, 0, 1, 0, 2]
 
 
 def test_shares_are_taken_to_a_millionth():

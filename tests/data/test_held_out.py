@@ -4,6 +4,7 @@ import logging
 import random
 
 import pytest
+from datasets import Dataset
 from small_data import byte_tokenizer, make_config, pair, pairs, write_jsonl
 
 from fastpref.config import DataConfig, SFTConfig
@@ -12,7 +13,7 @@ from fastpref.data.announce import read_files, read_splits
 from fastpref.data.encode import load_split
 from fastpref.data.options import data_options
 from fastpref.data.parts import own_parts
-from fastpref.data.selection import COPY
+from fastpref.data.selection import COPY, HeldOut, select_rows
 from fastpref.data.source import read_rows
 from fastpref.errors import DataError
 from fastpref.train.orders import build_train_order
@@ -253,6 +254,33 @@ def test_deduplicating_leaves_later_copies_out_and_counts_them(tmp_path):
         options_of(tmp_path, "many", fraction=0, deduplicate=True), "train", quiet=True
     )
     assert len(rows.dataset) == 1 and many.is_file()
+
+
+def test_a_row_that_is_dropped_is_no_copy_and_has_none():
+    columns = {"drop": ["", "no text", "", "no text", ""], "group": [0, -1, 1, -1, 0]}
+    columns |= {"prompt_hash": [1, 0, 2, 0, 1], "pair_hash": [5, 7, 7, 5, 5]}
+    selected = select_rows(
+        Dataset.from_dict(columns), "set", held_out=None, is_test=False, earlier=set()
+    )
+    assert selected.is_copy.tolist() == [False, False, False, False, True]
+
+
+def test_rows_without_a_prompt_are_not_held_out():
+    hashes = list(range(40))
+    columns = {"drop": [""] * 40 + ["no prompt"] * 40, "group": hashes + [-1] * 40}
+    columns |= {"prompt_hash": hashes * 2, "pair_hash": hashes * 2}
+    sides = [
+        select_rows(
+            Dataset.from_dict(columns),
+            "set",
+            held_out=HeldOut(fraction=0.5, seed=0),
+            is_test=is_test,
+            earlier=None,
+        ).rows.tolist()
+        for is_test in (False, True)
+    ]
+    assert sides[0][-40:] == list(range(40, 80)) and 0 < len(sides[1]) < 40
+    assert sorted(sides[0] + sides[1]) == list(range(80))
 
 
 def test_copies_in_another_dataset_are_warned_about_and_left_out(tmp_path, caplog):

@@ -69,6 +69,14 @@ def test_what_an_earlier_version_did_not_have_was_what_it_is_by_default():
     ]
 
 
+def test_a_checkpoint_of_an_earlier_version_has_no_digest_of_held_out_rows():
+    record = {"options": options(), "fingerprints": {"data": "a"}}
+    now = {"data": "a", "held-out data": "b"}
+    check_same_run(Path("step-3"), record, options(), now, allow=[])
+    with pytest.raises(CheckpointError, match=r"data was a, is c: CHANGES THE NUMBERS"):
+        check_same_run(Path("step-3"), record, options(), now | {"data": "c"}, allow=[])
+
+
 def test_a_group_is_not_every_option_whose_name_begins_with_its_own():
     assert is_among("optim.schedule", ["optim"]) and is_among("data", ["data"])
     assert not is_among("optimizer", ["optim"]) and not is_among("datasets", ["data"])
@@ -94,6 +102,16 @@ def test_a_state_that_does_not_fit_is_not_accepted_by_allowing_it():
     )
     with pytest.raises(CheckpointError, match=message):
         check_same_run(Path("step-3"), record, options(), {}, allow=["optimizer"])
+
+
+def test_what_only_another_version_has_cannot_be_set_back():
+    record = {"options": options() | {"curriculum": "none"}, "fingerprints": {}}
+    for changes, advice in {
+        (): r"\ngo on with the version that has them, name .* resume\.allow=\[curriculum\]$",
+        (("lr", 1.0),): r"\nset them back, name .* resume\.allow=\[curriculum,lr\]$",
+    }.items():
+        with pytest.raises(CheckpointError, match=advice):
+            check_same_run(Path("step-3"), record, options(**dict(changes)), {}, allow=[])
 
 
 def test_groups_and_options_of_earlier_starts_may_be_allowed(tmp_path):

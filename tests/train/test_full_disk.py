@@ -2,6 +2,7 @@
 4, and what was saved before stays usable. Nothing is copied into memory that may not hold it."""
 
 import shlex
+import signal
 import subprocess
 from contextlib import suppress
 from itertools import count
@@ -99,6 +100,27 @@ def test_a_model_that_cannot_be_written_takes_no_state_along(base, small_disk, c
     (small_disk / "others").unlink()
     assert run(base, run_dir, "checkpoint.every=0", "resume=auto") == 0
     assert (run_dir / "LATEST" / "model.safetensors").is_file()
+
+
+def test_of_a_run_stopped_before_its_first_step_no_state_is_said_to_be_saved(
+    base, tmp_path, capsys, monkeypatch
+):
+    real = loop.evaluate
+
+    def evaluate(run, stop):
+        signal.raise_signal(signal.SIGTERM)
+        return real(run, stop)
+
+    def export_model(*args):
+        raise CheckpointError("LATEST: cannot be written")
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(ending, "export_model", export_model)
+    run_dir = tmp_path / "run"
+    assert run(base, run_dir, "n_eval_examples=4", "sample_during_eval=false") == 4
+    last = capsys.readouterr().err.splitlines()[-1]
+    expected = f"LATEST: cannot be written; resume=auto run_dir={run_dir} goes on after step 0"
+    assert last == f"fastpref: {expected}"
 
 
 def put_file(folder: Path) -> None:

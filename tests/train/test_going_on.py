@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import json
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -12,17 +13,25 @@ from typing import Any
 
 import pytest
 from chat_templates import Tomorrow
-from stopped_runs import assert_same_end, lines_of, run, small_command, stopping_after
+from stopped_runs import (
+    assert_same_end,
+    lines_of,
+    run,
+    run_in_starts,
+    small_command,
+    stopping_after,
+)
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
 from transformers.utils import chat_template_utils
 
 from fastpref.checkpoint.manifest import digest_files, read_manifest, write_manifest
 from fastpref.complete_files import append_whole
 from fastpref.errors import CheckpointError
-from fastpref.train import assembly, evaluation, loop
+from fastpref.train import assembly, evaluation, loop, opening
 from fastpref.train.logs import metrics
 from fastpref.train.resume import start
 from fastpref.train.resume.origin import run_to_go_on_with
+from fastpref.train.run import Run
 from fastpref.train.run_folder import RunPlace
 
 
@@ -62,7 +71,7 @@ def stopped(base, tmp_path_factory) -> Path:
 
 
 def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
-    base, stopped, whole, tmp_path, monkeypatch
+    base, stopped, whole, tmp_path, monkeypatch, capsys
 ):
     branch, before = tmp_path / "branch", lines_of(stopped)
     command = arguments(base, branch, f"resume={stopped}")
@@ -76,22 +85,35 @@ def test_a_branch_without_a_checkpoint_goes_on_from_where_it_branched_off(
     def gone(*_: Any, **__: Any) -> Any:
         raise MachineIsGone
 
-    # before its first step, then before its first checkpoint
-    for module, name, dies in ((assembly, "open_log", gone), (loop, "train_step", killed)):
+    # without the history, then before its first step, then before its first checkpoint
+    for module, name, dies in (
+        (opening, "bring_history", gone),
+        (assembly, "open_log", gone),
+        (loop, "train_step", killed),
+    ):
         monkeypatch.setattr(module, name, dies)
         with pytest.raises(MachineIsGone):
             run(command)
         monkeypatch.undo()
     assert [line["step"] for line in lines_of(branch)][-1] == 2
     assert not list((branch / "checkpoints").glob("step-*"))
-    # the same command, or the one that goes on wherever there is something
+    # what means the same checkpoints, or goes on wherever there is something
     with stopping_after(1):
         assert run(arguments(base, branch, "resume=auto")) == 75
-    assert run(command) == 0
+    assert run(arguments(base, branch, f"resume={stopped / 'checkpoints' / 'latest'}")) == 0
     assert_same_end(branch, whole, files=FILES)
     assert lines_of(stopped) == before
-    # another checkpoint's branch is not this one
+    capsys.readouterr()
+    # another checkpoint's branch is not this one, which is known before rows are read
     assert run(arguments(base, branch, f"resume={whole}")) == 2
+    assert "train: " not in capsys.readouterr().err
+
+
+def test_the_wall_time_is_that_of_all_starts(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Run, "seconds", lambda self: 100.0)
+    assert run_in_starts(arguments(base, tmp_path / "run"), 2) == [75, 75, 0]
+    said = capsys.readouterr().out
+    assert re.findall(r"wall time\D+(\d+) s", said) == ["100", "200", "300"]
 
 
 def test_checkpoints_that_were_there_are_missed(base, stopped, tmp_path, capsys):
@@ -111,6 +133,18 @@ def test_checkpoints_that_were_there_are_missed(base, stopped, tmp_path, capsys)
     assert lines_of(run_dir) == before
 
 
+@pytest.mark.parametrize("left", [[], ["config.yaml"]])
+def test_a_folder_of_no_step_has_lost_no_checkpoints(base, stopped, whole, tmp_path, left, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    for name in left:
+        shutil.copy(stopped / name, run_dir)
+    capsys.readouterr()
+    assert run(arguments(base, run_dir, "resume=auto")) == 0
+    assert f"resume=auto: no checkpoint in {run_dir}, a new start" in capsys.readouterr().err
+    assert_same_end(run_dir, whole, files=FILES)
+
+
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step-00000001"])
 def test_checkpoints_may_lie_on_another_disk(base, stopped, whole, tmp_path, linked):
     run_dir = tmp_path / "run"
@@ -127,8 +161,10 @@ def test_a_checkpoint_that_was_set_aside_is_saved_again_under_its_step(base, sto
     shutil.copytree(stopped, run_dir)
     folder = run_dir / "checkpoints"
     aside = (folder / "step-00000001").rename(folder / "step-00000001.abandoned")
+    link = tmp_path / "link"
+    link.symlink_to(run_dir)
     with stopping_after(1):
-        assert run(arguments(base, run_dir, f"resume={aside}")) == 75
+        assert run(arguments(base, link, f"resume={aside}")) == 75
     assert sorted(path.name for path in folder.glob("step-*"))[-1] == "step-00000002"
     assert [line["step"] for line in lines_of(run_dir) if line["split"] == "train"] == [1, 2]
 

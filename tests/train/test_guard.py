@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file
+from stopped_runs import run_in_starts
 from tiny_models import read_metrics, save_tiny_model, text_rows, write_rows
 
 import train
@@ -220,6 +222,27 @@ def test_ten_steps_in_a_row_end_a_run_that_leaves_them_out(base, tmp_path, capsy
     real = spoil(list(range(1, 33)), value=INF)
     try:
         assert run(arguments(base, tmp_path / "run", "on_nonfinite=skip", "n_epochs=3")) == 5
+    finally:
+        loop.train_step = real
+    assert "at step 1, the first of 10 in a row," in capsys.readouterr().err
+
+
+def test_steps_that_earlier_starts_left_out_are_counted_on(base, tmp_path, spoilt_row):
+    options = ("on_nonfinite=skip", "n_epochs=2", "checkpoint.every=0")
+    command = arguments(base, tmp_path / "one", *options)
+    assert run_in_starts(command, 8) == [75, 75, 0]
+    records = read_metrics(tmp_path / "one", "train")
+    left_out = [record["loss/train"] is None for record in records]
+    assert [record["skipped_steps"] for record in records] == list(accumulate(left_out))
+    # one in the first start, and one in the second
+    assert left_out[:8].count(True) == left_out[8:].count(True) == 1
+
+
+def test_ten_steps_in_a_row_end_a_run_of_several_starts(base, tmp_path, capsys):
+    real = spoil(list(range(1, 33)))
+    try:
+        command = arguments(base, tmp_path / "all", "on_nonfinite=skip", "n_epochs=3")
+        assert run_in_starts(command, 4) == [75, 75, 5]
     finally:
         loop.train_step = real
     assert "at step 1, the first of 10 in a row," in capsys.readouterr().err

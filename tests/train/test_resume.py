@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import time
@@ -263,7 +264,11 @@ def test_what_is_allowed_by_name_goes_on(base, stopped, tmp_path, capsys):
     run_dir = tmp_path / "run"
     shutil.copytree(stopped, run_dir)
     options = ["lr=2e-3", "datasets=[other]", "resume.allow=[lr,data]"]
+    capsys.readouterr()
     assert run(arguments(base, run_dir, "loss=dpo", "resume=auto", *options)) == 0
+    said = capsys.readouterr().err
+    assert said.count("lr was 0.001, is 0.002: allowed") == 1
+    assert re.search(r"data was \w{12}, is \w{12}: allowed", said)
     assert [r["lr"] for r in read_metrics(run_dir, "train")][-1] == pytest.approx(2e-3)
     assert run(arguments(base, run_dir, "loss=dpo", "resume.allow=[learning]")) == 2
     assert "resume.allow: there is no option learning" in capsys.readouterr().err

@@ -123,6 +123,9 @@ def test_where_a_branch_began_is_told_whatever_its_bytes(tmp_path):
     checkpoint = tmp_path / os.fsdecode(b"caf\xe9") / "step-00000001"
     keep_origin(tmp_path, checkpoint)
     assert origin_of(tmp_path) == checkpoint
+    # also if it was given relative to the working directory of that start
+    keep_origin(tmp_path, Path(os.path.relpath(checkpoint)))
+    assert origin_of(tmp_path).is_absolute() and origin_of(tmp_path) == checkpoint
     # damaged, it names what is not there
     (tmp_path / "branched-off-from").write_bytes(b"/run\xff\x00s")
     damaged = origin_of(tmp_path)
