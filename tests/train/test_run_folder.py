@@ -73,6 +73,14 @@ def test_only_what_a_run_leaves_before_its_first_step_may_be_replaced(
         run_place(config).check()
 
 
+def test_a_checkpoint_is_a_step_whatever_the_metrics_say(tmp_path):
+    run_dir = fill(tmp_path / "run", ["config.yaml"], [EVAL])
+    (run_dir / CHECKPOINTS / "step-00000004").mkdir(parents=True)
+    assert not took_no_step(run_dir)
+    with pytest.raises(ConfigError, match="set resume=auto to go on with the run"):
+        run_place(make_config(run_dir=str(run_dir))).check()
+
+
 def test_what_another_start_has_done_meanwhile_is_not_replaced(tmp_path):
     run_dir = tmp_path / "run"
     place = run_place(make_config(run_dir=str(run_dir)))
