@@ -78,6 +78,14 @@ CASES = {
         bad={"rejected": {"role": "assistant"}},
         says=r"rejected: rejected\[0\] has no content",
     ),
+    "messages as prompt, texts as responses": Case(
+        {"prompt": [SYSTEM, USER], "chosen": "yes", "rejected": "no"},
+        [SYSTEM, USER],
+        [YES],
+        [NO],
+        bad={"rejected": 3},
+        says="rejected: rejected must be text or a list of messages, got number",
+    ),
     "sharegpt": Case(
         {
             "conversations": [tell("human", "Q")],
@@ -152,6 +160,14 @@ CASES = {
         [NO],
         bad={"rejected_response": [say("assistant", 3)]},
         says=r"rejected_response: rejected_response\[0\]\.content must be text",
+    ),
+    "ms-swift, several turns": Case(
+        {"messages": [USER, YES, USER, YES], "rejected_messages": [USER, YES, USER, NO]},
+        [USER, YES, USER],
+        [YES],
+        [NO],
+        bad={"rejected_messages": [USER, NO, USER, NO]},
+        says=r"messages: chosen has a message of role 'user'; .* \(chosen is messages\)",
     ),
     "ms-swift for sft": Case(
         {"messages": [USER, YES], "rejected_response": "no"},
@@ -500,6 +516,39 @@ def test_an_empty_single_response_is_dropped(tmp_path):
     assert read(tmp_path, *records, loss=SFTConfig).counts.dropped == {"empty response": 1}
     chats = [{"messages": [USER, say("assistant", text)]} for text in ("a", " ")]
     assert read(tmp_path, *chats, loss=SFTConfig).counts.dropped == {"empty response": 1}
+
+
+@pytest.mark.parametrize(
+    "rejected", [{"rejected_response": " "}, {"rejected_response": []}, {"rejected_messages": []}]
+)
+def test_an_empty_rejected_response_beside_messages_is_dropped(tmp_path, rejected):
+    records = [CASES["ms-swift"].record, {"messages": [USER, YES]} | rejected]
+    if "rejected_messages" in rejected:
+        records[0] = CASES["ms-swift, several turns"].record
+    rows = read(tmp_path, *records)
+    assert rows.counts.dropped == {"empty response": 1} and rows.dataset["row"][0] == 1
+
+
+def test_tools_stand_beside_messages_or_in_openai_s_input(tmp_path):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for name in ("ms-swift", "ms-swift, messages of the assistant"):
+        swift = read(tmp_path / name, CASES[name].record | {"tools": tools, "system": "S"})
+        assert json.loads(swift.dataset["tools"][0]) == tools and not swift.counts.unread
+        assert parts(swift.dataset[0])[0] == [SYSTEM, *CASES[name].prompt]
+    given: dict[str, Any] = CASES["openai"].record
+    openai = [given, given | {"input": {"messages": [say("user", "R")], "tools": tools}}]
+    without, beside = read(tmp_path / "openai", *openai).dataset["tools"][:]
+    # a template may tell an empty list from none
+    assert without is None and json.loads(beside) == tools
+
+
+def test_a_named_prompt_stands_before_the_prompt_that_two_dialogues_share(tmp_path):
+    start = "\n\nHuman: hi\n\nAssistant:"
+    record = {"ask": "Q", "chosen": start + " a", "rejected": start + " b"}
+    assert parts(read(tmp_path, record).dataset[0]) == (start, " a", " b")
+    rows = read(tmp_path, record, data={"columns": {"question": "ask"}})
+    sides = ([say("assistant", record[side])] for side in SIDES)
+    assert parts(rows.dataset[0]) == ([USER], *sides)
 
 
 def test_pairs_with_messages_beside_them_are_pairs_for_sft_too_unless_columns_say_messages(

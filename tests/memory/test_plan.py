@@ -297,6 +297,15 @@ def test_the_gradient_of_a_large_vocabulary_hides_no_tokens(tmp_path):
     assert taken[0].backward == taken[1].backward > taken[1].kept
 
 
+def test_embedding_head_and_final_norm_are_counted_outside_of_the_blocks():
+    model = build_model("llama")
+    weights = count_weights(model, None)
+    outside = (model.model.embed_tokens, model.model.norm, model.lm_head)
+    assert weights.outside == sum(module.weight.numel() for module in outside)
+    sizes = [sum(p.numel() for p in block.parameters()) for block in model.model.layers]
+    assert (weights.largest_block, weights.total) == (max(sizes), sum(sizes) + weights.outside)
+
+
 def test_layers_in_four_bits_take_an_eighth_of_float32(models):
     model = build_model("llama").to("meta")
     weights = count_weights(model, None, in_four_bits=True)

@@ -21,9 +21,10 @@ from tiny_models import build_model, save_dataset, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fastpref.complete_files import complete_folder
-from fastpref.config import Config, DataConfig, DPOConfig, ModelConfig
+from fastpref.config import AdapterConfig, Config, DataConfig, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
 from fastpref.errors import CheckpointError
+from fastpref.model.adapters.lora import add_adapters
 from fastpref.model.files.paths import find_model
 from fastpref.model.scorer import TokenScorer
 from fastpref.model.source import load_model, load_model_tokenizer
@@ -136,6 +137,14 @@ def test_weights_that_fill_a_file_to_the_last_byte_are_one_file_of_torch(tmp_pat
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         # earlier versions of transformers refuse files that do not say so
         assert file.metadata() == {"format": "pt"}
+
+
+def test_every_file_is_filled_before_the_next(tmp_path):
+    write_weights(tmp_path, {name: torch.ones(2) for name in "abcde"}, most_bytes=16)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = [f"model-0000{i}-of-00003.safetensors" for i in (1, 1, 2, 2, 3)]
+    assert index["weight_map"] == dict(zip("abcde", files, strict=True))
+    assert index["metadata"] == {"total_size": 40}
 
 
 def test_a_weight_larger_than_a_file_and_not_in_order_is_a_whole_one(tmp_path):
@@ -342,6 +351,29 @@ def test_an_adapter_s_own_files_stand_before_those_of_its_base(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     others = plan_export(options, config, tokenizer, None).others
     assert others["LICENSE"] == others["NOTICE"] == b"of the adapter"
+
+
+def test_an_adapter_names_its_base_and_leaves_no_earlier_merged_model(base, tmp_path):
+    source = str(base / "source")
+    options = ModelConfig(name_or_path=source, revision="main")
+    world = init_world()
+    try:
+        for merge in (True, False):
+            adapter = AdapterConfig(kind="lora", r=2, merge=merge)
+            model = load_model(find_model(source), dtype=torch.float32)
+            adapters = add_adapters(model, adapter, world, block_name=None, seed=0)
+            tokenizer = load_model_tokenizer(options)
+            plan = plan_export(options, model.config, tokenizer, TEMPLATE, adapter=adapter)
+            # the plan takes the template without changing the tokenizer
+            assert tokenizer.chat_template != TEMPLATE
+            latest = export_model(TokenScorer(model, adapters=adapters), plan, tmp_path, world)
+            assert (tmp_path / "LATEST-merged").exists() == merge
+    finally:
+        dist.destroy_process_group()
+    fields = json.loads((latest / "adapter_config.json").read_text())
+    named = {"base_model_name_or_path": source, "revision": "main", "inference_mode": True}
+    assert named.items() <= fields.items()
+    assert AutoTokenizer.from_pretrained(latest).chat_template == TEMPLATE
 
 
 def test_a_part_of_a_model_that_nothing_could_load_is_refused_before_training(base):

@@ -20,6 +20,7 @@ from fastpref.checkpoint.agreement import Agreement
 from fastpref.cli.command_line import main
 from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.distributed import init_world
+from fastpref.errors import NonFiniteError
 from fastpref.objectives.step_loss import StepLoss
 from fastpref.signals import StopRequest
 from fastpref.train import loop, non_finite
@@ -27,6 +28,7 @@ from fastpref.train.build import build_run
 from fastpref.train.evaluation import evaluate
 from fastpref.train.guard import FiniteGuard, GuardState
 from fastpref.train.logs.metrics import PendingStep
+from fastpref.train.non_finite import Finding
 from fastpref.train.optim import build_optimizer
 from fastpref.train.resume.start import find_start
 from fastpref.train.run_folder import run_place
@@ -303,6 +305,35 @@ def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_p
     finally:
         dist.destroy_process_group()
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
+
+
+def test_a_step_found_at_the_end_alone_writes_no_line_and_is_said_to_be_finite_again(
+    base, tmp_path
+):
+    """On a GPU no step waits for the device, so the end may be the first to look."""
+    config = small_config(base, tmp_path / "run")
+    world = init_world()
+    try:
+        with Agreement(world) as agreement:
+            run = build_run(config, world, find_start("never", run_place(config), agreement))
+            for step, loss in enumerate([0.5, NAN, 0.5], start=1):
+                run.log.add_step(step_of(step, loss))
+                run.updates.guard.apply(step, torch.tensor([loss, 1.0]))
+            with pytest.raises(NonFiniteError, match=r"computed again is finite .* at step 2;"):
+                non_finite.raise_if_not_finite(run)
+            run.log.flush()
+    finally:
+        dist.destroy_process_group()
+    assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
+
+
+def test_rows_of_every_rank_are_named_and_losses_before_gradients():
+    one, two = Finding([], ["a:1"]), Finding([], ["b:2", "b:3"])
+    nothing = Finding([], [])
+    said = "the gradient of a:1 on rank 0; b:2, b:3 on rank 2"
+    assert non_finite.describe([one, nothing, two]) == said
+    said = "the loss of c:4 on rank 1; c:5 on rank 2"
+    assert non_finite.describe([one, Finding(["c:4"], []), Finding(["c:5"], ["b:2"])]) == said
 
 
 def step_of(number: int, loss: float) -> PendingStep:

@@ -85,6 +85,28 @@ def test_any_torch_optimizer_takes_a_step(name):
     assert (parameter < 1).all()
 
 
+def test_updates_take_schedule_floor_warm_up_and_options_from_their_arguments():
+    updates = build_updates(
+        TokenScorer(build_model("llama")),
+        ALONE,
+        optimizer="SGD",
+        lr=2.0,
+        options=OptimConfig(schedule="linear", min_lr_ratio=0.1, momentum=0.5),
+        warmup_steps=1,
+        num_steps=11,
+        max_grad_norm=1.0,
+        skip_nonfinite=False,
+    )
+    rates = []
+    for _ in range(11):
+        rates.append(updates.lr)
+        updates.optimizer.step()
+        updates.scheduler.step()
+    # half of the peak, then in equal steps from the peak to the floor
+    assert rates == pytest.approx([1.0, *(2.0 - 0.2 * step for step in range(10))])
+    assert updates.optimizer.param_groups[0]["momentum"] == 0.5
+
+
 def test_options_reach_the_optimizer_and_null_is_torchs_default():
     parameter = torch.nn.Parameter(torch.ones(1))
     options = {"weight_decay": 0.5, "eps": None}

@@ -19,7 +19,14 @@ from fastpref.config import Config, DPOConfig, ModelConfig
 from fastpref.errors import ConfigError
 from fastpref.train.opening import keep_options, read_options
 from fastpref.train.resume.origin import keep_origin, origin_of, run_of
-from fastpref.train.run_folder import OPTIONS, clear_start, keeping_locks, run_place, took_no_step
+from fastpref.train.run_folder import (
+    OPTIONS,
+    check_cache,
+    clear_start,
+    keeping_locks,
+    run_place,
+    took_no_step,
+)
 
 EVAL, TRAIN = ({"step": 0, "examples": 0, "split": split} for split in ("eval", "train"))
 
@@ -64,6 +71,14 @@ def test_only_what_a_run_leaves_before_its_first_step_may_be_replaced(
         return
     with pytest.raises(ConfigError, match=r"run_dir: .* is not empty; name a new folder"):
         run_place(config).check()
+
+
+def test_a_checkpoint_is_a_step_whatever_the_metrics_say(tmp_path):
+    run_dir = fill(tmp_path / "run", ["config.yaml"], [EVAL])
+    (run_dir / CHECKPOINTS / "step-00000004").mkdir(parents=True)
+    assert not took_no_step(run_dir)
+    with pytest.raises(ConfigError, match="set resume=auto to go on with the run"):
+        run_place(make_config(run_dir=str(run_dir))).check()
 
 
 def test_what_another_start_has_done_meanwhile_is_not_replaced(tmp_path):
@@ -157,6 +172,26 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_loaded(
     with pytest.raises(ConfigError, match=message):
         run_place(make_config(output_dir=str(tmp_path), **options)).check()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_folder_that_is_neither_writable_nor_filled_is_refused():
+    for name, existing in (("sys", "/proc/sys"), ("fastpref", "/proc")):
+        with pytest.raises(
+            ConfigError, match=rf"^reference\.cache_dir: {existing} is not writable: "
+        ):
+            check_cache(Path("/proc") / name)
+
+
+def test_local_dirs_are_the_first_that_is_there_or_the_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOGNAME", "me")
+    folders = [tmp_path / name for name in "abc"]
+    place = run_place(make_config(local_dirs=[str(folder) for folder in folders]))
+    assert place.root == tmp_path / "c" / "me"
+    folders[1].mkdir()
+    place = run_place(make_config(local_dirs=[str(folder) for folder in folders]))
+    assert place.root == tmp_path / "b" / "me"
+    # beside the run folders, for all of them
+    assert place.references(None) == tmp_path / "b" / "me" / "reference-logps"
 
 
 def test_a_run_that_fails_at_its_first_step_does_not_block_the_same_command(tmp_path, capsys):
