@@ -108,6 +108,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return SIGNS_OF_EXHAUSTION.search(str(error)) is not None
 
 
+def is_failed_compilation(error: BaseException) -> bool:
+    """Whether an error says that `torch.compile` could not compile, such as for a compiler that was
+    killed."""
+    return any(cls.__name__ == "BackendCompilerFailed" for cls in type(error).__mro__)
+
+
 def is_without_thread(error: BaseException) -> bool:
     """Whether an error says that no thread can be started, for want of memory or by a limit."""
     return isinstance(error, RuntimeError) and str(error).strip() in SIGNS_OF_NO_THREAD

@@ -3,6 +3,7 @@
 import logging
 
 from fastpref.batches.loader import StepBatches
+from fastpref.errors import first_line, is_failed_compilation
 from fastpref.progress import Progress
 from fastpref.signals import StopRequest
 from fastpref.train.checkpoints import Checkpoints
@@ -17,6 +18,19 @@ logger = logging.getLogger("fastpref")
 
 def run_loop(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
     """Run the remaining optimizer steps; ends early if any rank is asked to stop."""
+    try:
+        run_steps(run, checkpoints, stop)
+    except Exception as error:
+        # a signal to all processes of a job also ends the compiler at work: that step is not made
+        is_of_signal = stop.requested and is_failed_compilation(error)
+        # of several ranks the others wait for this one's step
+        if not is_of_signal or run.world.size > 1:
+            raise
+        logger.warning("stopping in the middle of a step: %s", first_line(error))
+
+
+def run_steps(run: Run, checkpoints: Checkpoints, stop: StopRequest) -> None:
+    """The steps of `run_loop`."""
     order, state = run.train.order, run.state
     eval_steps = order.num_steps
     if run.eval is not None:

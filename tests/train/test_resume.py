@@ -16,12 +16,14 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file
 from stopped_runs import assert_same_end, lines_of, run, run_in_starts, stopping_after
 from tiny_models import read_metrics, save_dataset, save_tiny_model, text_rows, write_rows
+from torch._inductor.exc import InductorError
 
 from fastpref import deadline
 from fastpref.checkpoint import writer
 from fastpref.checkpoint.folders import CHECKPOINTS, MARK
 from fastpref.checkpoint.manifest import read_manifest
-from fastpref.train import ending, evaluation
+from fastpref.train import ending, evaluation, loop
+from fastpref.train import step as train_step
 
 STEPS = 12
 JOBS = {
@@ -379,6 +381,37 @@ def test_a_signal_at_any_time_is_answered_when_everything_is_saved(
     for step in (4, 8, 12):
         manifest = read_manifest(run_dir / "checkpoints" / f"step-{step:08d}")
         assert "loss/eval" in manifest.metrics
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(train_step, "accumulate_gradients"), (loop, "evaluate")]
+)
+def test_a_signal_that_ends_the_compiler_too_is_answered_with_all_steps_before_it_saved(
+    base, whole, tmp_path, monkeypatch, capsys, module, name
+):
+    real, calls = getattr(module, name), []
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        result = real(*args, **kwargs)
+        if len(calls) in (2, 3):
+            if len(calls) == 3:
+                signal.raise_signal(signal.SIGTERM)
+            raise InductorError(RuntimeError("g++: fatal error: Terminated signal"), None)
+        return result
+
+    monkeypatch.setattr(module, name, compiled)
+    run_dir = tmp_path / "run"
+    command = arguments(base, run_dir, "loss=dpo", "checkpoint.every=1", "resume=auto")
+    # without a signal it is an error as any other
+    with pytest.raises(InductorError, match="Terminated signal"):
+        run(command)
+    capsys.readouterr()
+    assert run(command) == 75
+    assert "stopping in the middle of a step: RuntimeError: g++: fatal" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert run(command) == 0
+    assert_same_end(run_dir, whole)
 
 
 def test_the_end_of_a_job_ends_the_run_in_time_with_everything_saved(
