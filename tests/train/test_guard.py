@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from fastpref.train.logs.metrics import PendingStep
 from fastpref.train.non_finite import Finding
 from fastpref.train.optim import build_optimizer
 from fastpref.train.resume.start import find_start
+from fastpref.train.run import Run
 from fastpref.train.run_folder import run_place
 
 DEVICES = [
@@ -289,9 +292,9 @@ def small_config(base: Path, run_dir: Path) -> Config:
     )
 
 
-def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_path):
-    """On a GPU an evaluation may be the first to look whether the steps before it were finite."""
-    config = small_config(base, tmp_path / "run")
+@contextmanager
+def not_applied(config: Config) -> Iterator[Run]:
+    """A run whose second step of three was not finite, which nothing has looked at yet."""
     world = init_world()
     try:
         with Agreement(world) as agreement:
@@ -299,11 +302,16 @@ def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_p
             for step, loss in enumerate([0.5, NAN, 0.5], start=1):
                 run.log.add_step(step_of(step, loss))
                 run.updates.guard.apply(step, torch.tensor([loss, 1.0]))
-            with StopRequest() as stop:
-                assert evaluate(run, stop) is None
-                assert stop.requested
+            yield run
     finally:
         dist.destroy_process_group()
+
+
+def test_an_evaluation_writes_no_line_of_a_step_that_was_not_applied(base, tmp_path):
+    """On a GPU an evaluation may be the first to look whether the steps before it were finite."""
+    with not_applied(small_config(base, tmp_path / "run")) as run, StopRequest() as stop:
+        assert evaluate(run, stop) is None
+        assert stop.requested
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
 
 
@@ -311,19 +319,10 @@ def test_a_step_found_at_the_end_alone_writes_no_line_and_is_said_to_be_finite_a
     base, tmp_path
 ):
     """On a GPU no step waits for the device, so the end may be the first to look."""
-    config = small_config(base, tmp_path / "run")
-    world = init_world()
-    try:
-        with Agreement(world) as agreement:
-            run = build_run(config, world, find_start("never", run_place(config), agreement))
-            for step, loss in enumerate([0.5, NAN, 0.5], start=1):
-                run.log.add_step(step_of(step, loss))
-                run.updates.guard.apply(step, torch.tensor([loss, 1.0]))
-            with pytest.raises(NonFiniteError, match=r"computed again is finite .* at step 2;"):
-                non_finite.raise_if_not_finite(run)
-            run.log.flush()
-    finally:
-        dist.destroy_process_group()
+    with not_applied(small_config(base, tmp_path / "run")) as run:
+        with pytest.raises(NonFiniteError, match=r"computed again is finite .* at step 2;"):
+            non_finite.raise_if_not_finite(run)
+        run.log.flush()
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
 
 
