@@ -86,7 +86,7 @@ class Sequences:
             sorted_lengths, sorted_lengths, long_keys=None, max_scores=None
         ):
             rows = order[run]
-            L = int(lengths[rows].max())
+            L = max(sorted_lengths[run])
             token = np.arange(L)
             is_token = token < lengths[rows, None]
             is_own = is_token & (token >= (lengths - tokens)[rows, None])
