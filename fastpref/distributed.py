@@ -155,6 +155,12 @@ class World:
         self.on_main(lambda: kept.append(compute()))
         return kept[0] if kept else None
 
+    def wait_for_all(self) -> None:
+        """Wait until every rank has called this: rank 0 may host the store that the others read."""
+        # without a collective at first, which would time out: rank 0 may wait for a tracker
+        self.compare_on_main(None, lambda _: None)
+        self.agree_max(0)
+
     def _receive(self, key: str) -> Any:
         self._wait(key, PREPARATION_TIMEOUT, sender=0)
         # safe to unpickle: written by rank 0 of this run

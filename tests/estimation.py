@@ -41,6 +41,7 @@ def run(config, *, chat_date: str = "") -> None:
     world = init_world()
     try:
         estimate_weights(config, world, chat_date=chat_date)
+        world.wait_for_all()
     finally:
         dist.destroy_process_group()
 

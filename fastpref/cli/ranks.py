@@ -22,10 +22,7 @@ def run_on_this_rank(task: Callable[[World], None], timeout_seconds: int) -> Non
         with Heartbeat(world) as heartbeat:
             try:
                 task(world)
-                # wait without a collective, which would time out: rank 0 may wait for a tracker
-                world.compare_on_main(None, lambda _: None)
-                # no rank exits before all are done: rank 0 may host the others' store
-                world.agree_max(0)
+                world.wait_for_all()
                 is_done = True
             except Exception as error:
                 with signals_change_nothing():

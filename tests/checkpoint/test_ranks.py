@@ -87,6 +87,7 @@ def resume_in_a_fresh_process(base: Path) -> None:
         check_ranks_that_differ(world, agreement, base / "differing")
         check_a_disk_of_each_rank_is_refused(agreement, base)
     check_rank_0_may_take_longer_than_ranks_wait(world)
+    world.wait_for_all()
     dist.destroy_process_group()
 
 
